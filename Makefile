@@ -1,0 +1,79 @@
+# Everything runs from a bare clone; the first call makes .venv, later ones reuse it.
+#   PYTHON=python3.12       the interpreter of the environment
+#   TORCH=torch==2.12.0     another torch (any pip requirement, options included)
+#   TORCH=                  the torch that PYTHON already has
+#   PYTEST_ARGS, BENCH_ARGS, DEMO_ARGS    handed on
+
+SHELL       := /bin/bash
+PYTHON      ?= python3
+TORCH       ?= torch==2.13.0
+VENV        ?= .venv
+PYTEST_ARGS ?=
+BENCH_ARGS  ?=
+DEMO_ARGS   ?=
+BIN         := $(VENV)/bin
+PIP         := $(BIN)/python -m pip --disable-pip-version-check
+
+# Stamps are named by the hash of what they stand for: a changed kernel, header or build script installs again, and so does a
+# deleted one, which modification times would not show. Python files need nothing: the install is an editable one.
+hash         = $(firstword $(shell $(1) | sha256sum))
+SOURCES     := $(sort $(shell find csrc -type f 2>/dev/null)) setup.py pyproject.toml
+ENV_STAMP   := $(VENV)/.env-$(call hash,echo '$(PYTHON)' '$(TORCH)')
+BUILD_STAMP := $(VENV)/.build-$(call hash,cat $(SOURCES))
+DEV_STAMP   := $(VENV)/.dev-$(call hash,cat pyproject.toml)
+
+.PHONY: help install dev demo test bench lint format sanitize clean
+
+help:
+	@echo 'make demo      train a character model with torch.nn and with fused_rnn, side by side'
+	@echo 'make test      run the tests'
+	@echo 'make bench     measure against torch.nn and write benchmarks/results/'
+	@echo 'make sanitize  the C++ core under AddressSanitizer and UBSan'
+	@echo 'make lint      ruff, clang-format, mypy        make format  let the tools rewrite'
+	@echo 'make install   only the environment and the build'
+	@echo 'make clean     remove the environment and everything built'
+
+$(ENV_STAMP):
+	$(PYTHON) -m venv --clear $(if $(TORCH),,--system-site-packages) $(VENV)
+	$(PIP) install --quiet $(TORCH) 'setuptools>=77' 'pybind11>=2.13'
+	@touch $@
+
+# The build uses the environment's own torch, the one it will run with; hence no build isolation.
+$(BUILD_STAMP): $(ENV_STAMP)
+	@rm -f $(VENV)/.build-*
+	$(PIP) install --quiet --no-build-isolation --editable '.[test,demo]'
+	@touch $@
+
+$(DEV_STAMP): $(BUILD_STAMP)
+	$(PIP) install --quiet --no-build-isolation --editable '.[dev]'
+	@touch $@
+
+install: $(BUILD_STAMP)
+
+dev: $(DEV_STAMP)
+
+demo: $(BUILD_STAMP)
+	$(BIN)/python -m fused_rnn demo $(DEMO_ARGS)
+
+test: $(BUILD_STAMP)
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+bench: $(BUILD_STAMP)
+	$(BIN)/python -m fused_rnn bench $(BENCH_ARGS)
+	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-json=build/pytest-benchmark.json
+
+sanitize: $(BUILD_STAMP)
+	PYTHON=$(abspath $(BIN)/python) bash scripts/sanitize.sh
+
+lint: $(DEV_STAMP)
+	$(BIN)/ruff check .
+	find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | xargs -r $(BIN)/clang-format --dry-run --Werror
+	$(BIN)/mypy
+
+format: $(DEV_STAMP)
+	$(BIN)/ruff check --fix .
+	find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | xargs -r $(BIN)/clang-format -i
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info fused_rnn/*.so .pytest_cache .mypy_cache .ruff_cache demo-out
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
