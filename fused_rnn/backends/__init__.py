@@ -1,0 +1,1 @@
+"""One file per backend, each with the same names: NAME, DIFFERENTIABLE, supports, forward, backward, step, describe."""

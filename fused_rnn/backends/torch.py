@@ -1,0 +1,139 @@
+"""torch's own kernels (oneDNN and ATen on a CPU, cuDNN on a GPU): the whole stack in one call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import _VF, Tensor
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+
+if TYPE_CHECKING:
+    from fused_rnn.problem import Problem
+
+NAME = "torch"
+DIFFERENTIABLE = True
+
+_STACKS = {"lstm": _VF.lstm, "gru": _VF.gru, "rnn_tanh": _VF.rnn_tanh, "rnn_relu": _VF.rnn_relu}
+_STEPS = {"lstm": _VF.lstm_cell, "gru": _VF.gru_cell, "rnn_tanh": _VF.rnn_tanh_cell, "rnn_relu": _VF.rnn_relu_cell}
+
+
+def supports(problem: Problem) -> str | None:
+    """None if this backend can run the problem, else the reason it cannot."""
+    if problem.reset:
+        return "torch's kernels know no reset"
+    if problem.needs_grad and problem.save == "recompute":
+        return "torch's kernels keep all their gates; save='recompute' needs the cpu backend"
+    if problem.forward_ad:
+        return "oneDNN's and cuDNN's kernels have no forward-mode derivative"
+    return None
+
+
+def stack(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    h0: Tensor | None,
+    c0: Tensor | None,
+    lengths: Tensor | None,
+    cell: str,
+    num_layers: int,
+    recurrences: int,
+    dropout: float,
+    training: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """A whole stack: x [T, B, D], h0 [L·R, B, P], c0 [L·R, B, H] → y [T, B, R·P], h_n, c_n (LSTM, else None). Differentiable once."""
+    states, batch, count = num_layers * recurrences, x.shape[1], len(weights) // (num_layers * recurrences)
+    if h0 is None:
+        h0 = x.new_zeros(states, batch, weights[1].shape[1])
+    if c0 is None and cell == "lstm":
+        c0 = x.new_zeros(states, batch, weights[1].shape[0] // 4)
+    hx = (h0, c0) if cell == "lstm" else h0
+    tail = (list(weights), count >= 4, num_layers, dropout, training, recurrences == 2)
+    if lengths is None or batch == 0:
+        y, *after = _STACKS[cell](x, hx, *tail, False)
+    else:
+        # A pack holds no empty sequence: such a one runs one step, and its result is put aside below.
+        packed = pack_padded_sequence(x, lengths.clamp(min=1).cpu(), enforce_sorted=False)
+        order = packed.sorted_indices
+        hx = tuple(t.index_select(1, order) for t in hx) if isinstance(hx, tuple) else hx.index_select(1, order)
+        data, *after = _STACKS[cell](packed.data, packed.batch_sizes, hx, *tail)
+        after = [t.index_select(1, packed.unsorted_indices) for t in after]
+        y, _ = pad_packed_sequence(packed._replace(data=data), total_length=x.shape[0])
+        empty = (lengths == 0).unsqueeze(-1)
+        y = y.masked_fill(empty, 0)
+        after = [torch.where(empty, before, t) for before, t in zip((h0, c0), after, strict=False)]
+    return y, after[0], after[1] if cell == "lstm" else None
+
+
+def forward(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    h0: Tensor | None,
+    c0: Tensor | None,
+    lengths: Tensor | None,
+    reset: Tensor | None,
+    cell: str,
+    directions: Sequence[int],
+    save: str,
+    keep_hidden: bool,
+) -> list[Tensor]:
+    """One layer; arguments and result as those of the op fused_rnn::forward, with nothing in `saved` and `cells`."""
+    if tuple(directions) not in ((1,), (1, -1)) or x.dim() != 3 or reset is not None:
+        raise NotImplementedError("torch's kernels run a layer forward or in both directions, on one input [T, B, D], with no reset")
+    y, h_n, c_n = stack(x, weights, h0, c0, lengths, cell, 1, len(directions), 0.0, False)
+    outputs = [y, h_n] if c_n is None else [y, h_n, c_n]
+    if save != "none":
+        outputs += [x.new_empty(0), x.new_empty(0), y.clone() if keep_hidden else x.new_empty(0)]
+    return outputs
+
+
+def backward(
+    dy: Tensor | None,
+    dh_n: Tensor | None,
+    dc_n: Tensor | None,
+    x: Tensor,
+    weights: Sequence[Tensor],
+    h0: Tensor | None,
+    c0: Tensor | None,
+    lengths: Tensor | None,
+    reset: Tensor | None,
+    hidden: Tensor,
+    saved: Tensor,
+    cells: Tensor,
+    cell: str,
+    directions: Sequence[int],
+    save: str,
+    need_dx: bool,
+    need_dw: bool,
+) -> list[Tensor]:
+    """One layer's gradients by running it again; arguments and result as those of the op fused_rnn::backward."""
+    recurrences, batch = len(directions), x.shape[1]
+    h0 = x.new_zeros(recurrences, batch, weights[1].shape[1]) if h0 is None else h0
+    c0 = x.new_zeros(recurrences, batch, weights[1].shape[0] // 4) if c0 is None and cell == "lstm" else c0
+    with torch.enable_grad():
+        leaves = [t.detach().requires_grad_() for t in (x, h0, *(() if c0 is None else (c0,)), *weights)]
+        states = 2 if c0 is None else 3
+        outputs = forward(
+            leaves[0], leaves[states:], leaves[1], None if c0 is None else leaves[2], lengths, reset, cell, directions, "none", False
+        )
+    given = [(o, g) for o, g in zip(outputs, (dy, dh_n, dc_n), strict=False) if g is not None]
+    dx, dh0, *rest = torch.autograd.grad([o for o, _ in given], leaves, [g for _, g in given])
+    dc0 = x.new_empty(0) if c0 is None else rest.pop(0)
+    return [dx if need_dx else x.new_empty(0), dh0, dc0, *(rest if need_dw else [])]
+
+
+def step(x: Tensor, h: Tensor, c: Tensor | None, weights: Sequence[Tensor], cell: str) -> list[Tensor]:
+    """One step: x [B, D], h [B, H], c [B, H] → [h'] or [h', c']. Differentiable."""
+    biases = weights[2:] if len(weights) == 4 else (None, None)
+    if c is not None:
+        return list(_STEPS[cell](x, (h, c), weights[0], weights[1], *biases))
+    return [_STEPS[cell](x, h, weights[0], weights[1], *biases)]
+
+
+def describe(problem: Problem) -> str:
+    """What would run, in a line."""
+    if problem.device != "cpu":
+        return f"torch.{problem.cell.split('_')[0]} on {problem.device}"
+    onednn = problem.cell == "lstm" and torch.backends.mkldnn.is_available() and problem.dtype != torch.float64
+    return f"torch.{problem.cell.split('_')[0]}: {'oneDNN' if onednn else 'one ATen call per operation and step'}"

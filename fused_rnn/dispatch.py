@@ -1,0 +1,50 @@
+"""From a problem to the backend that runs it, or one error with every backend's reason."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from types import ModuleType
+
+import torch
+
+from fused_rnn.backends import cpu, reference
+from fused_rnn.backends import torch as torch_backend
+from fused_rnn.problem import Problem
+
+BACKENDS: dict[str, ModuleType] = {module.NAME: module for module in (cpu, torch_backend, reference)}
+
+
+def preference(problem: Problem) -> tuple[str, ...]:
+    """The backends in the order in which to try them for this problem, fastest first."""
+    return ("cpu", "torch", "reference")
+
+
+def choose(problem: Problem, backend: str | None = None) -> ModuleType:
+    """The backend to run the problem: the one named, or with None the one that measured fastest of those that can.
+
+    Raises ValueError for an unknown name, NotImplementedError with every backend's reason where the one named cannot run it.
+    """
+    if backend is None:
+        for name in preference(problem):
+            if BACKENDS[name].supports(problem) is None:
+                return BACKENDS[name]
+    elif backend not in BACKENDS:
+        raise ValueError(f"backend: got {backend!r}, expected None or one of {', '.join(map(repr, BACKENDS))}")
+    elif BACKENDS[backend].supports(problem) is None:
+        return BACKENDS[backend]
+    raise NotImplementedError(_refusal(problem, backend))
+
+
+def _refusal(problem: Problem, backend: str | None) -> str:
+    reasons = {name: module.supports(problem) for name, module in BACKENDS.items()}
+    lines = [f"  {name}: {'can run this' if reason is None else reason}" for name, reason in reasons.items()]
+    asked = "no backend can" if backend is None else f"backend {backend!r} cannot"
+    return f"{asked} run this {problem.cell} problem ({problem.dtype} on {problem.device}):\n" + "\n".join(lines)
+
+
+_choose_cached = lru_cache(maxsize=4096)(choose)
+
+
+def resolve(problem: Problem, backend: str | None) -> ModuleType:
+    """`choose`, remembered; traced by Dynamo without the cache, whose keys cannot hold symbolic sizes."""
+    return choose(problem, backend) if torch.compiler.is_compiling() else _choose_cached(problem, backend)

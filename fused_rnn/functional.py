@@ -1,0 +1,292 @@
+"""A whole stack of layers, and single steps, as functions of plain tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import ModuleType
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from fused_rnn import autograd, checks
+from fused_rnn.dispatch import resolve
+from fused_rnn.problem import Problem
+
+SAVES = ("gates", "recompute")
+_DIRECTIONS = {1: (1,), 2: (1, -1)}
+
+
+def lstm(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    hx: tuple[Tensor, Tensor] | None = None,
+    *,
+    num_layers: int = 1,
+    bidirectional: bool = False,
+    dropout: float = 0.0,
+    training: bool = False,
+    lengths: Tensor | Sequence[int] | None = None,
+    reset: Tensor | None = None,
+    save: str = "gates",
+    backend: str | None = None,
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """Run a stack of LSTM layers over a sequence.
+
+    x: [T, B, D], float32/float64/bfloat16/float16.  weights, of x's dtype, in the order of torch's `_flat_weights`: per layer, per direction
+        w_ih [4H, D or R·P], w_hh [4H, P], (b_ih, b_hh [4H]), (w_hr [P, H]); gate order i, f, g, o. R is 2 if bidirectional, else 1;
+        P is the projection's width, H without one.
+    hx: (h0 [L·R, B, P], c0 [L·R, B, H]), None for zeros.
+    dropout: probability on the output of every layer but the last, if training; the mask is torch.nn.LSTM's for the same seed.
+    lengths: [B] integers, any device, any order. Outputs at t ≥ lengths[b] are zero, the final state is that of the last valid
+        step; the reverse direction starts there, as with a PackedSequence. On the CPU they must lie in 0 … T.
+    reset: [T, B] bool. Where true, the state (h and c) that enters step t of sequence b is zero, in both directions.
+    save: what is kept for backward, if a gradient is needed: "gates" (fastest) or "recompute" (checkpoints of the state).
+    backend: "cpu", "torch", "reference", or None for what measured fastest.
+    Under autocast all tensors but float64 ones are cast to its dtype, and so is the result.
+
+    Returns y [T, B, R·P] and (h_n [L·R, B, P], c_n [L·R, B, H]), in x's dtype; 16-bit types are accumulated, and c carried, in float32.
+    Raises ValueError naming the argument, what it got and what it expected; RuntimeError for T = 0;
+        NotImplementedError with each backend's reason when none, or not the one named, can run it.
+    Twice differentiable in x, weights and hx (backend "torch": as often as torch's kernels); forward mode by "reference" alone.
+    Source: Hochreiter & Schmidhuber 1997; gates as in torch.nn.LSTM.
+    """
+    h0, c0 = (None, None) if hx is None else hx
+    y, h_n, c_n = _stack(
+        "lstm", x, weights, h0, c0, num_layers, bidirectional, dropout, training, lengths, reset, save, backend
+    )
+    assert c_n is not None
+    return y, (h_n, c_n)
+
+
+def gru(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    hx: Tensor | None = None,
+    *,
+    num_layers: int = 1,
+    bidirectional: bool = False,
+    dropout: float = 0.0,
+    training: bool = False,
+    lengths: Tensor | Sequence[int] | None = None,
+    reset: Tensor | None = None,
+    save: str = "gates",
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Run a stack of GRU layers (the reset gate after the recurrent product) over a sequence.
+
+    weights: w_ih [3H, D or R·H], w_hh [3H, H], (b_ih, b_hh [3H]), gate order r, z, n.  hx: h0 [L·R, B, H], None for zeros.
+    Returns y [T, B, R·H] and h_n [L·R, B, H].  All else as in `lstm`.
+    Source: Cho et al. 2014; gates as in torch.nn.GRU.
+    """
+    y, h_n, _ = _stack(
+        "gru", x, weights, hx, None, num_layers, bidirectional, dropout, training, lengths, reset, save, backend
+    )
+    return y, h_n
+
+
+def rnn(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    hx: Tensor | None = None,
+    *,
+    nonlinearity: str = "tanh",
+    num_layers: int = 1,
+    bidirectional: bool = False,
+    dropout: float = 0.0,
+    training: bool = False,
+    lengths: Tensor | Sequence[int] | None = None,
+    reset: Tensor | None = None,
+    save: str = "gates",
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Run a stack of plain recurrent layers, nonlinearity "tanh" or "relu", over a sequence.
+
+    weights: w_ih [H, D or R·H], w_hh [H, H], (b_ih, b_hh [H]).  hx: h0 [L·R, B, H], None for zeros.
+    Returns y [T, B, R·H] and h_n [L·R, B, H].  All else as in `lstm`.
+    Source: Elman 1990; as in torch.nn.RNN.
+    """
+    cell = _rnn_cell_name(nonlinearity)
+    y, h_n, _ = _stack(
+        cell, x, weights, hx, None, num_layers, bidirectional, dropout, training, lengths, reset, save, backend
+    )
+    return y, h_n
+
+
+def lstm_cell(
+    x: Tensor, hx: tuple[Tensor, Tensor] | None, weights: Sequence[Tensor], *, backend: str | None = None
+) -> tuple[Tensor, Tensor]:
+    """One step of an LSTM: x [B, D], hx (h [B, H], c [B, H]) or None, weights w_ih, w_hh, (b_ih, b_hh) → (h', c').
+
+    Dtypes, errors, differentiability and source as in `lstm`.
+    """
+    h, c = (None, None) if hx is None else hx
+    h, c = _step("lstm", x, h, c, weights, backend)
+    return h, c
+
+
+def gru_cell(x: Tensor, h: Tensor | None, weights: Sequence[Tensor], *, backend: str | None = None) -> Tensor:
+    """One step of a GRU: x [B, D], h [B, H] or None, weights w_ih, w_hh, (b_ih, b_hh) → h' [B, H]. All else as in `gru`."""
+    return _step("gru", x, h, None, weights, backend)[0]
+
+
+def rnn_cell(
+    x: Tensor, h: Tensor | None, weights: Sequence[Tensor], *, nonlinearity: str = "tanh", backend: str | None = None
+) -> Tensor:
+    """One step of a plain recurrent cell: x [B, D], h [B, H] or None, weights w_ih, w_hh, (b_ih, b_hh) → h' [B, H]. All else as in `rnn`."""
+    return _step(_rnn_cell_name(nonlinearity), x, h, None, weights, backend)[0]
+
+
+def _rnn_cell_name(nonlinearity: str) -> str:
+    if nonlinearity == "tanh":
+        return "rnn_tanh"
+    if nonlinearity == "relu":
+        return "rnn_relu"
+    raise ValueError(f"nonlinearity: got {nonlinearity!r}, expected 'tanh' or 'relu'")
+
+
+def _needs_grad(x: Tensor, weights: Sequence[Tensor], h0: Tensor | None, c0: Tensor | None) -> bool:
+    if not torch.is_grad_enabled():
+        return False
+    if x.requires_grad or (h0 is not None and h0.requires_grad) or (c0 is not None and c0.requires_grad):
+        return True
+    for w in weights:
+        if w.requires_grad:
+            return True
+    # A tensor that is batched inside a gradient does not say that it requires one.
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
+def _forward_ad() -> bool:
+    return not torch.compiler.is_compiling() and forward_ad._current_level >= 0
+
+
+def _autocast(x: Tensor, weights: Sequence[Tensor], h0: Tensor | None, c0: Tensor | None):  # type: ignore[no-untyped-def]
+    """The rule of autocast's own list for lstm_cell and the like: floating tensors, but for float64, take its dtype."""
+    dtype = torch.get_autocast_dtype(x.device.type)
+
+    def cast(t: Tensor | None) -> Tensor | None:
+        return t if t is None or t.dtype == torch.float64 or not t.is_floating_point() else t.to(dtype)
+
+    return cast(x), [cast(w) for w in weights], cast(h0), cast(c0)
+
+
+def _stack(
+    cell: str,
+    x: Tensor,
+    weights: Sequence[Tensor],
+    h0: Tensor | None,
+    c0: Tensor | None,
+    num_layers: int,
+    bidirectional: bool,
+    dropout: float,
+    training: bool,
+    lengths: Tensor | Sequence[int] | None,
+    reset: Tensor | None,
+    save: str,
+    backend: str | None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    if torch.is_autocast_enabled(x.device.type):
+        x, weights, h0, c0 = _autocast(x, weights, h0, c0)
+    if save not in SAVES:
+        raise ValueError(f"save: got {save!r}, expected one of {', '.join(map(repr, SAVES))}")
+    recurrences = 2 if bidirectional else 1
+    steps, batch, input_size, hidden_size, width, count, bias = checks.check_stack(
+        cell, x, weights, h0, c0, num_layers, recurrences
+    )
+    if lengths is not None:
+        lengths = checks.check_lengths(lengths, x)
+    if reset is not None:
+        reset = checks.check_reset(reset, x)
+    needs_grad = _needs_grad(x, weights, h0, c0)
+    problem = Problem(
+        cell, x.dtype, x.device.type, steps == 1, batch, input_size, hidden_size, width, num_layers, recurrences, bias,
+        needs_grad, _forward_ad(), save if needs_grad else "none", lengths is not None, reset is not None,
+    )  # fmt: skip
+    chosen = resolve(problem, backend)
+    if chosen.stack is not None:
+        return chosen.stack(x, weights, h0, c0, lengths, cell, num_layers, recurrences, dropout, training)
+    if num_layers == 1:
+        return _layer(chosen, problem, x, weights, h0, c0, lengths, reset, True)
+    h_ns: list[Tensor] = []
+    c_ns: list[Tensor] = []
+    for layer in range(num_layers):
+        last, first = layer == num_layers - 1, layer * recurrences
+        x, h_n, c_n = _layer(
+            chosen,
+            problem,
+            x,
+            weights[first * count : (first + recurrences) * count],
+            None if h0 is None else h0[first : first + recurrences],
+            None if c0 is None else c0[first : first + recurrences],
+            lengths,
+            reset,
+            last,
+        )
+        h_ns.append(h_n)
+        if c_n is not None:
+            c_ns.append(c_n)
+        if dropout > 0 and training and not last:
+            x = torch.dropout(x, dropout, True)
+    return x, torch.cat(h_ns), torch.cat(c_ns) if c_ns else None
+
+
+def _layer(
+    backend: ModuleType,
+    problem: Problem,
+    x: Tensor,
+    weights: Sequence[Tensor],
+    h0: Tensor | None,
+    c0: Tensor | None,
+    lengths: Tensor | None,
+    reset: Tensor | None,
+    keep_hidden: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """One layer. keep_hidden: the caller's own y, which he may change in place, gets a twin for backward."""
+    cell, directions = problem.cell, _DIRECTIONS[problem.recurrences]
+    if backend.DIFFERENTIABLE or not problem.needs_grad:
+        outputs = backend.forward(x, weights, h0, c0, lengths, reset, cell, directions, "none", False)
+    elif cell == "lstm":
+        outputs = autograd.call(
+            autograd.LSTMFunction, x, h0, c0, lengths, reset, directions, problem.save, keep_hidden, backend.NAME, *weights
+        )
+        return outputs[0], outputs[1], outputs[2]
+    elif cell == "gru":
+        outputs = autograd.call(
+            autograd.GRUFunction, x, h0, lengths, reset, directions, problem.save, keep_hidden, backend.NAME, *weights
+        )
+    else:
+        outputs = autograd.call(
+            autograd.RNNFunction, x, h0, lengths, reset, cell[4:], directions, problem.save, keep_hidden, backend.NAME, *weights
+        )
+    return outputs[0], outputs[1], outputs[2] if cell == "lstm" else None
+
+
+def _step(
+    cell: str, x: Tensor, h: Tensor | None, c: Tensor | None, weights: Sequence[Tensor], backend: str | None
+) -> Sequence[Tensor]:
+    if torch.is_autocast_enabled(x.device.type):
+        x, weights, h, c = _autocast(x, weights, h, c)
+    if x.dim() != 2:
+        raise ValueError(f"x: got {checks._shape(x)}, expected two dimensions [B, D]")
+    batch, input_size = x.shape
+    _, width, count, hidden_size = checks.check_weights(cell, x, weights, input_size, 1, 1)
+    if h is None:
+        h = x.new_zeros(batch, width)
+    else:
+        checks.check_state("h", h, x, (batch, width), "[B, H]")
+    if c is not None:
+        checks.check_state("c", c, x, (batch, hidden_size), "[B, H]")
+    elif cell == "lstm":
+        c = x.new_zeros(batch, hidden_size)
+    needs_grad = _needs_grad(x, weights, h, c)
+    problem = Problem(
+        cell, x.dtype, x.device.type, True, batch, input_size, hidden_size, width, 1, 1, count >= 4,
+        needs_grad, _forward_ad(), "gates" if needs_grad else "none", False, False,
+    )  # fmt: skip
+    chosen = resolve(problem, backend)
+    if chosen.DIFFERENTIABLE or not needs_grad:
+        return chosen.step(x, h, c, weights, cell)
+    state = [t if t is None else t.unsqueeze(0) for t in (h, c)]
+    _, *after = _layer(chosen, problem, x.unsqueeze(0), weights, *state, None, None, False)
+    return [t[0] for t in after if t is not None]

@@ -1,0 +1,113 @@
+"""The compiled ops, if they were built: handles, fake kernels, vmap rules.
+
+Importing the pybind11 module `fused_rnn._C` registers them. Without it the package still imports, and MISSING says why the
+`cpu` backend is unavailable.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fused_rnn import vmap
+from fused_rnn.cells import CELLS
+
+_C: ModuleType | None
+MISSING: str | None
+try:
+    _C, MISSING = import_module("fused_rnn._C"), None
+except ImportError as error:
+    _C, MISSING = None, f"the compiled extension fused_rnn._C did not load ({error})"
+
+# Steps between two checkpoints of save="recompute", as csrc lays them out: the fake kernel must know the shape for any T.
+CHECKPOINT_EVERY = 32
+
+
+def _absent(*_: Any) -> list[Tensor]:
+    raise NotImplementedError(MISSING)
+
+
+# Looked up once: a chain of attributes through torch.ops costs a microsecond a call.
+forward: Callable[..., list[Tensor]] = _absent
+backward: Callable[..., list[Tensor]] = _absent
+step: Callable[..., list[Tensor]] = _absent
+
+
+def _forward_fake(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    h0: Tensor | None,
+    c0: Tensor | None,
+    lengths: Tensor | None,
+    reset: Tensor | None,
+    cell: str,
+    directions: Sequence[int],
+    save: str,
+    keep_hidden: bool,
+) -> list[Tensor]:
+    spec, recurrences = CELLS[cell], len(directions)
+    steps, batch = x.shape[:2]
+    hidden, width = weights[1].shape[0] // spec.gates, weights[1].shape[1]
+    y = x.new_empty(steps, batch, recurrences * width)
+    outputs = [y, x.new_empty(recurrences, batch, width)]
+    if spec.has_c:
+        outputs.append(x.new_empty(recurrences, batch, hidden))
+    if save == "none":
+        return outputs
+    if save == "gates":
+        saved = x.new_empty(steps, batch, recurrences, spec.stored, hidden)
+        cells = x.new_empty(steps, batch, recurrences, hidden) if spec.has_c else x.new_empty(0)
+    else:
+        chunks = (steps + CHECKPOINT_EVERY - 1) // CHECKPOINT_EVERY
+        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+        saved = x.new_empty(chunks, recurrences, batch, width + (hidden if spec.has_c else 0), dtype=wide)
+        cells = x.new_empty(0)
+    return [*outputs, saved, cells, torch.empty_like(y) if keep_hidden else x.new_empty(0)]
+
+
+def _backward_fake(
+    dy: Tensor | None,
+    dh_n: Tensor | None,
+    dc_n: Tensor | None,
+    x: Tensor,
+    weights: Sequence[Tensor],
+    h0: Tensor | None,
+    c0: Tensor | None,
+    lengths: Tensor | None,
+    reset: Tensor | None,
+    hidden: Tensor,
+    saved: Tensor,
+    cells: Tensor,
+    cell: str,
+    directions: Sequence[int],
+    save: str,
+    need_dx: bool,
+    need_dw: bool,
+) -> list[Tensor]:
+    spec, recurrences, batch = CELLS[cell], len(directions), x.shape[1]
+    units, width = weights[1].shape[0] // spec.gates, weights[1].shape[1]
+    dx = x.new_empty(x.shape) if need_dx else x.new_empty(0)
+    dh0 = x.new_empty(recurrences, batch, width)
+    dc0 = x.new_empty(recurrences, batch, units) if spec.has_c else x.new_empty(0)
+    return [dx, dh0, dc0, *([w.new_empty(w.shape) for w in weights] if need_dw else [])]
+
+
+def _step_fake(x: Tensor, h: Tensor, c: Tensor | None, weights: Sequence[Tensor], cell: str) -> list[Tensor]:
+    return [h.new_empty(h.shape)] if c is None else [h.new_empty(h.shape), c.new_empty(c.shape)]
+
+
+if _C is not None:
+    forward = torch.ops.fused_rnn.forward.default
+    backward = torch.ops.fused_rnn.backward.default
+    step = torch.ops.fused_rnn.step.default
+    torch.library.register_fake("fused_rnn::forward", _forward_fake)
+    torch.library.register_fake("fused_rnn::backward", _backward_fake)
+    torch.library.register_fake("fused_rnn::step", _step_fake)
+    torch.library.register_vmap("fused_rnn::forward", vmap.rule(forward, vmap.forward))
+    torch.library.register_vmap("fused_rnn::backward", vmap.rule(backward, vmap.backward))
+    torch.library.register_vmap("fused_rnn::step", vmap.rule(step, vmap.step))

@@ -1,0 +1,184 @@
+"""vmap rules of the ops: the mapped dimension N is folded into the batch, or, where weights differ or are differentiated, into R.
+
+An ensemble of N layers with R directions each is one launch of N·R recurrences. Only a mapped `lengths` or `reset` together with that
+is left over (they are shared by all recurrences): those calls are looped, one launch for each of N.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Dims = Sequence[Any]
+Result = tuple[list[Tensor], list[int | None]]
+
+
+def rule(op: Callable[..., list[Tensor]], fold: Callable[..., Result | None]) -> Callable[..., Result]:
+    """The function torch.library.register_vmap wants: `fold` where it can, else a loop over the mapped dimension."""
+
+    def vmap_rule(info: Any, in_dims: Dims, *args: Any) -> Result:
+        result = fold(op, info.batch_size, in_dims, *args)
+        return _loop(op, info.batch_size, in_dims, args) if result is None else result
+
+    return vmap_rule
+
+
+def _loop(op: Callable[..., list[Tensor]], n: int, dims: Dims, args: Sequence[Any]) -> Result:
+    def pick(arg: Any, dim: Any, i: int) -> Any:
+        if isinstance(arg, (list, tuple)) and isinstance(dim, (list, tuple)):
+            return [pick(a, d, i) for a, d in zip(arg, dim, strict=True)]
+        return arg if dim is None else arg.select(dim, i)
+
+    each = [op(*(pick(a, d, i) for a, d in zip(args, dims, strict=True))) for i in range(n)]
+    columns = list(zip(*each, strict=True))
+    absent = [_absent(column[0]) for column in columns]
+    outputs = [column[0] if gone else torch.stack(column) for column, gone in zip(columns, absent, strict=True)]
+    return outputs, [None if gone else 0 for gone in absent]
+
+
+def _absent(t: Tensor, dim: int | None = None) -> bool:
+    """The ops mark a tensor that is not there by the shape [0]."""
+    return t.dim() == (1 if dim is None else 2) and t.numel() == 0
+
+
+def _fold(t: Tensor | None, dim: int | None, n: int, at: int) -> Tensor | None:
+    """Bring the mapped dimension (new where dim is None) to `at` and merge it with the one behind it."""
+    if t is None or _absent(t, dim):
+        return t
+    t = t.unsqueeze(at).expand(*t.shape[:at], n, *t.shape[at:]) if dim is None else t.movedim(dim, at)
+    return t.flatten(at, at + 1)
+
+
+def _unfold(t: Tensor, n: int, at: int) -> Tensor:
+    return t.unflatten(at, (n, t.shape[at] // n))
+
+
+def _per_recurrence(x: Tensor, dim: int | None, n: int, recurrences: int) -> Tensor:
+    """x [T, B, D] or [T, B, R, D] with a mapped dimension → [T, B, N·R, D]."""
+    if x.dim() - (dim is not None) == 3:
+        x = x.unsqueeze(2).expand(*x.shape[:2], n, x.shape[2]) if dim is None else x.movedim(dim, 2)
+        return x.unsqueeze(3).expand(*x.shape[:3], recurrences, x.shape[3]).flatten(2, 3)
+    folded = _fold(x, dim, n, 2)
+    assert folded is not None
+    return folded
+
+
+def _ensemble(weights: Sequence[Tensor], dims: Sequence[int | None], n: int) -> list[Tensor]:
+    return [w if d is None else w.select(d, i) for i in range(n) for w, d in zip(weights, dims, strict=True)]
+
+
+def _where_saved(save: str) -> tuple[int, int]:
+    """The positions of B and R in `saved`: [T, B, R, S, H] for gates, [K, R, B, ·] for checkpoints."""
+    return (1, 2) if save == "gates" else (2, 1)
+
+
+def forward(
+    op: Callable[..., list[Tensor]],
+    n: int,
+    dims: Dims,
+    x: Tensor,
+    weights: Sequence[Tensor],
+    h0: Tensor | None,
+    c0: Tensor | None,
+    lengths: Tensor | None,
+    reset: Tensor | None,
+    cell: str,
+    directions: Sequence[int],
+    save: str,
+    keep_hidden: bool,
+) -> Result | None:
+    """fused_rnn::forward over a mapped dimension; None where it has to be looped."""
+    x_dim, weight_dims, h0_dim, c0_dim, lengths_dim, reset_dim = dims[:6]
+    states = 3 if cell == "lstm" else 2
+    saved_batch, saved_recurrence = _where_saved(save)
+    if all(d is None for d in weight_dims):
+        folded = (_fold(lengths, lengths_dim, n, 0), _fold(reset, reset_dim, n, 1))
+        outputs = op(
+            _fold(x, x_dim, n, 1), weights, _fold(h0, h0_dim, n, 1), _fold(c0, c0_dim, n, 1), *folded,
+            cell, directions, save, keep_hidden,
+        )  # fmt: skip
+        places = [1] * states + [saved_batch, 1, 1]
+    elif lengths_dim is None and reset_dim is None:
+        outputs = op(
+            x if x_dim is None and x.dim() == 3 else _per_recurrence(x, x_dim, n, len(directions)),
+            _ensemble(weights, weight_dims, n), _fold(h0, h0_dim, n, 0), _fold(c0, c0_dim, n, 0), lengths, reset,
+            cell, list(directions) * n, save, keep_hidden,
+        )  # fmt: skip
+        places = [2] + [0] * (states - 1) + [saved_recurrence, 2, 2]
+    else:
+        return None
+    places = places[: len(outputs)]
+    out_dims = [None if _absent(t) else at for t, at in zip(outputs, places, strict=True)]
+    return [t if at is None else _unfold(t, n, at) for t, at in zip(outputs, out_dims, strict=True)], out_dims
+
+
+def backward(
+    op: Callable[..., list[Tensor]],
+    n: int,
+    dims: Dims,
+    dy: Tensor | None,
+    dh_n: Tensor | None,
+    dc_n: Tensor | None,
+    x: Tensor,
+    weights: Sequence[Tensor],
+    h0: Tensor | None,
+    c0: Tensor | None,
+    lengths: Tensor | None,
+    reset: Tensor | None,
+    hidden: Tensor,
+    saved: Tensor,
+    cells: Tensor,
+    cell: str,
+    directions: Sequence[int],
+    save: str,
+    need_dx: bool,
+    need_dw: bool,
+) -> Result | None:
+    """fused_rnn::backward over a mapped dimension; None where it has to be looped."""
+    dy_dim, dh_dim, dc_dim, x_dim, weight_dims, h0_dim, c0_dim, lengths_dim, reset_dim, hidden_dim, saved_dim, cells_dim = dims[:12]
+    saved_batch, saved_recurrence = _where_saved(save)
+    outputs: list[Tensor]
+    out_dims: list[int | None]
+    if not need_dw and all(d is None for d in weight_dims):
+        outputs = op(
+            _fold(dy, dy_dim, n, 1), _fold(dh_n, dh_dim, n, 1), _fold(dc_n, dc_dim, n, 1), _fold(x, x_dim, n, 1), weights,
+            _fold(h0, h0_dim, n, 1), _fold(c0, c0_dim, n, 1), _fold(lengths, lengths_dim, n, 0), _fold(reset, reset_dim, n, 1),
+            _fold(hidden, hidden_dim, n, 1), _fold(saved, saved_dim, n, saved_batch), _fold(cells, cells_dim, n, 1),
+            cell, directions, save, need_dx, need_dw,
+        )  # fmt: skip
+        out_dims = [None if _absent(t) else 1 for t in outputs]
+        return [t if at is None else _unfold(t, n, at) for t, at in zip(outputs, out_dims, strict=True)], out_dims
+    if lengths_dim is not None or reset_dim is not None:
+        return None
+    # dx must come out per member, even of an x that all members share.
+    shared = x_dim is None and x.dim() == 3 and not need_dx
+    dx, dh0, dc0, *dweights = op(
+        _fold(dy, dy_dim, n, 2), _fold(dh_n, dh_dim, n, 0), _fold(dc_n, dc_dim, n, 0),
+        x if shared else _per_recurrence(x, x_dim, n, len(directions)), _ensemble(weights, weight_dims, n),
+        _fold(h0, h0_dim, n, 0), _fold(c0, c0_dim, n, 0), lengths, reset,
+        _fold(hidden, hidden_dim, n, 2), _fold(saved, saved_dim, n, saved_recurrence), _fold(cells, cells_dim, n, 2),
+        cell, list(directions) * n, save, need_dx, need_dw,
+    )  # fmt: skip
+    outputs = [_unfold(dx, n, 2) if need_dx else dx, _unfold(dh0, n, 0), dc0 if _absent(dc0) else _unfold(dc0, n, 0)]
+    out_dims = [2 if need_dx else None, 0, None if _absent(dc0) else 0]
+    if need_dx and x.dim() - (x_dim is not None) == 3:
+        outputs[0] = outputs[0].sum(3)
+    if need_dw:
+        count = len(weights)
+        outputs += [torch.stack(dweights[j::count]) for j in range(count)]
+        out_dims += [0] * count
+    return outputs, out_dims
+
+
+def step(
+    op: Callable[..., list[Tensor]], n: int, dims: Dims, x: Tensor, h: Tensor, c: Tensor | None, weights: Sequence[Tensor], cell: str
+) -> Result | None:
+    """fused_rnn::step over a mapped dimension; None where it has to be looped."""
+    x_dim, h_dim, c_dim, weight_dims = dims[:4]
+    if any(d is not None for d in weight_dims):
+        return None
+    outputs = op(_fold(x, x_dim, n, 0), _fold(h, h_dim, n, 0), _fold(c, c_dim, n, 0), weights, cell)
+    return [_unfold(t, n, 0) for t in outputs], [0] * len(outputs)
