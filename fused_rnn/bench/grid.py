@@ -1,0 +1,112 @@
+"""The points that are measured, and the regions they are summed up in.
+
+Letters: T time steps, B batch, H hidden size; the input size equals H throughout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
+
+import torch
+
+GATES = {"LSTM": 4, "GRU": 3, "RNN": 1}
+CELLS = tuple(GATES)
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
+SEQUENCES = ("inference", "training")
+MODES = (*SEQUENCES, "step")
+VARIANTS = ("plain", "layers", "bidirectional", "ragged")
+
+
+@dataclass(frozen=True)
+class Point:
+    """One problem: what is run, in which mode, at which size.
+
+    mode is "inference" (forward under no_grad), "training" (forward and backward, the gradient of the input
+    included) or "step" (one call with T = 1 under no_grad, the state passed in).
+    variant is "plain", or one departure from it: "layers" (three), "bidirectional", "ragged" (a packed sequence).
+    """
+
+    cell: str
+    mode: str
+    dtype: str
+    T: int
+    B: int
+    H: int
+    variant: str = "plain"
+
+    @property
+    def layers(self) -> int:
+        return 3 if self.variant == "layers" else 1
+
+    @property
+    def directions(self) -> int:
+        return 2 if self.variant == "bidirectional" else 1
+
+    @property
+    def lengths(self) -> list[int] | None:
+        """Ragged lengths: evenly spread from T down to T/4, so half of the padded work on average is real."""
+        if self.variant != "ragged":
+            return None
+        return [max(1, self.T - (3 * self.T * b) // (4 * self.B)) for b in range(self.B)]
+
+    @property
+    def flops(self) -> float:
+        """Floating-point operations of the matrix products alone; backward costs twice the forward."""
+        steps = sum(self.lengths) if self.lengths else self.T * self.B
+        inputs = [self.H] + [self.H * self.directions] * (self.layers - 1)
+        forward = sum(2 * steps * GATES[self.cell] * self.H * (d + self.H) * self.directions for d in inputs)
+        return float(forward * (3 if self.mode == "training" else 1))
+
+    @property
+    def recurrent_bytes(self) -> int:
+        """Size of one W_hh, which no step can do without reading."""
+        return GATES[self.cell] * self.H * self.H * DTYPES[self.dtype].itemsize
+
+    def __str__(self) -> str:
+        tail = "" if self.variant == "plain" else f" {self.variant}"
+        return f"{self.cell} {self.mode} {self.dtype} T={self.T} B={self.B} H={self.H}{tail}"
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Sizes to combine. `steps` are the H of the single-step comparison against the cells of torch.nn."""
+
+    T: tuple[int, ...]
+    B: tuple[int, ...]
+    H: tuple[int, ...]
+    steps: tuple[int, ...] = ()
+
+    def points(
+        self,
+        dtype: str,
+        cells: Sequence[str] = CELLS,
+        modes: Sequence[str] = MODES,
+        variants: Sequence[str] = ("plain",),
+    ) -> Iterator[Point]:
+        sequences = [mode for mode in modes if mode != "step"]
+        for cell, mode, variant in product(cells, sequences, variants):
+            for T, B, H in product(self.T, self.B, self.H):
+                yield Point(cell, mode, dtype, T, B, H, variant)
+        for cell, H in product(cells, self.steps if "step" in modes else ()):
+            yield Point(cell, "step", dtype, 1, 1, H)
+
+
+GRIDS = {
+    "cpu": Grid(T=(1, 32, 128), B=(1, 8, 32, 128), H=(32, 128, 256, 512), steps=(32, 64, 128, 256, 512)),
+    "quick": Grid(T=(1, 32), B=(1, 8, 32), H=(32, 128, 256), steps=(128,)),
+    "cuda": Grid(
+        T=(1, 32, 128, 1024),
+        B=(1, 8, 16, 32, 64, 128, 256),
+        H=(32, 64, 128, 256, 512, 768, 1024, 1536, 2048),
+        steps=(128, 512, 1024),
+    ),
+}
+
+# The regions a result is summed up in, by geometric mean: one sequence at a time, small layers, large ones.
+REGIONS: dict[str, Callable[[Point], bool]] = {
+    "B=1, T≥32": lambda p: p.B == 1 and p.T >= 32,
+    "B≥8, H≤128": lambda p: p.B >= 8 and p.H <= 128,
+    "B≥8, H≥256": lambda p: p.B >= 8 and p.H >= 256,
+}

@@ -1,0 +1,76 @@
+"""Which machine, which versions, which commit: what a number is worth nothing without."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import fused_rnn
+
+
+def cpu_model() -> str:
+    """The processor's name as the system gives it; the architecture where it gives none."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def cpu_isa() -> str:
+    """The widest instruction set torch's own kernels use here."""
+    return torch.backends.cpu.get_cpu_capability()
+
+
+def commit() -> str:
+    """The short hash of the checkout this package lies in, "+" appended if it has changes; "" outside of one."""
+    here = Path(__file__).resolve().parents[2]
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(here), *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        return done.stdout.strip() if done.returncode == 0 else ""
+
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", "fused_rnn", "csrc", "setup.py")
+        head = git("rev-parse", "--short=12", "HEAD")
+    except FileNotFoundError:
+        return ""
+    return head + ("+" if head and changed else "")
+
+
+def describe(device: str) -> dict[str, Any]:
+    """What identifies a run, JSON-ready. device: "cpu" or "cuda"."""
+    facts: dict[str, Any] = {
+        "device": device,
+        "device_name": cpu_model() if device == "cpu" else torch.cuda.get_device_name(),
+        "cpu": cpu_model(),
+        "cores": os.cpu_count(),
+        "isa": cpu_isa(),
+        "fused_rnn": fused_rnn.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "commit": commit(),
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%MZ"),
+    }
+    if device == "cuda":
+        facts |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
+        facts |= {"tf32": torch.backends.cudnn.allow_tf32, "driver": _driver()}
+    return facts
+
+
+def _driver() -> str:
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return ""
+    return done.stdout.strip().splitlines()[0] if done.returncode == 0 and done.stdout.strip() else ""

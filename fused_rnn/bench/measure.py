@@ -1,0 +1,140 @@
+"""The clock: interleaved A/B timing in one process, and the check that what is timed is right.
+
+All providers of a point are built first, checked against the baseline, warmed up, and then take turns: in each
+round each provider runs a short block, in random order. A slow phase of the machine thus falls on everyone, and
+the medians are compared. Nothing is averaged away: the 20th and 80th percentile are kept.
+"""
+
+from __future__ import annotations
+
+import gc
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from fused_rnn.bench.grid import Point
+from fused_rnn.bench.providers import Call, baseline, build, supports
+
+# A guard against timing something wrong, by ‖a - b‖ / ‖b‖; accuracy itself is judged by the tests.
+TOLERANCE = {"fp64": 1e-9, "fp32": 1e-3, "fp16": 2e-2, "bf16": 5e-2}
+BLOCK_S = 2e-3  # a provider's turn lasts about this long: long enough to warm its caches, short against drifts
+MIN_ROUNDS, MAX_ROUNDS = 7, 50
+LONG_S, LONG_ROUNDS = 6.0, 3  # a point that takes so long after so few rounds may stop there
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Percentiles in seconds over n runs, or the reason why nothing is reported."""
+
+    p20: float = 0.0
+    p50: float = 0.0
+    p80: float = 0.0
+    n: int = 0
+    refused: str | None = None
+
+
+def percentiles(seconds: list[float]) -> Timing:
+    """Percentiles by nearest rank; seconds must not be empty."""
+    ordered = sorted(seconds)
+    p20, p50, p80 = (ordered[round(q * (len(ordered) - 1))] for q in (0.2, 0.5, 0.8))
+    return Timing(p20, p50, p80, len(ordered))
+
+
+def clock(device: str) -> Callable[[Call], float]:
+    """A function that runs a call once and returns its seconds: by events on a GPU, by the CPU's clock otherwise."""
+    if device != "cuda":
+
+        def on_cpu(call: Call) -> float:
+            call.prepare()
+            start = time.perf_counter_ns()
+            call.run()
+            return (time.perf_counter_ns() - start) * 1e-9
+
+        return on_cpu
+
+    def on_gpu(call: Call) -> float:
+        call.prepare()
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda.synchronize()
+        start.record()
+        call.run()
+        end.record()
+        torch.cuda.synchronize()
+        return float(start.elapsed_time(end)) * 1e-3
+
+    return on_gpu
+
+
+def difference(call: Call, expected: list[torch.Tensor]) -> float:
+    """The largest relative difference ‖a - b‖ / ‖b‖ over a call's results; inf where a value is not finite."""
+    worst = 0.0
+    for ours, theirs in zip(call.results(), expected, strict=True):
+        a, b = ours.double().flatten(), theirs.double().flatten()
+        if a.numel() != b.numel() or not bool(torch.isfinite(a).all()):
+            return float("inf")
+        worst = max(worst, float((a - b).norm() / b.norm().clamp_min(1e-30)))
+    return worst
+
+
+def measure(point: Point, providers: list[str], device: str, budget_s: float) -> dict[str, Timing]:
+    """Time every provider at one point, in about budget_s seconds, or what the fewest rounds take if that is longer.
+
+    A provider that does not support the point is left out; one that raises, or whose results differ from the
+    baseline's, is in the answer with the reason and without a time.
+    """
+    timings: dict[str, Timing] = {}
+    calls: dict[str, Call] = {}
+    cost: dict[str, float] = {}
+    run = clock(device)
+    first = baseline(point)
+    expected: list[torch.Tensor] = []
+    for provider in [first, *(p for p in providers if p != first)]:
+        if supports(provider, point) is not None:
+            continue
+        try:
+            call = build(provider, point, device)
+            run(call)
+        except (RuntimeError, ValueError, NotImplementedError) as error:
+            if provider == first:
+                raise
+            timings[provider] = Timing(refused=str(error).strip().splitlines()[0])
+            continue
+        if provider == first:
+            expected = [result.clone() for result in call.results()]
+        elif not (off := difference(call, expected)) <= TOLERANCE[point.dtype]:
+            timings[provider] = Timing(refused=f"wrong result: differs from {first} by {off:.1e}")
+            continue
+        calls[provider], cost[provider] = call, run(call)
+
+    seconds = _interleave(calls, cost, run, budget_s)
+    return timings | {provider: percentiles(samples) for provider, samples in seconds.items()}
+
+
+def _interleave(
+    calls: dict[str, Call], cost: dict[str, float], run: Callable[[Call], float], budget_s: float
+) -> dict[str, list[float]]:
+    order = list(calls)
+    # A fixed order would give each provider the same predecessor, whose caches and free memory it inherits, all along.
+    shuffle = random.Random(0).shuffle
+    block = {provider: max(1, min(50, int(BLOCK_S / cost[provider]))) for provider in order}
+    samples: dict[str, list[float]] = {provider: [] for provider in order}
+    enabled = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        start = time.perf_counter()
+        for turn in range(MAX_ROUNDS):
+            spent = time.perf_counter() - start
+            if spent > budget_s and (turn >= MIN_ROUNDS or (turn >= LONG_ROUNDS and spent > LONG_S)):
+                break
+            for provider in order:
+                call = calls[provider]
+                samples[provider].extend(run(call) for _ in range(block[provider]))
+            shuffle(order)
+    finally:
+        if enabled:
+            gc.enable()
+    return samples

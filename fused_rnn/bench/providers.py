@@ -1,0 +1,141 @@
+"""Who runs a point: torch.nn, a loop over torch's cell, or fused_rnn with one of its backends.
+
+Every provider of a point computes the same thing from the same weights, input, state and output gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence
+
+import fused_rnn
+from fused_rnn.bench.grid import DTYPES, Point
+
+BASELINE = "torch"
+STEP_BASELINE = "cell"
+# name → what the tables call it; any other name is a backend of fused_rnn, run alone
+TITLES = {"torch": "torch.nn", "loop": "loop over torch cell", "cell": "torch.nn cell", "auto": "fused_rnn, auto"}
+
+
+def baseline(point: Point) -> str:
+    """The provider a point's speed-ups are counted against."""
+    return STEP_BASELINE if point.mode == "step" else BASELINE
+
+
+class Call:
+    """One provider at one point: `prepare()` is outside the clock, `run()` inside it.
+
+    results: after `run()`, the tensors by which two providers are compared: outputs, then in training the
+    gradients of the input and of every parameter.
+    """
+
+    def __init__(self, point: Point, module: nn.Module, forward: Callable[[], Tensor], x: Tensor, dy: Tensor) -> None:
+        self.training = point.mode == "training"
+        self.module, self.forward, self.x, self.dy = module, forward, x, dy
+        self.parameters = list(module.parameters())
+        self.y: Tensor | None = None
+
+    def prepare(self) -> None:
+        """Drop the last results and, in training, write the weights as an optimiser would.
+
+        Without the write a backend could keep weights packed from one iteration to the next, which no training run
+        allows. The factor is one, so every provider keeps computing the same thing.
+        """
+        self.y = None
+        if self.training:
+            self.x.grad = None
+            for parameter in self.parameters:
+                parameter.grad = None
+            with torch.no_grad():
+                for parameter in self.parameters:
+                    parameter.mul_(1)
+
+    def run(self) -> None:
+        if self.training:
+            self.y = self.forward()
+            self.y.backward(self.dy)
+        else:
+            with torch.no_grad():
+                self.y = self.forward()
+
+    def results(self) -> list[Tensor]:
+        assert self.y is not None
+        gradients = [self.x.grad, *(parameter.grad for parameter in self.parameters)] if self.training else []
+        return [self.y.detach(), *(gradient for gradient in gradients if gradient is not None)]
+
+
+class CellLoop(nn.Module):
+    """What people write when a fused layer will not do: a Python loop over `torch.nn.<Kind>Cell`."""
+
+    def __init__(self, kind: str, size: int, **factory: Any) -> None:
+        super().__init__()
+        self.cell = getattr(nn, kind + "Cell")(size, size, **factory)
+
+    def forward(self, x: Tensor) -> Tensor:
+        outputs, hx = [], None
+        for x_t in x.unbind(0):
+            hx = self.cell(x_t, hx)
+            outputs.append(hx[0] if isinstance(hx, tuple) else hx)
+        return torch.stack(outputs)
+
+
+def supports(provider: str, point: Point) -> str | None:
+    """None, or why this provider does not run this point."""
+    if provider in ("loop", "cell") and point.variant != "plain":
+        return "the loop over a cell has one layer, one direction and no lengths"
+    if (provider == "cell") != (point.mode == "step") and provider in ("cell", "loop"):
+        return "the cell alone is compared in single steps, the loop in sequences"
+    return None
+
+
+def build(provider: str, point: Point, device: str = "cpu", **options: str) -> Call:
+    """Make `provider`'s call for `point`. The same seed every time, so the same numbers for every provider.
+
+    options go to the modules of fused_rnn alone (`save="recompute"`).
+    """
+    factory: dict[str, Any] = {"device": device, "dtype": DTYPES[point.dtype]}
+    kwargs: dict[str, Any] = {"num_layers": point.layers, "bidirectional": point.directions == 2}
+    torch.manual_seed(0)
+    reference = getattr(nn, point.cell)(point.H, point.H, **kwargs, **factory)
+    x = torch.randn(point.T, point.B, point.H, **factory).requires_grad_(point.mode == "training")
+    dy = torch.randn(point.T, point.B, point.H * point.directions, **factory)
+    hx: Any = None
+    if point.mode == "step":
+        h, c = torch.randn(2, 1, point.B, point.H, **factory).unbind(0)
+        hx = (h, c) if point.cell == "LSTM" else h
+
+    if provider in ("cell", "loop"):
+        loop = CellLoop(point.cell, point.H, **factory)
+        loop.cell.load_state_dict({k.removesuffix("_l0"): v for k, v in reference.state_dict().items()})
+        return Call(point, loop, _step(loop.cell, x, hx) if provider == "cell" else lambda: loop(x), x, dy)
+
+    if provider == BASELINE:
+        module = reference
+    else:
+        backend = None if provider == "auto" else provider
+        module = getattr(fused_rnn, point.cell)(point.H, point.H, backend=backend, **options, **kwargs, **factory)
+        module.load_state_dict(reference.state_dict())
+    if point.lengths is None:
+        return Call(point, module, lambda: module(x, hx)[0], x, dy)
+    packed = torch.tensor(point.lengths)
+    rows = int(packed.sum())
+
+    def ragged() -> Tensor:
+        y: Tensor = module(pack_padded_sequence(x, packed), hx)[0].data
+        return y
+
+    return Call(point, module, ragged, x, dy.flatten(0, 1)[:rows])
+
+
+def _step(cell: nn.Module, x: Tensor, hx: Any) -> Callable[[], Tensor]:
+    """The bare call of a cell, with nothing around it that would count against it."""
+    x_0 = x[0]
+    if isinstance(hx, tuple):
+        state = hx[0][0], hx[1][0]
+        return lambda: cell(x_0, state)[0]
+    h_0 = hx[0]
+    return lambda: cell(x_0, h_0)

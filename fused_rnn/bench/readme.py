@@ -1,0 +1,98 @@
+"""The README's tables, written from the result files and from nothing else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fused_rnn.bench.grid import CELLS
+from fused_rnn.bench.providers import BASELINE, STEP_BASELINE
+from fused_rnn.bench.results import MEMORY, Results, geometric_mean
+from fused_rnn.bench.tables import EVEN, regions
+
+BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
+
+
+def update(readme: Path, directory: Path, provider: str) -> bool:
+    """Put the tables of every result file in `directory` between the markers of `readme`; True if that changed it.
+
+    Raises ValueError if the markers are missing, FileNotFoundError if there is no result file.
+    """
+    text = readme.read_text(encoding="utf-8")
+    if BEGIN not in text or END not in text:
+        raise ValueError(f"{readme} must contain the lines {BEGIN} and {END}")
+    files = sorted(path for path in directory.glob("*.json") if not path.name.startswith("quick-"))
+    if not files:
+        raise FileNotFoundError(f"no result file in {directory}: run `python -m fused_rnn bench` first")
+    loaded = [Results.load(path) for path in files]
+    loaded.sort(key=lambda results: (results.runs[-1]["dtype"] != "fp32", results.runs[-1]["threads"]))
+    parts = [section(results, provider) for results in loaded]
+    parts += [steps(loaded[0], provider), memory(loaded[0], provider)]
+    head, rest = text.split(BEGIN, 1)
+    tables = "\n\n".join(part for part in parts if part)
+    updated = f"{head}{BEGIN}\n{tables}\n{END}{rest.split(END, 1)[1]}"
+    readme.write_text(updated, encoding="utf-8")
+    return updated != text
+
+
+def section(results: Results, provider: str) -> str:
+    """One file's region table, what it was measured on above, the losses below."""
+    run = results.runs[-1]
+    threads = f"{run['threads']} thread{'s' * (run['threads'] > 1)}"
+    lines = [f"**{run['dtype']}, {threads}**", "", "| | " + " | ".join(CELLS) + " |", "|---" * (1 + len(CELLS)) + "|"]
+    for mode, region, cells in regions(results, provider):
+        entries = [f"{geometric_mean(v):.2f}× ({min(v):.2f})" if v else "–" for v in cells.values()]
+        lines.append(f"| {mode}, {region} | " + " | ".join(entries) + " |")
+    lines += ["", f"Our kernels alone: {_losses(results, provider)}. Chosen automatically: {_losses(results, 'auto')}."]
+    lines += ["", f"<sub>{caption(results)}</sub>"]
+    return "\n".join(lines)
+
+
+def caption(results: Results) -> str:
+    """Machine, versions, limits, commit and date of the latest run of a file."""
+    run = results.runs[-1]
+    limit = run["limits"]["flops"] / 1e9
+    device = f"{run['device_name']} ({run['cores']} cores, {run['isa']}; torch.mm {limit:.0f} GFLOP/s)"
+    return f"{device}, torch {run['torch']}, commit {run['commit'] or 'unknown'}, {run['date']}"
+
+
+def _losses(results: Results, provider: str) -> str:
+    found = [s for point, s in results.speedups(provider).items() if point.mode != "step"]
+    slow = [speedup for speedup in found if speedup < EVEN]
+    if not found:
+        return "not measured"
+    worst = f", the worst {min(slow):.2f}×" if slow else ""
+    return f"slower than {EVEN}× at {len(slow)} of {len(found)} points{worst}"
+
+
+def steps(results: Results, provider: str) -> str:
+    """One step, T = 1 and B = 1, in microseconds beside torch's cell."""
+    points = [point for point in results.speedups(provider) if point.mode == "step"]
+    if not points:
+        return ""
+    heights = sorted({point.H for point in points})
+    lines = ["**One step: a module call with T=1, B=1, no gradient** (µs, `torch.nn` cell → ours)", ""]
+    lines += ["| | " + " | ".join(f"H={H}" for H in heights) + " |", "|---" * (1 + len(heights)) + "|"]
+    for cell in CELLS:
+        entries = []
+        for H in heights:
+            point = next((p for p in points if p.cell == cell and p.H == H), None)
+            theirs = point and results.value(point, STEP_BASELINE)
+            ours = point and results.value(point, provider)
+            entries.append(f"{theirs:.3g} → {ours:.3g} ({theirs / ours:.1f}×)" if theirs and ours else "–")
+        lines.append(f"| {cell} | " + " | ".join(entries) + " |")
+    return "\n".join(lines)
+
+
+def memory(results: Results, provider: str) -> str:
+    """Peak memory of a long sequence, beside torch.nn's."""
+    rows = [row for row in results.rows.values() if row.metric == MEMORY and row.p50 is not None]
+    if not rows:
+        return ""
+    point = rows[0].point
+    lines = [f"**Peak memory, T={point.T}, B={point.B}, H={point.H}, {point.dtype}** (MiB)", ""]
+    lines += ['| | torch.nn | ours | ours, `save="recompute"` |', "|---|---|---|---|"]
+    for point in dict.fromkeys(row.point for row in rows):
+        values = (results.value(point, name, MEMORY) for name in (BASELINE, provider, f"{provider} save=recompute"))
+        entries = ("–" if value is None else f"{value:.0f}" for value in values)
+        lines.append(f"| {point.cell}, {point.mode} | " + " | ".join(entries) + " |")
+    return "\n".join(lines)

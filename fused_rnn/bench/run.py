@@ -1,0 +1,150 @@
+"""A benchmark run: every point of a plan, within a budget of time, into one result file per dtype and thread count."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from fused_rnn.bench.grid import CELLS, GRIDS, MODES, Point
+from fused_rnn.bench.limits import Limits, measure_limits
+from fused_rnn.bench.machine import describe
+from fused_rnn.bench.measure import Timing, measure
+from fused_rnn.bench.memory import SIZES, peak_memory
+from fused_rnn.bench.plot import plot
+from fused_rnn.bench.providers import BASELINE, TITLES
+from fused_rnn.bench.results import FLOOR, MEMORY, Results, Row, time_row
+from fused_rnn.bench.tables import report
+
+PROVIDERS = {"cpu": ("torch", "cell", "loop", "cpu", "auto"), "cuda": ("torch", "cell", "cuda", "triton", "auto")}
+
+
+OTHERS = tuple(TITLES)  # every other provider is one of our backends, run alone
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to measure. budget_s is for each pair of dtype and thread count."""
+
+    device: str = "cpu"
+    grid: str = "cpu"
+    cells: tuple[str, ...] = CELLS
+    dtypes: tuple[str, ...] = ("fp32", "bf16")
+    threads: tuple[int, ...] = (1, 2)
+    modes: tuple[str, ...] = MODES
+    variants: tuple[str, ...] = ("plain",)
+    providers: tuple[str, ...] = PROVIDERS["cpu"]
+    budget_s: float = 600.0
+    memory: bool = True
+    out: Path = Path("benchmarks/results/cpu")
+
+    def path(self, dtype: str, threads: int) -> Path:
+        """The result file; a quick run has one of its own and leaves the careful one alone."""
+        prefix = "quick-" if self.grid == "quick" else ""
+        return self.out / f"{prefix}{dtype}-{threads}t.json"
+
+
+def execute(plan: Plan, console: Console) -> list[Path]:
+    """Measure everything in the plan, print the tables, write the files; returns their paths.
+
+    An interrupt ends the run after writing what has been measured so far.
+    """
+    paths = []
+    before = torch.get_num_threads()
+    try:
+        for dtype in plan.dtypes:
+            for threads in plan.threads:
+                torch.set_num_threads(threads)
+                paths.append(_execute_one(plan, dtype, threads, console))
+    finally:
+        torch.set_num_threads(before)
+    return paths
+
+
+def _execute_one(plan: Plan, dtype: str, threads: int, console: Console) -> Path:
+    path = plan.path(dtype, threads)
+    facts = describe(plan.device) | {"dtype": dtype, "threads": threads}
+    limits = measure_limits(dtype, plan.device)
+    facts["limits"] = asdict(limits)
+    console.rule(f"{facts['device_name']}, {dtype}, {threads} thread{'s' * (threads > 1)}")
+    small, large = limits.read[0][1], limits.read[-1][1]
+    console.print(
+        f"Limits: {limits.flops / 1e9:.0f} GFLOP/s; reads {small / 1e9:.0f} GB/s from the first cache, "
+        f"{large / 1e9:.0f} GB/s from memory. torch {facts['torch']}, commit {facts['commit'] or 'unknown'}."
+    )
+    results = _continued(path, facts)
+    results.runs.append(facts)
+    rows: list[Row] = []
+    try:
+        rows += _times(plan, dtype, limits, len(results.runs) - 1, console)
+        if plan.memory:
+            rows += _memory(plan, dtype, threads, len(results.runs) - 1, console)
+    except KeyboardInterrupt as stop:
+        rows += stop.args[0] if stop.args else []
+        raise
+    finally:
+        results.replace(rows)
+        if results.rows:
+            results.save(path)
+    console.print(report(results))
+    picture = path.with_suffix(".png")
+    plot(results, next((p for p in plan.providers if p not in OTHERS), "auto"), picture)
+    console.print(f"Written to {path} and {picture.name}")
+    return path
+
+
+def _continued(path: Path, facts: dict[str, object]) -> Results:
+    """The file's present contents if they come from this machine and this torch; otherwise a new start."""
+    if not path.exists():
+        return Results()
+    earlier = Results.load(path)
+    same = all(run.get(key) == facts[key] for run in earlier.runs for key in ("device_name", "torch", "isa"))
+    return earlier if same else Results()
+
+
+def _times(plan: Plan, dtype: str, limits: Limits, run: int, console: Console) -> list[Row]:
+    points = list(GRIDS[plan.grid].points(dtype, plan.cells, plan.modes, plan.variants))
+    # The dearest first: they take what they must, and the others share evenly what is left.
+    points.sort(key=lambda point: -point.flops)
+    rows: list[Row] = []
+    end = time.perf_counter() + plan.budget_s
+    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+    try:
+        with Progress(*columns, console=console, transient=True) as progress:
+            task = progress.add_task("", total=len(points))
+            for index, point in enumerate(points):
+                progress.update(task, description=str(point))
+                share = max(0.0, end - time.perf_counter()) / (len(points) - index)
+                timings = measure(point, list(plan.providers), plan.device, share)
+                rows += [time_row(point, provider, timing, run) for provider, timing in timings.items()]
+                floor = limits.floor(point)
+                rows.append(time_row(point, FLOOR, Timing(floor, floor, floor, 1), run))
+                progress.advance(task)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(rows) from None
+    return rows
+
+
+def _memory(plan: Plan, dtype: str, threads: int, run: int, console: Console) -> list[Row]:
+    """Peak memory at one long point per cell, for torch.nn and each of our backends, both ways to save."""
+    ours = [provider for provider in plan.providers if provider not in OTHERS]
+    modes = [mode for mode in plan.modes if mode != "step"]
+    wanted: list[tuple[str, str, str, str | None]]
+    wanted = [(cell, mode, provider, None) for cell in plan.cells for mode in modes for provider in (BASELINE, *ours)]
+    if "training" in modes:
+        wanted += [(cell, "training", provider, "recompute") for cell in plan.cells for provider in ours]
+    rows = []
+    with console.status("Peak memory, each in a process of its own"):
+        for cell, mode, provider, save in wanted:
+            point = Point(cell, mode, dtype, *SIZES)
+            name = provider if save is None else f"{provider} save={save}"
+            try:
+                mib = round(peak_memory(point, provider, plan.device, threads, save) / 2**20, 1)
+                rows.append(Row(point, name, MEMORY, run, mib, mib, mib, 1))
+            except RuntimeError as error:
+                rows.append(Row(point, name, MEMORY, run, refused=str(error)))
+    return rows

@@ -1,0 +1,148 @@
+"""The command line. Each command imports what it needs, so `info` and `--help` are quick and need little installed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+import torch
+from rich.console import Console
+from rich.table import Table
+
+import fused_rnn
+from fused_rnn.bench.grid import CELLS, DTYPES, GRIDS, MODES, VARIANTS
+
+THREADS = (1, 2)
+DEMO_CELLS = ("LSTM", "GRU")
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
+@click.version_option(fused_rnn.__version__, prog_name="fused_rnn")
+def cli() -> None:
+    """Fused LSTM, GRU and RNN time loops for PyTorch."""
+
+
+@cli.command()
+def info() -> None:
+    """Print what was built, which backends can run here, and why the others cannot."""
+    from fused_rnn.info import collect
+
+    console = Console()
+    for section, facts in collect().items():
+        table = Table(title=section, title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 2))
+        table.add_column(style="bold", no_wrap=True)
+        table.add_column(overflow="fold")
+        for name, value in facts.items():
+            colour = "green" if value.startswith("available") else "red" if value.startswith("not available") else ""
+            table.add_row(name, f"[{colour}]{value}[/]" if colour else value)
+        console.print(table)
+        console.print()
+
+
+@cli.command()
+@click.option("--cell", "cells", type=click.Choice(CELLS, case_sensitive=False), multiple=True, help="Default: all.")
+@click.option("--dtype", "dtypes", type=click.Choice(list(DTYPES)), multiple=True, help="Default: fp32 and bf16.")
+@click.option("--threads", type=click.IntRange(1), multiple=True, help="Default: 1 and 2, as far as there are cores.")
+@click.option("--mode", "modes", type=click.Choice(MODES), multiple=True, help="Default: all.")
+@click.option("--variant", "variants", type=click.Choice(VARIANTS), multiple=True, help="Default: plain.")
+@click.option("--provider", "providers", multiple=True, help="torch, loop, cell, auto or a backend's name.")
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu")
+@click.option("--quick", is_flag=True, help="A small grid, in about a minute for each dtype and thread count.")
+@click.option("--minutes", type=click.FloatRange(0), help="For each dtype and thread count. [default: 9, quick: 1]")
+@click.option("--memory/--no-memory", default=True, help="Measure peak memory as well.")
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="Folder of the results. [default: benchmarks/results/DEVICE]"
+)
+@click.option(
+    "--readme",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="Measure nothing: write the tables of the result files into this file, between its markers.",
+)
+def bench(
+    cells: tuple[str, ...],
+    dtypes: tuple[str, ...],
+    threads: tuple[int, ...],
+    modes: tuple[str, ...],
+    variants: tuple[str, ...],
+    providers: tuple[str, ...],
+    device: str,
+    quick: bool,
+    minutes: float | None,
+    memory: bool,
+    out: Path | None,
+    readme: Path | None,
+) -> None:
+    """Measure fused_rnn against torch.nn and a loop over cells, interleaved in one process.
+
+    Writes one JSON file and one plot per dtype and thread count; rows measured again replace the old ones.
+    """
+    from fused_rnn.bench.run import PROVIDERS, Plan, execute
+
+    out = out or Path("benchmarks/results") / device
+    if readme is not None:
+        _fill_readme(readme, out, device)
+        return
+    if device == "cuda" and not torch.cuda.is_available():
+        raise click.ClickException("--device cuda: torch finds no GPU here (python -m fused_rnn info says more)")
+    _check_providers(providers)
+    plan = Plan(
+        device=device,
+        grid="quick" if quick else device,
+        cells=cells or CELLS,
+        dtypes=dtypes or ("fp32", "bf16"),
+        threads=threads or _default_threads(device),
+        modes=modes or MODES,
+        variants=variants or ("plain",),
+        providers=providers or PROVIDERS[device],
+        budget_s=60 * (minutes if minutes is not None else 1 if quick else 9),
+        memory=memory,
+        out=out,
+    )
+    assert plan.grid in GRIDS
+    execute(plan, Console())
+
+
+def _default_threads(device: str) -> tuple[int, ...]:
+    if device != "cpu":
+        return (torch.get_num_threads(),)
+    return tuple(count for count in THREADS if count <= torch.get_num_threads())
+
+
+def _check_providers(providers: tuple[str, ...]) -> None:
+    from fused_rnn.bench.providers import TITLES
+    from fused_rnn.dispatch import BACKENDS
+
+    known = dict.fromkeys((*TITLES, *BACKENDS))
+    for provider in providers:
+        if provider not in known:
+            raise click.BadParameter(f"got {provider!r}, expected one of {', '.join(known)}", param_hint="--provider")
+
+
+def _fill_readme(readme: Path, out: Path, device: str) -> None:
+    from fused_rnn.bench.readme import update
+
+    try:
+        changed = update(readme, out, provider=device)
+    except (ValueError, FileNotFoundError) as error:
+        raise click.ClickException(str(error)) from error
+    click.echo(f"{readme}: {'tables written' if changed else 'already up to date'}")
+
+
+@cli.command()
+@click.option(
+    "--cell", "cells", type=click.Choice(DEMO_CELLS, case_sensitive=False), multiple=True, help="Default: both."
+)
+@click.option("--steps", type=click.IntRange(1), default=200, help="Optimiser steps for each cell.")
+@click.option("--minutes", type=click.FloatRange(0, min_open=True), default=2.5, help="Stop when this is used up.")
+@click.option("--threads", type=click.IntRange(1), help="Default: what torch uses.")
+@click.option("--seed", type=int, default=0)
+@click.option("--out", type=click.Path(path_type=Path), default=Path("demo-out"), help="Folder for the plot.")
+def demo(cells: tuple[str, ...], steps: int, minutes: float, threads: int | None, seed: int, out: Path) -> None:
+    """Train a character model on Python's own source with torch.nn and with fused_rnn, and compare."""
+    from fused_rnn.demo.show import run
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    ok = run(cells or DEMO_CELLS, steps=steps, seconds=60 * minutes, seed=seed, out=out, console=Console())
+    if not ok:
+        raise click.ClickException("the two loss curves differ by more than rounding explains")
