@@ -58,8 +58,11 @@ def _machine() -> dict[str, str]:
 def _extension() -> dict[str, str]:
     if ops._C is None:
         return {"loaded": f"no: {ops.MISSING}"}
-    built: dict[str, object] = getattr(ops._C, "build_info", dict)()
-    return {"loaded": "yes"} | {str(name): str(value) for name, value in built.items()}
+    return {
+        "loaded": "yes",
+        "instruction set in use": ops._C.isa(),
+        "this processor can run": ops._C.available_isas(),
+    }
 
 
 def _backends(device: str) -> dict[str, str]:

@@ -54,8 +54,7 @@ def best_rate(work: float, call: Callable[[], object], device: str, seconds: flo
 def measure_limits(dtype: str, device: str) -> Limits:
     """Measure both ceilings with the threads that are set: a large torch.mm, and reads of ever larger buffers."""
     n = 1024 if device == "cpu" else 8192
-    factory = {"device": device, "dtype": DTYPES[dtype]}
-    a, b, out = (torch.randn(n, n, **factory) for _ in range(3))
+    a, b, out = (torch.randn(n, n, device=device, dtype=DTYPES[dtype]) for _ in range(3))
     flops = best_rate(2.0 * n**3, lambda: torch.mm(a, b, out=out), device, seconds=0.5)
     return Limits(flops, tuple((size, _read_rate(size, device)) for size in BUFFER_BYTES))
 

@@ -8,6 +8,7 @@ tensors do; on a GPU it is the allocator's peak. Weights, input and output gradi
 
 from __future__ import annotations
 
+import contextlib
 import json
 import resource
 import subprocess
@@ -53,18 +54,28 @@ def _serve(request: dict[str, Any]) -> int:
         before = torch.cuda.memory_allocated()
         call.run()
         return torch.cuda.max_memory_allocated() - before
-    before = _resident()
+    _forget_peak()
+    before = _resident("VmRSS")
     call.run()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return max(0, peak - before)
+    return max(0, _resident("VmHWM") - before)
 
 
-def _resident() -> int:
-    """Bytes resident now; where the system does not tell, the high-water mark so far, which is close at this point."""
-    statm = Path("/proc/self/statm")
-    if statm.exists():
-        return int(statm.read_text().split()[1]) * resource.getpagesize()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+def _resident(field: str) -> int:
+    """Bytes resident now (VmRSS) or at most so far (VmHWM); without /proc both are the latter, over the process's life.
+
+    Where there is /proc, getrusage is not asked: a new process starts there with the peak of the one it was forked from.
+    """
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    line = next(line for line in status.read_text().splitlines() if line.startswith(field + ":"))
+    return int(line.split()[1]) * 1024
+
+
+def _forget_peak() -> None:
+    """Make the present size the high-water mark, where the kernel allows it."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,260 @@
+"""The benchmark's own arithmetic, clock, checks and files, on points of microseconds."""
+
+from __future__ import annotations
+
+import io
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from fused_rnn.bench import measure as measure_module
+from fused_rnn.bench import readme
+from fused_rnn.bench.grid import CELLS, GATES, GRIDS, MODES, REGIONS, SEQUENCES, Grid, Point
+from fused_rnn.bench.limits import Limits, measure_limits
+from fused_rnn.bench.measure import Timing, measure, percentiles
+from fused_rnn.bench.memory import peak_memory
+from fused_rnn.bench.plot import plot
+from fused_rnn.bench.providers import baseline, build, supports
+from fused_rnn.bench.results import FLOOR, TIME, Results, Row, geometric_mean, time_row
+from fused_rnn.bench.run import Plan, execute
+from fused_rnn.bench.tables import losses, region_table, regions, report
+
+RUN = {
+    "device": "cpu", "device_name": "a CPU", "cores": 2, "isa": "AVX2", "torch": "2", "fused_rnn": "0", "commit": "abc",
+    "date": "2026-01-01T00:00Z", "dtype": "fp32", "threads": 1, "limits": {"flops": 1e11, "read": [[4096, 1e11]]},
+}  # fmt: skip
+
+
+def row(point: Point, provider: str, micros: float, run: int = 0) -> Row:
+    return time_row(point, provider, Timing(micros * 0.9e-6, micros * 1e-6, micros * 1.1e-6, 5), run)
+
+
+def some_results() -> Results:
+    """torch.nn at 10 µs everywhere, ours at 5 µs but for one point, where it takes 20; the cell at 4 and ours at 1."""
+    results = Results([dict(RUN)])
+    rows = []
+    for point in GRIDS["cpu"].points("fp32"):
+        slow = point == Point("GRU", "training", "fp32", 32, 8, 128)
+        ours = 1 if point.mode == "step" else 20 if slow else 5
+        rows += [row(point, baseline(point), 4 if point.mode == "step" else 10), row(point, FLOOR, 0.5)]
+        rows += [row(point, name, ours) for name in ("cpu", "auto")]
+    results.replace(rows)
+    return results
+
+
+def test_regions_are_the_ones_promised() -> None:
+    points = [p for p in GRIDS["cpu"].points("fp32") if p.mode != "step"]
+    assert len(points) == len(CELLS) * len(SEQUENCES) * 4 * 4 * 3
+    counts = {name: sum(map(contains, points)) // 6 for name, contains in REGIONS.items()}
+    assert counts == {"B=1, T≥32": 8, "B≥8, H≤128": 18, "B≥8, H≥256": 18}
+    assert not any(sum(contains(p) for contains in REGIONS.values()) > 1 for p in points)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_flops_are_those_of_the_matrix_products(cell: str) -> None:
+    T, B, H = 3, 2, 5
+    forward = T * B * 2 * (2 * H * GATES[cell] * H)
+    assert Point(cell, "inference", "fp32", T, B, H).flops == forward
+    assert Point(cell, "training", "fp32", T, B, H).flops == 3 * forward
+    assert Point(cell, "inference", "fp32", T, B, H, "bidirectional").flops == 2 * forward
+    layered = forward * 3
+    assert Point(cell, "inference", "fp32", T, B, H, "layers").flops == layered
+    assert Point(cell, "inference", "bf16", T, B, H).recurrent_bytes == GATES[cell] * H * H * 2
+
+
+def test_ragged_lengths_descend_and_stay_in_range() -> None:
+    lengths = Point("GRU", "inference", "fp32", 9, 4, 3, "ragged").lengths
+    assert lengths == sorted(lengths, reverse=True)
+    assert lengths[0] == 9
+    assert min(lengths) >= 1
+
+
+def test_floor_is_arithmetic_for_large_batches_and_reading_for_small_ones() -> None:
+    limits = Limits(flops=1e11, read=((1 << 12, 1e11), (1 << 20, 5e10)))
+    large = Point("LSTM", "inference", "fp32", 10, 1000, 64)
+    assert limits.floor(large) == large.flops / 1e11
+    small = Point("LSTM", "inference", "fp32", 10, 1, 256)  # W_hh has 1 MiB
+    assert limits.floor(small) == pytest.approx(10 * (1 << 20) / 5e10)
+    assert limits.floor(Point("LSTM", "training", "fp32", 10, 1, 256)) == pytest.approx(2 * limits.floor(small))
+    assert limits.bandwidth(1 << 30) == 5e10
+
+
+def test_limits_of_this_machine_are_plausible() -> None:
+    limits = measure_limits("fp32", "cpu")
+    assert 1e8 < limits.flops < 1e14
+    assert all(1e8 < rate < 1e13 for _, rate in limits.read)
+
+
+def test_percentiles_by_nearest_rank() -> None:
+    timing = percentiles([5.0, 1.0, 3.0, 2.0, 4.0, 6.0])
+    assert (timing.p20, timing.p50, timing.p80, timing.n) == (2.0, 3.0, 5.0, 6)
+    assert percentiles([7.0]).p50 == 7.0
+
+
+def test_geometric_mean() -> None:
+    assert geometric_mean([2.0, 0.5]) == pytest.approx(1.0)
+    assert math.isnan(geometric_mean([]))
+
+
+@pytest.mark.parametrize("variant", ["plain", "layers", "bidirectional", "ragged"])
+@pytest.mark.parametrize("mode", SEQUENCES)
+@pytest.mark.parametrize("cell", CELLS)
+def test_every_provider_agrees_with_the_baseline(cell: str, mode: str, variant: str) -> None:
+    point = Point(cell, mode, "fp32", 5, 3, 8, variant)
+    timings = measure(point, ["torch", "loop", "cpu", "auto"], "cpu", 0.0)
+    expected = {"torch", "cpu", "auto"} | ({"loop"} if variant == "plain" else set())
+    assert set(timings) == expected
+    assert {name: timing.refused for name, timing in timings.items() if timing.refused} == {}
+    assert all(0 < timing.p20 <= timing.p50 <= timing.p80 for timing in timings.values())
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_a_step_is_compared_with_the_cell(cell: str) -> None:
+    point = Point(cell, "step", "fp32", 1, 1, 8)
+    timings = measure(point, ["torch", "cell", "loop", "auto"], "cpu", 0.0)
+    assert set(timings) == {"cell", "torch", "auto"}
+    assert not any(timing.refused for timing in timings.values())
+    assert supports("loop", point) is not None
+
+
+def test_a_wrong_result_gets_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    honest = build
+
+    def wrong(provider: str, point: Point, device: str = "cpu") -> object:
+        call = honest(provider, point, device)
+        if provider == "auto":
+            with torch.no_grad():
+                call.parameters[1].add_(0.1)
+        return call
+
+    monkeypatch.setattr(measure_module, "build", wrong)
+    timings = measure(Point("GRU", "training", "fp32", 4, 2, 8), ["torch", "auto"], "cpu", 0.0)
+    assert timings["auto"].refused is not None
+    assert "wrong result" in timings["auto"].refused
+    assert timings["auto"].n == 0
+    assert timings["torch"].refused is None
+
+
+def test_a_backend_that_raises_is_reported_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    honest = build
+
+    def broken(provider: str, point: Point, device: str = "cpu") -> object:
+        if provider == "cpu":
+            raise NotImplementedError("it has no such kernel\nand more lines")
+        return honest(provider, point, device)
+
+    monkeypatch.setattr(measure_module, "build", broken)
+    timings = measure(Point("RNN", "inference", "fp32", 2, 2, 8), ["torch", "cpu"], "cpu", 0.0)
+    assert timings["cpu"].refused == "it has no such kernel"
+
+
+def test_training_writes_the_weights_between_runs() -> None:
+    call = build("torch", Point("LSTM", "training", "fp32", 2, 2, 4))
+    versions = [parameter._version for parameter in call.parameters]
+    call.prepare()
+    assert all(p._version > version for p, version in zip(call.parameters, versions, strict=True))
+    call.run()
+    assert len(call.results()) == 2 + len(call.parameters)
+    call.prepare()
+    assert all(parameter.grad is None for parameter in call.parameters)
+
+
+def test_rows_survive_the_file(tmp_path: Path) -> None:
+    results = some_results()
+    refused = Row(Point("LSTM", "inference", "fp32", 2, 3, 5), "cpu", TIME, 0, refused="no")
+    results.replace([refused])
+    results.save(tmp_path / "a.json")
+    again = Results.load(tmp_path / "a.json")
+    assert again.rows == results.rows
+    assert again.runs == results.runs
+
+
+def test_measuring_again_replaces_the_point_and_keeps_the_rest(tmp_path: Path) -> None:
+    results = some_results()
+    point = Point("LSTM", "training", "fp32", 32, 8, 128)
+    results.runs.append({**RUN, "commit": "def"})
+    before = len(results.rows)
+    results.replace([row(point, "torch", 30, run=1), row(point, "cpu", 3, run=1)])
+    assert results.speedups("cpu")[point] == pytest.approx(10)
+    assert point not in results.speedups("auto"), "no speed-up across two runs"
+    assert len(results.rows) == before - 2
+    results.save(tmp_path / "a.json")
+    assert [run["commit"] for run in results.runs] == ["abc", "def"]
+
+
+def test_runs_without_rows_are_dropped(tmp_path: Path) -> None:
+    results = some_results()
+    results.runs.append({**RUN, "commit": "def"})
+    results.replace([Row(**{**old.__dict__, "run": 1}) for old in results.rows.values()])
+    results.save(tmp_path / "a.json")
+    assert [run["commit"] for run in Results.load(tmp_path / "a.json").runs] == ["def"]
+
+
+def test_tables_print_losses_like_wins() -> None:
+    results = some_results()
+    means = {(mode, name): cells for mode, name, cells in regions(results, "cpu")}
+    assert len(means) == 6
+    assert min(means["training", "B≥8, H≤128"]["GRU"]) == 0.5
+    assert "1 of" in losses(results, "cpu").plain
+    assert "T=32 B=8 H=128: 0.50×" in losses(results, "cpu").plain
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(report(results), region_table(results, "auto"))
+    text = console.export_text()
+    assert "0.50×" in text
+    assert "2.00× (2.00)" in text
+    assert "10%" in text
+
+
+def test_readme_tables_come_from_the_files_and_only_between_the_markers(tmp_path: Path) -> None:
+    page = tmp_path / "README.md"
+    page.write_text(f"before\n{readme.BEGIN}\nold\n{readme.END}\nafter\n")
+    with pytest.raises(FileNotFoundError, match="no result file"):
+        readme.update(page, tmp_path, "cpu")
+    some_results().save(tmp_path / "fp32-1t.json")
+    some_results().save(tmp_path / "quick-fp32-1t.json")
+    assert readme.update(page, tmp_path, "cpu")
+    assert not readme.update(page, tmp_path, "cpu")
+    text = page.read_text()
+    assert text.startswith("before\n")
+    assert text.endswith("after\n")
+    assert "old" not in text
+    assert text.count("**fp32, 1 thread**") == 1
+    assert "slower than 0.95× at 1 of 288 points, the worst 0.50×" in text
+    assert "4 → 1 (4.0×)" in text
+    page.write_text("no markers")
+    with pytest.raises(ValueError, match="must contain the lines"):
+        readme.update(page, tmp_path, "cpu")
+
+
+def test_plot_is_a_picture(tmp_path: Path) -> None:
+    plot(some_results(), "cpu", tmp_path / "a.png")
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    plot(Results(), "cpu", tmp_path / "none.png")
+    assert not (tmp_path / "none.png").exists()
+
+
+def test_a_whole_run_writes_what_it_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(GRIDS, "tiny", Grid(T=(1, 2), B=(2,), H=(4,), steps=(4,)))
+    plan = Plan(grid="tiny", dtypes=("fp32",), threads=(1,), budget_s=0.0, memory=False, out=tmp_path)
+    threads = torch.get_num_threads()
+    (path,) = execute(plan, Console(file=io.StringIO(), width=200))
+    assert torch.get_num_threads() == threads
+    results = Results.load(path)
+    assert set(results.providers()) == {"torch", "cell", "loop", "cpu", "auto"}
+    points = {point for point, _, _ in results.rows}
+    assert points == set(Grid(T=(1, 2), B=(2,), H=(4,), steps=(4,)).points("fp32", modes=MODES))
+    assert all(row.refused is None for row in results.rows.values())
+    run = results.runs[0]
+    for fact in ("device", "device_name", "cpu", "torch", "fused_rnn", "commit", "date", "threads", "dtype", "limits"):
+        assert fact in run
+    assert path.with_suffix(".png").exists()
+
+
+def test_peak_memory_of_training_grows_with_the_sequence() -> None:
+    short, long = (peak_memory(Point("GRU", "training", "fp32", T, 32, 128), "torch", "cpu", 1) for T in (16, 512))
+    tensors = 512 * 32 * 128 * 4 * GATES["GRU"]
+    assert long > tensors
+    assert long > 4 * short

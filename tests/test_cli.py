@@ -1,0 +1,179 @@
+"""The command line as a user calls it, and the demo's parts."""
+
+from __future__ import annotations
+
+import math
+import runpy
+import subprocess
+import sys
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+import fused_rnn
+from fused_rnn import info
+from fused_rnn.bench.grid import GRIDS, Grid
+from fused_rnn.bench.readme import BEGIN, END
+from fused_rnn.cli import cli
+from fused_rnn.demo import char_lm, show
+from fused_rnn.dispatch import BACKENDS
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model and windows of a size for tests."""
+    for name, value in {"HIDDEN": 16, "BATCH": 4, "LENGTH": 8}.items():
+        monkeypatch.setattr(char_lm, name, value)
+
+
+def run(*arguments: str, code: int = 0) -> str:
+    result = CliRunner().invoke(cli, list(arguments))
+    assert result.exit_code == code, result.output
+    return result.output
+
+
+def test_info_names_every_backend_and_the_versions() -> None:
+    text = run("info")
+    assert fused_rnn.__version__ in text
+    assert torch.__version__ in text
+    for name in BACKENDS:
+        assert name in text
+    assert "available" in text
+
+
+def test_info_gives_a_reason_for_what_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(BACKENDS["cpu"], "supports", lambda problem: "the weather is bad")
+    assert "not available: the weather is bad" in info.as_text()
+
+
+def test_info_needs_neither_click_nor_rich() -> None:
+    block = "import sys; sys.modules['click'] = None; sys.modules['rich'] = None; sys.argv = ['x', *{}]\n"
+    code = block + "from fused_rnn.__main__ import main; main()"
+    done = subprocess.run([sys.executable, "-c", code.format(["info"])], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert fused_rnn.__version__ in done.stdout
+    done = subprocess.run([sys.executable, "-c", code.format(["demo"])], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "pip install 'fused_rnn[demo]'" in done.stderr
+
+
+def test_bench_writes_files_and_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(GRIDS, "cpu", Grid(T=(2,), B=(8,), H=(4,), steps=(4,)))
+    out = ("--out", str(tmp_path / "results"))
+    run("bench", "--dtype", "fp32", "--threads", "1", "--cell", "GRU", "--minutes", "0", "--no-memory", *out)
+    assert (tmp_path / "results" / "fp32-1t.json").exists()
+    page = tmp_path / "README.md"
+    page.write_text(f"{BEGIN}\n{END}\n")
+    assert "tables written" in run("bench", "--readme", str(page), *out)
+    assert "**fp32, 1 thread**" in page.read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["bench", "--provider", "nobody"], "got 'nobody', expected one of"),
+        (["bench", "--dtype", "int8"], "Invalid value"),
+        (["bench", "--threads", "0"], "Invalid value"),
+        (["bench", "--readme", "no-such-file"], "does not exist"),
+        (["demo", "--steps", "0"], "Invalid value"),
+        (["demo", "--cell", "Transformer"], "Invalid value"),
+    ],
+)
+def test_bad_arguments_are_refused_in_words(arguments: list[str], message: str) -> None:
+    assert message in run(*arguments, code=2)
+
+
+def test_readme_without_results_is_a_clear_error(tmp_path: Path) -> None:
+    page = tmp_path / "README.md"
+    page.write_text(f"{BEGIN}\n{END}\n")
+    assert "no result file" in run("bench", "--readme", str(page), "--out", str(tmp_path), code=1)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_bench_on_a_missing_gpu_says_so() -> None:
+    assert "no GPU" in run("bench", "--device", "cuda", code=1)
+
+
+@pytest.mark.usefixtures("small")
+def test_demo_trains_both_alike_and_draws(tmp_path: Path) -> None:
+    text = run("demo", "--steps", "4", "--out", str(tmp_path))
+    assert "LSTM" in text
+    assert "GRU" in text
+    assert (tmp_path / "char_lm.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.usefixtures("small")
+def test_demo_stops_when_the_time_is_up(tmp_path: Path) -> None:
+    text = run("demo", "--steps", "1000000", "--minutes", "0.001", "--cell", "GRU", "--out", str(tmp_path))
+    assert "time is up" in text
+
+
+@pytest.mark.usefixtures("small")
+def test_demo_fails_if_the_curves_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(show, "TOLERANCE", -1.0)
+    text = run("demo", "--steps", "2", "--cell", "LSTM", "--out", str(tmp_path), code=1)
+    assert "differ by more than rounding explains" in text
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("cell", ["LSTM", "GRU"])
+def test_both_trainings_have_the_same_losses(cell: str) -> None:
+    *_, (theirs, ours) = char_lm.train_both(cell, char_lm.corpus(50_000), steps=8)
+    assert len(ours.losses) == 8
+    assert max(abs(a - b) for a, b in zip(theirs.losses, ours.losses, strict=True)) < 1e-4
+    assert ours.losses[-1] < ours.losses[0]
+    assert type(ours.model.rnn).__module__.startswith("fused_rnn")
+    assert type(theirs.model.rnn).__module__.startswith("torch")
+
+
+def test_corpus_is_real_source_and_repeatable() -> None:
+    text = char_lm.corpus(100_000)
+    assert len(text) == 100_000
+    assert text == char_lm.corpus(100_000)
+    assert "import " in text
+    assert text.isascii()
+
+
+def test_characters_round_trip() -> None:
+    characters = char_lm.Characters("hello")
+    assert len(characters) == 4
+    assert characters.decode(characters.encode("hole")) == "hole"
+
+
+@pytest.mark.usefixtures("small")
+def test_windows_read_on_where_the_last_one_ended() -> None:
+    codes = torch.arange(4 * 40)
+    (x0, y0), (x1, _) = islice(char_lm.windows(codes), 2)
+    assert x0.shape == y0.shape == (8, 4)
+    assert torch.equal(x0 + 1, y0)
+    assert torch.equal(x1[0], y0[-1])
+    assert math.isclose(float(x0[0, 1] - x0[0, 0]), 40)
+
+
+@pytest.mark.usefixtures("small")
+def test_generation_is_repeatable() -> None:
+    characters = char_lm.Characters("abc ")
+    torch.manual_seed(0)
+    model = char_lm.CharLM(fused_rnn.GRU, len(characters))
+    first = char_lm.generate(model, characters, "ab", 20, seed=1)
+    assert len(first) == 22
+    assert first == char_lm.generate(model, characters, "ab", 20, seed=1)
+
+
+@pytest.mark.usefixtures("small")
+def test_the_example_trains_and_prints(capsys: pytest.CaptureFixture[str]) -> None:
+    runpy.run_path(str(EXAMPLES / "char_lm.py"))["main"](steps=2)
+    printed = capsys.readouterr().out
+    assert "torch.LSTM" in printed
+    assert "fused_rnn.LSTM" in printed
+
+
+@pytest.mark.parametrize("name", ["swap.py", "lengths_and_resets.py"])
+def test_the_short_examples_run(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+    assert capsys.readouterr().out
