@@ -19,7 +19,7 @@ def main() -> None:
         y, (h_n, c_n) = layer(x)
         y.square().mean().backward()
         gradient = layer.weight_hh_l0.grad.norm()
-        print(f"{name:<9}  y {tuple(y.shape)}  h_n {tuple(h_n.shape)}  |dW_hh| {gradient:.6f}")
+        print(f"{name:<9}  y {tuple(y.shape)}  h_n {tuple(h_n.shape)}  c_n {tuple(c_n.shape)}  |dW_hh| {gradient:.6f}")
 
 
 if __name__ == "__main__":
