@@ -8,7 +8,7 @@ import torch
 
 import fused_rnn
 from fused_rnn import ops
-from fused_rnn.bench.machine import cpu_isa, cpu_model
+from fused_rnn.bench.machine import cpu_isa, cpu_model, kernels_isa
 from fused_rnn.dispatch import BACKENDS
 from fused_rnn.problem import Problem
 
@@ -60,7 +60,7 @@ def _extension() -> dict[str, str]:
         return {"loaded": f"no: {ops.MISSING}"}
     return {
         "loaded": "yes",
-        "instruction set in use": ops._C.isa(),
+        "instruction set in use": kernels_isa(),
         "this processor can run": ops._C.available_isas(),
     }
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 import fused_rnn
+from fused_rnn import ops
 
 
 def cpu_model() -> str:
@@ -27,6 +28,11 @@ def cpu_model() -> str:
 def cpu_isa() -> str:
     """The widest instruction set torch's own kernels use here."""
     return torch.backends.cpu.get_cpu_capability()
+
+
+def kernels_isa() -> str:
+    """The instruction set our own kernels use here; "none" where they were not built."""
+    return "none" if ops._C is None else str(ops._C.isa())
 
 
 def commit() -> str:
@@ -54,6 +60,7 @@ def describe(device: str) -> dict[str, Any]:
         "cpu": cpu_model(),
         "cores": os.cpu_count(),
         "isa": cpu_isa(),
+        "kernels": kernels_isa(),
         "fused_rnn": fused_rnn.__version__,
         "torch": torch.__version__,
         "python": platform.python_version(),

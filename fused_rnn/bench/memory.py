@@ -63,7 +63,7 @@ def _serve(request: dict[str, Any]) -> int:
 def _resident(field: str) -> int:
     """Bytes resident now (VmRSS) or at most so far (VmHWM); without /proc both are the latter, over the process's life.
 
-    Where there is /proc, getrusage is not asked: a new process starts there with the peak of the one it was forked from.
+    Where there is /proc, getrusage is not asked: there a process starts with the peak of the one it was forked from.
     """
     status = Path("/proc/self/status")
     if not status.exists():

@@ -51,7 +51,9 @@ def caption(results: Results) -> str:
     """Machine, versions, limits, commit and date of the latest run of a file."""
     run = results.runs[-1]
     limit = run["limits"]["flops"] / 1e9
-    device = f"{run['device_name']} ({run['cores']} cores, {run['isa']}; torch.mm {limit:.0f} GFLOP/s)"
+    device = (
+        f"{run['device_name']} ({run['cores']} cores; our kernels: {run['kernels']}; torch.mm: {limit:.0f} GFLOP/s)"
+    )
     return f"{device}, torch {run['torch']}, commit {run['commit'] or 'unknown'}, {run['date']}"
 
 

@@ -74,7 +74,8 @@ def _execute_one(plan: Plan, dtype: str, threads: int, console: Console) -> Path
     small, large = limits.read[0][1], limits.read[-1][1]
     console.print(
         f"Limits: {limits.flops / 1e9:.0f} GFLOP/s; reads {small / 1e9:.0f} GB/s from the first cache, "
-        f"{large / 1e9:.0f} GB/s from memory. torch {facts['torch']}, commit {facts['commit'] or 'unknown'}."
+        f"{large / 1e9:.0f} GB/s from memory.\n"
+        f"Our kernels: {facts['kernels']}. torch {facts['torch']}, commit {facts['commit'] or 'unknown'}."
     )
     results = _continued(path, facts)
     results.runs.append(facts)
@@ -102,7 +103,7 @@ def _continued(path: Path, facts: dict[str, object]) -> Results:
     if not path.exists():
         return Results()
     earlier = Results.load(path)
-    same = all(run.get(key) == facts[key] for run in earlier.runs for key in ("device_name", "torch", "isa"))
+    same = all(run.get(key) == facts[key] for run in earlier.runs for key in ("device_name", "torch", "isa", "kernels"))
     return earlier if same else Results()
 
 
