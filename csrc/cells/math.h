@@ -1,0 +1,30 @@
+// Math policies: what a cell's formula calls for its activations.
+//
+// A policy M works on a number type N (a scalar, or a whole SIMD vector) and offers
+//   M::one                      the constant 1 of N's element type
+//   M::sigmoid(N), M::tanh(N)
+//   M::relu(N)                  max(x, 0); NaN stays NaN
+//   M::positive(N a, N b)       b where a > 0, else 0
+//
+// `Libm` is the plain scalar policy (the C library). The CPU backend brings its vector polynomials (cpu/vmath.h).
+#pragma once
+#include <cmath>
+
+#if defined(__CUDACC__)
+#define FUSED_RNN_HD __host__ __device__ __forceinline__
+#else
+#define FUSED_RNN_HD inline __attribute__((always_inline))
+#endif
+
+namespace fused_rnn {
+
+template <class Scalar>
+struct Libm {
+  static constexpr Scalar one = 1;
+  static FUSED_RNN_HD Scalar sigmoid(Scalar x) { return one / (one + std::exp(-x)); }
+  static FUSED_RNN_HD Scalar tanh(Scalar x) { return std::tanh(x); }
+  static FUSED_RNN_HD Scalar relu(Scalar x) { return x < 0 ? Scalar(0) : x; }
+  static FUSED_RNN_HD Scalar positive(Scalar a, Scalar b) { return a > 0 ? b : Scalar(0); }
+};
+
+}  // namespace fused_rnn

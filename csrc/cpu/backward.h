@@ -1,0 +1,234 @@
+// The backward time loop, for every cell, dtype and ISA: from the gradients of the outputs to those of the pre-activations,
+// step by step from the end:   dh_t = dy_t + carry + dgates_{t+1} W_hh;   cell backward -> dgates_t, dc, carry.
+// The gradients of weights and inputs are products over all steps at once and come after the loop (ops/cpu.cpp).
+#pragma once
+#include "layout.h"
+
+namespace FUSED_RNN_ISA {
+
+template <class Kind, class T, class Cell>
+struct BackwardLoop {
+  using A = typename Kind::Operand;
+  using S = typename Kind::Accumulator;
+  using V = Vec<S>;
+  static constexpr int L = kLanes<S>, G = Cell::gates, SV = Cell::saved, DG = Cell::gradients;
+
+  const Backward& f;
+  const Problem& p;
+  int64_t unit_vectors, out_vectors, panels;  // panels of kPanelVectors vectors of units
+  int64_t gate_stride, out_stride;
+  bool project;
+
+  struct Memory {
+    int64_t* barrier;
+    A *w_hh, *w_hr;
+    S *dh, *dc, *dm, *zero;
+    A *gates[2], *out;
+  };
+
+  BackwardLoop(const Backward& backward) : f(backward), p(backward.p) {
+    unit_vectors = (p.H + L - 1) / L;
+    out_vectors = (p.P + L - 1) / L;
+    panels = (unit_vectors + kPanelVectors - 1) / kPanelVectors;
+    gate_stride = row_stride<Kind>(G * p.H);
+    out_stride = row_stride<Kind>(p.P);
+    project = p.weights[0].w_hr != nullptr;
+  }
+
+  Memory layout(Carver& carve, int threads_in_group) const {
+    Memory m{};
+    m.barrier = carve.take<int64_t>(Barrier::words(threads_in_group));
+    m.w_hh = carve.take<A>(out_vectors * panel_size<Kind>(G * p.H, 1));
+    m.dh = carve.take<S>(p.B * out_vectors * L);
+    if (Cell::has_cell) m.dc = carve.take<S>(p.B * unit_vectors * L);
+    for (auto& g : m.gates) g = carve.take<A>(p.B * gate_stride);
+    if (project) {
+      m.w_hr = carve.take<A>(unit_vectors * panel_size<Kind>(p.P, 1));
+      m.dm = carve.take<S>(p.B * unit_vectors * L);
+      m.out = carve.take<A>(p.B * out_stride);
+      m.zero = carve.take<S>(kPanelVectors * L);
+    }
+    return m;
+  }
+
+  int64_t time(const Weights& w, int64_t step) const { return w.direction > 0 ? step : p.T - 1 - step; }
+  bool active(int64_t t, int64_t b) const { return !p.lengths || t < p.lengths[b]; }
+  bool cut(int64_t t, int64_t b) const { return p.reset && p.reset[t * p.B + b] && active(t, b); }
+  static int vectors_of(int64_t j, int64_t total) { return int(total - j * kPanelVectors < kPanelVectors ? total - j * kPanelVectors : kPanelVectors); }
+
+  // Panels [j0, j1) of W [k, n] as it stands, to multiply from the right.
+  void pack(A* packed, const void* w, int64_t k, int64_t n, int64_t vectors, int64_t j0, int64_t j1) const {
+    for (int64_t j = j0; j < j1; ++j)
+      for (int v = 0; v < vectors_of(j, vectors); ++v) {
+        const int64_t column = (j * kPanelVectors + v) * L;
+        pack_columns<Kind, T>(packed + j * kPanelVectors * panel_size<Kind>(k, 1), vectors_of(j, vectors), v, (const T*)w + column, n,
+                              lanes_left(n, column, L), k);
+      }
+  }
+
+  void load_state(const Memory& m, int r, int64_t b0, int64_t b1) const {
+    for (int64_t b = b0; b < b1; ++b) {
+      convert_row(m.dh + b * out_vectors * L, (const S*)f.dh + (r * p.B + b) * p.P, p.P, out_vectors * L);
+      if (Cell::has_cell) convert_row(m.dc + b * unit_vectors * L, (const S*)f.dc + (r * p.B + b) * p.H, p.H, unit_vectors * L);
+      for (auto* g : m.gates) memset((void*)(g + b * gate_stride), 0, size_t(gate_stride) * sizeof(A));
+      if (project) memset((void*)(m.out + b * out_stride), 0, size_t(out_stride) * sizeof(A));
+    }
+  }
+
+  // dh of panel j, rows [b0, b1): what came past the matrix, plus dgates W_hh, plus dy (t < 0: none).
+  void hidden_gradient(const Memory& m, int r, int64_t t, const A* gates, int64_t j, int64_t b0, int64_t b1) const {
+    const int nv = vectors_of(j, out_vectors);
+    S* dh = m.dh + b0 * out_vectors * L + j * kPanelVectors * L;
+    if (f.dy && t >= 0)
+      for (int64_t b = b0; b < b1; ++b) {
+        if (!active(t, b)) continue;
+        const T* dy = (const T*)f.dy + ((t * p.B + b) * p.R + r) * p.P + j * kPanelVectors * L;
+        S* out = dh + (b - b0) * out_vectors * L;
+        for (int v = 0; v < nv; ++v) store(out + v * L, load(out + v * L) + load(dy + v * L, lanes_left(p.P, (j * kPanelVectors + v) * L, L)));
+      }
+    if (gates)
+      multiply_panel<Kind>(b1 - b0, nv, {gates + b0 * gate_stride, gate_stride, m.w_hh + j * kPanelVectors * panel_size<Kind>(G * p.H, 1), G * p.H, dh,
+                                         out_vectors * L, dh, out_vectors * L});
+  }
+
+  // With a projection: hands the finished dh_t on, as operand of dm = dh W_hr and for W_hr's own gradient.
+  void release_projected(const Memory& m, int r, int64_t t, int64_t t_row, int64_t j, int64_t b0, int64_t b1) const {
+    for (int64_t b = b0; b < b1; ++b)
+      for (int64_t v = j * kPanelVectors; v < j * kPanelVectors + vectors_of(j, out_vectors); ++v) {
+        const bool on = active(t, b);
+        S* dh = m.dh + (b * out_vectors + v) * L;
+        const V d = on ? load(dh) : V{};
+        if (on) store(dh, V{});
+        store(m.out + b * out_stride + v * L, d);
+        store((T*)f.dprojected + ((t_row * p.B + b) * p.R + r) * p.P + v * L, d, lanes_left(p.P, v * L, L));
+      }
+  }
+
+  __attribute__((noinline)) void cell(const Memory& m, int r, int64_t step, A* gates, int64_t j, int64_t b0, int64_t b1) const {
+    const Weights& w = p.weights[r];
+    const int64_t t = time(w, step), t_prev = t - w.direction, t_row = t - first_time(p, r), shift = f.saved_whole ? 0 : first_time(p, r);
+    const bool has_prev = step > p.start || (f.saved_whole && step > 0);
+    for (int64_t b = b0; b < b1; ++b) {
+      const bool on = active(t, b), zero = cut(t, b), from_memory = has_prev && active(t_prev, b);
+      const int64_t at = (t * p.B + b) * p.R + r, prev = (t_prev * p.B + b) * p.R + r;                              // rows of whole arrays
+      const int64_t at_saved = ((t - shift) * p.B + b) * p.R + r, prev_saved = ((t_prev - shift) * p.B + b) * p.R + r;
+      T* dgates = (T*)f.dgates + ((t_row * p.B + b) * p.R + r) * DG * p.H;
+      T* unprojected = project ? (T*)f.unprojected + ((t_row * p.B + b) * p.R + r) * p.H : nullptr;
+      for (int64_t u = j * kPanelVectors; u < j * kPanelVectors + vectors_of(j, unit_vectors); ++u) {
+        const int n = lanes_left(p.H, u * L, L);
+        V d[DG] = {};
+        if (on) {
+          V s[SV ? SV : 1], c{}, c_prev{}, h_prev{}, h{}, dc{}, carry{};
+#pragma GCC unroll 4
+          for (int i = 0; i < SV; ++i) s[i] = load((const T*)f.saved + (at_saved * SV + i) * p.H + u * L, n);
+          if (Cell::has_cell) {
+            c = load((const T*)f.cells + at_saved * p.H + u * L, n);
+            if (!zero)
+              c_prev = from_memory ? load((const T*)f.cells + prev_saved * p.H + u * L, n) : load((const S*)f.c0 + (r * p.B + b) * p.H + u * L, n);
+            dc = load(m.dc + (b * unit_vectors + u) * L);
+          }
+          if (Cell::needs_h) h = load((const T*)f.hidden + at * p.P + u * L, n);
+          if (Cell::needs_h_prev && !zero)
+            h_prev = from_memory ? load((const T*)f.hidden + prev * p.P + u * L, n) : load((const S*)f.h0 + (r * p.B + b) * p.P + u * L, n);
+          S* dh = project ? m.dm + (b * unit_vectors + u) * L : m.dh + (b * out_vectors + u) * L;
+          Cell::template backward<Polynomial<S>>(s, c_prev, c, h_prev, h, load(dh), dc, carry, d);
+          if (Cell::has_cell) store(m.dc + (b * unit_vectors + u) * L, zero ? V{} : dc);
+          if (project) store(unprojected + u * L, h, n);
+          else store(dh, zero ? V{} : carry);
+        } else if (project) {
+          store(unprojected + u * L, V{}, n);
+        }
+#pragma GCC unroll 4
+        for (int i = 0; i < DG; ++i) {
+          store(dgates + i * p.H + u * L, d[i], n);
+          if (i < G) store(gates + b * gate_stride + i * p.H + u * L, zero ? V{} : d[i], n);
+        }
+      }
+    }
+  }
+
+  void recurrence(const Memory& m, int r, const Share& s) const {
+    const Weights& w = p.weights[r];
+    Barrier barrier(m.barrier, s.size);
+    const int64_t out_panels = (out_vectors + kPanelVectors - 1) / kPanelVectors;
+    const int64_t b0 = s.by_rows ? part(p.B, s.me, s.size) : 0, b1 = s.by_rows ? part(p.B, s.me + 1, s.size) : p.B;
+    const int64_t j0 = s.by_rows ? 0 : part(panels, s.me, s.size), j1 = s.by_rows ? panels : part(panels, s.me + 1, s.size);
+    const int64_t o0 = s.by_rows ? 0 : part(out_panels, s.me, s.size), o1 = s.by_rows ? out_panels : part(out_panels, s.me + 1, s.size);
+    const bool split_units = !s.by_rows && s.size > 1;
+    const int64_t tiles = (b1 - b0 + Kind::tile_rows - 1) / Kind::tile_rows;
+
+    pack(m.w_hh, w.w_hh, G * p.H, p.P, out_vectors, part(out_panels, s.me, s.size), part(out_panels, s.me + 1, s.size));
+    if (project) {
+      pack(m.w_hr, w.w_hr, p.P, p.H, unit_vectors, part(panels, s.me, s.size), part(panels, s.me + 1, s.size));
+      if (s.me == 0)
+        for (int v = 0; v < kPanelVectors; ++v) store(m.zero + v * L, V{});
+    }
+    load_state(m, r, part(p.B, s.me, s.size), part(p.B, s.me + 1, s.size));
+    barrier.wait(s.me);
+
+    const A* in = nullptr;  // dgates of the step after this one
+    A* out = m.gates[0];
+    for (int64_t step = p.stop - 1; step >= p.start; --step) {
+      const int64_t t = time(w, step);
+      const bool from_end = step & 1;  // every other step from the last panel: the caches still hold its weights
+      if (project) {
+        for (int64_t o = o0; o < o1; ++o) {
+          hidden_gradient(m, r, t, in, o, b0, b1);
+          release_projected(m, r, t, t - first_time(p, r), o, b0, b1);
+        }
+        if (split_units) barrier.wait(s.me);
+      }
+      for (int64_t i = j0; i < j1; ++i) {
+        const int64_t j = from_end ? j0 + j1 - 1 - i : i;
+        for (int64_t q = 0; q < tiles; ++q) {
+          const int64_t q0 = b0 + part(b1 - b0, q, tiles), q1 = b0 + part(b1 - b0, q + 1, tiles);
+          if (project) {
+            S* dm = m.dm + q0 * unit_vectors * L + j * kPanelVectors * L;
+            multiply_panel<Kind>(q1 - q0, vectors_of(j, unit_vectors), {m.out + q0 * out_stride, out_stride, m.w_hr + j * kPanelVectors * panel_size<Kind>(p.P, 1),
+                                                                        p.P, m.zero, 0, dm, unit_vectors * L});
+          } else {
+            hidden_gradient(m, r, t, in, j, q0, q1);
+          }
+          cell(m, r, step, out, j, q0, q1);
+        }
+      }
+      if (split_units) barrier.wait(s.me);
+      in = out;
+      out = in == m.gates[0] ? m.gates[1] : m.gates[0];
+    }
+    for (int64_t o = o0; o < o1; ++o) hidden_gradient(m, r, -1, in, o, b0, b1);
+    if (split_units) barrier.wait(s.me);
+    for (int64_t b = part(p.B, s.me, s.size); b < part(p.B, s.me + 1, s.size); ++b) {
+      memcpy((S*)f.dh + (r * p.B + b) * p.P, m.dh + b * out_vectors * L, size_t(p.P) * sizeof(S));
+      if (Cell::has_cell) memcpy((S*)f.dc + (r * p.B + b) * p.H, m.dc + b * unit_vectors * L, size_t(p.H) * sizeof(S));
+    }
+    barrier.wait(s.me);
+  }
+
+  struct Context {
+    const BackwardLoop& loop;
+    char* base;
+    size_t group_bytes;
+  };
+  static void body(void* context, int me, int team) {
+    auto& [loop, base, group_bytes] = *(Context*)context;
+    const Share s = share(me, team, loop.p.R, loop.p.B, loop.panels);
+    if (s.idle) return;
+    Region region;
+    Carver carve{base + s.group * group_bytes};
+    const Memory m = loop.layout(carve, team);
+    for (int r = s.group; r < loop.p.R; r += s.groups) loop.recurrence(m, r, s);
+  }
+  static void run(const Backward& backward) {
+    const BackwardLoop loop(backward);
+    const int threads = backward.p.threads;
+    Carver measure{nullptr};
+    loop.layout(measure, threads);
+    const int groups = int(backward.p.R < threads ? backward.p.R : threads);
+    Context context{loop, (char*)fused_rnn::cpu::scratch(measure.used * groups), measure.used};
+    for (int g = 0; g < groups; ++g) memset(context.base + g * measure.used, 0, Barrier::words(threads) * sizeof(int64_t));
+    fused_rnn::cpu::run_team(threads, body, &context);
+  }
+};
+
+}  // namespace FUSED_RNN_ISA

@@ -1,0 +1,347 @@
+// The forward time loop, for every cell, dtype and ISA.
+//
+// Per recurrence: pack W_ih and W_hh; then per chunk of steps the input product of the whole chunk, and step by step
+//   pre-activations += h_{t-1} W_hh^T;   cell;   h_t -> y, and as the next step's operand.
+#pragma once
+#include "layout.h"
+
+namespace FUSED_RNN_ISA {
+
+constexpr int64_t kChunkRows = 64;            // rows of one input product: enough to reuse every panel of W_ih
+constexpr int64_t kChunkBytes = 512 * 1024;   // of pre-activations at the most: they must stay in L2 beside the weights
+constexpr int64_t kUnpackedRows = 16;         // T B up to here: packing W costs more than it saves
+
+template <class Kind, class T, class Cell>
+struct ForwardLoop {
+  using A = typename Kind::Operand;
+  using S = typename Kind::Accumulator;
+  using V = Vec<S>;
+  using O = Order<Cell>;
+  static constexpr int L = kLanes<S>, G = Cell::gates, PA = Cell::preactivations, SV = Cell::saved;
+  static constexpr bool kUnpackable = Kind::k_group == 1;
+
+  const Forward& f;
+  const Problem& p;
+  int64_t unit_vectors, panels, row;  // row: elements of a row of pre-activations
+  int64_t out_vectors;                // of the projection
+  int64_t chunk_steps, x_stride, h_stride, m_stride;
+  bool unpacked, direct_x;
+
+  // Scratch of one group of threads.
+  struct Memory {
+    int64_t* barrier;
+    A *w_ih, *w_hh, *w_hr;
+    S *bias, *zero, *pre, *c;
+    A *h[2], *m, *x;
+    S* wide;  // projection: one tile's results before they are rounded
+  };
+
+  ForwardLoop(const Forward& forward) : f(forward), p(forward.p) {
+    unit_vectors = (p.H + L - 1) / L;
+    panels = (unit_vectors + O::units - 1) / O::units;
+    row = unit_vectors * PA * L;
+    out_vectors = (p.P + L - 1) / L;
+    const int64_t rows = kChunkBytes / (row * int64_t(sizeof(S)));
+    chunk_steps = (rows < kChunkRows ? rows : kChunkRows) / p.B;
+    if (chunk_steps < 1) chunk_steps = 1;
+    if (chunk_steps > p.stop - p.start) chunk_steps = p.stop - p.start;
+    x_stride = row_stride<Kind>(p.D);
+    h_stride = row_stride<Kind>(p.P);
+    m_stride = row_stride<Kind>(p.H);
+    unpacked = kUnpackable && (p.stop - p.start) * p.B <= kUnpackedRows;
+    direct_x = sizeof(A) == sizeof(T) && p.D % Kind::k_multiple == 0;
+  }
+  bool projects() const { return p.P != p.H || p.weights[0].w_hr; }
+
+  Memory layout(Carver& carve, int threads_in_group) const {
+    Memory m{};
+    m.barrier = carve.take<int64_t>(Barrier::words(threads_in_group));
+    if (!unpacked) {
+      m.w_ih = carve.take<A>(unit_vectors * panel_size<Kind>(p.D, G));
+      m.w_hh = carve.take<A>(unit_vectors * panel_size<Kind>(p.P, G));
+      if (projects()) m.w_hr = carve.take<A>(out_vectors * panel_size<Kind>(p.H, 1));
+    }
+    m.bias = carve.take<S>(row);
+    m.zero = carve.take<S>(kPanelVectors * L);
+    m.pre = carve.take<S>(chunk_steps * p.B * row);
+    if (Cell::has_cell) m.c = carve.take<S>(p.B * unit_vectors * L);
+    for (auto& h : m.h) h = carve.take<A>(p.B * h_stride);
+    if (projects()) {
+      m.m = carve.take<A>(p.B * m_stride);
+      m.wide = carve.take<S>(p.B * out_vectors * L);
+    }
+    if (!direct_x) m.x = carve.take<A>(threads_in_group * chunk_steps * p.B * x_stride);
+    return m;
+  }
+
+  int64_t time(const Weights& w, int64_t step) const { return w.direction > 0 ? step : p.T - 1 - step; }
+  bool active(int64_t t, int64_t b) const { return !p.lengths || t < p.lengths[b]; }
+  // Does the state that enters time t of sequence b count as zero?
+  bool cut(int64_t t, int64_t b) const { return p.reset && p.reset[t * p.B + b] && active(t, b); }
+
+  // ---- set-up of a recurrence; each thread does its panels, or its part of them ----
+  void pack(const Memory& m, const Weights& w, int64_t j0, int64_t j1) const {
+    for (int64_t j = j0; j < j1; ++j) {
+      const int64_t u0 = j * O::units;
+      const int nu = int(unit_vectors - u0 < O::units ? unit_vectors - u0 : O::units);
+      for (int v = 0; v < nu * G; ++v) {
+        const int unit = G == 1 ? v : 0;
+        const int64_t first = (u0 + unit) * L;
+        const int n = lanes_left(p.H, first, L);
+        const int gx = G == 1 ? 0 : O::x_gate(v), gh = G == 1 ? 0 : O::h_gate(v);
+        pack_rows<Kind, T>(m.w_ih + u0 * panel_size<Kind>(p.D, G), nu * G, v, (const T*)w.w_ih + (gx * p.H + first) * p.D, p.D, n, p.D);
+        pack_rows<Kind, T>(m.w_hh + u0 * panel_size<Kind>(p.P, G), nu * G, v, (const T*)w.w_hh + (gh * p.H + first) * p.P, p.P, n, p.P);
+      }
+    }
+  }
+  void pack_projection(const Memory& m, const Weights& w, int64_t v0, int64_t v1) const {
+    for (int64_t v = v0; v < v1; ++v)
+      pack_rows<Kind, T>(m.w_hr + v * panel_size<Kind>(p.H, 1), 1, 0, (const T*)w.w_hr + v * L * p.H, p.H, lanes_left(p.P, v * L, L), p.H);
+  }
+  void fill_bias(const Memory& m, const Weights& w) const {
+    for (int64_t u = 0; u < unit_vectors; ++u) {
+      const int n = lanes_left(p.H, u * L, L);
+      S* out = m.bias + u * PA * L;
+      for (int a = 0; a < PA; ++a) store(out + a * L, V{});
+      for (int g = 0; g < G && w.b_ih; ++g) {
+        const V bi = load((const T*)w.b_ih + g * p.H + u * L, n), bh = load((const T*)w.b_hh + g * p.H + u * L, n);
+        int cx = 0, ch = 0;  // where gate g of each product lands
+        for (int v = 0; v < G; ++v) {
+          if (O::x_gate(v) == g || G == 1) cx = O::x_offset + v;
+          if (O::h_gate(v) == g || G == 1) ch = O::h_offset + v;
+        }
+        store(out + cx * L, load(out + cx * L) + bi);
+        store(out + ch * L, load(out + ch * L) + bh);
+      }
+    }
+  }
+  void load_state(const Memory& m, int r, int64_t b0, int64_t b1) const {
+    const Weights& w = p.weights[r];
+    const int64_t t = time(w, p.start);
+    for (int64_t b = b0; b < b1; ++b) {
+      A* h = m.h[0] + b * h_stride;
+      convert_row(h, (const S*)f.h + (r * p.B + b) * p.P, p.P, h_stride);
+      if (cut(t, b)) memset((void*)h, 0, size_t(h_stride) * sizeof(A));
+      memset((void*)(m.h[1] + b * h_stride), 0, size_t(h_stride) * sizeof(A));
+      if (projects()) memset((void*)(m.m + b * m_stride), 0, size_t(m_stride) * sizeof(A));
+      if (Cell::has_cell) convert_row(m.c + b * unit_vectors * L, (const S*)f.c + (r * p.B + b) * p.H, p.H, unit_vectors * L);
+    }
+  }
+
+  // ---- products ----
+  // init + a W^T for panel j, `offset` vectors into its columns.
+  void product(const A* a, int64_t lda, int64_t rows, const A* packed, const T* plain, int64_t k, bool input, int64_t j, const S* init,
+               int64_t ldi, S* c) const {
+    const int64_t u0 = j * O::units;
+    const int nu = int(unit_vectors - u0 < O::units ? unit_vectors - u0 : O::units);
+    const int64_t column = u0 * PA * L + (input ? O::x_offset : O::h_offset) * L;
+    if constexpr (kUnpackable) {
+      if (unpacked) {
+        for (int v = 0; v < nu * G; ++v) {
+          const int64_t first = (u0 + (G == 1 ? v : 0)) * L;
+          const int g = G == 1 ? 0 : input ? O::x_gate(v) : O::h_gate(v);
+          multiply_rows<T>(rows, a, lda, plain + (g * p.H + first) * k, k, lanes_left(p.H, first, L), k, init + column + v * L, ldi,
+                           c + column + v * L, row);
+        }
+        return;
+      }
+    }
+    multiply_panel<Kind>(rows, nu * G, {a, lda, packed + u0 * panel_size<Kind>(k, G), k, init + column, ldi, c + column, row});
+  }
+
+  // The input product of steps [s0, s1) for rows [b0, b1), panels [j0, j1).
+  void input(const Memory& m, int r, int me, int64_t s0, int64_t s1, int64_t b0, int64_t b1, int64_t j0, int64_t j1) const {
+    const Weights& w = p.weights[r];
+    const int64_t t0 = w.direction > 0 ? s0 : p.T - s1, steps = s1 - s0;
+    const int64_t ld = f.x_per_recurrence ? p.R * p.D : p.D;
+    const T* x = (const T*)f.x + t0 * p.B * ld + (f.x_per_recurrence ? r * p.D : 0);
+    const bool whole = b0 == 0 && b1 == p.B;  // then the rows of all steps stand in one block
+    const int64_t blocks = whole ? 1 : steps, rows = whole ? steps * p.B : b1 - b0;
+    const A* a = (const A*)x;
+    int64_t lda = ld;
+    if (!direct_x) {
+      A* copy = m.x + me * chunk_steps * p.B * x_stride;
+      for (int64_t q = 0; q < blocks; ++q)
+        for (int64_t i = 0; i < rows; ++i)
+          convert_row(copy + (q * p.B + b0 + i) * x_stride, x + (q * p.B + b0 + i) * ld, p.D, x_stride);
+      a = copy;
+      lda = x_stride;
+    }
+    for (int64_t j = j0; j < j1; ++j)
+      for (int64_t q = 0; q < blocks; ++q) {
+        S* c = m.pre + (q * p.B + b0) * row;
+        product(a + (q * p.B + b0) * lda, lda, rows, m.w_ih, (const T*)w.w_ih, p.D, true, j, m.bias, 0, c);
+        if constexpr (O::h_offset > O::x_offset) {  // the recurrent product's own column starts from its bias
+          const int64_t column = j * PA * L + (PA - 1) * L;
+          for (int64_t i = 0; i < rows; ++i) store(c + i * row + column, load(m.bias + column));
+        }
+      }
+  }
+
+  // ---- the cell ----
+  // Rows [b0, b1) of panel j at time t: from pre-activations to h_t (or, with a projection, what it multiplies) and c_t.
+  __attribute__((noinline)) void cell(const Memory& m, int r, int64_t step, const S* pre, const A* h_in, A* h_out, int64_t j, int64_t b0,
+                                      int64_t b1) const {
+    const Weights& w = p.weights[r];
+    const int64_t t = time(w, step), t_row = t - first_time(p, r), t_next = t + w.direction;
+    const bool project = projects(), last = step + 1 == p.T;
+    const int64_t u_end = (j + 1) * O::units < unit_vectors ? (j + 1) * O::units : unit_vectors;
+    for (int64_t b = b0; b < b1; ++b) {
+      const bool on = active(t, b), zero = cut(t, b), zero_next = !last && cut(t_next, b);
+      for (int64_t u = j * O::units; u < u_end; ++u) {
+        const int n = lanes_left(p.H, u * L, L);
+        const S* a_row = pre + b * row + u * PA * L;
+        V a[PA], s[SV ? SV : 1], c{}, h{}, h_prev{};
+#pragma GCC unroll 4
+        for (int i = 0; i < PA; ++i) a[i] = load(a_row + O::column(i) * L);
+        if (Cell::has_cell && !zero) c = load(m.c + (b * unit_vectors + u) * L);
+        if (Cell::needs_h_prev) h_prev = load(h_in + b * h_stride + u * L);
+        Cell::template forward<Polynomial<S>>(a, h_prev, c, h, s);
+        h = rounded<T>(h);
+        if (Cell::has_cell && on) store(m.c + (b * unit_vectors + u) * L, c);
+        const int64_t out = (t * p.B + b) * p.R + r;
+        if (project) {
+          store(m.m + b * m_stride + u * L, h);
+        } else {
+          V keep = h;
+          if (!on) keep = load(h_in + b * h_stride + u * L), h = V{};
+          if (f.y) store((T*)f.y + out * p.H + u * L, h, n);
+          if (f.hidden) store((T*)f.hidden + out * p.H + u * L, h, n);
+          if (zero_next) keep = V{};
+          store(h_out + b * h_stride + u * L, keep);
+        }
+        if (SV && f.saved) {
+          T* saved = (T*)f.saved + ((t_row * p.B + b) * p.R + r) * SV * p.H + u * L;
+#pragma GCC unroll 4
+          for (int i = 0; i < SV; ++i) store(saved + i * p.H, s[i], n);
+        }
+        if (Cell::has_cell && f.cells) store((T*)f.cells + ((t_row * p.B + b) * p.R + r) * p.H + u * L, c, n);
+      }
+    }
+  }
+
+  // h = W_hr m for output vectors [v0, v1), rows [b0, b1).
+  void project(const Memory& m, int r, int64_t step, const A* h_in, A* h_out, int64_t v0, int64_t v1, int64_t b0, int64_t b1) const {
+    const Weights& w = p.weights[r];
+    const int64_t t = time(w, step), t_next = t + w.direction;
+    const bool last = step + 1 == p.T;
+    for (int64_t v = v0; v < v1; ++v) {
+      const int n = lanes_left(p.P, v * L, L);
+      S* c = m.wide + b0 * out_vectors * L + v * L;
+      const A* a = m.m + b0 * m_stride;
+      bool done = false;
+      if constexpr (kUnpackable) {
+        if (unpacked) {
+          multiply_rows<T>(b1 - b0, a, m_stride, (const T*)w.w_hr + v * L * p.H, p.H, n, p.H, m.zero, 0, c, out_vectors * L);
+          done = true;
+        }
+      }
+      if (!done) multiply_panel<Kind>(b1 - b0, 1, {a, m_stride, m.w_hr + v * panel_size<Kind>(p.H, 1), p.H, m.zero, 0, c, out_vectors * L});
+      for (int64_t b = b0; b < b1; ++b) {
+        V h = rounded<T>(load(m.wide + (b * out_vectors + v) * L)), keep = h;
+        if (!active(t, b)) keep = load(h_in + b * h_stride + v * L), h = V{};
+        const int64_t out = (t * p.B + b) * p.R + r;
+        if (f.y) store((T*)f.y + out * p.P + v * L, h, n);
+        if (f.hidden) store((T*)f.hidden + out * p.P + v * L, h, n);
+        if (!last && cut(t_next, b)) keep = V{};
+        store(h_out + b * h_stride + v * L, keep);
+      }
+    }
+  }
+
+  void checkpoint(const Memory& m, int r, int64_t step, const A* h, int64_t b0, int64_t b1) const {
+    const int64_t size = p.P + (Cell::has_cell ? p.H : 0);
+    for (int64_t b = b0; b < b1; ++b) {
+      S* out = (S*)f.checkpoints + ((step / f.every * p.R + r) * p.B + b) * size;
+      convert_row(out, h + b * h_stride, p.P, p.P);
+      if (Cell::has_cell) memcpy(out + p.P, m.c + b * unit_vectors * L, size_t(p.H) * sizeof(S));
+    }
+  }
+
+  void recurrence(const Memory& m, int r, const Share& s) const {
+    const Weights& w = p.weights[r];
+    Barrier barrier(m.barrier, s.size);
+    const int64_t b0 = s.by_rows ? part(p.B, s.me, s.size) : 0, b1 = s.by_rows ? part(p.B, s.me + 1, s.size) : p.B;
+    const int64_t j0 = s.by_rows ? 0 : part(panels, s.me, s.size), j1 = s.by_rows ? panels : part(panels, s.me + 1, s.size);
+    const int64_t v0 = s.by_rows ? 0 : part(out_vectors, s.me, s.size), v1 = s.by_rows ? out_vectors : part(out_vectors, s.me + 1, s.size);
+    const bool split_units = !s.by_rows && s.size > 1, project_h = projects();
+    const int64_t tiles = (b1 - b0 + Kind::tile_rows - 1) / Kind::tile_rows;
+
+    if (!unpacked) {
+      pack(m, w, part(panels, s.me, s.size), part(panels, s.me + 1, s.size));
+      if (project_h) pack_projection(m, w, part(out_vectors, s.me, s.size), part(out_vectors, s.me + 1, s.size));
+    }
+    if (s.me == 0) {
+      fill_bias(m, w);
+      for (int v = 0; v < kPanelVectors; ++v) store(m.zero + v * L, V{});
+    }
+    load_state(m, r, part(p.B, s.me, s.size), part(p.B, s.me + 1, s.size));
+    barrier.wait(s.me);
+
+    const A* h_in = m.h[0];
+    A* h_out = m.h[1];
+    for (int64_t s0 = p.start; s0 < p.stop; s0 += chunk_steps) {
+      const int64_t s1 = s0 + chunk_steps < p.stop ? s0 + chunk_steps : p.stop;
+      input(m, r, s.me, s0, s1, b0, b1, j0, j1);
+      for (int64_t step = s0; step < s1; ++step) {
+        S* pre = m.pre + (w.direction > 0 ? step - s0 : s1 - 1 - step) * p.B * row;
+        if (f.checkpoints && step % f.every == 0) {
+          checkpoint(m, r, step, h_in, part(p.B, s.me, s.size), part(p.B, s.me + 1, s.size));
+          if (split_units) barrier.wait(s.me);  // c of all units is read there, before this step changes it
+        }
+        const bool skip = step == p.start && f.h_is_zero;
+        for (int64_t i = j0; i < j1; ++i) {
+          // Every other step runs the panels from the end: what the caches still hold of W_hh comes first.
+          const int64_t j = step & 1 ? j0 + j1 - 1 - i : i;
+          for (int64_t q = 0; q < tiles; ++q) {
+            const int64_t q0 = b0 + part(b1 - b0, q, tiles), q1 = b0 + part(b1 - b0, q + 1, tiles);
+            S* c = pre + q0 * row;
+            if (!skip) product(h_in + q0 * h_stride, h_stride, q1 - q0, m.w_hh, (const T*)w.w_hh, p.P, false, j, c, row, c);
+            cell(m, r, step, pre, h_in, h_out, j, q0, q1);
+          }
+        }
+        if (project_h) {
+          if (split_units) barrier.wait(s.me);
+          project(m, r, step, h_in, h_out, v0, v1, b0, b1);
+        }
+        if (split_units) barrier.wait(s.me);
+        A* next = const_cast<A*>(h_in);
+        h_in = h_out;
+        h_out = next;
+      }
+    }
+    for (int64_t b = part(p.B, s.me, s.size); b < part(p.B, s.me + 1, s.size); ++b) {
+      convert_row((S*)f.h + (r * p.B + b) * p.P, h_in + b * h_stride, p.P, p.P);
+      if (Cell::has_cell) memcpy((S*)f.c + (r * p.B + b) * p.H, m.c + b * unit_vectors * L, size_t(p.H) * sizeof(S));
+    }
+    barrier.wait(s.me);
+  }
+
+  static void body(void* context, int me, int team) {
+    auto& [loop, base, group_bytes] = *(Context*)context;
+    const Share s = share(me, team, loop.p.R, loop.p.B, loop.panels);
+    if (s.idle) return;
+    Region region;
+    Carver carve{base + s.group * group_bytes};
+    const Memory m = loop.layout(carve, team);
+    for (int r = s.group; r < loop.p.R; r += s.groups) loop.recurrence(m, r, s);
+  }
+  struct Context {
+    const ForwardLoop& loop;
+    char* base;
+    size_t group_bytes;
+  };
+
+  static void run(const Forward& forward) {
+    const ForwardLoop loop(forward);
+    const int threads = forward.p.threads;
+    Carver measure{nullptr};
+    loop.layout(measure, threads);
+    const int groups = int(forward.p.R < threads ? forward.p.R : threads);
+    Context context{loop, (char*)fused_rnn::cpu::scratch(measure.used * groups), measure.used};
+    for (int g = 0; g < groups; ++g) memset(context.base + g * measure.used, 0, Barrier::words(threads) * sizeof(int64_t));
+    fused_rnn::cpu::run_team(threads, body, &context);
+  }
+};
+
+}  // namespace FUSED_RNN_ISA

@@ -1,0 +1,305 @@
+// The one matrix product of the CPU backend:   C[m, n] = init[m, n] + sum_k A[m, k] W[k, n]
+// for a tile of few rows (batch) and one panel of W: kPanelVectors vectors of columns, packed so that every k is one contiguous,
+// aligned read. The loops call it for the input product, the recurrent one, the projection and their gradients.
+//
+// A `Kind` says in which types: operands (A, W) and accumulator, how many k stand together, and how many rows a tile has.
+#pragma once
+#include "vec.h"
+#if defined(__AMX_BF16__)
+#define FUSED_RNN_AMX 1
+#endif
+
+namespace FUSED_RNN_ISA {
+
+constexpr int kPanelVectors = 4;
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int kTileRows = 6;  // 32 vector registers: 6 x 4 accumulators, 4 of W, the broadcast
+#else
+constexpr int kTileRows = 3;  // 16 vector registers
+#endif
+
+struct F32 {
+  using Operand = float;
+  using Accumulator = float;
+  static constexpr int k_group = 1, k_multiple = 1, tile_rows = kTileRows;
+};
+struct F64 {
+  using Operand = double;
+  using Accumulator = double;
+  static constexpr int k_group = 1, k_multiple = 1, tile_rows = kTileRows;
+};
+#if defined(FUSED_RNN_AMX)
+#define FUSED_RNN_BF16_KIND Bf16
+struct Bf16 {  // tiles of 16 x 32 bf16, two of them deep
+  using Operand = bf16;
+  using Accumulator = float;
+  static constexpr int k_group = 2, k_multiple = 32, tile_rows = 32;
+};
+#elif defined(__AVX512BF16__)
+#define FUSED_RNN_BF16_KIND Bf16
+struct Bf16 {  // pairs of k, multiplied and added by one instruction
+  using Operand = bf16;
+  using Accumulator = float;
+  static constexpr int k_group = 2, k_multiple = 2, tile_rows = kTileRows;
+};
+#else
+#define FUSED_RNN_BF16_KIND F32
+#endif
+
+template <class Kind>
+constexpr int kKindLanes = kLanes<typename Kind::Accumulator>;
+
+constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+// Elements of a packed panel of `vectors` vectors.
+template <class Kind>
+static ALWAYS_INLINE int64_t panel_size(int64_t k, int vectors) {
+  return round_up(k, Kind::k_multiple) * vectors * kKindLanes<Kind>;
+}
+
+template <class Kind>
+struct TileArgs {
+  const typename Kind::Operand* a;  // [rows, k rounded up to k_multiple], row stride lda; the padding holds finite values
+  int64_t lda;
+  const typename Kind::Operand* w;  // packed panel
+  int64_t k;
+  const typename Kind::Accumulator* init;  // [rows, vectors * lanes], row stride ldi (0: one row for all)
+  int64_t ldi;
+  typename Kind::Accumulator* c;  // [rows, vectors * lanes], row stride ldc; may be init itself
+  int64_t ldc;
+};
+
+// ---- vector units ----
+template <class Kind, int MR, int NV, int KU>
+static ALWAYS_INLINE void multiply(Vec<typename Kind::Accumulator> (&acc)[KU][MR][NV], const typename Kind::Operand* a,
+                                   int64_t lda, const typename Kind::Operand* w) {
+  using S = typename Kind::Accumulator;
+  constexpr int L = kKindLanes<Kind>;
+#pragma GCC unroll 8
+  for (int u = 0; u < KU; ++u) {
+    Vec<S> wv[NV];
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v) wv[v] = *(const Vec<S>*)(w + int64_t(u * NV + v) * L * Kind::k_group);
+#pragma GCC unroll 6
+    for (int m = 0; m < MR; ++m) {
+      if constexpr (Kind::k_group == 1) {
+        const Vec<S> b = splat(a[m * lda + u]);
+#pragma GCC unroll 4
+        for (int v = 0; v < NV; ++v) acc[u][m][v] += b * wv[v];
+      } else {
+#if defined(__AVX512BF16__)
+        int32_t pair;
+        memcpy(&pair, a + m * lda + 2 * u, 4);
+        const __m512bh b = (__m512bh)_mm512_set1_epi32(pair);
+#pragma GCC unroll 4
+        for (int v = 0; v < NV; ++v) acc[u][m][v] = (Vec<S>)_mm512_dpbf16_ps((__m512)acc[u][m][v], b, (__m512bh)wv[v]);
+#endif
+      }
+    }
+  }
+}
+
+template <class Kind, int MR, int NV>
+static __attribute__((noinline)) void vector_tile(const TileArgs<Kind>& t) {
+  using S = typename Kind::Accumulator;
+  constexpr int L = kKindLanes<Kind>, KG = Kind::k_group;
+  // An FMA takes four cycles and two start in each: few accumulators are split over several k to keep eight in flight.
+  constexpr int KU = MR * NV >= 6 ? 1 : MR * NV >= 3 ? 2 : MR * NV == 2 ? 4 : 8;
+  Vec<S> acc[KU][MR][NV];
+#pragma GCC unroll 6
+  for (int m = 0; m < MR; ++m)
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v) {
+      acc[0][m][v] = load(t.init + m * t.ldi + v * L);
+#pragma GCC unroll 8
+      for (int u = 1; u < KU; ++u) acc[u][m][v] = Vec<S>{};
+    }
+  const auto* a = t.a;
+  const auto* w = t.w;
+  int64_t k = (t.k + KG - 1) / KG;
+  for (; k >= KU; k -= KU, a += KU * KG, w += int64_t(KU) * KG * NV * L) multiply<Kind, MR, NV, KU>(acc, a, t.lda, w);
+  if constexpr (KU > 1)
+    for (; k > 0; --k, a += KG, w += int64_t(KG) * NV * L) {
+      Vec<S>(&first)[1][MR][NV] = *(Vec<S>(*)[1][MR][NV])(&acc);
+      multiply<Kind, MR, NV, 1>(first, a, t.lda, w);
+    }
+#pragma GCC unroll 6
+  for (int m = 0; m < MR; ++m)
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v) {
+      Vec<S> sum = acc[0][m][v];
+#pragma GCC unroll 8
+      for (int u = 1; u < KU; ++u) sum += acc[u][m][v];
+      store(t.c + m * t.ldc + v * L, sum);
+    }
+}
+
+template <class Kind, int NV>
+static ALWAYS_INLINE void vector_rows(int rows, const TileArgs<Kind>& t) {
+  switch (rows) {
+    case 1: return vector_tile<Kind, 1, NV>(t);
+    case 2: return vector_tile<Kind, 2, NV>(t);
+    case 3: return vector_tile<Kind, 3, NV>(t);
+#if defined(__AVX512F__) || defined(__aarch64__)
+    case 4: return vector_tile<Kind, 4, NV>(t);
+    case 5: return vector_tile<Kind, 5, NV>(t);
+    case 6: return vector_tile<Kind, 6, NV>(t);
+#endif
+  }
+}
+
+#if defined(FUSED_RNN_AMX)
+// ---- AMX: C tiles of 16 rows x 16 columns, A 16 x 32 bf16, W 16 pairs x 16 columns ----
+struct alignas(64) TileConfig {
+  uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  uint16_t bytes[16] = {};
+  uint8_t rows[16] = {};
+};
+static thread_local int amx_configured = 0;  // the rows the tiles are set up for, as rows0 * 32 + rows1; 0: not set up
+
+static void amx_configure(int rows0, int rows1) {
+  const int key = rows0 * 32 + rows1;
+  if (key == amx_configured) return;
+  amx_configured = key;
+  TileConfig config;
+  for (int i = 0; i < 8; ++i) config.bytes[i] = 64;
+  // Two row blocks: C 0 1 | 2 3, A 4 | 5, W 6 7.  One row block: C 0..3, A 4, W 5 6 7.
+  for (int i = 0; i < 4; ++i) config.rows[i] = uint8_t(rows1 && i >= 2 ? rows1 : rows0);
+  config.rows[4] = uint8_t(rows0);
+  config.rows[5] = uint8_t(rows1 ? rows1 : 16);
+  config.rows[6] = config.rows[7] = 16;
+  _tile_loadconfig(&config);
+}
+
+static __attribute__((noinline)) void amx_tile(int rows, int vectors, const TileArgs<Bf16>& t) {
+  const int rows0 = rows <= 16 ? rows : (rows + 1) / 2, rows1 = rows - rows0;
+  amx_configure(rows0, rows1);
+  alignas(64) float out[32][kPanelVectors][16];
+  constexpr int out_stride = kPanelVectors * 64;
+  const int64_t k_end = round_up(t.k, 32), ws = int64_t(vectors) * 64, as = t.lda * 2;
+  const bf16 *a0 = t.a, *a1 = t.a + rows0 * t.lda, *w = t.w;
+  const int64_t w_step = int64_t(16) * vectors * 32;  // elements of W for 32 k
+  if (rows1) {
+    for (int v = 0; v < vectors; v += 2) {
+      const bool two = v + 1 < vectors;
+      _tile_zero(0);
+      _tile_zero(1);
+      _tile_zero(2);
+      _tile_zero(3);
+      const bf16* wv = w + v * 32;
+      for (int64_t k = 0; k < k_end; k += 32, wv += w_step) {
+        _tile_loadd(4, a0 + k, as);
+        _tile_loadd(6, wv, ws);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_loadd(5, a1 + k, as);
+        _tile_dpbf16ps(2, 5, 6);
+        if (two) {
+          _tile_loadd(7, wv + 32, ws);
+          _tile_dpbf16ps(1, 4, 7);
+          _tile_dpbf16ps(3, 5, 7);
+        }
+      }
+      _tile_stored(0, &out[0][v][0], out_stride);
+      _tile_stored(2, &out[rows0][v][0], out_stride);
+      if (two) {
+        _tile_stored(1, &out[0][v + 1][0], out_stride);
+        _tile_stored(3, &out[rows0][v + 1][0], out_stride);
+      }
+    }
+  } else {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (int64_t k = 0; k < k_end; k += 32, w += w_step) {
+      _tile_loadd(4, a0 + k, as);
+      _tile_loadd(5, w, ws);
+      _tile_dpbf16ps(0, 4, 5);
+      if (vectors > 1) {
+        _tile_loadd(6, w + 32, ws);
+        _tile_dpbf16ps(1, 4, 6);
+      }
+      if (vectors > 2) {
+        _tile_loadd(7, w + 64, ws);
+        _tile_dpbf16ps(2, 4, 7);
+      }
+      if (vectors > 3) {
+        _tile_loadd(5, w + 96, ws);
+        _tile_dpbf16ps(3, 4, 5);
+      }
+    }
+    _tile_stored(0, &out[0][0][0], out_stride);
+    if (vectors > 1) _tile_stored(1, &out[0][1][0], out_stride);
+    if (vectors > 2) _tile_stored(2, &out[0][2][0], out_stride);
+    if (vectors > 3) _tile_stored(3, &out[0][3][0], out_stride);
+  }
+  for (int m = 0; m < rows; ++m)
+    for (int v = 0; v < vectors; ++v)
+      store(t.c + m * t.ldc + v * 16, load(t.init + m * t.ldi + v * 16) + load(&out[m][v][0]));
+}
+#endif
+
+// rows <= Kind::tile_rows, vectors <= kPanelVectors.
+template <class Kind>
+static ALWAYS_INLINE void multiply_tile(int rows, int vectors, const TileArgs<Kind>& t) {
+#if defined(FUSED_RNN_AMX)
+  if constexpr (Kind::k_multiple == 32) return amx_tile(rows, vectors, t);
+#endif
+  switch (vectors) {
+    case 1: return vector_rows<Kind, 1>(rows, t);
+    case 2: return vector_rows<Kind, 2>(rows, t);
+    case 3: return vector_rows<Kind, 3>(rows, t);
+    case 4: return vector_rows<Kind, 4>(rows, t);
+  }
+}
+
+// Any number of rows: split evenly into tiles, so that none is much smaller than the others.
+template <class Kind>
+static ALWAYS_INLINE void multiply_panel(int64_t rows, int vectors, TileArgs<Kind> t) {
+  const int64_t tiles = (rows + Kind::tile_rows - 1) / Kind::tile_rows;
+  const TileArgs<Kind> all = t;
+  for (int64_t q = 0; q < tiles; ++q) {
+    const int64_t first = rows * q / tiles, last = rows * (q + 1) / tiles;
+    t.a = all.a + first * t.lda;
+    t.init = all.init + first * t.ldi;
+    t.c = all.c + first * t.ldc;
+    multiply_tile<Kind>(int(last - first), vectors, t);
+  }
+}
+
+// ---- W as it stands in memory, for a handful of rows, where packing would cost more than it saves ----
+// C[m, 0..n) = init + sum_k A[m, k] W[i, k] for n <= lanes rows i of W. One vector of C; lanes past n come out as init.
+template <class T>
+static __attribute__((noinline)) void multiply_rows(int64_t rows, const Acc<T>* a, int64_t lda, const T* w, int64_t ldw, int n,
+                                                    int64_t k, const Acc<T>* init, int64_t ldi, Acc<T>* c, int64_t ldc) {
+  using S = Acc<T>;
+  constexpr int L = kLanes<S>;
+  for (int64_t m = 0; m < rows; ++m) {
+    Vec<S> acc[L];
+    const S* am = a + m * lda;
+    if (n == L) {
+#pragma GCC unroll 16
+      for (int i = 0; i < L; ++i) acc[i] = Vec<S>{};
+      int64_t j = 0;
+      for (; j + L <= k; j += L) {
+        const Vec<S> b = load(am + j);
+#pragma GCC unroll 16
+        for (int i = 0; i < L; ++i) acc[i] += b * load(w + i * ldw + j);
+      }
+      if (j < k) {
+        const Vec<S> b = load(am + j, int(k - j));
+#pragma GCC unroll 16
+        for (int i = 0; i < L; ++i) acc[i] += b * load(w + i * ldw + j, int(k - j));
+      }
+    } else {
+      for (int i = 0; i < L; ++i) {
+        acc[i] = Vec<S>{};
+        if (i < n)
+          for (int64_t j = 0; j < k; j += L) acc[i] += load(am + j, int(k - j < L ? k - j : L)) * load(w + i * ldw + j, int(k - j < L ? k - j : L));
+      }
+    }
+    store(c + m * ldc, load(init + m * ldi) + sums<S>(acc));
+  }
+}
+
+}  // namespace FUSED_RNN_ISA

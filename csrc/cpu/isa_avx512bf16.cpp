@@ -1,0 +1,5 @@
+#define FUSED_RNN_ISA fused_rnn_avx512bf16
+#define FUSED_RNN_VECTOR_BYTES 64
+#include "kernels.h"
+
+FUSED_RNN_TABLE(avx512bf16)

@@ -1,0 +1,52 @@
+// The body of every ISA's translation unit: the loops instantiated over cells and dtypes, in a namespace of the ISA's own.
+#pragma once
+#include "backward.h"
+#include "forward.h"
+#include "isa.h"
+#include "products.h"
+
+namespace FUSED_RNN_ISA {
+
+template <template <class, class, class> class Loop, class Args, class Cell>
+static void run_cell(const Args& args) {
+  switch (args.p.dtype) {
+    case fused_rnn::Dtype::f32: return Loop<F32, float, Cell>::run(args);
+    case fused_rnn::Dtype::f64: return Loop<F64, double, Cell>::run(args);
+    case fused_rnn::Dtype::bf16: return Loop<FUSED_RNN_BF16_KIND, bf16, Cell>::run(args);
+    case fused_rnn::Dtype::f16: return Loop<F32, f16, Cell>::run(args);
+  }
+}
+
+template <template <class, class, class> class Loop, class Args>
+static void run(const Args& args) {
+  switch (args.p.cell) {
+    case fused_rnn::Cell::lstm: return run_cell<Loop, Args, Lstm>(args);
+    case fused_rnn::Cell::gru: return run_cell<Loop, Args, Gru>(args);
+    case fused_rnn::Cell::rnn_tanh: return run_cell<Loop, Args, RnnTanh>(args);
+    case fused_rnn::Cell::rnn_relu: return run_cell<Loop, Args, RnnRelu>(args);
+  }
+}
+
+constexpr int kProductsPad = kVectorBytes;
+
+template <class S>
+static void activation_of(int which, const S* x, S* out, int64_t n) {
+  for (int64_t i = 0; i < n; i += kLanes<S>) {
+    const int left = lanes_left(n, i, kLanes<S>);
+    const Vec<S> v = load(x + i, left);
+    store(out + i, which ? Polynomial<S>::tanh(v) : Polynomial<S>::sigmoid(v), left);
+  }
+}
+static void activation(int which, fused_rnn::Dtype dtype, const void* x, void* out, int64_t n) {
+  if (dtype == fused_rnn::Dtype::f32) activation_of(which, (const float*)x, (float*)out, n);
+  else activation_of(which, (const double*)x, (double*)out, n);
+}
+
+}  // namespace FUSED_RNN_ISA
+
+#define FUSED_RNN_TABLE(table) \
+  namespace fused_rnn::cpu { \
+  extern const Kernels table; \
+  const Kernels table{#table, ::FUSED_RNN_ISA::run<::FUSED_RNN_ISA::ForwardLoop>, ::FUSED_RNN_ISA::run<::FUSED_RNN_ISA::BackwardLoop>, \
+                      ::FUSED_RNN_ISA::run<::FUSED_RNN_ISA::ProductsLoop>, ::FUSED_RNN_ISA::kProductsPad, ::FUSED_RNN_ISA::activation}; \
+  }

@@ -1,0 +1,110 @@
+// What forward and backward share: how a cell's vectors lie in a row of pre-activations, how a team divides the work, scratch.
+#pragma once
+#include "../cells/gru.h"
+#include "../cells/lstm.h"
+#include "../cells/rnn.h"
+#include "../params.h"
+#include "pack.h"
+#include "team.h"
+#include "vmath.h"
+
+namespace FUSED_RNN_ISA {
+
+using fused_rnn::Backward;
+using fused_rnn::first_time;
+using fused_rnn::Forward;
+using fused_rnn::Gru;
+using fused_rnn::Lstm;
+using fused_rnn::Problem;
+using fused_rnn::RnnRelu;
+using fused_rnn::RnnTanh;
+using fused_rnn::Weights;
+using fused_rnn::cpu::Barrier;
+
+// A row of pre-activations is cut into vectors of hidden units; each brings its `preactivations` vectors side by side. The input
+// product writes `gates` of them from `x_offset` on, the recurrent product adds to `gates` of them from `h_offset` on.
+template <class Cell>
+struct Order {  // LSTM, RNN: torch's own order, both products to the same place
+  static constexpr int units = Cell::gates == 1 ? kPanelVectors : 1;  // vectors of units a panel holds
+  static constexpr int x_offset = 0, h_offset = 0;
+  static constexpr int column(int preactivation) { return preactivation; }
+  static constexpr int x_gate(int v) { return v; }
+  static constexpr int h_gate(int v) { return v; }
+};
+template <>
+struct Order<Gru> {  // nx, r, z, nh: x writes the first three, h the last three
+  static constexpr int units = 1;
+  static constexpr int x_offset = 0, h_offset = 1;
+  static constexpr int column(int preactivation) { return preactivation == 0 ? 1 : preactivation == 1 ? 2 : preactivation == 2 ? 0 : 3; }
+  static constexpr int x_gate(int v) { return v == 0 ? 2 : v - 1; }
+  static constexpr int h_gate(int v) { return v; }
+};
+
+static ALWAYS_INLINE int lanes_left(int64_t n, int64_t from, int lanes) {
+  return n - from >= lanes ? lanes : n > from ? int(n - from) : 0;
+}
+
+// Row strides of the operands: padded to the kind's k, and off the powers of two, which fight for the same cache sets.
+template <class Kind>
+static ALWAYS_INLINE int64_t row_stride(int64_t n) {
+  constexpr int line = 64 / int(sizeof(typename Kind::Operand));
+  const int64_t padded = round_up(round_up(n, kKindLanes<Kind>), line > Kind::k_multiple ? line : Kind::k_multiple);
+  return padded % (8 * line) ? padded : padded + line;
+}
+
+// Lays arrays out one after the other, 64-byte aligned; with a null base it only measures.
+struct Carver {
+  char* base;
+  size_t used = 0;
+  template <class X>
+  X* take(int64_t count) {
+    X* p = base ? (X*)(base + used) : nullptr;
+    used += (size_t(count) * sizeof(X) + 127) / 64 * 64;
+    return p;
+  }
+};
+
+// How a team divides R recurrences of B rows: groups of threads take recurrences in turn; within a group by rows of the batch
+// where each thread gets enough of them (no barrier in the loop at all), by hidden units otherwise (one barrier a step).
+struct Share {
+  int group, groups;  // which recurrences: group, group + groups, ..
+  int me, size;       // within the group
+  bool by_rows;
+  bool idle;
+};
+static inline Share share(int me, int team, int64_t R, int64_t B, int64_t panels) {
+  Share s;
+  int groups = int(R < team ? R : team);
+  while (team % groups) --groups;
+  s.groups = groups;
+  s.size = team / groups;
+  s.group = me / s.size;
+  s.me = me % s.size;
+  s.by_rows = s.size == 1 || B >= 12 * s.size;
+  if (!s.by_rows && s.size > panels) s.size = int(panels);
+  s.idle = s.me >= s.size;
+  return s;
+}
+static inline int64_t part(int64_t n, int64_t i, int64_t parts) { return n * i / parts; }
+
+// Small numbers cost x86 a hundred cycles each when they turn denormal: flushed to zero inside the loops, restored after.
+struct Region {
+#if defined(__x86_64__)
+  unsigned saved;
+  ALWAYS_INLINE Region() : saved(_mm_getcsr()) {
+    _mm_setcsr(saved | 0x8040u);
+#if defined(FUSED_RNN_AMX)
+    amx_configured = 0;
+#endif
+  }
+  ALWAYS_INLINE ~Region() {
+    _mm_setcsr(saved);
+#if defined(FUSED_RNN_AMX)
+    if (amx_configured) _tile_release();
+    amx_configured = 0;
+#endif
+  }
+#endif
+};
+
+}  // namespace FUSED_RNN_ISA

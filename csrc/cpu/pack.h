@@ -1,0 +1,75 @@
+// Packing a weight matrix into the panels that gemm.h reads: [panel][k / k_group][vector][lane][k_group], zero where the
+// matrix ends. Done once a call; the pages are kept (team.h, scratch).
+#pragma once
+#include "gemm.h"
+
+namespace FUSED_RNN_ISA {
+
+// A vector of columns taken from rows of src: column l is src[l, :], l < n <= lanes.
+template <class Kind, class T>
+static __attribute__((noinline)) void pack_rows(typename Kind::Operand* dst, int vectors, int v, const T* src, int64_t ld, int n,
+                                                int64_t k) {
+  using S = typename Kind::Accumulator;
+  constexpr int L = kKindLanes<Kind>, KG = Kind::k_group;
+  const int64_t k_end = round_up(k, Kind::k_multiple), step = int64_t(vectors) * L * KG;
+  typename Kind::Operand* d = dst + int64_t(v) * L * KG;
+  for (int64_t k0 = 0; k0 < k_end; k0 += L * KG) {
+    Vec<S> r[L];
+    const int left = int(k - k0 < L * KG ? (k - k0 < 0 ? 0 : k - k0) : L * KG);
+    for (int l = 0; l < L; ++l) {
+      if (l >= n || left == 0) {
+        r[l] = Vec<S>{};
+      } else if constexpr (KG == 1) {
+        r[l] = load(src + l * ld + k0, left);
+      } else {
+        r[l] = Vec<S>{};
+        memcpy(&r[l], src + l * ld + k0, size_t(left) * sizeof(T));
+      }
+    }
+    transpose<S>(r);
+    const int64_t count = (k_end - k0 < L * KG ? k_end - k0 : L * KG) / KG;
+    if (count == L) {
+#pragma GCC unroll 16
+      for (int i = 0; i < L; ++i) *(Vec<S>*)(d + i * step) = r[i];
+    } else {
+      for (int64_t i = 0; i < count; ++i) *(Vec<S>*)(d + i * step) = r[i];
+    }
+    d += L * step;
+  }
+}
+
+// A vector of columns that are columns of src already: src[:, 0..n), n <= lanes.
+template <class Kind, class T>
+static __attribute__((noinline)) void pack_columns(typename Kind::Operand* dst, int vectors, int v, const T* src, int64_t ld, int n,
+                                                   int64_t k) {
+  using S = typename Kind::Accumulator;
+  constexpr int L = kKindLanes<Kind>, KG = Kind::k_group;
+  const int64_t k_end = round_up(k, Kind::k_multiple), step = int64_t(vectors) * L * KG;
+  typename Kind::Operand* d = dst + int64_t(v) * L * KG;
+  for (int64_t k0 = 0; k0 < k_end; k0 += KG, d += step) {
+    if constexpr (KG == 1) {
+      *(Vec<S>*)d = k0 < k ? load(src + k0 * ld, n) : Vec<S>{};
+    } else {
+      typename Kind::Operand pairs[L * KG];
+      memset((void*)pairs, 0, sizeof(pairs));
+      for (int g = 0; g < KG; ++g)
+        if (k0 + g < k)
+          for (int l = 0; l < n; ++l) pairs[l * KG + g] = src[(k0 + g) * ld + l];
+      memcpy(d, pairs, sizeof(pairs));
+    }
+  }
+}
+
+// n elements of T as operands, zero up to `padded`.
+template <class Operand, class T>
+static ALWAYS_INLINE void convert_row(Operand* dst, const T* src, int64_t n, int64_t padded) {
+  if constexpr (sizeof(Operand) == sizeof(T)) {
+    memcpy((void*)dst, (const void*)src, size_t(n) * sizeof(T));
+  } else {
+    constexpr int L = kLanes<Acc<T>>;
+    for (int64_t i = 0; i < n; i += L) store(dst + i, load(src + i, int(n - i < L ? n - i : L)), int(n - i < L ? n - i : L));
+  }
+  memset((void*)(dst + n), 0, size_t(padded - n) * sizeof(Operand));
+}
+
+}  // namespace FUSED_RNN_ISA

@@ -1,0 +1,250 @@
+// The gradients of weights and input: products of dgates with inputs, hidden states and weights over all steps of a range.
+//
+//   dW[m, n] += sum over rows k of dgates[k, m] in[k, n]      in = x, h_{t-1}: given row by row, since h_{t-1} may be h0 or zero
+//   db[m]    += sum over rows k of dgates[k, m]
+//   dx[k, n]  = sum over m of dgates[k, m] W_ih[m, n]
+//
+// Threads divide the hidden units (dW) and the rows (dx); every sum has one owner and one order.
+#pragma once
+#include "layout.h"
+
+namespace FUSED_RNN_ISA {
+
+using fused_rnn::Products;
+
+constexpr int64_t kDepth = 512;    // rows k multiplied at a time: a tile of dgates and a panel of `in` fit L1 and L2
+constexpr int64_t kDxRows = 96;
+
+template <class Kind, class T, class Cell>
+struct ProductsLoop {
+  using A = typename Kind::Operand;
+  using S = typename Kind::Accumulator;
+  static constexpr int L = kKindLanes<Kind>, G = Cell::gates, DG = Cell::gradients, W = kPanelVectors * L;
+  static constexpr int64_t kLd = kDepth + 64 / int64_t(sizeof(A));  // row stride of the transposed dgates: not a power of two
+
+  const Products& f;
+  const Problem& p;
+  int64_t first_row, rows;  // of this range, in time order
+
+  struct Memory {
+    int64_t* barrier;
+    A *left, *panel, *w_ih, *dx_left;  // left: transposed dgates, [DG, units of this thread, kLd]
+    S *zero, *dx_tile;
+    const T** row;
+  };
+
+  ProductsLoop(const Products& products) : f(products), p(products.p), rows((products.p.stop - products.p.start) * products.p.B) {}
+
+  // Of the gradient vectors, which row block of W_ih gate g is: none for GRU's n_h, and n_x is torch's n.
+  static constexpr int input_gate(int d) { return DG == G ? d : d == 2 ? -1 : d == 3 ? 2 : d; }
+
+  Memory layout(Carver& shared, Carver& own, int threads) const {
+    Memory m{};
+    m.barrier = shared.take<int64_t>(Barrier::words(threads));
+    if (f.dx) m.w_ih = shared.take<A>(((p.D + L - 1) / L) * panel_size<Kind>(G * p.H, 1));
+    const int64_t units = (p.H + threads - 1) / threads, outs = (p.P + threads - 1) / threads;
+    m.left = own.take<A>((DG * units > outs ? DG * units : outs) * kLd);
+    m.panel = own.take<A>(panel_size<Kind>(kDepth, kPanelVectors));
+    m.zero = own.take<S>(W);
+    if (f.dx) {
+      m.dx_tile = own.take<S>(kDxRows * W);
+      m.dx_left = own.take<A>(kDxRows * row_stride<Kind>(G * p.H));
+    }
+    m.row = own.take<const T*>(kDepth);
+    return m;
+  }
+
+  // left[i, k] = src[k, i] for i < n, k < depth; zero beyond depth up to what the kind multiplies at a time.
+  static void transpose_into(A* left, const T* src, int64_t ld, int64_t n, int64_t depth) {
+    const int64_t padded = round_up(depth, Kind::k_multiple);
+    if constexpr (sizeof(A) == sizeof(S)) {
+      for (int64_t k = 0; k < depth; k += L)
+        for (int64_t i = 0; i < n; i += L) {
+          Vec<S> r[L];
+          for (int l = 0; l < L; ++l) r[l] = k + l < depth ? load(src + (k + l) * ld + i, lanes_left(n, i, L)) : Vec<S>{};
+          transpose<S>(r);
+          for (int l = 0; l < L && i + l < n; ++l) store(left + (i + l) * kLd + k, r[l], lanes_left(depth, k, L));
+        }
+    } else {  // 16-bit operands: interleave pairs of rows, then transpose the pairs
+      for (int64_t k = 0; k < padded; k += 2 * L)
+        for (int64_t i = 0; i < n; i += L) {
+          Vec<S> r[L];
+          const int here = lanes_left(n, i, L);
+          for (int l = 0; l < L; ++l) {
+            alignas(64) uint16_t low[L] = {}, high[L] = {};
+            if (k + 2 * l < depth) memcpy(low, src + (k + 2 * l) * ld + i, size_t(here) * 2);
+            if (k + 2 * l + 1 < depth) memcpy(high, src + (k + 2 * l + 1) * ld + i, size_t(here) * 2);
+            const auto lo = __builtin_convertvector(*(const Half16V*)low, VectorOf<float>::U);
+            const auto hi = __builtin_convertvector(*(const Half16V*)high, VectorOf<float>::U);
+            r[l] = (Vec<S>)(lo | hi << 16);
+          }
+          transpose<S>(r);
+          const int64_t room = padded - k < 2 * L ? padded - k : 2 * L;
+          for (int l = 0; l < here; ++l) {
+            if (room == 2 * L) store((float*)(void*)(left + (i + l) * kLd + k), r[l]);
+            else memcpy((void*)(left + (i + l) * kLd + k), &r[l], size_t(room) * 2);
+          }
+        }
+    }
+  }
+
+  // A panel of `in`, columns [column, column + nv L): rows by pointer, null for zero.
+  static void pack_panel(A* panel, const T* const* row, int64_t depth, int64_t column, int64_t n, int nv) {
+    constexpr int KG = Kind::k_group;
+    const int64_t padded = round_up(depth, Kind::k_multiple);
+    for (int64_t k = 0; k < padded; k += KG)
+      for (int v = 0; v < nv; ++v) {
+        const int here = lanes_left(n, column + v * L, L);
+        A* d = panel + (k / KG * nv + v) * L * KG;
+        if constexpr (KG == 1) {
+          *(Vec<S>*)d = k < depth && row[k] ? load(row[k] + column + v * L, here) : Vec<S>{};
+        } else {
+          alignas(64) uint16_t low[L] = {}, high[L] = {};
+          if (k < depth && row[k]) memcpy(low, row[k] + column + v * L, size_t(here) * 2);
+          if (k + 1 < depth && row[k + 1]) memcpy(high, row[k + 1] + column + v * L, size_t(here) * 2);
+          const auto lo = __builtin_convertvector(*(const Half16V*)low, VectorOf<float>::U);
+          const auto hi = __builtin_convertvector(*(const Half16V*)high, VectorOf<float>::U);
+          *(Vec<S>*)d = (Vec<S>)(lo | hi << 16);
+        }
+      }
+  }
+
+  // dw[block(i) + 0..n) += left_i in, for the `count` row blocks of `left` that take part.
+  void weight_gradient(const Memory& m, S* dw, int64_t columns, int64_t depth, int count, const int64_t* left_row, const int64_t* dw_row,
+                       int64_t n) const {
+    const int64_t ld = round_up(columns, L);
+    for (int64_t column = 0; column < columns; column += W) {
+      const int nv = int((columns - column + L - 1) / L < kPanelVectors ? (columns - column + L - 1) / L : kPanelVectors);
+      pack_panel(m.panel, m.row, depth, column, columns, nv);
+      for (int i = 0; i < count; ++i) {
+        S* c = dw + dw_row[i] * ld + column;
+        multiply_panel<Kind>(n, nv, {m.left + left_row[i] * kLd, kLd, m.panel, depth, c, ld, c, ld});
+      }
+    }
+  }
+
+  void bias_gradient(const Memory& m, S* db, int64_t depth, int64_t left_row, int64_t db_row, int64_t n) const {
+    for (int64_t i = 0; i < n; ++i) {
+      const A* a = m.left + (left_row + i) * kLd;
+      Vec<S> sum[2] = {};
+      for (int64_t k = 0; k < depth; k += 2 * L) {
+        sum[0] += load(a + k, lanes_left(depth, k, L));
+        sum[1] += load(a + k + L, lanes_left(depth, k + L, L));
+      }
+      sum[0] += sum[1];
+      S total = 0;
+      for (int l = 0; l < L; ++l) total += sum[0][l];
+      db[db_row + i] += total;
+    }
+  }
+
+  // What h_{t-1} was for row (t, b): a row of `hidden`, of h0, or null for zero.
+  const T* h_before(int r, int64_t t, int64_t b) const {
+    const Weights& w = p.weights[r];
+    if (p.lengths && t >= p.lengths[b]) return nullptr;  // its dgates are zero
+    if (p.reset && p.reset[t * p.B + b]) return nullptr;
+    const int64_t before = t - w.direction;
+    if (before < 0 || before >= p.T || (p.lengths && before >= p.lengths[b])) return f.h0 ? (const T*)f.h0 + (r * p.B + b) * p.P : nullptr;
+    return (const T*)f.hidden + ((before * p.B + b) * p.R + r) * p.P;
+  }
+
+  void weights_of(const Memory& m, int r, int me, int team) const {
+    const int64_t u0 = part(p.H, me, team), units = part(p.H, me + 1, team) - u0;
+    const int64_t t0 = first_time(p, r), ld_x = f.x_per_recurrence ? p.R * p.D : p.D;
+    const T* x = (const T*)f.x + t0 * p.B * ld_x + (f.x_per_recurrence ? r * p.D : 0);
+    const int64_t ld = p.R * DG * p.H;
+    for (int64_t k0 = 0; k0 < rows; k0 += kDepth) {
+      const int64_t depth = rows - k0 < kDepth ? rows - k0 : kDepth;
+      int64_t left_x[DG], dw_x[DG], left_h[DG], dw_h[DG];
+      int count_x = 0, count_h = 0;
+      for (int d = 0; d < DG; ++d) {
+        transpose_into(m.left + d * units * kLd, (const T*)f.dgates + k0 * ld + (r * DG + d) * p.H + u0, ld, units, depth);
+        if (input_gate(d) >= 0) left_x[count_x] = d * units, dw_x[count_x++] = input_gate(d) * p.H + u0;
+        if (d < G) left_h[count_h] = d * units, dw_h[count_h++] = d * p.H + u0;
+      }
+      for (int64_t k = 0; k < depth; ++k) m.row[k] = x + (k0 + k) * ld_x;
+      weight_gradient(m, (S*)f.dw_ih[r], p.D, depth, count_x, left_x, dw_x, units);
+      for (int64_t k = 0; k < depth; ++k) m.row[k] = h_before(r, t0 + (k0 + k) / p.B, (k0 + k) % p.B);
+      weight_gradient(m, (S*)f.dw_hh[r], p.P, depth, count_h, left_h, dw_h, units);
+      if (f.db_ih)
+        for (int i = 0; i < count_x; ++i) bias_gradient(m, (S*)f.db_ih[r], depth, left_x[i], dw_x[i], units);
+      if (f.db_hh)
+        for (int i = 0; i < count_h; ++i) bias_gradient(m, (S*)f.db_hh[r], depth, left_h[i], dw_h[i], units);
+      if (f.dprojected) {
+        const int64_t o0 = part(p.P, me, team), outs = part(p.P, me + 1, team) - o0, zero = 0;
+        transpose_into(m.left, (const T*)f.dprojected + (k0 * p.R + r) * p.P + o0, p.R * p.P, outs, depth);
+        for (int64_t k = 0; k < depth; ++k) m.row[k] = (const T*)f.unprojected + ((k0 + k) * p.R + r) * p.H;
+        weight_gradient(m, (S*)f.dw_hr[r], p.H, depth, 1, &zero, &o0, outs);
+      }
+    }
+  }
+
+  void input_of(const Memory& m, int r, int me, int team, Barrier& barrier) const {
+    const Weights& w = p.weights[r];
+    const int64_t vectors = (p.D + L - 1) / L, panels = (vectors + kPanelVectors - 1) / kPanelVectors;
+    const auto vectors_of = [&](int64_t j) { return int(vectors - j * kPanelVectors < kPanelVectors ? vectors - j * kPanelVectors : kPanelVectors); };
+    for (int64_t j = part(panels, me, team); j < part(panels, me + 1, team); ++j)
+      for (int v = 0; v < vectors_of(j); ++v)
+        pack_columns<Kind, T>(m.w_ih + j * kPanelVectors * panel_size<Kind>(G * p.H, 1), vectors_of(j), v,
+                              (const T*)w.w_ih + (j * kPanelVectors + v) * L, p.D, lanes_left(p.D, (j * kPanelVectors + v) * L, L), G * p.H);
+    barrier.wait(me);
+    const int64_t stride = row_stride<Kind>(G * p.H), ld = p.R * DG * p.H, ld_x = f.x_per_recurrence ? p.R * p.D : p.D;
+    T* dx = (T*)f.dx + first_time(p, r) * p.B * ld_x + (f.x_per_recurrence ? r * p.D : 0);
+    const bool direct = DG == G && sizeof(A) == sizeof(T) && (G * p.H) % Kind::k_multiple == 0;
+    const int64_t end = part(rows, me + 1, team);
+    for (int64_t k0 = part(rows, me, team); k0 < end; k0 += kDxRows) {
+      const int64_t n = end - k0 < kDxRows ? end - k0 : kDxRows;
+      const T* dgates = (const T*)f.dgates + k0 * ld + r * DG * p.H;
+      if (!direct)
+        for (int64_t k = 0; k < n; ++k)
+          for (int d = 0; d < DG; ++d)
+            if (input_gate(d) >= 0)
+              convert_row(m.dx_left + k * stride + input_gate(d) * p.H, dgates + k * ld + d * p.H, p.H, input_gate(d) + 1 == G ? stride - (G - 1) * p.H : p.H);
+      for (int64_t j = 0; j < panels; ++j) {
+        const int nv = vectors_of(j);
+        multiply_panel<Kind>(n, nv, {direct ? (const A*)dgates : m.dx_left, direct ? ld : stride,
+                                     m.w_ih + j * kPanelVectors * panel_size<Kind>(G * p.H, 1), G * p.H, m.zero, 0, m.dx_tile, W});
+        for (int64_t k = 0; k < n; ++k)
+          for (int v = 0; v < nv; ++v) {
+            const int64_t column = (j * kPanelVectors + v) * L;
+            T* out = dx + (k0 + k) * ld_x + column;
+            Vec<S> sum = load(m.dx_tile + k * W + v * L);
+            if (f.add_dx) sum += load(out, lanes_left(p.D, column, L));
+            store(out, sum, lanes_left(p.D, column, L));
+          }
+      }
+    }
+    barrier.wait(me);  // the next recurrence packs its W_ih into the same place, and adds to the same dx
+  }
+
+  struct Context {
+    const ProductsLoop& loop;
+    char* base;
+  };
+  static void body(void* context, int me, int team) {
+    auto& [loop, base] = *(Context*)context;
+    Region region;
+    Carver shared{nullptr}, own{nullptr};
+    loop.layout(shared, own, team);
+    Carver carve_shared{base}, carve_own{base + shared.used + own.used * me};
+    const Memory m = loop.layout(carve_shared, carve_own, team);
+    Barrier barrier(m.barrier, team);
+    memset((void*)m.zero, 0, W * sizeof(S));
+    for (int r = 0; r < loop.p.R; ++r) {
+      if (loop.f.dw_ih) loop.weights_of(m, r, me, team);
+      if (loop.f.dx) loop.input_of(m, r, me, team, barrier);
+    }
+  }
+  static void run(const Products& products) {
+    const ProductsLoop loop(products);
+    const int threads = products.p.threads;
+    Carver shared{nullptr}, own{nullptr}, ignored{nullptr}, alone{nullptr};
+    loop.layout(shared, own, threads);
+    loop.layout(ignored, alone, 1);  // a team that comes out smaller than asked has more units each
+    Context context{loop, (char*)fused_rnn::cpu::scratch(shared.used + own.used * size_t(threads) + alone.used)};
+    memset(context.base, 0, Barrier::words(threads) * sizeof(int64_t));
+    fused_rnn::cpu::run_team(threads, body, &context);
+  }
+};
+
+}  // namespace FUSED_RNN_ISA

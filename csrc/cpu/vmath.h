@@ -1,0 +1,83 @@
+// The CPU's math policy: branch-free polynomials over whole vectors. Largest errors (tests/test_activations.py measures them):
+// sigmoid and tanh at most 2.5 ulp in float32 and 3 ulp in float64; NaN in, NaN out.
+//
+// exp(x) = 2^n exp(r), n = round(x / ln 2), |r| <= ln 2 / 2. Both functions are built on p = expm1(r) and s = 2^n, so that
+// tanh keeps its relative accuracy near zero: expm1(2x) = p s + (s - 1), tanh(x) = expm1(2x) / (expm1(2x) + 2).
+#pragma once
+#include "../cells/math.h"
+#include "vec.h"
+
+namespace FUSED_RNN_ISA {
+
+// Clamps written so that a NaN operand comes out: both x86 instructions return their second operand then.
+template <class Scalar>
+static ALWAYS_INLINE Vec<Scalar> at_least(Scalar low, Vec<Scalar> x) {
+  return splat(low) > x ? splat(low) : x;
+}
+template <class Scalar>
+static ALWAYS_INLINE Vec<Scalar> at_most(Scalar high, Vec<Scalar> x) {
+  return splat(high) < x ? splat(high) : x;
+}
+
+static ALWAYS_INLINE void expm1_parts(Vf x, Vf& p, Vf& s) {
+  using I = VectorOf<float>::I;
+  const float magic = 0x1.8p23f;  // adding it rounds to an integer, left in the low bits
+  const Vf t = x * 1.44269504088896341f + magic;
+  const Vf n = t - magic;
+  Vf r = x + n * -0.693145751953125f;  // ln 2 in two parts; the first has few bits, so n times it is exact
+  r = r + n * -1.42860682030941723212e-6f;
+  Vf q = splat(1.9841270e-4f);  // 1/7!, 1/6!, .. 1/2!
+  q = q * r + 1.3888889e-3f;
+  q = q * r + 8.3333337e-3f;
+  q = q * r + 4.1666668e-2f;
+  q = q * r + 1.6666667e-1f;
+  q = q * r + 0.5f;
+  p = (q * r) * r + r;
+  s = (Vf)(((I)t - 0x4B400000 + 127) << 23);
+}
+
+static ALWAYS_INLINE void expm1_parts(Vd x, Vd& p, Vd& s) {
+  using I = VectorOf<double>::I;
+  const double magic = 0x1.8p52;
+  const Vd t = x * 1.4426950408889634074 + magic;
+  const Vd n = t - magic;
+  Vd r = x + n * -0x1.62e42feep-1;  // 33 bits of ln 2, then the rest
+  r = r + n * -0x1.a39ef35793c76p-33;
+  Vd q = splat(1.0 / 6227020800.0);  // 1/13!, 1/12!, .. 1/2!
+  q = q * r + 1.0 / 479001600.0;
+  q = q * r + 1.0 / 39916800.0;
+  q = q * r + 1.0 / 3628800.0;
+  q = q * r + 1.0 / 362880.0;
+  q = q * r + 1.0 / 40320.0;
+  q = q * r + 1.0 / 5040.0;
+  q = q * r + 1.0 / 720.0;
+  q = q * r + 1.0 / 120.0;
+  q = q * r + 1.0 / 24.0;
+  q = q * r + 1.0 / 6.0;
+  q = q * r + 0.5;
+  p = (q * r) * r + r;
+  s = (Vd)(((I)t - 0x4338000000000000ll + 1023) << 52);
+}
+
+template <class Scalar>
+struct Polynomial {
+  using V = Vec<Scalar>;
+  static constexpr Scalar one = 1;
+  static constexpr bool wide = sizeof(Scalar) == 8;
+  static ALWAYS_INLINE V sigmoid(V x) {
+    V p, s;
+    expm1_parts(at_most<Scalar>(wide ? 708 : 87, at_least<Scalar>(wide ? -708 : -87, -x)), p, s);
+    return one / (one + (p * s + s));
+  }
+  static ALWAYS_INLINE V tanh(V x) {
+    V p, s;
+    const V z = at_most<Scalar>(wide ? 20 : 9.1, at_least<Scalar>(wide ? -20 : -9.1, x));  // tanh is 1 to the last bit there
+    expm1_parts(z + z, p, s);
+    const V e = p * s + (s - one);
+    return e / (e + Scalar(2));
+  }
+  static ALWAYS_INLINE V relu(V x) { return x < V{} ? V{} : x; }
+  static ALWAYS_INLINE V positive(V a, V b) { return a > V{} ? b : V{}; }
+};
+
+}  // namespace FUSED_RNN_ISA

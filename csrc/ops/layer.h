@@ -1,0 +1,121 @@
+// One layer as the ops receive it, checked: sizes, dtypes and devices agree before any kernel sees a pointer.
+#pragma once
+#include <cmath>
+
+#include "tensors.h"
+
+namespace fused_rnn::ops {
+
+// With save="recompute" the state is kept every so many steps; fused_rnn/ops.py reads it from the module.
+constexpr int64_t kCheckpointEvery = 32;
+
+class Layer {
+ public:
+  Problem p{};
+  bool bias = false, projects = false, x_per_recurrence = false;
+  int64_t weights_each = 0;
+
+  Layer(const Tensor& x, const std::vector<Tensor>& weights, const MaybeTensor& h0, const MaybeTensor& c0, const MaybeTensor& lengths,
+        const MaybeTensor& reset, Cell cell, const std::vector<int64_t>& directions)
+      : x_(as_contiguous(x)) {
+    p.cell = cell;
+    p.dtype = dtype_of(x);
+    p.R = int64_t(directions.size());
+    STD_TORCH_CHECK(p.R > 0, "fused_rnn: directions is empty, expected one of +1 or -1 per recurrence");
+    STD_TORCH_CHECK(x.dim() == 3 || x.dim() == 4, "fused_rnn: x has ", x.dim(), " dimensions, expected [T, B, D] or [T, B, R, D]");
+    x_per_recurrence = x.dim() == 4;
+    if (x_per_recurrence) check_sizes("x", x, {x.size(0), x.size(1), p.R, x.size(3)});
+    p.T = x.size(0);
+    p.B = x.size(1);
+    p.D = x.size(-1);
+    p.start = 0;
+    p.stop = p.T;
+    weights_each = int64_t(weights.size()) / p.R;
+    STD_TORCH_CHECK(int64_t(weights.size()) == weights_each * p.R && weights_each >= 2 && weights_each <= 5, "fused_rnn: weights holds ",
+                    weights.size(), " tensors for ", p.R, " recurrence(s), expected 2 to 5 each");
+    bias = weights_each >= 4;
+    projects = weights_each == 3 || weights_each == 5;
+    STD_TORCH_CHECK(!projects || has_cell(cell), "fused_rnn: a projection (w_hr) goes with the lstm cell only");
+    const int G = gates_of(cell);
+    STD_TORCH_CHECK(weights[1].dim() == 2 && weights[1].size(0) % G == 0, "fused_rnn: w_hh has shape ", text(sizes_of(weights[1])),
+                    ", expected [", G, " H, P]");
+    p.H = weights[1].size(0) / G;
+    p.P = weights[1].size(1);
+    STD_TORCH_CHECK(p.H > 0 && p.D > 0 && p.T > 0, "fused_rnn: T, D and H must be positive, got T=", p.T, ", D=", p.D, ", H=", p.H);
+    STD_TORCH_CHECK(projects || p.P == p.H, "fused_rnn: w_hh has shape ", text(sizes_of(weights[1])), " without a projection, expected [",
+                    G * p.H, ", ", p.H, "]");
+    held_.reserve(weights.size());
+    weights_.resize(size_t(p.R));
+    for (int64_t r = 0; r < p.R; ++r) {
+      const size_t i = size_t(r * weights_each);
+      Weights& w = weights_[size_t(r)];
+      w = {};
+      w.w_ih = hold("w_ih", weights[i], {G * p.H, p.D});
+      w.w_hh = hold("w_hh", weights[i + 1], {G * p.H, p.P});
+      if (bias) {
+        w.b_ih = hold("b_ih", weights[i + 2], {G * p.H});
+        w.b_hh = hold("b_hh", weights[i + 3], {G * p.H});
+      }
+      if (projects) w.w_hr = hold("w_hr", weights[i + size_t(weights_each) - 1], {p.P, p.H});
+      STD_TORCH_CHECK(directions[size_t(r)] == 1 || directions[size_t(r)] == -1, "fused_rnn: a direction is ", directions[size_t(r)],
+                      ", expected +1 or -1");
+      w.direction = int(directions[size_t(r)]);
+    }
+    p.weights = weights_.data();
+    if (h0) check("h0", *h0, {p.R, p.B, p.P});
+    if (c0) check("c0", *c0, {p.R, p.B, p.H});
+    STD_TORCH_CHECK(!c0 || has_cell(cell), "fused_rnn: c0 goes with the lstm cell only");
+    if (lengths) {
+      STD_TORCH_CHECK(lengths->scalar_type() == ScalarType::Long && lengths->is_cpu(), "fused_rnn: lengths must be int64 on x's device");
+      check_sizes("lengths", *lengths, {p.B});
+      lengths_ = as_contiguous(*lengths);
+      p.lengths = static_cast<const int64_t*>(lengths_->const_data_ptr());
+    }
+    if (reset) {
+      STD_TORCH_CHECK(reset->scalar_type() == ScalarType::Bool && reset->is_cpu(), "fused_rnn: reset must be bool on x's device");
+      check_sizes("reset", *reset, {p.T, p.B});
+      reset_ = as_contiguous(*reset);
+      p.reset = static_cast<const uint8_t*>(reset_->const_data_ptr());
+    }
+    p.threads = threads_for(double(p.T) * double(p.B) * double(p.R) * 2.0 * G * double(p.H) * double(p.D + p.P));
+  }
+
+  const Tensor& x() const { return x_; }
+  const std::vector<Tensor>& weights() const { return held_; }
+  size_t element() const { return p.dtype == Dtype::f64 ? 8 : p.dtype == Dtype::f32 ? 4 : 2; }
+
+  // An initial state in the accumulation dtype, memory of its own (the loops leave the final state there).
+  Tensor state(const MaybeTensor& given, int64_t width) const {
+    if (!given) return zeros(x_, {p.R, p.B, width}, accumulation_type(x_));
+    if (given->scalar_type() != accumulation_type(x_)) return as_contiguous(torch::stable::to(*given, accumulation_type(x_)));
+    Tensor copy = empty(x_, {p.R, p.B, width});
+    torch::stable::copy_(copy, *given);
+    return copy;
+  }
+
+ private:
+  void check(const char* name, const Tensor& t, const Sizes& sizes) const {
+    STD_TORCH_CHECK(t.is_cpu(), "fused_rnn: ", name, " is not on the cpu, as x is");
+    STD_TORCH_CHECK(t.scalar_type() == x_.scalar_type(), "fused_rnn: ", name, " differs from x in dtype");
+    check_sizes(name, t, sizes);
+  }
+  const void* hold(const char* name, const Tensor& t, const Sizes& sizes) {
+    check(name, t, sizes);
+    held_.push_back(as_contiguous(t));
+    return held_.back().const_data_ptr();
+  }
+  // One thread for what takes less than about 200 us there: waking the others and their barriers would cost as much.
+  static int threads_for(double flops) {
+    const double microseconds = flops / 100e3;
+    const int most = int(torch::stable::get_num_threads());
+    if (microseconds < 200) return 1;
+    return microseconds / 100 < most ? int(microseconds / 100) : most;
+  }
+
+  Tensor x_;
+  std::vector<Tensor> held_;
+  std::vector<Weights> weights_;
+  MaybeTensor lengths_, reset_;
+};
+
+}  // namespace fused_rnn::ops

@@ -1,0 +1,12 @@
+// The Python module fused_rnn._C. Importing it registers the ops (cpu.cpp); it says itself what was built and what runs.
+#include <pybind11/pybind11.h>
+
+#include "../cpu/isa.h"
+#include "layer.h"
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Compiled part of fused_rnn: registers torch.ops.fused_rnn.*";
+  m.attr("CHECKPOINT_EVERY") = fused_rnn::ops::kCheckpointEvery;
+  m.def("isa", [] { return fused_rnn::cpu::kernels().name; }, "The instruction set in use on CPU.");
+  m.def("available_isas", &fused_rnn::cpu::available_isas, "The instruction sets this processor can run, best first, comma-separated.");
+}

@@ -1,0 +1,86 @@
+// What a kernel is told: plain structs of pointers with their shapes. One layer, R recurrences side by side.
+// Letters: T time, B batch, D input size, H hidden size, P output width (the projection's, else H), G gates, S saved gates.
+#pragma once
+#include <cstdint>
+
+namespace fused_rnn {
+
+enum class Dtype : int { f32, f64, bf16, f16 };
+enum class Cell : int { lstm, gru, rnn_tanh, rnn_relu };
+
+struct Weights {       // of one recurrence, row-major, in the tensors' dtype
+  const void* w_ih;    // [G H, D]
+  const void* w_hh;    // [G H, P]
+  const void* b_ih;    // [G H] or null
+  const void* b_hh;    // [G H] or null
+  const void* w_hr;    // [P, H] or null (no projection: P == H)
+  int direction;       // +1: t = 0 .. T-1;  -1: t = T-1 .. 0
+};
+
+struct Problem {
+  Cell cell;
+  Dtype dtype;
+  int64_t T, B, D, H, P, R;
+  int64_t start, stop;       // loop steps to run, 0 <= start < stop <= T; step s is time s, or T-1-s in a reverse recurrence
+  const Weights* weights;    // [R]
+  const int64_t* lengths;    // [B] or null: steps t >= lengths[b] leave sequence b's state alone
+  const uint8_t* reset;      // [T, B] or null: the state that enters step t is zero
+  int threads;
+};
+
+// Arrays over time have `stop - start` rows where they belong to a range of steps: time t of recurrence r is row
+// t - first_time(r). With start = 0 and stop = T that is simply t.
+struct Forward {
+  Problem p;
+  const void* x;         // [T, B, D], or [T, B, R, D] with x_per_recurrence
+  bool x_per_recurrence;
+  bool h_is_zero;        // h entering step `start` is all zero: its product can be left out
+  void* h;               // [R, B, P] accumulation dtype: state entering step `start` in, state after step stop-1 out
+  void* c;               // [R, B, H] accumulation dtype, LSTM only, likewise
+  void* y;               // [T, B, R, P] or null
+  void* hidden;          // [T, B, R, P] or null: a second copy of y
+  void* saved;           // [stop-start, B, R, S, H] or null
+  void* cells;           // [stop-start, B, R, H] or null
+  void* checkpoints;     // [T / every rounded up, R, B, P (+ H)] accumulation dtype, or null: the state entering every `every`-th step
+  int64_t every;
+};
+
+struct Backward {
+  Problem p;
+  const void* dy;        // [T, B, R, P] or null
+  const void* hidden;    // [T, B, R, P]
+  const void* saved;     // [stop-start or T, B, R, S, H]
+  const void* cells;     // [stop-start or T, B, R, H]
+  bool saved_whole;      // saved and cells cover all of T
+  const void* h0;        // [R, B, P] accumulation dtype: state that entered step `start`
+  const void* c0;        // [R, B, H]
+  void* dh;              // [R, B, P] accumulation dtype: gradient of the state after step stop-1 in, of the one entering `start` out
+  void* dc;              // [R, B, H] likewise
+  void* dgates;          // [stop-start, B, R, gradients, H] out
+  void* dprojected;      // [stop-start, B, R, P] out, projection only: the whole gradient of h_t
+  void* unprojected;     // [stop-start, B, R, H] out, projection only: o tanh(c), what W_hr multiplied
+};
+
+// The products over all steps of a range that turn dgates into gradients of weights and input.
+struct Products {
+  Problem p;
+  const void* dgates;       // [stop-start, B, R, gradients, H]
+  const void* x;            // as in Forward
+  bool x_per_recurrence;
+  const void* hidden;       // [T, B, R, P]
+  const void* h0;           // [R, B, P] in the tensors' dtype, or null
+  const void* dprojected;   // as in Backward, or null
+  const void* unprojected;
+  void* const* dw_ih;       // per recurrence, accumulation dtype, added to: [G H, D rounded up to whole vectors], or null: not wanted
+  void* const* dw_hh;       // [G H, P rounded up]
+  void* const* dw_hr;       // [P, H rounded up]
+  void* const* db_ih;       // [G H]
+  void* const* db_hh;       // [G H]
+  void* dx;                 // [T, B, D] or [T, B, R, D], or null
+  bool add_dx;              // dx is added to, not written
+};
+
+// Always inline: this header is part of translation units compiled for different ISAs.
+inline __attribute__((always_inline)) int64_t first_time(const Problem& p, int r) { return p.weights[r].direction > 0 ? p.start : p.T - p.stop; }
+
+}  // namespace fused_rnn
