@@ -2,6 +2,7 @@
 #   PYTHON=python3.12       the interpreter of the environment
 #   TORCH=torch==2.12.0     another torch (any pip requirement, options included)
 #   TORCH=                  the torch that PYTHON already has
+#   TORCH= VENV=path        an environment that exists, with its torch
 #   PYTEST_ARGS, BENCH_ARGS, DEMO_ARGS    handed on
 
 SHELL       := /bin/bash
@@ -33,8 +34,10 @@ help:
 	@echo 'make install   only the environment and the build'
 	@echo 'make clean     remove the environment and everything built'
 
+# An environment that was not made here is used as it is, and never cleared.
 $(ENV_STAMP):
-	$(PYTHON) -m venv --clear $(if $(TORCH),,--system-site-packages) $(VENV)
+	@if [ ! -x $(BIN)/python ] || [ -e $(VENV)/.made-here ]; then \
+	  set -x; $(PYTHON) -m venv --clear $(if $(TORCH),,--system-site-packages) $(VENV) && touch $(VENV)/.made-here; fi
 	$(PIP) install --quiet $(TORCH) 'setuptools>=77' 'pybind11>=2.13'
 	@touch $@
 
@@ -75,5 +78,5 @@ format: $(DEV_STAMP)
 	find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | xargs -r $(BIN)/clang-format -i
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info fused_rnn/*.so .pytest_cache .mypy_cache .ruff_cache demo-out
+	rm -rf .venv build dist *.egg-info fused_rnn/*.so .pytest_cache .mypy_cache .ruff_cache demo-out
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

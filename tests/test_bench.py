@@ -23,8 +23,9 @@ from fused_rnn.bench.run import Plan, execute
 from fused_rnn.bench.tables import losses, region_table, regions, report
 
 RUN = {
-    "device": "cpu", "device_name": "a CPU", "cores": 2, "isa": "AVX2", "kernels": "avx2", "torch": "2",
-    "fused_rnn": "0", "commit": "abc", "date": "2026-01-01T00:00Z", "dtype": "fp32", "threads": 1, "limits": {"flops": 1e11, "read": [[4096, 1e11]]},
+    "device": "cpu", "device_name": "a CPU", "cores": 2, "isa": "AVX2", "kernels": "avx2",
+    "dtype": "fp32", "threads": 1, "torch": "2", "fused_rnn": "0", "commit": "abc", "date": "2026-01-01T00:00Z",
+    "limits": {"flops": 1e11, "read": [[4096, 1e11]]},
 }  # fmt: skip
 
 

@@ -58,7 +58,7 @@ def run(cells: Sequence[str], *, steps: int, seconds: float, seed: int, out: Pat
     characters = Characters(text)
     console.print(
         f"A character model on Python's standard library: {len(text):,} characters, {len(characters)} symbols.\n"
-        f"{_sizes()}, {torch.get_num_threads()} threads, float32.\n"
+        f"{_setting()}.\n"
         "Trained with torch.nn and, from the same seed, with fused_rnn; they take turns, step by step.",
         highlight=False,
     )
@@ -90,23 +90,25 @@ def _train(cell: str, text: str, steps: int, seconds: float, seed: int, console:
     return Outcome(cell, theirs.losses, ours.losses, median(theirs.seconds), median(ours.seconds), ours.model)
 
 
-def _sizes() -> str:
-    return f"{LAYERS} layers, H={HIDDEN}, B={BATCH}, T={LENGTH}"
+def _setting() -> str:
+    threads = torch.get_num_threads()
+    plural = "s" * (threads > 1)
+    return f"{LAYERS} layers, H={HIDDEN}, B={BATCH}, T={LENGTH}, float32, {threads} thread{plural}"
 
 
 def _table(outcomes: Sequence[Outcome]) -> Table:
     table = Table(
         title="Median of a whole step (embedding, loss and optimiser included), and the loss", title_justify="left"
     )
-    columns = ("cell", "torch.nn", "fused_rnn", "speed-up", "first loss", "last loss, both", "largest difference")
+    columns = ("cell", "torch.nn", "fused_rnn", "speed-up", "loss, ours", "largest difference")
     for column in columns:
         table.add_column(column, justify="left" if column == "cell" else "right")
     for o in outcomes:
         speedup = f"[bold {'green' if o.speedup >= 1 else 'red'}]{o.speedup:.2f}×[/]"
         times = (f"{seconds * 1e3:.1f} ms" for seconds in (o.their_seconds, o.our_seconds))
-        losses = f"{o.theirs[0]:.4f}", f"{o.theirs[-1]:.4f} | {o.ours[-1]:.4f}"
+        losses = f"{o.ours[0]:.3f} → {o.ours[-1]:.3f}"
         agrees = "green" if o.difference <= TOLERANCE else "bold red"
-        table.add_row(o.cell, *times, speedup, *losses, f"[{agrees}]{o.difference:.1e}[/]")
+        table.add_row(o.cell, *times, speedup, losses, f"[{agrees}]{o.difference:.1e}[/]")
     return table
 
 
@@ -125,7 +127,7 @@ def plot(outcomes: Sequence[Outcome], path: Path) -> None:
         bars.set_xlim(0, 1.75 * slowest)
     title = "The same training with torch.nn and with fused_rnn"
     figure.suptitle(title, x=0.02, ha="left", color=INK, fontweight="bold", fontsize=13)
-    caption = f"{cpu_model()} · {torch.get_num_threads()} threads · torch {torch.__version__} · {_sizes()}"
+    caption = f"{cpu_model()} · torch {torch.__version__} · {_setting()}"
     figure.text(0.02, 0.012, caption, fontsize=8, color="#6b6b7b")
     figure.tight_layout(rect=(0, 0.03, 1, 0.97))
     path.parent.mkdir(parents=True, exist_ok=True)
