@@ -200,7 +200,7 @@ def test_tables_print_losses_like_wins() -> None:
     assert len(means) == 6
     assert min(means["training", "B≥8, H≤128"]["GRU"]) == 0.5
     assert "1 of" in losses(results, "cpu").plain
-    assert "T=32 B=8 H=128: 0.50×" in losses(results, "cpu").plain
+    assert "0.50× GRU training fp32 T=32 B=8 H=128" in losses(results, "cpu").plain
     console = Console(width=200, record=True, file=io.StringIO())
     console.print(report(results), region_table(results, "auto"))
     text = console.export_text()

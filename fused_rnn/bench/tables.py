@@ -37,7 +37,7 @@ def regions(results: Results, provider: str) -> Iterator[tuple[str, str, dict[st
 
 def region_table(results: Results, provider: str) -> Table:
     """Geometric means against torch.nn, the region's worst point behind."""
-    table = Table(title=f"{title(provider)}: × torch.nn, geometric mean (worst point)", title_justify="left")
+    table = Table(title=f"{title(provider)}: × torch.nn, by geometric mean (worst)", title_justify="left")
     table.add_column("mode")
     table.add_column("region")
     for cell in CELLS:
@@ -134,11 +134,11 @@ def refusals(results: Results) -> Text | None:
 
 
 def losses(results: Results, provider: str) -> Text:
-    """How many points are slower than torch.nn, and the worst of them."""
+    """Every point that is slower than torch.nn, the worst first."""
     found = results.speedups(provider)
     slow = sorted((speedup, str(point)) for point, speedup in found.items() if speedup < EVEN)
-    text = Text(f"{title(provider)}: slower than {EVEN}× at {len(slow)} of {len(found)} points. ")
-    text.append("  ".join(f"{point}: {speedup:.2f}×" for speedup, point in slow[:5]), style="red")
+    text = Text(f"{title(provider)}: slower than {EVEN}× at {len(slow)} of {len(found)} points.")
+    text.append("".join(f"\n  {speedup:.2f}× {point}" for speedup, point in slow), style="red")
     return text
 
 
