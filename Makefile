@@ -63,6 +63,7 @@ test: $(BUILD_STAMP)
 
 bench: $(BUILD_STAMP)
 	$(BIN)/python -m fused_rnn bench $(BENCH_ARGS)
+	@mkdir -p build
 	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-json=build/pytest-benchmark.json
 
 sanitize: $(BUILD_STAMP)

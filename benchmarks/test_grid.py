@@ -20,7 +20,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     grid = GRIDS[metafunc.config.getoption("--grid")]
     points = grid.points(metafunc.config.getoption("--rnn-dtype"))
     cases = [(point, name) for point in points for name in PROVIDERS if supports(name, point) is None]
-    metafunc.parametrize(("point", "provider"), cases, ids=[f"{point}-{name}".replace(" ", "-").replace("=", "") for point, name in cases])
+    ids = [f"{point}-{name}".replace(" ", "-").replace("=", "") for point, name in cases]
+    metafunc.parametrize(("point", "provider"), cases, ids=ids)
 
 
 def test_time(benchmark: BenchmarkFixture, point: Point, provider: str) -> None:
