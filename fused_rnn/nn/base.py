@@ -1,0 +1,239 @@
+"""What LSTM, GRU and RNN share: from torch.nn's arguments to a call of `functional`, and back to torch.nn's results."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from operator import itemgetter
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from fused_rnn.nn.packed import Layout
+from fused_rnn.nn.plain import CELL_CODES, STEP, Fused, are_plain, check_backend, is_jit_tracing, match, may_step
+
+# Read a single layer's weights in one C call, by how many there are; then what fused_rnn::step has after them. Through
+# nn.Module.__getattr__ each would cost 0.4 µs. A projection without biases is rare, and goes the slow way.
+_CORE, _BIASES = ("weight_ih_l0", "weight_hh_l0"), ("bias_ih_l0", "bias_hh_l0")
+_READ: dict[int, tuple[Callable[[Any], tuple[Tensor, ...]], tuple[None, ...]]] = {
+    2: (itemgetter(*_CORE), (None, None, None)),
+    4: (itemgetter(*_CORE, *_BIASES), (None,)),
+    5: (itemgetter(*_CORE, *_BIASES, "weight_hr_l0"), ()),
+}
+
+_MODES = {mode: CELL_CODES[mode.lower()] for mode in ("LSTM", "GRU", "RNN_TANH", "RNN_RELU")}
+
+# Methods of torch.nn's modules that a subclass may override to check its input otherwise.
+_CHECKS = (
+    "check_input",
+    "check_hidden_size",
+    "check_forward_args",
+    "get_expected_hidden_size",
+    "get_expected_cell_size",
+)
+
+Result = Any  # (y, hx)
+
+
+class Recurrent(Fused, nn.RNNBase):
+    """Base of LSTM, GRU and RNN: torch.nn.RNNBase, which owns the weights, with a forward of our own.
+
+    It is RNNBase and not torch.nn.LSTM because Dynamo refuses every instance of the latter.
+    """
+
+    save: str = "gates"  # on the class too, as Fused.backend is
+
+    _checks_itself: ClassVar[bool] = False
+
+    def __init__(self, mode: str, *args: Any, backend: str | None = None, save: str = "gates", **kwargs: Any) -> None:
+        super().__init__(mode, *args, **kwargs)
+        check_backend(backend)
+        if save not in ("gates", "recompute"):
+            raise ValueError(f"save: got {save!r}, expected 'gates' or 'recompute'")
+        self.backend = backend
+        self.save = save
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls._checks_itself = any(getattr(cls, name, None) is not getattr(cls._twin, name, None) for name in _CHECKS)
+
+    def extra_repr(self) -> str:
+        """torch.nn's, and the extra arguments where they are not the default."""
+        extras = [f", backend={self.backend!r}"] if self.backend is not None else []
+        extras += [f", save={self.save!r}"] if self.save != "gates" else []
+        return super().extra_repr() + "".join(extras)
+
+    def _call(self, x: Tensor, weights: Sequence[Tensor], hx: Any, **options: Any) -> Result:
+        """functional.lstm, gru or rnn: x [T, B, D], hx of [L·R, B, ·] or None → y [T, B, R·P], final hx."""
+        raise NotImplementedError
+
+    def _step(self, input: Any, hx: Any) -> list[Tensor] | None:
+        """y, h_n (and c_n) of one step of a single layer without gradient; None where the call is another one.
+
+        Python is most of such a call's time, so nothing is checked here that the op itself checks.
+        """
+        if (
+            STEP is None
+            or not may_step()
+            or type(input) is not Tensor
+            or input.dim() != 3
+            or input.size(1 if self.batch_first else 0) != 1
+            or self.num_layers != 1
+            or self.bidirectional
+            or self._checks_itself
+            or (self.backend is not None and self.backend != "cpu")
+            or not input.is_cpu
+        ):
+            return None
+        h, c = hx, None
+        if self._states == 2 and hx is not None:
+            if type(hx) is not tuple or len(hx) != 2 or hx[0] is None or hx[1] is None:
+                return None
+            h, c = hx
+        try:
+            read, rest = _READ[len(self._flat_weights_names)]
+            return STEP(input, h, c, *read(self._parameters), *rest, _MODES[self.mode])
+        except (KeyError, RuntimeError):
+            return None  # a computed weight, or an input that the op refuses, as the slow way will in torch's words
+
+    def _run(self, input: Any, hx: Any, lengths: Any, reset: Tensor | None) -> Result:
+        """forward, of any call."""
+        extras = lengths is not None or reset is not None
+        if not extras and (self.backend == "torch" or (self.backend is None and is_jit_tracing())):
+            return self._as_twin(input, hx)
+        if isinstance(input, PackedSequence):
+            if lengths is not None:
+                raise ValueError("lengths: got some beside a PackedSequence, expected None: the input has its own")
+            return self._run_packed(input, hx, reset)
+        weights = self._weights()
+        if not are_plain((input, *weights)) or not 2 <= input.dim() <= 3:
+            return self._as_twin(input, hx, extras)
+        batched, batch_first = input.dim() == 3, self.batch_first
+        steps = input.size(1 if batched and batch_first else 0)
+        batch = input.size(0 if batch_first else 1) if batched else 1
+        if steps == 0 or not self._agree(input, hx, weights[0], (batch,) if batched else ()):
+            return self._as_twin(input, hx, extras)
+        if self._checks_itself:
+            self._check(input, hx)
+        if not batched:
+            hx = self._map(lambda s: s.unsqueeze(1), hx)
+            lengths = None if lengths is None else torch.as_tensor(lengths).reshape(1)
+            reset = None if reset is None else reset.unsqueeze(-1)
+            y, hx = self._run_layers(input.unsqueeze(1), weights, hx, lengths, reset)
+            return y.squeeze(1), self._map(lambda s: s.squeeze(1), hx)
+        if batch_first:
+            reset = None if reset is None else reset.transpose(0, 1)
+            y, hx = self._run_layers(input.transpose(0, 1), weights, hx, lengths, reset)
+            return y.transpose(0, 1), hx
+        return self._run_layers(input, weights, hx, lengths, reset)
+
+    def _run_packed(self, input: PackedSequence, hx: Any, reset: Tensor | None) -> Result:
+        """forward of a packed batch, longest first. hx, given and returned, and reset are in the order before."""
+        data, batch_sizes, sorted_indices, unsorted_indices = input
+        weights = self._weights()
+        given, hx = hx, None if hx is None else self.permute_hidden(hx, sorted_indices)
+        ordinary = are_plain((data, *weights)) and data.dim() == 2
+        if not ordinary or not self._agree(data, hx, weights[0], (int(batch_sizes[0]),)):
+            return self._as_twin(input, given, reset is not None)
+        if self._checks_itself:
+            self._check(data, hx, batch_sizes)
+        layout = Layout(batch_sizes, data.device)
+        if reset is not None:
+            reset = reset.transpose(0, 1) if self.batch_first else reset
+            reset = reset if sorted_indices is None else reset.index_select(1, sorted_indices)
+        if self.dropout and self.training and self.num_layers > 1:
+            data, hx = self._run_packed_dropout(data, layout, weights, hx, reset)
+        else:
+            y, hx = self._run_layers(layout.pad(data), weights, hx, layout.lengths, reset)
+            data = layout.pack(y)
+        packed = PackedSequence(data, batch_sizes, sorted_indices, unsorted_indices)
+        return packed, self.permute_hidden(hx, unsorted_indices)
+
+    def _run_packed_dropout(
+        self, data: Tensor, layout: Layout, weights: Sequence[Tensor], hx: Any, reset: Tensor | None
+    ) -> tuple[Tensor, Any]:
+        """The layers one by one: torch draws the masks between them for the packed rows, and so do we."""
+        recurrences = 2 if self.bidirectional else 1
+        count = len(weights) // self.num_layers
+        finals = []
+        for layer in range(self.num_layers):
+            if layer:
+                data = torch.dropout(data, self.dropout, True)
+            rows = slice(layer * recurrences, (layer + 1) * recurrences)
+            own = weights[layer * count : (layer + 1) * count]
+            h_in = self._map(lambda s, rows=rows: s[rows], hx)  # type: ignore[misc]
+            y, final = self._run_layers(layout.pad(data), own, h_in, layout.lengths, reset, num_layers=1)
+            data = layout.pack(y)
+            finals.append(final)
+        if self._states == 2:
+            return data, tuple(torch.cat(states) for states in zip(*finals, strict=True))
+        return data, torch.cat(finals)
+
+    def _run_layers(
+        self, x: Tensor, weights: Sequence[Tensor], hx: Any, lengths: Any, reset: Tensor | None, **options: Any
+    ) -> Result:
+        options.setdefault("num_layers", self.num_layers)
+        return self._call(
+            x,
+            weights,
+            hx,
+            bidirectional=self.bidirectional,
+            dropout=self.dropout,
+            training=self.training,
+            lengths=lengths,
+            reset=reset,
+            save=self.save,
+            backend=self.backend,
+            **options,
+        )
+
+    def _map(self, function: Callable[[Tensor], Tensor], hx: Any) -> Any:
+        """function of each state of hx."""
+        if hx is None:
+            return None
+        return (function(hx[0]), function(hx[1])) if self._states == 2 else function(hx)
+
+    def _agree(self, x: Tensor, hx: Any, weight: Tensor, batch: tuple[int, ...]) -> bool:
+        """Whether input and hx fit the module in size, dtype and device. batch: (B,), or () for unbatched input."""
+        if x.size(-1) != self.input_size or not match(x, weight):
+            return False
+        if hx is None:
+            return True
+        rows = self.num_layers * (2 if self.bidirectional else 1)
+        h_shape = (rows, *batch, self.proj_size or self.hidden_size)
+        if self._states == 1:
+            return _is_state(hx, weight, h_shape)
+        return (
+            isinstance(hx, (tuple, list))
+            and len(hx) == 2
+            and _is_state(hx[0], weight, h_shape)
+            and _is_state(hx[1], weight, (rows, *batch, self.hidden_size))
+        )
+
+    def _check(self, input: Tensor, hx: Any, batch_sizes: Tensor | None = None) -> None:
+        """Call the checks that a subclass overrides, with what torch.nn gives them."""
+        self._update_flat_weights()
+        if batch_sizes is None and input.dim() == 2:
+            input = input.unsqueeze(0 if self.batch_first else 1)
+            hx = self._map(lambda s: s.unsqueeze(1), hx)
+        if hx is None:
+            hx = input.new_zeros(self.get_expected_hidden_size(input, batch_sizes))
+            if self._states == 2:
+                hx = (hx, input.new_zeros(self.get_expected_cell_size(input, batch_sizes)))  # type: ignore[operator]
+        self.check_forward_args(input, hx, batch_sizes)
+
+    def _weights(self) -> list[Tensor]:
+        """The weights as the attributes are now: tied, swapped by functional_call, parametrized, or set by a hook."""
+        names = self._flat_weights_names
+        if not torch.compiler.is_compiling():
+            parameters = self._parameters
+            try:
+                return [parameters[name] for name in names]  # type: ignore[misc]
+            except KeyError:
+                pass  # some are not parameters but computed from some
+        return [getattr(self, name) for name in names]
+
+
+def _is_state(s: Any, weight: Tensor, shape: tuple[int, ...]) -> bool:
+    return are_plain((s,)) and s.shape == shape and match(s, weight)

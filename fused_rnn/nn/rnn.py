@@ -1,0 +1,210 @@
+"""LSTM, GRU and RNN: drop-in for torch.nn's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+# Bound now: who rebinds torch.nn.LSTM to ours would otherwise find ours as its own twin.
+from torch.nn import GRU as TorchGRU
+from torch.nn import LSTM as TorchLSTM
+from torch.nn import RNN as TorchRNN
+from torch.nn.utils.rnn import PackedSequence
+
+from fused_rnn import functional
+from fused_rnn.nn.base import Recurrent, Result
+
+
+class LSTM(Recurrent):
+    r"""__init__(input_size,hidden_size,num_layers=1,bias=True,batch_first=False,dropout=0.0,bidirectional=False,proj_size=0,device=None,dtype=None,*,backend=None,save='gates')
+
+    A multi-layer long short-term memory RNN over a sequence, in place of torch.nn.LSTM, whose arguments, attributes,
+    methods, state_dict, initialisation and errors it has. Letters: T time, B batch, D input_size, H hidden_size,
+    P proj_size or else H, L num_layers, R directions (1 or 2).
+
+    .. math::
+        i_t, f_t, o_t = \sigma(W x_t + b + U h_{t-1} + d), \quad g_t = \tanh(W_g x_t + b_g + U_g h_{t-1} + d_g), \quad
+        c_t = f_t c_{t-1} + i_t g_t, \quad h_t = o_t \tanh(c_t)
+
+    Args:
+        input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size, device, dtype:
+            as torch.nn.LSTM's, in the same positions.
+        backend: "cpu", "torch" or "reference" to force one; None takes the one that measured fastest. Keyword only.
+        save: what training keeps for backward, "gates" (fastest) or "recompute" (least memory). Keyword only.
+
+    Inputs: input, hx, and by keyword lengths, reset
+        input: [T, B, D], [B, T, D] if batch_first, [T, D], or a PackedSequence; of the weights' dtype: float32,
+            float64, bfloat16 or float16.
+        hx: (h_0 [L·R, B, P], c_0 [L·R, B, H]), without B for unbatched input; zeros if None.
+        lengths: [B] integers on any device, in any order, [] for unbatched input. Past its length a sequence's output
+            is zero; its final state is that of its last valid step, where the reverse direction starts, as with a
+            PackedSequence.
+        reset: [T, B] bool, [B, T] if batch_first, [T] for unbatched input. Where true, the state entering the step is
+            zero.
+
+    Returns output, (h_n, c_n): output [T, B, R·P], [B, T, R·P], [T, R·P] or a PackedSequence, as the input was;
+    h_n [L·R, B, P] and c_n [L·R, B, H], without B for unbatched input; all of the input's dtype.
+
+    Raises what torch.nn.LSTM raises; ValueError for lengths or reset that do not fit; NotImplementedError, with every
+    backend's reason, where the backend asked for cannot run the call.
+    Twice differentiable in input, hx and all weights. Under no_grad nothing is kept; train() and eval() decide of
+    dropout alone. An instance of torch.nn.RNNBase, not of torch.nn.LSTM, whose instances torch.compile refuses.
+    torch.jit.trace and torch.jit.script record torch's own operators.
+
+    Source: Hochreiter & Schmidhuber 1997; gates i, f, g, o and both biases as in torch.nn.LSTM; projection:
+    arXiv:1402.1128.
+
+    Examples::
+
+        >>> rnn = fused_rnn.LSTM(10, 20, 2)
+        >>> output, (h_n, c_n) = rnn(torch.randn(5, 3, 10), (torch.randn(2, 3, 20), torch.randn(2, 3, 20)))
+    """
+
+    _twin = TorchLSTM
+    _states = 2
+
+    def __init__(self, *args: Any, backend: str | None = None, save: str = "gates", **kwargs: Any) -> None:
+        super().__init__("LSTM", *args, backend=backend, save=save, **kwargs)
+
+    # Torch's own, so that whoever calls or copies them from here has the messages of the torch installed.
+    get_expected_cell_size = TorchLSTM.get_expected_cell_size
+    check_forward_args = TorchLSTM.check_forward_args  # type: ignore[assignment]
+    permute_hidden = TorchLSTM.permute_hidden  # type: ignore[assignment]
+
+    def forward(
+        self,
+        input: Tensor | PackedSequence,
+        hx: tuple[Tensor, Tensor] | None = None,
+        *,
+        lengths: Tensor | Sequence[int] | None = None,
+        reset: Tensor | None = None,
+    ) -> Result:
+        """Run the layers: output, (h_n, c_n). Shapes and errors stand in the class's docstring."""
+        if lengths is None and reset is None:
+            stepped = self._step(input, hx)
+            if stepped is not None:
+                return stepped[0], (stepped[1], stepped[2])
+        return self._run(input, hx, lengths, reset)
+
+    def _call(self, x: Tensor, weights: Sequence[Tensor], hx: Any, **options: Any) -> Result:
+        return functional.lstm(x, weights, hx, **options)
+
+
+class GRU(Recurrent):
+    r"""__init__(input_size,hidden_size,num_layers=1,bias=True,batch_first=False,dropout=0.0,bidirectional=False,device=None,dtype=None,*,backend=None,save='gates')
+
+    A multi-layer gated recurrent unit RNN over a sequence, in place of torch.nn.GRU, whose arguments, attributes,
+    methods, state_dict, initialisation and errors it has.
+
+    .. math::
+        r_t, z_t = \sigma(W x_t + b + U h_{t-1} + d), \quad n_t = \tanh(W_n x_t + b_n + r_t (U_n h_{t-1} + d_n)), \quad
+        h_t = (1 - z_t) n_t + z_t h_{t-1}
+
+    Args:
+        input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device, dtype:
+            as torch.nn.GRU's, in the same positions.
+        backend, save: keyword only, as :class:`LSTM`'s.
+
+    Inputs: input, hx, and by keyword lengths, reset, as :class:`LSTM`'s, but that hx is h_0 [L·R, B, H] alone.
+
+    Returns output, h_n: output as :class:`LSTM`'s, R·H wide; h_n [L·R, B, H], without B for unbatched input.
+
+    Raises what torch.nn.GRU raises, and as :class:`LSTM` does. Twice differentiable in input, hx and all weights.
+
+    Source: Cho et al. 2014, with the reset gate applied after the recurrent product, as in torch.nn.GRU; gates r, z, n.
+
+    Examples::
+
+        >>> rnn = fused_rnn.GRU(10, 20, 2)
+        >>> output, h_n = rnn(torch.randn(5, 3, 10), torch.randn(2, 3, 20))
+    """
+
+    _twin = TorchGRU
+
+    def __init__(self, *args: Any, backend: str | None = None, save: str = "gates", **kwargs: Any) -> None:
+        if "proj_size" in kwargs:
+            raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
+        super().__init__("GRU", *args, backend=backend, save=save, **kwargs)
+
+    def forward(
+        self,
+        input: Tensor | PackedSequence,
+        hx: Tensor | None = None,
+        *,
+        lengths: Tensor | Sequence[int] | None = None,
+        reset: Tensor | None = None,
+    ) -> Result:
+        """Run the layers: output, h_n. Shapes and errors stand in the class's docstring."""
+        if lengths is None and reset is None:
+            stepped = self._step(input, hx)
+            if stepped is not None:
+                return stepped[0], stepped[1]
+        return self._run(input, hx, lengths, reset)
+
+    def _call(self, x: Tensor, weights: Sequence[Tensor], hx: Any, **options: Any) -> Result:
+        return functional.gru(x, weights, hx, **options)
+
+
+class RNN(Recurrent):
+    r"""__init__(input_size,hidden_size,num_layers=1,nonlinearity='tanh',bias=True,batch_first=False,dropout=0.0,bidirectional=False,device=None,dtype=None,*,backend=None,save='gates')
+
+    A multi-layer Elman RNN over a sequence, in place of torch.nn.RNN, whose arguments, attributes, methods, state_dict,
+    initialisation and errors it has.
+
+    .. math::
+        h_t = \tanh(W x_t + b + U h_{t-1} + d), \quad\text{or with ReLU in place of tanh}
+
+    Args:
+        input_size, hidden_size, num_layers, nonlinearity, bias, batch_first, dropout, bidirectional, device, dtype:
+            as torch.nn.RNN's, in the same positions; nonlinearity is "tanh" or "relu".
+        backend, save: keyword only, as :class:`LSTM`'s.
+
+    Inputs: input, hx, and by keyword lengths, reset, as :class:`LSTM`'s, but that hx is h_0 [L·R, B, H] alone.
+
+    Returns output, h_n: output as :class:`LSTM`'s, R·H wide; h_n [L·R, B, H], without B for unbatched input.
+
+    Raises what torch.nn.RNN raises, and as :class:`LSTM` does. Twice differentiable in input, hx and all weights.
+
+    Source: Elman 1990; both biases as in torch.nn.RNN.
+
+    Examples::
+
+        >>> rnn = fused_rnn.RNN(10, 20, 2)
+        >>> output, h_n = rnn(torch.randn(5, 3, 10), torch.randn(2, 3, 20))
+    """
+
+    _twin = TorchRNN
+
+    def __init__(self, *args: Any, backend: str | None = None, save: str = "gates", **kwargs: Any) -> None:
+        if "proj_size" in kwargs:
+            raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
+        if len(args) > 3:
+            self.nonlinearity = args[3]
+            args = args[:3] + args[4:]
+        else:
+            self.nonlinearity = kwargs.pop("nonlinearity", "tanh")
+        modes = {"tanh": "RNN_TANH", "relu": "RNN_RELU"}
+        if self.nonlinearity not in modes:
+            raise ValueError(f"Unknown nonlinearity '{self.nonlinearity}'. Select from 'tanh' or 'relu'.")
+        super().__init__(modes[self.nonlinearity], *args, backend=backend, save=save, **kwargs)
+
+    def forward(
+        self,
+        input: Tensor | PackedSequence,
+        hx: Tensor | None = None,
+        *,
+        lengths: Tensor | Sequence[int] | None = None,
+        reset: Tensor | None = None,
+    ) -> Result:
+        """Run the layers: output, h_n. Shapes and errors stand in the class's docstring."""
+        if lengths is None and reset is None:
+            stepped = self._step(input, hx)
+            if stepped is not None:
+                return stepped[0], stepped[1]
+        return self._run(input, hx, lengths, reset)
+
+    def _call(self, x: Tensor, weights: Sequence[Tensor], hx: Any, **options: Any) -> Result:
+        # torch.nn's forward goes by the mode too, RNN_TANH or RNN_RELU, and not by `nonlinearity`
+        return functional.rnn(x, weights, hx, nonlinearity=self.mode[4:].lower(), **options)
