@@ -57,6 +57,7 @@ struct Backward {
   void* dh;              // [R, B, P] accumulation dtype: gradient of the state after step stop-1 in, of the one entering `start` out
   void* dc;              // [R, B, H] likewise
   void* dgates;          // [stop-start, B, R, gradients, H] out
+  bool need_dh;          // false: dh out is not wanted, which saves the last product
   void* dprojected;      // [stop-start, B, R, P] out, projection only: the whole gradient of h_t
   void* unprojected;     // [stop-start, B, R, H] out, projection only: o tanh(c), what W_hr multiplied
 };
@@ -78,6 +79,7 @@ struct Products {
   void* const* db_hh;       // [G H]
   void* dx;                 // [T, B, D] or [T, B, R, D], or null
   bool add_dx;              // dx is added to, not written
+  bool first;               // dw_* and db_* hold nothing yet: written, not added to
 };
 
 // Always inline: this header is part of translation units compiled for different ISAs.

@@ -16,8 +16,9 @@ struct BackwardLoop {
   const Backward& f;
   const Problem& p;
   int64_t unit_vectors, out_vectors, panels;  // panels of kPanelVectors vectors of units
-  int64_t gate_stride, out_stride;
+  int64_t gate_stride, out_stride, dh_stride, unit_stride;
   bool project;
+  bool far;  // W_hh does not fit L2 together with the rest
 
   struct Memory {
     int64_t* barrier;
@@ -32,19 +33,22 @@ struct BackwardLoop {
     panels = (unit_vectors + kPanelVectors - 1) / kPanelVectors;
     gate_stride = row_stride<Kind>(G * p.H);
     out_stride = row_stride<Kind>(p.P);
+    dh_stride = off_pages<S>(out_vectors * L);
+    unit_stride = off_pages<S>(unit_vectors * L);
     project = p.weights[0].w_hr != nullptr;
+    far = out_vectors * panel_size<Kind>(G * p.H, 1) * int64_t(sizeof(A)) > kNearBytes;
   }
 
   Memory layout(Carver& carve, int threads_in_group) const {
     Memory m{};
     m.barrier = carve.take<int64_t>(Barrier::words(threads_in_group));
     m.w_hh = carve.take<A>(out_vectors * panel_size<Kind>(G * p.H, 1));
-    m.dh = carve.take<S>(p.B * out_vectors * L);
-    if (Cell::has_cell) m.dc = carve.take<S>(p.B * unit_vectors * L);
+    m.dh = carve.take<S>(p.B * dh_stride);
+    if (Cell::has_cell) m.dc = carve.take<S>(p.B * unit_stride);
     for (auto& g : m.gates) g = carve.take<A>(p.B * gate_stride);
     if (project) {
       m.w_hr = carve.take<A>(unit_vectors * panel_size<Kind>(p.P, 1));
-      m.dm = carve.take<S>(p.B * unit_vectors * L);
+      m.dm = carve.take<S>(p.B * unit_stride);
       m.out = carve.take<A>(p.B * out_stride);
       m.zero = carve.take<S>(kPanelVectors * L);
     }
@@ -68,27 +72,30 @@ struct BackwardLoop {
 
   void load_state(const Memory& m, int r, int64_t b0, int64_t b1) const {
     for (int64_t b = b0; b < b1; ++b) {
-      convert_row(m.dh + b * out_vectors * L, (const S*)f.dh + (r * p.B + b) * p.P, p.P, out_vectors * L);
-      if (Cell::has_cell) convert_row(m.dc + b * unit_vectors * L, (const S*)f.dc + (r * p.B + b) * p.H, p.H, unit_vectors * L);
+      convert_row(m.dh + b * dh_stride, (const S*)f.dh + (r * p.B + b) * p.P, p.P, dh_stride);
+      if (Cell::has_cell) convert_row(m.dc + b * unit_stride, (const S*)f.dc + (r * p.B + b) * p.H, p.H, unit_stride);
       for (auto* g : m.gates) memset((void*)(g + b * gate_stride), 0, size_t(gate_stride) * sizeof(A));
       if (project) memset((void*)(m.out + b * out_stride), 0, size_t(out_stride) * sizeof(A));
     }
   }
 
-  // dh of panel j, rows [b0, b1): what came past the matrix, plus dgates W_hh, plus dy (t < 0: none).
-  void hidden_gradient(const Memory& m, int r, int64_t t, const A* gates, int64_t j, int64_t b0, int64_t b1) const {
+  // dh of panel j, rows [b0, b1): what came past the matrix, plus dgates W_hh, plus dy (t < 0: none). Panel `next` follows.
+  void hidden_gradient(const Memory& m, int r, int64_t t, const A* gates, int64_t j, int64_t next, int64_t b0, int64_t b1) const {
     const int nv = vectors_of(j, out_vectors);
-    S* dh = m.dh + b0 * out_vectors * L + j * kPanelVectors * L;
+    S* dh = m.dh + b0 * dh_stride + j * kPanelVectors * L;
     if (f.dy && t >= 0)
       for (int64_t b = b0; b < b1; ++b) {
         if (!active(t, b)) continue;
         const T* dy = (const T*)f.dy + ((t * p.B + b) * p.R + r) * p.P + j * kPanelVectors * L;
-        S* out = dh + (b - b0) * out_vectors * L;
+        S* out = dh + (b - b0) * dh_stride;
         for (int v = 0; v < nv; ++v) store(out + v * L, load(out + v * L) + load(dy + v * L, lanes_left(p.P, (j * kPanelVectors + v) * L, L)));
       }
-    if (gates)
-      multiply_panel<Kind>(b1 - b0, nv, {gates + b0 * gate_stride, gate_stride, m.w_hh + j * kPanelVectors * panel_size<Kind>(G * p.H, 1), G * p.H, dh,
-                                         out_vectors * L, dh, out_vectors * L});
+    if (gates) {
+      const auto panel = [&](int64_t i) { return m.w_hh + i * kPanelVectors * panel_size<Kind>(G * p.H, 1); };
+      TileArgs<Kind> tile{gates + b0 * gate_stride, gate_stride, panel(j), G * p.H, dh, dh_stride, dh, dh_stride};
+      if (far && next >= 0) tile.ahead = (const char*)panel(next);
+      multiply_panel<Kind>(b1 - b0, nv, tile, nv * panel_size<Kind>(G * p.H, 1) * int64_t(sizeof(A)));
+    }
   }
 
   // With a projection: hands the finished dh_t on, as operand of dm = dh W_hr and for W_hr's own gradient.
@@ -96,7 +103,7 @@ struct BackwardLoop {
     for (int64_t b = b0; b < b1; ++b)
       for (int64_t v = j * kPanelVectors; v < j * kPanelVectors + vectors_of(j, out_vectors); ++v) {
         const bool on = active(t, b);
-        S* dh = m.dh + (b * out_vectors + v) * L;
+        S* dh = m.dh + b * dh_stride + v * L;
         const V d = on ? load(dh) : V{};
         if (on) store(dh, V{});
         store(m.out + b * out_stride + v * L, d);
@@ -125,14 +132,14 @@ struct BackwardLoop {
             c = load((const T*)f.cells + at_saved * p.H + u * L, n);
             if (!zero)
               c_prev = from_memory ? load((const T*)f.cells + prev_saved * p.H + u * L, n) : load((const S*)f.c0 + (r * p.B + b) * p.H + u * L, n);
-            dc = load(m.dc + (b * unit_vectors + u) * L);
+            dc = load(m.dc + b * unit_stride + u * L);
           }
           if (Cell::needs_h) h = load((const T*)f.hidden + at * p.P + u * L, n);
           if (Cell::needs_h_prev && !zero)
             h_prev = from_memory ? load((const T*)f.hidden + prev * p.P + u * L, n) : load((const S*)f.h0 + (r * p.B + b) * p.P + u * L, n);
-          S* dh = project ? m.dm + (b * unit_vectors + u) * L : m.dh + (b * out_vectors + u) * L;
+          S* dh = project ? m.dm + b * unit_stride + u * L : m.dh + b * dh_stride + u * L;
           Cell::template backward<Polynomial<S>>(s, c_prev, c, h_prev, h, load(dh), dc, carry, d);
-          if (Cell::has_cell) store(m.dc + (b * unit_vectors + u) * L, zero ? V{} : dc);
+          if (Cell::has_cell) store(m.dc + b * unit_stride + u * L, zero ? V{} : dc);
           if (project) store(unprojected + u * L, h, n);
           else store(dh, zero ? V{} : carry);
         } else if (project) {
@@ -155,9 +162,9 @@ struct BackwardLoop {
     const int64_t j0 = s.by_rows ? 0 : part(panels, s.me, s.size), j1 = s.by_rows ? panels : part(panels, s.me + 1, s.size);
     const int64_t o0 = s.by_rows ? 0 : part(out_panels, s.me, s.size), o1 = s.by_rows ? out_panels : part(out_panels, s.me + 1, s.size);
     const bool split_units = !s.by_rows && s.size > 1;
-    const int64_t tiles = (b1 - b0 + Kind::tile_rows - 1) / Kind::tile_rows;
 
-    pack(m.w_hh, w.w_hh, G * p.H, p.P, out_vectors, part(out_panels, s.me, s.size), part(out_panels, s.me + 1, s.size));
+    if (f.need_dh || p.stop - p.start > 1)
+      pack(m.w_hh, w.w_hh, G * p.H, p.P, out_vectors, part(out_panels, s.me, s.size), part(out_panels, s.me + 1, s.size));
     if (project) {
       pack(m.w_hr, w.w_hr, p.P, p.H, unit_vectors, part(panels, s.me, s.size), part(panels, s.me + 1, s.size));
       if (s.me == 0)
@@ -173,34 +180,32 @@ struct BackwardLoop {
       const bool from_end = step & 1;  // every other step from the last panel: the caches still hold its weights
       if (project) {
         for (int64_t o = o0; o < o1; ++o) {
-          hidden_gradient(m, r, t, in, o, b0, b1);
+          hidden_gradient(m, r, t, in, o, -1, b0, b1);
           release_projected(m, r, t, t - first_time(p, r), o, b0, b1);
         }
         if (split_units) barrier.wait(s.me);
       }
       for (int64_t i = j0; i < j1; ++i) {
         const int64_t j = from_end ? j0 + j1 - 1 - i : i;
-        for (int64_t q = 0; q < tiles; ++q) {
-          const int64_t q0 = b0 + part(b1 - b0, q, tiles), q1 = b0 + part(b1 - b0, q + 1, tiles);
-          if (project) {
-            S* dm = m.dm + q0 * unit_vectors * L + j * kPanelVectors * L;
-            multiply_panel<Kind>(q1 - q0, vectors_of(j, unit_vectors), {m.out + q0 * out_stride, out_stride, m.w_hr + j * kPanelVectors * panel_size<Kind>(p.P, 1),
-                                                                        p.P, m.zero, 0, dm, unit_vectors * L});
-          } else {
-            hidden_gradient(m, r, t, in, j, q0, q1);
-          }
-          cell(m, r, step, out, j, q0, q1);
+        if (project) {
+          S* dm = m.dm + b0 * unit_stride + j * kPanelVectors * L;
+          multiply_panel<Kind>(b1 - b0, vectors_of(j, unit_vectors), {m.out + b0 * out_stride, out_stride, m.w_hr + j * kPanelVectors * panel_size<Kind>(p.P, 1),
+                                                                      p.P, m.zero, 0, dm, unit_stride});
+        } else {
+          const int64_t next = from_end ? j - 1 : j + 1;
+          hidden_gradient(m, r, t, in, j, next >= j0 && next < j1 ? next : -1, b0, b1);
         }
+        cell(m, r, step, out, j, b0, b1);
       }
       if (split_units) barrier.wait(s.me);
       in = out;
       out = in == m.gates[0] ? m.gates[1] : m.gates[0];
     }
-    for (int64_t o = o0; o < o1; ++o) hidden_gradient(m, r, -1, in, o, b0, b1);
+    for (int64_t o = o0; o < o1 && f.need_dh; ++o) hidden_gradient(m, r, -1, in, o, -1, b0, b1);
     if (split_units) barrier.wait(s.me);
     for (int64_t b = part(p.B, s.me, s.size); b < part(p.B, s.me + 1, s.size); ++b) {
-      memcpy((S*)f.dh + (r * p.B + b) * p.P, m.dh + b * out_vectors * L, size_t(p.P) * sizeof(S));
-      if (Cell::has_cell) memcpy((S*)f.dc + (r * p.B + b) * p.H, m.dc + b * unit_vectors * L, size_t(p.H) * sizeof(S));
+      memcpy((S*)f.dh + (r * p.B + b) * p.P, m.dh + b * dh_stride, size_t(p.P) * sizeof(S));
+      if (Cell::has_cell) memcpy((S*)f.dc + (r * p.B + b) * p.H, m.dc + b * unit_stride, size_t(p.H) * sizeof(S));
     }
     barrier.wait(s.me);
   }

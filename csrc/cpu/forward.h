@@ -22,10 +22,11 @@ struct ForwardLoop {
 
   const Forward& f;
   const Problem& p;
-  int64_t unit_vectors, panels, row;  // row: elements of a row of pre-activations
+  int64_t unit_vectors, panels, row;  // row: stride of the pre-activations, [rows, unit vectors, preactivations, lanes]
   int64_t out_vectors;                // of the projection
-  int64_t chunk_steps, x_stride, h_stride, m_stride;
+  int64_t chunk_steps, x_stride, h_stride, m_stride, c_stride;
   bool unpacked, direct_x;
+  bool far;  // the packed weights do not fit L2 together with the rest
 
   // Scratch of one group of threads.
   struct Memory {
@@ -39,7 +40,7 @@ struct ForwardLoop {
   ForwardLoop(const Forward& forward) : f(forward), p(forward.p) {
     unit_vectors = (p.H + L - 1) / L;
     panels = (unit_vectors + O::units - 1) / O::units;
-    row = unit_vectors * PA * L;
+    row = off_pages<S>(unit_vectors * PA * L);
     out_vectors = (p.P + L - 1) / L;
     const int64_t rows = kChunkBytes / (row * int64_t(sizeof(S)));
     chunk_steps = (rows < kChunkRows ? rows : kChunkRows) / p.B;
@@ -48,7 +49,9 @@ struct ForwardLoop {
     x_stride = row_stride<Kind>(p.D);
     h_stride = row_stride<Kind>(p.P);
     m_stride = row_stride<Kind>(p.H);
+    c_stride = off_pages<S>(unit_vectors * L);
     unpacked = kUnpackable && (p.stop - p.start) * p.B <= kUnpackedRows;
+    far = unit_vectors * (panel_size<Kind>(p.D, G) + panel_size<Kind>(p.P, G)) * int64_t(sizeof(A)) > kNearBytes;
     direct_x = sizeof(A) == sizeof(T) && p.D % Kind::k_multiple == 0;
   }
   bool projects() const { return p.P != p.H || p.weights[0].w_hr; }
@@ -64,7 +67,7 @@ struct ForwardLoop {
     m.bias = carve.take<S>(row);
     m.zero = carve.take<S>(kPanelVectors * L);
     m.pre = carve.take<S>(chunk_steps * p.B * row);
-    if (Cell::has_cell) m.c = carve.take<S>(p.B * unit_vectors * L);
+    if (Cell::has_cell) m.c = carve.take<S>(p.B * c_stride);
     for (auto& h : m.h) h = carve.take<A>(p.B * h_stride);
     if (projects()) {
       m.m = carve.take<A>(p.B * m_stride);
@@ -124,14 +127,14 @@ struct ForwardLoop {
       if (cut(t, b)) memset((void*)h, 0, size_t(h_stride) * sizeof(A));
       memset((void*)(m.h[1] + b * h_stride), 0, size_t(h_stride) * sizeof(A));
       if (projects()) memset((void*)(m.m + b * m_stride), 0, size_t(m_stride) * sizeof(A));
-      if (Cell::has_cell) convert_row(m.c + b * unit_vectors * L, (const S*)f.c + (r * p.B + b) * p.H, p.H, unit_vectors * L);
+      if (Cell::has_cell) convert_row(m.c + b * c_stride, (const S*)f.c + (r * p.B + b) * p.H, p.H, c_stride);
     }
   }
 
   // ---- products ----
-  // init + a W^T for panel j, `offset` vectors into its columns.
-  void product(const A* a, int64_t lda, int64_t rows, const A* packed, const T* plain, int64_t k, bool input, int64_t j, const S* init,
-               int64_t ldi, S* c) const {
+  // init + a W^T for panel j; panel `next` follows (-1: none).
+  void product(const A* a, int64_t lda, int64_t rows, const A* packed, const T* plain, int64_t k, bool input, int64_t j, int64_t next,
+               const S* init, int64_t ldi, S* c) const {
     const int64_t u0 = j * O::units;
     const int nu = int(unit_vectors - u0 < O::units ? unit_vectors - u0 : O::units);
     const int64_t column = u0 * PA * L + (input ? O::x_offset : O::h_offset) * L;
@@ -146,7 +149,10 @@ struct ForwardLoop {
         return;
       }
     }
-    multiply_panel<Kind>(rows, nu * G, {a, lda, packed + u0 * panel_size<Kind>(k, G), k, init + column, ldi, c + column, row});
+    TileArgs<Kind> tile{a, lda, packed + u0 * panel_size<Kind>(k, G), k, init + column, ldi, c + column, row};
+    const int64_t panel_bytes = nu * panel_size<Kind>(k, G) * int64_t(sizeof(A));
+    if (far && next >= 0) tile.ahead = (const char*)(packed + next * O::units * panel_size<Kind>(k, G));
+    multiply_panel<Kind>(rows, nu * G, tile, panel_bytes);
   }
 
   // The input product of steps [s0, s1) for rows [b0, b1), panels [j0, j1).
@@ -170,7 +176,7 @@ struct ForwardLoop {
     for (int64_t j = j0; j < j1; ++j)
       for (int64_t q = 0; q < blocks; ++q) {
         S* c = m.pre + (q * p.B + b0) * row;
-        product(a + (q * p.B + b0) * lda, lda, rows, m.w_ih, (const T*)w.w_ih, p.D, true, j, m.bias, 0, c);
+        product(a + (q * p.B + b0) * lda, lda, rows, m.w_ih, (const T*)w.w_ih, p.D, true, j, q + 1 == blocks && j + 1 < j1 ? j + 1 : -1, m.bias, 0, c);
         if constexpr (O::h_offset > O::x_offset) {  // the recurrent product's own column starts from its bias
           const int64_t column = j * PA * L + (PA - 1) * L;
           for (int64_t i = 0; i < rows; ++i) store(c + i * row + column, load(m.bias + column));
@@ -194,11 +200,11 @@ struct ForwardLoop {
         V a[PA], s[SV ? SV : 1], c{}, h{}, h_prev{};
 #pragma GCC unroll 4
         for (int i = 0; i < PA; ++i) a[i] = load(a_row + O::column(i) * L);
-        if (Cell::has_cell && !zero) c = load(m.c + (b * unit_vectors + u) * L);
+        if (Cell::has_cell && !zero) c = load(m.c + b * c_stride + u * L);
         if (Cell::needs_h_prev) h_prev = load(h_in + b * h_stride + u * L);
         Cell::template forward<Polynomial<S>>(a, h_prev, c, h, s);
         h = rounded<T>(h);
-        if (Cell::has_cell && on) store(m.c + (b * unit_vectors + u) * L, c);
+        if (Cell::has_cell && on) store(m.c + b * c_stride + u * L, c);
         const int64_t out = (t * p.B + b) * p.R + r;
         if (project) {
           store(m.m + b * m_stride + u * L, h);
@@ -254,7 +260,7 @@ struct ForwardLoop {
     for (int64_t b = b0; b < b1; ++b) {
       S* out = (S*)f.checkpoints + ((step / f.every * p.R + r) * p.B + b) * size;
       convert_row(out, h + b * h_stride, p.P, p.P);
-      if (Cell::has_cell) memcpy(out + p.P, m.c + b * unit_vectors * L, size_t(p.H) * sizeof(S));
+      if (Cell::has_cell) memcpy(out + p.P, m.c + b * c_stride, size_t(p.H) * sizeof(S));
     }
   }
 
@@ -265,7 +271,6 @@ struct ForwardLoop {
     const int64_t j0 = s.by_rows ? 0 : part(panels, s.me, s.size), j1 = s.by_rows ? panels : part(panels, s.me + 1, s.size);
     const int64_t v0 = s.by_rows ? 0 : part(out_vectors, s.me, s.size), v1 = s.by_rows ? out_vectors : part(out_vectors, s.me + 1, s.size);
     const bool split_units = !s.by_rows && s.size > 1, project_h = projects();
-    const int64_t tiles = (b1 - b0 + Kind::tile_rows - 1) / Kind::tile_rows;
 
     if (!unpacked) {
       pack(m, w, part(panels, s.me, s.size), part(panels, s.me + 1, s.size));
@@ -292,13 +297,10 @@ struct ForwardLoop {
         const bool skip = step == p.start && f.h_is_zero;
         for (int64_t i = j0; i < j1; ++i) {
           // Every other step runs the panels from the end: what the caches still hold of W_hh comes first.
-          const int64_t j = step & 1 ? j0 + j1 - 1 - i : i;
-          for (int64_t q = 0; q < tiles; ++q) {
-            const int64_t q0 = b0 + part(b1 - b0, q, tiles), q1 = b0 + part(b1 - b0, q + 1, tiles);
-            S* c = pre + q0 * row;
-            if (!skip) product(h_in + q0 * h_stride, h_stride, q1 - q0, m.w_hh, (const T*)w.w_hh, p.P, false, j, c, row, c);
-            cell(m, r, step, pre, h_in, h_out, j, q0, q1);
-          }
+          const int64_t j = step & 1 ? j0 + j1 - 1 - i : i, next = step & 1 ? j - 1 : j + 1;
+          S* c = pre + b0 * row;
+          if (!skip) product(h_in + b0 * h_stride, h_stride, b1 - b0, m.w_hh, (const T*)w.w_hh, p.P, false, j, next >= j0 && next < j1 ? next : -1, c, row, c);
+          cell(m, r, step, pre, h_in, h_out, j, b0, b1);
         }
         if (project_h) {
           if (split_units) barrier.wait(s.me);
@@ -312,7 +314,7 @@ struct ForwardLoop {
     }
     for (int64_t b = part(p.B, s.me, s.size); b < part(p.B, s.me + 1, s.size); ++b) {
       convert_row((S*)f.h + (r * p.B + b) * p.P, h_in + b * h_stride, p.P, p.P);
-      if (Cell::has_cell) memcpy((S*)f.c + (r * p.B + b) * p.H, m.c + b * unit_vectors * L, size_t(p.H) * sizeof(S));
+      if (Cell::has_cell) memcpy((S*)f.c + (r * p.B + b) * p.H, m.c + b * c_stride, size_t(p.H) * sizeof(S));
     }
     barrier.wait(s.me);
   }

@@ -67,6 +67,9 @@ struct TileArgs {
   int64_t ldi;
   typename Kind::Accumulator* c;  // [rows, vectors * lanes], row stride ldc; may be init itself
   int64_t ldc;
+  // The panel that comes next, to be brought from L3 into L2 meanwhile: `ahead_lines` cache lines for every k. Null: leave it.
+  const char* ahead = nullptr;
+  int ahead_lines = 0;
 };
 
 // ---- vector units ----
@@ -99,7 +102,7 @@ static ALWAYS_INLINE void multiply(Vec<typename Kind::Accumulator> (&acc)[KU][MR
   }
 }
 
-template <class Kind, int MR, int NV>
+template <class Kind, int MR, int NV, int kAhead>
 static __attribute__((noinline)) void vector_tile(const TileArgs<Kind>& t) {
   using S = typename Kind::Accumulator;
   constexpr int L = kKindLanes<Kind>, KG = Kind::k_group;
@@ -117,7 +120,15 @@ static __attribute__((noinline)) void vector_tile(const TileArgs<Kind>& t) {
   const auto* a = t.a;
   const auto* w = t.w;
   int64_t k = (t.k + KG - 1) / KG;
-  for (; k >= KU; k -= KU, a += KU * KG, w += int64_t(KU) * KG * NV * L) multiply<Kind, MR, NV, KU>(acc, a, t.lda, w);
+  const char* ahead = t.ahead;
+  for (; k >= KU; k -= KU, a += KU * KG, w += int64_t(KU) * KG * NV * L) {
+    multiply<Kind, MR, NV, KU>(acc, a, t.lda, w);
+    if constexpr (kAhead > 0) {
+#pragma GCC unroll 2
+      for (int i = 0; i < kAhead; ++i) __builtin_prefetch(ahead + i * 64, 0, 2);
+      ahead += kAhead * 64;
+    }
+  }
   if constexpr (KU > 1)
     for (; k > 0; --k, a += KG, w += int64_t(KG) * NV * L) {
       Vec<S>(&first)[1][MR][NV] = *(Vec<S>(*)[1][MR][NV])(&acc);
@@ -132,6 +143,15 @@ static __attribute__((noinline)) void vector_tile(const TileArgs<Kind>& t) {
       for (int u = 1; u < KU; ++u) sum += acc[u][m][v];
       store(t.c + m * t.ldc + v * L, sum);
     }
+}
+
+template <class Kind, int MR, int NV>
+static ALWAYS_INLINE void vector_tile(const TileArgs<Kind>& t) {
+  if constexpr (MR >= 3 && NV >= 3) {
+    if (t.ahead_lines == 1) return vector_tile<Kind, MR, NV, 1>(t);
+    if (t.ahead_lines == 2) return vector_tile<Kind, MR, NV, 2>(t);
+  }
+  vector_tile<Kind, MR, NV, 0>(t);
 }
 
 template <class Kind, int NV>
@@ -253,16 +273,22 @@ static ALWAYS_INLINE void multiply_tile(int rows, int vectors, const TileArgs<Ki
   }
 }
 
-// Any number of rows: split evenly into tiles, so that none is much smaller than the others.
+// Any number of rows: split evenly into tiles, so that none is much smaller than the others. `ahead_bytes`: size of the panel that
+// follows this one and would have to come from L3; with two tiles or more there is time to fetch it while this one is used.
 template <class Kind>
-static ALWAYS_INLINE void multiply_panel(int64_t rows, int vectors, TileArgs<Kind> t) {
+static ALWAYS_INLINE void multiply_panel(int64_t rows, int vectors, TileArgs<Kind> t, int64_t ahead_bytes = 0) {
   const int64_t tiles = (rows + Kind::tile_rows - 1) / Kind::tile_rows;
   const TileArgs<Kind> all = t;
+  const int64_t steps = (t.k + Kind::k_group - 1) / Kind::k_group;
+  const int lines = !all.ahead || tiles < 2 ? 0 : tiles * steps * 64 >= ahead_bytes ? 1 : 2;
   for (int64_t q = 0; q < tiles; ++q) {
     const int64_t first = rows * q / tiles, last = rows * (q + 1) / tiles;
     t.a = all.a + first * t.lda;
     t.init = all.init + first * t.ldi;
     t.c = all.c + first * t.ldc;
+    const int64_t offset = q * steps * lines * 64;
+    t.ahead_lines = lines && offset + steps * lines * 64 <= ahead_bytes ? lines : 0;
+    t.ahead = all.ahead + offset;
     multiply_tile<Kind>(int(last - first), vectors, t);
   }
 }

@@ -44,12 +44,19 @@ static ALWAYS_INLINE int lanes_left(int64_t n, int64_t from, int lanes) {
   return n - from >= lanes ? lanes : n > from ? int(n - from) : 0;
 }
 
-// Row strides of the operands: padded to the kind's k, and off the powers of two, which fight for the same cache sets.
+constexpr int64_t kNearBytes = 512 * 1024;  // weights above this may have to come from L3 in every step, and are fetched ahead
+
+// Row strides: rows a power of two apart fight for the same cache sets, and a load from one waits for a store to the other whose
+// address has the same low bits.
+template <class S>
+static ALWAYS_INLINE int64_t off_pages(int64_t n) {
+  constexpr int64_t line = 64 / int64_t(sizeof(S));
+  return n % (8 * line) ? n : n + line;
+}
 template <class Kind>
-static ALWAYS_INLINE int64_t row_stride(int64_t n) {
+static ALWAYS_INLINE int64_t row_stride(int64_t n) {  // of operands: padded to the kind's k, and to whole lines
   constexpr int line = 64 / int(sizeof(typename Kind::Operand));
-  const int64_t padded = round_up(round_up(n, kKindLanes<Kind>), line > Kind::k_multiple ? line : Kind::k_multiple);
-  return padded % (8 * line) ? padded : padded + line;
+  return off_pages<typename Kind::Operand>(round_up(round_up(n, kKindLanes<Kind>), line > Kind::k_multiple ? line : Kind::k_multiple));
 }
 
 // Lays arrays out one after the other, 64-byte aligned; with a null base it only measures.

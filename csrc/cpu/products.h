@@ -110,20 +110,26 @@ struct ProductsLoop {
   }
 
   // dw[block(i) + 0..n) += left_i in, for the `count` row blocks of `left` that take part.
-  void weight_gradient(const Memory& m, S* dw, int64_t columns, int64_t depth, int count, const int64_t* left_row, const int64_t* dw_row,
-                       int64_t n) const {
+  void weight_gradient(const Memory& m, S* dw, int64_t columns, int64_t depth, bool first, int count, const int64_t* left_row,
+                       const int64_t* dw_row, int64_t n) const {
     const int64_t ld = round_up(columns, L);
+    bool any = false;
+    for (int64_t k = 0; k < depth && !any; ++k) any = m.row[k];
+    if (!any) {  // the first step from a zero state
+      for (int i = 0; i < count && first; ++i) memset((void*)(dw + dw_row[i] * ld), 0, size_t(n * ld) * sizeof(S));
+      return;
+    }
     for (int64_t column = 0; column < columns; column += W) {
       const int nv = int((columns - column + L - 1) / L < kPanelVectors ? (columns - column + L - 1) / L : kPanelVectors);
       pack_panel(m.panel, m.row, depth, column, columns, nv);
       for (int i = 0; i < count; ++i) {
         S* c = dw + dw_row[i] * ld + column;
-        multiply_panel<Kind>(n, nv, {m.left + left_row[i] * kLd, kLd, m.panel, depth, c, ld, c, ld});
+        multiply_panel<Kind>(n, nv, {m.left + left_row[i] * kLd, kLd, m.panel, depth, first ? m.zero : c, first ? 0 : ld, c, ld});
       }
     }
   }
 
-  void bias_gradient(const Memory& m, S* db, int64_t depth, int64_t left_row, int64_t db_row, int64_t n) const {
+  void bias_gradient(const Memory& m, S* db, int64_t depth, bool first, int64_t left_row, int64_t db_row, int64_t n) const {
     for (int64_t i = 0; i < n; ++i) {
       const A* a = m.left + (left_row + i) * kLd;
       Vec<S> sum[2] = {};
@@ -134,7 +140,7 @@ struct ProductsLoop {
       sum[0] += sum[1];
       S total = 0;
       for (int l = 0; l < L; ++l) total += sum[0][l];
-      db[db_row + i] += total;
+      db[db_row + i] = first ? total : db[db_row + i] + total;
     }
   }
 
@@ -155,6 +161,7 @@ struct ProductsLoop {
     const int64_t ld = p.R * DG * p.H;
     for (int64_t k0 = 0; k0 < rows; k0 += kDepth) {
       const int64_t depth = rows - k0 < kDepth ? rows - k0 : kDepth;
+      const bool first = f.first && k0 == 0;
       int64_t left_x[DG], dw_x[DG], left_h[DG], dw_h[DG];
       int count_x = 0, count_h = 0;
       for (int d = 0; d < DG; ++d) {
@@ -163,18 +170,18 @@ struct ProductsLoop {
         if (d < G) left_h[count_h] = d * units, dw_h[count_h++] = d * p.H + u0;
       }
       for (int64_t k = 0; k < depth; ++k) m.row[k] = x + (k0 + k) * ld_x;
-      weight_gradient(m, (S*)f.dw_ih[r], p.D, depth, count_x, left_x, dw_x, units);
+      weight_gradient(m, (S*)f.dw_ih[r], p.D, depth, first, count_x, left_x, dw_x, units);
       for (int64_t k = 0; k < depth; ++k) m.row[k] = h_before(r, t0 + (k0 + k) / p.B, (k0 + k) % p.B);
-      weight_gradient(m, (S*)f.dw_hh[r], p.P, depth, count_h, left_h, dw_h, units);
+      weight_gradient(m, (S*)f.dw_hh[r], p.P, depth, first, count_h, left_h, dw_h, units);
       if (f.db_ih)
-        for (int i = 0; i < count_x; ++i) bias_gradient(m, (S*)f.db_ih[r], depth, left_x[i], dw_x[i], units);
+        for (int i = 0; i < count_x; ++i) bias_gradient(m, (S*)f.db_ih[r], depth, first, left_x[i], dw_x[i], units);
       if (f.db_hh)
-        for (int i = 0; i < count_h; ++i) bias_gradient(m, (S*)f.db_hh[r], depth, left_h[i], dw_h[i], units);
+        for (int i = 0; i < count_h; ++i) bias_gradient(m, (S*)f.db_hh[r], depth, first, left_h[i], dw_h[i], units);
       if (f.dprojected) {
         const int64_t o0 = part(p.P, me, team), outs = part(p.P, me + 1, team) - o0, zero = 0;
         transpose_into(m.left, (const T*)f.dprojected + (k0 * p.R + r) * p.P + o0, p.R * p.P, outs, depth);
         for (int64_t k = 0; k < depth; ++k) m.row[k] = (const T*)f.unprojected + ((k0 + k) * p.R + r) * p.H;
-        weight_gradient(m, (S*)f.dw_hr[r], p.H, depth, 1, &zero, &o0, outs);
+        weight_gradient(m, (S*)f.dw_hr[r], p.H, depth, first, 1, &zero, &o0, outs);
       }
     }
   }

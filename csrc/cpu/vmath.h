@@ -9,15 +9,46 @@
 
 namespace FUSED_RNN_ISA {
 
-// Clamps written so that a NaN operand comes out: both x86 instructions return their second operand then.
+// Clamps through which a NaN passes: the x86 instructions return their second operand where either is NaN.
 template <class Scalar>
 static ALWAYS_INLINE Vec<Scalar> at_least(Scalar low, Vec<Scalar> x) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(Scalar) == 4) return (Vec<Scalar>)_mm512_max_ps((__m512)splat(low), (__m512)x);
+  else return (Vec<Scalar>)_mm512_max_pd((__m512d)splat(low), (__m512d)x);
+#elif defined(__AVX2__)
+  if constexpr (sizeof(Scalar) == 4) return (Vec<Scalar>)_mm256_max_ps((__m256)splat(low), (__m256)x);
+  else return (Vec<Scalar>)_mm256_max_pd((__m256d)splat(low), (__m256d)x);
+#else
   return splat(low) > x ? splat(low) : x;
+#endif
 }
 template <class Scalar>
 static ALWAYS_INLINE Vec<Scalar> at_most(Scalar high, Vec<Scalar> x) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(Scalar) == 4) return (Vec<Scalar>)_mm512_min_ps((__m512)splat(high), (__m512)x);
+  else return (Vec<Scalar>)_mm512_min_pd((__m512d)splat(high), (__m512d)x);
+#elif defined(__AVX2__)
+  if constexpr (sizeof(Scalar) == 4) return (Vec<Scalar>)_mm256_min_ps((__m256)splat(high), (__m256)x);
+  else return (Vec<Scalar>)_mm256_min_pd((__m256d)splat(high), (__m256d)x);
+#else
   return splat(high) < x ? splat(high) : x;
+#endif
 }
+
+// a / b for 1 <= b < 2^126 by a 14-bit reciprocal, one Newton step and a correction of the quotient by its own remainder. The
+// 512-bit divider is busy 16 cycles a vector, about as long as the rest of an activation is on the two arithmetic ports; sigmoid
+// divides, tanh comes here, and the two share the load.
+static ALWAYS_INLINE Vf quotient(Vf a, Vf b) {
+#if defined(__AVX512F__)
+  const Vf guess = (Vf)_mm512_rcp14_ps((__m512)b);
+  const Vf inverse = guess + guess * (1.0f - b * guess);
+  const Vf q = a * inverse;
+  return q + inverse * (a - b * q);
+#else
+  return a / b;
+#endif
+}
+static ALWAYS_INLINE Vd quotient(Vd a, Vd b) { return a / b; }
 
 static ALWAYS_INLINE void expm1_parts(Vf x, Vf& p, Vf& s) {
   using I = VectorOf<float>::I;
@@ -74,7 +105,7 @@ struct Polynomial {
     const V z = at_most<Scalar>(wide ? 20 : 9.1, at_least<Scalar>(wide ? -20 : -9.1, x));  // tanh is 1 to the last bit there
     expm1_parts(z + z, p, s);
     const V e = p * s + (s - one);
-    return e / (e + Scalar(2));
+    return quotient(e, e + Scalar(2));
   }
   static ALWAYS_INLINE V relu(V x) { return x < V{} ? V{} : x; }
   static ALWAYS_INLINE V positive(V a, V b) { return a > V{} ? b : V{}; }

@@ -16,7 +16,8 @@ struct Gradient {
   Tensor sum, result;
   Gradient(const Tensor& like, const Tensor& weight, int64_t pad) {
     const int64_t columns = weight.dim() == 2 ? (weight.size(1) + pad - 1) / pad * pad : 1;
-    sum = zeros(like, weight.dim() == 2 ? Sizes{weight.size(0), columns} : sizes_of(weight), accumulation_type(like));
+    const Sizes sizes = weight.dim() == 2 ? Sizes{weight.size(0), columns} : sizes_of(weight);
+    sum = like.numel() ? empty(like, sizes, accumulation_type(like)) : zeros(like, sizes, accumulation_type(like));
     result = weight;
   }
   void* data() const { return sum.mutable_data_ptr(); }
@@ -38,7 +39,7 @@ std::vector<Tensor> cpu_backward(MaybeTensor dy, MaybeTensor dh_n, MaybeTensor d
   const Layer layer(x, weights, h0, c0, lengths, reset, cell_of(cell), directions);
   const Problem& p = layer.p;
   const bool lstm = has_cell(p.cell);
-  const int G = gates_of(p.cell), S = saved_of(p.cell), DG = gradients_of(p.cell);
+  const int S = saved_of(p.cell), DG = gradients_of(p.cell);
   const ScalarType wide = accumulation_type(x);
   const size_t wide_bytes = wide == ScalarType::Double ? 8 : 4;
 
@@ -138,6 +139,7 @@ std::vector<Tensor> cpu_backward(MaybeTensor dy, MaybeTensor dh_n, MaybeTensor d
       b.dh = dh.mutable_data_ptr();
       b.dc = lstm ? dc->mutable_data_ptr() : nullptr;
       b.dgates = dgates.mutable_data_ptr();
+      b.need_dh = start > 0 || h0;
       if (layer.projects) {
         b.dprojected = dprojected->mutable_data_ptr();
         b.unprojected = unprojected->mutable_data_ptr();
@@ -164,13 +166,13 @@ std::vector<Tensor> cpu_backward(MaybeTensor dy, MaybeTensor dh_n, MaybeTensor d
       }
       if (need_dx) q.dx = dx.mutable_data_ptr();
       q.add_dx = share_dx;
+      q.first = start == last;
       cpu::kernels().products(q);
     }
   }
 
-  std::vector<Tensor> out{dx, converted(dh, x.scalar_type()), lstm ? converted(*dc, x.scalar_type()) : empty(x, {0})};
+  std::vector<Tensor> out{dx, h0 ? converted(dh, x.scalar_type()) : empty(x, {0}), c0 ? converted(*dc, x.scalar_type()) : empty(x, {0})};
   for (const Gradient& g : gradients) out.push_back(g.finish());
-  (void)G;
   return out;
 }
 
