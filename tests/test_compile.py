@@ -196,7 +196,7 @@ def saved_and_loaded(scripted: torch.jit.ScriptModule) -> Any:
 
 
 class Model(nn.Module):
-    """Around the module, for torch.jit.script forgets a sequence module's overloads when it is saved alone, torch's too."""
+    """Around the module: saved alone, a scripted sequence module, torch's too, has lost its overloaded forward."""
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
@@ -209,7 +209,7 @@ class Model(nn.Module):
 @pytest.mark.parametrize("kind", ["trace", "script"])
 @pytest.mark.parametrize("name", MODULES)
 def test_torchscript(name: str, kind: str) -> None:
-    """It holds torch's own operators: it takes any length, has a gradient, and is saved for runtimes without our ops."""
+    """It holds torch's operators: takes any length, has a gradient, and can be saved for runtimes without our ops."""
     options = {} if name in CELLS else {"num_layers": 2, "bidirectional": True}
     ours, twin = make(name, 4, 6, **options)
     example, model = torch.randn(3, 4) if name in CELLS else torch.randn(1, 3, 4), Model(ours)

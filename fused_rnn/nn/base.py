@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from operator import itemgetter
 from typing import Any, ClassVar
 
@@ -10,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
+from fused_rnn import functional
 from fused_rnn.nn.packed import Layout
-from fused_rnn.nn.plain import CELL_CODES, STEP, Fused, are_plain, check_backend, is_jit_tracing, match, may_step
+from fused_rnn.nn.plain import CELL_CODES, PLAIN, STEP, Fused, are_plain, check_backend, is_jit_tracing, may_step
 
 # Read a single layer's weights in one C call, by how many there are; then what fused_rnn::step has after them. Through
 # nn.Module.__getattr__ each would cost 0.4 µs. A projection without biases is rare, and goes the slow way.
@@ -22,7 +24,14 @@ _READ: dict[int, tuple[Callable[[Any], tuple[Tensor, ...]], tuple[None, ...]]] =
     5: (itemgetter(*_CORE, *_BIASES, "weight_hr_l0"), ()),
 }
 
-_MODES = {mode: CELL_CODES[mode.lower()] for mode in ("LSTM", "GRU", "RNN_TANH", "RNN_RELU")}
+# torch.nn's forward goes by the mode too, and not by RNN's `nonlinearity`.
+_FUNCTIONS: dict[str, Callable[..., Any]] = {
+    "LSTM": functional.lstm,
+    "GRU": functional.gru,
+    "RNN_TANH": functional.rnn,
+    "RNN_RELU": partial(functional.rnn, nonlinearity="relu"),
+}
+_CODES = {mode: CELL_CODES[mode.lower()] for mode in _FUNCTIONS}
 
 # Methods of torch.nn's modules that a subclass may override to check its input otherwise.
 _CHECKS = (
@@ -64,10 +73,6 @@ class Recurrent(Fused, nn.RNNBase):
         extras += [f", save={self.save!r}"] if self.save != "gates" else []
         return super().extra_repr() + "".join(extras)
 
-    def _call(self, x: Tensor, weights: Sequence[Tensor], hx: Any, **options: Any) -> Result:
-        """functional.lstm, gru or rnn: x [T, B, D], hx of [L·R, B, ·] or None → y [T, B, R·P], final hx."""
-        raise NotImplementedError
-
     def _step(self, input: Any, hx: Any) -> list[Tensor] | None:
         """y, h_n (and c_n) of one step of a single layer without gradient; None where the call is another one.
 
@@ -93,7 +98,7 @@ class Recurrent(Fused, nn.RNNBase):
             h, c = hx
         try:
             read, rest = _READ[len(self._flat_weights_names)]
-            return STEP(input, h, c, *read(self._parameters), *rest, _MODES[self.mode])
+            return STEP(input, h, c, *read(self._parameters), *rest, _CODES[self.mode])
         except (KeyError, RuntimeError):
             return None  # a computed weight, or an input that the op refuses, as the slow way will in torch's words
 
@@ -102,42 +107,63 @@ class Recurrent(Fused, nn.RNNBase):
         extras = lengths is not None or reset is not None
         if not extras and (self.backend == "torch" or (self.backend is None and is_jit_tracing())):
             return self._as_twin(input, hx)
-        if isinstance(input, PackedSequence):
-            if lengths is not None:
-                raise ValueError("lengths: got some beside a PackedSequence, expected None: the input has its own")
-            return self._run_packed(input, hx, reset)
+        packed = isinstance(input, PackedSequence)
+        if packed and lengths is not None:
+            raise ValueError("lengths: got some beside a PackedSequence, expected None: the input has its own")
         weights = self._weights()
-        if not are_plain((input, *weights)) or not 2 <= input.dim() <= 3:
+        if not self._is_plain(input[0] if packed else input, hx, weights):
             return self._as_twin(input, hx, extras)
-        batched, batch_first = input.dim() == 3, self.batch_first
-        steps = input.size(1 if batched and batch_first else 0)
-        batch = input.size(0 if batch_first else 1) if batched else 1
-        if steps == 0 or not self._agree(input, hx, weights[0], (batch,) if batched else ()):
-            return self._as_twin(input, hx, extras)
-        if self._checks_itself:
+        try:
+            if packed:
+                return self._run_packed(input, hx, weights, reset)
+            return self._run_padded(input, hx, weights, lengths, reset)
+        except ValueError:
+            # functional refused an argument. torch's modules do that in words, and with exceptions, of their own.
+            result = self._twin.forward(self, input, hx)
+            if extras or self.backend is not None:
+                raise
+            return result
+
+    def _is_plain(self, input: Any, hx: Any, weights: Sequence[Tensor]) -> bool:
+        """Whether all are plain tensors, as many as there should be. functional checks their sizes, dtypes, devices."""
+        if type(input) not in PLAIN or not are_plain(weights):
+            return False
+        if hx is None:
+            return True
+        if self._states == 1:
+            return type(hx) in PLAIN
+        return isinstance(hx, (tuple, list)) and len(hx) == 2 and are_plain(hx)
+
+    def _run_padded(
+        self, input: Tensor, hx: Any, weights: Sequence[Tensor], lengths: Any, reset: Tensor | None
+    ) -> Result:
+        """forward of [T, B, D], [B, T, D] or [T, D]."""
+        dims = input.dim()
+        if self._checks_itself and 2 <= dims <= 3:
             self._check(input, hx)
-        if not batched:
-            hx = self._map(lambda s: s.unsqueeze(1), hx)
-            lengths = None if lengths is None else torch.as_tensor(lengths).reshape(1)
-            reset = None if reset is None else reset.unsqueeze(-1)
-            y, hx = self._run_layers(input.unsqueeze(1), weights, hx, lengths, reset)
-            return y.squeeze(1), self._map(lambda s: s.squeeze(1), hx)
-        if batch_first:
+        if dims == 3:
+            if not self.batch_first:
+                return self._run_layers(input, weights, hx, lengths, reset)
             reset = None if reset is None else reset.transpose(0, 1)
             y, hx = self._run_layers(input.transpose(0, 1), weights, hx, lengths, reset)
             return y.transpose(0, 1), hx
-        return self._run_layers(input, weights, hx, lengths, reset)
+        if dims != 2:
+            raise ValueError(f"input: got {dims} dimensions, expected two or three")
+        hx = self._map(lambda s: s.unsqueeze(1), hx)
+        lengths = None if lengths is None else torch.as_tensor(lengths).reshape(1)
+        reset = None if reset is None else reset.unsqueeze(-1)
+        y, hx = self._run_layers(input.unsqueeze(1), weights, hx, lengths, reset)
+        return y.squeeze(1), self._map(lambda s: s.squeeze(1), hx)
 
-    def _run_packed(self, input: PackedSequence, hx: Any, reset: Tensor | None) -> Result:
+    def _run_packed(self, input: PackedSequence, hx: Any, weights: Sequence[Tensor], reset: Tensor | None) -> Result:
         """forward of a packed batch, longest first. hx, given and returned, and reset are in the order before."""
         data, batch_sizes, sorted_indices, unsorted_indices = input
-        weights = self._weights()
-        given, hx = hx, None if hx is None else self.permute_hidden(hx, sorted_indices)
-        ordinary = are_plain((data, *weights)) and data.dim() == 2
-        if not ordinary or not self._agree(data, hx, weights[0], (int(batch_sizes[0]),)):
-            return self._as_twin(input, given, reset is not None)
+        if hx is not None:
+            hx = self.permute_hidden(hx, sorted_indices)
         if self._checks_itself:
             self._check(data, hx, batch_sizes)
+        if data.dim() != 2:
+            raise ValueError(f"input: got packed data of {data.dim()} dimensions, expected two")
         layout = Layout(batch_sizes, data.device)
         if reset is not None:
             reset = reset.transpose(0, 1) if self.batch_first else reset
@@ -171,13 +197,20 @@ class Recurrent(Fused, nn.RNNBase):
         return data, torch.cat(finals)
 
     def _run_layers(
-        self, x: Tensor, weights: Sequence[Tensor], hx: Any, lengths: Any, reset: Tensor | None, **options: Any
+        self,
+        x: Tensor,
+        weights: Sequence[Tensor],
+        hx: Any,
+        lengths: Any,
+        reset: Tensor | None,
+        num_layers: int | None = None,
     ) -> Result:
-        options.setdefault("num_layers", self.num_layers)
-        return self._call(
+        """The call of functional: x [T, B, D], hx of [L·R, B, ·] or None → y [T, B, R·P], the final hx."""
+        return _FUNCTIONS[self.mode](
             x,
             weights,
             hx,
+            num_layers=num_layers or self.num_layers,
             bidirectional=self.bidirectional,
             dropout=self.dropout,
             training=self.training,
@@ -185,7 +218,6 @@ class Recurrent(Fused, nn.RNNBase):
             reset=reset,
             save=self.save,
             backend=self.backend,
-            **options,
         )
 
     def _map(self, function: Callable[[Tensor], Tensor], hx: Any) -> Any:
@@ -193,23 +225,6 @@ class Recurrent(Fused, nn.RNNBase):
         if hx is None:
             return None
         return (function(hx[0]), function(hx[1])) if self._states == 2 else function(hx)
-
-    def _agree(self, x: Tensor, hx: Any, weight: Tensor, batch: tuple[int, ...]) -> bool:
-        """Whether input and hx fit the module in size, dtype and device. batch: (B,), or () for unbatched input."""
-        if x.size(-1) != self.input_size or not match(x, weight):
-            return False
-        if hx is None:
-            return True
-        rows = self.num_layers * (2 if self.bidirectional else 1)
-        h_shape = (rows, *batch, self.proj_size or self.hidden_size)
-        if self._states == 1:
-            return _is_state(hx, weight, h_shape)
-        return (
-            isinstance(hx, (tuple, list))
-            and len(hx) == 2
-            and _is_state(hx[0], weight, h_shape)
-            and _is_state(hx[1], weight, (rows, *batch, self.hidden_size))
-        )
 
     def _check(self, input: Tensor, hx: Any, batch_sizes: Tensor | None = None) -> None:
         """Call the checks that a subclass overrides, with what torch.nn gives them."""
@@ -233,7 +248,3 @@ class Recurrent(Fused, nn.RNNBase):
             except KeyError:
                 pass  # some are not parameters but computed from some
         return [getattr(self, name) for name in names]
-
-
-def _is_state(s: Any, weight: Tensor, shape: tuple[int, ...]) -> bool:
-    return are_plain((s,)) and s.shape == shape and match(s, weight)

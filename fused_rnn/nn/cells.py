@@ -15,7 +15,7 @@ from torch.nn import LSTMCell as TorchLSTMCell
 from torch.nn import RNNCell as TorchRNNCell
 
 from fused_rnn import functional
-from fused_rnn.nn.plain import CELL_CODES, STEP, Fused, are_plain, check_backend, is_jit_tracing, match, may_step
+from fused_rnn.nn.plain import CELL_CODES, PLAIN, STEP, Fused, are_plain, check_backend, is_jit_tracing, may_step
 
 # Read the weights in one C call; through nn.Module.__getattr__ each would cost 0.4 µs. Without biases these are None.
 _READ = itemgetter("weight_ih", "weight_hh", "bias_ih", "bias_hh")
@@ -61,27 +61,29 @@ class Cell(Fused, nn.RNNCellBase):
         if self.backend == "torch" or (self.backend is None and is_jit_tracing()):
             return self._as_twin(input, hx)
         weights = self._weights()
-        if not are_plain((input, *weights)) or not self._agree(input, hx, weights[0]):
+        if type(input) not in PLAIN or not are_plain(weights) or not self._has_plain_states(hx):
             return self._as_twin(input, hx)
-        if input.dim() == 2:
-            return self._call(input, hx, weights)
-        if self._states == 2:
-            hx = None if hx is None else (hx[0].unsqueeze(0), hx[1].unsqueeze(0))
-            h, c = self._call(input.unsqueeze(0), hx, weights)
+        try:
+            if input.dim() != 1:
+                return self._call(input, hx, weights)
+            if self._states == 1:
+                return self._call(input.unsqueeze(0), None if hx is None else hx.unsqueeze(0), weights).squeeze(0)
+            batched = None if hx is None else (hx[0].unsqueeze(0), hx[1].unsqueeze(0))
+            h, c = self._call(input.unsqueeze(0), batched, weights)
             return h.squeeze(0), c.squeeze(0)
-        return self._call(input.unsqueeze(0), None if hx is None else hx.unsqueeze(0), weights).squeeze(0)
+        except ValueError:
+            # functional refused an argument. torch's modules do that in words, and with exceptions, of their own.
+            result = self._twin.forward(self, input, hx)
+            if self.backend is not None:
+                raise
+            return result
 
-    def _agree(self, x: Tensor, hx: Any, weight: Tensor) -> bool:
-        """Whether input and hx fit the cell in rank, size, dtype and device."""
-        if not 1 <= x.dim() <= 2 or x.size(-1) != self.input_size or not match(x, weight):
-            return False
+    def _has_plain_states(self, hx: Any) -> bool:
         if hx is None:
             return True
-        states = (hx,) if self._states == 1 else hx
-        if not isinstance(states, (tuple, list)) or len(states) != self._states or not are_plain(states):
-            return False
-        shape = (*x.shape[:-1], self.hidden_size)
-        return all(s.shape == shape and match(s, weight) for s in states)
+        if self._states == 1:
+            return type(hx) in PLAIN
+        return isinstance(hx, (tuple, list)) and len(hx) == 2 and are_plain(hx)
 
     def _weights(self) -> list[Tensor]:
         """The weights as the attributes are now: tied, swapped by functional_call, parametrized, or set by a hook."""

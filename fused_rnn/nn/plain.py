@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, is_grad_enabled, nn
 from torch._C import _are_functorch_transforms_active, _is_any_autocast_enabled, _is_tracing
 from torch._subclasses.fake_tensor import FakeTensor
@@ -16,8 +15,10 @@ from fused_rnn import ops
 from fused_rnn.cells import CELLS
 from fused_rnn.dispatch import BACKENDS
 
-# The op for a single step, None where the extension is not built, and its number for each cell.
-STEP = ops.step if ops.MISSING is None else None
+# The op for a single step, None where the extension is not built, and its number for each cell. It is the builtin under
+# OpOverload.__call__: a frame of Python less, 0.25 µs of 4.
+STEP: Callable[..., list[Tensor]] | None
+STEP = ops.step._op if ops.MISSING is None else None  # type: ignore[attr-defined]
 CELL_CODES = {name: code for code, name in enumerate(CELLS)}
 
 # Any other subclass (ExpandedWeight of per-sample gradients, DTensor, a quantized weight) gives torch's operators a
@@ -90,10 +91,3 @@ def are_plain(tensors: Iterable[object]) -> bool:
         if type(t) not in PLAIN:
             return False
     return True
-
-
-def match(t: Tensor, weight: Tensor) -> bool:
-    """Whether t has the weight's device and dtype; under autocast the dtypes are functional's business."""
-    return t.device == weight.device and (
-        t.dtype == weight.dtype or (t.is_floating_point() and torch.is_autocast_enabled(t.device.type))
-    )

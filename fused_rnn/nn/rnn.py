@@ -13,7 +13,6 @@ from torch.nn import LSTM as TorchLSTM
 from torch.nn import RNN as TorchRNN
 from torch.nn.utils.rnn import PackedSequence
 
-from fused_rnn import functional
 from fused_rnn.nn.base import Recurrent, Result
 
 
@@ -88,9 +87,6 @@ class LSTM(Recurrent):
                 return stepped[0], (stepped[1], stepped[2])
         return self._run(input, hx, lengths, reset)
 
-    def _call(self, x: Tensor, weights: Sequence[Tensor], hx: Any, **options: Any) -> Result:
-        return functional.lstm(x, weights, hx, **options)
-
 
 class GRU(Recurrent):
     r"""__init__(input_size,hidden_size,num_layers=1,bias=True,batch_first=False,dropout=0.0,bidirectional=False,device=None,dtype=None,*,backend=None,save='gates')
@@ -142,9 +138,6 @@ class GRU(Recurrent):
             if stepped is not None:
                 return stepped[0], stepped[1]
         return self._run(input, hx, lengths, reset)
-
-    def _call(self, x: Tensor, weights: Sequence[Tensor], hx: Any, **options: Any) -> Result:
-        return functional.gru(x, weights, hx, **options)
 
 
 class RNN(Recurrent):
@@ -204,7 +197,3 @@ class RNN(Recurrent):
             if stepped is not None:
                 return stepped[0], stepped[1]
         return self._run(input, hx, lengths, reset)
-
-    def _call(self, x: Tensor, weights: Sequence[Tensor], hx: Any, **options: Any) -> Result:
-        # torch.nn's forward goes by the mode too, RNN_TANH or RNN_RELU, and not by `nonlinearity`
-        return functional.rnn(x, weights, hx, nonlinearity=self.mode[4:].lower(), **options)
