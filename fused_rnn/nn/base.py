@@ -1,250 +1,80 @@
-"""What LSTM, GRU and RNN share: from torch.nn's arguments to a call of `functional`, and back to torch.nn's results."""
+"""What the sequence modules and the cells share: the choice of a backend, and the way to torch.nn's class."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
-from operator import itemgetter
 from typing import Any, ClassVar
 
-import torch
-from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence
+from torch import nn
 
-from fused_rnn import functional
-from fused_rnn.nn.packed import Layout
-from fused_rnn.nn.plain import CELL_CODES, PLAIN, STEP, Fused, are_plain, check_backend, is_jit_tracing, may_step
-
-# Read a single layer's weights in one C call, by how many there are; then what fused_rnn::step has after them. Through
-# nn.Module.__getattr__ each would cost 0.4 µs. A projection without biases is rare, and goes the slow way.
-_CORE, _BIASES = ("weight_ih_l0", "weight_hh_l0"), ("bias_ih_l0", "bias_hh_l0")
-_READ: dict[int, tuple[Callable[[Any], tuple[Tensor, ...]], tuple[None, ...]]] = {
-    2: (itemgetter(*_CORE), (None, None, None)),
-    4: (itemgetter(*_CORE, *_BIASES), (None,)),
-    5: (itemgetter(*_CORE, *_BIASES, "weight_hr_l0"), ()),
-}
-
-# torch.nn's forward goes by the mode too, and not by RNN's `nonlinearity`.
-_FUNCTIONS: dict[str, Callable[..., Any]] = {
-    "LSTM": functional.lstm,
-    "GRU": functional.gru,
-    "RNN_TANH": functional.rnn,
-    "RNN_RELU": partial(functional.rnn, nonlinearity="relu"),
-}
-_CODES = {mode: CELL_CODES[mode.lower()] for mode in _FUNCTIONS}
-
-# Methods of torch.nn's modules that a subclass may override to check its input otherwise.
-_CHECKS = (
-    "check_input",
-    "check_hidden_size",
-    "check_forward_args",
-    "get_expected_hidden_size",
-    "get_expected_cell_size",
-)
-
-Result = Any  # (y, hx)
+from fused_rnn.dispatch import BACKENDS
+from fused_rnn.nn.plain import is_jit_tracing
 
 
-class Recurrent(Fused, nn.RNNBase):
-    """Base of LSTM, GRU and RNN: torch.nn.RNNBase, which owns the weights, with a forward of our own.
+class Fused(nn.Module):
+    """A module that takes the place of its twin, torch.nn's class of the same name.
 
-    It is RNNBase and not torch.nn.LSTM because Dynamo refuses every instance of the latter.
+    A call out of the ordinary goes to the twin's own forward, which raises torch's error for it, in the words of the
+    torch installed, or computes what only torch's operators can. All attributes but `backend` and `save` begin with
+    _fused, for users' subclasses have names of their own.
     """
 
-    save: str = "gates"  # on the class too, as Fused.backend is
+    _fused_twin: ClassVar[type[nn.Module]]
+    _fused_states: ClassVar[int] = 1  # how many states a step has: h, or h and c
+    # On the class too, for modules whose state was saved by torch.nn, which has no such attribute.
+    _fused_backend: str | None = None
 
-    _checks_itself: ClassVar[bool] = False
+    @property
+    def backend(self) -> str | None:
+        """One of "cpu", "torch", "reference", or None for what measured fastest. Setting another raises ValueError."""
+        return self._fused_backend
 
-    def __init__(self, mode: str, *args: Any, backend: str | None = None, save: str = "gates", **kwargs: Any) -> None:
-        super().__init__(mode, *args, **kwargs)
-        check_backend(backend)
-        if save not in ("gates", "recompute"):
-            raise ValueError(f"save: got {save!r}, expected 'gates' or 'recompute'")
-        self.backend = backend
-        self.save = save
+    @backend.setter
+    def backend(self, value: str | None) -> None:
+        self._fused_backend = known_backend(value)
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        cls._checks_itself = any(getattr(cls, name, None) is not getattr(cls._twin, name, None) for name in _CHECKS)
+    def __prepare_scriptable__(self) -> Any:
+        """torch.jit.script compiles the twin in this module's place, on the same weights."""
+        if "_fused_twin" not in vars(type(self)):  # a class of the user's: his own forward is to be scripted
+            return self
+        twin = self._fused_twin.__new__(self._fused_twin)
+        twin.__setstate__({key: value for key, value in vars(self).items() if not key.startswith("_fused")})
+        return twin
 
-    def extra_repr(self) -> str:
-        """torch.nn's, and the extra arguments where they are not the default."""
-        extras = [f", backend={self.backend!r}"] if self.backend is not None else []
-        extras += [f", save={self.save!r}"] if self.save != "gates" else []
-        return super().extra_repr() + "".join(extras)
 
-    def _step(self, input: Any, hx: Any) -> list[Tensor] | None:
-        """y, h_n (and c_n) of one step of a single layer without gradient; None where the call is another one.
+def known_backend(backend: str | None) -> str | None:
+    """backend, if there is one of this name, or it is None; raises ValueError."""
+    if backend is not None and backend not in BACKENDS:
+        raise ValueError(f"backend: got {backend!r}, expected None or one of {', '.join(map(repr, BACKENDS))}")
+    return backend
 
-        Python is most of such a call's time, so nothing is checked here that the op itself checks.
-        """
-        if (
-            STEP is None
-            or not may_step()
-            or type(input) is not Tensor
-            or input.dim() != 3
-            or input.size(1 if self.batch_first else 0) != 1
-            or self.num_layers != 1
-            or self.bidirectional
-            or self._checks_itself
-            or (self.backend is not None and self.backend != "cpu")
-            or not input.is_cpu
-        ):
-            return None
-        h, c = hx, None
-        if self._states == 2 and hx is not None:
-            if type(hx) is not tuple or len(hx) != 2 or hx[0] is None or hx[1] is None:
-                return None
-            h, c = hx
-        try:
-            read, rest = _READ[len(self._flat_weights_names)]
-            return STEP(input, h, c, *read(self._parameters), *rest, _CODES[self.mode])
-        except (KeyError, RuntimeError):
-            return None  # a computed weight, or an input that the op refuses, as the slow way will in torch's words
 
-    def _run(self, input: Any, hx: Any, lengths: Any, reset: Tensor | None) -> Result:
-        """forward, of any call."""
-        extras = lengths is not None or reset is not None
-        if not extras and (self.backend == "torch" or (self.backend is None and is_jit_tracing())):
-            return self._as_twin(input, hx)
-        packed = isinstance(input, PackedSequence)
-        if packed and lengths is not None:
-            raise ValueError("lengths: got some beside a PackedSequence, expected None: the input has its own")
-        weights = self._weights()
-        if not self._is_plain(input[0] if packed else input, hx, weights):
-            return self._as_twin(input, hx, extras)
-        try:
-            if packed:
-                return self._run_packed(input, hx, weights, reset)
-            return self._run_padded(input, hx, weights, lengths, reset)
-        except ValueError:
-            # functional refused an argument. torch's modules do that in words, and with exceptions, of their own.
-            result = self._twin.forward(self, input, hx)
-            if extras or self.backend is not None:
-                raise
-            return result
+def prefers_twin(module: Fused) -> bool:
+    """Whether the twin is to run a call that has no lengths and no reset."""
+    backend = module._fused_backend
+    return backend == "torch" or (backend is None and is_jit_tracing())
 
-    def _is_plain(self, input: Any, hx: Any, weights: Sequence[Tensor]) -> bool:
-        """Whether all are plain tensors, as many as there should be. functional checks their sizes, dtypes, devices."""
-        if type(input) not in PLAIN or not are_plain(weights):
-            return False
-        if hx is None:
-            return True
-        if self._states == 1:
-            return type(hx) in PLAIN
-        return isinstance(hx, (tuple, list)) and len(hx) == 2 and are_plain(hx)
 
-    def _run_padded(
-        self, input: Tensor, hx: Any, weights: Sequence[Tensor], lengths: Any, reset: Tensor | None
-    ) -> Result:
-        """forward of [T, B, D], [B, T, D] or [T, D]."""
-        dims = input.dim()
-        if self._checks_itself and 2 <= dims <= 3:
-            self._check(input, hx)
-        if dims == 3:
-            if not self.batch_first:
-                return self._run_layers(input, weights, hx, lengths, reset)
-            reset = None if reset is None else reset.transpose(0, 1)
-            y, hx = self._run_layers(input.transpose(0, 1), weights, hx, lengths, reset)
-            return y.transpose(0, 1), hx
-        if dims != 2:
-            raise ValueError(f"input: got {dims} dimensions, expected two or three")
-        hx = self._map(lambda s: s.unsqueeze(1), hx)
-        lengths = None if lengths is None else torch.as_tensor(lengths).reshape(1)
-        reset = None if reset is None else reset.unsqueeze(-1)
-        y, hx = self._run_layers(input.unsqueeze(1), weights, hx, lengths, reset)
-        return y.squeeze(1), self._map(lambda s: s.squeeze(1), hx)
+def run_twin(module: Fused, input: Any, hx: Any, extras: bool = False) -> Any:
+    """The twin's result for a call on other than plain tensors, or its error. extras: lengths or reset were given.
 
-    def _run_packed(self, input: PackedSequence, hx: Any, weights: Sequence[Tensor], reset: Tensor | None) -> Result:
-        """forward of a packed batch, longest first. hx, given and returned, and reset are in the order before."""
-        data, batch_sizes, sorted_indices, unsorted_indices = input
-        if hx is not None:
-            hx = self.permute_hidden(hx, sorted_indices)
-        if self._checks_itself:
-            self._check(data, hx, batch_sizes)
-        if data.dim() != 2:
-            raise ValueError(f"input: got packed data of {data.dim()} dimensions, expected two")
-        layout = Layout(batch_sizes, data.device)
-        if reset is not None:
-            reset = reset.transpose(0, 1) if self.batch_first else reset
-            reset = reset if sorted_indices is None else reset.index_select(1, sorted_indices)
-        if self.dropout and self.training and self.num_layers > 1:
-            data, hx = self._run_packed_dropout(data, layout, weights, hx, reset)
-        else:
-            y, hx = self._run_layers(layout.pad(data), weights, hx, layout.lengths, reset)
-            data = layout.pack(y)
-        packed = PackedSequence(data, batch_sizes, sorted_indices, unsorted_indices)
-        return packed, self.permute_hidden(hx, unsorted_indices)
-
-    def _run_packed_dropout(
-        self, data: Tensor, layout: Layout, weights: Sequence[Tensor], hx: Any, reset: Tensor | None
-    ) -> tuple[Tensor, Any]:
-        """The layers one by one: torch draws the masks between them for the packed rows, and so do we."""
-        recurrences = 2 if self.bidirectional else 1
-        count = len(weights) // self.num_layers
-        finals = []
-        for layer in range(self.num_layers):
-            if layer:
-                data = torch.dropout(data, self.dropout, True)
-            rows = slice(layer * recurrences, (layer + 1) * recurrences)
-            own = weights[layer * count : (layer + 1) * count]
-            h_in = self._map(lambda s, rows=rows: s[rows], hx)  # type: ignore[misc]
-            y, final = self._run_layers(layout.pad(data), own, h_in, layout.lengths, reset, num_layers=1)
-            data = layout.pack(y)
-            finals.append(final)
-        if self._states == 2:
-            return data, tuple(torch.cat(states) for states in zip(*finals, strict=True))
-        return data, torch.cat(finals)
-
-    def _run_layers(
-        self,
-        x: Tensor,
-        weights: Sequence[Tensor],
-        hx: Any,
-        lengths: Any,
-        reset: Tensor | None,
-        num_layers: int | None = None,
-    ) -> Result:
-        """The call of functional: x [T, B, D], hx of [L·R, B, ·] or None → y [T, B, R·P], the final hx."""
-        return _FUNCTIONS[self.mode](
-            x,
-            weights,
-            hx,
-            num_layers=num_layers or self.num_layers,
-            bidirectional=self.bidirectional,
-            dropout=self.dropout,
-            training=self.training,
-            lengths=lengths,
-            reset=reset,
-            save=self.save,
-            backend=self.backend,
+    Raises NotImplementedError where the twin has a result, but not the one that was asked for.
+    """
+    result = module._fused_twin.forward(module, input, hx)
+    if extras or module._fused_backend not in (None, "torch"):
+        raise NotImplementedError(
+            f"{type(module).__name__} with lengths, reset or backend={module._fused_backend!r} takes plain tensors "
+            f"alone, got an input of type {type(input).__name__} and parameters of "
+            f"type {', '.join({type(p).__name__ for p in module.parameters()})}"
         )
+    return result
 
-    def _map(self, function: Callable[[Tensor], Tensor], hx: Any) -> Any:
-        """function of each state of hx."""
-        if hx is None:
-            return None
-        return (function(hx[0]), function(hx[1])) if self._states == 2 else function(hx)
 
-    def _check(self, input: Tensor, hx: Any, batch_sizes: Tensor | None = None) -> None:
-        """Call the checks that a subclass overrides, with what torch.nn gives them."""
-        self._update_flat_weights()
-        if batch_sizes is None and input.dim() == 2:
-            input = input.unsqueeze(0 if self.batch_first else 1)
-            hx = self._map(lambda s: s.unsqueeze(1), hx)
-        if hx is None:
-            hx = input.new_zeros(self.get_expected_hidden_size(input, batch_sizes))
-            if self._states == 2:
-                hx = (hx, input.new_zeros(self.get_expected_cell_size(input, batch_sizes)))  # type: ignore[operator]
-        self.check_forward_args(input, hx, batch_sizes)
+def refuse(module: Fused, input: Any, hx: Any, error: ValueError, extras: bool = False) -> Any:
+    """Where functional refused an argument: torch's modules do that in words, and with exceptions, of their own.
 
-    def _weights(self) -> list[Tensor]:
-        """The weights as the attributes are now: tied, swapped by functional_call, parametrized, or set by a hook."""
-        names = self._flat_weights_names
-        if not torch.compiler.is_compiling():
-            parameters = self._parameters
-            try:
-                return [parameters[name] for name in names]  # type: ignore[misc]
-            except KeyError:
-                pass  # some are not parameters but computed from some
-        return [getattr(self, name) for name in names]
+    Raises the twin's exception, or else, if something that only we have was asked for, functional's.
+    """
+    result = module._fused_twin.forward(module, input, hx)
+    if extras or module._fused_backend is not None:
+        raise error
+    return result

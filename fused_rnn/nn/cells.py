@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
+from functools import partial
 from operator import itemgetter
 from typing import Any
 
@@ -15,13 +16,17 @@ from torch.nn import LSTMCell as TorchLSTMCell
 from torch.nn import RNNCell as TorchRNNCell
 
 from fused_rnn import functional
-from fused_rnn.nn.plain import CELL_CODES, PLAIN, STEP, Fused, are_plain, check_backend, is_jit_tracing, may_step
+from fused_rnn.nn.base import Fused, known_backend, prefers_twin, refuse, run_twin
+from fused_rnn.nn.plain import CELL_CODES, PLAIN, STEP, are_plain, is_plain_hx, may_step
 
 # Read the weights in one C call; through nn.Module.__getattr__ each would cost 0.4 µs. Without biases these are None.
 _READ = itemgetter("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 
 _LSTM, _GRU = CELL_CODES["lstm"], CELL_CODES["gru"]
-_RNN = {"tanh": CELL_CODES["rnn_tanh"], "relu": CELL_CODES["rnn_relu"]}
+_RNN: dict[str, tuple[int, Callable[..., Any]]] = {
+    "tanh": (CELL_CODES["rnn_tanh"], functional.rnn_cell),
+    "relu": (CELL_CODES["rnn_relu"], partial(functional.rnn_cell, nonlinearity="relu")),
+}
 
 
 class Cell(Fused, nn.RNNCellBase):
@@ -29,70 +34,58 @@ class Cell(Fused, nn.RNNCellBase):
 
     def __init__(self, *args: Any, backend: str | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        check_backend(backend)
-        self.backend = backend
+        self._fused_backend = known_backend(backend)
 
     def extra_repr(self) -> str:
         """torch.nn's, and the extra argument where it is not the default."""
-        return super().extra_repr() + ("" if self.backend is None else f", backend={self.backend!r}")
+        backend = self._fused_backend
+        return super().extra_repr() + ("" if backend is None else f", backend={backend!r}")
 
-    def _call(self, x: Tensor, hx: Any, weights: Sequence[Tensor]) -> Any:
-        """functional.lstm_cell, gru_cell or rnn_cell: x [B, D], hx of [B, H] or None → the new hx."""
-        raise NotImplementedError
 
-    def _step(self, input: Any, h: Any, c: Any, code: int) -> list[Tensor] | None:
-        """The new states without gradient, by the op alone; None where the call is another one. As Recurrent._step."""
-        if (
-            STEP is None
-            or not may_step()
-            or type(input) is not Tensor
-            or input.dim() != 2
-            or (self.backend is not None and self.backend != "cpu")
-            or not input.is_cpu
-        ):
-            return None
+def _step(module: Cell, input: Any, h: Any, c: Any, code: int) -> list[Tensor] | None:
+    """The new states without gradient, by the op alone; None where the call is another one. As sequence.step."""
+    if (
+        STEP is None
+        or not may_step()
+        or type(input) is not Tensor
+        or input.dim() != 2
+        or (module._fused_backend is not None and module._fused_backend != "cpu")
+        or not input.is_cpu
+    ):
+        return None
+    try:
+        return STEP(input, h, c, *_READ(module._parameters), None, code)
+    except (KeyError, RuntimeError):
+        return None  # a computed weight, or an input that the op refuses, as the slow way will in torch's words
+
+
+def _run(module: Cell, function: Callable[..., Any], input: Any, hx: Any) -> Any:
+    """forward, of any call. function: functional.lstm_cell, gru_cell or rnn_cell."""
+    weights, states, backend = _read_weights(module), module._fused_states, module._fused_backend
+    plain = type(input) in PLAIN and are_plain(weights) and is_plain_hx(hx, states)
+    if not plain or prefers_twin(module):
+        return run_twin(module, input, hx)
+    try:
+        if input.dim() != 1:
+            return function(input, hx, weights, backend=backend)
+        x = input.unsqueeze(0)
+        if states == 1:
+            return function(x, None if hx is None else hx.unsqueeze(0), weights, backend=backend).squeeze(0)
+        batched = None if hx is None else (hx[0].unsqueeze(0), hx[1].unsqueeze(0))
+        h, c = function(x, batched, weights, backend=backend)
+        return h.squeeze(0), c.squeeze(0)
+    except ValueError as error:
+        return refuse(module, input, hx, error)
+
+
+def _read_weights(module: Cell) -> list[Tensor]:
+    """The weights as the attributes are now: tied, swapped by functional_call, parametrized, or set by a hook."""
+    if not torch.compiler.is_compiling():
         try:
-            return STEP(input, h, c, *_READ(self._parameters), None, code)
-        except (KeyError, RuntimeError):
-            return None  # a computed weight, or an input that the op refuses, as the slow way will in torch's words
-
-    def _run(self, input: Any, hx: Any) -> Any:
-        """forward, of any call."""
-        if self.backend == "torch" or (self.backend is None and is_jit_tracing()):
-            return self._as_twin(input, hx)
-        weights = self._weights()
-        if type(input) not in PLAIN or not are_plain(weights) or not self._has_plain_states(hx):
-            return self._as_twin(input, hx)
-        try:
-            if input.dim() != 1:
-                return self._call(input, hx, weights)
-            if self._states == 1:
-                return self._call(input.unsqueeze(0), None if hx is None else hx.unsqueeze(0), weights).squeeze(0)
-            batched = None if hx is None else (hx[0].unsqueeze(0), hx[1].unsqueeze(0))
-            h, c = self._call(input.unsqueeze(0), batched, weights)
-            return h.squeeze(0), c.squeeze(0)
-        except ValueError:
-            # functional refused an argument. torch's modules do that in words, and with exceptions, of their own.
-            result = self._twin.forward(self, input, hx)
-            if self.backend is not None:
-                raise
-            return result
-
-    def _has_plain_states(self, hx: Any) -> bool:
-        if hx is None:
-            return True
-        if self._states == 1:
-            return type(hx) in PLAIN
-        return isinstance(hx, (tuple, list)) and len(hx) == 2 and are_plain(hx)
-
-    def _weights(self) -> list[Tensor]:
-        """The weights as the attributes are now: tied, swapped by functional_call, parametrized, or set by a hook."""
-        if not torch.compiler.is_compiling():
-            try:
-                return [w for w in _READ(self._parameters) if w is not None]
-            except KeyError:
-                pass  # some are not parameters but computed from some
-        return [w for w in (self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh) if w is not None]
+            return [w for w in _READ(module._parameters) if w is not None]
+        except KeyError:
+            pass  # some are not parameters but computed from some
+    return [w for w in (module.weight_ih, module.weight_hh, module.bias_ih, module.bias_hh) if w is not None]
 
 
 class LSTMCell(Cell):
@@ -113,8 +106,8 @@ class LSTMCell(Cell):
         >>> h, c = cell(torch.randn(3, 10), (torch.randn(3, 20), torch.randn(3, 20)))
     """
 
-    _twin = TorchLSTMCell
-    _states = 2
+    _fused_twin = TorchLSTMCell
+    _fused_states = 2
 
     def __init__(
         self,
@@ -131,15 +124,12 @@ class LSTMCell(Cell):
     def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
         """One step: (h', c'). Shapes and errors stand in the class's docstring."""
         if hx is None:
-            stepped = self._step(input, None, None, _LSTM)
+            stepped = _step(self, input, None, None, _LSTM)
         elif type(hx) is tuple and len(hx) == 2 and hx[0] is not None and hx[1] is not None:
-            stepped = self._step(input, hx[0], hx[1], _LSTM)
+            stepped = _step(self, input, hx[0], hx[1], _LSTM)
         else:
             stepped = None
-        return self._run(input, hx) if stepped is None else (stepped[0], stepped[1])
-
-    def _call(self, x: Tensor, hx: Any, weights: Sequence[Tensor]) -> Any:
-        return functional.lstm_cell(x, hx, weights, backend=self.backend)
+        return _run(self, functional.lstm_cell, input, hx) if stepped is None else (stepped[0], stepped[1])
 
 
 class GRUCell(Cell):
@@ -160,7 +150,7 @@ class GRUCell(Cell):
         >>> h = cell(torch.randn(3, 10), torch.randn(3, 20))
     """
 
-    _twin = TorchGRUCell
+    _fused_twin = TorchGRUCell
 
     def __init__(
         self,
@@ -176,11 +166,8 @@ class GRUCell(Cell):
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """One step: h'. Shapes and errors stand in the class's docstring."""
-        stepped = self._step(input, hx, None, _GRU)
-        return self._run(input, hx) if stepped is None else stepped[0]
-
-    def _call(self, x: Tensor, hx: Any, weights: Sequence[Tensor]) -> Any:
-        return functional.gru_cell(x, hx, weights, backend=self.backend)
+        stepped = _step(self, input, hx, None, _GRU)
+        return _run(self, functional.gru_cell, input, hx) if stepped is None else stepped[0]
 
 
 class RNNCell(Cell):
@@ -205,7 +192,7 @@ class RNNCell(Cell):
     __constants__ = TorchRNNCell.__constants__
     nonlinearity: str
 
-    _twin = TorchRNNCell
+    _fused_twin = TorchRNNCell
 
     def __init__(
         self,
@@ -223,12 +210,9 @@ class RNNCell(Cell):
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """One step: h'. Shapes and errors stand in the class's docstring."""
-        code = _RNN.get(self.nonlinearity)
-        if code is None:  # torch.nn refuses it here, not in __init__
-            refused: Tensor = self._as_twin(input, hx)
+        if self.nonlinearity not in _RNN:  # torch.nn refuses it here, not in __init__
+            refused: Tensor = run_twin(self, input, hx)
             return refused
-        stepped = self._step(input, hx, None, code)
-        return self._run(input, hx) if stepped is None else stepped[0]
-
-    def _call(self, x: Tensor, hx: Any, weights: Sequence[Tensor]) -> Any:
-        return functional.rnn_cell(x, hx, weights, nonlinearity=self.nonlinearity, backend=self.backend)
+        code, function = _RNN[self.nonlinearity]
+        stepped = _step(self, input, hx, None, code)
+        return _run(self, function, input, hx) if stepped is None else stepped[0]

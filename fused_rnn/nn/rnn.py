@@ -13,7 +13,7 @@ from torch.nn import LSTM as TorchLSTM
 from torch.nn import RNN as TorchRNN
 from torch.nn.utils.rnn import PackedSequence
 
-from fused_rnn.nn.base import Recurrent, Result
+from fused_rnn.nn.sequence import Recurrent, Result, run, step
 
 
 class LSTM(Recurrent):
@@ -61,8 +61,8 @@ class LSTM(Recurrent):
         >>> output, (h_n, c_n) = rnn(torch.randn(5, 3, 10), (torch.randn(2, 3, 20), torch.randn(2, 3, 20)))
     """
 
-    _twin = TorchLSTM
-    _states = 2
+    _fused_twin = TorchLSTM
+    _fused_states = 2
 
     def __init__(self, *args: Any, backend: str | None = None, save: str = "gates", **kwargs: Any) -> None:
         super().__init__("LSTM", *args, backend=backend, save=save, **kwargs)
@@ -82,10 +82,10 @@ class LSTM(Recurrent):
     ) -> Result:
         """Run the layers: output, (h_n, c_n). Shapes and errors stand in the class's docstring."""
         if lengths is None and reset is None:
-            stepped = self._step(input, hx)
+            stepped = step(self, input, hx)
             if stepped is not None:
                 return stepped[0], (stepped[1], stepped[2])
-        return self._run(input, hx, lengths, reset)
+        return run(self, input, hx, lengths, reset)
 
 
 class GRU(Recurrent):
@@ -117,7 +117,7 @@ class GRU(Recurrent):
         >>> output, h_n = rnn(torch.randn(5, 3, 10), torch.randn(2, 3, 20))
     """
 
-    _twin = TorchGRU
+    _fused_twin = TorchGRU
 
     def __init__(self, *args: Any, backend: str | None = None, save: str = "gates", **kwargs: Any) -> None:
         if "proj_size" in kwargs:
@@ -134,10 +134,10 @@ class GRU(Recurrent):
     ) -> Result:
         """Run the layers: output, h_n. Shapes and errors stand in the class's docstring."""
         if lengths is None and reset is None:
-            stepped = self._step(input, hx)
+            stepped = step(self, input, hx)
             if stepped is not None:
                 return stepped[0], stepped[1]
-        return self._run(input, hx, lengths, reset)
+        return run(self, input, hx, lengths, reset)
 
 
 class RNN(Recurrent):
@@ -168,7 +168,7 @@ class RNN(Recurrent):
         >>> output, h_n = rnn(torch.randn(5, 3, 10), torch.randn(2, 3, 20))
     """
 
-    _twin = TorchRNN
+    _fused_twin = TorchRNN
 
     def __init__(self, *args: Any, backend: str | None = None, save: str = "gates", **kwargs: Any) -> None:
         if "proj_size" in kwargs:
@@ -193,7 +193,7 @@ class RNN(Recurrent):
     ) -> Result:
         """Run the layers: output, h_n. Shapes and errors stand in the class's docstring."""
         if lengths is None and reset is None:
-            stepped = self._step(input, hx)
+            stepped = step(self, input, hx)
             if stepped is not None:
                 return stepped[0], stepped[1]
-        return self._run(input, hx, lengths, reset)
+        return run(self, input, hx, lengths, reset)

@@ -1,0 +1,260 @@
+"""What LSTM, GRU and RNN share: from torch.nn's arguments to a call of `functional`, and back to its results."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from operator import itemgetter
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from fused_rnn import functional
+from fused_rnn.nn.base import Fused, known_backend, prefers_twin, refuse, run_twin
+from fused_rnn.nn.packed import Layout
+from fused_rnn.nn.plain import CELL_CODES, PLAIN, STEP, are_plain, is_plain_hx, may_step
+
+# Read a single layer's weights in one C call, by how many there are; then what fused_rnn::step has after them. Through
+# nn.Module.__getattr__ each would cost 0.4 µs. A projection without biases is rare, and goes the slow way.
+_CORE, _BIASES = ("weight_ih_l0", "weight_hh_l0"), ("bias_ih_l0", "bias_hh_l0")
+_READ: dict[int, tuple[Callable[[Any], tuple[Tensor, ...]], tuple[None, ...]]] = {
+    2: (itemgetter(*_CORE), (None, None, None)),
+    4: (itemgetter(*_CORE, *_BIASES), (None,)),
+    5: (itemgetter(*_CORE, *_BIASES, "weight_hr_l0"), ()),
+}
+
+# torch.nn's forward goes by the mode too, and not by RNN's `nonlinearity`.
+_FUNCTIONS: dict[str, Callable[..., Any]] = {
+    "LSTM": functional.lstm,
+    "GRU": functional.gru,
+    "RNN_TANH": functional.rnn,
+    "RNN_RELU": partial(functional.rnn, nonlinearity="relu"),
+}
+_CODES = {mode: CELL_CODES[mode.lower()] for mode in _FUNCTIONS}
+
+# Methods of torch.nn's modules that a subclass may override to check its input otherwise.
+_CHECKS = (
+    "check_input",
+    "check_hidden_size",
+    "check_forward_args",
+    "get_expected_hidden_size",
+    "get_expected_cell_size",
+)
+
+Result = Any  # (y, hx)
+
+
+class Recurrent(Fused, nn.RNNBase):
+    """Base of LSTM, GRU and RNN: torch.nn.RNNBase, which owns the weights, with a forward of our own.
+
+    It is RNNBase and not torch.nn.LSTM because Dynamo refuses every instance of the latter.
+    """
+
+    _fused_save: str = "gates"  # on the class too, as Fused._fused_backend is
+    _fused_checks: ClassVar[bool] = False  # whether a subclass overrides any of _CHECKS
+
+    def __init__(self, mode: str, *args: Any, backend: str | None = None, save: str = "gates", **kwargs: Any) -> None:
+        super().__init__(mode, *args, **kwargs)
+        self._fused_backend = known_backend(backend)
+        self._fused_save = known_save(save)
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        twin = cls._fused_twin
+        cls._fused_checks = any(getattr(cls, name, None) is not getattr(twin, name, None) for name in _CHECKS)
+
+    @property
+    def save(self) -> str:
+        """What training keeps for backward, "gates" or "recompute". Setting another raises ValueError."""
+        return self._fused_save
+
+    @save.setter
+    def save(self, value: str) -> None:
+        self._fused_save = known_save(value)
+
+    def extra_repr(self) -> str:
+        """torch.nn's, and the extra arguments where they are not the default."""
+        extras = [f", backend={self._fused_backend!r}"] if self._fused_backend is not None else []
+        extras += [f", save={self._fused_save!r}"] if self._fused_save != "gates" else []
+        return super().extra_repr() + "".join(extras)
+
+
+def known_save(save: str) -> str:
+    """save, if functional knows it; raises ValueError."""
+    if save not in functional.SAVES:
+        raise ValueError(f"save: got {save!r}, expected one of {', '.join(map(repr, functional.SAVES))}")
+    return save
+
+
+def step(module: Recurrent, input: Any, hx: Any) -> list[Tensor] | None:
+    """y, h_n (and c_n) of one step of a single layer without gradient; None where the call is another one.
+
+    Python is most of such a call's time, so nothing is checked here that the op itself checks.
+    """
+    if (
+        STEP is None
+        or not may_step()
+        or type(input) is not Tensor
+        or input.dim() != 3
+        or input.size(1 if module.batch_first else 0) != 1
+        or module.num_layers != 1
+        or module.bidirectional
+        or module._fused_checks
+        or (module._fused_backend is not None and module._fused_backend != "cpu")
+        or not input.is_cpu
+    ):
+        return None
+    h, c = hx, None
+    if module._fused_states == 2 and hx is not None:
+        if type(hx) is not tuple or len(hx) != 2 or hx[0] is None or hx[1] is None:
+            return None
+        h, c = hx
+    try:
+        read, rest = _READ[len(module._flat_weights_names)]
+        return STEP(input, h, c, *read(module._parameters), *rest, _CODES[module.mode])
+    except (KeyError, RuntimeError):
+        return None  # a computed weight, or an input that the op refuses, as the slow way will in torch's words
+
+
+def run(module: Recurrent, input: Any, hx: Any, lengths: Any, reset: Tensor | None) -> Result:
+    """forward, of any call."""
+    extras = lengths is not None or reset is not None
+    packed = isinstance(input, PackedSequence)
+    if packed and lengths is not None:
+        raise ValueError("lengths: got some beside a PackedSequence, expected None: the input has its own")
+    weights = read_weights(module)
+    plain = type(input.data if packed else input) in PLAIN and are_plain(weights)
+    if not plain or not is_plain_hx(hx, module._fused_states) or (not extras and prefers_twin(module)):
+        return run_twin(module, input, hx, extras)
+    try:
+        if packed:
+            return _run_packed(module, input, hx, weights, reset)
+        return _run_padded(module, input, hx, weights, lengths, reset)
+    except ValueError as error:
+        return refuse(module, input, hx, error, extras)
+
+
+def read_weights(module: Recurrent) -> list[Tensor]:
+    """The weights as the attributes are now: tied, swapped by functional_call, parametrized, or set by a hook."""
+    names = module._flat_weights_names
+    if not torch.compiler.is_compiling():
+        parameters = module._parameters
+        try:
+            return [parameters[name] for name in names]  # type: ignore[misc]
+        except KeyError:
+            pass  # some are not parameters but computed from some
+    return [getattr(module, name) for name in names]
+
+
+def _run_padded(
+    module: Recurrent, input: Tensor, hx: Any, weights: Sequence[Tensor], lengths: Any, reset: Tensor | None
+) -> Result:
+    """forward of [T, B, D], [B, T, D] or [T, D]."""
+    dims = input.dim()
+    if module._fused_checks and 2 <= dims <= 3:
+        _check(module, input, hx)
+    if dims == 3:
+        if not module.batch_first:
+            return _run_layers(module, input, weights, hx, lengths, reset)
+        reset = None if reset is None else reset.transpose(0, 1)
+        y, hx = _run_layers(module, input.transpose(0, 1), weights, hx, lengths, reset)
+        return y.transpose(0, 1), hx
+    if dims != 2:
+        raise ValueError(f"input: got {dims} dimensions, expected two or three")
+    hx = _map(module, lambda s: s.unsqueeze(1), hx)
+    lengths = None if lengths is None else torch.as_tensor(lengths).reshape(1)
+    reset = None if reset is None else reset.unsqueeze(-1)
+    y, hx = _run_layers(module, input.unsqueeze(1), weights, hx, lengths, reset)
+    return y.squeeze(1), _map(module, lambda s: s.squeeze(1), hx)
+
+
+def _run_packed(
+    module: Recurrent, input: PackedSequence, hx: Any, weights: Sequence[Tensor], reset: Tensor | None
+) -> Result:
+    """forward of a packed batch, longest first. hx, given and returned, and reset are in the order before."""
+    data, batch_sizes, sorted_indices, unsorted_indices = input
+    if hx is not None:
+        hx = module.permute_hidden(hx, sorted_indices)
+    if module._fused_checks:
+        _check(module, data, hx, batch_sizes)
+    if data.dim() != 2:
+        raise ValueError(f"input: got packed data of {data.dim()} dimensions, expected two")
+    layout = Layout(batch_sizes, data.device)
+    if reset is not None:
+        reset = reset.transpose(0, 1) if module.batch_first else reset
+        reset = reset if sorted_indices is None else reset.index_select(1, sorted_indices)
+    if module.dropout and module.training and module.num_layers > 1:
+        data, hx = _run_packed_dropout(module, data, layout, weights, hx, reset)
+    else:
+        y, hx = _run_layers(module, layout.pad(data), weights, hx, layout.lengths, reset)
+        data = layout.pack(y)
+    packed = PackedSequence(data, batch_sizes, sorted_indices, unsorted_indices)
+    return packed, module.permute_hidden(hx, unsorted_indices)
+
+
+def _run_packed_dropout(
+    module: Recurrent, data: Tensor, layout: Layout, weights: Sequence[Tensor], hx: Any, reset: Tensor | None
+) -> tuple[Tensor, Any]:
+    """The layers one by one: torch draws the masks between them for the packed rows, and so do we."""
+    recurrences = 2 if module.bidirectional else 1
+    count = len(weights) // module.num_layers
+    finals = []
+    for layer in range(module.num_layers):
+        if layer:
+            data = torch.dropout(data, module.dropout, True)
+        rows = slice(layer * recurrences, (layer + 1) * recurrences)
+        own = weights[layer * count : (layer + 1) * count]
+        h_in = _map(module, lambda s, rows=rows: s[rows], hx)  # type: ignore[misc]
+        y, final = _run_layers(module, layout.pad(data), own, h_in, layout.lengths, reset, num_layers=1)
+        data = layout.pack(y)
+        finals.append(final)
+    if module._fused_states == 2:
+        return data, tuple(torch.cat(states) for states in zip(*finals, strict=True))
+    return data, torch.cat(finals)
+
+
+def _run_layers(
+    module: Recurrent,
+    x: Tensor,
+    weights: Sequence[Tensor],
+    hx: Any,
+    lengths: Any,
+    reset: Tensor | None,
+    num_layers: int | None = None,
+) -> Result:
+    """The call of functional: x [T, B, D], hx of [L·R, B, ·] or None → y [T, B, R·P], the final hx."""
+    return _FUNCTIONS[module.mode](
+        x,
+        weights,
+        hx,
+        num_layers=num_layers or module.num_layers,
+        bidirectional=module.bidirectional,
+        dropout=module.dropout,
+        training=module.training,
+        lengths=lengths,
+        reset=reset,
+        save=module._fused_save,
+        backend=module._fused_backend,
+    )
+
+
+def _map(module: Recurrent, function: Callable[[Tensor], Tensor], hx: Any) -> Any:
+    """function of each state of hx."""
+    if hx is None:
+        return None
+    return (function(hx[0]), function(hx[1])) if module._fused_states == 2 else function(hx)
+
+
+def _check(module: Recurrent, input: Tensor, hx: Any, batch_sizes: Tensor | None = None) -> None:
+    """Call the checks that a subclass overrides, with what torch.nn gives them."""
+    module._update_flat_weights()
+    if batch_sizes is None and input.dim() == 2:
+        input = input.unsqueeze(0 if module.batch_first else 1)
+        hx = _map(module, lambda s: s.unsqueeze(1), hx)
+    if hx is None:
+        hx = input.new_zeros(module.get_expected_hidden_size(input, batch_sizes))
+        if module._fused_states == 2:
+            hx = (hx, input.new_zeros(module.get_expected_cell_size(input, batch_sizes)))  # type: ignore[operator]
+    module.check_forward_args(input, hx, batch_sizes)
