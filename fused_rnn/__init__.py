@@ -2,7 +2,19 @@
 
 from fused_rnn import functional
 from fused_rnn.autograd import GRUFunction, LSTMFunction, RNNFunction
+from fused_rnn.nn import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
 
 __version__ = "0.1.0"
 
-__all__ = ["GRUFunction", "LSTMFunction", "RNNFunction", "functional"]
+__all__ = [
+    "GRU",
+    "LSTM",
+    "RNN",
+    "GRUCell",
+    "GRUFunction",
+    "LSTMCell",
+    "LSTMFunction",
+    "RNNCell",
+    "RNNFunction",
+    "functional",
+]

@@ -1,7 +1,8 @@
 """One layer, all its directions, as torch.autograd.Function: the gradient of backends whose ops have none of their own.
 
-backward runs the backend's. Where it is itself being differentiated (create_graph, torch.func), it is a Function too, whose backward
-is the differentiable composite: the reference loop on the saved inputs, by torch.func.vjp twice. Correct, and slow only if used.
+backward runs the backend's. Where it is itself being differentiated (create_graph, torch.func), it is a Function too,
+whose backward is the differentiable composite: the reference loop on the saved inputs, by torch.func.vjp twice. That is
+correct, slow, and runs only where a second derivative is really taken.
 """
 
 from __future__ import annotations
@@ -15,15 +16,42 @@ from torch.autograd import Function
 from torch.autograd.function import FunctionCtx
 
 from fused_rnn.cells.gradient import backward_layer
+from fused_rnn.cells.loop import without_autocast
+from fused_rnn.checks import in_transform
 from fused_rnn.dispatch import BACKENDS
 
 Gradients = tuple[Any, ...]
 
 
-def call(function: type[Function], *args: Any) -> tuple[Tensor, ...]:
-    """function.apply(*args), without what it costs in eager mode: with a setup_context, apply binds the arguments by
-    `inspect.signature` on each call (26 of 38 µs, torch 2.13), only to fill in defaults that these Functions have none of."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+def layer(
+    cell: str,
+    x: Tensor,
+    weights: Sequence[Tensor],
+    h0: Tensor | None,
+    c0: Tensor | None,
+    lengths: Tensor | None,
+    reset: Tensor | None,
+    directions: Sequence[int],
+    save: str,
+    keep_hidden: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(y, h_n, c_n or None) of one layer by its cell's Function."""
+    tail = (directions, save, keep_hidden, backend, *weights)
+    if cell == "lstm":
+        outputs = _apply(LSTMFunction, x, h0, c0, lengths, reset, *tail)
+        return outputs[0], outputs[1], outputs[2]
+    if cell == "gru":
+        outputs = _apply(GRUFunction, x, h0, lengths, reset, *tail)
+    else:
+        outputs = _apply(RNNFunction, x, h0, lengths, reset, cell.removeprefix("rnn_"), *tail)
+    return outputs[0], outputs[1], None
+
+
+def _apply(function: type[Function], *args: Any) -> Any:
+    """function.apply(*args), without what it costs in eager mode: where there is a setup_context, apply binds its
+    arguments by `inspect.signature` on each call (26 of 38 µs, torch 2.13), to fill in defaults that there are not."""
+    if torch.compiler.is_compiling() or in_transform():
         return function.apply(*args)
     return super(Function, function).apply(*args)  # type: ignore[misc]
 
@@ -46,7 +74,7 @@ def _save(
     saved, cells, hidden = outputs[-3:]
     ctx.mark_non_differentiable(saved, cells, hidden)
     ctx.set_materialize_grads(False)
-    # Everything goes through save_for_backward, so that a weight (or y, where there is no copy of it) changed in place raises.
+    # All go through save_for_backward: a weight (or y, where there is no copy of it) changed in place must raise.
     ctx.save_for_backward(x, h0, c0, lengths, reset, hidden if keep_hidden else outputs[0], saved, cells, *weights)
     ctx.call = (cell, tuple(directions), save, backend)
 
@@ -60,10 +88,26 @@ def _backward(ctx: Any, dy: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | N
         return [None] * (3 + len(weights))
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         args = (dy, dh_n, dc_n, x, h0, c0, lengths, reset, hidden, saved, cells)
-        grads = call(LayerBackward, *args, cell, directions, save, backend, need_dx, need_dw, *weights)
+        grads = _apply(LayerBackward, *args, cell, directions, save, backend, need_dx, need_dw, *weights)
     else:
         grads = BACKENDS[backend].backward(
-            dy, dh_n, dc_n, x, weights, h0, c0, lengths, reset, hidden, saved, cells, cell, directions, save, need_dx, need_dw
+            dy,
+            dh_n,
+            dc_n,
+            x,
+            weights,
+            h0,
+            c0,
+            lengths,
+            reset,
+            hidden,
+            saved,
+            cells,
+            cell,
+            directions,
+            save,
+            need_dx,
+            need_dw,
         )
     dx, dh0, dc0, *dweights = grads
     return [
@@ -77,11 +121,14 @@ def _backward(ctx: Any, dy: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | N
 class LSTMFunction(Function):
     """One LSTM layer.
 
-    apply(x, h0, c0, lengths, reset, directions, save, keep_hidden, backend, *weights) → (y, h_n, c_n, saved, cells, hidden)
-    x: [T, B, D] or [T, B, R, D] with an input per recurrence.  h0: [R, B, P], c0: [R, B, H] or None.  lengths: [B] int64, reset: [T, B] bool or None.
-    weights: per recurrence w_ih [4H, D], w_hh [4H, P], (b_ih, b_hh [4H]), (w_hr [P, H]), gate order i, f, g, o.  directions: R of +1 or -1.
+    apply(x, h0, c0, lengths, reset, directions, save, keep_hidden, backend, *weights)
+        → (y, h_n, c_n, saved, cells, hidden)
+    x: [T, B, D] or [T, B, R, D] with an input per recurrence.  h0: [R, B, P], c0: [R, B, H], None for zeros.
+    lengths: [B] int64, reset: [T, B] bool, or None.  directions: R of +1 or -1.
+    weights: per recurrence w_ih [4H, D], w_hh [4H, P], (b_ih, b_hh [4H]), (w_hr [P, H]), gate order i, f, g, o.
     save: "gates" or "recompute".  keep_hidden: keep a copy of y for backward, so that y may be changed in place.
-    y: [T, B, R·P], h_n: [R, B, P], c_n: [R, B, H] in x's dtype; saved, cells and hidden are what backward reads, not differentiable.
+    y: [T, B, R·P], h_n: [R, B, P], c_n: [R, B, H] in x's dtype; saved, cells and hidden are what backward reads, and
+    not differentiable.
     Twice differentiable in x, h0, c0 and the weights; works under torch.func.vmap; has no forward-mode derivative.
     Raises RuntimeError from the op on inputs that do not fit together: fused_rnn.functional checks them first.
     Source: Hochreiter & Schmidhuber 1997; gates as in torch.nn.LSTM.
@@ -90,7 +137,7 @@ class LSTMFunction(Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x, h0, c0, lengths, reset, directions, save, keep_hidden, backend, *weights):  # type: ignore[no-untyped-def, override]
+    def forward(x, h0, c0, lengths, reset, directions, save, keep_hidden, backend, *weights):  # type: ignore[no-untyped-def]
         return tuple(
             BACKENDS[backend].forward(x, weights, h0, c0, lengths, reset, "lstm", directions, save, keep_hidden)
         )
@@ -101,7 +148,7 @@ class LSTMFunction(Function):
         _save(ctx, "lstm", x, h0, c0, lengths, reset, directions, save, keep_hidden, backend, weights, output)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, *_: Any) -> Gradients:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, *_: Any) -> Gradients:
         dx, dh0, dc0, *dweights = _backward(ctx, dy, dh_n, dc_n, any(ctx.needs_input_grad[9:]))
         return (dx, dh0, dc0, None, None, None, None, None, None, *dweights)
 
@@ -117,7 +164,7 @@ class GRUFunction(Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x, h0, lengths, reset, directions, save, keep_hidden, backend, *weights):  # type: ignore[no-untyped-def, override]
+    def forward(x, h0, lengths, reset, directions, save, keep_hidden, backend, *weights):  # type: ignore[no-untyped-def]
         return tuple(
             BACKENDS[backend].forward(x, weights, h0, None, lengths, reset, "gru", directions, save, keep_hidden)
         )
@@ -128,7 +175,7 @@ class GRUFunction(Function):
         _save(ctx, "gru", x, h0, None, lengths, reset, directions, save, keep_hidden, backend, weights, output)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor | None, dh_n: Tensor | None, *_: Any) -> Gradients:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor | None, dh_n: Tensor | None, *_: Any) -> Gradients:
         dx, dh0, _dc0, *dweights = _backward(ctx, dy, dh_n, None, any(ctx.needs_input_grad[8:]))
         return (dx, dh0, None, None, None, None, None, None, *dweights)
 
@@ -136,7 +183,8 @@ class GRUFunction(Function):
 class RNNFunction(Function):
     """One plain recurrent layer.
 
-    apply(x, h0, lengths, reset, nonlinearity, directions, save, keep_hidden, backend, *weights) → (y, h_n, saved, cells, hidden)
+    apply(x, h0, lengths, reset, nonlinearity, directions, save, keep_hidden, backend, *weights)
+        → (y, h_n, saved, cells, hidden)
     nonlinearity: "tanh" or "relu".  Weights of H rows; all else as in LSTMFunction.
     Source: Elman 1990; as in torch.nn.RNN.
     """
@@ -144,7 +192,7 @@ class RNNFunction(Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x, h0, lengths, reset, nonlinearity, directions, save, keep_hidden, backend, *weights):  # type: ignore[no-untyped-def, override]
+    def forward(x, h0, lengths, reset, nonlinearity, directions, save, keep_hidden, backend, *weights):  # type: ignore[no-untyped-def]
         cell = f"rnn_{nonlinearity}"
         return tuple(
             BACKENDS[backend].forward(x, weights, h0, None, lengths, reset, cell, directions, save, keep_hidden)
@@ -157,7 +205,7 @@ class RNNFunction(Function):
         _save(ctx, cell, x, h0, None, lengths, reset, directions, save, keep_hidden, backend, weights, output)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor | None, dh_n: Tensor | None, *_: Any) -> Gradients:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor | None, dh_n: Tensor | None, *_: Any) -> Gradients:
         dx, dh0, _dc0, *dweights = _backward(ctx, dy, dh_n, None, any(ctx.needs_input_grad[9:]))
         return (dx, dh0, None, None, None, None, None, None, None, *dweights)
 
@@ -168,8 +216,25 @@ class LayerBackward(Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(  # type: ignore[no-untyped-def, override]
-        dy, dh_n, dc_n, x, h0, c0, lengths, reset, hidden, saved, cells, cell, directions, save, backend, need_dx, need_dw, *weights
+    def forward(  # type: ignore[no-untyped-def]
+        dy,
+        dh_n,
+        dc_n,
+        x,
+        h0,
+        c0,
+        lengths,
+        reset,
+        hidden,
+        saved,
+        cells,
+        cell,
+        directions,
+        save,
+        backend,
+        need_dx,
+        need_dw,
+        *weights,
     ):
         kept = (hidden, saved, cells)
         return tuple(
@@ -186,7 +251,7 @@ class LayerBackward(Function):
         ctx.call = (cell, directions, need_dx, need_dw)
 
     @staticmethod
-    def backward(ctx: Any, *ddgrads: Tensor | None) -> Gradients:  # type: ignore[override]
+    def backward(ctx: Any, *ddgrads: Tensor | None) -> Gradients:
         dy, dh_n, dc_n, x, h0, c0, lengths, reset, *weights = ctx.saved_tensors
         cell, directions, need_dx, need_dw = ctx.call
         given = (dy, dh_n, dc_n, x, h0, c0, *weights)
@@ -196,15 +261,15 @@ class LayerBackward(Function):
             full: list[Any] = [None] * len(given)
             for i, t in zip(present, tensors, strict=True):
                 full[i] = t
-            dx, dh0, *rest = backward_layer(*full[:4], full[6:], *full[4:6], lengths, reset, cell, directions)
-            dc0 = [rest.pop(0)] if cell == "lstm" else []
-            return [dx, dh0, *dc0, *rest]
+            dy, dh_n, dc_n, x, h0, c0, *weights = full
+            return backward_layer(dy, dh_n, dc_n, x, weights, h0, c0, lengths, reset, cell, directions)
 
-        with torch.autocast(x.device.type, enabled=False):
-            outputs, pull = torch.func.vjp(first, *(given[i] for i in present))
-            # Those of forward's outputs that are placeholders ([0] for dx, dc0 and the weights not asked for) got no gradient.
+        with without_autocast(x):
+            outputs, pull = torch.func.vjp(first, *(given[i] for i in present))[:2]
+            # Those of forward's outputs that are placeholders (dx, dc0, the weights not asked for) got no gradient.
             ddx, ddh0, ddc0, *ddweights = ddgrads
-            asked = [ddx if need_dx else None, ddh0, *([ddc0] if cell == "lstm" else [])]
+            asked = [ddx if need_dx else None, None if h0 is None else ddh0]
+            asked += [None if c0 is None else ddc0] if cell == "lstm" else []
             asked += ddweights if need_dw else [None] * len(weights)
             grads = pull([torch.zeros_like(o) if g is None else g for o, g in zip(outputs, asked, strict=True)])
         full: list[Any] = [None] * len(given)

@@ -1,9 +1,12 @@
-"""What functional requires of its arguments, before any kernel runs. Errors say which argument, what it is and what was expected."""
+"""What functional requires of its arguments, before any kernel runs.
+
+Errors say which argument, what it is and what was expected.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -12,84 +15,75 @@ from fused_rnn.cells import CELLS
 
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
-
-class Sizes(NamedTuple):
-    """What the arguments' shapes say: T, B, D, H, P, the number of weights per recurrence, and whether there are biases."""
-
-    steps: int
-    batch: int
-    input_size: int
-    hidden_size: int
-    width: int
-    count: int
-    bias: bool
+Shapes = tuple[torch.Size, ...]
 
 
-def _shape(t: Tensor) -> str:
-    return "[" + ", ".join(map(str, t.shape)) + "]"
+def shape_text(shape: Sequence[int]) -> str:
+    """A shape as errors write it: [5, 3]."""
+    return "[" + ", ".join(map(str, shape)) + "]"
 
 
-def check_stack(
-    cell: str, x: Tensor, weights: Sequence[Tensor], h0: Tensor | None, c0: Tensor | None, num_layers: int, recurrences: int
-) -> Sizes:
-    """Sizes of a stack of layers.
+def parse(cell: str, shapes: Shapes, input_size: int, num_layers: int, recurrences: int) -> tuple[int, int, int]:
+    """(H, P, weights per recurrence) of a stack of layers with weights of these shapes. Raises ValueError."""
+    if num_layers < 1:
+        raise ValueError(f"num_layers: got {num_layers}, expected at least 1")
+    spec, projects = CELLS[cell], CELLS[cell].has_c
+    count, left_over = divmod(len(shapes), num_layers * recurrences)
+    if left_over or count not in ((2, 3, 4, 5) if projects else (2, 4)):
+        raise ValueError(
+            f"weights: got {len(shapes)} tensors, expected {'2, 3, 4 or 5' if projects else '2 or 4'}"
+            f" for each of {num_layers} layer(s) × {recurrences} direction(s)"
+        )
+    projects = count in (3, 5)
+    rows, width = shapes[1] if len(shapes[1]) == 2 else (0, 0)
+    hidden = rows // spec.gates
+    if rows == 0 or rows != hidden * spec.gates or (width != hidden and not projects):
+        raise ValueError(
+            f"weights[1]: got {shape_text(shapes[1])},"
+            f" expected w_hh [{spec.gates}·H, {'P' if projects else 'H'}] of a {cell}"
+        )
+    biases = [(rows,), (rows,)] if count >= 4 else []
+    expected = [(rows, input_size), (rows, width), *biases, *([(width, hidden)] if projects else [])]
+    for k, shape in enumerate(shapes):
+        if k == count * recurrences:  # every layer above the first reads all directions of the one below
+            expected[0] = (rows, recurrences * width)
+        if shape != expected[k % count]:
+            raise ValueError(f"weights[{k}]: got {shape_text(shape)}, expected {shape_text(expected[k % count])}")
+    return hidden, width, count
 
-    Raises ValueError for a wrong rank, size, dtype or device, RuntimeError for T = 0 (as torch does).
-    """
-    if x.dim() != 3:
-        raise ValueError(f"x: got {_shape(x)}, expected three dimensions [T, B, D]")
-    steps, batch, input_size = x.shape
-    if steps == 0:
-        raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
-    sizes = check_weights(cell, x, weights, input_size, num_layers, recurrences)
-    _, width, count, hidden = sizes
-    for name, state, last in (("h0", h0, width), ("c0", c0, hidden)):
-        if state is not None:
-            check_state(name, state, x, (num_layers * recurrences, batch, last), "[L·R, B, " + ("P]" if name == "h0" else "H]"))
-    return Sizes(steps, batch, input_size, hidden, width, count, count >= 4)
+
+_parse_cached = lru_cache(maxsize=4096)(parse)
 
 
 def check_weights(
     cell: str, x: Tensor, weights: Sequence[Tensor], input_size: int, num_layers: int, recurrences: int
-) -> tuple[int, int, int, int]:
-    """(G·H, P, weights per recurrence, H). Raises ValueError as check_stack does."""
-    count, left_over = divmod(len(weights), num_layers * recurrences)
-    if left_over or not 2 <= count <= (5 if cell == "lstm" else 4) or (count == 3 and cell != "lstm"):
-        allowed = "2, 3, 4 or 5" if cell == "lstm" else "2 or 4"
-        raise ValueError(
-            f"weights: got {len(weights)} tensors, expected {allowed} for each of {num_layers} layer(s) × {recurrences} direction(s)"
-        )
-    rows, width = weights[1].shape if weights[1].dim() == 2 else (0, 0)
-    hidden = rows // CELLS[cell].gates
-    expected = [(rows, input_size), (rows, width)]
-    if count >= 4:
-        expected += [(rows,), (rows,)]
-    if count in (3, 5):
-        hidden = weights[count - 1].shape[-1]
-        expected.append((width, hidden))
-    if rows == 0 or rows != hidden * CELLS[cell].gates or (width != hidden and count not in (3, 5)):
-        _refuse_w_hh(cell, weights[1], count)
+) -> tuple[int, int, int]:
+    """What `parse` says of the weights, which have x's dtype and device. Raises ValueError."""
+    shapes = tuple([w.shape for w in weights])
+    # Dynamo's sizes may be symbolic, which no cache can hold.
+    known = parse if torch.compiler.is_compiling() else _parse_cached
+    sizes = known(cell, shapes, input_size, num_layers, recurrences)
     dtype, device = x.dtype, x.device
     for k, w in enumerate(weights):
-        if k == count * recurrences:  # every layer above the first reads all directions of the one below
-            expected[0] = (rows, recurrences * width)
-        if w.shape != expected[k % count]:
-            raise ValueError(f"weights[{k}]: got {_shape(w)}, expected {list(expected[k % count])}")
         if w.dtype != dtype or w.device != device:
             raise ValueError(f"weights[{k}]: got {w.dtype} on {w.device}, expected x's {dtype} on {device}")
-    return rows, width, count, hidden
+    return sizes
 
 
-def _refuse_w_hh(cell: str, w_hh: Tensor, count: int) -> None:
-    gates = CELLS[cell].gates
-    columns = "P" if count in (3, 5) else "H"
-    raise ValueError(f"weights[1]: got {_shape(w_hh)}, expected w_hh [{gates}·H, {columns}] of a {cell}")
+def check_sequence(x: Tensor) -> tuple[int, int, int]:
+    """(T, B, D). Raises ValueError for a wrong rank, RuntimeError for T = 0 (as torch does)."""
+    if x.dim() != 3:
+        raise ValueError(f"x: got {shape_text(x.shape)}, expected three dimensions [T, B, D]")
+    steps, batch, input_size = x.shape
+    if steps == 0:
+        raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
+    return steps, batch, input_size
 
 
 def check_state(name: str, state: Tensor, x: Tensor, shape: tuple[int, ...], letters: str) -> None:
     """An initial state of x's dtype and device, of this shape. Raises ValueError."""
     if state.shape != shape:
-        raise ValueError(f"{name}: got {_shape(state)}, expected {letters} = {list(shape)}")
+        raise ValueError(f"{name}: got {shape_text(state.shape)}, expected {letters} = {shape_text(shape)}")
     if state.dtype != x.dtype or state.device != x.device:
         raise ValueError(f"{name}: got {state.dtype} on {state.device}, expected x's {x.dtype} on {x.device}")
 
@@ -97,7 +91,8 @@ def check_state(name: str, state: Tensor, x: Tensor, shape: tuple[int, ...], let
 def check_lengths(lengths: Tensor | Sequence[int], x: Tensor) -> Tensor:
     """lengths as [B] int64 on x's device.
 
-    Raises ValueError for a wrong shape or dtype, and, where the values can be read without a synchronisation, out of 0 … T.
+    Raises ValueError for a wrong shape or dtype, and, where the values can be read without a synchronisation, for
+    one out of 0 … T.
     """
     if not isinstance(lengths, Tensor):
         lengths = torch.as_tensor(lengths)
@@ -105,8 +100,8 @@ def check_lengths(lengths: Tensor | Sequence[int], x: Tensor) -> Tensor:
     if lengths.dtype not in INTEGERS:
         raise ValueError(f"lengths: got {lengths.dtype}, expected an integer dtype")
     if lengths.shape != (batch,):
-        raise ValueError(f"lengths: got {_shape(lengths)}, expected [B] = [{batch}]")
-    if not torch.compiler.is_compiling() and lengths.device.type == "cpu" and not torch._C._are_functorch_transforms_active() and batch:
+        raise ValueError(f"lengths: got {shape_text(lengths.shape)}, expected [B] = [{batch}]")
+    if lengths.device.type == "cpu" and batch and not torch.compiler.is_compiling() and not in_transform():
         low, high = (int(end) for end in torch.aminmax(lengths))
         if low < 0 or high > steps:
             raise ValueError(f"lengths: got values from {low} to {high}, expected 0 to T = {steps}")
@@ -118,7 +113,13 @@ def check_reset(reset: Tensor, x: Tensor) -> Tensor:
     if reset.dtype != torch.bool:
         raise ValueError(f"reset: got {reset.dtype}, expected torch.bool")
     if reset.shape != x.shape[:2]:
-        raise ValueError(f"reset: got {_shape(reset)}, expected [T, B] = {list(x.shape[:2])}")
+        raise ValueError(f"reset: got {shape_text(reset.shape)}, expected [T, B] = {shape_text(x.shape[:2])}")
     if reset.device != x.device:
         raise ValueError(f"reset: got a tensor on {reset.device}, expected x's {x.device}")
     return reset
+
+
+def in_transform() -> bool:
+    """Whether a torch.func transform (vmap, grad, …) is under way: tensors may be wrapped, their values unreadable."""
+    active: bool = torch._C._are_functorch_transforms_active()
+    return active

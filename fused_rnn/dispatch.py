@@ -22,7 +22,8 @@ def preference(problem: Problem) -> tuple[str, ...]:
 def choose(problem: Problem, backend: str | None = None) -> ModuleType:
     """The backend to run the problem: the one named, or with None the one that measured fastest of those that can.
 
-    Raises ValueError for an unknown name, NotImplementedError with every backend's reason where the one named cannot run it.
+    Raises ValueError for an unknown name; NotImplementedError, with every backend's reason, if the one named (or none
+    at all) can run it.
     """
     if backend is None:
         for name in preference(problem):

@@ -33,22 +33,24 @@ def lstm(
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """Run a stack of LSTM layers over a sequence.
 
-    x: [T, B, D], float32/float64/bfloat16/float16.  weights, of x's dtype, in the order of torch's `_flat_weights`: per layer, per direction
-        w_ih [4H, D or R·P], w_hh [4H, P], (b_ih, b_hh [4H]), (w_hr [P, H]); gate order i, f, g, o. R is 2 if bidirectional, else 1;
-        P is the projection's width, H without one.
+    x: [T, B, D], float32/float64/bfloat16/float16.
+    weights: of x's dtype, in the order of torch's `_flat_weights`: per layer, per direction w_ih [4H, D or R·P],
+        w_hh [4H, P], (b_ih, b_hh [4H]), (w_hr [P, H]); gate order i, f, g, o. R is 2 if bidirectional, else 1; P is the
+        projection's width, H without one.
     hx: (h0 [L·R, B, P], c0 [L·R, B, H]), None for zeros.
-    dropout: probability on the output of every layer but the last, if training; the mask is torch.nn.LSTM's for the same seed.
-    lengths: [B] integers, any device, any order. Outputs at t ≥ lengths[b] are zero, the final state is that of the last valid
-        step; the reverse direction starts there, as with a PackedSequence. On the CPU they must lie in 0 … T.
+    dropout: probability on the output of every layer but the last, if training; torch.nn.LSTM's mask for the same seed.
+    lengths: [B] integers, any device, any order. Outputs at t ≥ lengths[b] are zero, the final state is that of the
+        last valid step; the reverse direction starts there, as with a PackedSequence. On the CPU they must be 0 … T.
     reset: [T, B] bool. Where true, the state (h and c) that enters step t of sequence b is zero, in both directions.
-    save: what is kept for backward, if a gradient is needed: "gates" (fastest) or "recompute" (checkpoints of the state).
+    save: what is kept for backward, if a gradient is needed: "gates" (fastest) or "recompute" (states now and then).
     backend: "cpu", "torch", "reference", or None for what measured fastest.
     Under autocast all tensors but float64 ones are cast to its dtype, and so is the result.
 
-    Returns y [T, B, R·P] and (h_n [L·R, B, P], c_n [L·R, B, H]), in x's dtype; 16-bit types are accumulated, and c carried, in float32.
+    Returns y [T, B, R·P] and (h_n [L·R, B, P], c_n [L·R, B, H]), in x's dtype; sums of 16-bit values, and c, are kept
+        in float32 inside.
     Raises ValueError naming the argument, what it got and what it expected; RuntimeError for T = 0;
         NotImplementedError with each backend's reason when none, or not the one named, can run it.
-    Twice differentiable in x, weights and hx (backend "torch": as often as torch's kernels); forward mode by "reference" alone.
+    Twice differentiable in x, weights and hx (by "torch" as often as torch's kernels); in forward mode by "reference".
     Source: Hochreiter & Schmidhuber 1997; gates as in torch.nn.LSTM.
     """
     h0, c0 = (None, None) if hx is None else hx
@@ -75,7 +77,8 @@ def gru(
 ) -> tuple[Tensor, Tensor]:
     """Run a stack of GRU layers (the reset gate after the recurrent product) over a sequence.
 
-    weights: w_ih [3H, D or R·H], w_hh [3H, H], (b_ih, b_hh [3H]), gate order r, z, n.  hx: h0 [L·R, B, H], None for zeros.
+    weights: w_ih [3H, D or R·H], w_hh [3H, H], (b_ih, b_hh [3H]), gate order r, z, n.
+    hx: h0 [L·R, B, H], None for zeros.
     Returns y [T, B, R·H] and h_n [L·R, B, H].  All else as in `lstm`.
     Source: Cho et al. 2014; gates as in torch.nn.GRU.
     """
@@ -126,14 +129,14 @@ def lstm_cell(
 
 
 def gru_cell(x: Tensor, h: Tensor | None, weights: Sequence[Tensor], *, backend: str | None = None) -> Tensor:
-    """One step of a GRU: x [B, D], h [B, H] or None, weights w_ih, w_hh, (b_ih, b_hh) → h' [B, H]. All else as in `gru`."""
+    """One step of a GRU: x [B, D], h [B, H] or None, weights w_ih, w_hh, (b_ih, b_hh) → h' [B, H]. Else as `gru`."""
     return _step("gru", x, h, None, weights, backend)[0]
 
 
 def rnn_cell(
     x: Tensor, h: Tensor | None, weights: Sequence[Tensor], *, nonlinearity: str = "tanh", backend: str | None = None
 ) -> Tensor:
-    """One step of a plain recurrent cell: x [B, D], h [B, H] or None, weights w_ih, w_hh, (b_ih, b_hh) → h' [B, H]. All else as in `rnn`."""
+    """One step of an RNN: x [B, D], h [B, H] or None, weights w_ih, w_hh, (b_ih, b_hh) → h' [B, H]. Else as `rnn`."""
     return _step(_rnn_cell_name(nonlinearity), x, h, None, weights, backend)[0]
 
 
@@ -154,7 +157,7 @@ def _needs_grad(x: Tensor, weights: Sequence[Tensor], h0: Tensor | None, c0: Ten
         if w.requires_grad:
             return True
     # A tensor that is batched inside a gradient does not say that it requires one.
-    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+    return not torch.compiler.is_compiling() and checks.in_transform()
 
 
 def _forward_ad() -> bool:
@@ -186,43 +189,42 @@ def _stack(
     save: str,
     backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    if torch.is_autocast_enabled(x.device.type):
+    device = x.device.type
+    if device != "meta" and torch.is_autocast_enabled(device):
         x, weights, h0, c0 = _autocast(x, weights, h0, c0)
     if save not in SAVES:
         raise ValueError(f"save: got {save!r}, expected one of {', '.join(map(repr, SAVES))}")
     recurrences = 2 if bidirectional else 1
-    steps, batch, input_size, hidden_size, width, count, bias = checks.check_stack(
-        cell, x, weights, h0, c0, num_layers, recurrences
-    )
+    steps, batch, input_size = checks.check_sequence(x)
+    hidden, width, count = checks.check_weights(cell, x, weights, input_size, num_layers, recurrences)
+    if h0 is not None:
+        checks.check_state("h0", h0, x, (num_layers * recurrences, batch, width), "[L·R, B, P]")
+    if c0 is not None:
+        checks.check_state("c0", c0, x, (num_layers * recurrences, batch, hidden), "[L·R, B, H]")
     if lengths is not None:
         lengths = checks.check_lengths(lengths, x)
     if reset is not None:
         reset = checks.check_reset(reset, x)
     needs_grad = _needs_grad(x, weights, h0, c0)
     problem = Problem(
-        cell, x.dtype, x.device.type, steps == 1, batch, input_size, hidden_size, width, num_layers, recurrences, bias,
+        cell, x.dtype, device, steps == 1, batch, input_size, hidden, width, num_layers, recurrences, count >= 4,
         needs_grad, _forward_ad(), save if needs_grad else "none", lengths is not None, reset is not None,
     )  # fmt: skip
     chosen = resolve(problem, backend)
     if chosen.stack is not None:
-        return chosen.stack(x, weights, h0, c0, lengths, cell, num_layers, recurrences, dropout, training)
+        whole: tuple[Tensor, Tensor, Tensor | None] = chosen.stack(
+            x, weights, h0, c0, lengths, cell, num_layers, recurrences, dropout, training
+        )
+        return whole
     if num_layers == 1:
         return _layer(chosen, problem, x, weights, h0, c0, lengths, reset, True)
     h_ns: list[Tensor] = []
     c_ns: list[Tensor] = []
     for layer in range(num_layers):
         last, first = layer == num_layers - 1, layer * recurrences
-        x, h_n, c_n = _layer(
-            chosen,
-            problem,
-            x,
-            weights[first * count : (first + recurrences) * count],
-            None if h0 is None else h0[first : first + recurrences],
-            None if c0 is None else c0[first : first + recurrences],
-            lengths,
-            reset,
-            last,
-        )
+        h, c = (s if s is None else s[first : first + recurrences] for s in (h0, c0))
+        own = weights[first * count : (first + recurrences) * count]
+        x, h_n, c_n = _layer(chosen, problem, x, own, h, c, lengths, reset, last)
         h_ns.append(h_n)
         if c_n is not None:
             c_ns.append(c_n)
@@ -244,49 +246,39 @@ def _layer(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """One layer. keep_hidden: the caller's own y, which he may change in place, gets a twin for backward."""
     cell, directions = problem.cell, _DIRECTIONS[problem.recurrences]
-    if backend.DIFFERENTIABLE or not problem.needs_grad:
-        outputs = backend.forward(x, weights, h0, c0, lengths, reset, cell, directions, "none", False)
-    elif cell == "lstm":
-        outputs = autograd.call(
-            autograd.LSTMFunction, x, h0, c0, lengths, reset, directions, problem.save, keep_hidden, backend.NAME, *weights
+    if problem.needs_grad and not backend.DIFFERENTIABLE:
+        return autograd.layer(
+            cell, x, weights, h0, c0, lengths, reset, directions, problem.save, keep_hidden, backend.NAME
         )
-        return outputs[0], outputs[1], outputs[2]
-    elif cell == "gru":
-        outputs = autograd.call(
-            autograd.GRUFunction, x, h0, lengths, reset, directions, problem.save, keep_hidden, backend.NAME, *weights
-        )
-    else:
-        outputs = autograd.call(
-            autograd.RNNFunction, x, h0, lengths, reset, cell[4:], directions, problem.save, keep_hidden, backend.NAME, *weights
-        )
+    outputs = backend.forward(x, weights, h0, c0, lengths, reset, cell, directions, "none", False)
     return outputs[0], outputs[1], outputs[2] if cell == "lstm" else None
 
 
 def _step(
     cell: str, x: Tensor, h: Tensor | None, c: Tensor | None, weights: Sequence[Tensor], backend: str | None
 ) -> Sequence[Tensor]:
-    if torch.is_autocast_enabled(x.device.type):
+    device = x.device.type
+    if device != "meta" and torch.is_autocast_enabled(device):
         x, weights, h, c = _autocast(x, weights, h, c)
     if x.dim() != 2:
-        raise ValueError(f"x: got {checks._shape(x)}, expected two dimensions [B, D]")
+        raise ValueError(f"x: got {checks.shape_text(x.shape)}, expected two dimensions [B, D]")
     batch, input_size = x.shape
-    _, width, count, hidden_size = checks.check_weights(cell, x, weights, input_size, 1, 1)
-    if h is None:
-        h = x.new_zeros(batch, width)
-    else:
-        checks.check_state("h", h, x, (batch, width), "[B, H]")
+    hidden, _, count = checks.check_weights(cell, x, weights, input_size, 1, 1)
+    if count in (3, 5):
+        raise ValueError(f"weights: got {count} tensors, with a projection; a single step has none, expected 2 or 4")
+    if h is not None:
+        checks.check_state("h", h, x, (batch, hidden), "[B, H]")
     if c is not None:
-        checks.check_state("c", c, x, (batch, hidden_size), "[B, H]")
-    elif cell == "lstm":
-        c = x.new_zeros(batch, hidden_size)
+        checks.check_state("c", c, x, (batch, hidden), "[B, H]")
     needs_grad = _needs_grad(x, weights, h, c)
     problem = Problem(
-        cell, x.dtype, x.device.type, True, batch, input_size, hidden_size, width, 1, 1, count >= 4,
+        cell, x.dtype, device, True, batch, input_size, hidden, hidden, 1, 1, count == 4,
         needs_grad, _forward_ad(), "gates" if needs_grad else "none", False, False,
     )  # fmt: skip
     chosen = resolve(problem, backend)
     if chosen.DIFFERENTIABLE or not needs_grad:
-        return chosen.step(x, h, c, weights, cell)
-    state = [t if t is None else t.unsqueeze(0) for t in (h, c)]
-    _, *after = _layer(chosen, problem, x.unsqueeze(0), weights, *state, None, None, False)
-    return [t[0] for t in after if t is not None]
+        state: Sequence[Tensor] = chosen.step(x, h, c, weights, cell)
+        return state
+    h, c = (t if t is None else t.unsqueeze(0) for t in (h, c))
+    _, h_n, c_n = _layer(chosen, problem, x.unsqueeze(0), weights, h, c, None, None, False)
+    return [h_n[0]] if c_n is None else [h_n[0], c_n[0]]

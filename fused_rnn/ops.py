@@ -1,14 +1,13 @@
 """The compiled ops, if they were built: handles, fake kernels, vmap rules.
 
-Importing the pybind11 module `fused_rnn._C` registers them. Without it the package still imports, and MISSING says why the
-`cpu` backend is unavailable.
+Importing the pybind11 module `fused_rnn._C` registers them. Without it the package still imports, and MISSING says why
+the `cpu` backend is unavailable.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from importlib import import_module
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -17,15 +16,15 @@ from torch import Tensor
 from fused_rnn import vmap
 from fused_rnn.cells import CELLS
 
-_C: ModuleType | None
+_C: Any
 MISSING: str | None
 try:
     _C, MISSING = import_module("fused_rnn._C"), None
 except ImportError as error:
     _C, MISSING = None, f"the compiled extension fused_rnn._C did not load ({error})"
 
-# Steps between two checkpoints of save="recompute", as csrc lays them out: the fake kernel must know the shape for any T.
-CHECKPOINT_EVERY = 32
+# The op fused_rnn::step takes the cell as a number: a string costs more to hand over than a small step takes.
+CODES = {name: code for code, name in enumerate(CELLS)}
 
 
 def _absent(*_: Any) -> list[Tensor]:
@@ -63,7 +62,7 @@ def _forward_fake(
         saved = x.new_empty(steps, batch, recurrences, spec.stored, hidden)
         cells = x.new_empty(steps, batch, recurrences, hidden) if spec.has_c else x.new_empty(0)
     else:
-        chunks = (steps + CHECKPOINT_EVERY - 1) // CHECKPOINT_EVERY
+        chunks = (steps + _C.CHECKPOINT_EVERY - 1) // _C.CHECKPOINT_EVERY
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
         saved = x.new_empty(chunks, recurrences, batch, width + (hidden if spec.has_c else 0), dtype=wide)
         cells = x.new_empty(0)
@@ -89,16 +88,34 @@ def _backward_fake(
     need_dx: bool,
     need_dw: bool,
 ) -> list[Tensor]:
-    spec, recurrences, batch = CELLS[cell], len(directions), x.shape[1]
-    units, width = weights[1].shape[0] // spec.gates, weights[1].shape[1]
     dx = x.new_empty(x.shape) if need_dx else x.new_empty(0)
-    dh0 = x.new_empty(recurrences, batch, width)
-    dc0 = x.new_empty(recurrences, batch, units) if spec.has_c else x.new_empty(0)
+    dh0 = x.new_empty(0 if h0 is None else h0.shape)
+    dc0 = x.new_empty(0 if c0 is None else c0.shape)
     return [dx, dh0, dc0, *([w.new_empty(w.shape) for w in weights] if need_dw else [])]
 
 
-def _step_fake(x: Tensor, h: Tensor, c: Tensor | None, weights: Sequence[Tensor], cell: str) -> list[Tensor]:
-    return [h.new_empty(h.shape)] if c is None else [h.new_empty(h.shape), c.new_empty(c.shape)]
+def _step_fake(
+    x: Tensor,
+    h: Tensor | None,
+    c: Tensor | None,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+    w_hr: Tensor | None,
+    cell: int,
+) -> list[Tensor]:
+    spec, leading = list(CELLS.values())[cell], x.shape[:-1]
+    width, hidden = w_hh.shape[1], w_hh.shape[0] // spec.gates
+    sequence, batch = x.dim() == 3, leading.numel()
+
+    def after(state: Tensor | None, width: int) -> Tensor:
+        if state is not None:
+            return x.new_empty(state.shape)
+        return x.new_empty(1, batch, width) if sequence else x.new_empty(batch, width)
+
+    outputs = [x.new_empty(*leading, width)] if sequence else []
+    return outputs + [after(h, width)] + ([after(c, hidden)] if spec.has_c else [])
 
 
 if _C is not None:

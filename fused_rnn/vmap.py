@@ -1,7 +1,8 @@
-"""vmap rules of the ops: the mapped dimension N is folded into the batch, or, where weights differ or are differentiated, into R.
+"""vmap rules of the ops.
 
-An ensemble of N layers with R directions each is one launch of N·R recurrences. Only a mapped `lengths` or `reset` together with that
-is left over (they are shared by all recurrences): those calls are looped, one launch for each of N.
+The mapped dimension N is folded into the batch, or, where weights differ or are differentiated, into R: an ensemble of
+N layers with R directions each is one launch of N·R recurrences. Only a mapped `lengths` or `reset` together with that
+is left over (all recurrences share them): those calls are looped, one launch for each of N.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ def _absent(t: Tensor, dim: int | None = None) -> bool:
     return t.dim() == (1 if dim is None else 2) and t.numel() == 0
 
 
-def _fold(t: Tensor | None, dim: int | None, n: int, at: int) -> Tensor | None:
+def _fold(t: Tensor | None, dim: int | None, n: int, at: int) -> Any:
     """Bring the mapped dimension (new where dim is None) to `at` and merge it with the one behind it."""
     if t is None or _absent(t, dim):
         return t
@@ -53,7 +54,7 @@ def _fold(t: Tensor | None, dim: int | None, n: int, at: int) -> Tensor | None:
 
 
 def _unfold(t: Tensor, n: int, at: int) -> Tensor:
-    return t.unflatten(at, (n, t.shape[at] // n))
+    return t.view(*t.shape[:at], n, t.shape[at] // n, *t.shape[at + 1 :])
 
 
 def _per_recurrence(x: Tensor, dim: int | None, n: int, recurrences: int) -> Tensor:
@@ -61,8 +62,7 @@ def _per_recurrence(x: Tensor, dim: int | None, n: int, recurrences: int) -> Ten
     if x.dim() - (dim is not None) == 3:
         x = x.unsqueeze(2).expand(*x.shape[:2], n, x.shape[2]) if dim is None else x.movedim(dim, 2)
         return x.unsqueeze(3).expand(*x.shape[:3], recurrences, x.shape[3]).flatten(2, 3)
-    folded = _fold(x, dim, n, 2)
-    assert folded is not None
+    folded: Tensor = _fold(x, dim, n, 2)
     return folded
 
 
@@ -138,14 +138,28 @@ def backward(
     need_dw: bool,
 ) -> Result | None:
     """fused_rnn::backward over a mapped dimension; None where it has to be looped."""
-    dy_dim, dh_dim, dc_dim, x_dim, weight_dims, h0_dim, c0_dim, lengths_dim, reset_dim, hidden_dim, saved_dim, cells_dim = dims[:12]
+    (
+        dy_dim,
+        dh_dim,
+        dc_dim,
+        x_dim,
+        weight_dims,
+        h0_dim,
+        c0_dim,
+        lengths_dim,
+        reset_dim,
+        hidden_dim,
+        saved_dim,
+        cells_dim,
+    ) = dims[:12]
     saved_batch, saved_recurrence = _where_saved(save)
     outputs: list[Tensor]
     out_dims: list[int | None]
     if not need_dw and all(d is None for d in weight_dims):
         outputs = op(
-            _fold(dy, dy_dim, n, 1), _fold(dh_n, dh_dim, n, 1), _fold(dc_n, dc_dim, n, 1), _fold(x, x_dim, n, 1), weights,
-            _fold(h0, h0_dim, n, 1), _fold(c0, c0_dim, n, 1), _fold(lengths, lengths_dim, n, 0), _fold(reset, reset_dim, n, 1),
+            _fold(dy, dy_dim, n, 1), _fold(dh_n, dh_dim, n, 1), _fold(dc_n, dc_dim, n, 1),
+            _fold(x, x_dim, n, 1), weights, _fold(h0, h0_dim, n, 1), _fold(c0, c0_dim, n, 1),
+            _fold(lengths, lengths_dim, n, 0), _fold(reset, reset_dim, n, 1),
             _fold(hidden, hidden_dim, n, 1), _fold(saved, saved_dim, n, saved_batch), _fold(cells, cells_dim, n, 1),
             cell, directions, save, need_dx, need_dw,
         )  # fmt: skip
@@ -162,8 +176,9 @@ def backward(
         _fold(hidden, hidden_dim, n, 2), _fold(saved, saved_dim, n, saved_recurrence), _fold(cells, cells_dim, n, 2),
         cell, list(directions) * n, save, need_dx, need_dw,
     )  # fmt: skip
-    outputs = [_unfold(dx, n, 2) if need_dx else dx, _unfold(dh0, n, 0), dc0 if _absent(dc0) else _unfold(dc0, n, 0)]
-    out_dims = [2 if need_dx else None, 0, None if _absent(dc0) else 0]
+    states = [t if _absent(t) else _unfold(t, n, 0) for t in (dh0, dc0)]
+    outputs = [_unfold(dx, n, 2) if need_dx else dx, *states]
+    out_dims = [2 if need_dx else None, *(None if _absent(t) else 0 for t in states)]
     if need_dx and x.dim() - (x_dim is not None) == 3:
         outputs[0] = outputs[0].sum(3)
     if need_dw:
@@ -174,11 +189,18 @@ def backward(
 
 
 def step(
-    op: Callable[..., list[Tensor]], n: int, dims: Dims, x: Tensor, h: Tensor, c: Tensor | None, weights: Sequence[Tensor], cell: str
+    op: Callable[..., list[Tensor]],
+    n: int,
+    dims: Dims,
+    x: Tensor,
+    h: Tensor | None,
+    c: Tensor | None,
+    *weights_and_cell: Any,
 ) -> Result | None:
     """fused_rnn::step over a mapped dimension; None where it has to be looped."""
-    x_dim, h_dim, c_dim, weight_dims = dims[:4]
-    if any(d is not None for d in weight_dims):
+    x_dim, h_dim, c_dim, *weight_dims = dims
+    ranks = [t.dim() - (d is not None) for t, d in ((x, x_dim), (h, h_dim), (c, c_dim)) if t is not None]
+    if any(d is not None for d in weight_dims) or any(rank != 2 for rank in ranks):
         return None
-    outputs = op(_fold(x, x_dim, n, 0), _fold(h, h_dim, n, 0), _fold(c, c_dim, n, 0), weights, cell)
+    outputs = op(_fold(x, x_dim, n, 0), _fold(h, h_dim, n, 0), _fold(c, c_dim, n, 0), *weights_and_cell)
     return [_unfold(t, n, 0) for t in outputs], [0] * len(outputs)

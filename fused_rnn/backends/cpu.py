@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -32,59 +32,28 @@ def supports(problem: Problem) -> str | None:
     return None
 
 
-def forward(
-    x: Tensor,
-    weights: Sequence[Tensor],
-    h0: Tensor | None,
-    c0: Tensor | None,
-    lengths: Tensor | None,
-    reset: Tensor | None,
-    cell: str,
-    directions: Sequence[int],
-    save: str,
-    keep_hidden: bool,
-) -> list[Tensor]:
-    """One layer: the op fused_rnn::forward."""
-    if torch.is_autocast_enabled("cpu"):  # or a matrix product inside the op would be recast
+def _run(op: Callable[..., list[Tensor]], args: tuple[Any, ...]) -> list[Tensor]:
+    if torch.is_autocast_enabled("cpu"):  # or torch operations inside the op would be recast
         with torch.autocast("cpu", enabled=False):
-            return ops.forward(x, weights, h0, c0, lengths, reset, cell, directions, save, keep_hidden)
-    return ops.forward(x, weights, h0, c0, lengths, reset, cell, directions, save, keep_hidden)
+            return op(*args)
+    return op(*args)
 
 
-def backward(
-    dy: Tensor | None,
-    dh_n: Tensor | None,
-    dc_n: Tensor | None,
-    x: Tensor,
-    weights: Sequence[Tensor],
-    h0: Tensor | None,
-    c0: Tensor | None,
-    lengths: Tensor | None,
-    reset: Tensor | None,
-    hidden: Tensor,
-    saved: Tensor,
-    cells: Tensor,
-    cell: str,
-    directions: Sequence[int],
-    save: str,
-    need_dx: bool,
-    need_dw: bool,
-) -> list[Tensor]:
-    """One layer's gradients: the op fused_rnn::backward."""
-    kept = (hidden, saved, cells)
-    if torch.is_autocast_enabled("cpu"):
-        with torch.autocast("cpu", enabled=False):
-            return ops.backward(
-                dy, dh_n, dc_n, x, weights, h0, c0, lengths, reset, *kept, cell, directions, save, need_dx, need_dw
-            )
-    return ops.backward(
-        dy, dh_n, dc_n, x, weights, h0, c0, lengths, reset, *kept, cell, directions, save, need_dx, need_dw
-    )
+def forward(*args: Any) -> list[Tensor]:
+    """One layer: the op fused_rnn::forward, whose schema says arguments and result."""
+    return _run(ops.forward, args)
 
 
-def step(x: Tensor, h: Tensor, c: Tensor | None, weights: Sequence[Tensor], cell: str) -> list[Tensor]:
-    """One step: x [B, D], h [B, P], c [B, H] → [h'] or [h', c']. The op fused_rnn::step, which has no gradient."""
-    return ops.step(x, h, c, weights, cell)
+def backward(*args: Any) -> list[Tensor]:
+    """One layer's gradients: the op fused_rnn::backward, whose schema says arguments and result."""
+    return _run(ops.backward, args)
+
+
+def step(x: Tensor, h: Tensor | None, c: Tensor | None, weights: Sequence[Tensor], cell: str) -> list[Tensor]:
+    """One step: x [B, D], h [B, P], c [B, H], None for zeros → [h'] or [h', c']; no gradient. fused_rnn::step."""
+    w_ih, w_hh, *rest = weights
+    b_ih, b_hh = rest[:2] if len(rest) >= 2 else (None, None)
+    return ops.step(x, h, c, w_ih, w_hh, b_ih, b_hh, rest[-1] if len(rest) in (1, 3) else None, ops.CODES[cell])
 
 
 def describe(problem: Problem) -> str:

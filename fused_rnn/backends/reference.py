@@ -1,16 +1,15 @@
-"""The plain PyTorch loop: slow, obvious, differentiable any number of times and in forward mode, on any device and dtype."""
+"""The plain PyTorch loop: slow, obvious, differentiable any number of times, in forward mode too, on any device."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from fused_rnn.cells import CELLS
 from fused_rnn.cells.gradient import backward_layer
-from fused_rnn.cells.loop import run_layer
+from fused_rnn.cells.loop import run_layer, without_autocast
 
 if TYPE_CHECKING:
     from fused_rnn.problem import Problem
@@ -40,7 +39,7 @@ def forward(
     keep_hidden: bool,
 ) -> list[Tensor]:
     """One layer; arguments and result as those of the op fused_rnn::forward, with nothing in `saved` and `cells`."""
-    with torch.autocast(x.device.type, enabled=False):  # the matrix products would fall back into 16 bit
+    with without_autocast(x):  # the matrix products would fall back into 16 bit
         y, h_n, c_n = run_layer(x, weights, h0, c0, lengths, reset, cell, directions)
     outputs = [y, h_n] if c_n is None else [y, h_n, c_n]
     if save != "none":
@@ -68,20 +67,22 @@ def backward(
     need_dw: bool,
 ) -> list[Tensor]:
     """One layer's gradients by running it again; arguments and result as those of the op fused_rnn::backward."""
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):
         dx, dh0, *rest = backward_layer(dy, dh_n, dc_n, x, weights, h0, c0, lengths, reset, cell, directions)
     dc0 = rest.pop(0) if CELLS[cell].has_c else x.new_empty(0)
     return [dx if need_dx else x.new_empty(0), dh0, dc0, *(rest if need_dw else [])]
 
 
-def step(x: Tensor, h: Tensor, c: Tensor | None, weights: Sequence[Tensor], cell: str) -> list[Tensor]:
-    """One step: x [B, D], h [B, P], c [B, H] → [h'] or [h', c']. Differentiable."""
-    with torch.autocast(x.device.type, enabled=False):
-        state = [t if t is None else t.unsqueeze(0) for t in (h, c)]
-        _, *after = run_layer(x.unsqueeze(0), weights, *state, None, None, cell, (1,))
-    return [t[0] for t in after if t is not None]
+def step(x: Tensor, h: Tensor | None, c: Tensor | None, weights: Sequence[Tensor], cell: str) -> list[Tensor]:
+    """One step: x [B, D], h [B, P], c [B, H], None for zeros → [h'] or [h', c']. Differentiable."""
+    with without_autocast(x):
+        h, c = (t if t is None else t.unsqueeze(0) for t in (h, c))
+        _, h_n, c_n = run_layer(x.unsqueeze(0), weights, h, c, None, None, cell, (1,))
+    return [h_n[0]] if c_n is None else [h_n[0], c_n[0]]
 
 
 def describe(problem: Problem) -> str:
     """What would run, in a line."""
-    return f"a Python loop over time, {problem.recurrences} recurrence(s) a layer, one torch call per operation and step"
+    return (
+        f"a Python loop over time, {problem.recurrences} recurrence(s) a layer, one torch call per operation and step"
+    )

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import _VF, Tensor
@@ -15,8 +15,18 @@ if TYPE_CHECKING:
 NAME = "torch"
 DIFFERENTIABLE = True
 
-_STACKS = {"lstm": _VF.lstm, "gru": _VF.gru, "rnn_tanh": _VF.rnn_tanh, "rnn_relu": _VF.rnn_relu}
-_STEPS = {"lstm": _VF.lstm_cell, "gru": _VF.gru_cell, "rnn_tanh": _VF.rnn_tanh_cell, "rnn_relu": _VF.rnn_relu_cell}
+_STACKS: dict[str, Callable[..., Any]] = {
+    "lstm": _VF.lstm,
+    "gru": _VF.gru,
+    "rnn_tanh": _VF.rnn_tanh,
+    "rnn_relu": _VF.rnn_relu,
+}
+_STEPS: dict[str, Callable[..., Any]] = {
+    "lstm": _VF.lstm_cell,
+    "gru": _VF.gru_cell,
+    "rnn_tanh": _VF.rnn_tanh_cell,
+    "rnn_relu": _VF.rnn_relu_cell,
+}
 
 
 def supports(problem: Problem) -> str | None:
@@ -42,27 +52,28 @@ def stack(
     dropout: float,
     training: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """A whole stack: x [T, B, D], h0 [L·R, B, P], c0 [L·R, B, H] → y [T, B, R·P], h_n, c_n (LSTM, else None). Differentiable once."""
-    states, batch, count = num_layers * recurrences, x.shape[1], len(weights) // (num_layers * recurrences)
-    if h0 is None:
-        h0 = x.new_zeros(states, batch, weights[1].shape[1])
-    if c0 is None and cell == "lstm":
-        c0 = x.new_zeros(states, batch, weights[1].shape[0] // 4)
-    hx = (h0, c0) if cell == "lstm" else h0
+    """A whole stack: x [T, B, D], h0 [L·R, B, P], c0 [L·R, B, H] → y [T, B, R·P], h_n, c_n (LSTM, else None).
+
+    Differentiable as often as torch's kernels are (oneDNN's LSTM: once).
+    """
+    rows, batch, count = num_layers * recurrences, x.shape[1], len(weights) // (num_layers * recurrences)
+    states = [x.new_zeros(rows, batch, weights[1].shape[1]) if h0 is None else h0]
+    if cell == "lstm":
+        states.append(x.new_zeros(rows, batch, weights[1].shape[0] // 4) if c0 is None else c0)
     tail = (list(weights), count >= 4, num_layers, dropout, training, recurrences == 2)
     if lengths is None or batch == 0:
-        y, *after = _STACKS[cell](x, hx, *tail, False)
+        y, *after = _STACKS[cell](x, states if cell == "lstm" else states[0], *tail, False)
     else:
         # A pack holds no empty sequence: such a one runs one step, and its result is put aside below.
         packed = pack_padded_sequence(x, lengths.clamp(min=1).cpu(), enforce_sorted=False)
-        order = packed.sorted_indices
-        hx = tuple(t.index_select(1, order) for t in hx) if isinstance(hx, tuple) else hx.index_select(1, order)
-        data, *after = _STACKS[cell](packed.data, packed.batch_sizes, hx, *tail)
-        after = [t.index_select(1, packed.unsorted_indices) for t in after]
+        assert packed.sorted_indices is not None and packed.unsorted_indices is not None
+        ordered = [s.index_select(1, packed.sorted_indices) for s in states]
+        data, *after = _STACKS[cell](packed.data, packed.batch_sizes, ordered if cell == "lstm" else ordered[0], *tail)
         y, _ = pad_packed_sequence(packed._replace(data=data), total_length=x.shape[0])
         empty = (lengths == 0).unsqueeze(-1)
         y = y.masked_fill(empty, 0)
-        after = [torch.where(empty, before, t) for before, t in zip((h0, c0), after, strict=False)]
+        after = [s.index_select(1, packed.unsorted_indices) for s in after]
+        after = [torch.where(empty, old, new) for old, new in zip(states, after, strict=True)]
     return y, after[0], after[1] if cell == "lstm" else None
 
 
@@ -80,7 +91,9 @@ def forward(
 ) -> list[Tensor]:
     """One layer; arguments and result as those of the op fused_rnn::forward, with nothing in `saved` and `cells`."""
     if tuple(directions) not in ((1,), (1, -1)) or x.dim() != 3 or reset is not None:
-        raise NotImplementedError("torch's kernels run a layer forward or in both directions, on one input [T, B, D], with no reset")
+        raise NotImplementedError(
+            "torch's kernels run a layer forward or in both directions, on one input [T, B, D], with no reset"
+        )
     y, h_n, c_n = stack(x, weights, h0, c0, lengths, cell, 1, len(directions), 0.0, False)
     outputs = [y, h_n] if c_n is None else [y, h_n, c_n]
     if save != "none":
@@ -115,7 +128,16 @@ def backward(
         leaves = [t.detach().requires_grad_() for t in (x, h0, *(() if c0 is None else (c0,)), *weights)]
         states = 2 if c0 is None else 3
         outputs = forward(
-            leaves[0], leaves[states:], leaves[1], None if c0 is None else leaves[2], lengths, reset, cell, directions, "none", False
+            leaves[0],
+            leaves[states:],
+            leaves[1],
+            None if c0 is None else leaves[2],
+            lengths,
+            reset,
+            cell,
+            directions,
+            "none",
+            False,
         )
     given = [(o, g) for o, g in zip(outputs, (dy, dh_n, dc_n), strict=False) if g is not None]
     dx, dh0, *rest = torch.autograd.grad([o for o, _ in given], leaves, [g for _, g in given])
@@ -123,12 +145,14 @@ def backward(
     return [dx if need_dx else x.new_empty(0), dh0, dc0, *(rest if need_dw else [])]
 
 
-def step(x: Tensor, h: Tensor, c: Tensor | None, weights: Sequence[Tensor], cell: str) -> list[Tensor]:
-    """One step: x [B, D], h [B, H], c [B, H] → [h'] or [h', c']. Differentiable."""
-    biases = weights[2:] if len(weights) == 4 else (None, None)
-    if c is not None:
-        return list(_STEPS[cell](x, (h, c), weights[0], weights[1], *biases))
-    return [_STEPS[cell](x, h, weights[0], weights[1], *biases)]
+def step(x: Tensor, h: Tensor | None, c: Tensor | None, weights: Sequence[Tensor], cell: str) -> list[Tensor]:
+    """One step: x [B, D], h [B, H], c [B, H], None for zeros → [h'] or [h', c']. Differentiable."""
+    w_ih, w_hh, *biases = weights
+    b_ih, b_hh = biases or (None, None)
+    h = x.new_zeros(x.shape[0], w_hh.shape[1]) if h is None else h
+    if cell == "lstm":
+        return list(_STEPS[cell](x, (h, torch.zeros_like(h) if c is None else c), w_ih, w_hh, b_ih, b_hh))
+    return [_STEPS[cell](x, h, w_ih, w_hh, b_ih, b_hh)]
 
 
 def describe(problem: Problem) -> str:

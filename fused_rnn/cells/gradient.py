@@ -1,4 +1,4 @@
-"""The gradient of the reference loop, itself differentiable: the reference backend's backward, and the double backward of all."""
+"""The gradient of the reference loop, itself differentiable: reference's backward, every backend's double backward."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ def backward_layer(
 ) -> list[Tensor]:
     """Gradients of `run_layer`, arguments as there; dy [T, B, R·P], dh_n [R, B, P], dc_n [R, B, H], None for zero.
 
-    Returns [dx, dh0, (dc0 where the cell has c), one per weight].  Differentiable any number of times in every tensor; works under vmap.
+    Returns [dx, dh0, (dc0 where the cell has c), one per weight].
+    Differentiable any number of times in every tensor; works under vmap.
     """
     spec, recurrences, batch = CELLS[cell], len(directions), x.shape[1]
     hidden, width = weights[1].shape[0] // spec.gates, weights[1].shape[1]
@@ -39,6 +40,6 @@ def backward_layer(
         return tuple(t for t in run_layer(x, weights, h0, c0, lengths, reset, cell, directions) if t is not None)
 
     # vjp rather than autograd.grad: a tensor that stands for two arguments (tied weights) gets a gradient for each.
-    outputs, pull = torch.func.vjp(run, x, *states, *weights)
+    outputs, pull = torch.func.vjp(run, x, *states, *weights)[:2]
     given = (dy, dh_n, dc_n)[: len(outputs)]
     return list(pull(tuple(torch.zeros_like(o) if g is None else g for o, g in zip(outputs, given, strict=True))))

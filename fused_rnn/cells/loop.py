@@ -1,8 +1,12 @@
-"""The reference loop over time: plain differentiable PyTorch, slow and obvious. It judges every backend and is the double backward."""
+"""The reference loop over time: plain differentiable PyTorch, slow and obvious.
+
+It judges every backend, and it is what a second derivative differentiates.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -11,8 +15,15 @@ from torch.nn.functional import linear
 from fused_rnn.cells import CELLS, Spec
 
 
+def without_autocast(x: Tensor) -> AbstractContextManager[None]:
+    """A context in which operations on x's device keep their dtype."""
+    if x.is_meta or not torch.is_autocast_enabled(x.device.type):
+        return nullcontext()
+    return torch.autocast(x.device.type, enabled=False)
+
+
 def weights_per_recurrence(weights: Sequence[Tensor], recurrences: int) -> list[list[Tensor | None]]:
-    """Split the flat list into one [w_ih, w_hh, b_ih, b_hh, w_hr] per recurrence, None where it has no bias or projection."""
+    """The flat list as one [w_ih, w_hh, b_ih, b_hh, w_hr] per recurrence, None for a bias or projection it lacks."""
     count = len(weights) // recurrences
     split: list[list[Tensor | None]] = []
     for r in range(recurrences):
@@ -34,9 +45,12 @@ def run_layer(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Run one layer, all its R = len(directions) recurrences, over all of time.
 
-    x: [T, B, D], or [T, B, R, D] with an input per recurrence.  weights: per recurrence w_ih [G·H, D], w_hh [G·H, P], (b_ih, b_hh [G·H]), (w_hr [P, H]).
-    h0: [R, B, P], c0: [R, B, H] or None for zeros.  lengths: [B] int64, reset: [T, B] bool, or None.  directions: +1 or -1 each.
-    Returns y [T, B, R·P], h_n [R, B, P] and c_n [R, B, H] (None unless the cell has c), in x's dtype; 16-bit types compute in float32.
+    x: [T, B, D], or [T, B, R, D] with an input per recurrence.
+    weights: per recurrence w_ih [G·H, D], w_hh [G·H, P], (b_ih, b_hh [G·H]), (w_hr [P, H]).
+    h0: [R, B, P], c0: [R, B, H], None for zeros.  lengths: [B] int64, reset: [T, B] bool, or None.
+    directions: +1 or -1 each.
+    Returns y [T, B, R·P], h_n [R, B, P] and c_n [R, B, H] (None unless the cell has c), in x's dtype; 16-bit types
+    compute in float32.
     Differentiable any number of times, in forward mode too, in x, weights, h0 and c0; works under vmap.
     """
     dtype, spec = x.dtype, CELLS[cell]
@@ -94,7 +108,8 @@ def _run_recurrence(
             h, c = h_new, c_new
             outputs.append(h)
         else:
-            # Past its end a sequence's state stands still. A reverse loop meets those steps first and so starts from h0 at the last valid one.
+            # Past its end a sequence's state stands still. A reverse loop meets those steps first, and so enters the
+            # last valid one with h0.
             valid = (t < lengths).unsqueeze(-1)
             h = torch.where(valid, h_new, h)
             c = None if c is None or c_new is None else torch.where(valid, c_new, c)

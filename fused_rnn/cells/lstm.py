@@ -1,6 +1,7 @@
 """Long short-term memory, gate order i, f, g, o.
 
-Source: Hochreiter & Schmidhuber 1997, with the forget gate of Gers, Schmidhuber & Cummins 2000; gates as in torch.nn.LSTM.
+Source: Hochreiter & Schmidhuber 1997, with the forget gate of Gers, Schmidhuber & Cummins 2000; gates as in
+torch.nn.LSTM.
 """
 
 from __future__ import annotations

@@ -7,13 +7,17 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-# (gates of the input side [B, G·H], of the recurrent side [B, G·H], h [B, H or P], c [B, H] or None) → (h' [B, H], c' or None).
-# The biases are already in: b_ih in the input side, b_hh in the recurrent one. A projection of h' is the loop's.
+# (gates of the input side [B, G·H], of the recurrent side [B, G·H], h [B, P], c [B, H] or None) → (h' [B, H], c' or
+# None). The biases are already in: b_ih in the input side, b_hh in the recurrent one. A projection of h' is the loop's.
 Step = Callable[[Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor | None]]
 
 
 class Spec(NamedTuple):
-    """A cell: `gates` G pre-activations of width H, `stored` S vectors kept per step for backward, `has_c` a second state."""
+    """A cell.
+
+    gates: G, the pre-activations of width H.  stored: S, the vectors kept per step for backward.
+    has_c: whether there is a second state beside h.  step: the formula.
+    """
 
     name: str
     gates: int

@@ -1,0 +1,43 @@
+"""Every test: fixed seeds, uninitialised memory full of NaN, torch's global settings put back afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "compile: traces through torch.compile, which takes seconds to start")
+    # Dynamo makes an instance of every autograd.Function that it traces, and torch warns about that.
+    config.addinivalue_line(
+        "filterwarnings", "ignore:.*should not be instantiated. Methods on autograd:DeprecationWarning"
+    )
+    # torch's own, once per process, on the road that the torch backend is there to take.
+    config.addinivalue_line("filterwarnings", "ignore:LSTM with projections is not supported with oneDNN:UserWarning")
+
+
+@pytest.fixture(autouse=True)
+def _clean_state() -> Iterator[None]:
+    """What every test starts from.
+
+    Seeds are fixed. torch.empty, called from C++ too, gives NaN (in deterministic mode torch fills what it allocates),
+    so that a kernel that reads what nobody wrote, or leaves an output unwritten, cannot pass. One thread, unless a test
+    asks for more: the reference loop's thousands of small products crawl where OpenMP spins on cores that others use.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(params=[1, 2], ids=lambda n: f"threads{n}")
+def threads(request: pytest.FixtureRequest) -> int:
+    """The test runs with one thread and with two; _clean_state puts the number back."""
+    torch.set_num_threads(request.param)
+    return int(request.param)

@@ -1,0 +1,95 @@
+"""Which backend runs what, and what is said when none can."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import Case, inputs
+from judge import forward, require
+
+from fused_rnn import dispatch, ops
+from fused_rnn.dispatch import BACKENDS, choose
+
+PROBLEM = Case("lstm").problem()
+
+
+def test_every_backend_has_the_same_names() -> None:
+    for name, module in BACKENDS.items():
+        assert name == module.NAME
+        assert isinstance(module.DIFFERENTIABLE, bool)
+        for attribute in ("supports", "forward", "backward", "step", "describe"):
+            assert callable(getattr(module, attribute)), (name, attribute)
+        assert module.stack is None or callable(module.stack)
+        assert isinstance(module.describe(PROBLEM), str)
+
+
+def test_named_backend_is_taken() -> None:
+    for name, module in BACKENDS.items():
+        if module.supports(PROBLEM) is None:
+            assert choose(PROBLEM, name) is module
+
+
+def test_automatic_choice_can_run_it() -> None:
+    for options in ({}, {"reset": True}, {"lengths": True}, {"save": "recompute"}, {"B": 1}, {"T": 1}):
+        for cell in ("lstm", "gru", "rnn_tanh", "rnn_relu"):
+            for needs_grad in (True, False):
+                problem = Case(cell, **options).problem(needs_grad)
+                if options == {"save": "recompute"} and needs_grad:
+                    require("cpu", Case(cell, **options))
+                assert choose(problem).supports(problem) is None
+                assert set(dispatch.preference(problem)) == set(BACKENDS)
+
+
+def test_unknown_name() -> None:
+    with pytest.raises(ValueError, match="backend: got 'cudnn', expected None or one of 'cpu', 'torch', 'reference'"):
+        choose(PROBLEM, "cudnn")
+
+
+def test_refusal_has_every_reason() -> None:
+    with pytest.raises(NotImplementedError) as raised:
+        choose(PROBLEM._replace(reset=True), "torch")
+    lines = str(raised.value).splitlines()
+    assert lines[0] == "backend 'torch' cannot run this lstm problem (torch.float32 on cpu):"
+    assert [line.split(":")[0].strip() for line in lines[1:]] == list(BACKENDS)
+    assert "  torch: torch's kernels know no reset" in lines
+    assert "  reference: can run this" in lines
+
+
+def test_forced_backend_refuses_through_functional() -> None:
+    case = Case("gru", reset=True)
+    with pytest.raises(NotImplementedError, match="torch's kernels know no reset"):
+        forward(case, inputs(case), "torch")
+    case = Case("gru", save="recompute")
+    given = inputs(case)
+    given.x.requires_grad_()
+    with pytest.raises(NotImplementedError, match="save='recompute' needs the cpu backend"):
+        forward(case, given, "reference")
+    with torch.no_grad():  # where nothing is kept, there is nothing to refuse
+        forward(case, given, "reference")
+
+
+def test_other_devices_and_dtypes_are_refused() -> None:
+    cpu = BACKENDS["cpu"]
+    if ops.MISSING is not None:
+        assert cpu.supports(PROBLEM) == ops.MISSING
+        assert "did not load" in ops.MISSING
+        return
+    assert cpu.supports(PROBLEM._replace(device="cuda")) == "it runs tensors on the cpu, these are on cuda"
+    assert (
+        cpu.supports(PROBLEM._replace(dtype=torch.complex64))
+        == "it knows float32, float64, bfloat16 and float16, not torch.complex64"
+    )
+    assert cpu.supports(PROBLEM._replace(forward_ad=True)) == "it has no forward-mode derivative"
+
+
+def test_the_choice_is_remembered() -> None:
+    dispatch.resolve(PROBLEM, None)
+    before = dispatch._choose_cached.cache_info()
+    assert dispatch.resolve(PROBLEM, None) is choose(PROBLEM)
+    assert dispatch._choose_cached.cache_info().hits == before.hits + 1
+
+
+def test_nothing_depends_on_the_length() -> None:
+    """Or torch.compile would specialise on T."""
+    assert Case("lstm", T=17).problem() == Case("lstm", T=1000).problem()
+    assert Case("lstm", T=1).problem().single_step

@@ -1,0 +1,155 @@
+"""The house: which module may import which, where torch's C++ headers are allowed, how long a file may be."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "fused_rnn"
+
+# nn → functional → autograd → dispatch → backends → {cells, ops}: a part may import those after it, and itself.
+TOOLS = ["__main__", "cli", "demo", "info", "bench"]
+ORDER = [
+    *TOOLS,
+    "convert",
+    "nn",
+    "functional",
+    "autograd",
+    "dispatch",
+    "backends",
+    "triton_kernels",
+    "ops",
+    "vmap",
+    "cells",
+]
+# Small parts beside the chain: only names and checks of plain tensors.
+LEAVES = {"problem": set(), "checks": {"cells"}, "vmap": set(), "cells": set(), "_C": set()}
+MOST_LINES = 600
+
+
+def part_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports_of(path: Path) -> set[str]:
+    """The modules of this package that a file imports at run time or for types, as "part" or "part.module"."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            found |= (
+                {f"{node.module}.{alias.name}" for alias in node.names}
+                if node.module == "fused_rnn"
+                else {node.module or ""}
+            )
+            if node.module == "fused_rnn.backends":
+                found |= {f"fused_rnn.backends.{alias.name}" for alias in node.names}
+    return {name.removeprefix("fused_rnn.") for name in found if name.split(".")[0] == "fused_rnn"}
+
+
+CHAIN = [path for path in sorted(PACKAGE.rglob("*.py")) if part_of(path) != "__init__"]
+
+
+@pytest.mark.parametrize("path", CHAIN, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_run_downwards(path: Path) -> None:
+    part = part_of(path)
+    assert part in ORDER or part in LEAVES, f"{path}: say in ORDER where it belongs"
+    for name in imports_of(path):
+        if name == "fused_rnn":
+            assert part in TOOLS, f"{part} imports the whole package"
+            continue
+        target = name.split(".")[0]
+        if target == part or target.startswith("__"):
+            continue
+        if part in LEAVES:
+            assert target in LEAVES[part], f"{part} imports {name}"
+        else:
+            assert target in LEAVES or ORDER.index(target) > ORDER.index(part), f"{part} imports {name}"
+
+
+def test_backends_do_not_import_each_other() -> None:
+    for path in (PACKAGE / "backends").glob("*.py"):
+        assert not any(name.startswith("backends") for name in imports_of(path)), path
+
+
+def test_cells_import_torch_alone() -> None:
+    for path in (PACKAGE / "cells").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = (
+                [a.name for a in node.names]
+                if isinstance(node, ast.Import)
+                else [node.module or ""]
+                if isinstance(node, ast.ImportFrom)
+                else []
+            )
+            for name in names:
+                top = name.split(".")[0]
+                assert top in {"torch", *sys.stdlib_module_names} or name.startswith("fused_rnn.cells"), (
+                    f"{path}: {name}"
+                )
+
+
+def test_torch_headers_only_in_ops() -> None:
+    include = re.compile(r"^\s*#\s*include\s*[<\"](torch|ATen|c10|pybind11)\b", re.MULTILINE)
+    for path in (ROOT / "csrc").rglob("*"):
+        if path.is_file() and "ops" not in path.relative_to(ROOT / "csrc").parts[:1]:
+            assert not include.search(path.read_text()), path
+
+
+def test_c_plus_plus_includes_run_downwards() -> None:
+    """ops → {params, launch} ← {cpu, cuda} → cells."""
+    include = re.compile(r"^\s*#\s*include\s*\"([^\"]+)\"", re.MULTILINE)
+    allowed = {
+        "ops": {"ops", "cpu", "cuda", ""},
+        "cpu": {"cpu", "cells", ""},
+        "cuda": {"cuda", "cells", ""},
+        "cells": {"cells"},
+        "": {""},
+    }
+    source = ROOT / "csrc"
+    for path in source.rglob("*"):
+        if path.suffix not in {".h", ".cpp", ".cu", ".cuh"}:
+            continue
+        own = "" if path.parent == source else path.relative_to(source).parts[0]
+        for name in include.findall(path.read_text()):
+            target = Path(os.path.normpath(path.parent / name))
+            assert target.is_relative_to(source), f"{path} includes {name}"
+            part = "" if target.parent == source else target.relative_to(source).parts[0]
+            assert part in allowed.get(own, {own, ""}), f"{path} includes {name}"
+
+
+def test_no_file_is_too_long() -> None:
+    for folder in ("fused_rnn", "csrc", "tests", "benchmarks", "examples", "scripts"):
+        for path in (ROOT / folder).rglob("*"):
+            if path.suffix in {".py", ".h", ".cpp", ".cu", ".cuh"}:
+                assert len(path.read_text().splitlines()) <= MOST_LINES, path
+
+
+def test_imports_and_runs_without_the_extension() -> None:
+    """The reference and torch backends need no compiled code, and the cpu backend says what is missing."""
+    program = """
+import sys
+sys.modules["fused_rnn._C"] = None
+import torch, fused_rnn
+from fused_rnn.functional import gru
+x, weights = torch.randn(4, 2, 3), [torch.randn(15, 3), torch.randn(15, 5)]
+torch.testing.assert_close(gru(x, weights, backend="reference"), gru(x, weights, backend="torch"))
+gru(x, weights)
+try:
+    gru(x, weights, backend="cpu")
+except NotImplementedError as error:
+    assert "cpu: the compiled extension fused_rnn._C did not load" in str(error), error
+else:
+    raise AssertionError("backend='cpu' ran without its extension")
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
