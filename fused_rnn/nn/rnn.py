@@ -13,7 +13,7 @@ from torch.nn import LSTM as TorchLSTM
 from torch.nn import RNN as TorchRNN
 from torch.nn.utils.rnn import PackedSequence
 
-from fused_rnn.nn.sequence import Recurrent, Result, run, step
+from fused_rnn.nn.sequence import Recurrent, run, step
 
 
 class LSTM(Recurrent):
@@ -79,13 +79,14 @@ class LSTM(Recurrent):
         *,
         lengths: Tensor | Sequence[int] | None = None,
         reset: Tensor | None = None,
-    ) -> Result:
+    ) -> tuple[Any, tuple[Tensor, Tensor]]:
         """Run the layers: output, (h_n, c_n). Shapes and errors stand in the class's docstring."""
         if lengths is None and reset is None:
             stepped = step(self, input, hx)
             if stepped is not None:
                 return stepped[0], (stepped[1], stepped[2])
-        return run(self, input, hx, lengths, reset)
+        result: tuple[Any, tuple[Tensor, Tensor]] = run(self, input, hx, lengths, reset)
+        return result
 
 
 class GRU(Recurrent):
@@ -131,13 +132,14 @@ class GRU(Recurrent):
         *,
         lengths: Tensor | Sequence[int] | None = None,
         reset: Tensor | None = None,
-    ) -> Result:
+    ) -> tuple[Any, Tensor]:
         """Run the layers: output, h_n. Shapes and errors stand in the class's docstring."""
         if lengths is None and reset is None:
             stepped = step(self, input, hx)
             if stepped is not None:
                 return stepped[0], stepped[1]
-        return run(self, input, hx, lengths, reset)
+        result: tuple[Any, Tensor] = run(self, input, hx, lengths, reset)
+        return result
 
 
 class RNN(Recurrent):
@@ -190,10 +192,11 @@ class RNN(Recurrent):
         *,
         lengths: Tensor | Sequence[int] | None = None,
         reset: Tensor | None = None,
-    ) -> Result:
+    ) -> tuple[Any, Tensor]:
         """Run the layers: output, h_n. Shapes and errors stand in the class's docstring."""
         if lengths is None and reset is None:
             stepped = step(self, input, hx)
             if stepped is not None:
                 return stepped[0], stepped[1]
-        return run(self, input, hx, lengths, reset)
+        result: tuple[Any, Tensor] = run(self, input, hx, lengths, reset)
+        return result
