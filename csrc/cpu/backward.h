@@ -111,44 +111,57 @@ struct BackwardLoop {
       }
   }
 
+  // The cell's backward for rows [b0, b1) of panel j; `gates` takes the operand of the next (earlier) step. Copies as in forward.h.
   __attribute__((noinline)) void cell(const Memory& m, int r, int64_t step, A* gates, int64_t j, int64_t b0, int64_t b1) const {
     const Weights& w = p.weights[r];
     const int64_t t = time(w, step), t_prev = t - w.direction, t_row = t - first_time(p, r), shift = f.saved_whole ? 0 : first_time(p, r);
-    const bool has_prev = step > p.start || (f.saved_whole && step > 0);
-    for (int64_t b = b0; b < b1; ++b) {
-      const bool on = active(t, b), zero = cut(t, b), from_memory = has_prev && active(t_prev, b);
-      const int64_t at = (t * p.B + b) * p.R + r, prev = (t_prev * p.B + b) * p.R + r;                              // rows of whole arrays
-      const int64_t at_saved = ((t - shift) * p.B + b) * p.R + r, prev_saved = ((t_prev - shift) * p.B + b) * p.R + r;
-      T* dgates = (T*)f.dgates + ((t_row * p.B + b) * p.R + r) * DG * p.H;
-      T* unprojected = project ? (T*)f.unprojected + ((t_row * p.B + b) * p.R + r) * p.H : nullptr;
-      for (int64_t u = j * kPanelVectors; u < j * kPanelVectors + vectors_of(j, unit_vectors); ++u) {
-        const int n = lanes_left(p.H, u * L, L);
+    const int64_t B = p.B, R = p.R, H = p.H, P = p.P, gates_stride = gate_stride, dc_stride = unit_stride;
+    const int64_t dh_row = project ? unit_stride : dh_stride;
+    const bool has_prev = step > p.start || (f.saved_whole && step > 0), masked = p.lengths || p.reset, projects = project;
+    const T* const saved = (const T*)f.saved + ((t - shift) * B * R + r) * SV * H;
+    const T* const cells = (const T*)f.cells + ((t - shift) * B * R + r) * H;
+    const T* const cells_prev = (const T*)f.cells + ((t_prev - shift) * B * R + r) * H;
+    const T* const hidden = (const T*)f.hidden + (t * B * R + r) * P;
+    const T* const hidden_prev = (const T*)f.hidden + (t_prev * B * R + r) * P;
+    const S* const h0 = (const S*)f.h0 + r * B * P;
+    const S* const c0 = (const S*)f.c0 + r * B * H;
+    T* const dgates = (T*)f.dgates + (t_row * B * R + r) * DG * H;
+    T* const unprojected = (T*)f.unprojected + (projects ? (t_row * B * R + r) * H : 0);
+    S* const dh_rows = projects ? m.dm : m.dh;
+    S* const dc_rows = m.dc;
+    for (int64_t u = j * kPanelVectors; u < j * kPanelVectors + vectors_of(j, unit_vectors); ++u) {
+      const int64_t first = u * L;
+      const int n = lanes_left(H, first, L);
+      for (int64_t b = b0; b < b1; ++b) {
+        bool on = true, zero = false, from_memory = has_prev;
+        if (masked) on = active(t, b), zero = cut(t, b), from_memory = has_prev && active(t_prev, b);
         V d[DG] = {};
         if (on) {
           V s[SV ? SV : 1], c{}, c_prev{}, h_prev{}, h{}, dc{}, carry{};
+          const T* kept = saved + b * R * SV * H + first;
 #pragma GCC unroll 4
-          for (int i = 0; i < SV; ++i) s[i] = load((const T*)f.saved + (at_saved * SV + i) * p.H + u * L, n);
+          for (int i = 0; i < SV; ++i) s[i] = load(kept + i * H, n);
           if (Cell::has_cell) {
-            c = load((const T*)f.cells + at_saved * p.H + u * L, n);
-            if (!zero)
-              c_prev = from_memory ? load((const T*)f.cells + prev_saved * p.H + u * L, n) : load((const S*)f.c0 + (r * p.B + b) * p.H + u * L, n);
-            dc = load(m.dc + b * unit_stride + u * L);
+            c = load(cells + b * R * H + first, n);
+            if (!zero) c_prev = from_memory ? load(cells_prev + b * R * H + first, n) : load(c0 + b * H + first, n);
+            dc = load(dc_rows + b * dc_stride + first);
           }
-          if (Cell::needs_h) h = load((const T*)f.hidden + at * p.P + u * L, n);
-          if (Cell::needs_h_prev && !zero)
-            h_prev = from_memory ? load((const T*)f.hidden + prev * p.P + u * L, n) : load((const S*)f.h0 + (r * p.B + b) * p.P + u * L, n);
-          S* dh = project ? m.dm + b * unit_stride + u * L : m.dh + b * dh_stride + u * L;
+          if (Cell::needs_h) h = load(hidden + b * R * P + first, n);
+          if (Cell::needs_h_prev && !zero) h_prev = from_memory ? load(hidden_prev + b * R * P + first, n) : load(h0 + b * P + first, n);
+          S* dh = dh_rows + b * dh_row + first;
           Cell::template backward<Polynomial<S>>(s, c_prev, c, h_prev, h, load(dh), dc, carry, d);
-          if (Cell::has_cell) store(m.dc + b * unit_stride + u * L, zero ? V{} : dc);
-          if (project) store(unprojected + u * L, h, n);
+          if (Cell::has_cell) store(dc_rows + b * dc_stride + first, zero ? V{} : dc);
+          if (projects) store(unprojected + b * R * H + first, h, n);
           else store(dh, zero ? V{} : carry);
-        } else if (project) {
-          store(unprojected + u * L, V{}, n);
+        } else if (projects) {
+          store(unprojected + b * R * H + first, V{}, n);
         }
+        T* const out = dgates + b * R * DG * H + first;
+        A* const operand = gates + b * gates_stride + first;
 #pragma GCC unroll 4
         for (int i = 0; i < DG; ++i) {
-          store(dgates + i * p.H + u * L, d[i], n);
-          if (i < G) store(gates + b * gate_stride + i * p.H + u * L, zero ? V{} : d[i], n);
+          store(out + i * H, d[i], n);
+          if (i < G) store(operand + i * H, zero ? V{} : d[i], n);
         }
       }
     }

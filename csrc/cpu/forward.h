@@ -186,42 +186,53 @@ struct ForwardLoop {
 
   // ---- the cell ----
   // Rows [b0, b1) of panel j at time t: from pre-activations to h_t (or, with a projection, what it multiplies) and c_t.
+  // What the loop reads of the problem is copied first: the compiler must assume that a vector store may change the original.
   __attribute__((noinline)) void cell(const Memory& m, int r, int64_t step, const S* pre, const A* h_in, A* h_out, int64_t j, int64_t b0,
                                       int64_t b1) const {
     const Weights& w = p.weights[r];
     const int64_t t = time(w, step), t_row = t - first_time(p, r), t_next = t + w.direction;
-    const bool project = projects(), last = step + 1 == p.T;
+    const int64_t H = p.H, R = p.R, pre_stride = row, in_stride = h_stride, cell_stride = c_stride, unprojected_stride = m_stride;
+    const bool project = projects(), last = step + 1 == p.T, masked = p.lengths || p.reset;
+    T* const y = project ? nullptr : (T*)f.y + (t * p.B * R + r) * H;
+    T* const hidden = project || !f.hidden ? nullptr : (T*)f.hidden + (t * p.B * R + r) * H;
+    T* const saved = SV && f.saved ? (T*)f.saved + (t_row * p.B * R + r) * SV * H : nullptr;
+    T* const cells = Cell::has_cell && f.cells ? (T*)f.cells + (t_row * p.B * R + r) * H : nullptr;
+    A* const unprojected = m.m;
+    S* const c_state = m.c;
+    const bool write_y = y && f.y;
     const int64_t u_end = (j + 1) * O::units < unit_vectors ? (j + 1) * O::units : unit_vectors;
-    for (int64_t b = b0; b < b1; ++b) {
-      const bool on = active(t, b), zero = cut(t, b), zero_next = !last && cut(t_next, b);
-      for (int64_t u = j * O::units; u < u_end; ++u) {
-        const int n = lanes_left(p.H, u * L, L);
-        const S* a_row = pre + b * row + u * PA * L;
+    for (int64_t u = j * O::units; u < u_end; ++u) {
+      const int64_t first = u * L;
+      const int n = lanes_left(H, first, L);
+      for (int64_t b = b0; b < b1; ++b) {
+        bool on = true, zero = false, zero_next = false;
+        if (masked) on = active(t, b), zero = cut(t, b), zero_next = !last && cut(t_next, b);
+        const S* a_row = pre + b * pre_stride + first * PA;
         V a[PA], s[SV ? SV : 1], c{}, h{}, h_prev{};
 #pragma GCC unroll 4
         for (int i = 0; i < PA; ++i) a[i] = load(a_row + O::column(i) * L);
-        if (Cell::has_cell && !zero) c = load(m.c + b * c_stride + u * L);
-        if (Cell::needs_h_prev) h_prev = load(h_in + b * h_stride + u * L);
+        if (Cell::has_cell && !zero) c = load(c_state + b * cell_stride + first);
+        if (Cell::needs_h_prev) h_prev = load(h_in + b * in_stride + first);
         Cell::template forward<Polynomial<S>>(a, h_prev, c, h, s);
         h = rounded<T>(h);
-        if (Cell::has_cell && on) store(m.c + b * c_stride + u * L, c);
-        const int64_t out = (t * p.B + b) * p.R + r;
+        if (Cell::has_cell && on) store(c_state + b * cell_stride + first, c);
+        const int64_t out = b * R * H + first;
         if (project) {
-          store(m.m + b * m_stride + u * L, h);
+          store(unprojected + b * unprojected_stride + first, h);
         } else {
           V keep = h;
-          if (!on) keep = load(h_in + b * h_stride + u * L), h = V{};
-          if (f.y) store((T*)f.y + out * p.H + u * L, h, n);
-          if (f.hidden) store((T*)f.hidden + out * p.H + u * L, h, n);
+          if (!on) keep = load(h_in + b * in_stride + first), h = V{};  // not running at this step: as it was
+          if (write_y) store(y + out, h, n);
+          if (hidden) store(hidden + out, h, n);
           if (zero_next) keep = V{};
-          store(h_out + b * h_stride + u * L, keep);
+          store(h_out + b * in_stride + first, keep);
         }
-        if (SV && f.saved) {
-          T* saved = (T*)f.saved + ((t_row * p.B + b) * p.R + r) * SV * p.H + u * L;
+        if (saved) {
+          T* const kept = saved + b * R * SV * H + first;
 #pragma GCC unroll 4
-          for (int i = 0; i < SV; ++i) store(saved + i * p.H, s[i], n);
+          for (int i = 0; i < SV; ++i) store(kept + i * H, s[i], n);
         }
-        if (Cell::has_cell && f.cells) store((T*)f.cells + ((t_row * p.B + b) * p.R + r) * p.H + u * L, c, n);
+        if (cells) store(cells + out, c, n);
       }
     }
   }

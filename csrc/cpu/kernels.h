@@ -7,8 +7,14 @@
 
 namespace FUSED_RNN_ISA {
 
+// A few rows in all: their forward leaves the weights as they stand, which the float kinds can.
+static bool few_rows(const Forward& f) { return (f.p.stop - f.p.start) * f.p.B <= kUnpackedRows; }
+static bool few_rows(const Backward&) { return false; }
+static bool few_rows(const Products&) { return false; }
+
 template <template <class, class, class> class Loop, class Args, class Cell>
 static void run_cell(const Args& args) {
+  if (args.p.dtype == fused_rnn::Dtype::bf16 && few_rows(args)) return Loop<F32, bf16, Cell>::run(args);
   switch (args.p.dtype) {
     case fused_rnn::Dtype::f32: return Loop<F32, float, Cell>::run(args);
     case fused_rnn::Dtype::f64: return Loop<F64, double, Cell>::run(args);

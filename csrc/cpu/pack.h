@@ -38,6 +38,16 @@ static __attribute__((noinline)) void pack_rows(typename Kind::Operand* dst, int
   }
 }
 
+// n elements of two rows side by side, as the 16-bit kinds want them; a null row is zero.
+template <class T>
+static ALWAYS_INLINE Vf pairs(const T* first, const T* second, int n) {
+  using U = VectorOf<float>::U;
+  alignas(64) uint16_t low[kLanes<float>] = {}, high[kLanes<float>] = {};
+  if (first) memcpy(low, (const void*)first, size_t(n) * 2);
+  if (second) memcpy(high, (const void*)second, size_t(n) * 2);
+  return (Vf)(__builtin_convertvector(*(const Half16V*)low, U) | __builtin_convertvector(*(const Half16V*)high, U) << 16);
+}
+
 // A vector of columns that are columns of src already: src[:, 0..n), n <= lanes.
 template <class Kind, class T>
 static __attribute__((noinline)) void pack_columns(typename Kind::Operand* dst, int vectors, int v, const T* src, int64_t ld, int n,
@@ -47,16 +57,8 @@ static __attribute__((noinline)) void pack_columns(typename Kind::Operand* dst, 
   const int64_t k_end = round_up(k, Kind::k_multiple), step = int64_t(vectors) * L * KG;
   typename Kind::Operand* d = dst + int64_t(v) * L * KG;
   for (int64_t k0 = 0; k0 < k_end; k0 += KG, d += step) {
-    if constexpr (KG == 1) {
-      *(Vec<S>*)d = k0 < k ? load(src + k0 * ld, n) : Vec<S>{};
-    } else {
-      typename Kind::Operand pairs[L * KG];
-      memset((void*)pairs, 0, sizeof(pairs));
-      for (int g = 0; g < KG; ++g)
-        if (k0 + g < k)
-          for (int l = 0; l < n; ++l) pairs[l * KG + g] = src[(k0 + g) * ld + l];
-      memcpy(d, pairs, sizeof(pairs));
-    }
+    if constexpr (KG == 1) *(Vec<S>*)d = k0 < k ? load(src + k0 * ld, n) : Vec<S>{};
+    else *(Vec<S>*)d = pairs(k0 < k ? src + k0 * ld : nullptr, k0 + 1 < k ? src + (k0 + 1) * ld : nullptr, n);
   }
 }
 

@@ -71,12 +71,8 @@ struct ProductsLoop {
           Vec<S> r[L];
           const int here = lanes_left(n, i, L);
           for (int l = 0; l < L; ++l) {
-            alignas(64) uint16_t low[L] = {}, high[L] = {};
-            if (k + 2 * l < depth) memcpy(low, src + (k + 2 * l) * ld + i, size_t(here) * 2);
-            if (k + 2 * l + 1 < depth) memcpy(high, src + (k + 2 * l + 1) * ld + i, size_t(here) * 2);
-            const auto lo = __builtin_convertvector(*(const Half16V*)low, VectorOf<float>::U);
-            const auto hi = __builtin_convertvector(*(const Half16V*)high, VectorOf<float>::U);
-            r[l] = (Vec<S>)(lo | hi << 16);
+            const T* row = src + (k + 2 * l) * ld + i;
+            r[l] = pairs(k + 2 * l < depth ? row : nullptr, k + 2 * l + 1 < depth ? row + ld : nullptr, here);
           }
           transpose<S>(r);
           const int64_t room = padded - k < 2 * L ? padded - k : 2 * L;
@@ -96,16 +92,9 @@ struct ProductsLoop {
       for (int v = 0; v < nv; ++v) {
         const int here = lanes_left(n, column + v * L, L);
         A* d = panel + (k / KG * nv + v) * L * KG;
-        if constexpr (KG == 1) {
-          *(Vec<S>*)d = k < depth && row[k] ? load(row[k] + column + v * L, here) : Vec<S>{};
-        } else {
-          alignas(64) uint16_t low[L] = {}, high[L] = {};
-          if (k < depth && row[k]) memcpy(low, row[k] + column + v * L, size_t(here) * 2);
-          if (k + 1 < depth && row[k + 1]) memcpy(high, row[k + 1] + column + v * L, size_t(here) * 2);
-          const auto lo = __builtin_convertvector(*(const Half16V*)low, VectorOf<float>::U);
-          const auto hi = __builtin_convertvector(*(const Half16V*)high, VectorOf<float>::U);
-          *(Vec<S>*)d = (Vec<S>)(lo | hi << 16);
-        }
+        const auto at = [&](int64_t i) { return i < depth && row[i] ? row[i] + column + v * L : nullptr; };
+        if constexpr (KG == 1) *(Vec<S>*)d = at(k) ? load(at(k), here) : Vec<S>{};
+        else *(Vec<S>*)d = pairs(at(k), at(k + 1), here);
       }
   }
 
