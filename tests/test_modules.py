@@ -256,12 +256,15 @@ def test_without_gradient_nothing_is_kept(name: str, mode: str) -> None:
 @pytest.mark.parametrize("name", MODULES)
 def test_single_steps_without_gradient(name: str) -> None:
     """T = 1 under no_grad has a way of its own, which gives what all others give, and in memory of its own."""
-    for options in ({}, {"bias": False}, *([{"batch_first": True}] if name in SEQUENCES else [])):
+    more: list[dict[str, Any]] = [{"batch_first": True}, {"num_layers": 2}, {"bidirectional": True}]
+    more += [{"proj_size": 3}, {"proj_size": 3, "bias": False}] if name == "LSTM" else []
+    for options in ({}, {"bias": False}, *(more if name in SEQUENCES else [])):
         ours, twin = make(name, 5, 7, **options)
         for batch in (1, 3):
             size = (batch, 5) if name in CELLS else (batch, 1, 5) if options.get("batch_first") else (1, batch, 5)
-            h = torch.randn(batch, 7) if name in CELLS else torch.randn(1, batch, 7)
-            for hx in (None, (h, torch.randn_like(h)) if "LSTM" in name else h):
+            h = torch.randn(batch, 7)
+            given = states(twin, batch) if name in SEQUENCES else (h, torch.randn_like(h)) if name == "LSTMCell" else h
+            for hx in (None, given):
                 x = torch.randn(size)
                 with torch.no_grad():
                     got, expected = ours(x, hx), twin(x, hx)
