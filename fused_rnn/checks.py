@@ -81,7 +81,9 @@ def check_sequence(x: Tensor) -> tuple[int, int, int]:
 
 
 def check_state(name: str, state: Tensor, x: Tensor, shape: tuple[int, ...], letters: str) -> None:
-    """An initial state of x's dtype and device, of this shape. Raises ValueError."""
+    """An initial state of x's dtype and device, of this shape. Raises ValueError, TypeError for what is no tensor."""
+    if not isinstance(state, Tensor):
+        raise TypeError(f"{name}: got {type(state).__name__}, expected a tensor {letters}")
     if state.shape != shape:
         raise ValueError(f"{name}: got {shape_text(state.shape)}, expected {letters} = {shape_text(shape)}")
     if state.dtype != x.dtype or state.device != x.device:

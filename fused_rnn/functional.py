@@ -53,7 +53,7 @@ def lstm(
     Twice differentiable in x, weights and hx (by "torch" as often as torch's kernels); in forward mode by "reference".
     Source: Hochreiter & Schmidhuber 1997; gates as in torch.nn.LSTM.
     """
-    h0, c0 = (None, None) if hx is None else hx
+    h0, c0 = _pair(hx)
     y, h_n, c_n = _stack(
         "lstm", x, weights, h0, c0, num_layers, bidirectional, dropout, training, lengths, reset, save, backend
     )
@@ -123,8 +123,7 @@ def lstm_cell(
 
     Dtypes, errors, differentiability and source as in `lstm`.
     """
-    h, c = (None, None) if hx is None else hx
-    h, c = _step("lstm", x, h, c, weights, backend)
+    h, c = _step("lstm", x, *_pair(hx), weights, backend)
     return h, c
 
 
@@ -138,6 +137,15 @@ def rnn_cell(
 ) -> Tensor:
     """One step of an RNN: x [B, D], h [B, H] or None, weights w_ih, w_hh, (b_ih, b_hh) → h' [B, H]. Else as `rnn`."""
     return _step(_rnn_cell_name(nonlinearity), x, h, None, weights, backend)[0]
+
+
+def _pair(hx: tuple[Tensor, Tensor] | None) -> tuple[Tensor | None, Tensor | None]:
+    if hx is None:
+        return None, None
+    if isinstance(hx, Tensor):  # which would unpack, along its first dimension
+        raise TypeError(f"hx: got a tensor {checks.shape_text(hx.shape)}, expected a pair (h0, c0) of tensors")
+    h, c = hx
+    return h, c
 
 
 def _rnn_cell_name(nonlinearity: str) -> str:

@@ -279,6 +279,12 @@ def test_wrong_arguments_are_named(name: str) -> None:
 def test_wrong_arguments_of_other_cells() -> None:
     with pytest.raises(ValueError, match=r"weights: got 3 tensors, expected 2 or 4"):
         functional.gru(X, [torch.ones(21, 4), torch.ones(21, 7), torch.ones(7, 7)])
+    with pytest.raises(TypeError, match=r"h0: got tuple, expected a tensor \[L·R, B, P\]"):
+        functional.gru(X, [torch.ones(21, 4), torch.ones(21, 7)], (torch.ones(1, 3, 7), torch.ones(1, 3, 7)))
+    with pytest.raises(TypeError, match=r"hx: got a tensor \[2, 3, 7\], expected a pair \(h0, c0\) of tensors"):
+        functional.lstm(X, WEIGHTS, torch.ones(2, 3, 7))
+    with pytest.raises(ValueError, match="num_layers: got 0, expected at least 1"):
+        functional.gru(X, [torch.ones(21, 4), torch.ones(21, 7)], num_layers=0)
     with pytest.raises(ValueError, match="nonlinearity: got 'gelu', expected 'tanh' or 'relu'"):
         functional.rnn(X, [torch.ones(7, 4), torch.ones(7, 7)], nonlinearity="gelu")
     with pytest.raises(ValueError, match=r"x: got \[5, 3, 4\], expected two dimensions \[B, D\]"):

@@ -59,4 +59,5 @@ def step(x: Tensor, h: Tensor | None, c: Tensor | None, weights: Sequence[Tensor
 def describe(problem: Problem) -> str:
     """What would run, in a line."""
     kept = f", keeping {problem.save} for backward" if problem.needs_grad else ""
-    return f"one fused C++ loop over time a layer, {problem.recurrences} recurrence(s) in it{kept}"
+    isa = "" if ops.MISSING else f" ({ops._C.isa()})"
+    return f"one fused C++ loop{isa} over time a layer, {problem.recurrences} recurrence(s) in it{kept}"
