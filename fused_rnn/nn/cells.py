@@ -8,7 +8,8 @@ from operator import itemgetter
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, is_grad_enabled, nn
+from torch.compiler import is_compiling
 
 # Bound now, as in rnn.py.
 from torch.nn import GRUCell as TorchGRUCell
@@ -17,7 +18,7 @@ from torch.nn import RNNCell as TorchRNNCell
 
 from fused_rnn import functional
 from fused_rnn.nn.base import Fused, known_backend, prefers_twin, refuse, run_twin
-from fused_rnn.nn.plain import CELL_CODES, PLAIN, STEP, are_plain, is_plain_hx, may_step
+from fused_rnn.nn.plain import CELL_CODES, PLAIN, STEP, are_plain, in_transform, is_plain_hx
 
 # Read the weights in one C call; through nn.Module.__getattr__ each would cost 0.4 µs. Without biases these are None.
 _READ = itemgetter("weight_ih", "weight_hh", "bias_ih", "bias_hh")
@@ -46,9 +47,11 @@ def _step(module: Cell, input: Any, h: Any, c: Any, code: int) -> list[Tensor] |
     """The new states without gradient, by the op alone; None where the call is another one. As sequence.step."""
     if (
         STEP is None
-        or not may_step()
+        or is_grad_enabled()
+        or is_compiling()
         or type(input) is not Tensor
         or input.dim() != 2
+        or in_transform()
         or (module._fused_backend is not None and module._fused_backend != "cpu")
         or not input.is_cpu
     ):
@@ -80,7 +83,7 @@ def _run(module: Cell, function: Callable[..., Any], input: Any, hx: Any) -> Any
 
 def _read_weights(module: Cell) -> list[Tensor]:
     """The weights as the attributes are now: tied, swapped by functional_call, parametrized, or set by a hook."""
-    if not torch.compiler.is_compiling():
+    if not is_compiling():
         try:
             return [w for w in _READ(module._parameters) if w is not None]
         except KeyError:

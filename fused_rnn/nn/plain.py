@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from torch import Tensor, is_grad_enabled, nn
+from torch import Tensor, nn
 from torch._C import _are_functorch_transforms_active, _is_any_autocast_enabled, _is_tracing
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
@@ -41,15 +41,9 @@ def is_plain_hx(hx: object, states: int) -> bool:
     return isinstance(hx, (tuple, list)) and len(hx) == states and are_plain(hx)
 
 
-def may_step() -> bool:
-    """Whether fused_rnn::step, which knows no gradient, autocast, batching or tracing, may be all of a call."""
-    return not (
-        is_grad_enabled()
-        or is_compiling()
-        or _is_any_autocast_enabled()
-        or _are_functorch_transforms_active()
-        or _is_tracing()
-    )
+def in_transform() -> bool:
+    """Whether autocast, torch.func or torch.jit.trace changes what operators do: fused_rnn::step knows none of them."""
+    return _is_any_autocast_enabled() or _are_functorch_transforms_active() or _is_tracing()
 
 
 def is_jit_tracing() -> bool:

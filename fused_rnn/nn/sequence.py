@@ -8,13 +8,14 @@ from operator import itemgetter
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, is_grad_enabled, nn
+from torch.compiler import is_compiling
 from torch.nn.utils.rnn import PackedSequence
 
 from fused_rnn import functional
 from fused_rnn.nn.base import Fused, known_backend, prefers_twin, refuse, run_twin
 from fused_rnn.nn.packed import Layout
-from fused_rnn.nn.plain import CELL_CODES, PLAIN, STEP, are_plain, is_plain_hx, may_step
+from fused_rnn.nn.plain import CELL_CODES, PLAIN, STEP, are_plain, in_transform, is_plain_hx
 
 # Read a single layer's weights in one C call, by how many there are; then what fused_rnn::step has after them. Through
 # nn.Module.__getattr__ each would cost 0.4 µs. A projection without biases is rare, and goes the slow way.
@@ -95,9 +96,11 @@ def step(module: Recurrent, input: Any, hx: Any) -> list[Tensor] | None:
     """
     if (
         STEP is None
-        or not may_step()
+        or is_grad_enabled()
+        or is_compiling()  # before the size, on which torch.compile is not to specialise
         or type(input) is not Tensor
         or input.dim() != 3
+        or in_transform()
         or input.size(1 if module.batch_first else 0) != 1
         or module.num_layers != 1
         or module.bidirectional
@@ -139,7 +142,7 @@ def run(module: Recurrent, input: Any, hx: Any, lengths: Any, reset: Tensor | No
 def read_weights(module: Recurrent) -> list[Tensor]:
     """The weights as the attributes are now: tied, swapped by functional_call, parametrized, or set by a hook."""
     names = module._flat_weights_names
-    if not torch.compiler.is_compiling():
+    if not is_compiling():
         parameters = module._parameters
         try:
             return [parameters[name] for name in names]  # type: ignore[misc]
