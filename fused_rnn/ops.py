@@ -62,7 +62,7 @@ def _forward_fake(
         saved = x.new_empty(steps, batch, recurrences, spec.stored, hidden)
         cells = x.new_empty(steps, batch, recurrences, hidden) if spec.has_c else x.new_empty(0)
     else:
-        chunks = (steps + _C.CHECKPOINT_EVERY - 1) // _C.CHECKPOINT_EVERY
+        chunks = steps // _C.CHECKPOINT_EVERY + 2  # never 1, on which Dynamo would specialise
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
         saved = x.new_empty(chunks, recurrences, batch, width + (hidden if spec.has_c else 0), dtype=wide)
         cells = x.new_empty(0)

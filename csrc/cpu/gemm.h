@@ -108,15 +108,14 @@ static __attribute__((noinline)) void vector_tile(const TileArgs<Kind>& t) {
   constexpr int L = kKindLanes<Kind>, KG = Kind::k_group;
   // An FMA takes four cycles and two start in each: few accumulators are split over several k to keep eight in flight.
   constexpr int KU = MR * NV >= 6 ? 1 : MR * NV >= 3 ? 2 : MR * NV == 2 ? 4 : 8;
+  // The sums start from zero and init comes last: added first, it would have every term rounded at its scale.
   Vec<S> acc[KU][MR][NV];
-#pragma GCC unroll 6
-  for (int m = 0; m < MR; ++m)
-#pragma GCC unroll 4
-    for (int v = 0; v < NV; ++v) {
-      acc[0][m][v] = load(t.init + m * t.ldi + v * L);
 #pragma GCC unroll 8
-      for (int u = 1; u < KU; ++u) acc[u][m][v] = Vec<S>{};
-    }
+  for (int u = 0; u < KU; ++u)
+#pragma GCC unroll 6
+    for (int m = 0; m < MR; ++m)
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; ++v) acc[u][m][v] = Vec<S>{};
   const auto* a = t.a;
   const auto* w = t.w;
   int64_t k = (t.k + KG - 1) / KG;
@@ -141,7 +140,7 @@ static __attribute__((noinline)) void vector_tile(const TileArgs<Kind>& t) {
       Vec<S> sum = acc[0][m][v];
 #pragma GCC unroll 8
       for (int u = 1; u < KU; ++u) sum += acc[u][m][v];
-      store(t.c + m * t.ldc + v * L, sum);
+      store(t.c + m * t.ldc + v * L, load(t.init + m * t.ldi + v * L) + sum);
     }
 }
 
@@ -273,8 +272,10 @@ static ALWAYS_INLINE void multiply_tile(int rows, int vectors, const TileArgs<Ki
   }
 }
 
-// Any number of rows: split evenly into tiles, so that none is much smaller than the others. `ahead_bytes`: size of the panel that
-// follows this one and would have to come from L3; with two tiles or more there is time to fetch it while this one is used.
+// Any number of rows: split evenly into tiles, so that none is much smaller than the others. Long sums are cut into blocks of k,
+// each summed by itself. `ahead_bytes`: size of the panel that follows this one and would have to come from L3; with two tiles or
+// more there is time to fetch it while this one is used.
+constexpr int64_t kSumBlock = 256;
 template <class Kind>
 static ALWAYS_INLINE void multiply_panel(int64_t rows, int vectors, TileArgs<Kind> t, int64_t ahead_bytes = 0) {
   const int64_t tiles = (rows + Kind::tile_rows - 1) / Kind::tile_rows;
@@ -283,13 +284,20 @@ static ALWAYS_INLINE void multiply_panel(int64_t rows, int vectors, TileArgs<Kin
   const int lines = !all.ahead || tiles < 2 ? 0 : tiles * steps * 64 >= ahead_bytes ? 1 : 2;
   for (int64_t q = 0; q < tiles; ++q) {
     const int64_t first = rows * q / tiles, last = rows * (q + 1) / tiles;
-    t.a = all.a + first * t.lda;
-    t.init = all.init + first * t.ldi;
-    t.c = all.c + first * t.ldc;
-    const int64_t offset = q * steps * lines * 64;
-    t.ahead_lines = lines && offset + steps * lines * 64 <= ahead_bytes ? lines : 0;
-    t.ahead = all.ahead + offset;
-    multiply_tile<Kind>(int(last - first), vectors, t);
+    t.init = all.init + first * all.ldi;
+    t.ldi = all.ldi;
+    t.c = all.c + first * all.ldc;
+    for (int64_t k = 0; k < all.k; k += kSumBlock) {
+      t.a = all.a + first * all.lda + k;
+      t.w = all.w + k * vectors * kKindLanes<Kind>;
+      t.k = all.k - k < kSumBlock ? all.k - k : kSumBlock;
+      const int64_t offset = (q * steps + k / Kind::k_group) * lines * 64, amount = (t.k + Kind::k_group - 1) / Kind::k_group * lines * 64;
+      t.ahead_lines = lines && offset + amount <= ahead_bytes ? lines : 0;
+      t.ahead = all.ahead + offset;
+      multiply_tile<Kind>(int(last - first), vectors, t);
+      t.init = t.c;
+      t.ldi = all.ldc;
+    }
   }
 }
 

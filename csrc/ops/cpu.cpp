@@ -27,7 +27,7 @@ std::vector<Tensor> cpu_forward(Tensor x, std::vector<Tensor> weights, MaybeTens
     saved = empty(y, {p.T, p.B, p.R, saved_of(p.cell), p.H});
     cells = empty(y, lstm ? Sizes{p.T, p.B, p.R, p.H} : Sizes{0});
   } else if (recompute) {
-    saved = empty(y, {(p.T + kCheckpointEvery - 1) / kCheckpointEvery, p.R, p.B, p.P + (lstm ? p.H : 0)}, accumulation_type(y));
+    saved = empty({checkpoint_rows(p.T), p.R, p.B, p.P + (lstm ? p.H : 0)}, accumulation_type(y));
     cells = empty(y, {0});
   }
   if (save != "none") hidden = empty(y, keep_hidden ? Sizes{p.T, p.B, p.R * p.P} : Sizes{0});
@@ -62,8 +62,9 @@ std::vector<Tensor> cpu_forward(Tensor x, std::vector<Tensor> weights, MaybeTens
   return out;
 }
 
-// One step with as few costs around it as can be: x [B, D] or, as a sequence of one step, [1, B, D] or [B, 1, D]; h, c of any rank
-// with B rows, or absent for zeros. Returns h' (and c') shaped as h, and before them, for a sequence, y in memory of its own.
+// One step with as few costs around it as can be: x [B, D], h [B, P], c [B, H]; or as a sequence of one step, x [1, B, D] or
+// [B, 1, D], h [1, B, P], c [1, B, H]. An absent h or c is zero. Returns h' (and c') shaped as h (and c), and before them, for a
+// sequence, y in memory of its own.
 std::vector<Tensor> cpu_step(Tensor x, MaybeTensor h, MaybeTensor c, Tensor w_ih, Tensor w_hh, MaybeTensor b_ih, MaybeTensor b_hh,
                              MaybeTensor w_hr, int64_t cell_index) {
   STD_TORCH_CHECK(cell_index >= 0 && cell_index < 4, "fused_rnn: cell is ", cell_index, ", expected 0 (lstm), 1 (gru), 2 (rnn_tanh) or 3 (rnn_relu)");
@@ -71,50 +72,48 @@ std::vector<Tensor> cpu_step(Tensor x, MaybeTensor h, MaybeTensor c, Tensor w_ih
   const int G = gates_of(cell);
   const bool lstm = has_cell(cell), sequence = x.dim() == 3;
   STD_TORCH_CHECK(sequence || x.dim() == 2, "fused_rnn: x has ", x.dim(), " dimensions, expected 2 or 3");
-  const int64_t B = sequence ? x.size(0) * x.size(1) : x.size(0), D = x.size(-1);
   STD_TORCH_CHECK(!sequence || x.size(0) == 1 || x.size(1) == 1, "fused_rnn: x has shape ", text(sizes_of(x)), ", expected one step");
+  const int64_t B = sequence ? x.size(0) * x.size(1) : x.size(0), D = x.size(-1);
   STD_TORCH_CHECK(w_hh.dim() == 2 && w_hh.size(0) % G == 0 && w_hh.size(0) > 0 && D > 0, "fused_rnn: w_hh has shape ", text(sizes_of(w_hh)),
                   ", expected [", G, " H, P]");
   const int64_t H = w_hh.size(0) / G, P = w_hh.size(1);
-  STD_TORCH_CHECK((w_hr ? lstm : P == H) && bool(b_ih) == bool(b_hh), "fused_rnn: w_hh has shape ", text(sizes_of(w_hh)),
-                  ", which does not fit the other weights");
-  const ScalarType type = x.scalar_type();
-  auto checked = [&](const char* name, const Tensor& t, int64_t rows, int64_t columns) {
+  STD_TORCH_CHECK((w_hr ? lstm : P == H) && bool(b_ih) == bool(b_hh) && (lstm || !c), "fused_rnn: w_hh has shape ", text(sizes_of(w_hh)),
+                  ", which does not fit the other arguments");
+  const ScalarType type = x.scalar_type(), wide = accumulation_type(x);
+  auto pointer = [&](const char* name, Tensor& t, std::initializer_list<int64_t> sizes) {
     STD_TORCH_CHECK(t.is_cpu() && t.scalar_type() == type, "fused_rnn: ", name, " differs from x in dtype or device");
-    STD_TORCH_CHECK(t.size(-1) == columns && t.numel() == rows * columns, "fused_rnn: ", name, " has shape ", text(sizes_of(t)), ", expected [",
-                    rows, ", ", columns, "]");
-    return as_contiguous(t);
+    bool same = t.dim() == int64_t(sizes.size());
+    for (size_t i = 0; same && i < sizes.size(); ++i) same = t.size(int64_t(i)) == sizes.begin()[i];
+    STD_TORCH_CHECK(same, "fused_rnn: ", name, " has shape ", text(sizes_of(t)), ", expected ", text(sizes));
+    if (!t.is_contiguous()) t = torch::stable::contiguous(t);
+    return t.const_data_ptr();
   };
-  x = checked("x", x, B, D);
-  w_ih = checked("w_ih", w_ih, G * H, D);
-  w_hh = checked("w_hh", w_hh, G * H, P);
-  if (b_ih) b_ih = checked("b_ih", *b_ih, 1, G * H), b_hh = checked("b_hh", *b_hh, 1, G * H);
-  if (w_hr) w_hr = checked("w_hr", *w_hr, P, H);
-
-  const Weights w{w_ih.const_data_ptr(), w_hh.const_data_ptr(), b_ih ? b_ih->const_data_ptr() : nullptr,
-                  b_hh ? b_hh->const_data_ptr() : nullptr, w_hr ? w_hr->const_data_ptr() : nullptr, 1};
+  Weights w{};
+  w.direction = 1;
+  w.w_ih = pointer("w_ih", w_ih, {G * H, D});
+  w.w_hh = pointer("w_hh", w_hh, {G * H, P});
+  if (b_ih) w.b_ih = pointer("b_ih", *b_ih, {G * H}), w.b_hh = pointer("b_hh", *b_hh, {G * H});
+  if (w_hr) w.w_hr = pointer("w_hr", *w_hr, {P, H});
   Forward f{};
   f.p = {cell, dtype_of(x), 1, B, D, H, P, 1, 0, 1, &w, nullptr, nullptr, 1};
-  f.x = x.const_data_ptr();
+  f.x = sequence ? pointer("x", x, {x.size(0), x.size(1), D}) : pointer("x", x, {B, D});
   f.h_is_zero = !h;
-  const ScalarType wide = accumulation_type(x);
-  auto state = [&](const char* name, const MaybeTensor& given, int64_t width) {
-    const Sizes sizes = given ? sizes_of(*given) : sequence ? Sizes{1, B, width} : Sizes{B, width};
-    if (!given) return zeros(x, sizes, wide);
-    const Tensor s = checked(name, *given, B, width);
-    if (wide != type) return torch::stable::to(s, wide);
-    const Tensor copy = empty(x, sizes);
-    memcpy(copy.mutable_data_ptr(), s.const_data_ptr(), size_t(B * width) * (type == ScalarType::Double ? 8 : 4));
-    return copy;
+  auto state = [&](const char* name, MaybeTensor& given, int64_t width) {
+    const Sizes sizes = sequence ? Sizes{1, B, width} : Sizes{B, width};
+    if (!given) return zeros(sizes, wide);
+    if (sequence) pointer(name, *given, {1, B, width});
+    else pointer(name, *given, {B, width});
+    return copied(*given, wide);
   };
   const Tensor h_n = state("h", h, P);
   MaybeTensor c_n;
   if (lstm) c_n = state("c", c, H);
   std::vector<Tensor> out;
+  out.reserve(3);
   f.h = h_n.mutable_data_ptr();
   if (lstm) f.c = c_n->mutable_data_ptr();
   if (sequence) {
-    out.push_back(empty(x, {x.size(0), x.size(1), P}));
+    out.push_back(empty({x.size(0), x.size(1), P}, type));
     f.y = out[0].mutable_data_ptr();
   }
   if (B > 0) cpu::kernels().forward(f);

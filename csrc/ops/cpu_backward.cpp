@@ -17,7 +17,7 @@ struct Gradient {
   Gradient(const Tensor& like, const Tensor& weight, int64_t pad) {
     const int64_t columns = weight.dim() == 2 ? (weight.size(1) + pad - 1) / pad * pad : 1;
     const Sizes sizes = weight.dim() == 2 ? Sizes{weight.size(0), columns} : sizes_of(weight);
-    sum = like.numel() ? empty(like, sizes, accumulation_type(like)) : zeros(like, sizes, accumulation_type(like));
+    sum = like.numel() ? empty(sizes, accumulation_type(like)) : zeros(sizes, accumulation_type(like));
     result = weight;
   }
   void* data() const { return sum.mutable_data_ptr(); }
@@ -53,8 +53,7 @@ std::vector<Tensor> cpu_backward(MaybeTensor dy, MaybeTensor dh_n, MaybeTensor d
   hidden = as_contiguous(hidden);
   saved = as_contiguous(saved);
   cells = as_contiguous(cells);
-  const int64_t checkpoints = (p.T + kCheckpointEvery - 1) / kCheckpointEvery;
-  if (recompute) check_sizes("saved", saved, {checkpoints, p.R, p.B, p.P + (lstm ? p.H : 0)});
+  if (recompute) check_sizes("saved", saved, {checkpoint_rows(p.T), p.R, p.B, p.P + (lstm ? p.H : 0)});
   else check_sizes("saved", saved, {p.T, p.B, p.R, S, p.H});
   if (!recompute && lstm) check_sizes("cells", cells, {p.T, p.B, p.R, p.H});
 
@@ -81,7 +80,7 @@ std::vector<Tensor> cpu_backward(MaybeTensor dy, MaybeTensor dh_n, MaybeTensor d
       else db_hh.push_back(data);
     }
   const bool share_dx = p.R > 1 && !layer.x_per_recurrence;  // several recurrences add to the same dx
-  const Tensor dx = !need_dx ? empty(x, {0}) : share_dx || p.B == 0 ? zeros(x, sizes_of(x), x.scalar_type()) : empty(x, sizes_of(x));
+  const Tensor dx = !need_dx ? empty(x, {0}) : share_dx || p.B == 0 ? zeros(sizes_of(x), x.scalar_type()) : empty(x, sizes_of(x));
 
   if (p.B > 0) {
     const int64_t range = recompute ? kCheckpointEvery : std::min(p.T, std::max<int64_t>(1, (kRangeRows + p.B - 1) / p.B));
@@ -95,8 +94,8 @@ std::vector<Tensor> cpu_backward(MaybeTensor dy, MaybeTensor dh_n, MaybeTensor d
     if (recompute) {
       again_saved = empty(x, {range, p.B, p.R, S, p.H});
       again_cells = empty(x, lstm ? Sizes{range, p.B, p.R, p.H} : Sizes{0});
-      h_run = empty(x, {p.R, p.B, p.P}, wide);
-      if (lstm) c_run = empty(x, {p.R, p.B, p.H}, wide);
+      h_run = empty({p.R, p.B, p.P}, wide);
+      if (lstm) c_run = empty({p.R, p.B, p.H}, wide);
     }
     for (int64_t start = last; start >= 0; start -= range) {
       Problem part = p;

@@ -1,13 +1,13 @@
 // One layer as the ops receive it, checked: sizes, dtypes and devices agree before any kernel sees a pointer.
 #pragma once
-#include <cmath>
-
 #include "tensors.h"
 
 namespace fused_rnn::ops {
 
 // With save="recompute" the state is kept every so many steps; fused_rnn/ops.py reads it from the module.
 constexpr int64_t kCheckpointEvery = 32;
+// Their number for T steps, and one or two rows more: torch.compile takes a symbolic size that may be 1 for another program.
+inline int64_t checkpoint_rows(int64_t T) { return T / kCheckpointEvery + 2; }
 
 class Layer {
  public:
@@ -86,11 +86,8 @@ class Layer {
 
   // An initial state in the accumulation dtype, memory of its own (the loops leave the final state there).
   Tensor state(const MaybeTensor& given, int64_t width) const {
-    if (!given) return zeros(x_, {p.R, p.B, width}, accumulation_type(x_));
-    if (given->scalar_type() != accumulation_type(x_)) return as_contiguous(torch::stable::to(*given, accumulation_type(x_)));
-    Tensor copy = empty(x_, {p.R, p.B, width});
-    torch::stable::copy_(copy, *given);
-    return copy;
+    const ScalarType wide = accumulation_type(x_);
+    return given ? copied(*given, wide) : zeros({p.R, p.B, width}, wide);
   }
 
  private:

@@ -4,7 +4,11 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
 #include <array>
+#include <cstring>
 #include <optional>
 #include <string>
 #include <vector>
@@ -32,12 +36,6 @@ inline ScalarType accumulation_type(const Tensor& t) {
   return t.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
-inline Tensor empty(const Tensor& like, const Sizes& sizes) { return torch::stable::new_empty(like, sizes); }
-inline Tensor empty(const Tensor& like, const Sizes& sizes, ScalarType type) { return torch::stable::new_empty(like, sizes, type); }
-inline Tensor zeros(const Tensor& like, const Sizes& sizes, ScalarType type) { return torch::stable::new_zeros(like, sizes, type); }
-inline Tensor as_contiguous(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
-inline Tensor converted(const Tensor& t, ScalarType type) { return t.scalar_type() == type ? t : torch::stable::to(t, type); }
-
 inline std::string text(const Sizes& sizes) {
   std::string s = "[";
   for (size_t i = 0; i < sizes.size(); ++i) s += (i ? ", " : "") + std::to_string(sizes[i]);
@@ -48,6 +46,54 @@ inline Sizes sizes_of(const Tensor& t) {
   for (int64_t i = 0; i < t.dim(); ++i) s[size_t(i)] = t.size(i);
   return s;
 }
+inline int32_t torch_dtype(ScalarType type) {
+  switch (type) {
+    case ScalarType::Double: return aoti_torch_dtype_float64();
+    case ScalarType::BFloat16: return aoti_torch_dtype_bfloat16();
+    case ScalarType::Half: return aoti_torch_dtype_float16();
+    default: return aoti_torch_dtype_float32();
+  }
+}
+// A new tensor, by the C shim: torch::stable::new_empty goes through the boxed dispatcher, half a microsecond more each time.
+inline Tensor empty(const Sizes& sizes, ScalarType type) {
+  std::array<int64_t, 8> strides;
+  int64_t stride = 1;
+  for (size_t i = sizes.size(); i-- > 0; stride *= sizes[i] > 0 ? sizes[i] : 1) strides[i] = stride;
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(), torch_dtype(type),
+                                                         aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+inline Tensor empty(const Tensor& like, const Sizes& sizes) { return empty(sizes, like.scalar_type()); }
+inline Tensor as_contiguous(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+
+// Zeros, and conversions between a 16-bit dtype and float, by loops of our own: torch's run on its OpenMP threads, for which a
+// forked child waits forever.
+inline Tensor zeros(const Sizes& sizes, ScalarType type) {
+  Tensor t = empty(sizes, type);
+  if (t.numel()) memset(t.mutable_data_ptr(), 0, size_t(t.numel()) * t.element_size());
+  return t;
+}
+template <class To, class From>
+inline void convert(const Tensor& to, const Tensor& from) {
+  To* out = static_cast<To*>(to.mutable_data_ptr());
+  const From* in = static_cast<const From*>(from.const_data_ptr());
+  for (int64_t i = 0; i < from.numel(); ++i) out[i] = static_cast<To>(static_cast<float>(in[i]));
+}
+// t, contiguous, in memory of its own, as `type`: t's own dtype, float for a 16-bit one, or back.
+inline Tensor copied(const Tensor& t, ScalarType type) {
+  const Tensor from = as_contiguous(t), to = empty(sizes_of(t), type);
+  const ScalarType had = t.scalar_type();
+  if (t.numel() == 0) return to;
+  if (had == type) memcpy(to.mutable_data_ptr(), from.const_data_ptr(), size_t(t.numel()) * t.element_size());
+  else if (had == ScalarType::BFloat16) convert<float, torch::headeronly::BFloat16>(to, from);
+  else if (had == ScalarType::Half) convert<float, torch::headeronly::Half>(to, from);
+  else if (type == ScalarType::BFloat16) convert<torch::headeronly::BFloat16, float>(to, from);
+  else convert<torch::headeronly::Half, float>(to, from);
+  return to;
+}
+inline Tensor converted(const Tensor& t, ScalarType type) { return t.scalar_type() == type ? t : copied(t, type); }
+
 inline void check_sizes(const char* name, const Tensor& t, const Sizes& expected) {
   bool same = t.dim() == int64_t(expected.size());
   for (size_t i = 0; same && i < expected.size(); ++i) same = t.size(int64_t(i)) == expected[i];
