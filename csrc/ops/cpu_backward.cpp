@@ -22,10 +22,15 @@ struct Gradient {
   }
   void* data() const { return sum.mutable_data_ptr(); }
   Tensor finish() const {
-    const bool padded = result.dim() == 2 && sum.size(1) != result.size(1);
-    Tensor s = sum;
-    if (padded) s = torch::stable::narrow(s, 1, 0, result.size(1));
-    return as_contiguous(converted(s, result.scalar_type()));
+    if (result.dim() != 2 || sum.size(1) == result.size(1)) return converted(sum, result.scalar_type());
+    const int64_t columns = result.size(1);
+    const Tensor unpadded = empty({result.size(0), columns}, sum.scalar_type());
+    const size_t bytes = sum.element_size();
+    char* to = static_cast<char*>(unpadded.mutable_data_ptr());
+    const char* from = static_cast<const char*>(sum.const_data_ptr());
+    for (int64_t i = 0; i < result.size(0); ++i)
+      memcpy(to + size_t(i * columns) * bytes, from + size_t(i * sum.size(1)) * bytes, size_t(columns) * bytes);
+    return converted(unpadded, result.scalar_type());
   }
 };
 
