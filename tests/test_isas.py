@@ -1,0 +1,47 @@
+"""Every instruction set that was built and that this processor has, not only the one that is chosen by itself."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from cases import Case
+from judge import require
+
+from fused_rnn import ops
+
+ROOT = Path(__file__).parent.parent
+NAMES = ops._C.available_isas().split(", ") if ops.MISSING is None else []
+SELECTION = "test_cpu and (T257-B3 or T2-B33 or T1-B1)"
+
+
+def run(isa: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Python in a process of its own: the choice is made once, when the first kernel is asked for."""
+    environment = os.environ | {"FUSED_RNN_ISA": isa}
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("isa", NAMES[1:])
+def test_all_of_them_are_right(isa: str) -> None:
+    """The first of the names is the one that all other tests run with."""
+    done = run(isa, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_functional.py", "-k", SELECTION)
+    assert done.returncode == 0, done.stdout
+    assert "passed" in done.stdout
+    assert "skipped" not in done.stdout.splitlines()[-1]
+
+
+@pytest.mark.parametrize("isa", NAMES)
+def test_the_name_is_obeyed(isa: str) -> None:
+    done = run(isa, "-c", "from fused_rnn import _C; print(_C.isa())")
+    assert done.stdout.strip() == isa
+
+
+def test_an_unknown_name_is_an_error() -> None:
+    require("cpu", Case("lstm"))
+    done = run("sse9", "-c", "from fused_rnn import _C; print(_C.isa())")
+    assert done.returncode != 0
+    assert "FUSED_RNN_ISA=sse9: this build on this processor runs" in done.stderr
