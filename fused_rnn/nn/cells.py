@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from operator import itemgetter
 from typing import Any
 
 import torch
@@ -18,11 +17,19 @@ from torch.nn import RNNCell as TorchRNNCell
 
 from fused_rnn import functional
 from fused_rnn.nn.base import Fused, known_backend, prefers_twin, refuse, run_twin
-from fused_rnn.nn.plain import CELL_CODES, PLAIN, STEP, are_plain, in_transform, is_plain_hx
+from fused_rnn.nn.plain import (
+    CELL_CODES,
+    PLAIN,
+    STEP,
+    STEPPING,
+    are_plain,
+    is_autocasting,
+    is_functorch,
+    is_plain_hx,
+    is_tracing,
+)
 
-# Read the weights in one C call; through nn.Module.__getattr__ each would cost 0.4 µs. Without biases these are None.
-_READ = itemgetter("weight_ih", "weight_hh", "bias_ih", "bias_hh")
-
+_WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")  # the latter two None where there is no bias
 _LSTM, _GRU = CELL_CODES["lstm"], CELL_CODES["gru"]
 _RNN: dict[str, tuple[int, Callable[..., Any]]] = {
     "tanh": (CELL_CODES["rnn_tanh"], functional.rnn_cell),
@@ -48,16 +55,19 @@ def _step(module: Cell, input: Any, h: Any, c: Any, code: int) -> list[Tensor] |
     if (
         STEP is None
         or is_grad_enabled()
-        or is_compiling()
         or type(input) is not Tensor
         or input.dim() != 2
-        or in_transform()
-        or (module._fused_backend is not None and module._fused_backend != "cpu")
         or not input.is_cpu
+        or is_compiling()
+        or is_tracing()
+        or is_autocasting()
+        or is_functorch()
+        or module._fused_backend not in STEPPING
     ):
         return None
     try:
-        return STEP(input, h, c, *_READ(module._parameters), None, code)
+        w: dict[str, Any] = module._parameters
+        return STEP(input, h, c, w["weight_ih"], w["weight_hh"], w["bias_ih"], w["bias_hh"], None, code)
     except (KeyError, RuntimeError):
         return None  # a computed weight, or an input that the op refuses, as the slow way will in torch's words
 
@@ -85,10 +95,11 @@ def _read_weights(module: Cell) -> list[Tensor]:
     """The weights as the attributes are now: tied, swapped by functional_call, parametrized, or set by a hook."""
     if not is_compiling():
         try:
-            return [w for w in _READ(module._parameters) if w is not None]
+            parameters = module._parameters
+            return [w for w in (parameters[name] for name in _WEIGHTS) if w is not None]
         except KeyError:
             pass  # some are not parameters but computed from some
-    return [w for w in (module.weight_ih, module.weight_hh, module.bias_ih, module.bias_hh) if w is not None]
+    return [w for w in (getattr(module, name) for name in _WEIGHTS) if w is not None]
 
 
 class LSTMCell(Cell):

@@ -5,7 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 from torch import Tensor, nn
-from torch._C import _are_functorch_transforms_active, _is_any_autocast_enabled, _is_tracing
+
+# What changes the meaning of operators, and fused_rnn::step knows none of. Each is asked on every step, in 30 to 70 ns.
+from torch._C import _are_functorch_transforms_active as is_functorch
+from torch._C import _is_any_autocast_enabled as is_autocasting
+from torch._C import _is_tracing as is_tracing
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.compiler import is_compiling
@@ -18,6 +22,7 @@ from fused_rnn.cells import CELLS
 STEP: Callable[..., list[Tensor]] | None
 STEP = ops.step._op if ops.MISSING is None else None  # type: ignore[attr-defined]
 CELL_CODES = {name: code for code, name in enumerate(CELLS)}
+STEPPING = (None, "cpu")  # the backends that it may stand for
 
 # Any other subclass (ExpandedWeight of per-sample gradients, DTensor, a quantized weight) gives torch's operators a
 # meaning of its own and knows nothing of our ops. Fake and functional tensors are how torch traces; our ops know them.
@@ -41,12 +46,21 @@ def is_plain_hx(hx: object, states: int) -> bool:
     return isinstance(hx, (tuple, list)) and len(hx) == states and are_plain(hx)
 
 
-def in_transform() -> bool:
-    """Whether autocast, torch.func or torch.jit.trace changes what operators do: fused_rnn::step knows none of them."""
-    return _is_any_autocast_enabled() or _are_functorch_transforms_active() or _is_tracing()
-
-
 def is_jit_tracing() -> bool:
     """Whether torch.jit.trace is recording. It shall find torch's own operators, whose gradient it can save, which any
     runtime and the ONNX exporter know, and which take any length."""
-    return not is_compiling() and _is_tracing()
+    return not is_compiling() and is_tracing()
+
+
+__all__ = [
+    "CELL_CODES",
+    "PLAIN",
+    "STEP",
+    "STEPPING",
+    "are_plain",
+    "is_autocasting",
+    "is_functorch",
+    "is_jit_tracing",
+    "is_plain_hx",
+    "is_tracing",
+]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from operator import itemgetter
 from typing import Any, ClassVar
 
 import torch
@@ -15,16 +14,17 @@ from torch.nn.utils.rnn import PackedSequence
 from fused_rnn import functional
 from fused_rnn.nn.base import Fused, known_backend, prefers_twin, refuse, run_twin
 from fused_rnn.nn.packed import Layout
-from fused_rnn.nn.plain import CELL_CODES, PLAIN, STEP, are_plain, in_transform, is_plain_hx
-
-# Read a single layer's weights in one C call, by how many there are; then what fused_rnn::step has after them. Through
-# nn.Module.__getattr__ each would cost 0.4 µs. A projection without biases is rare, and goes the slow way.
-_CORE, _BIASES = ("weight_ih_l0", "weight_hh_l0"), ("bias_ih_l0", "bias_hh_l0")
-_READ: dict[int, tuple[Callable[[Any], tuple[Tensor, ...]], tuple[None, ...]]] = {
-    2: (itemgetter(*_CORE), (None, None, None)),
-    4: (itemgetter(*_CORE, *_BIASES), (None,)),
-    5: (itemgetter(*_CORE, *_BIASES, "weight_hr_l0"), ()),
-}
+from fused_rnn.nn.plain import (
+    CELL_CODES,
+    PLAIN,
+    STEP,
+    STEPPING,
+    are_plain,
+    is_autocasting,
+    is_functorch,
+    is_plain_hx,
+    is_tracing,
+)
 
 # torch.nn's forward goes by the mode too, and not by RNN's `nonlinearity`.
 _FUNCTIONS: dict[str, Callable[..., Any]] = {
@@ -92,21 +92,24 @@ def known_save(save: str) -> str:
 def step(module: Recurrent, input: Any, hx: Any) -> list[Tensor] | None:
     """y, h_n (and c_n) of one step of a single layer without gradient; None where the call is another one.
 
-    Python is most of such a call's time, so nothing is checked here that the op itself checks.
+    Python is most of such a call's time: what the op checks is not checked here, and the weights are read from where
+    nn.Module keeps them, for its __getattr__ takes 0.4 µs.
     """
     if (
         STEP is None
         or is_grad_enabled()
-        or is_compiling()  # before the size, on which torch.compile is not to specialise
         or type(input) is not Tensor
         or input.dim() != 3
-        or in_transform()
+        or is_compiling()  # before the size, on which nothing traced may specialise
+        or is_tracing()
         or input.size(1 if module.batch_first else 0) != 1
+        or not input.is_cpu
+        or is_autocasting()
+        or is_functorch()
         or module.num_layers != 1
         or module.bidirectional
         or module._fused_checks
-        or (module._fused_backend is not None and module._fused_backend != "cpu")
-        or not input.is_cpu
+        or module._fused_backend not in STEPPING
     ):
         return None
     h, c = hx, None
@@ -115,8 +118,10 @@ def step(module: Recurrent, input: Any, hx: Any) -> list[Tensor] | None:
             return None
         h, c = hx
     try:
-        read, rest = _READ[len(module._flat_weights_names)]
-        return STEP(input, h, c, *read(module._parameters), *rest, _CODES[module.mode])
+        w: dict[str, Any] = module._parameters
+        b_ih, b_hh = (w["bias_ih_l0"], w["bias_hh_l0"]) if module.bias else (None, None)
+        w_hr = w["weight_hr_l0"] if module.proj_size else None
+        return STEP(input, h, c, w["weight_ih_l0"], w["weight_hh_l0"], b_ih, b_hh, w_hr, _CODES[module.mode])
     except (KeyError, RuntimeError):
         return None  # a computed weight, or an input that the op refuses, as the slow way will in torch's words
 
