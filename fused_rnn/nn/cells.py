@@ -21,6 +21,7 @@ from fused_rnn.nn.plain import (
     CELL_CODES,
     PLAIN,
     STEP,
+    STEP_SIZE,
     STEPPING,
     are_plain,
     is_autocasting,
@@ -57,6 +58,7 @@ def _step(module: Cell, input: Any, h: Any, c: Any, code: int) -> list[Tensor] |
         or is_grad_enabled()
         or type(input) is not Tensor
         or input.dim() != 2
+        or input.numel() > STEP_SIZE
         or not input.is_cpu
         or is_compiling()
         or is_tracing()

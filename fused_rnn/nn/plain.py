@@ -23,6 +23,9 @@ STEP: Callable[..., list[Tensor]] | None
 STEP = ops.step._op if ops.MISSING is None else None  # type: ignore[attr-defined]
 CELL_CODES = {name: code for code, name in enumerate(CELLS)}
 STEPPING = (None, "cpu")  # the backends that it may stand for
+# Up to this many numbers in its input the op is the fastest (1.1 to 3.3 times torch's cells); beyond, dispatch is asked
+# what is, which takes 5 µs of 150 or more. Intel Xeon with AMX, 1 thread, November 2026.
+STEP_SIZE = 4096
 
 # Any other subclass (ExpandedWeight of per-sample gradients, DTensor, a quantized weight) gives torch's operators a
 # meaning of its own and knows nothing of our ops. Fake and functional tensors are how torch traces; our ops know them.
@@ -57,6 +60,7 @@ __all__ = [
     "PLAIN",
     "STEP",
     "STEPPING",
+    "STEP_SIZE",
     "are_plain",
     "is_autocasting",
     "is_functorch",

@@ -18,6 +18,7 @@ from fused_rnn.nn.plain import (
     CELL_CODES,
     PLAIN,
     STEP,
+    STEP_SIZE,
     STEPPING,
     are_plain,
     is_autocasting,
@@ -104,6 +105,7 @@ def step(module: Recurrent, input: Any, hx: Any) -> list[Tensor] | None:
         or is_tracing()
         or input.size(1 if module.batch_first else 0) != 1
         or not input.is_cpu
+        or input.numel() > STEP_SIZE
         or is_autocasting()
         or is_functorch()
         or module.num_layers != 1
