@@ -155,33 +155,35 @@ struct ForwardLoop {
     multiply_panel<Kind>(rows, nu * G, tile, panel_bytes);
   }
 
-  // The input product of steps [s0, s1) for rows [b0, b1), panels [j0, j1).
-  void input(const Memory& m, int r, int me, int64_t s0, int64_t s1, int64_t b0, int64_t b1, int64_t j0, int64_t j1) const {
-    const Weights& w = p.weights[r];
-    const int64_t t0 = w.direction > 0 ? s0 : p.T - s1, steps = s1 - s0;
+  // The input of steps [s0, s1): x itself where it is an operand as it stands, else converted rows.
+  struct Input {
+    const A* a;
+    int64_t lda, blocks, rows;  // `rows` rows from b0 on in each of `blocks` time steps; or one block of all rows of all steps
+  };
+  Input stage_input(const Memory& m, int r, int me, int64_t s0, int64_t s1, int64_t b0, int64_t b1) const {
+    const int64_t t0 = p.weights[r].direction > 0 ? s0 : p.T - s1, steps = s1 - s0;
     const int64_t ld = f.x_per_recurrence ? p.R * p.D : p.D;
     const T* x = (const T*)f.x + t0 * p.B * ld + (f.x_per_recurrence ? r * p.D : 0);
-    const bool whole = b0 == 0 && b1 == p.B;  // then the rows of all steps stand in one block
-    const int64_t blocks = whole ? 1 : steps, rows = whole ? steps * p.B : b1 - b0;
-    const A* a = (const A*)x;
-    int64_t lda = ld;
-    if (!direct_x) {
-      A* copy = m.x + me * chunk_steps * p.B * x_stride;
-      for (int64_t q = 0; q < blocks; ++q)
-        for (int64_t i = 0; i < rows; ++i)
-          convert_row(copy + (q * p.B + b0 + i) * x_stride, x + (q * p.B + b0 + i) * ld, p.D, x_stride);
-      a = copy;
-      lda = x_stride;
-    }
-    for (int64_t j = j0; j < j1; ++j)
-      for (int64_t q = 0; q < blocks; ++q) {
-        S* c = m.pre + (q * p.B + b0) * row;
-        product(a + (q * p.B + b0) * lda, lda, rows, m.w_ih, (const T*)w.w_ih, p.D, true, j, q + 1 == blocks && j + 1 < j1 ? j + 1 : -1, m.bias, 0, c);
-        if constexpr (O::h_offset > O::x_offset) {  // the recurrent product's own column starts from its bias
-          const int64_t column = j * PA * L + (PA - 1) * L;
-          for (int64_t i = 0; i < rows; ++i) store(c + i * row + column, load(m.bias + column));
-        }
+    const bool whole = b0 == 0 && b1 == p.B;
+    const Input in{(const A*)x, ld, whole ? 1 : steps, whole ? steps * p.B : b1 - b0};
+    if (direct_x) return in;
+    A* copy = m.x + me * chunk_steps * p.B * x_stride;
+    for (int64_t q = 0; q < in.blocks; ++q)
+      for (int64_t i = 0; i < in.rows; ++i)
+        convert_row(copy + (q * p.B + b0 + i) * x_stride, x + (q * p.B + b0 + i) * ld, p.D, x_stride);
+    return {copy, x_stride, in.blocks, in.rows};
+  }
+  // Its product, for panel j; panel `next` follows (-1: none).
+  void input(const Memory& m, int r, const Input& in, int64_t b0, int64_t j, int64_t next) const {
+    for (int64_t q = 0; q < in.blocks; ++q) {
+      S* c = m.pre + (q * p.B + b0) * row;
+      product(in.a + (q * p.B + b0) * in.lda, in.lda, in.rows, m.w_ih, (const T*)p.weights[r].w_ih, p.D, true, j,
+              q + 1 == in.blocks ? next : -1, m.bias, 0, c);
+      if constexpr (O::h_offset > O::x_offset) {  // the recurrent product's own column starts from its bias
+        const int64_t column = j * PA * L + (PA - 1) * L;
+        for (int64_t i = 0; i < in.rows; ++i) store(c + i * row + column, load(m.bias + column));
       }
+    }
   }
 
   // ---- the cell ----
@@ -294,23 +296,30 @@ struct ForwardLoop {
     load_state(m, r, part(p.B, s.me, s.size), part(p.B, s.me + 1, s.size));
     barrier.wait(s.me);
 
+    // Every other step runs the panels from the end: what the caches still hold of the weights comes first. So does every other
+    // call on weights as they stand, which a stream of single steps makes.
+    static thread_local int calls = 0;
+    const int64_t turn = unpacked ? calls++ : 0;
     const A* h_in = m.h[0];
     A* h_out = m.h[1];
     for (int64_t s0 = p.start; s0 < p.stop; s0 += chunk_steps) {
       const int64_t s1 = s0 + chunk_steps < p.stop ? s0 + chunk_steps : p.stop;
-      input(m, r, s.me, s0, s1, b0, b1, j0, j1);
+      const Input in = stage_input(m, r, s.me, s0, s1, b0, b1);
+      const bool by_panel = s1 - s0 == 1;  // both products of a panel and its cells at once
+      for (int64_t j = j0; j < j1 && !by_panel; ++j) input(m, r, in, b0, j, j + 1 < j1 ? j + 1 : -1);
       for (int64_t step = s0; step < s1; ++step) {
         S* pre = m.pre + (w.direction > 0 ? step - s0 : s1 - 1 - step) * p.B * row;
         if (f.checkpoints && step % f.every == 0) {
           checkpoint(m, r, step, h_in, part(p.B, s.me, s.size), part(p.B, s.me + 1, s.size));
           if (split_units) barrier.wait(s.me);  // c of all units is read there, before this step changes it
         }
-        const bool skip = step == p.start && f.h_is_zero;
+        const bool skip = step == p.start && f.h_is_zero, from_end = (step + turn) & 1;
         for (int64_t i = j0; i < j1; ++i) {
-          // Every other step runs the panels from the end: what the caches still hold of W_hh comes first.
-          const int64_t j = step & 1 ? j0 + j1 - 1 - i : i, next = step & 1 ? j - 1 : j + 1;
+          const int64_t j = from_end ? j0 + j1 - 1 - i : i;
+          const int64_t after = from_end ? j - 1 : j + 1, next = after >= j0 && after < j1 ? after : -1;
+          if (by_panel) input(m, r, in, b0, j, next);
           S* c = pre + b0 * row;
-          if (!skip) product(h_in + b0 * h_stride, h_stride, b1 - b0, m.w_hh, (const T*)w.w_hh, p.P, false, j, next >= j0 && next < j1 ? next : -1, c, row, c);
+          if (!skip) product(h_in + b0 * h_stride, h_stride, b1 - b0, m.w_hh, (const T*)w.w_hh, p.P, false, j, next, c, row, c);
           cell(m, r, step, pre, h_in, h_out, j, b0, b1);
         }
         if (project_h) {
