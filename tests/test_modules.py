@@ -54,7 +54,7 @@ def configurations(*extra: dict[str, Any]) -> pytest.MarkDecorator:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [*BACKENDS, "torch"])
 @configurations()
 def test_sequence(name: str, options: dict[str, Any], backend: str | None, dtype: torch.dtype) -> None:
     ours, twin = make(name, 5, 7, extras={"backend": backend}, dtype=dtype, **options)
@@ -123,7 +123,7 @@ def test_dropout_draws_the_masks_that_torch_draws(name: str, packed: bool) -> No
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [*BACKENDS, "torch"])
 @pytest.mark.parametrize(
     ("name", "options"),
     [(name, options) for name in CELLS for options in ({}, {"bias": False})] + [("RNNCell", {"nonlinearity": "relu"})],
