@@ -37,6 +37,13 @@ backward: Callable[..., list[Tensor]] = _absent
 step: Callable[..., list[Tensor]] = _absent
 
 
+def _same_device(x: Tensor, *others: Tensor | None) -> None:
+    """A real call with one argument on the meta device arrives here, not in C++: it must not be answered."""
+    for t in others:
+        if t is not None and t.device != x.device:
+            raise RuntimeError(f"fused_rnn: got tensors on {x.device} and on {t.device}, expected all on one device")
+
+
 def _forward_fake(
     x: Tensor,
     weights: Sequence[Tensor],
@@ -49,6 +56,7 @@ def _forward_fake(
     save: str,
     keep_hidden: bool,
 ) -> list[Tensor]:
+    _same_device(x, h0, c0, lengths, reset, *weights)
     spec, recurrences = CELLS[cell], len(directions)
     steps, batch = x.shape[:2]
     hidden, width = weights[1].shape[0] // spec.gates, weights[1].shape[1]
@@ -88,6 +96,7 @@ def _backward_fake(
     need_dx: bool,
     need_dw: bool,
 ) -> list[Tensor]:
+    _same_device(x, dy, dh_n, dc_n, h0, c0, lengths, reset, hidden, saved, cells, *weights)
     dx = x.new_empty(x.shape) if need_dx else x.new_empty(0)
     dh0 = x.new_empty(0 if h0 is None else h0.shape)
     dc0 = x.new_empty(0 if c0 is None else c0.shape)
@@ -105,6 +114,7 @@ def _step_fake(
     w_hr: Tensor | None,
     cell: int,
 ) -> list[Tensor]:
+    _same_device(x, h, c, w_ih, w_hh, b_ih, b_hh, w_hr)
     spec, leading = list(CELLS.values())[cell], x.shape[:-1]
     width, hidden = w_hh.shape[1], w_hh.shape[0] // spec.gates
     sequence, batch = x.dim() == 3, leading.numel()

@@ -12,7 +12,7 @@ from tolerances import GRADCHECK, assert_same_formula
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
-from fused_rnn import GRUFunction, LSTMFunction, RNNFunction
+from fused_rnn import GRUFunction, LSTMFunction, RNNFunction, autograd
 from fused_rnn.cells import CELLS
 
 BACKENDS = ["cpu", "reference"]
@@ -78,6 +78,26 @@ def test_functions_by_themselves(cell: str) -> None:
     tensors = (x, *leaves(given)[1:])
     assert gradcheck(run, tensors, fast_mode=True, **GRADCHECK)
     assert gradgradcheck(run, tensors, fast_mode=True, **GRADCHECK)
+
+
+@pytest.mark.parametrize("with_state", [True, False])
+@pytest.mark.parametrize("cell", CELLS)
+def test_a_function_over_each_backend(cell: str, with_state: bool) -> None:
+    """All backends have the ops' interface: a Function runs over any of them, with the same gradients."""
+    case = Case(cell, **SMALL, bidirectional=True, hx=with_state)
+    given = inputs(case)
+    results = []
+    for backend in ("cpu", "torch", "reference"):
+        require(backend, case)
+        tensors = leaves(given)
+        h0, c0 = [*tensors[1 : 1 + len(given.hx)], None, None][:2]
+        weights = tensors[1 + len(given.hx) :]
+        outputs = autograd.layer(cell, tensors[0], weights, h0, c0, None, None, (1, -1), "gates", True, backend)
+        outputs = [o for o in outputs if o is not None]
+        results.append([*outputs, *torch.autograd.grad(outputs, tensors, given.dout)])
+    for one, other, third in zip(*results, strict=True):
+        assert_same_formula(one, third)
+        assert_same_formula(other, third)
 
 
 @pytest.mark.parametrize("cell", CELLS)

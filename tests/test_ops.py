@@ -187,6 +187,22 @@ def test_forward_refuses(name: str) -> None:
         ops.forward(*call)
 
 
+def test_one_argument_on_the_meta_device_is_refused() -> None:
+    """There the dispatcher takes the fake kernel, which would answer with memory that nobody wrote."""
+    case = Case("gru")
+    require("cpu", case)
+    given = inputs(case)
+    meta = given.hx[0].to("meta")
+    forward, backward = arguments(case, given, "gates"), backward_arguments(case, given, "gates")
+    for op, call in (
+        (ops.forward, (*forward[:2], meta, *forward[3:])),
+        (ops.backward, (*backward[:5], meta, *backward[6:])),
+        (ops.step, (given.x[0], meta[0], None, *given.weights, None, ops.CODES["gru"])),
+    ):
+        with pytest.raises(RuntimeError, match=r"fused_rnn: got tensors on .*, expected all on one device"):
+            op(*call)
+
+
 @pytest.mark.parametrize("position", [0, 1, 3, 4, 5, 9, 10])
 def test_backward_refuses_other_sizes(position: int) -> None:
     """A wrong saved tensor is refused as a wrong argument is, not read past its end."""

@@ -89,6 +89,17 @@ def flat(t: object) -> list[Tensor]:
     return torch.utils._pytree.tree_leaves(t)
 
 
+@pytest.mark.parametrize("cell", CELLS)
+def test_vmap_without_initial_states(cell: str) -> None:
+    case, given = problem(cell, hx=False, bidirectional=True)
+    x, run = batched(given.x), loss(case, given)
+    for argnums in (0, 2):
+        mapped = flat(vmap(grad(run, argnums=argnums), (0, None, None))(x, [], given.weights))
+        for k, one in enumerate(mapped):
+            each = [flat(grad(run, argnums=argnums)(x[i], [], given.weights))[k] for i in range(N)]
+            assert_same_formula(one, torch.stack(each))
+
+
 @pytest.mark.parametrize("with_weights", [False, True])
 def test_vmap_over_lengths_and_resets(with_weights: bool) -> None:
     case, given = problem("gru", bidirectional=True, lengths=True, reset=True)

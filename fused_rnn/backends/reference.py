@@ -69,8 +69,10 @@ def backward(
     """One layer's gradients by running it again; arguments and result as those of the op fused_rnn::backward."""
     with without_autocast(x):
         dx, dh0, *rest = backward_layer(dy, dh_n, dc_n, x, weights, h0, c0, lengths, reset, cell, directions)
-    dc0 = rest.pop(0) if CELLS[cell].has_c else x.new_empty(0)
-    return [dx if need_dx else x.new_empty(0), dh0, dc0, *(rest if need_dw else [])]
+    none = x.new_empty(0)
+    dc0 = rest.pop(0) if CELLS[cell].has_c else none
+    states = (none if h0 is None else dh0, none if c0 is None else dc0)
+    return [dx if need_dx else none, *states, *(rest if need_dw else [])]
 
 
 def step(x: Tensor, h: Tensor | None, c: Tensor | None, weights: Sequence[Tensor], cell: str) -> list[Tensor]:

@@ -121,27 +121,14 @@ def backward(
     need_dw: bool,
 ) -> list[Tensor]:
     """One layer's gradients by running it again; arguments and result as those of the op fused_rnn::backward."""
-    recurrences, batch = len(directions), x.shape[1]
-    h0 = x.new_zeros(recurrences, batch, weights[1].shape[1]) if h0 is None else h0
-    c0 = x.new_zeros(recurrences, batch, weights[1].shape[0] // 4) if c0 is None and cell == "lstm" else c0
     with torch.enable_grad():
-        leaves = [t.detach().requires_grad_() for t in (x, h0, *(() if c0 is None else (c0,)), *weights)]
-        states = 2 if c0 is None else 3
-        outputs = forward(
-            leaves[0],
-            leaves[states:],
-            leaves[1],
-            None if c0 is None else leaves[2],
-            lengths,
-            reset,
-            cell,
-            directions,
-            "none",
-            False,
-        )
+        x, *weights = (t.detach().requires_grad_() for t in (x, *weights))
+        h0, c0 = (None if t is None else t.detach().requires_grad_() for t in (h0, c0))
+        outputs = forward(x, weights, h0, c0, lengths, reset, cell, directions, "none", False)
     given = [(o, g) for o, g in zip(outputs, (dy, dh_n, dc_n), strict=False) if g is not None]
-    dx, dh0, *rest = torch.autograd.grad([o for o, _ in given], leaves, [g for _, g in given])
-    dc0 = x.new_empty(0) if c0 is None else rest.pop(0)
+    states = [t for t in (h0, c0) if t is not None]
+    dx, *rest = torch.autograd.grad([o for o, _ in given], [x, *states, *weights], [g for _, g in given])
+    dh0, dc0 = (x.new_empty(0) if t is None else rest.pop(0) for t in (h0, c0))
     return [dx if need_dx else x.new_empty(0), dh0, dc0, *(rest if need_dw else [])]
 
 
