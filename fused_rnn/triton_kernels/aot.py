@@ -1,0 +1,101 @@
+"""Kernels compiled ahead of time, for an architecture that need not be here: registers, spills, shared memory."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from fused_rnn.triton_kernels.backward import bwd_kernel
+from fused_rnn.triton_kernels.cells import Cell
+from fused_rnn.triton_kernels.forward import fwd_kernel
+from fused_rnn.triton_kernels.launch import constants_backward, constants_forward, constants_plan, options
+from fused_rnn.triton_kernels.tiles import Plan
+
+DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+
+SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the assembler said. spills: bytes of a thread that went to memory; shared: bytes of a program."""
+
+    registers: int
+    spills: int
+    shared: int
+
+
+def target(arch: str) -> GPUTarget:
+    """sm_90 or gfx942 as Triton's target."""
+    return GPUTarget("cuda", int(arch[3:]), 32) if arch.startswith("sm_") else GPUTarget("hip", arch, 64)
+
+
+def _pointers(kernel: Any, dtype: str) -> dict[str, str]:
+    """The arguments of a kernel that are pointers, and to what; all others are integers or constants."""
+    fixed = dict.fromkeys(("state", "checkpoints", "dh_state", "dc_state"), "fp32")
+    fixed |= {"lengths": "i64", "reset": "i32", "counters": "i32"}
+    kinds = {}
+    for name in kernel.arg_names:
+        if name == "steps":
+            return {name: f"*{kind}" for name, kind in kinds.items()}
+        kinds[name] = fixed.get(name, DTYPES[dtype])
+    raise AssertionError("the kernels' first integer is called steps")
+
+
+def compile_kernel(
+    cell: Cell,
+    dtype: str,
+    precision: str,
+    hidden: int,
+    plan: Plan,
+    arch: str,
+    backward: bool,
+    bound: int | None = None,
+    **variant: bool,
+) -> Any:
+    """The compiled kernel of a plan. variant: save, checkpoint, replay, lengths, reset, dy."""
+    kernel = bwd_kernel if backward else fwd_kernel
+    if backward:
+        constants = constants_backward(cell, hidden, SIZES[dtype], variant.get("dy", True))
+    else:
+        made = (variant.get(name, False) for name in ("save", "checkpoint", "replay"))
+        constants = constants_forward(cell, hidden, SIZES[dtype], *made)
+    constants |= constants_plan(plan, variant.get("lengths", False), variant.get("reset", False), precision)
+    pointers = _pointers(kernel, dtype)
+    signature = {name: "constexpr" if name in constants else pointers.get(name, "i32") for name in kernel.arg_names}
+    aligned = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in pointers}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
+    return triton.compile(source, target=target(arch), options=options(plan, arch, bound))
+
+
+def report(kernel: Any, arch: str) -> Report:
+    """Registers, spills and shared memory of a compiled kernel."""
+    if arch.startswith("sm_"):
+        return _report_cuda(kernel)
+    text = kernel.asm["amdgcn"]
+
+    def number(name: str) -> int:
+        found = re.search(rf"\.{name}:\s+(\d+)", text)
+        return int(found.group(1)) if found else 0
+
+    # Scalar registers spill into lanes of vector registers, not into memory: what counts is the scratch of a lane.
+    return Report(number("vgpr_count"), number("private_segment_fixed_size"), kernel.metadata.shared)
+
+
+def _report_cuda(kernel: Any) -> Report:
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    # A frame on the stack is a spill by another name: an array indexed at run time.
+    found = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
+    return Report(found["REG"], found["STACK"] + found["LOCAL"], kernel.metadata.shared)

@@ -1,0 +1,29 @@
+"""Gated recurrent unit, gate order r, z, n, the reset gate applied after the recurrent product.
+
+Source: Cho et al. 2014, in the form of torch.nn.GRU and cuDNN: n = tanh(x_n + r (W_hn h + b_hn)), h' = n + z (h - n).
+"""
+
+import triton
+import triton.language as tl  # noqa: F401  (the interpreter looks for it in the module of every function it runs)
+
+from fused_rnn.triton_kernels.pointwise import sigmoid, tanh
+
+
+@triton.jit
+def fwd(x, h, bias, state):
+    """Gates' input side x and recurrent side h, tuples of 3; b_hn; the old h. Returns h', again as the state, and the kept."""
+    r = sigmoid(x[0] + h[0])
+    z = sigmoid(x[1] + h[1])
+    hn = h[2] + bias
+    n = tanh(x[2] + r * hn)
+    new = n + z * (state - n)
+    return new, new, (r, z, n, hn)
+
+
+@triton.jit
+def bwd(dh, dc, kept, h, h_before):
+    """Gradients of n's input side, then r, z, n's recurrent side: so that both weight gradients read three gates in a row."""
+    r, z, n, hn = kept[0], kept[1], kept[2], kept[3]
+    dn = dh * (1.0 - z) * (1.0 - n * n)
+    gates = (dn, dn * hn * r * (1.0 - r), dh * (h_before - n) * z * (1.0 - z), dn * r)
+    return gates, dh * z, dc

@@ -1,0 +1,29 @@
+"""The plain recurrent cell with tanh or relu. Source: Elman 1990; as in torch.nn.RNN."""
+
+import triton
+import triton.language as tl
+
+from fused_rnn.triton_kernels.pointwise import tanh
+
+
+@triton.jit
+def fwd_tanh(x, h, bias, state):
+    new = tanh(x[0] + h[0])
+    return new, new, ()
+
+
+@triton.jit
+def bwd_tanh(dh, dc, kept, h, h_before):
+    return (dh * (1.0 - h * h),), tl.zeros_like(dh), dc
+
+
+@triton.jit
+def fwd_relu(x, h, bias, state):
+    new = x[0] + h[0]
+    new = tl.where(new <= 0, 0.0, new)  # a NaN stays one, as in torch
+    return new, new, ()
+
+
+@triton.jit
+def bwd_relu(dh, dc, kept, h, h_before):
+    return (tl.where(h > 0, dh, 0.0),), tl.zeros_like(dh), dc

@@ -1,0 +1,308 @@
+"""Which way a loop runs, and in what tiles: a function of the cell, dtype, H and the architecture.
+
+T has no say, so that a new length compiles nothing. B and R only say which of a few plans fits the device at once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+LOOPS = ("a", "b", "c")
+# Steps whose gates are made again at a time under save="recompute", and between which LSTM's c is kept.
+CHECKPOINT_EVERY = 64
+KIB = 1024
+
+
+@dataclass(frozen=True)
+class Device:
+    """What the planner must know of a device. shared: bytes of shared memory one program may take."""
+
+    arch: str  # sm_90, gfx942; "interpreter"
+    processors: int
+    shared: int
+    cooperative: bool = True
+
+    @property
+    def nvidia(self) -> bool:
+        return self.arch.startswith("sm_")
+
+
+# Shared memory a block can opt in to; processors of the usual card of the name (the running device's own count replaces it).
+ARCHITECTURES = {
+    "sm_80": Device("sm_80", 108, 163 * KIB),
+    "sm_86": Device("sm_86", 84, 99 * KIB),
+    "sm_87": Device("sm_87", 16, 163 * KIB),
+    "sm_89": Device("sm_89", 128, 99 * KIB),
+    "sm_90": Device("sm_90", 132, 227 * KIB),
+    "sm_100": Device("sm_100", 148, 227 * KIB),
+    "sm_103": Device("sm_103", 148, 227 * KIB),
+    "sm_120": Device("sm_120", 170, 99 * KIB),
+    "sm_121": Device("sm_121", 48, 99 * KIB),
+    "gfx90a": Device("gfx90a", 104, 64 * KIB),
+    "gfx942": Device("gfx942", 304, 64 * KIB),
+    "gfx950": Device("gfx950", 256, 160 * KIB),
+}
+INTERPRETER = Device("interpreter", 1 << 20, 1 << 40)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a plan is keyed on. kind: how products are taken, "half" (16-bit), "tf32" or "ieee"."""
+
+    cell: str
+    gates: int
+    kind: str
+    hidden: int
+    backward: bool
+
+    @property
+    def size(self) -> int:
+        return 2 if self.kind == "half" else 4
+
+
+@dataclass(frozen=True)
+class Tile:
+    """batch x units of one program, products taken in steps of depth."""
+
+    batch: int
+    units: int
+    depth: int
+    warps: int
+    stages: int = 1
+    ahead: bool = True  # a step's input is asked for before the wait for the step's turn; costs registers
+
+
+@dataclass(frozen=True)
+class Plan:
+    """loop: a one program a batch tile, b a team that waits for each other, c a launch a step.
+
+    team: programs that share a recurrence and batch tile.  spread: unit tiles of each.
+    registers: all of h and W_hh in one program.  hold: the program's part of W_hh resident.
+    """
+
+    loop: str
+    tile: Tile
+    team: int
+    spread: int = 1
+    registers: bool = False
+    hold: bool = False
+
+    @property
+    def ahead(self) -> bool:
+        return self.tile.ahead and self.spread == 1 and self.loop != "c"
+
+    def tiles(self, batch: int) -> int:
+        return -(-batch // self.tile.batch)
+
+    def programs(self, batch: int, recurrences: int) -> int:
+        return self.team * self.tiles(batch) * recurrences
+
+    def __str__(self) -> str:
+        how = "registers" if self.registers else "resident" if self.hold else "streamed"
+        t = self.tile
+        team = f"team of {self.team}" if self.team > 1 else "one program"
+        return f"loop {self.loop}, {team}, W_hh {how}, tile {t.batch}x{t.units}x{t.depth}, {t.warps} warps"
+
+
+# The tables. Chosen by what compiles without spills into an architecture's shared memory (Triton 3.6 and 3.9, no GPU at hand), not by
+# measured time: `tuned` below is where measurements go. A product's tile must be wider in units than in batch: Triton gives all warps
+# to the longer side, since it takes the gates' products for a chain, and would have them repeat each other's work.
+HOLD = {
+    "half": (Tile(16, 32, 128, 4), Tile(16, 16, 128, 4)),
+    "tf32": (Tile(16, 32, 64, 4), Tile(16, 16, 128, 4, ahead=False), Tile(16, 16, 32, 4, ahead=False)),
+    "ieee": (),  # without tensor cores the operands of a resident product fill the registers
+}
+HOLD_LARGE = {"half": Tile(32, 64, 128, 8), "tf32": None, "ieee": None}
+STREAM = {"half": Tile(16, 32, 64, 4, 3), "tf32": Tile(16, 32, 32, 4, 3), "ieee": Tile(16, 32, 32, 8, 3, ahead=False)}
+STREAM_LARGE = {
+    "half": Tile(64, 32, 32, 8, 2, ahead=False),
+    "tf32": Tile(64, 32, 32, 8, 2, ahead=False),
+    "ieee": Tile(32, 32, 32, 8, 2, ahead=False),
+}
+# Rows of H elements that 16 bytes do not divide: each element is loaded by itself, which takes the registers of a large tile.
+STREAM_ODD = {
+    "half": Tile(16, 32, 32, 4, 3, ahead=False),
+    "tf32": Tile(16, 32, 32, 4, 3, ahead=False),
+    "ieee": Tile(16, 32, 16, 4, 3, ahead=False),
+}
+# AMD keeps what is resident in registers rather than in shared memory: 64 KiB of weights is what leaves room for the rest.
+AMD_RESIDENT = 64 * KIB
+
+
+def padded(hidden: int) -> int:
+    """H as the side of a tile: a power of two, 16 at least. In memory H is never padded."""
+    return max(16, 1 << (hidden - 1).bit_length())
+
+
+def _depth(tile: Tile, hidden: int) -> Tile:
+    """The tile with the deepest step that wastes at most a quarter of H to padding."""
+    depth = tile.depth
+    while depth > 16 and -(-hidden // depth) * depth * 4 > hidden * 5:
+        depth //= 2
+    return replace(tile, depth=depth)
+
+
+def _fits(shape: Shape, device: Device, tile: Tile, units: int) -> bool:
+    """Whether W_hh for `units` units can stay resident beside what the products stage."""
+    depth = -(-shape.hidden // tile.depth) * tile.depth
+    weights = shape.gates * units * depth * shape.size
+    if not device.nvidia:
+        return weights <= AMD_RESIDENT
+    rows = 2 * shape.gates * tile.depth if shape.backward else depth
+    return weights + tile.batch * rows * shape.size + 2 * KIB <= device.shared
+
+
+def _registers(shape: Shape, device: Device) -> Plan | None:
+    side = padded(shape.hidden)
+    warps = 4 if shape.kind != "ieee" and side <= 64 else 8
+    if not device.nvidia:
+        warps = 4
+    tile = Tile(16, side, side, min(warps, max(1, side // 8)))
+    limit = {"half": 256, "tf32": 64, "ieee": 64}[shape.kind]
+    return Plan("a", tile, 1, registers=True) if side <= limit and _fits(shape, device, tile, side) else None
+
+
+def _stream(shape: Shape, large: bool) -> Tile:
+    odd = shape.hidden * shape.size % 16 != 0
+    table = STREAM_ODD if odd else STREAM_LARGE if large else STREAM
+    return _depth(table[shape.kind], shape.hidden)
+
+
+def _teams(shape: Shape, device: Device) -> list[Plan]:
+    """Teams with a small batch tile and with a large one."""
+    held = [t for t in (_depth(t, shape.hidden) for t in HOLD[shape.kind]) if _fits(shape, device, t, t.units)]
+    small = held[0] if held else _stream(shape, large=False)
+    plans = [Plan("b", small, -(-shape.hidden // small.units), hold=bool(held))]
+    large = HOLD_LARGE[shape.kind]
+    if (
+        large is not None
+        and device.nvidia
+        and shape.hidden % large.units == 0
+        and _fits(shape, device, large, large.units)
+    ):
+        large = _depth(large, shape.hidden)
+        return [*plans, Plan("b", large, shape.hidden // large.units, hold=True)]
+    large = _stream(shape, large=True)
+    return [*plans, Plan("b", large, -(-shape.hidden // large.units))]
+
+
+def _alone(shape: Shape) -> Plan:
+    """One program a batch tile with W_hh streamed: no exchange, but all of W_hh read by every program in every step."""
+    tile = _stream(shape, large=True)
+    return Plan("a", tile, 1, spread=-(-shape.hidden // tile.units))
+
+
+def _stepwise(shape: Shape) -> Plan:
+    tile = _stream(shape, large=True)
+    return Plan("c", tile, -(-shape.hidden // tile.units))
+
+
+def shipped(shape: Shape, device: Device) -> list[Plan]:
+    """Every plan that `choose` can come to without measurements: what is compiled ahead of time by `make cubin`."""
+    registers = _registers(shape, device)
+    return [*([] if registers is None else [registers]), *_teams(shape, device), _alone(shape), _stepwise(shape)]
+
+
+def choose(shape: Shape, device: Device, batch: int, recurrences: int) -> Plan:
+    """The plan for a problem. `override` forces one, a measured table comes next, then the tables above."""
+    if _forced:
+        return _build(shape, **_forced)
+    plans = _measured().get(_key(shape, device), [])
+    for plan in plans:
+        if plan.loop != "b" or plan.programs(batch, recurrences) <= device.processors:
+            return plan
+    registers = _registers(shape, device)
+    if registers is not None:
+        return registers
+    teams = _teams(shape, device) if device.cooperative else []
+    for plan in teams:
+        if plan.programs(batch, recurrences) <= device.processors:
+            return plan
+    # A few waves of a team are still fewer launches than one a step; a batch that fills the device needs no team.
+    if (
+        teams
+        and teams[-1].team * recurrences <= device.processors
+        and teams[-1].programs(batch, recurrences) <= 3 * device.processors
+    ):
+        return teams[-1]
+    alone = _alone(shape)
+    if shape.hidden <= 512 and 2 * alone.programs(batch, recurrences) >= device.processors:
+        return alone
+    return _stepwise(shape)
+
+
+def replay(hidden: int) -> Plan:
+    """For making gates again: pointwise, every program for itself, no product."""
+    tile = Tile(16, 32, 16, 4, ahead=False)
+    return Plan("a", tile, -(-hidden // tile.units))
+
+
+_forced: dict[str, Any] = {}
+
+
+@contextmanager
+def override(**fields: Any) -> Iterator[None]:
+    """Force loop and, where given, tile, spread, registers, hold: for tests and for measuring. Process-wide: backward has its own thread."""
+    previous = dict(_forced)
+    _forced.update(fields)
+    try:
+        yield
+    finally:
+        _forced.clear()
+        _forced.update(previous)
+
+
+def _build(
+    shape: Shape, loop: str, tile: Tile | None = None, spread: int = 1, registers: bool = False, hold: bool = False
+) -> Plan:
+    if loop not in LOOPS:
+        raise ValueError(f"loop: expected one of {', '.join(LOOPS)}, got {loop!r}")
+    if registers:
+        side = padded(shape.hidden)
+        batch, warps = (16, 4) if tile is None else (tile.batch, tile.warps)
+        return Plan("a", Tile(batch, side, side, warps), 1, registers=True)
+    tile = _stream(shape, large=False) if tile is None else tile
+    blocks = -(-shape.hidden // tile.units)
+    if loop == "a":
+        return Plan("a", tile, 1, blocks)
+    return Plan(loop, tile, -(-blocks // spread), spread, hold=hold and spread == 1)
+
+
+def measured_path() -> Path:
+    """Where tune.py leaves what it measured: $FUSED_RNN_TRITON_TILES, or a file in the user's cache."""
+    home = os.environ.get("XDG_CACHE_HOME", "~/.cache")
+    default = Path(home).expanduser() / "fused_rnn" / "triton_tiles.json"
+    return Path(os.environ.get("FUSED_RNN_TRITON_TILES", default))
+
+
+def _key(shape: Shape, device: Device) -> str:
+    return "/".join(
+        (device.arch, shape.cell, shape.kind, str(shape.hidden), "backward" if shape.backward else "forward")
+    )
+
+
+@cache
+def _measured() -> dict[str, list[Plan]]:
+    path = measured_path()
+    if not path.exists():
+        return {}
+    entries = json.loads(path.read_text())["plans"]
+    return {key: [Plan(**{**plan, "tile": Tile(**plan["tile"])}) for plan in plans] for key, plans in entries.items()}
+
+
+def record(shape: Shape, device: Device, plans: list[Plan], note: dict[str, str]) -> None:
+    """Add measured plans, best first, to the table on disk. note: device, versions, date."""
+    path = measured_path()
+    table = json.loads(path.read_text()) if path.exists() else {"notes": {}, "plans": {}}
+    table["plans"][_key(shape, device)] = [asdict(plan) for plan in plans]
+    table["notes"][_key(shape, device)] = note
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(table, indent=1))
+    _measured.cache_clear()
