@@ -26,6 +26,7 @@ struct ForwardLoop {
   int64_t out_vectors;                // of the projection
   int64_t chunk_steps, x_stride, h_stride, m_stride, c_stride;
   bool unpacked, direct_x;
+  bool uses_h;  // false: a single step from a zero state, for which W_hh does nothing
   bool far;  // the packed weights do not fit L2 together with the rest
 
   // Scratch of one group of threads.
@@ -51,6 +52,7 @@ struct ForwardLoop {
     m_stride = row_stride<Kind>(p.H);
     c_stride = off_pages<S>(unit_vectors * L);
     unpacked = kUnpackable && (p.stop - p.start) * p.B <= kUnpackedRows;
+    uses_h = !f.h_is_zero || p.stop - p.start > 1;
     far = unit_vectors * (panel_size<Kind>(p.D, G) + panel_size<Kind>(p.P, G)) * int64_t(sizeof(A)) > kNearBytes;
     direct_x = sizeof(A) == sizeof(T) && p.D % Kind::k_multiple == 0;
   }
@@ -93,7 +95,7 @@ struct ForwardLoop {
         const int n = lanes_left(p.H, first, L);
         const int gx = G == 1 ? 0 : O::x_gate(v), gh = G == 1 ? 0 : O::h_gate(v);
         pack_rows<Kind, T>(m.w_ih + u0 * panel_size<Kind>(p.D, G), nu * G, v, (const T*)w.w_ih + (gx * p.H + first) * p.D, p.D, n, p.D);
-        pack_rows<Kind, T>(m.w_hh + u0 * panel_size<Kind>(p.P, G), nu * G, v, (const T*)w.w_hh + (gh * p.H + first) * p.P, p.P, n, p.P);
+        if (uses_h) pack_rows<Kind, T>(m.w_hh + u0 * panel_size<Kind>(p.P, G), nu * G, v, (const T*)w.w_hh + (gh * p.H + first) * p.P, p.P, n, p.P);
       }
     }
   }
