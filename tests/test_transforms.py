@@ -160,6 +160,17 @@ def test_step_under_vmap() -> None:
         assert_same_formula(looped[i], gru_cell(x[i], h[i], [w[i] for w in stacked], backend="reference"))
 
 
+def test_step_under_vmap_of_a_size_that_is_torchs_otherwise() -> None:
+    case = Case("gru", T=1, B=32, D=3, H=256, dtype=torch.float32)
+    require("cpu", case)
+    given = inputs(case)
+    x = torch.randn(N, 32, 3)
+    with torch.no_grad():
+        mapped = vmap(lambda x: gru_cell(x, given.hx[0][0], given.weights))(x)
+        for i in range(N):
+            torch.testing.assert_close(mapped[i], gru_cell(x[i], given.hx[0][0], given.weights))
+
+
 @pytest.mark.parametrize("cell", CELLS)
 def test_second_order_transforms(cell: str) -> None:
     case, given = problem(cell)
