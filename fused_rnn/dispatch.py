@@ -15,24 +15,8 @@ from fused_rnn.problem import Problem
 BACKENDS: dict[str, ModuleType] = {module.NAME: module for module in (cpu, torch_backend, reference, triton_backend)}
 
 
-# A single step is two matrix products and no loop to fuse. MKL's are the faster ones from this much on, torch / cpu in
-# time: gru B=32 H=256 0.86-0.94, H=512 0.89; rnn B=32 H=256 0.95, H=512 0.76-0.79, B=128 H=512 0.89-0.92; lstm, whose
-# weights oneDNN reorders on each call, 1.0-1.2.  One Zen 4 core, float32, no gradient, 2026-11.
-STEP_BATCH, STEP_HIDDEN = 32, 256
-
-
 def preference(problem: Problem) -> tuple[str, ...]:
     """The backends in the order in which to try them for this problem, fastest first. Never by T, but for T = 1."""
-    if (
-        problem.single_step
-        and not problem.needs_grad
-        and not problem.transformed  # torch's kernels have no vmap rule
-        and problem.cell != "lstm"
-        and problem.dtype == torch.float32
-        and problem.batch >= STEP_BATCH
-        and problem.hidden_size >= STEP_HIDDEN
-    ):
-        return ("torch", "cpu", "reference", "triton")
     if problem.device == "cuda":  # no kernel of ours has been measured on a GPU yet: torch's own where it can
         return ("torch", "triton", "reference", "cpu")
     return ("cpu", "torch", "reference", "triton")  # triton here is its interpreter

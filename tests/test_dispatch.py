@@ -82,23 +82,6 @@ def test_other_devices_and_dtypes_are_refused() -> None:
     assert cpu.supports(PROBLEM._replace(forward_ad=True)) == "it has no forward-mode derivative"
 
 
-def test_large_single_steps_are_torchs() -> None:
-    """Where it measured faster, and nowhere else."""
-    large = Case("gru", T=1, B=32, H=256).problem(needs_grad=False)
-    assert dispatch.preference(large)[0] == "torch"
-    for changed in (
-        {"cell": "lstm"},
-        {"single_step": False},
-        {"needs_grad": True},
-        {"transformed": True},
-        {"batch": 31},
-        {"hidden_size": 255},
-        {"dtype": torch.float64},
-    ):
-        assert dispatch.preference(large._replace(**changed))[0] == "cpu", changed
-    assert dispatch.choose(large._replace(reset=True)).supports(large._replace(reset=True)) is None
-
-
 def test_the_choice_is_remembered() -> None:
     dispatch.resolve(PROBLEM, None)
     before = dispatch._choose_cached.cache_info()

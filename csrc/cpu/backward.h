@@ -118,15 +118,16 @@ struct BackwardLoop {
     const int64_t B = p.B, R = p.R, H = p.H, P = p.P, gates_stride = gate_stride, dc_stride = unit_stride;
     const int64_t dh_row = project ? unit_stride : dh_stride;
     const bool has_prev = step > p.start || (f.saved_whole && step > 0), masked = p.lengths || p.reset, projects = project;
-    const T* const saved = (const T*)f.saved + ((t - shift) * B * R + r) * SV * H;
-    const T* const cells = (const T*)f.cells + ((t - shift) * B * R + r) * H;
-    const T* const cells_prev = (const T*)f.cells + ((t_prev - shift) * B * R + r) * H;
-    const T* const hidden = (const T*)f.hidden + (t * B * R + r) * P;
-    const T* const hidden_prev = (const T*)f.hidden + (t_prev * B * R + r) * P;
-    const S* const h0 = (const S*)f.h0 + r * B * P;
-    const S* const c0 = (const S*)f.c0 + r * B * H;
-    T* const dgates = (T*)f.dgates + (t_row * B * R + r) * DG * H;
-    T* const unprojected = (T*)f.unprojected + (projects ? (t_row * B * R + r) * H : 0);
+    const int64_t row = t * B * R + r, row_prev = (has_prev ? t_prev : t) * B * R + r, kept_shift = shift * B * R;
+    const T* const saved = at<const T>(f.saved, (row - kept_shift) * SV * H);
+    const T* const cells = at<const T>(f.cells, (row - kept_shift) * H);
+    const T* const cells_prev = at<const T>(f.cells, (row_prev - kept_shift) * H);
+    const T* const hidden = at<const T>(f.hidden, row * P);
+    const T* const hidden_prev = at<const T>(f.hidden, row_prev * P);
+    const S* const h0 = at<const S>(f.h0, r * B * P);
+    const S* const c0 = at<const S>(f.c0, r * B * H);
+    T* const dgates = at<T>(f.dgates, (t_row * B * R + r) * DG * H);
+    T* const unprojected = at<T>(f.unprojected, (t_row * B * R + r) * H);
     S* const dh_rows = projects ? m.dm : m.dh;
     S* const dc_rows = m.dc;
     for (int64_t u = j * kPanelVectors; u < j * kPanelVectors + vectors_of(j, unit_vectors); ++u) {

@@ -197,13 +197,12 @@ struct ForwardLoop {
     const int64_t t = time(w, step), t_row = t - first_time(p, r), t_next = t + w.direction;
     const int64_t H = p.H, R = p.R, pre_stride = row, in_stride = h_stride, cell_stride = c_stride, unprojected_stride = m_stride;
     const bool project = projects(), last = step + 1 == p.T, masked = p.lengths || p.reset;
-    T* const y = project ? nullptr : (T*)f.y + (t * p.B * R + r) * H;
-    T* const hidden = project || !f.hidden ? nullptr : (T*)f.hidden + (t * p.B * R + r) * H;
-    T* const saved = SV && f.saved ? (T*)f.saved + (t_row * p.B * R + r) * SV * H : nullptr;
-    T* const cells = Cell::has_cell && f.cells ? (T*)f.cells + (t_row * p.B * R + r) * H : nullptr;
+    T* const y = project ? nullptr : at<T>(f.y, (t * p.B * R + r) * H);
+    T* const hidden = project ? nullptr : at<T>(f.hidden, (t * p.B * R + r) * H);
+    T* const saved = SV ? at<T>(f.saved, (t_row * p.B * R + r) * SV * H) : nullptr;
+    T* const cells = Cell::has_cell ? at<T>(f.cells, (t_row * p.B * R + r) * H) : nullptr;
     A* const unprojected = m.m;
     S* const c_state = m.c;
-    const bool write_y = y && f.y;
     const int64_t u_end = (j + 1) * O::units < unit_vectors ? (j + 1) * O::units : unit_vectors;
     for (int64_t u = j * O::units; u < u_end; ++u) {
       const int64_t first = u * L;
@@ -226,7 +225,7 @@ struct ForwardLoop {
         } else {
           V keep = h;
           if (!on) keep = load(h_in + b * in_stride + first), h = V{};  // not running at this step: as it was
-          if (write_y) store(y + out, h, n);
+          if (y) store(y + out, h, n);
           if (hidden) store(hidden + out, h, n);
           if (zero_next) keep = V{};
           store(h_out + b * in_stride + first, keep);

@@ -92,6 +92,11 @@ static inline Share share(int me, int team, int64_t R, int64_t B, int64_t panels
   s.idle = s.me >= s.size;
   return s;
 }
+// base + n elements; null where there is no array.
+template <class T, class Base>
+static ALWAYS_INLINE T* at(Base* base, int64_t n) {
+  return base ? (T*)base + n : nullptr;
+}
 static inline int64_t part(int64_t n, int64_t i, int64_t parts) { return n * i / parts; }
 
 // Small numbers cost x86 a hundred cycles each when they turn denormal: flushed to zero inside the loops, restored after.

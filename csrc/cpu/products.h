@@ -14,6 +14,7 @@ using fused_rnn::Products;
 
 constexpr int64_t kDepth = 512;    // rows k multiplied at a time: a tile of dgates and a panel of `in` fit L1 and L2
 constexpr int64_t kDxRows = 96;
+constexpr int64_t kFewRows = 4;    // up to here W_ih is not packed for dx
 
 template <class Kind, class T, class Cell>
 struct ProductsLoop {
@@ -175,7 +176,40 @@ struct ProductsLoop {
     }
   }
 
+  // dx of a few rows, from W_ih as it stands: reading it once is all the work there is.
+  void input_of_few(int r) const {
+    const T* w = (const T*)p.weights[r].w_ih;
+    const int64_t ld = p.R * DG * p.H, ld_x = f.x_per_recurrence ? p.R * p.D : p.D, D = p.D, H = p.H;
+    T* dx = (T*)f.dx + first_time(p, r) * p.B * ld_x + (f.x_per_recurrence ? r * D : 0);
+    for (int64_t column = 0; column < D; column += W)
+      for (int64_t k = 0; k < rows; ++k) {
+        int n[kPanelVectors];
+        Vec<S> sum[kPanelVectors] = {};
+        for (int v = 0; v < kPanelVectors; ++v) n[v] = lanes_left(D, column + v * L, L);
+        for (int d = 0; d < DG; ++d) {
+          if (input_gate(d) < 0) continue;
+          const T* g = (const T*)f.dgates + k * ld + (r * DG + d) * H;
+          const T* wg = w + input_gate(d) * H * D + column;
+          if (column + W <= D) {
+            for (int64_t i = 0; i < H; ++i) {
+              const Vec<S> b = splat(scalar(g[i]));
+#pragma GCC unroll 4
+              for (int v = 0; v < kPanelVectors; ++v) sum[v] += b * load(wg + i * D + v * L);
+            }
+          } else {
+            for (int64_t i = 0; i < H; ++i)
+              for (int v = 0; v < kPanelVectors && n[v]; ++v) sum[v] += splat(scalar(g[i])) * load(wg + i * D + v * L, n[v]);
+          }
+        }
+        for (int v = 0; v < kPanelVectors && n[v]; ++v) {
+          T* out = dx + k * ld_x + column + v * L;
+          store(out, f.add_dx ? load(out, n[v]) + sum[v] : sum[v], n[v]);
+        }
+      }
+  }
+
   void input_of(const Memory& m, int r, int me, int team, Barrier& barrier) const {
+    if (rows <= kFewRows && team == 1) return input_of_few(r);
     const Weights& w = p.weights[r];
     const int64_t vectors = (p.D + L - 1) / L, panels = (vectors + kPanelVectors - 1) / kPanelVectors;
     const auto vectors_of = [&](int64_t j) { return int(vectors - j * kPanelVectors < kPanelVectors ? vectors - j * kPanelVectors : kPanelVectors); };

@@ -141,6 +141,17 @@ struct AccOf<double> {
 template <class T>
 using Acc = typename AccOf<T>::type;
 
+// One element.
+static ALWAYS_INLINE float scalar(float x) { return x; }
+static ALWAYS_INLINE double scalar(double x) { return x; }
+static ALWAYS_INLINE float scalar(bf16 x) {
+  const uint32_t bits = uint32_t(x.bits) << 16;
+  float f;
+  memcpy(&f, &bits, 4);
+  return f;
+}
+static ALWAYS_INLINE float scalar(f16 x) { return to_float(x); }
+
 // The first n elements only (the ragged end of a row); absent ones read as zero.
 template <class T>
 static ALWAYS_INLINE Vec<Acc<T>> load(const T* p, int n) {
