@@ -41,7 +41,7 @@ class Build(build_ext):
     """Compiles each file with its own flags, as many at a time as there are cores."""
 
     def build_extension(self, ext: Extension) -> None:
-        extra = [f"-fsanitize={SANITIZE}", "-fno-omit-frame-pointer", "-g", "-O1"] if SANITIZE else []
+        extra = [f"-fsanitize={SANITIZE}", "-fno-omit-frame-pointer", "-g1", "-O1"] if SANITIZE else []
 
         def compile_one(source: str) -> list[str]:
             name = Path(source).name
