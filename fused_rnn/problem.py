@@ -29,4 +29,3 @@ class Problem(NamedTuple):
     save: str
     lengths: bool
     reset: bool
-    transformed: bool = False  # a torch.func transform is under way
