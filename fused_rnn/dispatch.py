@@ -7,6 +7,7 @@ from types import ModuleType
 
 import torch
 
+from fused_rnn import ops
 from fused_rnn.backends import cpu, reference
 from fused_rnn.backends import torch as torch_backend
 from fused_rnn.backends import triton as triton_backend
@@ -15,8 +16,23 @@ from fused_rnn.problem import Problem
 BACKENDS: dict[str, ModuleType] = {module.NAME: module for module in (cpu, torch_backend, reference, triton_backend)}
 
 
+# Inference of a bfloat16 LSTM where oneDNN has AMX too: from this batch on ours takes 1.05 to 1.3 times as long (torch / cpu
+# in time 0.76 to 0.95), below it less. One core of an Intel Xeon with AMX, 2026-11: benchmarks/results/cpu/bf16-1t.json.
+ONEDNN_BATCH = 32
+
+
 def preference(problem: Problem) -> tuple[str, ...]:
     """The backends in the order in which to try them for this problem, fastest first. Never by T, but for T = 1."""
+    if (
+        problem.cell == "lstm"
+        and problem.dtype == torch.bfloat16
+        and not problem.needs_grad
+        and not problem.single_step
+        and not problem.transformed  # torch's kernels have no vmap rule
+        and problem.batch >= ONEDNN_BATCH
+        and ops.ISA == "amx"
+    ):
+        return ("torch", "cpu", "reference", "triton")
     if problem.device == "cuda":  # no kernel of ours has been measured on a GPU yet: torch's own where it can
         return ("torch", "triton", "reference", "cpu")
     return ("cpu", "torch", "reference", "triton")  # triton here is its interpreter

@@ -31,6 +31,9 @@ def _absent(*_: Any) -> list[Tensor]:
     raise NotImplementedError(MISSING)
 
 
+# The instruction set that the CPU loops use, None without them.
+ISA: str | None = None if _C is None else _C.isa()
+
 # Looked up once: a chain of attributes through torch.ops costs a microsecond a call.
 forward: Callable[..., list[Tensor]] = _absent
 backward: Callable[..., list[Tensor]] = _absent

@@ -10,6 +10,8 @@ struct Kernels {
   void (*backward)(const Backward&);
   void (*products)(const Products&);
   int products_pad;  // bytes that the rows of Products' weight gradients are rounded up to
+  // n values of `from` as `to`: a 16-bit dtype and f32, either way.
+  void (*convert)(Dtype from, Dtype to, const void* x, void* out, int64_t n);
   // Elementwise sigmoid (0) or tanh (1) of n values of dtype f32 or f64, for measuring their error.
   void (*activation)(int which, Dtype dtype, const void* x, void* out, int64_t n);
 };

@@ -35,6 +35,21 @@ static void run(const Args& args) {
 
 constexpr int kProductsPad = kVectorBytes;
 
+template <class To, class From>
+static void convert_of(const void* x, void* out, int64_t n) {
+  for (int64_t i = 0; i < n; i += kLanes<float>) {
+    const int left = lanes_left(n, i, kLanes<float>);
+    store((To*)out + i, load((const From*)x + i, left), left);
+  }
+}
+static void convert(fused_rnn::Dtype from, fused_rnn::Dtype to, const void* x, void* out, int64_t n) {
+  using fused_rnn::Dtype;
+  if (from == Dtype::bf16) convert_of<float, bf16>(x, out, n);
+  else if (from == Dtype::f16) convert_of<float, f16>(x, out, n);
+  else if (to == Dtype::bf16) convert_of<bf16, float>(x, out, n);
+  else convert_of<f16, float>(x, out, n);
+}
+
 template <class S>
 static void activation_of(int which, const S* x, S* out, int64_t n) {
   for (int64_t i = 0; i < n; i += kLanes<S>) {
@@ -54,5 +69,5 @@ static void activation(int which, fused_rnn::Dtype dtype, const void* x, void* o
   namespace fused_rnn::cpu { \
   extern const Kernels table; \
   const Kernels table{#table, ::FUSED_RNN_ISA::run<::FUSED_RNN_ISA::ForwardLoop>, ::FUSED_RNN_ISA::run<::FUSED_RNN_ISA::BackwardLoop>, \
-                      ::FUSED_RNN_ISA::run<::FUSED_RNN_ISA::ProductsLoop>, ::FUSED_RNN_ISA::kProductsPad, ::FUSED_RNN_ISA::activation}; \
+                      ::FUSED_RNN_ISA::run<::FUSED_RNN_ISA::ProductsLoop>, ::FUSED_RNN_ISA::kProductsPad, ::FUSED_RNN_ISA::convert, ::FUSED_RNN_ISA::activation}; \
   }

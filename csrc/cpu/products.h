@@ -190,15 +190,20 @@ struct ProductsLoop {
           if (input_gate(d) < 0) continue;
           const T* g = (const T*)f.dgates + k * ld + (r * DG + d) * H;
           const T* wg = w + input_gate(d) * H * D + column;
-          if (column + W <= D) {
-            for (int64_t i = 0; i < H; ++i) {
-              const Vec<S> b = splat(scalar(g[i]));
+          for (int64_t i0 = 0; i0 < H; i0 += kSumBlock / 4) {  // summed in blocks: one long chain would round too often
+            const int64_t i1 = i0 + kSumBlock / 4 < H ? i0 + kSumBlock / 4 : H;
+            Vec<S> block[kPanelVectors] = {};
+            if (column + W <= D) {
+              for (int64_t i = i0; i < i1; ++i) {
+                const Vec<S> b = splat(scalar(g[i]));
 #pragma GCC unroll 4
-              for (int v = 0; v < kPanelVectors; ++v) sum[v] += b * load(wg + i * D + v * L);
+                for (int v = 0; v < kPanelVectors; ++v) block[v] += b * load(wg + i * D + v * L);
+              }
+            } else {
+              for (int64_t i = i0; i < i1; ++i)
+                for (int v = 0; v < kPanelVectors && n[v]; ++v) block[v] += splat(scalar(g[i])) * load(wg + i * D + v * L, n[v]);
             }
-          } else {
-            for (int64_t i = 0; i < H; ++i)
-              for (int v = 0; v < kPanelVectors && n[v]; ++v) sum[v] += splat(scalar(g[i])) * load(wg + i * D + v * L, n[v]);
+            for (int v = 0; v < kPanelVectors; ++v) sum[v] += block[v];
           }
         }
         for (int v = 0; v < kPanelVectors && n[v]; ++v) {

@@ -4,15 +4,13 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
-
 #include <array>
 #include <cstring>
 #include <optional>
 #include <string>
 #include <vector>
 
+#include "../cpu/isa.h"
 #include "../params.h"
 
 namespace fused_rnn::ops {
@@ -74,22 +72,12 @@ inline Tensor zeros(const Sizes& sizes, ScalarType type) {
   if (t.numel()) memset(t.mutable_data_ptr(), 0, size_t(t.numel()) * t.element_size());
   return t;
 }
-template <class To, class From>
-inline void convert(const Tensor& to, const Tensor& from) {
-  To* out = static_cast<To*>(to.mutable_data_ptr());
-  const From* in = static_cast<const From*>(from.const_data_ptr());
-  for (int64_t i = 0; i < from.numel(); ++i) out[i] = static_cast<To>(static_cast<float>(in[i]));
-}
 // t, contiguous, in memory of its own, as `type`: t's own dtype, float for a 16-bit one, or back.
 inline Tensor copied(const Tensor& t, ScalarType type) {
   const Tensor from = as_contiguous(t), to = empty(sizes_of(t), type);
-  const ScalarType had = t.scalar_type();
   if (t.numel() == 0) return to;
-  if (had == type) memcpy(to.mutable_data_ptr(), from.const_data_ptr(), size_t(t.numel()) * t.element_size());
-  else if (had == ScalarType::BFloat16) convert<float, torch::headeronly::BFloat16>(to, from);
-  else if (had == ScalarType::Half) convert<float, torch::headeronly::Half>(to, from);
-  else if (type == ScalarType::BFloat16) convert<torch::headeronly::BFloat16, float>(to, from);
-  else convert<torch::headeronly::Half, float>(to, from);
+  if (t.scalar_type() == type) memcpy(to.mutable_data_ptr(), from.const_data_ptr(), size_t(t.numel()) * t.element_size());
+  else cpu::kernels().convert(dtype_of(from), dtype_of(to), from.const_data_ptr(), to.mutable_data_ptr(), t.numel());
   return to;
 }
 inline Tensor converted(const Tensor& t, ScalarType type) { return t.scalar_type() == type ? t : copied(t, type); }
