@@ -25,14 +25,14 @@ _WIDEST = 4  # vectors of H that are kept, or made, per step at most
 _LIMIT = 1 << 31  # offsets within a step, and numbers of steps, take 32 bits; a step's place takes 64
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _refusal(device: str) -> str | None:
-    return devices.refusal(device)
+# What torch.compiler.assume_constant_result does, without the import of all of Dynamo that it costs: an answer of the
+# environment, which is not to be traced.
+devices.refusal._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def supports(problem: Problem) -> str | None:
     """None if this backend can run the problem, else the reason it cannot."""
-    reason = _refusal(problem.device)
+    reason = devices.refusal(problem.device)
     if reason is not None:
         return reason
     if problem.dtype not in devices.DTYPES:
@@ -49,15 +49,15 @@ def supports(problem: Problem) -> str | None:
 
 def describe(problem: Problem) -> str:
     """What would run, in a line."""
-    if _refusal(problem.device) is not None:
+    if devices.refusal(problem.device) is not None:
         return "nothing here"
-    device = devices.INTERPRETER if problem.device == "cpu" else devices._device(torch.cuda.current_device())
+    device = tiles.INTERPRETER if problem.device == "cpu" else devices.device_at(torch.cuda.current_device())
     kind = devices.kind_of(problem.dtype, device)
     spec = CELLS[problem.cell]
+    shapes = [tiles.Shape(problem.cell, spec.gates, kind, problem.hidden_size, backward) for backward in (False, True)]
     plans = [
-        tiles.choose(tiles.Shape(problem.cell, spec.gates, kind, problem.hidden_size, backward), device, problem.batch, problem.recurrences)
-        for backward in ((False, True) if problem.needs_grad else (False,))
-    ]  # fmt: skip
+        tiles.choose(shape, device, problem.batch, problem.recurrences) for shape in shapes[: 1 + problem.needs_grad]
+    ]
     where = "Triton's interpreter" if problem.device == "cpu" else f"Triton on {device.arch}"
     return f"{where}; " + "; ".join(
         f"{name}: {plan}" for name, plan in zip(("forward", "backward"), plans, strict=False)
@@ -111,7 +111,7 @@ class _On:
     def __enter__(self) -> None:
         for context in (self.autocast, self.device):
             if context is not None:
-                context.__enter__()
+                context.__enter__()  # type: ignore[no-untyped-call]
 
     def __exit__(self, *error: Any) -> None:
         for context in (self.device, self.autocast):
@@ -131,6 +131,9 @@ def _forward(
     save: str,
     keep_hidden: bool,
 ) -> list[Tensor]:
+    if x.shape[1] == 0:
+        nothing = _forward_fake(x, weights, h0, c0, lengths, reset, cell, directions, save, keep_hidden)
+        return [torch.zeros_like(t) for t in nothing]
     from fused_rnn.triton_kernels import layer as layers
 
     with _On(x):
@@ -158,12 +161,15 @@ def _backward(
     need_dx: bool,
     need_dw: bool,
 ) -> list[Tensor]:
+    kept = (hidden, saved, cells)
+    if x.shape[1] == 0:
+        shapes = (dy, dh_n, dc_n, x, weights, h0, c0, lengths, reset, *kept, cell, directions, save, need_dx, need_dw)
+        return [torch.zeros_like(t) for t in _backward_fake(*shapes)]
     from fused_rnn.triton_kernels import layer as layers
 
     with _On(x):
         layer, kind = _layer(x, weights, lengths, reset, cell, directions)
         split = layers.Weights.split(weights, layer.recurrences)
-        kept = (hidden, saved, cells)
         given = (dy, dh_n, dc_n, x.contiguous(), split, h0, c0, *kept, save, need_dx, need_dw)
         return layers.backward(layer, _plan(layer, kind, True), *given)
 
@@ -204,7 +210,7 @@ def _backward_fake(*args: Any) -> list[Tensor]:
     return [dx, state, dc0, *([w.new_empty(w.shape) for w in weights] if need_dw else [])]
 
 
-# Opaque to torch.compile: one op a direction, defined here rather than by torch.library.custom_op, which costs more a call.
+# Opaque to torch.compile: an op for forward, one for backward. torch.library.custom_op's wrapper costs more a call.
 _library = torch.library.Library("fused_rnn", "FRAGMENT")
 _inputs = "Tensor x, Tensor[] weights, Tensor? h0, Tensor? c0, Tensor? lengths, Tensor? reset"
 _library.define(
@@ -228,13 +234,13 @@ torch.library.register_vmap("fused_rnn::triton_backward", vmap.rule(backward_op,
 
 
 def forward(*args: Any) -> list[Tensor]:
-    """One layer: the op fused_rnn::triton_forward, arguments and result as those of fused_rnn::forward."""
+    """One layer: the op fused_rnn::triton_forward, arguments and result as of fused_rnn::forward."""
     outputs: list[Tensor] = forward_op(*args)
     return outputs
 
 
 def backward(*args: Any) -> list[Tensor]:
-    """One layer's gradients: the op fused_rnn::triton_backward, arguments and result as those of fused_rnn::backward."""
+    """One layer's gradients: the op fused_rnn::triton_backward, arguments and result as of fused_rnn::backward."""
     outputs: list[Tensor] = backward_op(*args)
     return outputs
 

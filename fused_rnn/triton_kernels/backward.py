@@ -93,9 +93,9 @@ def load_step(
     kept = load_gates(saved + local * S, row, n, here, S, H)
     here_states = states + (local if HAS_C else t * width)
     at = row[:, None] * H + n[None, :]
-    dy_t = tl.zeros(here.shape, dy.dtype.element_ty)
-    state = tl.zeros(here.shape, states.dtype.element_ty)
-    before = tl.zeros(here.shape, states.dtype.element_ty)
+    dy_t = tl.full(here.shape, 0.0, dy.dtype.element_ty)
+    state = tl.full(here.shape, 0.0, states.dtype.element_ty)
+    before = tl.full(here.shape, 0.0, states.dtype.element_ty)
     if HAS_DY:
         dy_t = tl.load(dy + t * width + at, mask=here, other=0.0)
     if NEEDS_STATE:
@@ -183,8 +183,8 @@ def bwd_kernel(
     n = member * (NT * BH) + tl.arange(0, BH)
     own = in_b[:, None] & (n < H)[None, :]
     at_rb = row_rb[:, None] * H + n[None, :]
-    dh = tl.zeros((BB, BH), tl.float32)
-    dc = tl.zeros((BB, BH), tl.float32)
+    dh = tl.full((BB, BH), 0.0, tl.float32)
+    dc = tl.full((BB, BH), 0.0, tl.float32)
     if NT == 1:
         dh = tl.load(dh_state + at_rb, mask=own, other=0.0)
         if HAS_C:
@@ -249,13 +249,14 @@ def bwd_kernel(
         if HAS_RESET:
             d_by = tl.where(live[:, None], d_by, 0.0)
             dc_by = tl.where(live[:, None], dc_by, 0.0)
-        dh = tl.where(valid[:, None], d_by, dh)  # where the sequence is over, or has not begun, gradients pass unchanged
+        # Where the sequence is over, or has not begun, gradients pass unchanged.
+        dh = tl.where(valid[:, None], d_by, dh)
         dc = tl.where(valid[:, None], dc_by, dc)
         if REGISTERS:
             sums = ()
             for g in tl.static_range(G):
                 d = tl.where(live[:, None], d_gates[DG - G + g], 0.0).to(w.dtype.element_ty)
-                sums = sums + (dot(d, held[g], tl.zeros((BB, BH), tl.float32), PRECISION),)
+                sums = sums + (dot(d, held[g], tl.full((BB, BH), 0.0, tl.float32), PRECISION),)
             dh += total(sums, G)
         if NT != 1:
             tl.store(dh_state + at_rb, dh, mask=own)

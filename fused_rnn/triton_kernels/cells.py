@@ -1,4 +1,4 @@
-"""The cells this backend knows: what the loops must be told of each. A new cell is a file of its own and an entry here."""
+"""What the loops must be told of each cell. A new cell is a file of its own and an entry here."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from fused_rnn.triton_kernels import gru, lstm, rnn
 
 @dataclass(frozen=True)
 class Cell:
-    """fwd, bwd: the @triton.jit functions.  gates G, stored S vectors kept for backward, gradients DG stored by it (the recurrent side's last)."""
+    """A cell's @triton.jit functions and sizes.
+
+    gates: G.  stored: S vectors kept for backward.  gradients: DG that it stores, the recurrent side's last.
+    """
 
     name: str
     fwd: Any

@@ -39,7 +39,10 @@ def refusal(device: str) -> str | None:
             else f"Triton runs in its interpreter, which takes tensors on the cpu, not on {device}"
         )
     if device != "cuda":
-        return f"it runs tensors on a CUDA or ROCm GPU, not on {device} (in Triton's interpreter, TRITON_INTERPRET=1, on the cpu)"
+        return (
+            f"it runs tensors on a CUDA or ROCm GPU, not on {device}"
+            " (on the cpu in Triton's interpreter alone, TRITON_INTERPRET=1)"
+        )
     if not torch.cuda.is_available():
         return "torch sees no GPU"
     if torch.version.hip is None and torch.cuda.get_device_capability() < OLDEST:
@@ -52,11 +55,12 @@ def device_of(tensor: Tensor) -> Device:
     """The tensor's device as the planner sees it."""
     if tensor.device.type == "cpu":
         return INTERPRETER
-    return _device(tensor.device.index)
+    return device_at(tensor.device.index)
 
 
 @cache
-def _device(index: int) -> Device:
+def device_at(index: int) -> Device:
+    """The GPU of this number."""
     properties = torch.cuda.get_device_properties(index)
     if torch.version.hip is not None:
         arch = properties.gcnArchName.split(":")[0]

@@ -1,8 +1,8 @@
-"""How a team of programs shares a step's result: one counter per (recurrence, batch tile) in global memory, which only grows.
+"""How a team of programs shares a step's result: by one counter per recurrence and batch tile, which only grows.
 
-Every step has its own place in y or dgates, so nothing is ever overwritten and one counter is all the synchronisation there is:
-a program that has stored its part of a step adds one; who needs the whole step waits until all of the team have.
-The counters order memory and carry no data: no gradient is made by an atomic.
+Every step has its own place in y or dgates, so nothing is ever overwritten, and one counter is all the synchronisation
+there is: a program that has stored its part of a step adds one; who needs the whole step waits until all of the team
+have. The counters order memory and carry no data: no gradient is made by an atomic.
 """
 
 import triton
@@ -19,8 +19,8 @@ def arrive(counter):
 @triton.jit
 def wait(counter, target):
     """Return when `target` arrivals have been counted; what those programs stored is visible from here on."""
-    # An atomic, not a volatile load: one thread polls, the acquire is its own, and the value reaches all threads through a barrier,
-    # so that no thread can leave the loop before another.
+    # An atomic, not a volatile load: one thread polls and acquires, and what it read reaches the others through a
+    # barrier, so that no thread can leave the loop before another.
     while tl.atomic_add(counter, 0, sem="acquire", scope="gpu") < target:
         pass
     tl.debug_barrier()

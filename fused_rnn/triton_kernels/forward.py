@@ -6,7 +6,7 @@ A program is one member of the team that runs one recurrence for one tile of the
   HOLD       the member's rows of W_hh stay resident, h is read from y, where the team has just put it.
   neither    the rows of W_hh are streamed in BK-deep tiles as well.
   REPLAY     there is no product: acc comes ready-made from `given` (the gates of save="recompute" being made again).
-COUNT says that the team runs within this launch and must wait for each other; without it the launch is one step, or one program.
+COUNT says that members run in one launch and wait for each other; without it a launch is one step, or one is alone.
 """
 
 # Triton knows neither unpacking nor a constant condition beside one that is none.
@@ -39,7 +39,7 @@ def to_float32(gates, G: tl.constexpr):
 
 @triton.jit
 def load_w_fwd(w, g, n, k, H: tl.constexpr, BH: tl.constexpr, BK: tl.constexpr):
-    """Gate g of W_hh for units n and depth k, as the right side of a product: [BK, BH]. w: [G, H, H] of one recurrence."""
+    """Gate g of W_hh for units n and depth k, as the right side of a product: [BK, BH]. w: [G, H, H]."""
     at = w + g * H * H + n[None, :] * H + k[:, None]
     if H % BH == 0 and H % BK == 0:
         return tl.load(at)
@@ -66,7 +66,8 @@ def product_held(
     for j in tl.static_range((H + BK - 1) // BK):  # all of it is asked for before the first of it is used
         k = j * BK + tl.arange(0, BK)
         # From L2: the line may have been read by this multiprocessor before another one wrote it.
-        h = h + (tl.load(row[:, None] + k[None, :], mask=live[:, None] & (k < H)[None, :], other=0.0, cache_modifier=".cg"),)
+        mask = live[:, None] & (k < H)[None, :]
+        h = h + (tl.load(row[:, None] + k[None, :], mask=mask, other=0.0, cache_modifier=".cg"),)
     acc = zeros(G, BB, BH)
     for j in tl.static_range((H + BK - 1) // BK):
         sums = ()
@@ -95,7 +96,8 @@ def product_streamed(
 
 @triton.jit(
     do_not_specialize=[
-        "steps", "batch", "recurrences", "tiles", "tile0", "step0", "step1", "window0", "window1", "every", "reversed_", "period",
+        "steps", "batch", "recurrences", "tiles", "tile0", "step0", "step1", "window0", "window1", "every", "reversed_",
+        "period",
     ]
 )  # fmt: skip
 def fwd_kernel(
@@ -169,8 +171,8 @@ def fwd_kernel(
     n = member * (NT * BH) + tl.arange(0, BH)
     own = in_b[:, None] & (n < H)[None, :]
     at_rb = row_rb[:, None] * H + n[None, :]
-    s = tl.zeros((BB, BH), tl.float32)
-    hidden_bias = tl.zeros((1, BH), tl.float32)
+    s = tl.full((BB, BH), 0.0, tl.float32)
+    hidden_bias = tl.full((1, BH), 0.0, tl.float32)
     if NT == 1:
         if HAS_STATE:
             s = tl.load(state + at_rb, mask=own, other=0.0)
@@ -218,9 +220,9 @@ def fwd_kernel(
             acc = to_float32(load_gates(given + local * G, row, n, own, G, H), G)
         elif REGISTERS:
             acc = ()
-            h_in = tl.where(live[:, None], h, tl.zeros_like(h)) if HAS_RESET else h
+            h_in = tl.where(live[:, None], h, tl.full(h.shape, 0.0, h.dtype)) if HAS_RESET else h
             for g in tl.static_range(G):
-                acc = acc + (dot(h_in, held[g], tl.zeros((BB, BH), tl.float32), PRECISION),)
+                acc = acc + (dot(h_in, held[g], tl.full((BB, BH), 0.0, tl.float32), PRECISION),)
         else:
             # The first step of a row enters with h0; the reverse direction of a short sequence starts at its own end.
             first = b * 0 + step == 0

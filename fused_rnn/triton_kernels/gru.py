@@ -11,7 +11,7 @@ from fused_rnn.triton_kernels.pointwise import sigmoid, tanh
 
 @triton.jit
 def fwd(x, h, bias, state):
-    """Gates' input side x and recurrent side h, tuples of 3; b_hn; the old h. Returns h', again as the state, and the kept."""
+    """Gates' input side x and recurrent side h, tuples of 3; b_hn; the old h. Returns h', h' as the state, the kept."""
     r = sigmoid(x[0] + h[0])
     z = sigmoid(x[1] + h[1])
     hn = h[2] + bias
@@ -22,7 +22,7 @@ def fwd(x, h, bias, state):
 
 @triton.jit
 def bwd(dh, dc, kept, h, h_before):
-    """Gradients of n's input side, then r, z, n's recurrent side: so that both weight gradients read three gates in a row."""
+    """Gradients of n's input side, r, z, n's recurrent side: each weight's gradient reads three of them in a row."""
     r, z, n, hn = kept[0], kept[1], kept[2], kept[3]
     dn = dh * (1.0 - z) * (1.0 - n * n)
     gates = (dn, dn * hn * r * (1.0 - r), dh * (h_before - n) * z * (1.0 - z), dn * r)

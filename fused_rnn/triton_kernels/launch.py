@@ -1,4 +1,4 @@
-"""Launches of the two loops: from tensors and a plan to grids, arguments, waves of a cooperative launch and launches a step."""
+"""Launches of the two loops: from tensors and a plan to grids, arguments, waves of teams, launches a step."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Layer:
 
 
 def direction_bits(directions: Sequence[int]) -> tuple[int, int]:
-    """Which recurrences run backwards, as the kernels read it: (bits, period) so that bit r % period says it of recurrence r."""
+    """Which recurrences run backwards, as the kernels read it: (bits, period), bit r % period for recurrence r."""
     backwards = [d < 0 for d in directions]
     count = len(backwards)
     for period in range(1, min(count, 62) + 1):
@@ -51,7 +51,7 @@ def direction_bits(directions: Sequence[int]) -> tuple[int, int]:
 
 
 def new_counters(layer: Layer, plan: Plan, device: torch.device) -> Tensor:
-    """Zeroed: one for each recurrence and batch tile of a team; the same ones serve all launches of a loop over time."""
+    """One for each recurrence and batch tile of a team, zero; they serve all launches of one loop over time."""
     count = layer.recurrences * plan.tiles(layer.batch) if plan.loop == "b" else 1
     return torch.zeros(count, COUNTER_STRIDE, dtype=torch.int32, device=device)
 
@@ -59,6 +59,8 @@ def new_counters(layer: Layer, plan: Plan, device: torch.device) -> Tensor:
 def waves(layer: Layer, plan: Plan) -> list[tuple[int, int]]:
     """(first batch tile, tiles) of each launch. The programs of a cooperative launch must all be resident at once."""
     tiles = plan.tiles(layer.batch)
+    if tiles == 0:
+        return []
     if plan.loop != "b":
         return [(0, tiles)]
     at_once = layer.device.processors // (plan.team * layer.recurrences)
@@ -133,7 +135,7 @@ def constants_plan(plan: Plan, lengths: bool, reset: bool, precision: str) -> di
 
 
 def options(plan: Plan, arch: str, bound: int | None = None) -> dict[str, Any]:
-    """How a kernel is compiled and launched; the interpreter knows none of it. bound: registers of a thread, one of BOUNDS."""
+    """How a kernel is compiled and launched; the interpreter knows none of it. bound: one of `bounds`."""
     if arch == "interpreter":
         return {}
     chosen: dict[str, Any] = {
@@ -148,7 +150,7 @@ def options(plan: Plan, arch: str, bound: int | None = None) -> dict[str, Any]:
 def bounds(plan: Plan, arch: str) -> tuple[int | None, ...]:
     """Register bounds to try until a kernel compiles without spills, ptxas' own choice first.
 
-    It will spill a few bytes to fit more programs on a multiprocessor than these loops ever have there; told a bound, it does not.
+    Left alone it may spill a few bytes to fit more programs on a multiprocessor than these loops ever have there.
     """
     return (None, 255, 224, 192, 160) if arch.startswith("sm_") and plan.tile.warps <= 8 else (None,)
 
@@ -164,8 +166,8 @@ def _launch(kernel: Any, layer: Layer, plan: Plan, tiles: int, args: Sequence[An
     if key not in _compiled:
         if torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
-                "this problem's Triton kernels are not compiled yet, and nothing is compiled inside a CUDA graph capture: "
-                "run it once on the same shapes before capturing"
+                "this problem's Triton kernels are not compiled yet, and nothing is compiled inside a CUDA graph"
+                " capture: run it once before capturing"
             )
         _compiled[key] = _compile(kernel, plan, arch, grid, args, constants)
     kernel[grid](*args, **constants, **_compiled[key])
@@ -174,7 +176,7 @@ def _launch(kernel: Any, layer: Layer, plan: Plan, tiles: int, args: Sequence[An
 def _compile(
     kernel: Any, plan: Plan, arch: str, grid: tuple[int, ...], args: Sequence[Any], constants: dict[str, Any]
 ) -> dict[str, Any]:
-    """The options under which the kernel does not spill, or those with no bound where there are none. It is compiled and loaded then."""
+    """Options under which the kernel, compiled and loaded here, does not spill; with no bound if it always does."""
     for bound in bounds(plan, arch):
         chosen = options(plan, arch, bound)
         compiled = kernel.warmup(*args, grid=grid, **constants, **chosen)
@@ -210,7 +212,7 @@ def run_forward(
     every: int = 1,
     save: bool = False,
 ) -> None:
-    """The forward loop over all of time, or over `window` with the recurrent product `given`: shapes as in fwd_kernel."""
+    """The forward loop over all of time, or over `window`, the recurrent product `given`: shapes as in fwd_kernel."""
     cell = layer.cell
     first, last = window or (0, layer.steps)
     bits, period = direction_bits(layer.directions)
@@ -224,8 +226,9 @@ def run_forward(
         own = counters[tile0 * layer.recurrences :] if plan.loop == "b" else counters
         for step0, step1 in _ranges(layer, plan, first, last):
             args = (
-                gx, gx if given is None else given, w, bias, h0, state, lengths, reset, y, h_n, saved, cells, checkpoints,
-                own, layer.steps, layer.batch, layer.recurrences, tiles, tile0, step0, step1, first, last, every, bits, period,
+                gx, gx if given is None else given, w, bias, h0, state, lengths, reset, y, h_n, saved, cells,
+                checkpoints, own, layer.steps, layer.batch, layer.recurrences, tiles, tile0, step0, step1, first, last,
+                every, bits, period,
             )  # fmt: skip
             _launch(fwd_kernel, layer, plan, tiles, args, dict(constants))
 
@@ -264,6 +267,7 @@ def run_backward(
         for step0, step1, close in ranges:
             args = (
                 dgates if dy is None else dy, w, states, first_state, lengths, reset, saved, dgates, dh, dc, own,
-                layer.steps, layer.batch, layer.recurrences, tiles, tile0, step0, step1, first, last, close, bits, period,
+                layer.steps, layer.batch, layer.recurrences, tiles, tile0, step0, step1, first, last, close, bits,
+                period,
             )  # fmt: skip
             _launch(bwd_kernel, layer, plan, tiles, args, dict(constants))

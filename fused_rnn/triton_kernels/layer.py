@@ -1,4 +1,4 @@
-"""One layer, forward and backward: the matrix products outside the loops, by torch.mm, around the launches of the loops."""
+"""One layer, forward and backward: the products outside the loops, by torch.mm, around the launches of the loops."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def _window(direction: int, steps: int, first: int, last: int) -> tuple[int, int
 
 
 def _entering(layer: Layer, hidden: Tensor, h0: Tensor, r: int, first: int, last: int) -> Tensor:
-    """h_{t-1} as the product of each step t saw it: [last - first, B, H], times first .. last - 1. hidden: [T, B, R, H]."""
+    """h_{t-1} as the product of step t saw it, for times first .. last - 1: [.., B, H]. hidden: [T, B, R, H]."""
     backwards, steps = layer.directions[r] < 0, layer.steps
     lead = h0[r].unsqueeze(0)
     if backwards:
@@ -148,13 +148,16 @@ def forward(
         chunks = -(-steps // CHECKPOINT_EVERY)
         checkpoints = state.new_empty(chunks, recurrences, batch, hidden)
     launch.run_forward(
-        layer, plan, gx=gx, w=w, bias=weights.hidden_bias(cell) if cell.hidden_bias else w, h0=h_first, state=state, y=y, h_n=h_n,
+        layer, plan, gx=gx, w=w, bias=weights.hidden_bias(cell) if cell.hidden_bias else w, h0=h_first, state=state,
+        y=y, h_n=h_n,
         saved=saved, cells=cells, checkpoints=checkpoints, every=CHECKPOINT_EVERY, save=gates,
     )  # fmt: skip
     outputs = [y, h_n, state.to(x.dtype, copy=True)] if cell.has_c else [y, h_n]
     if save == "none":
         return outputs
-    return [*outputs, saved if gates else checkpoints, cells, y.clone() if keep_hidden else x.new_empty(0)]
+    # Three tensors, never one of them twice: an op's results may not alias.
+    kept = (saved if gates else checkpoints, cells, y if keep_hidden else empty)
+    return [*outputs, *(t.clone() if t is y else t if t.numel() else torch.empty_like(t) for t in kept)]
 
 
 def backward(
@@ -202,6 +205,11 @@ def backward(
     dc0 = dc.to(x.dtype, copy=True) if cell.has_c else x.new_empty(0)
     outputs = [_input_gradient(x, weights, cell, dgates) if need_dx else x.new_empty(0), dh.to(x.dtype, copy=True), dc0]
     if need_dw:
+        if (
+            layer.lengths is not None
+        ):  # past a sequence's end x may be anything, NaN too, which no zero in dgates undoes
+            past = torch.arange(steps, device=x.device).unsqueeze(1) >= layer.lengths
+            x = x.masked_fill(past.view(steps, batch, *[1] * (x.dim() - 2)), 0)
         outputs += _weight_gradients(
             layer, x, weights, h0, h_first, hidden.view(steps, batch, recurrences, units), dgates
         )
@@ -218,7 +226,7 @@ def _backward_by_chunks(
     checkpoints: Tensor,
     shared: dict[str, Any],
 ) -> None:
-    """save="recompute": chunk by chunk from the end, the gates are made again by one product each, then run backward over."""
+    """save="recompute": chunk by chunk from the end, gates are made again by one product, then run backward over."""
     cell, steps, batch, units = layer.cell, layer.steps, layer.batch, layer.hidden
     counters = launch.new_counters(layer, plan, x.device)
     empty = x.new_empty(0)
@@ -235,8 +243,9 @@ def _backward_by_chunks(
         cells = x.new_empty(*saved.shape[:3], units, dtype=torch.float32) if cell.has_c else empty
         state = checkpoints[first // CHECKPOINT_EVERY] if cell.has_c else torch.zeros_like(shared["dh"])
         launch.run_forward(
-            layer, replay(units), gx=gx, given=given, w=gx, bias=weights.hidden_bias(cell) if cell.hidden_bias else gx, h0=h0,
-            state=state.clone(), y=hidden, h_n=h0, saved=saved, cells=cells, checkpoints=empty, window=(first, last), save=True,
+            layer, replay(units), gx=gx, given=given, w=gx,
+            bias=weights.hidden_bias(cell) if cell.hidden_bias else gx, h0=h0, state=state.clone(), y=hidden, h_n=h0,
+            saved=saved, cells=cells, checkpoints=empty, window=(first, last), save=True,
         )  # fmt: skip
         states, first_state = (cells, state) if cell.has_c else (hidden, h0)
         launch.run_backward(

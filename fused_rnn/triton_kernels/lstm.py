@@ -27,4 +27,4 @@ def bwd(dh, dc, kept, c, c_before):
     t = tanh(c)
     dc += dh * o * (1.0 - t * t)
     gates = (dc * g * i * (1.0 - i), dc * c_before * f * (1.0 - f), dc * i * (1.0 - g * g), dh * t * o * (1.0 - o))
-    return gates, tl.zeros_like(dh), dc * f
+    return gates, tl.full(dh.shape, 0.0, dh.dtype), dc * f

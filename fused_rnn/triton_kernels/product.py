@@ -21,7 +21,7 @@ def zeros(G: tl.constexpr, BB: tl.constexpr, BH: tl.constexpr):
     """G accumulators [BB, BH]."""
     acc = ()
     for _ in tl.static_range(G):
-        acc = acc + (tl.zeros((BB, BH), tl.float32),)
+        acc = acc + (tl.full((BB, BH), 0.0, tl.float32),)
     return acc
 
 

@@ -14,7 +14,7 @@ def fwd_tanh(x, h, bias, state):
 
 @triton.jit
 def bwd_tanh(dh, dc, kept, h, h_before):
-    return (dh * (1.0 - h * h),), tl.zeros_like(dh), dc
+    return (dh * (1.0 - h * h),), tl.full(dh.shape, 0.0, dh.dtype), dc
 
 
 @triton.jit
@@ -26,4 +26,4 @@ def fwd_relu(x, h, bias, state):
 
 @triton.jit
 def bwd_relu(dh, dc, kept, h, h_before):
-    return (tl.where(h > 0, dh, 0.0),), tl.zeros_like(dh), dc
+    return (tl.where(h > 0, dh, 0.0),), tl.full(dh.shape, 0.0, dh.dtype), dc

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 LOOPS = ("a", "b", "c")
 # Steps whose gates are made again at a time under save="recompute", and between which LSTM's c is kept.
@@ -34,7 +34,7 @@ class Device:
         return self.arch.startswith("sm_")
 
 
-# Shared memory a block can opt in to; processors of the usual card of the name (the running device's own count replaces it).
+# Shared memory that a block can opt in to; processors of a usual card (a running device says its own).
 ARCHITECTURES = {
     "sm_80": Device("sm_80", 108, 163 * KIB),
     "sm_86": Device("sm_86", 84, 99 * KIB),
@@ -52,8 +52,7 @@ ARCHITECTURES = {
 INTERPRETER = Device("interpreter", 1 << 20, 1 << 40)
 
 
-@dataclass(frozen=True)
-class Shape:
+class Shape(NamedTuple):
     """What a plan is keyed on. kind: how products are taken, "half" (16-bit), "tf32" or "ieee"."""
 
     cell: str
@@ -111,9 +110,10 @@ class Plan:
         return f"loop {self.loop}, {team}, W_hh {how}, tile {t.batch}x{t.units}x{t.depth}, {t.warps} warps"
 
 
-# The tables. Chosen by what compiles without spills into an architecture's shared memory (Triton 3.6 and 3.9, no GPU at hand), not by
-# measured time: `tuned` below is where measurements go. A product's tile must be wider in units than in batch: Triton gives all warps
-# to the longer side, since it takes the gates' products for a chain, and would have them repeat each other's work.
+# The tables. Chosen by what compiles without spills into an architecture's shared memory (Triton 3.6 and 3.9), not by
+# time, for want of a GPU: measured plans go into the table of `record`. Tiles are wider in units than in batch where
+# they can be: Triton takes the gates' products for a chain, gives all warps to the longer side, and where that is the
+# batch has them repeat each other's work.
 HOLD = {
     "half": (Tile(16, 32, 128, 4), Tile(16, 16, 128, 4)),
     "tf32": (Tile(16, 32, 64, 4), Tile(16, 16, 128, 4, ahead=False), Tile(16, 16, 32, 4, ahead=False)),
@@ -126,13 +126,13 @@ STREAM_LARGE = {
     "tf32": Tile(64, 32, 32, 8, 2, ahead=False),
     "ieee": Tile(32, 32, 32, 8, 2, ahead=False),
 }
-# Rows of H elements that 16 bytes do not divide: each element is loaded by itself, which takes the registers of a large tile.
+# For rows of H elements that 16 bytes do not divide: elements loaded one by one take the registers of a large tile.
 STREAM_ODD = {
     "half": Tile(16, 32, 32, 4, 3, ahead=False),
     "tf32": Tile(16, 32, 32, 4, 3, ahead=False),
     "ieee": Tile(16, 32, 16, 4, 3, ahead=False),
 }
-# AMD keeps what is resident in registers rather than in shared memory: 64 KiB of weights is what leaves room for the rest.
+# On AMD what is resident stays in registers, not in shared memory: this much of it leaves room for the rest.
 AMD_RESIDENT = 64 * KIB
 
 
@@ -193,6 +193,15 @@ def _teams(shape: Shape, device: Device) -> list[Plan]:
     return [*plans, Plan("b", large, -(-shape.hidden // large.units))]
 
 
+SPREADS = (2, 4)
+
+
+def _spread(shape: Shape, spread: int) -> Plan:
+    """A team of fewer programs with more units each, W_hh streamed: where the units are too many for the device."""
+    tile = _stream(shape, large=False)
+    return Plan("b", tile, -(-shape.hidden // (tile.units * spread)), spread)
+
+
 def _alone(shape: Shape) -> Plan:
     """One program a batch tile with W_hh streamed: no exchange, but all of W_hh read by every program in every step."""
     tile = _stream(shape, large=True)
@@ -207,17 +216,20 @@ def _stepwise(shape: Shape) -> Plan:
 def shipped(shape: Shape, device: Device) -> list[Plan]:
     """Every plan that `choose` can come to without measurements: what is compiled ahead of time by `make cubin`."""
     registers = _registers(shape, device)
-    return [*([] if registers is None else [registers]), *_teams(shape, device), _alone(shape), _stepwise(shape)]
+    teams = _teams(shape, device)
+    if 2 * teams[0].team > device.processors:
+        teams += [_spread(shape, spread) for spread in SPREADS]
+    return [*([] if registers is None else [registers]), *teams, _alone(shape), _stepwise(shape)]
 
 
 def choose(shape: Shape, device: Device, batch: int, recurrences: int) -> Plan:
     """The plan for a problem. `override` forces one, a measured table comes next, then the tables above."""
     if _forced:
         return _build(shape, **_forced)
-    plans = _measured().get(_key(shape, device), [])
-    for plan in plans:
-        if plan.loop != "b" or plan.programs(batch, recurrences) <= device.processors:
-            return plan
+    measured = _measured().get(_key(shape, device))
+    if measured:
+        within = [plan for rows, plan in measured if batch * recurrences <= rows]
+        return within[0] if within else measured[-1][1]
     registers = _registers(shape, device)
     if registers is not None:
         return registers
@@ -225,16 +237,18 @@ def choose(shape: Shape, device: Device, batch: int, recurrences: int) -> Plan:
     for plan in teams:
         if plan.programs(batch, recurrences) <= device.processors:
             return plan
-    # A few waves of a team are still fewer launches than one a step; a batch that fills the device needs no team.
-    if (
-        teams
-        and teams[-1].team * recurrences <= device.processors
-        and teams[-1].programs(batch, recurrences) <= 3 * device.processors
-    ):
-        return teams[-1]
     alone = _alone(shape)
     if shape.hidden <= 512 and 2 * alone.programs(batch, recurrences) >= device.processors:
-        return alone
+        return alone  # a batch that fills the device needs no team
+    # A few waves of a team are still fewer launches than one a step.
+    for plan in reversed(teams):
+        if plan.team * recurrences <= device.processors and plan.programs(batch, recurrences) <= 3 * device.processors:
+            return plan
+    for plan in (
+        (_spread(shape, spread) for spread in SPREADS) if teams and 2 * teams[0].team > device.processors else ()
+    ):
+        if plan.programs(batch, recurrences) <= device.processors:
+            return plan
     return _stepwise(shape)
 
 
@@ -249,7 +263,7 @@ _forced: dict[str, Any] = {}
 
 @contextmanager
 def override(**fields: Any) -> Iterator[None]:
-    """Force loop and, where given, tile, spread, registers, hold: for tests and for measuring. Process-wide: backward has its own thread."""
+    """Force loop and, if given, tile, spread, registers, hold; in all threads: autograd has one for backward."""
     previous = dict(_forced)
     _forced.update(fields)
     try:
@@ -289,19 +303,23 @@ def _key(shape: Shape, device: Device) -> str:
 
 
 @cache
-def _measured() -> dict[str, list[Plan]]:
+def _measured() -> dict[str, list[tuple[int, Plan]]]:
+    """Per key (B·R up to which, plan) in ascending order."""
     path = measured_path()
     if not path.exists():
         return {}
     entries = json.loads(path.read_text())["plans"]
-    return {key: [Plan(**{**plan, "tile": Tile(**plan["tile"])}) for plan in plans] for key, plans in entries.items()}
+    return {
+        key: [(rows, Plan(**{**plan, "tile": Tile(**plan["tile"])})) for rows, plan in plans]
+        for key, plans in entries.items()
+    }
 
 
-def record(shape: Shape, device: Device, plans: list[Plan], note: dict[str, str]) -> None:
-    """Add measured plans, best first, to the table on disk. note: device, versions, date."""
+def record(shape: Shape, device: Device, plans: list[tuple[int, Plan]], note: dict[str, str]) -> None:
+    """Put measured plans into the table on disk: (B·R up to which, plan), ascending. note: device, versions, date."""
     path = measured_path()
     table = json.loads(path.read_text()) if path.exists() else {"notes": {}, "plans": {}}
-    table["plans"][_key(shape, device)] = [asdict(plan) for plan in plans]
+    table["plans"][_key(shape, device)] = [(rows, asdict(plan)) for rows, plan in plans]
     table["notes"][_key(shape, device)] = note
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(table, indent=1))

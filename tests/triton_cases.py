@@ -1,0 +1,130 @@
+"""The Triton backend's test cases: every cell, dtype and loop; odd shapes and options meet in pairs.
+
+On a GPU they run there; without one in Triton's interpreter, on the cpu, a program after the other.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import os
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from cases import Case, Inputs
+from torch import Tensor
+
+# Read when fused_rnn.triton_kernels' kernels are first imported, which is when the first of them runs.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+pytest.importorskip("triton", reason="Triton is not installed")
+
+from fused_rnn.triton_kernels.tiles import Tile
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+# Forced plans with tiles small enough that odd shapes have several, and a rest.
+LOOPS: dict[str, dict[str, Any]] = {
+    "a-registers": {"loop": "a", "registers": True},
+    "a-streamed": {"loop": "a", "tile": Tile(16, 32, 16, 4)},
+    "b-streamed": {"loop": "b", "tile": Tile(32, 64, 32, 4)},
+    "b-resident": {"loop": "b", "tile": Tile(16, 32, 32, 4), "hold": True},
+    "b-spread": {"loop": "b", "tile": Tile(16, 16, 16, 4), "spread": 2},
+    "c": {"loop": "c", "tile": Tile(16, 64, 32, 4)},
+}
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+CHOICES: dict[str, tuple[Any, ...]] = {
+    "cell": ("lstm", "gru", "rnn_tanh", "rnn_relu"),
+    "dtype": DTYPES,
+    "loop": tuple(LOOPS),
+    "T": (1, 2, 65),
+    "B": (1, 3, 33),
+    "H": (1, 3, 17, 130),
+    "D": (1, 5),
+    "bidirectional": (False, True),
+    "lengths": (False, True),
+    "reset": (False, True),
+    "save": ("gates", "recompute"),
+    "bias": (True, False),
+    "hx": (True, False),
+}
+Row = dict[str, Any]
+
+
+def _possible(row: Row) -> bool:
+    if row["loop"] == "a-registers" and row["H"] == 130:
+        return False  # W_hh of 256 x 256 does not fit
+    return not (row["T"] == 65 and row["B"] == 33 and row["H"] == 130)  # takes the interpreter a minute
+
+
+def _pairs(row: Row) -> Iterator[tuple[Any, ...]]:
+    return itertools.combinations(row.items(), 2)
+
+
+def _cost(row: Row) -> float:
+    """What the interpreter takes, roughly in seconds."""
+    plan = LOOPS[row["loop"]]
+    tile = plan.get("tile", Tile(16, 256, 256, 4))
+    blocks = (2 if row["bidirectional"] else 1) * -(-row["B"] // tile.batch) * -(-row["H"] // tile.units)
+    depth = 1 if plan.get("registers") else -(-row["H"] // tile.depth)
+    gates = {"lstm": 4, "gru": 3}.get(row["cell"], 1)
+    return 0.03 * row["T"] * (blocks * (1 + 0.1 * gates * (1 + depth)) + (plan["loop"] != "a"))
+
+
+def _pick(dice: random.Random, met: set[Any], fixed: Row) -> Row:
+    """Of some rows with the fixed choices, the one with most pairs that have not met, cheap rather than dear."""
+    rows = []
+    while len(rows) < 100:
+        row = {name: dice.choice(values) for name, values in CHOICES.items()} | fixed
+        if _possible(row):
+            rows.append(row)
+    return max(rows, key=lambda row: sum(pair not in met for pair in _pairs(row)) - 2 * _cost(row))
+
+
+def _every_pair() -> set[Any]:
+    pairs = set()
+    for (one, ones), (other, others) in itertools.combinations(CHOICES.items(), 2):
+        pairs |= {((one, a), (other, b)) for a in ones for b in others}
+    return pairs - {(("loop", "a-registers"), ("H", 130))}
+
+
+def _rows() -> list[Row]:
+    """Every cell with every dtype by every loop, the rest so that all pairs of choices meet."""
+    dice, unmet, met, rows = random.Random(0), _every_pair(), set(), []
+    bases = [dict(zip(("cell", "dtype", "loop"), base, strict=True)) for base in
+             itertools.product(CHOICES["cell"], CHOICES["dtype"], CHOICES["loop"])]  # fmt: skip
+    while bases or unmet:
+        row = _pick(dice, met, bases.pop(0) if bases else dict(min(unmet, key=str)))
+        rows.append(row)
+        met.update(_pairs(row))
+        unmet.difference_update(_pairs(row))
+    return rows
+
+
+ROWS = _rows()
+
+
+def quicker_interpreter() -> None:
+    """Integer additions without the interpreter's check for overflow, which is half of its time."""
+    if DEVICE == "cpu":
+        from triton.runtime.interpreter import interpreter_builder
+
+        interpreter_builder.options = dataclasses.replace(interpreter_builder.options, sanitize_overflow=False)
+
+
+def case_of(row: Row) -> Case:
+    return Case(**{name: value for name, value in row.items() if name != "loop"})
+
+
+def here(given: Inputs) -> Inputs:
+    """The inputs on the device under test."""
+
+    def move(t: Tensor | None) -> Tensor | None:
+        return None if t is None else t.to(DEVICE)
+
+    x, weights, hx, lengths, reset, dout = given
+    moved = [[t.to(DEVICE) for t in tensors] for tensors in (weights, hx, dout)]
+    return Inputs(x.to(DEVICE), moved[0], moved[1], move(lengths), move(reset), moved[2])
