@@ -165,6 +165,10 @@ def _needs_grad(x: Tensor, weights: Sequence[Tensor], h0: Tensor | None, c0: Ten
         if w.requires_grad:
             return True
     # A tensor that is batched inside a gradient does not say that it requires one.
+    return _transformed()
+
+
+def _transformed() -> bool:
     return not torch.compiler.is_compiling() and checks.in_transform()
 
 
@@ -217,6 +221,7 @@ def _stack(
     problem = Problem(
         cell, x.dtype, device, steps == 1, batch, input_size, hidden, width, num_layers, recurrences, count >= 4,
         needs_grad, _forward_ad(), save if needs_grad else "none", lengths is not None, reset is not None,
+        _transformed(),
     )  # fmt: skip
     chosen = resolve(problem, backend)
     if chosen.stack is not None:
@@ -281,7 +286,7 @@ def _step(
     needs_grad = _needs_grad(x, weights, h, c)
     problem = Problem(
         cell, x.dtype, device, True, batch, input_size, hidden, hidden, 1, 1, count == 4,
-        needs_grad, _forward_ad(), "gates" if needs_grad else "none", False, False,
+        needs_grad, _forward_ad(), "gates" if needs_grad else "none", False, False, _transformed(),
     )  # fmt: skip
     chosen = resolve(problem, backend)
     if chosen.DIFFERENTIABLE or not needs_grad:

@@ -29,3 +29,4 @@ class Problem(NamedTuple):
     save: str
     lengths: bool
     reset: bool
+    transformed: bool = False  # a torch.func transform is under way
