@@ -16,22 +16,23 @@ from fused_rnn.problem import Problem
 BACKENDS: dict[str, ModuleType] = {module.NAME: module for module in (cpu, torch_backend, reference, triton_backend)}
 
 
-# Inference of a bfloat16 LSTM where oneDNN has AMX too: from this batch on ours takes 1.05 to 1.3 times as long (torch / cpu
-# in time 0.76 to 0.95), below it less. One core of an Intel Xeon with AMX, 2026-11: benchmarks/results/cpu/bf16-1t.json.
-ONEDNN_BATCH = 32
+# In bfloat16, where oneDNN has AMX too, two kinds of problem run faster there (torch / cpu in time): inference of an LSTM
+# from this batch on, 0.73 to 0.95, and training on a single step of a GRU or RNN from this size on, 0.72 to 0.87.
+# One core of an Intel Xeon with AMX, 2026-11: benchmarks/results/cpu/bf16-1t.json.
+ONEDNN_BATCH, ONEDNN_HIDDEN = 32, 512
+
+
+def _onednn_is_faster(problem: Problem) -> bool:
+    if problem.dtype != torch.bfloat16 or ops.ISA != "amx" or problem.transformed:  # torch's kernels have no vmap rule
+        return False
+    if problem.cell == "lstm":
+        return not problem.needs_grad and not problem.single_step and problem.batch >= ONEDNN_BATCH
+    return problem.needs_grad and problem.single_step and problem.hidden_size >= ONEDNN_HIDDEN
 
 
 def preference(problem: Problem) -> tuple[str, ...]:
     """The backends in the order in which to try them for this problem, fastest first. Never by T, but for T = 1."""
-    if (
-        problem.cell == "lstm"
-        and problem.dtype == torch.bfloat16
-        and not problem.needs_grad
-        and not problem.single_step
-        and not problem.transformed  # torch's kernels have no vmap rule
-        and problem.batch >= ONEDNN_BATCH
-        and ops.ISA == "amx"
-    ):
+    if problem.device == "cpu" and _onednn_is_faster(problem):
         return ("torch", "cpu", "reference", "triton")
     if problem.device == "cuda":  # no kernel of ours has been measured on a GPU yet: torch's own where it can
         return ("torch", "triton", "reference", "cpu")
