@@ -11,7 +11,7 @@ import torch
 from cases import Case, Inputs, inputs
 from judge import by_backend, forward
 from torch import Tensor
-from triton_cases import DEVICE, LOOPS, here, quicker_interpreter
+from triton_cases import DEVICE, LOOPS, MARKS, here, quicker_interpreter
 
 import fused_rnn
 from fused_rnn.backends import triton as backend
@@ -21,6 +21,7 @@ from fused_rnn.functional import lstm
 from fused_rnn.triton_kernels import device, launch, tiles
 from fused_rnn.triton_kernels.tiles import ARCHITECTURES, Plan, Shape, Tile
 
+pytestmark = MARKS
 QUICK = ("test_schema", "test_faketensor")
 PROBLEM = Case("lstm").problem()._replace(device=DEVICE)
 
@@ -355,3 +356,26 @@ def test_tf32_is_what_torch_says(monkeypatch: pytest.MonkeyPatch) -> None:
         assert device.kind_of(torch.bfloat16, known) == "half"
     finally:
         torch.backends.cudnn.allow_tf32 = before
+
+
+def test_tuning_keeps_the_fastest(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """With a clock that likes one plan, that plan is what the table holds afterwards."""
+    from fused_rnn.triton_kernels import tune
+
+    monkeypatch.setenv("FUSED_RNN_TRITON_TILES", str(tmp_path / "tiles.json"))
+    tiles._measured.cache_clear()
+    known = tiles.INTERPRETER if DEVICE == "cpu" else device.device_at(0)
+    favourite = Plan("c", Tile(16, 16, 16, 4), 1)
+    monkeypatch.setattr(tune, "candidates", lambda *_: [Plan("a", Tile(16, 16, 16, 4), 1, registers=True), favourite])
+    for backward in (False, True):
+        shape, times = Shape("lstm", 4, "ieee", 5, backward), iter((2.0, 1.0))
+
+        def clock(run: Any, times: Any = times) -> float:
+            run()
+            return next(times)
+
+        try:
+            tune.tune(shape, torch.float32, known, 2, [3], clock)
+            assert tiles.choose(shape, known, 1, 1) == favourite
+        finally:
+            tiles._measured.cache_clear()

@@ -9,9 +9,11 @@ import torch
 from cases import Case, inputs
 from judge import by_backend, by_reference, by_torch
 from tolerances import assert_as_good_as_torch
-from triton_cases import LOOPS, ROWS, Row, case_of, here, quicker_interpreter
+from triton_cases import LOOPS, MARKS, ROWS, Row, case_of, here, quicker_interpreter
 
 from fused_rnn.triton_kernels import tiles
+
+pytestmark = MARKS
 
 
 @pytest.fixture(autouse=True)

@@ -16,9 +16,11 @@ import pytest
 from cases import Case, inputs
 from judge import by_backend, by_reference, by_torch
 from tolerances import assert_as_good_as_torch
-from triton_cases import LOOPS, here, quicker_interpreter
+from triton_cases import LOOPS, MARKS, here, quicker_interpreter
 
 from fused_rnn.triton_kernels import cells, launch, tiles
+
+pytestmark = MARKS
 
 MASKED = Case("lstm", T=5, B=5, H=17, bidirectional=True, lengths=True, reset=True)
 # file, text in it, what to write instead, case, loops in which it must be seen
@@ -75,11 +77,11 @@ MISTAKES: dict[str, tuple[str, str, str, Case, tuple[str, ...]]] = {
         MASKED,
         ("b-streamed", "c"),
     ),
-    "forward: first step without h0": (
+    "forward: another row's h0": (
         "forward",
-        "first = b * 0 + step == 0",
-        "first = b * 0 + step == 1",
-        Case("gru"),
+        "tl.where(first, h0 + row_rb * H,",
+        "tl.where(first, h0 + row * H,",
+        Case("gru", bidirectional=True),
         ("c",),
     ),
     "forward: a gate's depth unmasked": (
@@ -118,12 +120,12 @@ MISTAKES: dict[str, tuple[str, str, str, Case, tuple[str, ...]]] = {
         ("c",),
     ),
     "backward: the input side for the recurrent one": ("backward", "(DG - G) * H)", "0 * H)", Case("gru"), ("c",)),
-    "backward: c of the wrong step": (
+    "backward: another row's c0": (
         "backward",
-        "tl.where(backwards, width, -width)",
-        "tl.where(backwards, -width, width)",
-        MASKED,
-        ("a-streamed",),
+        "first_state + row_rb * H",
+        "first_state + row * H",
+        Case("lstm", bidirectional=True),
+        ("a-registers", "a-streamed"),
     ),
     "backward: no gradient of h0": (
         "backward",

@@ -25,6 +25,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 from fused_rnn.triton_kernels.tiles import Tile
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+MARKS = [pytest.mark.gpu] if DEVICE == "cuda" else []  # where they run on a GPU, `pytest -m gpu` runs them
 
 # Forced plans with tiles small enough that odd shapes have several, and a rest.
 LOOPS: dict[str, dict[str, Any]] = {

@@ -216,10 +216,12 @@ def _stepwise(shape: Shape) -> Plan:
 def shipped(shape: Shape, device: Device) -> list[Plan]:
     """Every plan that `choose` can come to without measurements: what is compiled ahead of time by `make cubin`."""
     registers = _registers(shape, device)
+    if registers is not None:
+        return [registers]
     teams = _teams(shape, device)
     if 2 * teams[0].team > device.processors:
         teams += [_spread(shape, spread) for spread in SPREADS]
-    return [*([] if registers is None else [registers]), *teams, _alone(shape), _stepwise(shape)]
+    return [*teams, _alone(shape), _stepwise(shape)]
 
 
 def choose(shape: Shape, device: Device, batch: int, recurrences: int) -> Plan:
