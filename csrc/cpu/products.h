@@ -190,8 +190,8 @@ struct ProductsLoop {
           if (input_gate(d) < 0) continue;
           const T* g = (const T*)f.dgates + k * ld + (r * DG + d) * H;
           const T* wg = w + input_gate(d) * H * D + column;
-          for (int64_t i0 = 0; i0 < H; i0 += kSumBlock / 4) {  // summed in blocks: one long chain would round too often
-            const int64_t i1 = i0 + kSumBlock / 4 < H ? i0 + kSumBlock / 4 : H;
+          for (int64_t i0 = 0; i0 < H; i0 += kSumBlock / 8) {  // summed in blocks: one long chain would round too often
+            const int64_t i1 = i0 + kSumBlock / 8 < H ? i0 + kSumBlock / 8 : H;
             Vec<S> block[kPanelVectors] = {};
             if (column + W <= D) {
               for (int64_t i = i0; i < i1; ++i) {
