@@ -28,8 +28,8 @@ MISTAKES: dict[str, tuple[str, str, str, Case, tuple[str, ...]]] = {
     "lstm: gates i and f swapped": ("lstm", "c = f * c + i * g", "c = i * c + f * g", Case("lstm"), ("c",)),
     "lstm: order i, f, o, g": (
         "lstm",
-        "g = tanh(x[2] + h[2])\n    o = sigmoid(x[3] + h[3])",
-        "g = tanh(x[3] + h[3])\n    o = sigmoid(x[2] + h[2])",
+        "g = tanh(x[2] + h[2], HOW)\n    o = sigmoid(x[3] + h[3], HOW)",
+        "g = tanh(x[3] + h[3], HOW)\n    o = sigmoid(x[2] + h[2], HOW)",
         Case("lstm"),
         ("c",),
     ),
@@ -42,8 +42,8 @@ MISTAKES: dict[str, tuple[str, str, str, Case, tuple[str, ...]]] = {
     ),
     "gru: order z, r, n": (
         "gru",
-        "r = sigmoid(x[0] + h[0])\n    z = sigmoid(x[1] + h[1])",
-        "z = sigmoid(x[0] + h[0])\n    r = sigmoid(x[1] + h[1])",
+        "r = sigmoid(x[0] + h[0], HOW)\n    z = sigmoid(x[1] + h[1], HOW)",
+        "z = sigmoid(x[0] + h[0], HOW)\n    r = sigmoid(x[1] + h[1], HOW)",
         Case("gru"),
         ("c",),
     ),

@@ -90,7 +90,7 @@ def _layer(
         KERNELS[cell], x.shape[0], x.shape[1], weights[1].shape[1], tuple(directions),
         None if lengths is None else lengths.to(torch.int64).contiguous(),
         None if reset is None else reset.to(torch.int32).contiguous(),
-        devices.precision_of(kind, device), device,
+        devices.precision_of(kind, device), devices.activations_of(kind, device), device,
     )  # fmt: skip
     return layer, kind
 

@@ -15,9 +15,10 @@ from triton.compiler import ASTSource
 
 from fused_rnn.triton_kernels.backward import bwd_kernel
 from fused_rnn.triton_kernels.cells import Cell
+from fused_rnn.triton_kernels.device import activations_of
 from fused_rnn.triton_kernels.forward import fwd_kernel
 from fused_rnn.triton_kernels.launch import constants_backward, constants_forward, constants_plan, options
-from fused_rnn.triton_kernels.tiles import Plan
+from fused_rnn.triton_kernels.tiles import ARCHITECTURES, Plan
 
 DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
@@ -63,12 +64,13 @@ def compile_kernel(
 ) -> Any:
     """The compiled kernel of a plan. variant: save, checkpoint, replay, lengths, reset, dy."""
     kernel = bwd_kernel if backward else fwd_kernel
+    how = activations_of("half" if dtype != "float32" else precision, ARCHITECTURES[arch])
     if backward:
         constants = constants_backward(cell, hidden, SIZES[dtype], variant.get("dy", True))
     else:
         made = (variant.get(name, False) for name in ("save", "checkpoint", "replay"))
         constants = constants_forward(cell, hidden, SIZES[dtype], *made)
-    constants |= constants_plan(plan, variant.get("lengths", False), variant.get("reset", False), precision)
+    constants |= constants_plan(plan, variant.get("lengths", False), variant.get("reset", False), precision, how)
     pointers = _pointers(kernel, dtype)
     signature = {name: "constexpr" if name in constants else pointers.get(name, "i32") for name in kernel.arg_names}
     aligned = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in pointers}

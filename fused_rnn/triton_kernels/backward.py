@@ -84,12 +84,26 @@ def product_streamed(
 
 
 @triton.jit
+def place(step, step0, steps, batch, backwards, b, length, reset, HAS_RESET: tl.constexpr):
+    """Of a step: its time, and by row whether it is run here, and whether gradient passes to the step before."""
+    t = tl.where(backwards, steps - 1 - step, step)
+    valid = (b * 0 + step >= step0) & (t < length)
+    live = valid
+    if HAS_RESET:
+        live = valid & (tl.load(reset + t.to(tl.int64) * batch + b, mask=valid, other=0) == 0)
+    return t, valid, live
+
+
+@triton.jit
 def load_step(
-    dy, states, first_state, saved, row, row_rb, n, here, live, step, t, local, width, length, window0, backwards,
+    step, t, valid, live, dy, states, first_state, saved, row, row_rb, own, n, t_base, width, length, window0,
+    backwards,
     S: tl.constexpr, H: tl.constexpr, ALIGN: tl.constexpr, HAS_C: tl.constexpr, NEEDS_STATE: tl.constexpr,
     NEEDS_BEFORE: tl.constexpr, HAS_DY: tl.constexpr, HAS_LENGTHS: tl.constexpr,
 ):  # fmt: skip
     """Kept gates, dy, the state of the step and the one before; zeros for what is not needed."""
+    here = own & valid[:, None]
+    local = (t - t_base) * width
     kept = load_gates(saved + local * S, row, n, here, S, H)
     here_states = states + (local if HAS_C else t * width)
     at = row[:, None] * H + n[None, :]
@@ -106,7 +120,7 @@ def load_step(
             first = first | (t == tl.where(backwards, length - 1, -2))
         there = here_states + tl.where(backwards, width, -width)
         rows = tl.multiple_of(tl.where(first, first_state + row_rb * H, there + row * H), [ALIGN])
-        before = tl.load(rows[:, None] + n[None, :], mask=here & live[:, None], other=0.0)
+        before = tl.load(rows[:, None] + n[None, :], mask=own & live[:, None], other=0.0)
     return kept, dy_t, state, before
 
 
@@ -162,6 +176,7 @@ def bwd_kernel(
     BH: tl.constexpr,
     BK: tl.constexpr,
     PRECISION: tl.constexpr,
+    HOW: tl.constexpr,  # the activations: see pointwise.py
 ):
     pid = tl.program_id(0)
     member = pid % TEAM
@@ -192,16 +207,18 @@ def bwd_kernel(
     if REGISTERS or HOLD:
         held = hold_bwd(w_r, n, G, H, BH, BK)
 
+    if AHEAD:
+        step = step1 - 1
+        t, valid, live = place(step, step0, steps, batch, backwards, b, length, reset, HAS_RESET)
+        kept_next, dy_next, state_next, before_next = load_step(
+            step, t, valid, live, dy, states, first_state, saved, row, row_rb, own, n, t_base, width, length, window0,
+            backwards, S, H, ALIGN, HAS_C, NEEDS_STATE, NEEDS_BEFORE, HAS_DY, HAS_LENGTHS,
+        )  # fmt: skip
+
     # Iterations of a step: its NT tiles. A product alone closes the loop, at "step -1".
     for i in range((steps - step1) * NT, (steps - step0 + close) * NT):
         step = steps - 1 - i // NT
-        t = tl.where(backwards, steps - 1 - step, step)
-        local = (t - t_base) * width
-        running = b * 0 + step >= 0
-        valid = running & (t < length)
-        live = valid
-        if HAS_RESET:
-            live = valid & (tl.load(reset + t.to(tl.int64) * batch + b, mask=valid, other=0) == 0)
+        t, valid, live = place(step, step0, steps, batch, backwards, b, length, reset, HAS_RESET)
         if NT != 1:
             n = member * (NT * BH) + (i % NT) * BH + tl.arange(0, BH)
             own = in_b[:, None] & (n < H)[None, :]
@@ -210,11 +227,17 @@ def bwd_kernel(
             if HAS_C:
                 dc = tl.load(dc_state + at_rb, mask=own, other=0.0)
 
-        here = own & valid[:, None]
-        if AHEAD:  # what does not wait for the team is asked for before it
-            kept, dy_t, state, before = load_step(
-                dy, states, first_state, saved, row, row_rb, n, here, live, step, t, local, width, length, window0,
-                backwards, S, H, ALIGN, HAS_C, NEEDS_STATE, NEEDS_BEFORE, HAS_DY, HAS_LENGTHS,
+        if AHEAD:
+            # What forward left is read one step early, so that memory's latency passes behind the wait and the product,
+            # and brought into the product's layout before the wait, not after it.
+            kept, dy_t, state, before = to_float32(kept_next, S), dy_next.to(tl.float32), state_next, before_next
+            state, before = state.to(tl.float32), before.to(tl.float32)
+            t_next, valid_next, live_next = place(
+                step - 1, step0, steps, batch, backwards, b, length, reset, HAS_RESET
+            )  # fmt: skip
+            kept_next, dy_next, state_next, before_next = load_step(
+                step - 1, t_next, valid_next, live_next, dy, states, first_state, saved, row, row_rb, own, n, t_base,
+                width, length, window0, backwards, S, H, ALIGN, HAS_C, NEEDS_STATE, NEEDS_BEFORE, HAS_DY, HAS_LENGTHS,
             )  # fmt: skip
 
         if not REGISTERS:
@@ -236,16 +259,16 @@ def bwd_kernel(
 
         if not AHEAD:
             kept, dy_t, state, before = load_step(
-                dy, states, first_state, saved, row, row_rb, n, here, live, step, t, local, width, length, window0,
-                backwards, S, H, ALIGN, HAS_C, NEEDS_STATE, NEEDS_BEFORE, HAS_DY, HAS_LENGTHS,
+                step, t, valid, live, dy, states, first_state, saved, row, row_rb, own, n, t_base, width, length,
+                window0, backwards, S, H, ALIGN, HAS_C, NEEDS_STATE, NEEDS_BEFORE, HAS_DY, HAS_LENGTHS,
             )  # fmt: skip
         if HAS_DY:
             dh += dy_t.to(tl.float32)
-        d_gates, d_by, dc_by = CELL(dh, dc, to_float32(kept, S), state.to(tl.float32), before.to(tl.float32))
+        d_gates, d_by, dc_by = CELL(dh, dc, to_float32(kept, S), state.to(tl.float32), before.to(tl.float32), HOW)
         for g in tl.static_range(DG):
             at = row[:, None] * (DG * H) + (g * H + n)[None, :]
             d = tl.where(valid[:, None], d_gates[g], 0.0).to(dgates.dtype.element_ty)
-            tl.store(dgates + t * (width * DG) + at, d, mask=own & running[:, None])
+            tl.store(dgates + t * (width * DG) + at, d, mask=own & (b * 0 + step >= step0)[:, None])
         if HAS_RESET:
             d_by = tl.where(live[:, None], d_by, 0.0)
             dc_by = tl.where(live[:, None], dc_by, 0.0)

@@ -91,3 +91,8 @@ def precision_of(kind: str, device: Device) -> str:
     if device is INTERPRETER:
         return "interpreter"
     return "tf32" if kind == "tf32" else "ieee"
+
+
+def activations_of(kind: str, device: Device) -> str:
+    """The kernels' HOW: pointwise.py says what each is."""
+    return "float32" if kind != "half" else "mufu" if device.nvidia else "half"

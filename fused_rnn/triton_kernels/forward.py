@@ -150,6 +150,7 @@ def fwd_kernel(
     BH: tl.constexpr,
     BK: tl.constexpr,
     PRECISION: tl.constexpr,
+    HOW: tl.constexpr,  # the activations: see pointwise.py
 ):
     pid = tl.program_id(0)
     member = pid % TEAM
@@ -209,6 +210,7 @@ def fwd_kernel(
             ahead = own & (b * 0 + step + 1 < step1)[:, None]
             t_next = tl.where(backwards, t - 1, t + 1)
             x_next = load_gates(gx + (t_next - t_base) * (width * G), row, n, ahead, G, H)
+            x = to_float32(x, G)  # and brought into the product's layout before the wait, not after it
         else:
             x = load_gates(gx + local * G, row, n, own, G, H)
 
@@ -239,7 +241,7 @@ def fwd_kernel(
                 acc = product_streamed(h_row, live, w_r, n, G, H, BB, BH, BK, PRECISION)
 
         s_in = tl.where(live[:, None], s, 0.0) if HAS_RESET else s
-        new, s_new, kept = CELL(to_float32(x, G), acc, hidden_bias, s_in)
+        new, s_new, kept = CELL(to_float32(x, G), acc, hidden_bias, s_in, HOW)
         if HAS_STATE:
             s = tl.where(valid[:, None], s_new, s) if HAS_LENGTHS else s_new
             if NT != 1:

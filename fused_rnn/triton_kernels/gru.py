@@ -4,24 +4,24 @@ Source: Cho et al. 2014, in the form of torch.nn.GRU and cuDNN: n = tanh(x_n + r
 """
 
 import triton
-import triton.language as tl  # noqa: F401  (the interpreter looks for it in the module of every function it runs)
+import triton.language as tl
 
 from fused_rnn.triton_kernels.pointwise import sigmoid, tanh
 
 
 @triton.jit
-def fwd(x, h, bias, state):
+def fwd(x, h, bias, state, HOW: tl.constexpr):
     """Gates' input side x and recurrent side h, tuples of 3; b_hn; the old h. Returns h', h' as the state, the kept."""
-    r = sigmoid(x[0] + h[0])
-    z = sigmoid(x[1] + h[1])
+    r = sigmoid(x[0] + h[0], HOW)
+    z = sigmoid(x[1] + h[1], HOW)
     hn = h[2] + bias
-    n = tanh(x[2] + r * hn)
+    n = tanh(x[2] + r * hn, HOW)
     new = n + z * (state - n)
     return new, new, (r, z, n, hn)
 
 
 @triton.jit
-def bwd(dh, dc, kept, h, h_before):
+def bwd(dh, dc, kept, h, h_before, HOW: tl.constexpr):
     """Gradients of n's input side, r, z, n's recurrent side: each weight's gradient reads three of them in a row."""
     r, z, n, hn = kept[0], kept[1], kept[2], kept[3]
     dn = dh * (1.0 - z) * (1.0 - n * n)

@@ -32,7 +32,8 @@ class Layer:
     directions: tuple[int, ...]
     lengths: Tensor | None
     reset: Tensor | None
-    precision: str
+    precision: str  # of products, the kernels' PRECISION
+    activations: str  # their HOW
     device: Device
 
     @property
@@ -116,7 +117,7 @@ def constants_backward(cell: Cell, hidden: int, size: int, has_dy: bool) -> dict
     }
 
 
-def constants_plan(plan: Plan, lengths: bool, reset: bool, precision: str) -> dict[str, Any]:
+def constants_plan(plan: Plan, lengths: bool, reset: bool, precision: str, activations: str) -> dict[str, Any]:
     """What both kernels are compiled for besides."""
     return {
         "HAS_LENGTHS": lengths,
@@ -131,6 +132,7 @@ def constants_plan(plan: Plan, lengths: bool, reset: bool, precision: str) -> di
         "BH": plan.tile.units,
         "BK": plan.tile.depth,
         "PRECISION": precision,
+        "HOW": activations,
     }
 
 
@@ -156,7 +158,9 @@ def bounds(plan: Plan, arch: str) -> tuple[int | None, ...]:
 
 
 def _launch(kernel: Any, layer: Layer, plan: Plan, tiles: int, args: Sequence[Any], constants: dict[str, Any]) -> None:
-    constants |= constants_plan(plan, layer.lengths is not None, layer.reset is not None, layer.precision)
+    constants |= constants_plan(
+        plan, layer.lengths is not None, layer.reset is not None, layer.precision, layer.activations
+    )
     grid = (layer.recurrences * tiles * plan.team,)
     arch = layer.device.arch
     if arch == "interpreter":

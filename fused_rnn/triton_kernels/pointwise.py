@@ -1,17 +1,35 @@
-"""Activations in float32: relatively accurate near zero, and free of overflow (of warnings, in the interpreter)."""
+"""Activations of float32 tiles, in three qualities. HOW: tl.constexpr says which.
+
+    "float32"  as good as the type: relatively accurate near zero too
+    "half"     for results that are rounded to 16 bits: absolutely accurate to 1e-7
+    "mufu"     the same on NVIDIA, by its tanh instruction: accurate to 5e-4, a fifth of the instructions
+"""
 
 import triton
 import triton.language as tl
 
 
 @triton.jit
-def sigmoid(x):
+def mufu_tanh(x):
+    return tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def sigmoid(x, HOW: tl.constexpr):
+    if HOW == "mufu":
+        return 0.5 * mufu_tanh(0.5 * x) + 0.5
+    if HOW == "half":
+        return 1.0 / (1.0 + tl.exp(-x))
     e = tl.exp(-tl.abs(x))  # in (0, 1]: no overflow on either side
     return tl.where(x >= 0, 1.0, e) / (1.0 + e)
 
 
 @triton.jit
-def tanh(x):
+def tanh(x, HOW: tl.constexpr):
+    if HOW == "mufu":
+        return mufu_tanh(x)
+    if HOW == "half":
+        return 2.0 / (1.0 + tl.exp(-2.0 * x)) - 1.0
     a = tl.abs(x)
     e = tl.exp(-2.0 * a)
     large = (1.0 - e) / (1.0 + e)

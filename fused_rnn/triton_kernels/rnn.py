@@ -7,23 +7,23 @@ from fused_rnn.triton_kernels.pointwise import tanh
 
 
 @triton.jit
-def fwd_tanh(x, h, bias, state):
-    new = tanh(x[0] + h[0])
+def fwd_tanh(x, h, bias, state, HOW: tl.constexpr):
+    new = tanh(x[0] + h[0], HOW)
     return new, new, ()
 
 
 @triton.jit
-def bwd_tanh(dh, dc, kept, h, h_before):
+def bwd_tanh(dh, dc, kept, h, h_before, HOW: tl.constexpr):
     return (dh * (1.0 - h * h),), tl.full(dh.shape, 0.0, dh.dtype), dc
 
 
 @triton.jit
-def fwd_relu(x, h, bias, state):
+def fwd_relu(x, h, bias, state, HOW: tl.constexpr):
     new = x[0] + h[0]
     new = tl.where(new <= 0, 0.0, new)  # a NaN stays one, as in torch
     return new, new, ()
 
 
 @triton.jit
-def bwd_relu(dh, dc, kept, h, h_before):
+def bwd_relu(dh, dc, kept, h, h_before, HOW: tl.constexpr):
     return (tl.where(h > 0, dh, 0.0),), tl.full(dh.shape, 0.0, dh.dtype), dc

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fused_rnn.triton_kernels import tiles
 from fused_rnn.triton_kernels.cells import CELLS
-from fused_rnn.triton_kernels.device import device_at, kind_of, precision_of
+from fused_rnn.triton_kernels.device import activations_of, device_at, kind_of, precision_of
 from fused_rnn.triton_kernels.launch import Layer, run_backward, run_forward, waves
 from fused_rnn.triton_kernels.tiles import Device, Plan, Shape
 
@@ -50,7 +50,18 @@ def candidates(shape: Shape, device: Device) -> list[Plan]:
 def runner(shape: Shape, plan: Plan, dtype: torch.dtype, device: Device, steps: int, batch: int) -> Callable[[], None]:
     """A function that runs one loop of a layer with made-up inputs."""
     cell, hidden = CELLS[shape.cell], shape.hidden
-    layer = Layer(cell, steps, batch, hidden, (1,), None, None, precision_of(shape.kind, device), device)
+    layer = Layer(
+        cell,
+        steps,
+        batch,
+        hidden,
+        (1,),
+        None,
+        None,
+        precision_of(shape.kind, device),
+        activations_of(shape.kind, device),
+        device,
+    )
     where = "cpu" if device is tiles.INTERPRETER else "cuda"
 
     def random(*sizes: int) -> Tensor:
@@ -95,7 +106,7 @@ def measure(
     results = []
     for plan in plans:
         try:
-            waves(Layer(CELLS[shape.cell], steps, batch, shape.hidden, (1,), None, None, "", device), plan)
+            waves(Layer(CELLS[shape.cell], steps, batch, shape.hidden, (1,), None, None, "", "", device), plan)
             results.append((timer(runner(shape, plan, dtype, device, steps, batch)), plan))
         except (
             Exception
