@@ -16,8 +16,8 @@ from fused_rnn.problem import Problem
 BACKENDS: dict[str, ModuleType] = {module.NAME: module for module in (cpu, torch_backend, reference, triton_backend)}
 
 
-# In bfloat16, where oneDNN has AMX too, two kinds of problem run faster there (torch / cpu in time): inference of an LSTM
-# from this batch on, 0.73 to 0.95, and training on a single step of a GRU or RNN from this size on, 0.72 to 0.87.
+# In bfloat16, where oneDNN has AMX too, two kinds of problem run faster there (torch / cpu in time): inference of an
+# LSTM from this batch on, 0.73 to 0.95, and training on a single step of a GRU or RNN from this size on, 0.72 to 0.87.
 # One core of an Intel Xeon with AMX, 2026-11: benchmarks/results/cpu/bf16-1t.json.
 ONEDNN_BATCH, ONEDNN_HIDDEN = 32, 512
 
