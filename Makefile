@@ -3,7 +3,7 @@
 #   TORCH=torch==2.12.0     another torch (any pip requirement, options included)
 #   TORCH=                  the torch that PYTHON already has
 #   TORCH= VENV=path        an environment that exists, with its torch
-#   PYTEST_ARGS, BENCH_ARGS, DEMO_ARGS    handed on
+#   PYTEST_ARGS, BENCH_ARGS, DEMO_ARGS, CUBIN_ARGS    handed on
 
 SHELL       := /bin/bash
 PYTHON      ?= python3
@@ -12,6 +12,7 @@ VENV        ?= .venv
 PYTEST_ARGS ?=
 BENCH_ARGS  ?=
 DEMO_ARGS   ?=
+CUBIN_ARGS  ?=
 BIN         := $(VENV)/bin
 PIP         := $(BIN)/python -m pip --disable-pip-version-check
 
@@ -23,12 +24,13 @@ ENV_STAMP   := $(VENV)/.env-$(call hash,echo '$(PYTHON)' '$(TORCH)')
 BUILD_STAMP := $(VENV)/.build-$(call hash,cat $(SOURCES))
 DEV_STAMP   := $(VENV)/.dev-$(call hash,cat pyproject.toml)
 
-.PHONY: help install dev demo test bench lint format sanitize clean
+.PHONY: help install dev demo test bench cubin lint format sanitize clean
 
 help:
 	@echo 'make demo      train a character model with torch.nn and with fused_rnn, side by side'
 	@echo 'make test      run the tests'
 	@echo 'make bench     measure against torch.nn and write benchmarks/results/'
+	@echo 'make cubin     compile every Triton kernel ahead of time, with no GPU: registers, spills, shared memory'
 	@echo 'make sanitize  the C++ core under AddressSanitizer and UBSan'
 	@echo 'make lint      ruff, clang-format, mypy        make format  let the tools rewrite'
 	@echo 'make install   only the environment and the build'
@@ -65,6 +67,9 @@ bench: $(BUILD_STAMP)
 	$(BIN)/python -m fused_rnn bench $(BENCH_ARGS)
 	@mkdir -p build
 	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-json=build/pytest-benchmark.json
+
+cubin: $(BUILD_STAMP)
+	$(BIN)/python -m fused_rnn.triton_kernels.cubin $(CUBIN_ARGS)
 
 sanitize: $(BUILD_STAMP)
 	PYTHON=$(abspath $(BIN)/python) bash scripts/sanitize.sh
