@@ -11,7 +11,7 @@ import torch
 from cases import Case, Inputs, inputs
 from judge import by_backend, forward
 from torch import Tensor
-from triton_cases import DEVICE, LOOPS, MARKS, here, quicker_interpreter
+from triton_cases import DEVICE, LOOPS, MARKS, here, quicker_interpreter, tf32
 
 import fused_rnn
 from fused_rnn.backends import triton as backend
@@ -344,18 +344,14 @@ def test_reference_agrees_in_a_stack_with_dropout() -> None:
     torch.testing.assert_close(ours, theirs)
 
 
-def test_tf32_is_what_torch_says(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tf32_is_what_torch_says() -> None:
     known = ARCHITECTURES["sm_90"]
-    before = torch.backends.cudnn.allow_tf32
-    try:
-        torch.backends.cudnn.allow_tf32 = False
+    with tf32(False):
         assert device.kind_of(torch.float32, known) == "ieee"
-        torch.backends.cudnn.allow_tf32 = True
+    with tf32(True):
         assert device.kind_of(torch.float32, known) == "tf32"
         assert device.kind_of(torch.float32, ARCHITECTURES["gfx942"]) == "ieee"
         assert device.kind_of(torch.bfloat16, known) == "half"
-    finally:
-        torch.backends.cudnn.allow_tf32 = before
 
 
 def test_tuning_keeps_the_fastest(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from cases import Case, inputs
 from judge import by_backend, by_reference
 from tolerances import error
 from torch import Tensor
+from triton_cases import tf32
 
 import fused_rnn
 from fused_rnn.triton_kernels import tiles
@@ -179,14 +180,10 @@ def test_tf32_obeys_torch() -> None:
         x=x.cuda(), weights=[w.cuda() for w in weights], hx=[s.cuda() for s in hx], dout=[d.cuda() for d in dout]
     )
     reference = by_reference(case, there)["y"]
-    before = torch.backends.cudnn.allow_tf32
-    try:
-        torch.backends.cudnn.allow_tf32 = False
+    with tf32(False):
         exact = error(by_backend(case, there, "triton")["y"], reference)
-        torch.backends.cudnn.allow_tf32 = True
+    with tf32(True):
         rounded = error(by_backend(case, there, "triton")["y"], reference)
-    finally:
-        torch.backends.cudnn.allow_tf32 = before
     assert exact < 2e-6
     assert 2e-6 < rounded < 5e-3
 

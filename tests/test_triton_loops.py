@@ -9,7 +9,7 @@ import torch
 from cases import Case, inputs
 from judge import by_backend, by_reference, by_torch
 from tolerances import assert_as_good_as_torch
-from triton_cases import LOOPS, MARKS, ROWS, Row, case_of, here, quicker_interpreter
+from triton_cases import LOOPS, MARKS, ROWS, Row, case_of, here, quicker_interpreter, tf32
 
 from fused_rnn.triton_kernels import tiles
 
@@ -20,10 +20,8 @@ pytestmark = MARKS
 def _true_float32() -> Iterator[None]:
     """float32 means float32 here, on a GPU too."""
     quicker_interpreter()
-    before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
-    yield
-    torch.backends.cudnn.allow_tf32 = before
+    with tf32(False):
+        yield
 
 
 def check(case: Case, **plan: object) -> None:
