@@ -1,0 +1,150 @@
+// Barriers of a warp, a CTA and a cluster; mbarriers; stores to the shared memory of another CTA of the cluster.
+// A device without clusters traps where it meets one of these: kernels ask kHasCluster before.
+#pragma once
+#include "platform.h"
+
+namespace fused_rnn::cuda {
+
+FUSED_RNN_DEVICE void sync_threads() {
+#if defined(FUSED_RNN_EMULATE)
+  emulator::sync_threads();
+#else
+  __syncthreads();
+#endif
+}
+
+FUSED_RNN_DEVICE void sync_warp() {
+#if defined(FUSED_RNN_EMULATE)
+  emulator::sync_warp();
+#else
+  __syncwarp();
+#endif
+}
+
+#if defined(FUSED_RNN_EMULATE)
+
+using Remote = char*;
+
+FUSED_RNN_DEVICE unsigned cluster_rank() {
+  return emulator::cluster_rank();
+}
+FUSED_RNN_DEVICE void cluster_arrive() {
+  emulator::cluster_arrive();
+}
+FUSED_RNN_DEVICE void cluster_wait() {
+  emulator::cluster_wait();
+}
+FUSED_RNN_DEVICE Remote remote(const void* own_shared, unsigned rank) {
+  return emulator::remote(own_shared, rank);
+}
+FUSED_RNN_DEVICE void barrier_init(uint64_t* b, int arrivals) {
+  emulator::barrier_init(b, arrivals);
+}
+FUSED_RNN_DEVICE void barrier_fence() {}
+FUSED_RNN_DEVICE void barrier_expect(uint64_t* b, int bytes) {
+  emulator::barrier_expect(b, bytes);
+}
+FUSED_RNN_DEVICE void barrier_wait(uint64_t* b, unsigned parity) {
+  emulator::barrier_wait(b, parity);
+}
+FUSED_RNN_DEVICE void store_async(Remote destination, Remote barrier, uint4 value) {
+  emulator::store_async(destination, barrier, value);
+}
+
+#else
+
+using Remote = uint32_t;  // an address of the cluster's shared memory; an offset in bytes may be added
+
+#if __CUDA_ARCH__ >= 900 || !defined(__CUDA_ARCH__)
+
+FUSED_RNN_DEVICE unsigned cluster_rank() {
+  unsigned rank;
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+
+FUSED_RNN_DEVICE void cluster_arrive() {
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+}
+FUSED_RNN_DEVICE void cluster_wait() {
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+// Where the CTA of that rank has what this CTA has at `own_shared`.
+FUSED_RNN_DEVICE Remote remote(const void* own_shared, unsigned rank) {
+  Remote address;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared_address(own_shared)), "r"(rank));
+  return address;
+}
+
+FUSED_RNN_DEVICE void barrier_init(uint64_t* b, int arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(b)), "r"(arrivals) : "memory");
+}
+
+// After barrier_init, before the barrier of the cluster that tells the peers.
+FUSED_RNN_DEVICE void barrier_fence() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+
+// Arrives, and has the phase wait for so many bytes more.
+FUSED_RNN_DEVICE void barrier_expect(uint64_t* b, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(b)), "r"(bytes)
+               : "memory");
+}
+
+// Until the phase of that parity is complete; what was stored to its account is visible then.
+FUSED_RNN_DEVICE void barrier_wait(uint64_t* b, unsigned parity) {
+  asm volatile(
+      "{\n"
+      ".reg .pred complete;\n"
+      "AGAIN:\n"
+      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 complete, [%0], %1;\n"
+      "@!complete bra AGAIN;\n"
+      "}" ::"r"(shared_address(b)),
+      "r"(parity)
+      : "memory");
+}
+
+// 16 bytes to another CTA of the cluster; `barrier`, in the same CTA as the destination, is told when they are there.
+FUSED_RNN_DEVICE void store_async(Remote destination, Remote barrier, uint4 value) {
+  asm volatile(
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(destination),
+      "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w), "r"(barrier)
+      : "memory");
+}
+
+#else
+
+FUSED_RNN_DEVICE unsigned cluster_rank() {
+  return 0;
+}
+FUSED_RNN_DEVICE void cluster_arrive() {
+  __trap();
+}
+FUSED_RNN_DEVICE void cluster_wait() {
+  __trap();
+}
+FUSED_RNN_DEVICE Remote remote(const void*, unsigned) {
+  __trap();
+  return 0;
+}
+FUSED_RNN_DEVICE void barrier_init(uint64_t*, int) {
+  __trap();
+}
+FUSED_RNN_DEVICE void barrier_fence() {
+  __trap();
+}
+FUSED_RNN_DEVICE void barrier_expect(uint64_t*, int) {
+  __trap();
+}
+FUSED_RNN_DEVICE void barrier_wait(uint64_t*, unsigned) {
+  __trap();
+}
+FUSED_RNN_DEVICE void store_async(Remote, Remote, uint4) {
+  __trap();
+}
+
+#endif
+#endif
+
+}  // namespace fused_rnn::cuda
