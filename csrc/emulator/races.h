@@ -153,6 +153,7 @@ inline void copy_writes(const void* p, const Clock& clock, uint32_t sender) {
 // At an access of compiled code.
 FUSED_RNN_EMULATOR_RAW inline void on_access(const void* p, size_t bytes, bool is_write) {
   if (machine.inside || !machine.current || stacks.contains(p)) return;
+  Inside guard;
   if (is_write)
     write(p, bytes);
   else

@@ -47,7 +47,7 @@ class Stacks {
   // Tops at the same offset of every page would fight for the same cache sets; hence 16 different ones.
   static size_t usable_bytes(size_t i) { return kBytes - kGuard - i % 16 * 832; }
 
-  bool contains(const void* p) const { return p >= memory_ && p < memory_ + count_ * kBytes; }
+  FUSED_RNN_EMULATOR_RAW bool contains(const void* p) const { return p >= memory_ && p < memory_ + count_ * kBytes; }
 
   // AddressSanitizer hears of one stack, the whole mapping, entered once a launch: an announcement for each switch
   // between fibers costs several times the switch.

@@ -19,7 +19,7 @@
 #define blockDim (::fused_rnn::emulator::block_size())
 #define gridDim (::fused_rnn::emulator::grid_size())
 
-#else
+#elif defined(__CUDACC__)
 
 #define FUSED_RNN_DEVICE __device__ __forceinline__
 #define FUSED_RNN_KERNEL(...) __global__ void __launch_bounds__((__VA_ARGS__), 1)
@@ -43,6 +43,8 @@ constexpr int kSharedGap = 128;
 #else
 constexpr int kSharedGap = 0;
 #endif
+
+#if defined(FUSED_RNN_EMULATE) || defined(__CUDACC__)
 
 // The CTA's dynamic shared memory, 128-byte aligned.
 FUSED_RNN_DEVICE unsigned char* shared_memory() {
@@ -70,6 +72,8 @@ FUSED_RNN_DEVICE T* shared_array(int byte_offset, int count) {
 FUSED_RNN_DEVICE uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
+#endif
+
 #endif
 
 }  // namespace fused_rnn::cuda
