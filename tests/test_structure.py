@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "fused_rnn"
 
-# nn → functional → autograd → dispatch → backends → {cells, ops}: a part may import those after it, and itself.
+# nn → functional → autograd → dispatch → backends → {cells, ops, layer}: a part may import those after it, and itself.
 TOOLS = ["__main__", "cli", "demo", "info", "bench"]
 ORDER = [
     *TOOLS,
@@ -25,6 +25,7 @@ ORDER = [
     "dispatch",
     "backends",
     "triton_kernels",
+    "layer",
     "ops",
     "vmap",
     "cells",

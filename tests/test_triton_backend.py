@@ -150,13 +150,13 @@ def test_vmap_over_an_ensemble_is_one_launch(monkeypatch: pytest.MonkeyPatch) ->
     given = here(inputs(case))
     members = [torch.stack([w, 2 * w, -w]) for w in given.weights]
     launches: list[int] = []
-    original = launch.run_forward
+    original = launch.Loops.forward
 
-    def counted(layer: launch.Layer, *args: Any, **kwargs: Any) -> None:
-        launches.append(layer.recurrences)
-        original(layer, *args, **kwargs)
+    def counted(loops: launch.Loops, **given: Any) -> None:
+        launches.append(loops.layer.recurrences)
+        original(loops, **given)
 
-    monkeypatch.setattr(launch, "run_forward", counted)
+    monkeypatch.setattr(launch.Loops, "forward", counted)
 
     def run(*weights: Tensor) -> Tensor:
         return lstm(given.x, weights, tuple(given.hx), bidirectional=True, backend="triton")[0]
@@ -222,12 +222,11 @@ def test_reasons() -> None:
     assert (
         supports(PROBLEM._replace(dtype=torch.float64)) == "it knows float32, bfloat16 and float16, not torch.float64"
     )
-    assert supports(PROBLEM._replace(width=5)) == "it has no projection (proj_size)"
     assert supports(PROBLEM._replace(forward_ad=True)) == "it has no forward-mode derivative"
     reason = supports(PROBLEM._replace(batch=1 << 20, hidden_size=1024, width=1024))
     assert reason == "B·R·H·4 = 4294967296 is beyond the 2^31 that its kernels can address in a step"
-    with pytest.raises(NotImplementedError, match=r"triton: it has no projection \(proj_size\)"):
-        choose(PROBLEM._replace(width=5), "triton")
+    with pytest.raises(NotImplementedError, match="triton: it has no forward-mode derivative"):
+        choose(PROBLEM._replace(forward_ad=True), "triton")
 
 
 def test_reasons_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -245,13 +244,46 @@ def test_reasons_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
         backend.forward(*arguments(case, inputs(case), "none"))
 
 
-def test_wrong_devices_are_named() -> None:
+def test_wrong_devices_are_refused() -> None:
     case = Case("lstm", lengths=True)
     given = here(inputs(case))
-    call = list(arguments(case, given, "none"))
-    call[4] = given.lengths.to("meta") if given.lengths is not None else None
-    with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
-        backend._forward(*call)
+    assert given.lengths is not None
+    wrong = given._replace(lengths=given.lengths.to("meta"))
+    with pytest.raises(RuntimeError, match=r"got tensors on .* and on meta, expected all on one device"):
+        backend.forward(*arguments(case, wrong, "none"))
+
+
+WRONG: list[tuple[int, Any, str]] = [
+    (0, torch.zeros(5, 3), r"x: got \[5, 3\], expected \[T, B, D\] or \[T, B, 2, D\]"),
+    (0, torch.zeros(0, 3, 4), r"x: got \[0, 3, 4\], expected at least one step"),
+    (2, torch.zeros(2, 3, 5), r"h0: got \[2, 3, 5\], expected \[2, 3, 17\]"),
+    (3, torch.zeros(2, 3, 17, dtype=torch.float64), "c0: got torch.float64, expected torch.float32"),
+    (4, torch.zeros(3, dtype=torch.int32), "lengths: got torch.int32, expected torch.int64"),
+    (5, torch.zeros(5, 2, dtype=torch.bool), r"reset: got \[5, 2\], expected \[5, 3\]"),
+    (7, [1], "weights: got 8 tensors for 1 recurrence"),
+    (7, [], "weights: got 8 tensors for 0 recurrence"),
+    (8, "all", "save: got 'all', expected none, gates or recompute"),
+]
+
+
+@pytest.mark.parametrize(("at", "value", "message"), WRONG, ids=[message[:20] for *_, message in WRONG])
+def test_the_op_names_what_does_not_fit(at: int, value: Any, message: str) -> None:
+    """No pointer reaches a kernel with sizes that are not its own."""
+    case = Case("lstm", bidirectional=True, lengths=True, reset=True)
+    call = list(arguments(case, here(inputs(case)), "none"))
+    call[at] = value.to(DEVICE) if isinstance(value, Tensor) else value
+    with pytest.raises(RuntimeError, match=message):
+        backend.forward(*call)
+
+
+@pytest.mark.parametrize("at", range(12))
+def test_the_backward_op_names_what_does_not_fit(at: int) -> None:
+    names = ("dy", "dh_n", "dc_n", "x", "weights", "h0", "c0", "lengths", "reset", "hidden", "saved", "cells")
+    case = Case("lstm", T=2, B=3, H=4, lengths=True, reset=True)
+    call = list(backward_arguments(case, here(inputs(case)), "gates"))
+    call[at] = [w[..., :-1] for w in call[at]] if at == 4 else call[at][..., :-1]
+    with pytest.raises(RuntimeError, match=f"{names[at] if at != 3 else 'weights'}.*: got .*, expected"):
+        backend.backward(*call)
 
 
 def test_directions_without_a_pattern() -> None:

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from cases import Case, inputs
+from cases import PROJECTIONS, Case, inputs
 from judge import by_backend, by_reference, by_torch
 from tolerances import assert_as_good_as_torch
-from triton_cases import LOOPS, MARKS, ROWS, Row, case_of, here, quicker_interpreter, tf32
+from triton_cases import DTYPES, LOOPS, MARKS, ROWS, Row, case_of, here, quicker_interpreter, tf32
 
 from fused_rnn.triton_kernels import tiles
 
@@ -43,11 +43,24 @@ def test_what_the_planner_chooses(cell: str) -> None:
     check(Case(cell, T=2, H=260, B=2, D=3))
 
 
+PROJECTED = [
+    *(Case("lstm", T=4, B=4, H=9, dtype=dtype, **options) for dtype in DTYPES for options in PROJECTIONS),
+    Case("lstm", T=1, B=3, H=9, proj=5, lengths=True, bidirectional=True),
+    Case("lstm", T=6, B=5, H=9, proj=3, lengths=True, bidirectional=True, reset=True, hx=False, save="recompute"),
+]
+
+
+@pytest.mark.parametrize("case", PROJECTED, ids=str)
+def test_projections(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fused_rnn.layer.run.CHECKPOINT_EVERY", 3)
+    check(case)
+
+
 @pytest.mark.parametrize("loop", ["a-registers", "a-streamed", "b-resident", "c"])
 @pytest.mark.parametrize("cell", ["lstm", "gru"])
 def test_gates_are_made_again_chunk_by_chunk(cell: str, loop: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks of 2 over 5 steps, sequences that end in each of them, both directions, resets."""
-    monkeypatch.setattr("fused_rnn.triton_kernels.layer.CHECKPOINT_EVERY", 2)
+    monkeypatch.setattr("fused_rnn.layer.run.CHECKPOINT_EVERY", 2)
     case = Case(cell, T=5, B=4, H=3, bidirectional=True, lengths=True, reset=True, save="recompute")
     given = here(inputs(case)._replace(lengths=torch.tensor([5, 2, 3, 1])))
     with tiles.override(**LOOPS[loop]):

@@ -174,7 +174,7 @@ def test_mistake_is_caught(mistake: str, monkeypatch: pytest.MonkeyPatch, tmp_pa
     else:
         suffix = f"_{case.cell[4:]}" if name == "rnn" else ""
         wrong = {"fwd": getattr(module, f"fwd{suffix}"), "bwd": getattr(module, f"bwd{suffix}")}
-        monkeypatch.setitem(cells.CELLS, case.cell, replace(cells.CELLS[case.cell], **wrong))
+        monkeypatch.setitem(cells.KERNELS, case.cell, replace(cells.KERNELS[case.cell], **wrong))
     for loop in loops:
         with pytest.raises(AssertionError, match="error"):
             judged(case, loop)

@@ -13,8 +13,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from fused_rnn.layer.loops import Cell
 from fused_rnn.triton_kernels.backward import bwd_kernel
-from fused_rnn.triton_kernels.cells import Cell
 from fused_rnn.triton_kernels.device import activations_of
 from fused_rnn.triton_kernels.forward import fwd_kernel
 from fused_rnn.triton_kernels.launch import constants_backward, constants_forward, constants_plan, options

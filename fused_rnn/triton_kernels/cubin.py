@@ -99,15 +99,15 @@ def jobs(archs: list[str], cells: list[str], kinds: list[str], hidden: list[int]
 
 def compile_job(job: Job) -> Outcome:
     """Compile under the first register bound that does without spills, as a launch would."""
+    from fused_rnn.layer.loops import CELLS as KINDS_OF_CELL
     from fused_rnn.triton_kernels import aot
-    from fused_rnn.triton_kernels.cells import CELLS as KERNELS
     from fused_rnn.triton_kernels.launch import bounds
 
     outcome = Outcome(job)
     for bound in bounds(job.plan, job.arch):
         try:
             kernel = aot.compile_kernel(
-                KERNELS[job.shape.cell], job.dtype, job.precision, job.shape.hidden, job.plan, job.arch,
+                KINDS_OF_CELL[job.shape.cell], job.dtype, job.precision, job.shape.hidden, job.plan, job.arch,
                 job.shape.backward, bound, **dict.fromkeys(job.variant, True),
             )  # fmt: skip
         except Exception as error:  # whatever the compiler's passes and its assembler raise, the report names it

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fused_rnn.layer.loops import Cell, Layer
 from fused_rnn.triton_kernels.backward import bwd_kernel
-from fused_rnn.triton_kernels.cells import Cell
+from fused_rnn.triton_kernels.cells import KERNELS
 from fused_rnn.triton_kernels.forward import fwd_kernel
-from fused_rnn.triton_kernels.tiles import Device, Plan
+from fused_rnn.triton_kernels.tiles import Device, Plan, replay
 
 COUNTER_STRIDE = 32  # int32: a counter has its own 128 bytes, as the kernels have it
 
@@ -22,23 +23,13 @@ _compiled: dict[tuple[Any, ...], dict[str, Any]] = {}
 
 
 @dataclass(frozen=True)
-class Layer:
-    """What all launches of one layer share. lengths: [B] int64, reset: [T, B] int32, or None."""
+class How:
+    """How a layer's loops run."""
 
-    cell: Cell
-    steps: int
-    batch: int
-    hidden: int
-    directions: tuple[int, ...]
-    lengths: Tensor | None
-    reset: Tensor | None
+    plan: Plan
+    device: Device
     precision: str  # of products, the kernels' PRECISION
     activations: str  # their HOW
-    device: Device
-
-    @property
-    def recurrences(self) -> int:
-        return len(self.directions)
 
 
 def direction_bits(directions: Sequence[int]) -> tuple[int, int]:
@@ -57,27 +48,27 @@ def new_counters(layer: Layer, plan: Plan, device: torch.device) -> Tensor:
     return torch.zeros(count, COUNTER_STRIDE, dtype=torch.int32, device=device)
 
 
-def waves(layer: Layer, plan: Plan) -> list[tuple[int, int]]:
+def waves(batch: int, recurrences: int, plan: Plan, device: Device) -> list[tuple[int, int]]:
     """(first batch tile, tiles) of each launch. The programs of a cooperative launch must all be resident at once."""
-    tiles = plan.tiles(layer.batch)
+    tiles = plan.tiles(batch)
     if tiles == 0:
         return []
     if plan.loop != "b":
         return [(0, tiles)]
-    at_once = layer.device.processors // (plan.team * layer.recurrences)
+    at_once = device.processors // (plan.team * recurrences)
     if at_once == 0:
         raise NotImplementedError(
-            f"a team of {plan.team} programs for each of {layer.recurrences} recurrences needs more than the "
-            f"{layer.device.processors} multiprocessors there are"
+            f"a team of {plan.team} programs for each of {recurrences} recurrences needs more than the "
+            f"{device.processors} multiprocessors there are"
         )
     count = -(-tiles // at_once)
     each = -(-tiles // count)
     return [(tile, min(each, tiles - tile)) for tile in range(0, tiles, each)]
 
 
-def _ranges(layer: Layer, plan: Plan, first: int, last: int) -> Iterator[tuple[int, int]]:
+def _ranges(how: How, first: int, last: int) -> Iterator[tuple[int, int]]:
     """Step ranges of the launches that together run first .. last - 1, in the order of the steps."""
-    if plan.loop == "c" or (plan.loop == "b" and layer.device.arch == "interpreter"):
+    if how.plan.loop == "c" or (how.plan.loop == "b" and how.device.arch == "interpreter"):
         # The interpreter runs programs one after the other, so none may wait for a step that another has yet to make.
         yield from ((s, s + 1) for s in range(first, last))
     elif last > first:
@@ -87,7 +78,7 @@ def _ranges(layer: Layer, plan: Plan, first: int, last: int) -> Iterator[tuple[i
 def constants_forward(cell: Cell, hidden: int, size: int, save: bool, checkpoint: bool, replay: bool) -> dict[str, Any]:
     """What fwd_kernel is compiled for, less the plan's part."""
     return {
-        "CELL": cell.fwd,
+        "CELL": KERNELS[cell.name].fwd,
         "G": cell.gates,
         "S": cell.stored,
         "H": hidden,
@@ -104,15 +95,15 @@ def constants_forward(cell: Cell, hidden: int, size: int, save: bool, checkpoint
 def constants_backward(cell: Cell, hidden: int, size: int, has_dy: bool) -> dict[str, Any]:
     """What bwd_kernel is compiled for, less the plan's part."""
     return {
-        "CELL": cell.bwd,
+        "CELL": KERNELS[cell.name].bwd,
         "G": cell.gates,
         "S": cell.stored,
         "DG": cell.gradients,
         "H": hidden,
         "ALIGN": math.gcd(hidden * size, 16),
         "HAS_C": cell.has_c,
-        "NEEDS_STATE": cell.needs_state,
-        "NEEDS_BEFORE": cell.needs_before,
+        "NEEDS_STATE": KERNELS[cell.name].needs_state,
+        "NEEDS_BEFORE": KERNELS[cell.name].needs_before,
         "HAS_DY": has_dy,
     }
 
@@ -157,12 +148,12 @@ def bounds(plan: Plan, arch: str) -> tuple[int | None, ...]:
     return (None, 255, 224, 192, 160) if arch.startswith("sm_") and plan.tile.warps <= 8 else (None,)
 
 
-def _launch(kernel: Any, layer: Layer, plan: Plan, tiles: int, args: Sequence[Any], constants: dict[str, Any]) -> None:
-    constants |= constants_plan(
-        plan, layer.lengths is not None, layer.reset is not None, layer.precision, layer.activations
+def _launch(kernel: Any, layer: Layer, how: How, tiles: int, args: Sequence[Any], constants: dict[str, Any]) -> None:
+    plan, arch = how.plan, how.device.arch
+    constants = constants | constants_plan(
+        plan, layer.lengths is not None, layer.reset is not None, how.precision, how.activations
     )
     grid = (layer.recurrences * tiles * plan.team,)
-    arch = layer.device.arch
     if arch == "interpreter":
         kernel[grid](*args, **constants)
         return
@@ -197,81 +188,121 @@ def _kind(argument: Any) -> Any:
     return argument >= 1 << 31
 
 
-def run_forward(
-    layer: Layer,
-    plan: Plan,
-    *,
-    gx: Tensor,
-    w: Tensor,
-    bias: Tensor,
-    h0: Tensor,
-    state: Tensor,
-    y: Tensor,
-    h_n: Tensor,
-    saved: Tensor,
-    cells: Tensor,
-    checkpoints: Tensor,
-    given: Tensor | None = None,
-    window: tuple[int, int] | None = None,
-    every: int = 1,
-    save: bool = False,
-) -> None:
-    """The forward loop over all of time, or over `window`, the recurrent product `given`: shapes as in fwd_kernel."""
-    cell = layer.cell
-    first, last = window or (0, layer.steps)
-    bits, period = direction_bits(layer.directions)
-    counters = new_counters(layer, plan, y.device)
-    constants = constants_forward(
-        cell, layer.hidden, w.element_size(), save, checkpoints.numel() > 0, given is not None
-    )
-    lengths = y if layer.lengths is None else layer.lengths
-    reset = y if layer.reset is None else layer.reset
-    for tile0, tiles in waves(layer, plan):
-        own = counters[tile0 * layer.recurrences :] if plan.loop == "b" else counters
-        for step0, step1 in _ranges(layer, plan, first, last):
-            args = (
-                gx, gx if given is None else given, w, bias, h0, state, lengths, reset, y, h_n, saved, cells,
-                checkpoints, own, layer.steps, layer.batch, layer.recurrences, tiles, tile0, step0, step1, first, last,
-                every, bits, period,
-            )  # fmt: skip
-            _launch(fwd_kernel, layer, plan, tiles, args, dict(constants))
+class Loops:
+    """The two loops over time of one layer, for one call: fused_rnn.layer.loops.Loops."""
 
+    def __init__(self, layer: Layer, how: How) -> None:
+        self.layer, self.how = layer, how
+        self.counters: Tensor | None = None  # of backward, whose windows count on where the one before stopped
 
-def run_backward(
-    layer: Layer,
-    plan: Plan,
-    *,
-    dy: Tensor | None,
-    w: Tensor,
-    states: Tensor,
-    first_state: Tensor,
-    saved: Tensor,
-    dgates: Tensor,
-    dh: Tensor,
-    dc: Tensor,
-    counters: Tensor | None = None,
-    window: tuple[int, int] | None = None,
-) -> None:
-    """The backward loop over all of time or over `window`, from its last step to its first: shapes as in bwd_kernel."""
-    cell = layer.cell
-    first, last = window or (0, layer.steps)
-    bits, period = direction_bits(layer.directions)
-    counters = new_counters(layer, plan, dgates.device) if counters is None else counters
-    constants = constants_backward(cell, layer.hidden, w.element_size(), dy is not None)
-    lengths = dgates if layer.lengths is None else layer.lengths
-    reset = dgates if layer.reset is None else layer.reset
-    ranges = [(a, b, 0) for a, b in _ranges(layer, plan, first, last)][::-1]
-    if first == 0 and not plan.registers:
-        if plan.loop != "c" and layer.device.arch != "interpreter":
-            ranges[-1] = (*ranges[-1][:2], 1)
-        else:
-            ranges.append((0, 0, 1))
-    for tile0, tiles in waves(layer, plan):
-        own = counters[tile0 * layer.recurrences :] if plan.loop == "b" else counters
-        for step0, step1, close in ranges:
-            args = (
-                dgates if dy is None else dy, w, states, first_state, lengths, reset, saved, dgates, dh, dc, own,
-                layer.steps, layer.batch, layer.recurrences, tiles, tile0, step0, step1, first, last, close, bits,
-                period,
-            )  # fmt: skip
-            _launch(bwd_kernel, layer, plan, tiles, args, dict(constants))
+    def forward(
+        self,
+        *,
+        gx: Tensor,
+        w: Tensor,
+        bias: Tensor | None,
+        h0: Tensor,
+        state: Tensor | None,
+        y: Tensor,
+        h_n: Tensor,
+        saved: Tensor | None,
+        cells: Tensor | None,
+        checkpoints: Tensor | None,
+        every: int,
+    ) -> None:
+        self._forward(
+            self.how, (0, self.layer.steps), gx, None, w, bias, h0, state, y, h_n, saved, cells, checkpoints, every
+        )
+
+    def replay(
+        self,
+        *,
+        gx: Tensor,
+        given: Tensor,
+        bias: Tensor | None,
+        h0: Tensor,
+        hidden: Tensor,
+        state: Tensor | None,
+        saved: Tensor,
+        cells: Tensor | None,
+        window: tuple[int, int],
+    ) -> None:
+        if state is None:  # GRU's gates do not depend on it
+            state = torch.zeros(h0.shape, dtype=torch.float32, device=h0.device)
+        how = replace(self.how, plan=replay(self.layer.hidden))
+        self._forward(how, window, gx, given, None, bias, h0, state, hidden, h0, saved, cells, None, 1)
+
+    def _forward(
+        self,
+        how: How,
+        window: tuple[int, int],
+        gx: Tensor,
+        given: Tensor | None,
+        w: Tensor | None,
+        bias: Tensor | None,
+        h0: Tensor,
+        state: Tensor | None,
+        y: Tensor,
+        h_n: Tensor,
+        saved: Tensor | None,
+        cells: Tensor | None,
+        checkpoints: Tensor | None,
+        every: int,
+    ) -> None:
+        """The forward loop over a window of time: shapes as in fwd_kernel."""
+        layer, plan = self.layer, how.plan
+        bits, period = direction_bits(layer.directions)
+        counters = new_counters(layer, plan, y.device)
+        constants = constants_forward(
+            layer.cell, layer.hidden, gx.element_size(), saved is not None, checkpoints is not None, given is not None
+        )
+        # What the kernel is not compiled for it does not touch: h0 stands for it.
+        given, w, bias, state, lengths, reset, saved, cells, checkpoints = (
+            h0 if t is None else t
+            for t in (given, w, bias, state, layer.lengths, layer.reset, saved, cells, checkpoints)
+        )
+        for tile0, tiles in waves(layer.batch, layer.recurrences, plan, how.device):
+            own = counters[tile0 * layer.recurrences :] if plan.loop == "b" else counters
+            for step0, step1 in _ranges(how, *window):
+                args = (
+                    gx, given, w, bias, h0, state, lengths, reset, y, h_n, saved, cells, checkpoints, own, layer.steps,
+                    layer.batch, layer.recurrences, tiles, tile0, step0, step1, *window, every, bits, period,
+                )  # fmt: skip
+                _launch(fwd_kernel, layer, how, tiles, args, constants)
+
+    def backward(
+        self,
+        *,
+        dy: Tensor | None,
+        w: Tensor,
+        states: Tensor,
+        first_state: Tensor,
+        saved: Tensor | None,
+        dgates: Tensor,
+        dh: Tensor,
+        dc: Tensor | None,
+        window: tuple[int, int] | None = None,
+    ) -> None:
+        layer, how, plan = self.layer, self.how, self.how.plan
+        first, last = window or (0, layer.steps)
+        bits, period = direction_bits(layer.directions)
+        if self.counters is None:
+            self.counters = new_counters(layer, plan, dgates.device)
+        constants = constants_backward(layer.cell, layer.hidden, w.element_size(), dy is not None)
+        dy, lengths, reset, saved, dc = (
+            w if t is None else t for t in (dy, layer.lengths, layer.reset, saved, dc)
+        )  # as in forward
+        ranges = [(a, b, 0) for a, b in _ranges(how, first, last)][::-1]
+        if first == 0 and not plan.registers:
+            if plan.loop != "c" and how.device.arch != "interpreter":
+                ranges[-1] = (*ranges[-1][:2], 1)
+            else:
+                ranges.append((0, 0, 1))
+        for tile0, tiles in waves(layer.batch, layer.recurrences, plan, how.device):
+            own = self.counters[tile0 * layer.recurrences :] if plan.loop == "b" else self.counters
+            for step0, step1, close in ranges:
+                args = (
+                    dy, w, states, first_state, lengths, reset, saved, dgates, dh, dc, own, layer.steps, layer.batch,
+                    layer.recurrences, tiles, tile0, step0, step1, first, last, close, bits, period,
+                )  # fmt: skip
+                _launch(bwd_kernel, layer, how, tiles, args, constants)

@@ -15,8 +15,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 LOOPS = ("a", "b", "c")
-# Steps whose gates are made again at a time under save="recompute", and between which LSTM's c is kept.
-CHECKPOINT_EVERY = 64
 KIB = 1024
 
 

@@ -19,10 +19,10 @@ import torch
 import triton
 from torch import Tensor
 
+from fused_rnn.layer.loops import CELLS, Layer
 from fused_rnn.triton_kernels import tiles
-from fused_rnn.triton_kernels.cells import CELLS
 from fused_rnn.triton_kernels.device import activations_of, device_at, kind_of, precision_of
-from fused_rnn.triton_kernels.launch import Layer, run_backward, run_forward, waves
+from fused_rnn.triton_kernels.launch import How, Loops, waves
 from fused_rnn.triton_kernels.tiles import Device, Plan, Shape
 
 Timer = Callable[[Callable[[], None]], float]
@@ -50,18 +50,8 @@ def candidates(shape: Shape, device: Device) -> list[Plan]:
 def runner(shape: Shape, plan: Plan, dtype: torch.dtype, device: Device, steps: int, batch: int) -> Callable[[], None]:
     """A function that runs one loop of a layer with made-up inputs."""
     cell, hidden = CELLS[shape.cell], shape.hidden
-    layer = Layer(
-        cell,
-        steps,
-        batch,
-        hidden,
-        (1,),
-        None,
-        None,
-        precision_of(shape.kind, device),
-        activations_of(shape.kind, device),
-        device,
-    )
+    layer = Layer(cell, steps, batch, hidden, (1,), None, None)
+    loops = Loops(layer, How(plan, device, precision_of(shape.kind, device), activations_of(shape.kind, device)))
     where = "cpu" if device is tiles.INTERPRETER else "cuda"
 
     def random(*sizes: int) -> Tensor:
@@ -69,19 +59,24 @@ def runner(shape: Shape, plan: Plan, dtype: torch.dtype, device: Device, steps: 
 
     w, state = random(1, cell.gates, hidden, hidden), torch.zeros(1, batch, hidden, device=where)
     h0, y = random(1, batch, hidden), random(steps, batch, hidden)
-    saved, cells = random(steps, batch, 1, cell.stored, hidden), random(steps, batch, 1, hidden)
-    nothing = torch.empty(0, device=where)
+    saved = random(steps, batch, 1, cell.stored, hidden) if cell.stored else None
+    cells = random(steps, batch, 1, hidden) if cell.has_c else None
     if shape.backward:
-        dgates, dc = random(steps, batch, 1, cell.gradients, hidden), torch.zeros_like(state)
-        states = cells if cell.has_c else y
-        return lambda: run_backward(
-            layer, plan, dy=y, w=w, states=states, first_state=h0, saved=saved, dgates=dgates, dh=state, dc=dc
-        )
-    gx, bias, h_n = random(steps, batch, 1, cell.gates, hidden), random(1, hidden), torch.empty_like(h0)
-    return lambda: run_forward(
-        layer, plan, gx=gx, w=w, bias=bias, h0=h0, state=state, y=y, h_n=h_n, saved=saved, cells=cells,
-        checkpoints=nothing, save=True,
-    )  # fmt: skip
+        dgates, dc = random(steps, batch, 1, cell.gradients, hidden), torch.zeros_like(state) if cell.has_c else None
+
+        def run_backward() -> None:
+            loops.counters = None  # a run counts from zero
+            loops.backward(
+                dy=y, w=w, states=y if cells is None else cells, first_state=h0, saved=saved, dgates=dgates, dh=state,
+                dc=dc,
+            )  # fmt: skip
+
+        return run_backward
+    gx, h_n = random(steps, batch, 1, cell.gates, hidden), torch.empty_like(h0)
+    bias = random(1, hidden) if cell.hidden_bias else None
+    return lambda: loops.forward(
+        gx=gx, w=w, bias=bias, h0=h0, state=state, y=y, h_n=h_n, saved=saved, cells=cells, checkpoints=None, every=1
+    )
 
 
 def by_events(run: Callable[[], None], repeats: int = 7) -> float:
@@ -106,7 +101,7 @@ def measure(
     results = []
     for plan in plans:
         try:
-            waves(Layer(CELLS[shape.cell], steps, batch, shape.hidden, (1,), None, None, "", "", device), plan)
+            waves(batch, 1, plan, device)
             results.append((timer(runner(shape, plan, dtype, device, steps, batch)), plan))
         except (
             Exception
