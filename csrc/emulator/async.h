@@ -143,6 +143,7 @@ inline void store_async(char* destination, char* barrier, uint4 value) {
   races::copy_writes(destination, store.clock, store.sender);
   raw_fill(store.destination);
   machine.remote_stores.push_back(store);
+  ++machine.stores_under_way;
   maybe_yield(16);
 }
 
@@ -152,6 +153,7 @@ FUSED_RNN_EMULATOR_RAW inline void deliver_one() {
   RemoteStore store = std::move(chosen);
   if (&chosen != &stores.back()) chosen = std::move(stores.back());
   stores.pop_back();
+  --machine.stores_under_way;
   Mbarrier* b = reinterpret_cast<Mbarrier*>(store.barrier);
   races::copy_writes(store.destination, store.clock, store.sender);
   raw_copy(store.destination, store.data);

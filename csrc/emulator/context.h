@@ -9,6 +9,9 @@
 // For code that moves bytes of poisoned memory, or that must not be seen by the race detector.
 #define FUSED_RNN_EMULATOR_RAW __attribute__((no_sanitize("address", "undefined", "thread")))
 
+// Small functions that such code calls: g++ inlines them into it only when told to.
+#define FUSED_RNN_EMULATOR_INLINE __attribute__((always_inline)) inline
+
 namespace fused_rnn::emulator {
 
 #if defined(__x86_64__)

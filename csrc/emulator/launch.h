@@ -68,6 +68,7 @@ inline void fiber_main() {
 struct Wave {
   std::vector<Cluster> clusters;
   std::vector<Cta> ctas;
+  std::vector<Warp*> ready_warps;
 };
 
 inline void build_threads(Cta& cta, uint32_t first_id, size_t first_stack) {
@@ -98,6 +99,8 @@ inline void build_wave(Wave& wave, const std::vector<unsigned>& clusters) {
   const unsigned size = machine.cluster_size, threads = count(machine.block);
   wave.clusters.resize(clusters.size());
   wave.ctas.resize(clusters.size() * size);
+  wave.ready_warps.resize(wave.ctas.size() * ((threads + kWarp - 1) / kWarp));
+  machine.ready_warps = wave.ready_warps.data();
   stacks.reserve(wave.ctas.size() * threads);
   prepare_arena(wave.ctas.size());
   races::start_wave();
@@ -119,7 +122,8 @@ inline void build_wave(Wave& wave, const std::vector<unsigned>& clusters) {
 
 inline void clear_schedule() {
   machine.ctas.clear();
-  machine.ready_warps.clear();
+  machine.ready_count = 0;
+  machine.stores_under_way = 0;
   machine.remote_stores.clear();
   machine.flag_waiters.clear();
   machine.current = nullptr;

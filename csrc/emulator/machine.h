@@ -59,7 +59,7 @@ struct Warp {
   uint32_t ready = 0;           // lanes that can run
   uint32_t arrived = 0;         // lanes that wait in the collective `operation`
   const char* operation = "";
-  uint32_t queue_position = 0;  // in Machine::ready_warps, while `ready` is not empty
+  uint32_t queue_position = 0;  // in Machine::ready_warps, while any lane is ready
   uint32_t priority = 0;
   int number = 0;
   Clock clock;
@@ -125,8 +125,10 @@ struct Machine {
   // the schedule
   Thread* current = nullptr;  // null: the host
   Context host;
-  std::vector<Warp*> ready_warps;
+  Warp** ready_warps = nullptr;  // room for all resident warps
+  uint32_t ready_count = 0;
   std::vector<RemoteStore> remote_stores;
+  size_t stores_under_way = 0;  // their number, where code that no sanitizer sees can read it
   std::vector<Thread*> flag_waiters;
   uint64_t flag_events = 0;
   uint64_t random_state = 1;

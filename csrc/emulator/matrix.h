@@ -17,30 +17,38 @@ struct MmaArguments {
   const uint32_t* b;
 };
 
+// Half a row of eight: g++ keeps a vector of this size in a register whatever it compiles for and however little it
+// optimises.
+using Half = float __attribute__((vector_size(16), may_alias));
+
 // a[row][k] b[k][column], of a whole warp
 template <int kDepth>
 struct Tile {
-  float a[16][kDepth], b[kDepth][8];
+  float a[16][kDepth];
+  alignas(16) float b[kDepth][8];
 };
 
-inline const MmaArguments& mma_arguments(const Warp& warp, int lane) {
+FUSED_RNN_EMULATOR_INLINE const MmaArguments& mma_arguments(const Warp& warp, int lane) {
   return *static_cast<const MmaArguments*>(warp.arguments[lane]);
 }
 
-template <float (*kToFloat)(uint16_t)>
-inline void gather(const Warp& warp, Tile<16>& tile) {
+template <class Number>
+FUSED_RNN_EMULATOR_RAW inline void gather(const Warp& warp, Tile<16>& tile) {
   for (int lane = 0; lane < kWarp; ++lane) {
     const MmaArguments& m = mma_arguments(warp, lane);
     const int group = lane / 4, member = lane % 4;
+#pragma GCC unroll 2
     for (int half = 0; half < 2; ++half) {
+#pragma GCC unroll 4
       for (int r = 0; r < 4; ++r)
-        tile.a[group + r % 2 * 8][2 * member + r / 2 * 8 + half] = kToFloat(uint16_t(m.a[r] >> (16 * half)));
-      for (int r = 0; r < 2; ++r) tile.b[2 * member + r * 8 + half][group] = kToFloat(uint16_t(m.b[r] >> (16 * half)));
+        tile.a[group + r % 2 * 8][2 * member + r / 2 * 8 + half] = Number::to_float(uint16_t(m.a[r] >> (16 * half)));
+      for (int r = 0; r < 2; ++r)
+        tile.b[2 * member + r * 8 + half][group] = Number::to_float(uint16_t(m.b[r] >> (16 * half)));
     }
   }
 }
 
-inline void gather_tf32(const Warp& warp, Tile<8>& tile) {
+FUSED_RNN_EMULATOR_RAW inline void gather_tf32(const Warp& warp, Tile<8>& tile) {
   for (int lane = 0; lane < kWarp; ++lane) {
     const MmaArguments& m = mma_arguments(warp, lane);
     const int group = lane / 4, member = lane % 4;
@@ -50,40 +58,47 @@ inline void gather_tf32(const Warp& warp, Tile<8>& tile) {
 }
 
 template <int kDepth>
-inline void multiply(const Warp& warp, const Tile<kDepth>& tile) {
+FUSED_RNN_EMULATOR_RAW inline void multiply(const Warp& warp, const Tile<kDepth>& tile) {
   for (int row = 0; row < 16; ++row) {
-    float sum[8] = {};
-    for (int k = 0; k < kDepth; ++k)
-      for (int column = 0; column < 8; ++column) sum[column] += tile.a[row][k] * tile.b[k][column];
-    for (int column = 0; column < 8; ++column) {
-      const int lane = row % 8 * 4 + column / 2;
-      mma_arguments(warp, lane).d[row / 8 * 2 + column % 2] += sum[column];
+    Half left = {}, right = {};
+    for (int k = 0; k < kDepth; ++k) {
+      const Half* b = reinterpret_cast<const Half*>(tile.b[k]);
+      left += tile.a[row][k] * b[0];
+      right += tile.a[row][k] * b[1];
+    }
+    for (int pair = 0; pair < 4; ++pair) {
+      float* d = mma_arguments(warp, row % 8 * 4 + pair).d + row / 8 * 2;
+      const Half& sum = pair < 2 ? left : right;
+      d[0] += sum[pair % 2 * 2];
+      d[1] += sum[pair % 2 * 2 + 1];
     }
   }
 }
 
-template <float (*kToFloat)(uint16_t)>
-inline void mma16(const char* name, float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  check_whole_warp(name);
+struct Bf16 {
+  static constexpr const char* kName = "mma of bf16";
+  static FUSED_RNN_EMULATOR_INLINE float to_float(uint16_t bits) { return bf16_to_float(bits); }
+};
+struct F16 {
+  static constexpr const char* kName = "mma of f16";
+  static FUSED_RNN_EMULATOR_INLINE float to_float(uint16_t bits) { return f16_to_float(bits); }
+};
+
+template <class Number>
+inline void mma16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  check_whole_warp(Number::kName);
   MmaArguments arguments{d, a, b};
-  collective(name, &arguments, [](Warp& warp) {
+  collective(Number::kName, &arguments, [](Warp& warp) FUSED_RNN_EMULATOR_RAW {
     Tile<16> tile;
-    gather<kToFloat>(warp, tile);
+    gather<Number>(warp, tile);
     multiply(warp, tile);
   });
-}
-
-inline void mma_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  mma16<bf16_to_float>("mma of bf16", d, a, b);
-}
-inline void mma_f16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  mma16<f16_to_float>("mma of f16", d, a, b);
 }
 
 inline void mma_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   check_whole_warp("mma_tf32");
   MmaArguments arguments{d, a, b};
-  collective("mma_tf32", &arguments, [](Warp& warp) {
+  collective("mma_tf32", &arguments, [](Warp& warp) FUSED_RNN_EMULATOR_RAW {
     Tile<8> tile;
     gather_tf32(warp, tile);
     multiply(warp, tile);
@@ -110,12 +125,12 @@ inline void ldmatrix(uint32_t (&registers)[kMatrices], const void* row) {
     }
   }
   LoadArguments arguments{registers, row};
-  collective(kName, &arguments, [](Warp& warp) {
+  collective(kName, &arguments, [](Warp& warp) FUSED_RNN_EMULATOR_RAW {
     for (int matrix = 0; matrix < kMatrices; ++matrix)
       for (int lane = 0; lane < kWarp; ++lane) {
         const auto& source = *static_cast<const LoadArguments*>(warp.arguments[8 * matrix + lane / 4]);
         const auto& target = *static_cast<const LoadArguments*>(warp.arguments[lane]);
-        std::memcpy(&target.registers[matrix], static_cast<const char*>(source.row) + 4 * (lane % 4), 4);
+        __builtin_memcpy(&target.registers[matrix], static_cast<const char*>(source.row) + 4 * (lane % 4), 4);
       }
   });
 }

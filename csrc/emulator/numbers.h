@@ -4,30 +4,32 @@
 #include <cstdint>
 #include <cstring>
 
+#include "context.h"
+
 namespace fused_rnn::emulator {
 
-inline uint32_t bits_of(float x) {
+FUSED_RNN_EMULATOR_INLINE uint32_t bits_of(float x) {
   uint32_t u;
   std::memcpy(&u, &x, sizeof u);
   return u;
 }
-inline float float_of(uint32_t u) {
+FUSED_RNN_EMULATOR_INLINE float float_of(uint32_t u) {
   float x;
   std::memcpy(&x, &u, sizeof x);
   return x;
 }
 
-inline float bf16_to_float(uint16_t bits) {
+FUSED_RNN_EMULATOR_INLINE float bf16_to_float(uint16_t bits) {
   return float_of(uint32_t(bits) << 16);
 }
 
-inline uint16_t float_to_bf16(float x) {
+FUSED_RNN_EMULATOR_INLINE uint16_t float_to_bf16(float x) {
   if (std::isnan(x)) return 0x7fff;
   const uint32_t u = bits_of(x);
   return uint16_t((u + 0x7fff + (u >> 16 & 1)) >> 16);
 }
 
-inline float f16_to_float(uint16_t bits) {
+FUSED_RNN_EMULATOR_INLINE float f16_to_float(uint16_t bits) {
   const uint32_t sign = uint32_t(bits & 0x8000) << 16, rest = uint32_t(bits & 0x7fff) << 13;
   constexpr uint32_t kInfinity = 0x1fu << 23;  // f16's exponent of infinity and NaN, in float's place
   if (rest >= kInfinity) return float_of(sign | rest | 0x7f800000);
@@ -35,7 +37,7 @@ inline float f16_to_float(uint16_t bits) {
                   bits_of(float_of(rest) * 0x1p112f));  // the product puts the exponent right, subnormals included
 }
 
-inline uint16_t float_to_f16(float x) {
+FUSED_RNN_EMULATOR_INLINE uint16_t float_to_f16(float x) {
   if (std::isnan(x)) return 0x7fff;
   const uint16_t sign = uint16_t(bits_of(x) >> 16 & 0x8000);
   const float a = std::fabs(x);
@@ -45,19 +47,19 @@ inline uint16_t float_to_f16(float x) {
   return sign | uint16_t((u + 0xfff + (u >> 13 & 1) - (112u << 23)) >> 13);
 }
 
-inline uint32_t float_to_tf32(float x) {
+FUSED_RNN_EMULATOR_INLINE uint32_t float_to_tf32(float x) {
   if (std::isnan(x)) return 0x7fffffff;
   if (std::isinf(x)) return bits_of(x);
   return (bits_of(x) + 0x1000) & ~0x1fffu;
 }
 
 // What a tensor core reads of a register that holds a TF32: it ignores the low bits, whatever they are.
-inline float tf32_to_float(uint32_t bits) {
+FUSED_RNN_EMULATOR_INLINE float tf32_to_float(uint32_t bits) {
   return float_of(bits & ~0x1fffu);
 }
 
 // A result that keeps 11 significant bits, as the hardware's tanh does.
-inline float to_11_bits(float x) {
+FUSED_RNN_EMULATOR_INLINE float to_11_bits(float x) {
   if (std::isnan(x) || std::isinf(x)) return x;
   const uint32_t u = bits_of(x);
   return float_of((u + 0xfff + (u >> 13 & 1)) & ~0x1fffu);

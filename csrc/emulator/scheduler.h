@@ -44,11 +44,11 @@ FUSED_RNN_EMULATOR_RAW inline void run_until_host_returns(Thread* first) {
   __builtin_unreachable();
 }
 
-inline void make_ready(Thread* thread) {
+FUSED_RNN_EMULATOR_RAW inline void make_ready(Thread* thread) {
   Warp& warp = *thread->warp;
   if (!warp.ready) {
-    warp.queue_position = uint32_t(machine.ready_warps.size());
-    machine.ready_warps.push_back(&warp);
+    warp.queue_position = machine.ready_count++;
+    machine.ready_warps[warp.queue_position] = &warp;
   }
   warp.ready |= 1u << thread->lane;
 }
@@ -58,11 +58,10 @@ inline void make_ready(std::vector<Thread*>& threads) {
   threads.clear();
 }
 
-inline void remove_from_queue(Warp& warp) {
-  Warp* last = machine.ready_warps.back();
+FUSED_RNN_EMULATOR_RAW inline void remove_from_queue(Warp& warp) {
+  Warp* last = machine.ready_warps[--machine.ready_count];
   machine.ready_warps[warp.queue_position] = last;
   last->queue_position = warp.queue_position;
-  machine.ready_warps.pop_back();
 }
 
 inline std::string deadlock_report() {
@@ -88,16 +87,16 @@ inline std::string deadlock_report() {
   return report;
 }
 
-inline Warp* choose_warp() {
+FUSED_RNN_EMULATOR_RAW inline Warp* choose_warp() {
   Warp* best = nullptr;
   for (unsigned i = 0; i < machine.candidates; ++i) {
-    Warp* warp = machine.ready_warps[random_below(uint32_t(machine.ready_warps.size()))];
+    Warp* warp = machine.ready_warps[random_below(machine.ready_count)];
     if (!best || warp->priority > best->priority) best = warp;
   }
   return best;
 }
 
-inline Thread* take_lane(Warp& warp) {
+FUSED_RNN_EMULATOR_RAW inline Thread* take_lane(Warp& warp) {
   const unsigned turn = random_below(kWarp);
   const uint32_t rotated = warp.ready >> turn | (turn ? warp.ready << (kWarp - turn) : 0);
   const unsigned lane = (unsigned(__builtin_ctz(rotated)) + turn) % kWarp;
@@ -108,35 +107,35 @@ inline Thread* take_lane(Warp& warp) {
 
 // Lanes of one warp mostly follow each other: they meet in the next collective anyway, and their stacks are in the
 // cache.
-inline Thread* choose_thread() {
+FUSED_RNN_EMULATOR_RAW inline Thread* choose_thread() {
   if (machine.current && machine.current->warp->ready && random_below(32)) return take_lane(*machine.current->warp);
-  if (!machine.remote_stores.empty() && random_below(machine.laziness) == 0) deliver_one();
-  while (machine.ready_warps.empty()) {
-    if (machine.remote_stores.empty()) fail(deadlock_report());
+  if (machine.stores_under_way && random_below(machine.laziness) == 0) deliver_one();
+  while (machine.ready_count == 0) {
+    if (machine.stores_under_way == 0) fail(deadlock_report());
     deliver_one();
   }
   return take_lane(*choose_warp());
 }
 
 // The caller has put the thread where somebody will find it, or has ended it.
-inline void run_others() {
+FUSED_RNN_EMULATOR_RAW inline void run_others() {
   Thread* next = choose_thread();
   if (next != machine.current) switch_to(next);
 }
 
-inline void block(const char* waits_for, long long detail = 0) {
+FUSED_RNN_EMULATOR_RAW inline void block(const char* waits_for, long long detail = 0) {
   machine.current->waits_for = waits_for;
   machine.current->detail = detail;
   run_others();
 }
 
-inline void yield() {
+FUSED_RNN_EMULATOR_RAW inline void yield() {
   make_ready(machine.current);
   run_others();
 }
 
 // Where a kernel can be observed by others, a switch now and then.
-inline void maybe_yield(uint32_t one_in) {
+FUSED_RNN_EMULATOR_RAW inline void maybe_yield(uint32_t one_in) {
   if (random_below(one_in) == 0) yield();
 }
 

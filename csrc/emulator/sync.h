@@ -65,15 +65,18 @@ inline void cluster_wait() {
 
 // ---- collectives of a warp: the lane that arrives last does the work of all
 
+inline void check_converged(const Warp& warp, const char* operation) {
+  if (std::strcmp(warp.operation, operation) != 0)
+    fail(std::string("divergent warp: a lane is at ") + operation + " while others wait at " + warp.operation);
+}
+
 template <class Compute>
-inline void collective(const char* operation, void* argument, Compute compute) {
+FUSED_RNN_EMULATOR_RAW inline void collective(const char* operation, void* argument, Compute compute) {
   Inside guard;
   Thread& thread = *machine.current;
   Warp& warp = *thread.warp;
-  if (!warp.arrived)
-    warp.operation = operation;
-  else if (std::strcmp(warp.operation, operation) != 0)
-    fail(std::string("divergent warp: a lane is at ") + operation + " while others wait at " + warp.operation);
+  if (!warp.arrived) warp.operation = operation;
+  if (warp.operation != operation) check_converged(warp, operation);
   warp.arguments[thread.lane] = argument;
   warp.arrived |= 1u << thread.lane;
   if (warp.arrived != warp.mask) return block(operation);
@@ -83,8 +86,11 @@ inline void collective(const char* operation, void* argument, Compute compute) {
     if (lane != thread.lane && warp.lanes[lane]) make_ready(warp.lanes[lane]);
 }
 
-inline void check_whole_warp(const char* operation) {
-  if (machine.current->warp->mask != ~0u) fail(std::string(operation) + ": a warp of fewer than 32 threads");
+[[noreturn]] inline void fail_partial_warp(const char* operation) {
+  fail(std::string(operation) + ": a warp of fewer than 32 threads");
+}
+FUSED_RNN_EMULATOR_RAW inline void check_whole_warp(const char* operation) {
+  if (machine.current->warp->mask != ~0u) fail_partial_warp(operation);
 }
 
 inline void sync_warp() {

@@ -15,7 +15,7 @@ namespace fused_rnn::cuda {
 // d [16, 8] += a [16, 16] b [16, 8]; the last argument says how the halves of a register are to be read
 FUSED_RNN_DEVICE void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], bf16) {
 #if defined(FUSED_RNN_EMULATE)
-  emulator::mma_bf16(d, a, b);
+  emulator::mma16<emulator::Bf16>(d, a, b);
 #else
   FUSED_RNN_MMA("m16n8k16.row.col.f32.bf16.bf16.f32");
 #endif
@@ -23,7 +23,7 @@ FUSED_RNN_DEVICE void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t 
 
 FUSED_RNN_DEVICE void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], f16) {
 #if defined(FUSED_RNN_EMULATE)
-  emulator::mma_f16(d, a, b);
+  emulator::mma16<emulator::F16>(d, a, b);
 #else
   FUSED_RNN_MMA("m16n8k16.row.col.f32.f16.f16.f32");
 #endif
