@@ -40,7 +40,7 @@ help:
 $(ENV_STAMP):
 	@if [ ! -x $(BIN)/python ] || [ -e $(VENV)/.made-here ]; then \
 	  set -x; $(PYTHON) -m venv --clear $(if $(TORCH),,--system-site-packages) $(VENV) && touch $(VENV)/.made-here; fi
-	$(PIP) install --quiet $(TORCH) 'setuptools>=77' 'pybind11>=2.13'
+	$(PIP) install --quiet $(TORCH) 'setuptools>=77'
 	@touch $@
 
 # The build uses the environment's own torch, the one it will run with; hence no build isolation.

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Builds the C++ core under AddressSanitizer and UndefinedBehaviorSanitizer in build/sanitize and runs the tests of the ops there:
-# every odd size, dtype, direction, mask and save mode, on each instruction set this processor has (or those named as arguments).
+# Builds the C++ core under AddressSanitizer and UndefinedBehaviorSanitizer in build/sanitize and runs it there: every odd size, dtype,
+# direction, mask and save mode, and the tests of the ops, on each instruction set this processor has (or those named as arguments).
 # PYTHON is the interpreter of an environment that has torch and the test tools.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -16,11 +16,15 @@ rm -rf "$out/fused_rnn.new"
 
 export LD_PRELOAD="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libubsan.so)"
 # Python and torch keep memory to the end of the process; that is not ours to report.
-export ASAN_OPTIONS=detect_leaks=0:abort_on_error=0 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 OMP_NUM_THREADS=2
-cd "$out"  # the package beside us is the one that is imported
+export ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 OMP_NUM_THREADS=2
+export PYTHONPATH=$out  # the package there is the one that is imported
+cd "$out"
+tests=()
+for name in functional activations ops threads; do tests+=("../../tests/test_$name.py"); done
 isas=${*:-$("$python" -c 'import fused_rnn._C as C; print(C.available_isas().replace(",", " "))')}
 for isa in $isas; do
-  echo "== $isa"
-  FUSED_RNN_ISA=$isa "$python" -m pytest -q -x -p no:cacheprovider -c ../../pyproject.toml --rootdir ../.. \
-    ../../tests/test_functional.py ../../tests/test_activations.py -k "cpu or activation"
+  export FUSED_RNN_ISA=$isa
+  "$python" ../../scripts/sanitize_cases.py
+  "$python" -m pytest -q -x -p no:cacheprovider -c ../../pyproject.toml --rootdir ../.. "${tests[@]}" \
+    -k "one_step or strided or empty or integer_kind or activation or bits or memory or stays_there or refuses or harmless or threads"
 done
