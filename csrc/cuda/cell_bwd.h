@@ -1,0 +1,95 @@
+// One thread's cell in the backward loops: the gradients it carries, what it reads, what it writes.
+#pragma once
+#include "storage.h"
+#include "time.h"
+
+namespace fused_rnn::cuda {
+
+template <class Cell, class Storage, class Math>
+class BackwardCell {
+  using Acc = Accumulator<Storage>;
+  static constexpr int G = Cell::gates, kGradients = Cell::gradients;
+  static constexpr bool kState = Cell::has_cell || Cell::needs_h;        // reads the state of the step
+  static constexpr bool kBefore = Cell::has_cell || Cell::needs_h_prev;  // and the one that entered it
+
+ public:
+  Place at;
+
+  FUSED_RNN_DEVICE BackwardCell(const BackwardLoop& p, int r, int b, int u) : at(p.steps, r, b, u) {
+    if (!at.inside) return;
+    dh_ = static_cast<const Acc*>(p.dh)[at.in_state(p.steps)];
+    if (Cell::has_cell) dc_ = static_cast<const Acc*>(p.dc)[at.in_state(p.steps)];
+  }
+
+  // Asks for what `run` of this step reads from memory, as soon as the step after it has run: it arrives behind the exchange and
+  // the product.
+  FUSED_RNN_DEVICE void fetch(const BackwardLoop& p, const Walk& walk, int step) {
+    reaches_ = live_;
+    if (step < p.steps.step0) return;
+    const int64_t t = walk.time(step), local = t - walk.first_time;
+    valid_ = at.valid(t);
+    live_ = at.live(p.steps, t);
+    if (!valid_) return;
+    const int i = at.in_step(p.steps, 1);
+    const Storage* kept = static_cast<const Storage*>(p.saved) + local * step_size(p.steps, Cell::saved) + at.in_step(p.steps, Cell::saved);
+    FUSED_RNN_UNROLL
+    for (int s = 0; s < Cell::saved; ++s) kept_[s] = kept[s * p.steps.H];
+    if (p.dy) dy_ = static_cast<const Storage*>(p.dy)[t * step_size(p.steps, 1) + i];
+    const int64_t here = (Cell::has_cell ? local : t) * step_size(p.steps, 1) + i;
+    if (kState) state_ = state(p, p.states, here);
+    if (!kBefore || !live_) return;
+    const bool first = walk.starts(t, at.length) || (Cell::has_cell && step == p.steps.window0);
+    const int64_t back = walk.backwards ? step_size(p.steps, 1) : -step_size(p.steps, 1);
+    before_ = first ? state(p, p.first_state, at.in_state(p.steps)) : state(p, p.states, here + back);
+  }
+  // What the step after the last one here left to it: for a loop that goes on where another one ended.
+  FUSED_RNN_DEVICE void resume(const BackwardLoop& p, const Walk& walk) {
+    if (p.steps.step1 < p.steps.T) live_ = at.live(p.steps, walk.time(p.steps.step1));
+  }
+
+  // product: dgates_{t+1} W_hh, the recurrent side; it counts only where the state entered that step.
+  FUSED_RNN_DEVICE void add(Acc product) { dh_ += reaches_ ? product : Acc(0); }
+  FUSED_RNN_DEVICE void run() {
+    FUSED_RNN_UNROLL
+    for (int g = 0; g < kGradients; ++g) d_[g] = 0;
+    if (!valid_) return;  // over, or not begun: gradients pass unchanged
+    Acc kept[Cell::saved > 0 ? Cell::saved : 1];
+    FUSED_RNN_UNROLL
+    for (int s = 0; s < Cell::saved; ++s) kept[s] = widen(kept_[s]);
+    const Acc before = live_ ? before_ : Acc(0);
+    Acc dh = dh_ + widen(dy_), carry, h = state_, dc = dc_;
+    Cell::template backward<Math>(kept, before, state_, before, h, dh, dc, carry, d_);
+    dh_ = live_ ? carry : Acc(0);
+    if (Cell::has_cell) dc_ = live_ ? dc : Acc(0);
+  }
+
+  // Gradient g of the recurrent side, as it is stored and as the next product reads it.
+  FUSED_RNN_DEVICE Storage recurrent(int g) const { return narrow<Storage>(d_[g]); }
+
+  FUSED_RNN_DEVICE void store(const BackwardLoop& p, const Walk& walk, int step) const {
+    if (!at.inside) return;
+    Storage* out = static_cast<Storage*>(p.dgates) + walk.time(step) * step_size(p.steps, kGradients) + at.in_step(p.steps, kGradients);
+    // The recurrent side's G come last, so that either side's are G vectors in a row.
+    FUSED_RNN_UNROLL
+    for (int g = 0; g < kGradients; ++g) out[(g < G ? g + kGradients - G : g - G) * p.steps.H] = narrow<Storage>(d_[g]);
+  }
+
+  FUSED_RNN_DEVICE void finish(const BackwardLoop& p) const {
+    if (!at.inside) return;
+    static_cast<Acc*>(p.dh)[at.in_state(p.steps)] = dh_;
+    if (Cell::has_cell) static_cast<Acc*>(p.dc)[at.in_state(p.steps)] = dc_;
+  }
+
+ private:
+  FUSED_RNN_DEVICE static Acc state(const BackwardLoop& p, const void* from, int64_t i) {
+    return p.states_are_wide ? static_cast<const Acc*>(from)[i] : Acc(widen(static_cast<const Storage*>(from)[i]));
+  }
+
+  Acc dh_ = 0, dc_ = 0, state_ = 0, before_ = 0;
+  Acc d_[kGradients] = {};
+  Storage dy_{}, kept_[Cell::saved > 0 ? Cell::saved : 1]{};
+  bool live_ = false, valid_ = false;
+  bool reaches_ = false;  // `live_` of the step that ran before, the one after in the recurrence's order
+};
+
+}  // namespace fused_rnn::cuda

@@ -1,0 +1,105 @@
+// One thread's cell in the forward loops: its state, what it reads, what it writes. The loops differ only in where the
+// recurrent product comes from and in where the next one reads h.
+#pragma once
+#include "storage.h"
+#include "time.h"
+
+namespace fused_rnn::cuda {
+
+template <class Cell, class Storage, class Math>
+class ForwardCell {
+  using Acc = Accumulator<Storage>;
+  static constexpr int G = Cell::gates;
+  static constexpr bool kSplit = Cell::preactivations != G;  // the last gate's two sides enter the cell apart
+  static constexpr bool kState = Cell::has_cell || Cell::needs_h_prev;
+
+ public:
+  Place at;
+
+  FUSED_RNN_DEVICE ForwardCell(const ForwardLoop& p, const Walk& walk, int r, int b, int u) : at(p.steps, r, b, u) {
+    if (!at.inside) return;
+    const int i = at.in_state(p.steps);
+    if (kState) state_ = static_cast<const Acc*>(p.state)[i];
+    if (kSplit) bias_ = widen(static_cast<const Storage*>(p.bias)[r * p.steps.H + u]);
+    h_ = static_cast<const Storage*>(p.h0)[i];
+    const int64_t before = walk.backwards ? walk.T - p.steps.step0 : p.steps.step0 - 1;  // the time of the step before
+    const int64_t t = walk.backwards || before < at.length ? before : at.length - 1;     // or the sequence's last
+    if (p.checkpoints && kState && p.steps.step0 == 0) checkpoint(p, 0);
+    if (p.y && t >= 0 && t < at.length) h_ = static_cast<const Storage*>(p.y)[t * step_size(p.steps, 1) + at.in_step(p.steps, 1)];
+  }
+
+  // Asks for what `run` of this step reads from memory, as soon as the step before has run: it arrives behind the exchange and
+  // the product. Whether the state enters the step after that is asked for with it, since `entering` must know a step ahead.
+  FUSED_RNN_DEVICE void fetch(const ForwardLoop& p, const Walk& walk, int step) {
+    if (step >= p.steps.step1) return;
+    const int64_t t = walk.time(step);
+    const Storage* x = static_cast<const Storage*>(p.gx) + (t - walk.first_time) * step_size(p.steps, G) + at.in_step(p.steps, G);
+    if (at.valid(t)) {
+      FUSED_RNN_UNROLL
+      for (int g = 0; g < G; ++g) x_[g] = x[g * p.steps.H];
+    }
+    live_ = step == p.steps.step0 ? at.live(p.steps, t) : next_live_;
+    next_live_ = step + 1 < p.steps.step1 && at.live(p.steps, walk.time(step + 1));
+  }
+
+  // recurrent: h_{t-1} W_hh^T, zero where the state does not enter.
+  FUSED_RNN_DEVICE void run(const Walk& walk, int step, const Acc (&recurrent)[G]) {
+    Acc a[Cell::preactivations];
+    FUSED_RNN_UNROLL
+    for (int g = 0; g < G; ++g) a[g] = widen(x_[g]) + recurrent[g];
+    if (kSplit) {
+      a[G - 1] = widen(x_[G - 1]);
+      a[Cell::preactivations - 1] = recurrent[G - 1] + bias_;
+    }
+    Acc state = live_ ? state_ : Acc(0), h;
+    if (Cell::has_cell) Cell::template forward<Math>(a, Acc(0), state, h, kept_);
+    else Cell::template forward<Math>(a, state, state, h, kept_);
+    valid_ = at.valid(walk.time(step));
+    if (!valid_) return;
+    state_ = Cell::has_cell ? state : h;
+    h_ = narrow<Storage>(h);
+  }
+
+  // h as the product of the next step reads it.
+  FUSED_RNN_DEVICE Storage entering() const { return at.inside && next_live_ ? h_ : Storage{}; }
+
+  // h as it is; where the state does not enter the next step, the next step knows.
+  FUSED_RNN_DEVICE Storage hidden() const { return h_; }
+
+  // Writes what a step leaves behind, after the team has what it waits for.
+  FUSED_RNN_DEVICE void store(const ForwardLoop& p, const Walk& walk, int step) const {
+    if (!at.inside) return;
+    const int64_t t = walk.time(step), local = t - walk.first_time;
+    if (p.checkpoints && kState && (step + 1) % p.every == 0 && step + 1 < p.steps.T) checkpoint(p, step + 1);
+    if (p.y) static_cast<Storage*>(p.y)[t * step_size(p.steps, 1) + at.in_step(p.steps, 1)] = valid_ ? h_ : Storage{};
+    if (p.saved) {
+      Storage* saved = static_cast<Storage*>(p.saved) + local * step_size(p.steps, Cell::saved) + at.in_step(p.steps, Cell::saved);
+      FUSED_RNN_UNROLL
+      for (int s = 0; s < Cell::saved; ++s) saved[s * p.steps.H] = valid_ ? narrow<Storage>(kept_[s]) : Storage{};
+    }
+    if (p.cells) {
+      const int64_t i = local * step_size(p.steps, 1) + at.in_step(p.steps, 1);
+      if (p.cells_are_wide) static_cast<Acc*>(p.cells)[i] = state_;
+      else static_cast<Storage*>(p.cells)[i] = narrow<Storage>(state_);
+    }
+  }
+
+  FUSED_RNN_DEVICE void finish(const ForwardLoop& p) const {
+    if (!at.inside) return;
+    if (kState) static_cast<Acc*>(p.state)[at.in_state(p.steps)] = state_;
+    if (p.h_n && p.steps.step1 == p.steps.T) static_cast<Storage*>(p.h_n)[at.in_state(p.steps)] = h_;
+  }
+
+ private:
+  // The state that enters a step.
+  FUSED_RNN_DEVICE void checkpoint(const ForwardLoop& p, int step) const {
+    static_cast<Acc*>(p.checkpoints)[int64_t(step / p.every) * step_size(p.steps, 1) + at.in_state(p.steps)] = state_;
+  }
+
+  Acc state_ = 0, bias_ = 0;
+  Acc kept_[Cell::saved > 0 ? Cell::saved : 1] = {};
+  Storage h_{}, x_[G]{};
+  bool live_ = false, next_live_ = false, valid_ = false;
+};
+
+}  // namespace fused_rnn::cuda

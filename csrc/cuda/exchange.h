@@ -1,0 +1,136 @@
+// How the members of a team share the operand of the next product. Which of the three ways is the same for a whole launch, so
+// one kernel has them all: the branch costs two instructions a step, and the number of kernels falls to a third.
+//
+// A member hands its slice of the next operand to `put`, cell by cell, and to `publish`, warp by warp; `arrive` ends its step, `wait` makes
+// the whole operand visible in its own shared memory.
+//
+//   cta      two copies of the operand, steps alternate between them; `arrive` is a barrier of the threads.
+//   cluster  likewise, and each 16-byte chunk goes by st.async into every peer's copy, where it counts towards the transaction count of an mbarrier,
+//            one for each of the two copies. A peer may write copy (s + 1) & 1 while this member is at step s, and then nobody here
+//            reads that copy any more: to publish at step s a peer has waited for step s, so for this member's publishing at s - 1,
+//            which came after a barrier of this member's threads behind its product of step s - 1.
+//   grid     the slice goes to global memory, where the operand lies twice; a thread counts the member in with release after a barrier of the
+//            CTA, and waits with acquire until all have been counted; then the CTA copies the operand to its shared memory by cp.async,
+//            which reads L2, where other CTAs' writes are. The same argument shows that nobody reads what is overwritten.
+#pragma once
+#include "primitives/barrier.h"
+#include "primitives/copy.h"
+#include "primitives/flags.h"
+#include "product.h"
+
+namespace fused_rnn::cuda {
+
+template <class Number, bool kBackward>
+class Exchange {
+  using Operand = typename Number::Operand;
+  static constexpr int kChunk = 16 / int(sizeof(Operand));  // elements of 16 bytes
+  static constexpr int kChunks = 32 / kChunk;               // of a warp's 32 cells
+
+ public:
+  // operands: two of NB rows in shared memory, zero-filled; barriers: two in shared memory.
+  FUSED_RNN_DEVICE Exchange(const Team& team, const Workspace& workspace, Operand* operands, uint64_t* barriers, int team_index, int teams, int member)
+      : team_(team), operands_(operands), barriers_(barriers), member_(member), stride_(operand_stride(team.depth, tile(Number::kKind, kBackward, 1))) {
+    if (team.exchange == ExchangeKind::grid) {
+      const int64_t size = int64_t(team.rows) * team.depth;
+      global_ = static_cast<Operand*>(workspace.operand) + team_index * size;
+      copies_apart_ = teams * size;
+      arrived_ = workspace.arrived + team_index * 32;
+    }
+    if (team.exchange == ExchangeKind::cluster && threadIdx.x == 0) {
+      barrier_init(&barriers_[0], 1);
+      barrier_init(&barriers_[1], 1);
+      barrier_fence();
+      expect(0);
+      expect(1);
+    }
+  }
+
+  // All of the CTA's own shared memory is ready; before anybody may write into a peer's.
+  FUSED_RNN_DEVICE void open() const {
+    if (team_.exchange == ExchangeKind::cluster) {
+      cluster_arrive();
+      cluster_wait();
+    }
+    sync_threads();
+  }
+
+  FUSED_RNN_DEVICE Operand* current() const { return copy(turn_); }
+  FUSED_RNN_DEVICE int stride() const { return stride_; }
+
+  FUSED_RNN_DEVICE void put(int b, int column, Operand value) const {
+    if (team_.exchange == ExchangeKind::grid) global_[((turn_ + 1) & 1) * copies_apart_ + int64_t(b) * team_.depth + column] = value;
+    else copy(turn_ + 1)[b * stride_ + column] = value;
+  }
+
+  // A warp's 32 cells from `cell` on have put column0 + u of row b, and hand it to the team; cell = b U + u.
+  FUSED_RNN_DEVICE void publish(int cell, int column0) const {
+    if (team_.exchange != ExchangeKind::cluster) return;
+    sync_warp();
+    const int mine = cell + lane() % kChunks * kChunk, b = mine / team_.units, column = column0 + mine % team_.units;
+    if (b >= team_.rows) return;
+    const Operand* own = copy(turn_ + 1) + b * stride_ + column;
+    const uint4 chunk = *reinterpret_cast<const uint4*>(own);
+    for (int i = lane() / kChunks; i < team_.members - 1; i += kChunk) {
+      const int apart = member_ + 1 + i, peer = apart < team_.members ? apart : apart - team_.members;
+      store_async(remote(own, unsigned(peer)), remote(&barriers_[(turn_ + 1) & 1], unsigned(peer)), chunk);
+    }
+  }
+
+  // This member's step is over: its slice is out, its threads are done with the operand and with the partial sums.
+  FUSED_RNN_DEVICE void arrive() {
+    sync_threads();
+    if (team_.exchange == ExchangeKind::grid && threadIdx.x == 0) add_release(arrived_, 1);
+    ++turn_;
+  }
+
+  // The operand of this turn is whole; called by all threads before its product.
+  FUSED_RNN_DEVICE void wait() const {
+    if (turn_ == 0) return;  // the first is loaded by each member for itself
+    if (team_.exchange == ExchangeKind::cluster) {
+      uint64_t* barrier = &barriers_[turn_ & 1];
+      barrier_wait(barrier, unsigned((turn_ - 1) / 2) & 1);
+      if (threadIdx.x == 0) expect(turn_ & 1);
+    } else if (team_.exchange == ExchangeKind::grid) {
+      if (threadIdx.x == 0) {
+        while (load_acquire(arrived_) < uint32_t(turn_) * uint32_t(team_.members)) pause();
+      }
+      sync_threads();
+      const int chunks = team_.depth / kChunk;
+      for (int i = int(threadIdx.x); i < team_.rows * chunks; i += int(blockDim.x)) {
+        const int b = i / chunks, column = i % chunks * kChunk;
+        copy_async16(current() + b * stride_ + column, global_ + (turn_ & 1) * copies_apart_ + int64_t(b) * team_.depth + column, true);
+      }
+      copy_commit();
+      copy_wait<0>();
+      sync_threads();
+    }
+  }
+
+  // Nobody leaves while a peer may still write into its shared memory.
+  FUSED_RNN_DEVICE void close() const {
+    if (team_.exchange == ExchangeKind::cluster) {
+      cluster_arrive();
+      cluster_wait();
+    }
+  }
+
+ private:
+  // One is enough in shared memory where the two lie in global memory.
+  FUSED_RNN_DEVICE Operand* copy(int turn) const { return team_.exchange == ExchangeKind::grid ? operands_ : operands_ + (turn & 1) * team_.rows * stride_; }
+  // Bytes that the peers send for one operand.
+  FUSED_RNN_DEVICE void expect(int copy) const {
+    const int bytes = (team_.members - 1) * team_.rows * (team_.depth / team_.members) * int(sizeof(Operand));
+    barrier_expect(&barriers_[copy], bytes);
+  }
+
+  const Team& team_;
+  Operand* operands_;
+  uint64_t* barriers_;
+  Operand* global_ = nullptr;
+  int64_t copies_apart_ = 0;
+  uint32_t* arrived_ = nullptr;
+  int member_, stride_;
+  int turn_ = 0;
+};
+
+}  // namespace fused_rnn::cuda

@@ -1,0 +1,26 @@
+// The kernels that were built, by what they are for.
+#pragma once
+#include "../params.h"
+#include "params.h"
+#include "tiles.h"
+
+namespace fused_rnn::cuda {
+
+using ForwardKernel = void (*)(ForwardLoop);
+using BackwardKernel = void (*)(BackwardLoop);
+
+// Of one cell and number: persistent ones by kBatchTiles, pointwise ones for the storage type. Null where there is none.
+struct Kernels {
+  ForwardKernel persistent_fwd[3];
+  BackwardKernel persistent_bwd[3];
+  ForwardKernel pointwise_fwd;
+  BackwardKernel pointwise_bwd;
+};
+
+// Instantiated in instantiate/<cell>.cu, each number in an object file of its own.
+template <class Formula, NumberKind kKind>
+Kernels kernels_of();
+
+Kernels find_kernels(Cell cell, NumberKind number);
+
+}  // namespace fused_rnn::cuda

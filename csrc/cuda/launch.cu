@@ -1,0 +1,93 @@
+// Launches on a GPU, by the CUDA runtime, which is linked statically: the module loads where there is no driver.
+#include "launch.h"
+
+#include <cuda_runtime.h>
+
+#include <map>
+#include <mutex>
+#include <utility>
+
+namespace fused_rnn::cuda {
+namespace {
+
+std::string text(const char* what, cudaError_t error) {
+  if (error == cudaSuccess) return {};
+  cudaGetLastError();  // not left behind for somebody else's check
+  return std::string(what) + ": " + cudaGetErrorString(error);
+}
+
+// What a kernel has been permitted to use: asked for once per kernel and device, since asking costs microseconds.
+struct Permitted {
+  bool clusters = false;
+  int64_t shared = 0;
+};
+
+std::string permit(const void* kernel, const Shape& shape) {
+  static std::mutex mutex;
+  static std::map<std::pair<const void*, int>, Permitted> known;
+  int device = 0;
+  if (std::string error = text("cudaGetDevice", cudaGetDevice(&device)); !error.empty()) return error;
+  const std::lock_guard<std::mutex> lock(mutex);
+  Permitted& permitted = known[{kernel, device}];
+  if (shape.cluster > 8 && !permitted.clusters) {
+    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+    if (error != cudaSuccess) return text("a cluster of more than 8", error);
+    permitted.clusters = true;
+  }
+  if (shape.shared > permitted.shared) {
+    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shape.shared));
+    if (error != cudaSuccess) return text("dynamic shared memory", error);
+    permitted.shared = shape.shared;
+  }
+  return {};
+}
+
+std::string launch_any(const void* kernel, const void* loop, const Shape& shape, void* stream) {
+  if (std::string error = permit(kernel, shape); !error.empty()) return error;
+  cudaLaunchAttribute attributes[2];
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(unsigned(shape.ctas));
+  config.blockDim = dim3(unsigned(shape.threads));
+  config.dynamicSmemBytes = size_t(shape.shared);
+  config.stream = static_cast<cudaStream_t>(stream);
+  config.attrs = attributes;
+  if (shape.cluster > 1) {
+    attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
+    attributes[config.numAttrs].val.clusterDim = {unsigned(shape.cluster), 1, 1};
+    ++config.numAttrs;
+  }
+  if (shape.cooperative) {
+    attributes[config.numAttrs].id = cudaLaunchAttributeCooperative;
+    attributes[config.numAttrs].val.cooperative = 1;
+    ++config.numAttrs;
+  }
+  void* arguments[] = {const_cast<void*>(loop)};
+  return text("launch", cudaLaunchKernelExC(&config, kernel, arguments));
+}
+
+}  // namespace
+
+std::string launch(void (*kernel)(ForwardLoop), const ForwardLoop& loop, const Shape& shape, void* stream) {
+  return launch_any(reinterpret_cast<const void*>(kernel), &loop, shape, stream);
+}
+std::string launch(void (*kernel)(BackwardLoop), const BackwardLoop& loop, const Shape& shape, void* stream) {
+  return launch_any(reinterpret_cast<const void*>(kernel), &loop, shape, stream);
+}
+std::string clear(uint32_t* arrived, int64_t count, void* stream) {
+  return text("cudaMemsetAsync", cudaMemsetAsync(arrived, 0, size_t(count) * 4, static_cast<cudaStream_t>(stream)));
+}
+
+Device device_at(int index, std::string& error) {
+  int major = 0, minor = 0, multiprocessors = 0, shared = 0;
+  for (const auto& [attribute, value] : {std::pair{cudaDevAttrComputeCapabilityMajor, &major}, {cudaDevAttrComputeCapabilityMinor, &minor},
+                                         {cudaDevAttrMultiProcessorCount, &multiprocessors},
+                                         {cudaDevAttrMaxSharedMemoryPerBlockOptin, &shared}}) {
+    error = text("cudaDeviceGetAttribute", cudaDeviceGetAttribute(value, attribute, index));
+    if (!error.empty()) return {};
+  }
+  const int arch = 10 * major + minor;
+  // 16 is beyond what is portable, and offered by the data-centre parts.
+  return {arch, multiprocessors, shared, major < 9 ? 1 : major == 12 ? 8 : 16};
+}
+
+}  // namespace fused_rnn::cuda

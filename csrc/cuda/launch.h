@@ -1,0 +1,28 @@
+// One launch of one kernel. Implemented by launch.cu on a GPU and by ../emulator/launch.cpp without one.
+#pragma once
+#include <cstdint>
+#include <string>
+
+#include "params.h"
+#include "plan.h"
+
+namespace fused_rnn::cuda {
+
+struct Shape {
+  int64_t ctas;
+  int threads;
+  int cluster;        // CTAs of a cluster, 1 for none
+  int64_t shared;     // bytes of dynamic shared memory
+  bool cooperative;   // all CTAs must be resident together, or the launch is refused
+};
+
+// Each returns what went wrong, or an empty text.
+std::string launch(void (*kernel)(ForwardLoop), const ForwardLoop& loop, const Shape& shape, void* stream);
+std::string launch(void (*kernel)(BackwardLoop), const BackwardLoop& loop, const Shape& shape, void* stream);
+// arrived[0 .. count) = 0
+std::string clear(uint32_t* arrived, int64_t count, void* stream);
+
+// What the device of this number offers; arch 0 and the reason in `error` where it cannot be asked.
+Device device_at(int index, std::string& error);
+
+}  // namespace fused_rnn::cuda

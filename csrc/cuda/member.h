@@ -1,0 +1,39 @@
+// A CTA's place in its team, the same forward and backward: its memory, its cells.
+#pragma once
+#include "exchange.h"
+
+namespace fused_rnn::cuda {
+
+struct Member {
+  int index, team, teams;  // member of a team, team of the launch
+  int r, first_b, first_u;
+
+  FUSED_RNN_DEVICE Member(const Steps& s, const Team& team)
+      : index(int(blockIdx.x) % team.members), team(int(blockIdx.x) / team.members), teams(s.R * s.tiles) {
+    r = this->team / s.tiles;
+    first_b = (s.tile0 + this->team % s.tiles) * team.rows;
+    first_u = index * team.units;
+  }
+};
+
+// Cell i of a CTA is unit i % U of row i / U; a thread has cells tid, tid + threads, ..
+struct CellIndex {
+  int cell, b, u;
+  bool inside;
+
+  FUSED_RNN_DEVICE CellIndex(const Team& team, int j) {
+    cell = int(threadIdx.x) + j * int(blockDim.x);
+    b = cell / team.units;
+    u = cell % team.units;
+    inside = b < team.rows;
+  }
+};
+
+// Both copies of the operand start as zeros: what no member writes (depth beyond C U) must not be NaN.
+template <class Operand>
+FUSED_RNN_DEVICE void clear(Operand* operands, int count) {
+  uint4* to = reinterpret_cast<uint4*>(operands);
+  for (int i = int(threadIdx.x); i < count / (16 / int(sizeof(Operand))); i += int(blockDim.x)) to[i] = {0, 0, 0, 0};
+}
+
+}  // namespace fused_rnn::cuda

@@ -1,0 +1,82 @@
+// What the CUDA loops are told: plain structs of pointers with their shapes, passed to the kernels by value.
+// Letters: T time, B batch, H hidden size, G gates, S gate vectors saved per step, R recurrences side by side.
+#pragma once
+#include <cstdint>
+
+namespace fused_rnn::cuda {
+
+// How a team shares what it has computed between two steps.
+enum class ExchangeKind : int {
+  cta,      // a team of one: a barrier of its threads
+  cluster,  // a thread-block cluster: remote stores into the peers' shared memory
+  grid      // any CTAs that are resident together: global memory and a counter
+};
+
+// How the products of a team are laid out: decided by plan.cpp, the same for all CTAs of a launch.
+struct Team {
+  ExchangeKind exchange;
+  int members;     // C: CTAs of a team
+  int units;       // U: hidden units of a member, a multiple of 16; member m has m U .. m U + U - 1
+  int rows;        // NB: rows of the batch
+  int warps_m;     // WM x WK warps: WM groups of rows of the product,
+  int warps_k;     //   each with WK warps that share its depth
+  int depth;       // K: forward C U, backward G C U
+  int blocks;      // of depth, of each warp; the first few have their weights in registers, the rest in shared memory
+};
+
+// The time of a loop's step, and what masks it.
+struct Steps {
+  int64_t T;
+  int step0, step1;        // run steps step0 .. step1 - 1, in the recurrence's own order
+  int window0, window1;    // steps that gx, given, saved and cells hold; all of time: 0, T
+  uint64_t reversed;       // bit r % period: recurrence r runs backwards in time
+  int period;
+  const int64_t* lengths;  // [B] or null: steps t >= lengths[b] leave sequence b's state alone
+  const uint8_t* reset;    // [T, B] or null: the state that enters step t is zero
+  int B, R, H;
+  int tiles, tile0;        // batch tiles of this launch, and the first of them
+};
+
+// Where the team's exchange happens, grid exchange only.
+struct Workspace {
+  void* operand;      // [2, teams of the launch, NB, K]
+  uint32_t* arrived;  // [teams of the launch, 32]: how often members arrived, one counter in 128 bytes
+};
+
+struct ForwardLoop {
+  Steps steps;
+  Team team;
+  Workspace workspace;
+  const void* gx;      // [window, B, R, G, H]    input product, with the bias that needs no cell
+  const void* given;   // [window, B, R, G, H]    recurrent product, pointwise kernel only
+  const void* w;       // [R, G, H, H]
+  const void* bias;    // [R, H]                  recurrent bias of the last gate, GRU only
+  const void* h0;      // [R, B, H]
+  void* state;         // [R, B, H] accumulation type: c of LSTM, h of GRU; read at step0, written at step1
+  void* y;             // [T, B, R, H] or null
+  void* h_n;           // [R, B, H] or null       written with step T - 1
+  void* saved;         // [window, B, R, S, H] or null
+  void* cells;         // [window, B, R, H] or null, LSTM only
+  void* checkpoints;   // [ceil(T / every), R, B, H] accumulation type, or null: the state that enters step j * every
+  int every;
+  bool cells_are_wide;  // cells in the accumulation type, else in the storage type
+};
+
+struct BackwardLoop {
+  Steps steps;
+  Team team;
+  Workspace workspace;
+  const void* dy;           // [T, B, R, H] or null
+  const void* given;        // [R, B, H] or null: the product, pointwise kernel only
+  const void* w;            // [R, G, H, H]
+  const void* states;       // LSTM: c_t [window, B, R, H], else h_t [T, B, R, H]
+  const void* first_state;  // [R, B, H]  what enters the first of these
+  const void* saved;        // [window, B, R, S, H]
+  void* dgates;             // [T, B, R, gradients, H]; the recurrent side's are the last G
+  void* dh;                 // [R, B, H] accumulation type, in: gradient of h after step1 - 1; out: before step0
+  void* dc;                 // [R, B, H] likewise of c, LSTM only
+  bool states_are_wide;     // LSTM's states and first_state in the accumulation type
+  bool close;               // after step 0, take its product too, into dh: the gradient of h0 (pointwise: only that)
+};
+
+}  // namespace fused_rnn::cuda

@@ -1,0 +1,97 @@
+// The backward loop over all of time in one launch, from the last step to the first: the same team, product and exchange as
+// forward. The operand is the recurrent side of the gates' gradients, [NB, G C U]; its product with W_hh, transposed, is what
+// reaches the state of the step before.
+#pragma once
+#include "cell_bwd.h"
+#include "member.h"
+
+namespace fused_rnn::cuda {
+
+template <class Cell, class Number, int NT>
+FUSED_RNN_KERNEL(kThreads)
+persistent_bwd_kernel(const FUSED_RNN_GRID_CONSTANT BackwardLoop p) {
+  using Storage = typename Number::Storage;
+  using Operand = typename Number::Operand;
+  constexpr int G = Cell::gates, kGradients = Cell::gradients;
+  const Team& team = p.team;
+  const Member me(p.steps, team);
+  const Walk walk(p.steps, me.r);
+  const SharedLayout at = shared_layout(team, tile(Number::kKind, true, NT));
+  Operand* operands = shared_array<Operand>(at.operands, at.operands_count);
+  float* partial = shared_array<float>(at.partial, at.partial_count);
+  const int width = p.steps.H, padded = team.members * team.units;
+
+  clear(operands, at.operands_count);
+  Exchange<Number, true> exchange(team, p.workspace, operands, shared_array<uint64_t>(at.barriers, at.barriers_count), me.team, me.teams, me.index);
+  sync_threads();
+
+  // A loop that goes on where another one ended starts from the gradients that one left.
+  const bool resumes = p.steps.step1 < p.steps.T;
+  for (int i = int(threadIdx.x); resumes && i < team.rows * G * width; i += int(blockDim.x)) {
+    const int g = i / width % G, b = i / (G * width);
+    const Place place(p.steps, me.r, me.first_b + b, i % width);
+    const int64_t t = walk.time(p.steps.step1);
+    if (place.valid(t))
+      exchange.current()[b * exchange.stride() + g * padded + place.u] =
+          Number::operand(static_cast<const Storage*>(p.dgates)[t * step_size(p.steps, kGradients) + place.in_step(p.steps, kGradients) + (g + kGradients - G) * width]);
+  }
+
+  const Storage* w = static_cast<const Storage*>(p.w) + int64_t(me.r) * G * width * width;
+  const Product<Number, true, NT> product(team, shared_array<uint4>(at.weights, at.weights_count), [&](int row, int k) {
+    const int g = k / padded, from = k % padded, u = me.first_u + row;
+    return row < team.units && g < G && u < width && from < width ? w[(int64_t(g) * width + from) * width + u] : Storage{};
+  });
+
+  using Thread = BackwardCell<Cell, Storage, typename Number::Math>;
+  const CellIndex index[kCellsPerThread] = {{team, 0}, {team, 1}};
+  Thread cells[kCellsPerThread] = {{p, me.r, me.first_b + index[0].b, index[0].inside ? me.first_u + index[0].u : width},
+                                   {p, me.r, me.first_b + index[1].b, index[1].inside ? me.first_u + index[1].u : width}};
+  FUSED_RNN_UNROLL
+  for (int j = 0; j < kCellsPerThread; ++j) {
+    cells[j].resume(p, walk);
+    cells[j].fetch(p, walk, p.steps.step1 - 1);
+  }
+  exchange.open();
+
+  for (int step = p.steps.step1 - 1; step >= p.steps.step0; --step) {
+    const bool has_future = step + 1 < p.steps.T;
+    if (has_future) {
+      exchange.wait();
+      product.run(team, exchange.current(), partial);
+      sync_threads();
+    }
+    FUSED_RNN_UNROLL
+    for (int j = 0; j < kCellsPerThread; ++j) {
+      if (index[j].cell - lane() >= team.rows * team.units) break;  // the whole warp
+      if (index[j].inside) {
+        if (has_future) cells[j].add(product.sum(team, partial, index[j].u, index[j].b));
+        cells[j].run();
+        FUSED_RNN_UNROLL
+        for (int g = 0; g < G; ++g)
+          exchange.put(index[j].b, g * padded + me.first_u + index[j].u, Number::operand(cells[j].recurrent(g)));
+      }
+      if (step == p.steps.step0 && !p.close) continue;  // nobody would wait for it
+      FUSED_RNN_UNROLL
+      for (int g = 0; g < G; ++g) exchange.publish(index[j].cell - lane(), g * padded + me.first_u);
+    }
+    exchange.arrive();
+    FUSED_RNN_UNROLL
+    for (int j = 0; j < kCellsPerThread; ++j) {
+      cells[j].store(p, walk, step);
+      cells[j].fetch(p, walk, step - 1);
+    }
+  }
+  if (p.close) {
+    exchange.wait();
+    product.run(team, exchange.current(), partial);
+    sync_threads();
+    FUSED_RNN_UNROLL
+    for (int j = 0; j < kCellsPerThread; ++j)
+      if (index[j].inside) cells[j].add(product.sum(team, partial, index[j].u, index[j].b));
+  }
+  FUSED_RNN_UNROLL
+  for (int j = 0; j < kCellsPerThread; ++j) cells[j].finish(p);
+  exchange.close();
+}
+
+}  // namespace fused_rnn::cuda

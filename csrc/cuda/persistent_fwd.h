@@ -1,0 +1,76 @@
+// The forward loop over all of time in one launch: one kernel for every cell, number, team and exchange.
+#pragma once
+#include "cell_fwd.h"
+#include "member.h"
+
+namespace fused_rnn::cuda {
+
+// NT: a team has 8 NT rows of the batch.
+template <class Cell, class Number, int NT>
+FUSED_RNN_KERNEL(kThreads)
+persistent_fwd_kernel(const FUSED_RNN_GRID_CONSTANT ForwardLoop p) {
+  using Storage = typename Number::Storage;
+  using Operand = typename Number::Operand;
+  constexpr int G = Cell::gates;
+  const Team& team = p.team;
+  const Member me(p.steps, team);
+  const Walk walk(p.steps, me.r);
+  const SharedLayout at = shared_layout(team, tile(Number::kKind, false, NT));
+  Operand* operands = shared_array<Operand>(at.operands, at.operands_count);
+  float* partial = shared_array<float>(at.partial, at.partial_count);
+
+  clear(operands, at.operands_count);
+  Exchange<Number, false> exchange(team, p.workspace, operands, shared_array<uint64_t>(at.barriers, at.barriers_count), me.team, me.teams, me.index);
+  sync_threads();
+
+  // h0, where the state enters the first step.
+  const int width = p.steps.H;
+  for (int i = int(threadIdx.x); i < team.rows * width; i += int(blockDim.x)) {
+    const Place place(p.steps, me.r, me.first_b + i / width, i % width);
+    if (place.live(p.steps, walk.time(p.steps.step0)))
+      exchange.current()[i / width * exchange.stride() + place.u] = Number::operand(static_cast<const Storage*>(p.h0)[place.in_state(p.steps)]);
+  }
+
+  const Storage* w = static_cast<const Storage*>(p.w) + int64_t(me.r) * G * width * width;
+  const Product<Number, false, NT> product(team, shared_array<uint4>(at.weights, at.weights_count), [&](int row, int k) {
+    const int g = row / team.units, u = me.first_u + row % team.units;
+    return g < G && u < width && k < width ? w[(int64_t(g) * width + u) * width + k] : Storage{};
+  });
+
+  using Thread = ForwardCell<Cell, Storage, typename Number::Math>;
+  const CellIndex index[kCellsPerThread] = {{team, 0}, {team, 1}};
+  Thread cells[kCellsPerThread] = {{p, walk, me.r, me.first_b + index[0].b, index[0].inside ? me.first_u + index[0].u : width},
+                                   {p, walk, me.r, me.first_b + index[1].b, index[1].inside ? me.first_u + index[1].u : width}};
+  FUSED_RNN_UNROLL
+  for (int j = 0; j < kCellsPerThread; ++j) cells[j].fetch(p, walk, p.steps.step0);
+  exchange.open();
+
+  for (int step = p.steps.step0; step < p.steps.step1; ++step) {
+    exchange.wait();
+    product.run(team, exchange.current(), partial);
+    sync_threads();
+    FUSED_RNN_UNROLL
+    for (int j = 0; j < kCellsPerThread; ++j) {
+      if (index[j].cell - lane() >= team.rows * team.units) break;  // the whole warp
+      if (index[j].inside) {
+        float recurrent[G];
+        FUSED_RNN_UNROLL
+        for (int g = 0; g < G; ++g) recurrent[g] = product.sum(team, partial, g * team.units + index[j].u, index[j].b);
+        cells[j].run(walk, step, recurrent);
+        exchange.put(index[j].b, me.first_u + index[j].u, Number::operand(cells[j].entering()));
+      }
+      if (step + 1 < p.steps.step1) exchange.publish(index[j].cell - lane(), me.first_u);
+    }
+    exchange.arrive();
+    FUSED_RNN_UNROLL
+    for (int j = 0; j < kCellsPerThread; ++j) {
+      cells[j].store(p, walk, step);
+      cells[j].fetch(p, walk, step + 1);
+    }
+  }
+  FUSED_RNN_UNROLL
+  for (int j = 0; j < kCellsPerThread; ++j) cells[j].finish(p);
+  exchange.close();
+}
+
+}  // namespace fused_rnn::cuda

@@ -1,0 +1,49 @@
+// From a problem and a device to the kernel that runs it, the team and its memory; or the reason why none does. Host code that
+// knows no CUDA: it is tested, and can be asked about any device, on any machine.
+#pragma once
+#include <cstdint>
+#include <string>
+
+#include "params.h"
+#include "tiles.h"
+
+namespace fused_rnn::cuda {
+
+struct Device {
+  int arch;             // 90 for sm_90
+  int multiprocessors;
+  int64_t shared;       // bytes of dynamic shared memory that a CTA may ask for
+  int max_cluster;      // CTAs of the largest cluster, 1 where there are none
+};
+
+struct Request {
+  NumberKind number;
+  bool backward;
+  int gates;
+  int64_t B, H, R;
+  int exchange = -1;    // an ExchangeKind to insist on, -1 for any
+  int members = 0;      // likewise C, 0 for any
+  int rows = 0;         // likewise NB
+};
+
+// Estimated cycles of a step on its critical path, by part.
+struct Cycles {
+  double product = 0, loads = 0, activations = 0, exchange = 0;
+  double sum() const { return product + loads + activations + exchange; }
+};
+
+struct Plan {
+  Team team{};
+  int nt = 0;
+  int threads = 0;
+  int64_t shared = 0;    // bytes
+  int tiles = 0;         // of the batch, in all
+  int tiles_at_once = 0; // that fit beside each other, all R recurrences counted: of one launch of a grid exchange
+  Cycles cycles;         // of a step of one wave of teams
+  int waves = 0;
+  std::string refusal;   // empty, or why there is no plan
+};
+
+Plan make_plan(const Request& request, const Device& device);
+
+}  // namespace fused_rnn::cuda

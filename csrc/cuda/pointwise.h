@@ -1,0 +1,71 @@
+// The loops without a product of their own: a thread a cell, the recurrent product given. They serve
+//   save="recompute", whose gates are made again for a chunk of steps from one large product, and
+//   the stepwise path, where each step is a matrix product by cuBLAS and one of these launches for that step.
+#pragma once
+#include "cell_bwd.h"
+#include "cell_fwd.h"
+#include "layout.h"
+
+namespace fused_rnn::cuda {
+
+// The cell of this thread: [R, B, H] flattened, units innermost.
+struct Flat {
+  int r, b, u;
+  bool inside;
+  FUSED_RNN_DEVICE explicit Flat(const Steps& s) {
+    const int64_t i = int64_t(blockIdx.x) * kPointwiseThreads + threadIdx.x;
+    inside = i < int64_t(s.R) * s.B * s.H;
+    u = int(i % s.H);
+    b = int(i / s.H % s.B);
+    r = int(i / (int64_t(s.H) * s.B));
+  }
+};
+
+// given: [window, B, R, G, H].  workspace.operand, where there is one: [R, B, H], h for the next step's product.
+template <class Cell, class Storage, class Math>
+FUSED_RNN_KERNEL(kPointwiseThreads)
+pointwise_fwd_kernel(const FUSED_RNN_GRID_CONSTANT ForwardLoop p) {
+  using Acc = Accumulator<Storage>;
+  constexpr int G = Cell::gates;
+  const Flat flat(p.steps);
+  if (!flat.inside) return;
+  const Walk walk(p.steps, flat.r);
+  ForwardCell<Cell, Storage, Math> cell(p, walk, flat.r, flat.b, flat.u);
+  cell.fetch(p, walk, p.steps.step0);
+  for (int step = p.steps.step0; step < p.steps.step1; ++step) {
+    const int64_t t = walk.time(step);
+    const Storage* given =
+        static_cast<const Storage*>(p.given) + (t - walk.first_time) * step_size(p.steps, G) + cell.at.in_step(p.steps, G);
+    const bool live = cell.at.live(p.steps, t);
+    Acc recurrent[G];
+    FUSED_RNN_UNROLL
+    for (int g = 0; g < G; ++g) recurrent[g] = live ? Acc(widen(given[g * p.steps.H])) : Acc(0);
+    cell.run(walk, step, recurrent);
+    cell.store(p, walk, step);
+    cell.fetch(p, walk, step + 1);
+    if (p.workspace.operand) static_cast<Storage*>(p.workspace.operand)[cell.at.in_state(p.steps)] = cell.hidden();
+  }
+  cell.finish(p);
+}
+
+// One step, step0, whose product with the gradients of the step after it is given: [R, B, H]; or, to close, that product alone.
+template <class Cell, class Storage, class Math>
+FUSED_RNN_KERNEL(kPointwiseThreads)
+pointwise_bwd_kernel(const FUSED_RNN_GRID_CONSTANT BackwardLoop p) {
+  using Acc = Accumulator<Storage>;
+  const Flat flat(p.steps);
+  if (!flat.inside) return;
+  const Walk walk(p.steps, flat.r);
+  BackwardCell<Cell, Storage, Math> cell(p, flat.r, flat.b, flat.u);
+  cell.resume(p, walk);
+  const Acc product = p.given ? Acc(widen(static_cast<const Storage*>(p.given)[cell.at.in_state(p.steps)])) : Acc(0);
+  cell.fetch(p, walk, p.close ? -1 : p.steps.step0);
+  cell.add(product);
+  if (!p.close) {
+    cell.run();
+    cell.store(p, walk, p.steps.step0);
+  }
+  cell.finish(p);
+}
+
+}  // namespace fused_rnn::cuda

@@ -1,0 +1,36 @@
+// Storage types (bf16, f16, float, double) and the type their sums are taken in.
+#pragma once
+#include <cstring>
+
+#include "primitives/types.h"
+
+#if defined(FUSED_RNN_EMULATE)
+#define FUSED_RNN_NO_UNROLL
+#else
+#define FUSED_RNN_NO_UNROLL _Pragma("unroll 1")
+#endif
+
+namespace fused_rnn::cuda {
+
+template <class Storage> struct AccumulatorOf { using type = float; };
+template <> struct AccumulatorOf<double> { using type = double; };
+template <class Storage> using Accumulator = typename AccumulatorOf<Storage>::type;
+
+template <class Storage> FUSED_RNN_DEVICE float widen(Storage v) { return to_float(v); }
+FUSED_RNN_DEVICE double widen(double v) { return v; }
+
+template <class Storage> FUSED_RNN_DEVICE Storage narrow(float v) { return from_float<Storage>(v); }
+template <class Storage> FUSED_RNN_DEVICE Storage narrow(double v) { return v; }
+
+FUSED_RNN_DEVICE float as_float(uint32_t bits) {
+  float v;
+  memcpy(&v, &bits, 4);
+  return v;
+}
+FUSED_RNN_DEVICE uint32_t as_bits(float v) {
+  uint32_t bits;
+  memcpy(&bits, &v, 4);
+  return bits;
+}
+
+}  // namespace fused_rnn::cuda
