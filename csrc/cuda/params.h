@@ -32,7 +32,7 @@ struct Steps {
   uint64_t reversed;       // bit r % period: recurrence r runs backwards in time
   int period;
   const int64_t* lengths;  // [B] or null: steps t >= lengths[b] leave sequence b's state alone
-  const uint8_t* reset;    // [T, B] or null: the state that enters step t is zero
+  const int32_t* reset;    // [T, B] or null: not 0 where the state that enters step t is zero
   int B, R, H;
   int tiles, tile0;        // batch tiles of this launch, and the first of them
 };

@@ -35,7 +35,7 @@ Steps steps_of(const py::dict& given) {
   s.reversed = given["reversed"].cast<uint64_t>();
   s.period = int(number(given, "period", 1));
   s.lengths = at<const int64_t>(given, "lengths");
-  s.reset = at<const uint8_t>(given, "reset");
+  s.reset = at<const int32_t>(given, "reset");
   s.B = int(number(given, "B"));
   s.R = int(number(given, "R"));
   s.H = int(number(given, "H"));
