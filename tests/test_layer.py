@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fused_rnn import dispatch
 from fused_rnn.cells import CELLS
-from fused_rnn.layer import op, run
+from fused_rnn.layer import op, precision, run
 from fused_rnn.layer.loops import Layer, Loops
 
 
@@ -187,3 +187,18 @@ def test_opcheck_with_a_projection(save: str) -> None:
     saved, cells, hidden = forward(given.x, *tail, True)[-3:]
     call = (*given.dout, given.x, *tail[:5], hidden, saved, cells, *tail[5:], True, True)
     torch.library.opcheck(backward, call, test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.parametrize("matmul", ["ieee", "tf32", "none"])
+@pytest.mark.parametrize("allowed", [False, True])
+def test_products_outside_the_loops_follow_cudnn(allowed: bool, matmul: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(precision, "tf32_allowed", lambda: allowed)
+    flags = torch.backends.cuda.matmul
+    before = flags.fp32_precision
+    try:
+        flags.fp32_precision = matmul
+        with precision.as_in_cudnn():
+            assert flags.fp32_precision == ("tf32" if allowed else "ieee")
+        assert flags.fp32_precision == matmul
+    finally:
+        flags.fp32_precision = before

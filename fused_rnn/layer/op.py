@@ -5,14 +5,15 @@ Arguments and results are those of fused_rnn::forward and fused_rnn::backward, t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fused_rnn import vmap
-from fused_rnn.layer import run
+from fused_rnn.layer import precision, run
 from fused_rnn.layer.loops import CELLS, Cell, Layer, Loops, wide
 from fused_rnn.layer.weights import Weights
 
@@ -23,23 +24,18 @@ _library = torch.library.Library("fused_rnn", "FRAGMENT")
 _INPUTS = "Tensor x, Tensor[] weights, Tensor? h0, Tensor? c0, Tensor? lengths, Tensor? reset"
 
 
-class _On:
-    """The tensor's device is current, and autocast, which would recast the products inside, is off."""
-
-    def __init__(self, x: Tensor) -> None:
-        kind = x.device.type
-        self.autocast = torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else None
-        self.device = torch.cuda.device(x.device) if kind == "cuda" else None
-
-    def __enter__(self) -> None:
-        for context in (self.autocast, self.device):
-            if context is not None:
-                context.__enter__()  # type: ignore[no-untyped-call]
-
-    def __exit__(self, *error: Any) -> None:
-        for context in (self.device, self.autocast):
-            if context is not None:
-                context.__exit__(*error)
+@contextmanager
+def _on(x: Tensor) -> Iterator[None]:
+    """x's device is current; products have the precision of a recurrent layer, which autocast would change."""
+    kind = x.device.type
+    with ExitStack() as stack:
+        if torch.is_autocast_enabled(kind):
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        if kind == "cuda":
+            stack.enter_context(torch.cuda.device(x.device))
+            if x.dtype == torch.float32:
+                stack.enter_context(precision.as_in_cudnn())
+        yield
 
 
 def _check(name: str, tensor: Tensor | None, sizes: Sequence[int], x: Tensor, dtype: torch.dtype | None = None) -> None:
@@ -186,7 +182,7 @@ def _implement(make: Make) -> tuple[Callable[..., list[Tensor]], Callable[..., l
     ) -> list[Tensor]:
         if save not in ("none", "gates", "recompute"):
             raise RuntimeError(f"save: got {save!r}, expected none, gates or recompute")
-        with _On(x):
+        with _on(x):
             layer, split = layer_of(x, weights, h0, c0, lengths, reset, cell, directions)
             if x.shape[1] == 0:
                 nothing = _forward_fake(x, weights, h0, c0, lengths, reset, cell, directions, save, keep_hidden)
@@ -214,7 +210,7 @@ def _implement(make: Make) -> tuple[Callable[..., list[Tensor]], Callable[..., l
     ) -> list[Tensor]:
         if save not in ("gates", "recompute"):
             raise RuntimeError(f"save: got {save!r}, expected gates or recompute")
-        with _On(x):
+        with _on(x):
             layer, split = layer_of(x, weights, h0, c0, lengths, reset, cell, directions)
             _check_backward(layer, split, x, dy, dh_n, dc_n, hidden, saved, cells, save)
             if x.shape[1] == 0:

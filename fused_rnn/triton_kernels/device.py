@@ -10,6 +10,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from fused_rnn.layer.precision import tf32_allowed
 from fused_rnn.triton_kernels.tiles import ARCHITECTURES, INTERPRETER, KIB, Device
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -69,14 +70,6 @@ def device_at(index: int) -> Device:
     known = ARCHITECTURES.get(arch, Device(arch, 0, 64 * KIB))
     shared = getattr(properties, "shared_memory_per_block_optin", known.shared) or known.shared
     return Device(arch, properties.multi_processor_count, shared)
-
-
-def tf32_allowed() -> bool:
-    """What torch says of TF32 in recurrent layers: torch.backends.cudnn.allow_tf32, or the newer fp32_precision."""
-    recurrent = getattr(torch.backends.cudnn, "rnn", None)
-    if recurrent is not None and hasattr(recurrent, "fp32_precision"):
-        return bool(recurrent.fp32_precision == "tf32")
-    return bool(torch.backends.cudnn.allow_tf32)
 
 
 def kind_of(dtype: torch.dtype, device: Device) -> str:

@@ -124,6 +124,8 @@ STREAM_LARGE = {
     "tf32": Tile(64, 32, 32, 8, 2, ahead=False),
     "ieee": Tile(32, 32, 32, 8, 2, ahead=False),
 }
+# LSTM's backward has the most to hold in registers. A product of all four gates over 64 rows is too much for it.
+STREAM_LARGE_BACKWARD = {**STREAM_LARGE, "half": Tile(32, 64, 32, 8, 2, ahead=False)}
 # For rows of H elements that 16 bytes do not divide: elements loaded one by one take the registers of a large tile.
 STREAM_ODD = {
     "half": Tile(16, 32, 32, 4, 3, ahead=False),
@@ -167,15 +169,29 @@ def _registers(shape: Shape, device: Device) -> Plan | None:
     return Plan("a", tile, 1, registers=True) if side <= limit and _fits(shape, device, tile, side) else None
 
 
+def _odd(shape: Shape) -> bool:
+    return shape.hidden * shape.size % 16 != 0
+
+
 def _stream(shape: Shape, large: bool) -> Tile:
-    odd = shape.hidden * shape.size % 16 != 0
-    table = STREAM_ODD if odd else STREAM_LARGE if large else STREAM
+    large_table = STREAM_LARGE_BACKWARD if shape.backward else STREAM_LARGE
+    table = STREAM_ODD if _odd(shape) else large_table if large else STREAM
     return _depth(table[shape.kind], shape.hidden)
+
+
+def _held(shape: Shape, tile: Tile) -> Tile:
+    """A tile of HOLD or HOLD_LARGE for this shape: in backward, what the registers leave room for."""
+    tile = _depth(tile, shape.hidden)
+    if not shape.backward:
+        return tile
+    if tile.units < 32:
+        tile = replace(tile, depth=min(tile.depth, 64))
+    return replace(tile, ahead=tile.ahead and tile.batch < 32 and not _odd(shape))
 
 
 def _teams(shape: Shape, device: Device) -> list[Plan]:
     """Teams with a small batch tile and with a large one."""
-    held = [t for t in (_depth(t, shape.hidden) for t in HOLD[shape.kind]) if _fits(shape, device, t, t.units)]
+    held = [t for t in (_held(shape, t) for t in HOLD[shape.kind]) if _fits(shape, device, t, t.units)]
     small = held[0] if held else _stream(shape, large=False)
     plans = [Plan("b", small, -(-shape.hidden // small.units), hold=bool(held))]
     large = HOLD_LARGE[shape.kind]
@@ -185,7 +201,7 @@ def _teams(shape: Shape, device: Device) -> list[Plan]:
         and shape.hidden % large.units == 0
         and _fits(shape, device, large, large.units)
     ):
-        large = _depth(large, shape.hidden)
+        large = _held(shape, large)
         return [*plans, Plan("b", large, shape.hidden // large.units, hold=True)]
     large = _stream(shape, large=True)
     return [*plans, Plan("b", large, -(-shape.hidden // large.units))]
