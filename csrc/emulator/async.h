@@ -44,8 +44,7 @@ inline void copy_wait(unsigned most) {
   Inside guard;
   Thread& thread = *machine.current;
   size_t done = 0;
-  while (done < thread.copies.size() && thread.copies[done].group + most < thread.open_group)
-    complete(thread, thread.copies[done++]);
+  while (done < thread.copies.size() && thread.copies[done].group + most < thread.open_group) complete(thread, thread.copies[done++]);
   thread.copies.erase(thread.copies.begin(), thread.copies.begin() + long(done));
 }
 

@@ -27,9 +27,7 @@ __attribute__((naked, noinline)) FUSED_RNN_EMULATOR_RAW inline void switch_stack
       "pop %r15\n pop %r14\n pop %r13\n pop %r12\n pop %rbx\n pop %rbp\n ret");
 }
 
-FUSED_RNN_EMULATOR_RAW inline void switch_context(Context& from, Context& to) {
-  switch_stacks(&from.stack_pointer, to.stack_pointer);
-}
+FUSED_RNN_EMULATOR_RAW inline void switch_context(Context& from, Context& to) { switch_stacks(&from.stack_pointer, to.stack_pointer); }
 
 // `entry` never returns. It must find the stack as after a call: 8 bytes off a multiple of 16.
 FUSED_RNN_EMULATOR_RAW inline void prepare_context(Context& context, char* stack, size_t bytes, void (*entry)()) {
@@ -48,9 +46,7 @@ struct Context {
   ucontext_t saved;
 };
 
-inline void switch_context(Context& from, Context& to) {
-  swapcontext(&from.saved, &to.saved);
-}
+inline void switch_context(Context& from, Context& to) { swapcontext(&from.saved, &to.saved); }
 
 inline void prepare_context(Context& context, char* stack, size_t bytes, void (*entry)()) {
   getcontext(&context.saved);

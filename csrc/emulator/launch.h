@@ -7,31 +7,18 @@
 
 namespace fused_rnn::emulator {
 
-FUSED_RNN_EMULATOR_RAW inline dim3 thread_index() {
-  return machine.current->index;
-}
-FUSED_RNN_EMULATOR_RAW inline dim3 block_index() {
-  return machine.current->cta->index;
-}
-FUSED_RNN_EMULATOR_RAW inline dim3 block_size() {
-  return machine.block;
-}
-FUSED_RNN_EMULATOR_RAW inline dim3 grid_size() {
-  return machine.grid;
-}
+FUSED_RNN_EMULATOR_RAW inline dim3 thread_index() { return machine.current->index; }
+FUSED_RNN_EMULATOR_RAW inline dim3 block_index() { return machine.current->cta->index; }
+FUSED_RNN_EMULATOR_RAW inline dim3 block_size() { return machine.block; }
+FUSED_RNN_EMULATOR_RAW inline dim3 grid_size() { return machine.grid; }
 
-inline unsigned count(dim3 d) {
-  return d.x * d.y * d.z;
-}
-inline dim3 unflatten(unsigned i, dim3 d) {
-  return {i % d.x, i / d.x % d.y, i / d.x / d.y};
-}
+inline unsigned count(dim3 d) { return d.x * d.y * d.z; }
+inline dim3 unflatten(unsigned i, dim3 d) { return {i % d.x, i / d.x % d.y, i / d.x / d.y}; }
 
 inline void check_unfinished(const Thread& thread) {
   if (!thread.copies.empty()) fail("the thread ends with copies that it has not waited for");
   if (thread.cluster_arrived) fail("the thread ends between cluster_arrive and cluster_wait");
-  if (thread.warp->arrived)
-    fail(std::string("the thread ends while lanes of its warp wait at ") + thread.warp->operation);
+  if (thread.warp->arrived) fail(std::string("the thread ends while lanes of its warp wait at ") + thread.warp->operation);
 }
 
 inline void check_ended(const Cta& cta) {
@@ -71,7 +58,7 @@ struct Wave {
   std::vector<Warp*> ready_warps;
 };
 
-inline void build_threads(Cta& cta, uint32_t first_id, size_t first_stack) {
+inline void build_threads(Cta& cta, uint32_t first_id) {
   const unsigned threads = count(machine.block);
   cta.threads.resize(threads);
   cta.warps.resize((threads + kWarp - 1) / kWarp);
@@ -88,8 +75,7 @@ inline void build_threads(Cta& cta, uint32_t first_id, size_t first_stack) {
     thread.id = first_id + i;
     thread.warp->lanes[thread.lane] = &thread;
     thread.warp->mask |= 1u << thread.lane;
-    const size_t stack = first_stack + i;
-    prepare_context(thread.context, stacks.begin(stack), Stacks::usable_bytes(stack), fiber_main);
+    prepare_context(thread.context, stacks.begin(thread.id), Stacks::usable_bytes(thread.id), fiber_main);
     races::start_thread(thread);
     make_ready(&thread);
   }
@@ -103,7 +89,7 @@ inline void build_wave(Wave& wave, const std::vector<unsigned>& clusters) {
   machine.ready_warps = wave.ready_warps.data();
   stacks.reserve(wave.ctas.size() * threads);
   prepare_arena(wave.ctas.size());
-  races::start_wave();
+  races::start_wave(uint32_t(wave.ctas.size() * threads));
   for (size_t i = 0; i < wave.ctas.size(); ++i) {
     Cta& cta = wave.ctas[i];
     cta.linear = clusters[i / size] * size + unsigned(i % size);
@@ -115,7 +101,7 @@ inline void build_wave(Wave& wave, const std::vector<unsigned>& clusters) {
     cta.shared = machine.arena + i * machine.shared_stride;
     cta.live = threads;
     machine.ctas.push_back(&cta);
-    build_threads(cta, cta.linear * threads, i * threads);
+    build_threads(cta, uint32_t(i * threads));
   }
   machine.live = wave.ctas.size() * threads;
 }
@@ -153,11 +139,9 @@ inline void draw_schedule(uint64_t seed) {
 inline void check_launch(dim3 grid, dim3 block, unsigned cluster, size_t shared_bytes) {
   auto refuse = [](const std::string& what) { throw std::invalid_argument("launch: " + what); };
   if (count(grid) == 0) refuse("grid is empty");
-  if (count(block) == 0 || count(block) > 1024)
-    refuse("block has " + std::to_string(count(block)) + " threads, expected 1 to 1024");
+  if (count(block) == 0 || count(block) > 1024) refuse("block has " + std::to_string(count(block)) + " threads, expected 1 to 1024");
   if (cluster == 0 || cluster > 16 || grid.x % cluster)
-    refuse("cluster is " + std::to_string(cluster) +
-           ", expected 1 to 16 and a divisor of grid.x = " + std::to_string(grid.x));
+    refuse("cluster is " + std::to_string(cluster) + ", expected 1 to 16 and a divisor of grid.x = " + std::to_string(grid.x));
   if (shared_bytes > kMostShared)
     refuse("shared_bytes is " + std::to_string(shared_bytes) + ", expected at most " + std::to_string(kMostShared));
 }
@@ -172,19 +156,19 @@ inline void launch(dim3 grid, dim3 block, unsigned cluster, size_t shared_bytes,
   machine.cluster_size = cluster;
   machine.shared_bytes = shared_bytes;
   machine.body_argument = const_cast<void*>(static_cast<const void*>(std::addressof(body)));
+  machine.body_bytes = sizeof(body);
   machine.body = [](void* p) { (*static_cast<std::remove_reference_t<Body>*>(p))(); };
   machine.error.clear();
   machine.switches = 0;
   draw_schedule(options.seed);
-  races::start_launch(count(grid) * count(block));
+  races::start_launch();
 
   std::vector<unsigned> order(count(grid) / cluster);
   for (unsigned i = 0; i < order.size(); ++i) order[i] = i;
   for (unsigned i = unsigned(order.size()); i > 1; --i) std::swap(order[i - 1], order[random_below(i)]);
   while (!order.empty()) {
     const size_t some = 1 + random_below(std::min<uint32_t>(4, uint32_t(order.size())));
-    const size_t resident =
-        options.cooperative ? order.size() : std::min<size_t>(some, std::max<size_t>(1, count(grid) / cluster - 1));
+    const size_t resident = options.cooperative ? order.size() : std::min<size_t>(some, std::max<size_t>(1, count(grid) / cluster - 1));
     run_wave({order.end() - long(resident), order.end()});
     order.resize(order.size() - resident);
   }

@@ -40,7 +40,7 @@ struct Thread {
   Cta* cta = nullptr;
   dim3 index;
   int lane = 0;
-  uint32_t id = 0;  // over the whole grid
+  uint32_t id = 0;  // among the resident threads
   bool finished = false, cluster_arrived = false;
   unsigned cluster_phase = 0;
   const char* waits_for = "its first turn";
@@ -117,6 +117,7 @@ struct Machine {
   size_t shared_bytes = 0, shared_stride = 0;
   void (*body)(void*) = nullptr;
   void* body_argument = nullptr;
+  size_t body_bytes = 0;
   // the CTAs resident now
   std::vector<Cta*> ctas;
   uint64_t live = 0;  // threads
@@ -160,9 +161,8 @@ FUSED_RNN_EMULATOR_RAW inline uint32_t random_below(uint32_t n) {
 }
 
 inline std::string name_of(const Thread& thread) {
-  return "thread " + std::to_string(&thread - thread.cta->threads.data()) + " (warp " +
-         std::to_string(thread.warp->number) + ", lane " + std::to_string(thread.lane) + ") of CTA " +
-         std::to_string(thread.cta->linear);
+  return "thread " + std::to_string(&thread - thread.cta->threads.data()) + " (warp " + std::to_string(thread.warp->number) + ", lane " +
+         std::to_string(thread.lane) + ") of CTA " + std::to_string(thread.cta->linear);
 }
 
 }  // namespace fused_rnn::emulator

@@ -42,8 +42,7 @@ FUSED_RNN_EMULATOR_RAW inline void gather(const Warp& warp, Tile<16>& tile) {
 #pragma GCC unroll 4
       for (int r = 0; r < 4; ++r)
         tile.a[group + r % 2 * 8][2 * member + r / 2 * 8 + half] = Number::to_float(uint16_t(m.a[r] >> (16 * half)));
-      for (int r = 0; r < 2; ++r)
-        tile.b[2 * member + r * 8 + half][group] = Number::to_float(uint16_t(m.b[r] >> (16 * half)));
+      for (int r = 0; r < 2; ++r) tile.b[2 * member + r * 8 + half][group] = Number::to_float(uint16_t(m.b[r] >> (16 * half)));
     }
   }
 }

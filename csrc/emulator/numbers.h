@@ -19,9 +19,7 @@ FUSED_RNN_EMULATOR_INLINE float float_of(uint32_t u) {
   return x;
 }
 
-FUSED_RNN_EMULATOR_INLINE float bf16_to_float(uint16_t bits) {
-  return float_of(uint32_t(bits) << 16);
-}
+FUSED_RNN_EMULATOR_INLINE float bf16_to_float(uint16_t bits) { return float_of(uint32_t(bits) << 16); }
 
 FUSED_RNN_EMULATOR_INLINE uint16_t float_to_bf16(float x) {
   if (std::isnan(x)) return 0x7fff;
@@ -33,8 +31,7 @@ FUSED_RNN_EMULATOR_INLINE float f16_to_float(uint16_t bits) {
   const uint32_t sign = uint32_t(bits & 0x8000) << 16, rest = uint32_t(bits & 0x7fff) << 13;
   constexpr uint32_t kInfinity = 0x1fu << 23;  // f16's exponent of infinity and NaN, in float's place
   if (rest >= kInfinity) return float_of(sign | rest | 0x7f800000);
-  return float_of(sign |
-                  bits_of(float_of(rest) * 0x1p112f));  // the product puts the exponent right, subnormals included
+  return float_of(sign | bits_of(float_of(rest) * 0x1p112f));  // the product puts the exponent right, subnormals included
 }
 
 FUSED_RNN_EMULATOR_INLINE uint16_t float_to_f16(float x) {
@@ -54,9 +51,7 @@ FUSED_RNN_EMULATOR_INLINE uint32_t float_to_tf32(float x) {
 }
 
 // What a tensor core reads of a register that holds a TF32: it ignores the low bits, whatever they are.
-FUSED_RNN_EMULATOR_INLINE float tf32_to_float(uint32_t bits) {
-  return float_of(bits & ~0x1fffu);
-}
+FUSED_RNN_EMULATOR_INLINE float tf32_to_float(uint32_t bits) { return float_of(bits & ~0x1fffu); }
 
 // A result that keeps 11 significant bits, as the hardware's tanh does.
 FUSED_RNN_EMULATOR_INLINE float to_11_bits(float x) {

@@ -69,20 +69,18 @@ inline std::string deadlock_report() {
   uint64_t ended = 0;
   for (const Cta* cta : machine.ctas)
     for (const Thread& thread : cta->threads) {
-      if (thread.finished)
-        ++ended;
-      else
-        ++groups[{cta->linear, thread.warp->number}][thread.waits_for + (" [" + std::to_string(thread.detail) + "]")];
+      if (thread.finished) ++ended;
+      else ++groups[{cta->linear, thread.warp->number}][thread.waits_for + (" [" + std::to_string(thread.detail) + "]")];
     }
-  std::string report = "DEADLOCK: every thread waits and no asynchronous store is on its way (" +
-                       std::to_string(ended) + " threads have ended; " + std::to_string(machine.ctas.size()) + " of " +
+  std::string report = "DEADLOCK: every thread waits and no asynchronous store is on its way (" + std::to_string(ended) +
+                       " threads have ended; " + std::to_string(machine.ctas.size()) + " of " +
                        std::to_string(machine.grid.x * machine.grid.y * machine.grid.z) + " CTAs are resident)";
   int lines = 0;
   for (const auto& [place, reasons] : groups)
     for (const auto& [reason, count] : reasons) {
       if (++lines > 32) return report + "\n  ...";
-      report += "\n  CTA " + std::to_string(place.first) + " warp " + std::to_string(place.second) + ": " +
-                std::to_string(count) + (count == 1 ? " thread waits" : " threads wait") + " for " + reason;
+      report += "\n  CTA " + std::to_string(place.first) + " warp " + std::to_string(place.second) + ": " + std::to_string(count) +
+                (count == 1 ? " thread waits" : " threads wait") + " for " + reason;
     }
   return report;
 }

@@ -44,8 +44,8 @@ FUSED_RNN_EMULATOR_RAW inline unsigned char* shared_memory() {
 FUSED_RNN_EMULATOR_RAW inline unsigned char* shared_array(size_t offset, size_t bytes) {
   Inside guard;
   if (offset + bytes > machine.shared_bytes)
-    fail("shared_array: bytes " + std::to_string(offset) + " to " + std::to_string(offset + bytes) +
-         " lie outside the launch's " + std::to_string(machine.shared_bytes) + " bytes of shared memory");
+    fail("shared_array: bytes " + std::to_string(offset) + " to " + std::to_string(offset + bytes) + " lie outside the launch's " +
+         std::to_string(machine.shared_bytes) + " bytes of shared memory");
   unsigned char* base = machine.current->cta->shared + offset;
   unpoison(base, bytes);
   return base;
@@ -66,35 +66,28 @@ inline void check_aligned(const char* instruction, const void* p, size_t bytes) 
 }
 
 // What a plain access would trap on: the primitives move bytes behind AddressSanitizer's back.
-FUSED_RNN_EMULATOR_RAW inline void check_accessible([[maybe_unused]] const char* instruction,
-                                                    [[maybe_unused]] const void* p, [[maybe_unused]] size_t bytes) {
+FUSED_RNN_EMULATOR_RAW inline void check_accessible([[maybe_unused]] const char* instruction, [[maybe_unused]] const void* p,
+                                                    [[maybe_unused]] size_t bytes) {
 #if defined(__SANITIZE_ADDRESS__)
-  if (__asan_region_is_poisoned(const_cast<void*>(p), bytes))
-    fail(std::string(instruction) + ": an address outside its array");
+  if (__asan_region_is_poisoned(const_cast<void*>(p), bytes)) fail(std::string(instruction) + ": an address outside its array");
 #endif
 }
 
-FUSED_RNN_EMULATOR_RAW inline void check_shared(const char* instruction, const void* p, size_t bytes,
-                                                size_t alignment) {
+FUSED_RNN_EMULATOR_RAW inline void check_shared(const char* instruction, const void* p, size_t bytes, size_t alignment) {
   check_aligned(instruction, p, alignment);
   const Cta* cta = owner_of(p);
   const size_t offset = size_t(static_cast<const unsigned char*>(p) - cta->shared);
-  if (offset + bytes > machine.shared_bytes)
-    fail(std::string(instruction) + ": an address past the end of shared memory");
+  if (offset + bytes > machine.shared_bytes) fail(std::string(instruction) + ": an address past the end of shared memory");
   if (cta->live == 0) fail(std::string(instruction) + ": shared memory of a CTA that has exited");
   check_accessible(instruction, p, bytes);
 }
 
 // A null source stands for zeros.
 FUSED_RNN_EMULATOR_RAW inline void raw_copy(unsigned char* destination, const unsigned char* source) {
-  if (source)
-    __builtin_memcpy(destination, source, kCopyBytes);
-  else
-    __builtin_memset(destination, 0, kCopyBytes);
+  if (source) __builtin_memcpy(destination, source, kCopyBytes);
+  else __builtin_memset(destination, 0, kCopyBytes);
 }
 
-FUSED_RNN_EMULATOR_RAW inline void raw_fill(unsigned char* destination) {
-  __builtin_memset(destination, kNan, kCopyBytes);
-}
+FUSED_RNN_EMULATOR_RAW inline void raw_fill(unsigned char* destination) { __builtin_memset(destination, kNan, kCopyBytes); }
 
 }  // namespace fused_rnn::emulator

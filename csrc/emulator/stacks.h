@@ -32,8 +32,7 @@ class Stacks {
   void reserve(size_t count) {
     if (count > count_) {
       if (memory_) munmap(memory_, count_ * kBytes);
-      void* p =
-          mmap(nullptr, count * kBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+      void* p = mmap(nullptr, count * kBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
       if (p == MAP_FAILED) throw std::runtime_error("emulator: no memory for " + std::to_string(count) + " stacks");
       memory_ = static_cast<char*>(p);
       count_ = count;
