@@ -48,7 +48,7 @@ struct ForwardLoop {
   Team team;
   Workspace workspace;
   const void* gx;      // [window, B, R, G, H]    input product, with the bias that needs no cell
-  const void* given;   // [window, B, R, G, H]    recurrent product, pointwise kernel only
+  const void* given;   // [window, B, R, G, H]    recurrent product, pointwise kernel only; of one step where it writes workspace.operand
   const void* w;       // [R, G, H, H]
   const void* bias;    // [R, H]                  recurrent bias of the last gate, GRU only
   const void* h0;      // [R, B, H]

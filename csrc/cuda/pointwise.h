@@ -21,7 +21,8 @@ struct Flat {
   }
 };
 
-// given: [window, B, R, G, H].  workspace.operand, where there is one: [R, B, H], h for the next step's product.
+// given: [window, B, R, G, H].  workspace.operand, where there is one: [R, B, H], h for the next step's product; then the range is
+// one step, and given holds it alone, [B, R, G, H]: two recurrences that run in opposite directions are at different times.
 template <class Cell, class Storage, class Math>
 FUSED_RNN_KERNEL(kPointwiseThreads)
 pointwise_fwd_kernel(const FUSED_RNN_GRID_CONSTANT ForwardLoop p) {
@@ -34,8 +35,8 @@ pointwise_fwd_kernel(const FUSED_RNN_GRID_CONSTANT ForwardLoop p) {
   cell.fetch(p, walk, p.steps.step0);
   for (int step = p.steps.step0; step < p.steps.step1; ++step) {
     const int64_t t = walk.time(step);
-    const Storage* given =
-        static_cast<const Storage*>(p.given) + (t - walk.first_time) * step_size(p.steps, G) + cell.at.in_step(p.steps, G);
+    const int64_t held = p.workspace.operand ? 0 : t - walk.first_time;
+    const Storage* given = static_cast<const Storage*>(p.given) + held * step_size(p.steps, G) + cell.at.in_step(p.steps, G);
     const bool live = cell.at.live(p.steps, t);
     Acc recurrent[G];
     FUSED_RNN_UNROLL

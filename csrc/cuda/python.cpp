@@ -10,6 +10,7 @@ using namespace fused_rnn;
 using namespace fused_rnn::cuda;
 
 #if defined(FUSED_RNN_EMULATE)
+#define FUSED_RNN_ARCHITECTURES ""  // of a build for GPUs: those it has code for, as TORCH_CUDA_ARCH_LIST names them
 namespace fused_rnn::cuda {
 extern uint64_t emulated_seed;
 }
@@ -88,6 +89,7 @@ void raise(const std::string& error) {
 PYBIND11_MODULE(FUSED_RNN_MODULE, m) {
   m.doc() = "The CUDA loops of fused_rnn: plans, and launches by address.";
   bind_plan(m);
+  m.attr("ARCHITECTURES") = FUSED_RNN_ARCHITECTURES;
   m.def("device", [](int index) {
     std::string error;
     const Device device = device_at(index, error);
