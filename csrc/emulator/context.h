@@ -2,7 +2,8 @@
 #pragma once
 #include <cstddef>
 #include <cstdint>
-#if !defined(__x86_64__)
+#if !defined(__x86_64__) || defined(FUSED_RNN_EMULATE_UCONTEXT)
+#define FUSED_RNN_UCONTEXT
 #include <ucontext.h>
 #endif
 
@@ -14,7 +15,7 @@
 
 namespace fused_rnn::emulator {
 
-#if defined(__x86_64__)
+#if !defined(FUSED_RNN_UCONTEXT)
 
 struct Context {
   void* stack_pointer = nullptr;

@@ -46,7 +46,13 @@ inline void end_thread() {
 inline void fiber_main() {
   stacks.entered_fiber();
   machine.inside = 0;
-  machine.body(machine.body_argument);
+  std::string thrown;
+  try {
+    machine.body(machine.body_argument);
+  } catch (const std::exception& error) {  // it cannot leave a fiber's stack
+    thrown = error.what();
+  }
+  if (!thrown.empty()) fail(thrown);
   end_thread();
   __builtin_unreachable();
 }

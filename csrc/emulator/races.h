@@ -94,7 +94,7 @@ inline std::string agent_name(Epoch epoch) {
          name_of(machine.ctas[thread / per_cta]->threads[thread % per_cta]);
 }
 
-[[noreturn]] inline void report(const char* kind, uintptr_t address, Epoch now, Epoch earlier) {
+inline void report(const char* kind, uintptr_t address, Epoch now, Epoch earlier) {
   const void* p = reinterpret_cast<const void*>(address);
   std::string place = "global memory";
   if (in_arena(p)) {

@@ -37,7 +37,8 @@ FUSED_RNN_EMULATOR_RAW inline void run_until_host_returns(Thread* first) {
   machine.inside = inside;
 }
 
-[[noreturn]] inline void fail(const std::string& what) {
+// Never returns, and does not say so: AddressSanitizer would clear up the stack before the call, and take all fibers' stacks for one.
+inline void fail(const std::string& what) {
   Inside guard;
   machine.error = machine.current ? what + "\n  in " + name_of(*machine.current) : what;
   return_to_host();

@@ -86,7 +86,7 @@ FUSED_RNN_EMULATOR_RAW inline void collective(const char* operation, void* argum
     if (lane != thread.lane && warp.lanes[lane]) make_ready(warp.lanes[lane]);
 }
 
-[[noreturn]] inline void fail_partial_warp(const char* operation) { fail(std::string(operation) + ": a warp of fewer than 32 threads"); }
+inline void fail_partial_warp(const char* operation) { fail(std::string(operation) + ": a warp of fewer than 32 threads"); }
 FUSED_RNN_EMULATOR_RAW inline void check_whole_warp(const char* operation) {
   if (machine.current->warp->mask != ~0u) fail_partial_warp(operation);
 }
