@@ -41,7 +41,7 @@ def info() -> None:
 
 @cli.command()
 @click.option("--cell", "cells", type=click.Choice(CELLS, case_sensitive=False), multiple=True, help="Default: all.")
-@click.option("--dtype", "dtypes", type=click.Choice(list(DTYPES)), multiple=True, help="Default: fp32 and bf16.")
+@click.option("--dtype", "dtypes", type=click.Choice(list(DTYPES)), multiple=True, help="Default: fp32 (GPU: tf32), bf16.")
 @click.option("--threads", type=click.IntRange(1), multiple=True, help="Default: 1 and 2, as far as there are cores.")
 @click.option("--mode", "modes", type=click.Choice(MODES), multiple=True, help="Default: all.")
 @click.option("--variant", "variants", type=click.Choice(VARIANTS), multiple=True, help="Default: plain.")
@@ -51,7 +51,7 @@ def info() -> None:
 @click.option("--minutes", type=click.FloatRange(0), help="For each dtype and thread count. [default: 9, quick: 1]")
 @click.option("--memory/--no-memory", default=True, help="Measure peak memory as well.")
 @click.option(
-    "--out", type=click.Path(path_type=Path), help="Folder of the results. [default: benchmarks/results/DEVICE]"
+    "--out", type=click.Path(path_type=Path), help="Folder of the results. [default: benchmarks/results/cpu or /GPU]"
 )
 @click.option(
     "--readme",
@@ -76,20 +76,23 @@ def bench(
 
     Writes one JSON file and one plot per dtype and thread count; rows measured again replace the old ones.
     """
-    from fused_rnn.bench.run import PROVIDERS, Plan, execute
+    from fused_rnn.bench.machine import folder
+    from fused_rnn.bench.run import DEFAULT_DTYPES, PROVIDERS, Plan, execute
 
-    out = out or Path("benchmarks/results") / device
+    out = out or folder(device)
     if readme is not None:
         _fill_readme(readme, out, device)
         return
     if device == "cuda" and not torch.cuda.is_available():
         raise click.ClickException("--device cuda: torch finds no GPU here (python -m fused_rnn info says more)")
+    if device == "cpu" and "tf32" in dtypes:
+        raise click.BadParameter("got 'tf32', which is a GPU's: --device cuda", param_hint="--dtype")
     _check_providers(providers)
     plan = Plan(
         device=device,
-        grid="quick" if quick else device,
+        grid=device if not quick else "quick" if device == "cpu" else f"quick-{device}",
         cells=cells or CELLS,
-        dtypes=dtypes or ("fp32", "bf16"),
+        dtypes=dtypes or DEFAULT_DTYPES[device],
         threads=threads or _default_threads(device),
         modes=modes or MODES,
         variants=variants or ("plain",),

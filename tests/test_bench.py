@@ -10,15 +10,15 @@ import pytest
 import torch
 from rich.console import Console
 
+from fused_rnn.bench import machine, readme
 from fused_rnn.bench import measure as measure_module
-from fused_rnn.bench import readme
 from fused_rnn.bench.grid import CELLS, GATES, GRIDS, MODES, REGIONS, SEQUENCES, Grid, Point
 from fused_rnn.bench.limits import Limits, measure_limits
-from fused_rnn.bench.measure import Timing, measure, percentiles
+from fused_rnn.bench.measure import Timing, clock, float32_as, measure, percentiles
 from fused_rnn.bench.memory import peak_memory
 from fused_rnn.bench.plot import plot
 from fused_rnn.bench.providers import baseline, build, supports
-from fused_rnn.bench.results import FLOOR, TIME, Results, Row, geometric_mean, time_row
+from fused_rnn.bench.results import FLOOR, TIME, Results, Row, geometric_mean, setting, time_row
 from fused_rnn.bench.run import Plan, execute
 from fused_rnn.bench.tables import losses, region_table, regions, report
 
@@ -259,3 +259,86 @@ def test_peak_memory_of_training_grows_with_the_sequence() -> None:
     tensors = 512 * 32 * 128 * 4 * GATES["GRU"]
     assert long > tensors
     assert long > 4 * short
+
+
+# --- on a GPU
+
+
+def test_a_gpus_results_have_names_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert machine.folder("cpu") == Path("benchmarks/results/cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for name, folder in (("NVIDIA H200", "h200"), ("NVIDIA GeForce RTX 4090", "geforce-rtx-4090"), ("H100", "h100")):
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda name=name: name)
+        assert machine.folder("cuda") == Path("benchmarks/results") / folder
+        assert machine.folder("cpu") == Path("benchmarks/results/cpu")
+    assert Plan(device="cuda", grid="cuda", out=Path("a")).path("bf16", 8) == Path("a/bf16.json")
+    assert Plan(device="cuda", grid="quick-cuda", out=Path("a")).path("tf32", 8) == Path("a/quick-tf32.json")
+    assert Plan(out=Path("a")).path("fp32", 2) == Path("a/fp32-2t.json")
+    assert setting({**RUN, "device": "cuda"}) == "fp32"
+    assert setting({**RUN, "threads": 2}) == "fp32, 2 threads"
+    assert readme.markers("cuda") != readme.markers("triton") != readme.markers("cpu")
+
+
+def test_w_hh_is_read_once_in_all_on_a_gpu() -> None:
+    limits = Limits(flops=1e18, read=((1 << 20, 5e10),))
+    point = Point("LSTM", "training", "fp32", 10, 1, 256)
+    assert limits.floor(point, "cuda") == pytest.approx(limits.floor(point, "cpu") / 10)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "tf32"])
+def test_the_dtype_says_whether_a_gpu_rounds_to_tf32(dtype: str) -> None:
+    def now() -> tuple[str, str]:
+        return torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.rnn.fp32_precision
+
+    before = now()
+    with float32_as(dtype, "cpu"):
+        assert now() == before
+    with float32_as("bf16", "cuda"):
+        assert now() == before
+    with float32_as(dtype, "cuda"):
+        assert [flag == "tf32" for flag in now()] == [dtype == "tf32"] * 2
+    assert now() == before
+
+
+def test_a_gpus_clock_waits_once_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Events are recorded around every run and read after the last; prepare() lies between them."""
+    log: list[str] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            log.append("record")
+
+        def elapsed_time(self, end: Event) -> float:
+            log.append("read")
+            return 1.5
+
+    class Counted:
+        def prepare(self) -> None:
+            log.append("prepare")
+
+        def run(self) -> None:
+            log.append("run")
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: log.append("wait"))
+    assert clock("cuda")(Counted(), 2) == [1.5e-3] * 2  # type: ignore[arg-type]
+    once = ["prepare", "record", "run", "record"]
+    assert log == ["wait", *once, *once, "wait", "read", "read"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
+def test_a_whole_run_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(GRIDS, "tiny", Grid(T=(4,), B=(8,), H=(32,), steps=(32,)))
+    plan = Plan(
+        device="cuda", grid="tiny", dtypes=("tf32",), threads=(1,), budget_s=0.0, out=tmp_path,
+        providers=("torch", "cell", "triton", "auto"),
+    )  # fmt: skip
+    (path,) = execute(plan, Console(file=io.StringIO(), width=200))
+    results = Results.load(path)
+    assert set(results.providers()) == {"torch", "cell", "triton", "auto"}
+    assert all(row.refused is None for row in results.rows.values()), [r for r in results.rows.values() if r.refused]
+    assert results.runs[0]["multiprocessors"] > 0

@@ -78,6 +78,7 @@ def test_bench_writes_files_and_readme(tmp_path: Path, monkeypatch: pytest.Monke
     [
         (["bench", "--provider", "nobody"], "got 'nobody', expected one of"),
         (["bench", "--dtype", "int8"], "Invalid value"),
+        (["bench", "--dtype", "tf32"], "which is a GPU's"),
         (["bench", "--threads", "0"], "Invalid value"),
         (["bench", "--readme", "no-such-file"], "does not exist"),
         (["demo", "--steps", "0"], "Invalid value"),

@@ -13,7 +13,10 @@ import torch
 
 GATES = {"LSTM": 4, "GRU": 3, "RNN": 1}
 CELLS = tuple(GATES)
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
+DTYPES = {
+    "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64,
+    "tf32": torch.float32,  # on a GPU: float32 whose products may round to TF32; "fp32" there means that they do not
+}  # fmt: skip
 SEQUENCES = ("inference", "training")
 MODES = (*SEQUENCES, "step")
 VARIANTS = ("plain", "layers", "bidirectional", "ragged")
@@ -96,6 +99,7 @@ class Grid:
 GRIDS = {
     "cpu": Grid(T=(1, 32, 128), B=(1, 8, 32, 128), H=(32, 128, 256, 512), steps=(32, 64, 128, 256, 512)),
     "quick": Grid(T=(1, 32), B=(1, 8, 32), H=(32, 128, 256), steps=(128,)),
+    "quick-cuda": Grid(T=(32, 256), B=(8, 64), H=(128, 256, 512, 1024), steps=(512,)),
     "cuda": Grid(
         T=(1, 32, 128, 1024),
         B=(1, 8, 16, 32, 64, 128, 256),

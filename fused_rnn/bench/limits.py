@@ -1,9 +1,10 @@
 """What the machine could do at best, measured in the same run, and the time a point cannot beat by it.
 
 A point's floor is the larger of two times: its matrix products at the measured FLOP rate, and the reading of W_hh once
-a step (twice in training: forward and backward) at the measured rate for a buffer of that size. What is
-read besides is small or can hide behind the arithmetic. Both ceilings are measured with torch's own kernels, so
-they are what is known to be reachable; a kernel may come out above 100 %, in small caches above all.
+a step (twice in training: forward and backward) at the measured rate for a buffer of that size; on a GPU, where W_hh
+may stay in the multiprocessors for all of time, once in all. What is read besides is small or can hide behind the
+arithmetic. Both ceilings are measured with torch's own kernels, so they are what is known to be reachable; a kernel may
+come out above 100 %, in small caches above all.
 """
 
 from __future__ import annotations
@@ -30,9 +31,10 @@ class Limits:
         """Bytes per second for reading a buffer of this size again and again: that of the next larger one measured."""
         return next((rate for buffer, rate in self.read if buffer >= size), self.read[-1][1])
 
-    def floor(self, point: Point) -> float:
+    def floor(self, point: Point, device: str = "cpu") -> float:
         """Seconds below which this point cannot go by these ceilings."""
-        passes = point.T * (2 if point.mode == "training" else 1) * point.layers * point.directions
+        readings = point.T if device == "cpu" else 1
+        passes = readings * (2 if point.mode == "training" else 1) * point.layers * point.directions
         reading = passes * point.recurrent_bytes / self.bandwidth(point.recurrent_bytes)
         return max(point.flops / self.flops, reading)
 
@@ -65,6 +67,6 @@ def _read_rate(size: int, device: str) -> float:
     A small one is summed many times in one call, through a view of stride zero, so that the cost of the call does not
     count. In float32 whatever the point's dtype: bytes are bytes.
     """
-    repeats = max(1, (1 << 22) // size)
+    repeats = max(1, (1 << (22 if device == "cpu" else 30)) // size)
     buffer = torch.randn(size // 4, device=device).expand(repeats, -1)
     return best_rate(float(repeats * size), lambda: torch.sum(buffer), device)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import subprocess
 from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +54,14 @@ def commit() -> str:
     return head + ("+" if head and changed else "")
 
 
+def folder(device: str) -> Path:
+    """Where results of this machine go: benchmarks/results/cpu, or a folder named after the GPU."""
+    if device == "cpu" or not torch.cuda.is_available():
+        return Path("benchmarks/results") / device
+    name = re.sub(r"^(nvidia|amd)[ -]", "", torch.cuda.get_device_name().lower())
+    return Path("benchmarks/results") / re.sub(r"[^a-z0-9]+", "-", name).strip("-")
+
+
 def describe(device: str) -> dict[str, Any]:
     """What identifies a run, JSON-ready. device: "cpu" or "cuda"."""
     facts: dict[str, Any] = {
@@ -70,8 +80,17 @@ def describe(device: str) -> dict[str, Any]:
     }
     if device == "cuda":
         facts |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
-        facts |= {"tf32": torch.backends.cudnn.allow_tf32, "driver": _driver()}
+        facts |= {"driver": _driver(), "triton": _version("triton")}
+        found = torch.cuda.get_device_properties(torch.cuda.current_device())
+        facts |= {"capability": f"{found.major}.{found.minor}", "multiprocessors": found.multi_processor_count}
     return facts
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""
 
 
 def _driver() -> str:

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
 from fused_rnn.bench.grid import CELLS, SEQUENCES, Point
-from fused_rnn.bench.results import Results, geometric_mean
+from fused_rnn.bench.results import Results, geometric_mean, setting
 from fused_rnn.bench.tables import title
 
 INK, PAPER, GRID = "#22223b", "#ffffff", "#e5e5ec"
@@ -37,9 +37,8 @@ def plot(results: Results, provider: str, path: Path) -> None:
             mean = f"   geometric mean {geometric_mean(points.values()):.2f}×" if points else ""
             axis.set_title(f"{cell}, {mode}{mean}", loc="left", fontsize=10.5, color=INK)
     run = results.runs[-1]
-    threads = f"{run['threads']} thread{'s' * (run['threads'] > 1)}"
     figure.suptitle(
-        f"{title(provider)}: how many times faster than torch.nn, {run['dtype']}, {threads}",
+        f"{title(provider)}: how many times faster than torch.nn, {setting(run)}",
         x=0.01, y=0.985, ha="left", va="top", fontsize=13, color=INK, fontweight="bold",
     )  # fmt: skip
     facts = (

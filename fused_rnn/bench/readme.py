@@ -6,10 +6,15 @@ from pathlib import Path
 
 from fused_rnn.bench.grid import CELLS
 from fused_rnn.bench.providers import BASELINE, STEP_BASELINE
-from fused_rnn.bench.results import MEMORY, Results, geometric_mean
+from fused_rnn.bench.results import MEMORY, Results, geometric_mean, setting
 from fused_rnn.bench.tables import EVEN, regions
 
-BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
+BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"  # of the CPU's tables
+
+
+def markers(provider: str) -> tuple[str, str]:
+    """Between which lines of the README a backend's tables go."""
+    return (BEGIN, END) if provider == "cpu" else (f"<!-- {provider}:begin -->", f"<!-- {provider}:end -->")
 
 
 def update(readme: Path, directory: Path, provider: str) -> bool:
@@ -18,8 +23,9 @@ def update(readme: Path, directory: Path, provider: str) -> bool:
     Raises ValueError if the markers are missing, FileNotFoundError if there is no result file.
     """
     text = readme.read_text(encoding="utf-8")
-    if BEGIN not in text or END not in text:
-        raise ValueError(f"{readme} must contain the lines {BEGIN} and {END}")
+    begin, end = markers(provider)
+    if begin not in text or end not in text:
+        raise ValueError(f"{readme} must contain the lines {begin} and {end}")
     files = sorted(path for path in directory.glob("*.json") if not path.name.startswith("quick-"))
     if not files:
         raise FileNotFoundError(f"no result file in {directory}: run `python -m fused_rnn bench` first")
@@ -27,9 +33,9 @@ def update(readme: Path, directory: Path, provider: str) -> bool:
     loaded.sort(key=lambda results: (results.runs[-1]["dtype"] != "fp32", results.runs[-1]["threads"]))
     parts = [section(results, provider) for results in loaded]
     parts += [steps(loaded[0], provider), memory(loaded[0], provider)]
-    head, rest = text.split(BEGIN, 1)
+    head, rest = text.split(begin, 1)
     tables = "\n\n".join(part for part in parts if part)
-    updated = f"{head}{BEGIN}\n{tables}\n{END}{rest.split(END, 1)[1]}"
+    updated = f"{head}{begin}\n{tables}\n{end}{rest.split(end, 1)[1]}"
     readme.write_text(updated, encoding="utf-8")
     return updated != text
 
@@ -37,8 +43,7 @@ def update(readme: Path, directory: Path, provider: str) -> bool:
 def section(results: Results, provider: str) -> str:
     """One file's region table, what it was measured on above, the losses below."""
     run = results.runs[-1]
-    threads = f"{run['threads']} thread{'s' * (run['threads'] > 1)}"
-    lines = [f"**{run['dtype']}, {threads}**", "", "| | " + " | ".join(CELLS) + " |", "|---" * (1 + len(CELLS)) + "|"]
+    lines = [f"**{setting(run)}**", "", "| | " + " | ".join(CELLS) + " |", "|---" * (1 + len(CELLS)) + "|"]
     for mode, region, cells in regions(results, provider):
         entries = [f"{geometric_mean(v):.2f}× ({min(v):.2f})" if v else "–" for v in cells.values()]
         lines.append(f"| {mode}, {region} | " + " | ".join(entries) + " |")
@@ -51,9 +56,8 @@ def caption(results: Results) -> str:
     """Machine, versions, limits, commit and date of the latest run of a file."""
     run = results.runs[-1]
     limit = run["limits"]["flops"] / 1e9
-    device = (
-        f"{run['device_name']} ({run['cores']} cores; our kernels: {run['kernels']}; torch.mm: {limit:.0f} GFLOP/s)"
-    )
+    kernels = f"{run['cores']} cores; our kernels: {run['kernels']}; " if run["device"] == "cpu" else ""
+    device = f"{run['device_name']} ({kernels}torch.mm: {limit:.0f} GFLOP/s)"
     return f"{device}, torch {run['torch']}, commit {run['commit'] or 'unknown'}, {run['date']}"
 
 

@@ -56,6 +56,13 @@ class Row:
         return Row(point, entry["provider"], entry["metric"], entry["run"], n=entry.get("n", 0), **values)
 
 
+def setting(run: dict[str, Any]) -> str:
+    """A run's dtype and, on the CPU, its threads, as titles have them."""
+    if run["device"] != "cpu":
+        return str(run["dtype"])
+    return f"{run['dtype']}, {run['threads']} thread{'s' * (run['threads'] > 1)}"
+
+
 def time_row(point: Point, provider: str, timing: Timing, run: int) -> Row:
     """A row of microseconds, to four digits, from a timing in seconds."""
     if timing.refused is not None:

@@ -13,16 +13,19 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from fused_rnn.bench.grid import CELLS, GRIDS, MODES, Point
 from fused_rnn.bench.limits import Limits, measure_limits
 from fused_rnn.bench.machine import describe
-from fused_rnn.bench.measure import Timing, measure
+from fused_rnn.bench.measure import Timing, float32_as, measure
 from fused_rnn.bench.memory import SIZES, peak_memory
 from fused_rnn.bench.plot import plot
 from fused_rnn.bench.providers import BASELINE, TITLES
-from fused_rnn.bench.results import FLOOR, MEMORY, Results, Row, time_row
+from fused_rnn.bench.results import FLOOR, MEMORY, Results, Row, setting, time_row
 from fused_rnn.bench.tables import report
+from fused_rnn.dispatch import BACKENDS
 
-PROVIDERS = {"cpu": ("torch", "cell", "loop", "cpu", "auto"), "cuda": ("torch", "cell", "cuda", "triton", "auto")}
-
-
+PROVIDERS = {
+    "cpu": ("torch", "cell", "loop", "cpu", "auto"),
+    "cuda": ("torch", "cell", *(name for name in ("cuda", "triton") if name in BACKENDS), "auto"),
+}
+DEFAULT_DTYPES = {"cpu": ("fp32", "bf16"), "cuda": ("tf32", "bf16")}
 OTHERS = tuple(TITLES)  # every other provider is one of our backends, run alone
 
 
@@ -44,8 +47,9 @@ class Plan:
 
     def path(self, dtype: str, threads: int) -> Path:
         """The result file; a quick run has one of its own and leaves the careful one alone."""
-        prefix = "quick-" if self.grid == "quick" else ""
-        return self.out / f"{prefix}{dtype}-{threads}t.json"
+        prefix = "quick-" if self.grid.startswith("quick") else ""
+        suffix = f"-{threads}t" if self.device == "cpu" else ""
+        return self.out / f"{prefix}{dtype}{suffix}.json"
 
 
 def execute(plan: Plan, console: Console) -> list[Path]:
@@ -59,7 +63,8 @@ def execute(plan: Plan, console: Console) -> list[Path]:
         for dtype in plan.dtypes:
             for threads in plan.threads:
                 torch.set_num_threads(threads)
-                paths.append(_execute_one(plan, dtype, threads, console))
+                with float32_as(dtype, plan.device):
+                    paths.append(_execute_one(plan, dtype, threads, console))
     finally:
         torch.set_num_threads(before)
     return paths
@@ -70,7 +75,7 @@ def _execute_one(plan: Plan, dtype: str, threads: int, console: Console) -> Path
     facts = describe(plan.device) | {"dtype": dtype, "threads": threads}
     limits = measure_limits(dtype, plan.device)
     facts["limits"] = asdict(limits)
-    console.rule(f"{facts['device_name']}, {dtype}, {threads} thread{'s' * (threads > 1)}")
+    console.rule(f"{facts['device_name']}, {setting(facts)}")
     small, large = limits.read[0][1], limits.read[-1][1]
     console.print(
         f"Limits: {limits.flops / 1e9:.0f} GFLOP/s; reads {small / 1e9:.0f} GB/s from the first cache, "
@@ -92,9 +97,11 @@ def _execute_one(plan: Plan, dtype: str, threads: int, console: Console) -> Path
         if results.rows:
             results.save(path)
     console.print(report(results))
-    picture = path.with_suffix(".png")
-    plot(results, next((p for p in plan.providers if p not in OTHERS), "auto"), picture)
-    console.print(f"Written to {path} and {picture.name}")
+    ours = [p for p in plan.providers if p not in OTHERS] or ["auto"]
+    pictures = [path.with_suffix(".png"), *(path.with_name(f"{path.stem}-{p}.png") for p in ours[1:])]
+    for provider, picture in zip(ours, pictures, strict=True):
+        plot(results, provider, picture)
+    console.print(f"Written to {path} and {', '.join(picture.name for picture in pictures)}")
     return path
 
 
@@ -122,7 +129,7 @@ def _times(plan: Plan, dtype: str, limits: Limits, run: int, console: Console) -
                 share = max(0.0, end - time.perf_counter()) / (len(points) - index)
                 timings = measure(point, list(plan.providers), plan.device, share)
                 rows += [time_row(point, provider, timing, run) for provider, timing in timings.items()]
-                floor = limits.floor(point)
+                floor = limits.floor(point, plan.device)
                 rows.append(time_row(point, FLOOR, Timing(floor, floor, floor, 1), run))
                 progress.advance(task)
     except KeyboardInterrupt:
