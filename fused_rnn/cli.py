@@ -41,7 +41,7 @@ def info() -> None:
 
 @cli.command()
 @click.option("--cell", "cells", type=click.Choice(CELLS, case_sensitive=False), multiple=True, help="Default: all.")
-@click.option("--dtype", "dtypes", type=click.Choice(list(DTYPES)), multiple=True, help="Default: fp32 (GPU: tf32), bf16.")
+@click.option("--dtype", "dtypes", type=click.Choice(list(DTYPES)), multiple=True, help="Default: fp32 or tf32, bf16.")
 @click.option("--threads", type=click.IntRange(1), multiple=True, help="Default: 1 and 2, as far as there are cores.")
 @click.option("--mode", "modes", type=click.Choice(MODES), multiple=True, help="Default: all.")
 @click.option("--variant", "variants", type=click.Choice(VARIANTS), multiple=True, help="Default: plain.")
