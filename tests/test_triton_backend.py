@@ -18,6 +18,8 @@ from fused_rnn.backends import triton as backend
 from fused_rnn.cells import CELLS
 from fused_rnn.dispatch import choose
 from fused_rnn.functional import lstm
+from fused_rnn.layer.loops import CELLS as LAYER_CELLS
+from fused_rnn.layer.loops import Layer
 from fused_rnn.triton_kernels import device, launch, tiles
 from fused_rnn.triton_kernels.tiles import ARCHITECTURES, Plan, Shape, Tile
 
@@ -225,8 +227,18 @@ def test_reasons() -> None:
     assert supports(PROBLEM._replace(forward_ad=True)) == "it has no forward-mode derivative"
     reason = supports(PROBLEM._replace(batch=1 << 20, hidden_size=1024, width=1024))
     assert reason == "B·R·H·4 = 4294967296 is beyond the 2^31 that its kernels can address in a step"
+    reason = supports(PROBLEM._replace(hidden_size=50_000, width=50_000))
+    assert reason == "H·H = 2500000000 is beyond the 2^31 that its kernels can address in a gate's W_hh"
     with pytest.raises(NotImplementedError, match="triton: it has no forward-mode derivative"):
         choose(PROBLEM._replace(forward_ad=True), "triton")
+
+
+def test_sizes_beyond_the_kernels_reach_are_refused_by_the_op_too() -> None:
+    """Under vmap B and R grow after dispatch has asked. Shapes alone: nobody has such tensors."""
+    for sizes, message in (((1 << 31, 1, 1), "T = 2147483648"), ((1, 1 << 20, 1024), "B·R·H·4 = 4294967296")):
+        layer = Layer(LAYER_CELLS["gru"], *sizes, (1,), None, None)
+        with pytest.raises(RuntimeError, match=f"x: .*{message}"):
+            backend._loops(layer, torch.zeros(1, 1, 1, device=DEVICE), False)
 
 
 def test_reasons_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,9 +39,15 @@ def supports(problem: Problem) -> str | None:
         return f"it knows float32, bfloat16 and float16, not {problem.dtype}"
     if problem.forward_ad:
         return "it has no forward-mode derivative"
-    step = problem.batch * problem.recurrences * problem.hidden_size * _WIDEST
+    return _too_large(problem.batch, problem.recurrences, problem.hidden_size)
+
+
+def _too_large(batch: int, recurrences: int, hidden: int) -> str | None:
+    step, gate = batch * recurrences * hidden * _WIDEST, hidden * hidden
     if step >= _LIMIT:
         return f"B·R·H·{_WIDEST} = {step} is beyond the 2^31 that its kernels can address in a step"
+    if gate >= _LIMIT:
+        return f"H·H = {gate} is beyond the 2^31 that its kernels can address in a gate's W_hh"
     return None
 
 
@@ -72,6 +78,8 @@ def _loops(layer: Layer, x: Tensor, backward: bool) -> Loops:
         raise RuntimeError(f"x: got {x.dtype}, expected float32, bfloat16 or float16")
     if layer.steps >= _LIMIT:
         raise RuntimeError(f"x: got T = {layer.steps}, expected less than 2^31")
+    if (reason := _too_large(layer.batch, layer.recurrences, layer.hidden)) is not None:
+        raise RuntimeError(f"x: {reason}")  # B or R may have grown under vmap since dispatch asked
     device = devices.device_of(x)
     kind = devices.kind_of(x.dtype, device)
     shape = tiles.Shape(layer.cell.name, layer.cell.gates, kind, layer.hidden, backward)

@@ -15,7 +15,7 @@ from torch import Tensor
 from fused_rnn import vmap
 from fused_rnn.layer import precision, run
 from fused_rnn.layer.loops import CELLS, Cell, Layer, Loops, wide
-from fused_rnn.layer.weights import Weights
+from fused_rnn.layer.weights import Weights, aligned
 
 # (layer, x, whether for backward) → the loops. Raises RuntimeError where x cannot be run.
 Make = Callable[[Layer, Tensor, bool], Loops]
@@ -83,7 +83,7 @@ def layer_of(
     _check("lengths", lengths, (batch,), x, torch.int64)
     _check("reset", reset, (steps, batch), x, torch.bool)
     layer = Layer(
-        kinds, steps, batch, hidden, tuple(directions), None if lengths is None else lengths.contiguous(),
+        kinds, steps, batch, hidden, tuple(directions), None if lengths is None else aligned(lengths),
         None if reset is None else reset.to(torch.int32).contiguous(),
     )  # fmt: skip
     return layer, Weights.split(weights, recurrences)
@@ -217,7 +217,7 @@ def _implement(make: Make) -> tuple[Callable[..., list[Tensor]], Callable[..., l
                 call = (dy, dh_n, dc_n, x, weights, h0, c0, lengths, reset, hidden, saved, cells)
                 nothing = _backward_fake(*call, cell, directions, save, need_dx, need_dw)
                 return [torch.zeros_like(t) for t in nothing]
-            kept = (hidden, saved.contiguous(), cells.contiguous())
+            kept = (hidden, aligned(saved), aligned(cells))
             return run.backward(
                 layer, make(layer, x, True), dy, dh_n, dc_n, x.contiguous(), split, h0, c0, *kept, save, need_dx,
                 need_dw,

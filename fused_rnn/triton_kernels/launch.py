@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fused_rnn.layer.directions import direction_bits
 from fused_rnn.layer.loops import Cell, Layer
 from fused_rnn.triton_kernels.backward import bwd_kernel
 from fused_rnn.triton_kernels.cells import KERNELS
@@ -30,16 +31,6 @@ class How:
     device: Device
     precision: str  # of products, the kernels' PRECISION
     activations: str  # their HOW
-
-
-def direction_bits(directions: Sequence[int]) -> tuple[int, int]:
-    """Which recurrences run backwards, as the kernels read it: (bits, period), bit r % period for recurrence r."""
-    backwards = [d < 0 for d in directions]
-    count = len(backwards)
-    for period in range(1, min(count, 62) + 1):
-        if count % period == 0 and backwards == backwards[:period] * (count // period):
-            return sum(1 << i for i, b in enumerate(backwards[:period]) if b), period
-    raise NotImplementedError(f"directions: {count} in no pattern that repeats within 62; run them in two calls")
 
 
 def new_counters(layer: Layer, plan: Plan, device: torch.device) -> Tensor:

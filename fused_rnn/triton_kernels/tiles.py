@@ -173,10 +173,12 @@ def _odd(shape: Shape) -> bool:
     return shape.hidden * shape.size % 16 != 0
 
 
-def _stream(shape: Shape, large: bool) -> Tile:
+def _stream(shape: Shape, device: Device, large: bool) -> Tile:
     large_table = STREAM_LARGE_BACKWARD if shape.backward else STREAM_LARGE
     table = STREAM_ODD if _odd(shape) else large_table if large else STREAM
-    return _depth(table[shape.kind], shape.hidden)
+    tile = _depth(table[shape.kind], shape.hidden)
+    # AMD's warps have twice the threads, and more than four of them share registers.
+    return tile if device.nvidia else replace(tile, warps=min(tile.warps, 4))
 
 
 def _held(shape: Shape, tile: Tile) -> Tile:
@@ -192,7 +194,7 @@ def _held(shape: Shape, tile: Tile) -> Tile:
 def _teams(shape: Shape, device: Device) -> list[Plan]:
     """Teams with a small batch tile and with a large one."""
     held = [t for t in (_held(shape, t) for t in HOLD[shape.kind]) if _fits(shape, device, t, t.units)]
-    small = held[0] if held else _stream(shape, large=False)
+    small = held[0] if held else _stream(shape, device, large=False)
     plans = [Plan("b", small, -(-shape.hidden // small.units), hold=bool(held))]
     large = HOLD_LARGE[shape.kind]
     if (
@@ -203,27 +205,27 @@ def _teams(shape: Shape, device: Device) -> list[Plan]:
     ):
         large = _held(shape, large)
         return [*plans, Plan("b", large, shape.hidden // large.units, hold=True)]
-    large = _stream(shape, large=True)
+    large = _stream(shape, device, large=True)
     return [*plans, Plan("b", large, -(-shape.hidden // large.units))]
 
 
 SPREADS = (2, 4)
 
 
-def _spread(shape: Shape, spread: int) -> Plan:
+def _spread(shape: Shape, device: Device, spread: int) -> Plan:
     """A team of fewer programs with more units each, W_hh streamed: where the units are too many for the device."""
-    tile = _stream(shape, large=False)
+    tile = _stream(shape, device, large=False)
     return Plan("b", tile, -(-shape.hidden // (tile.units * spread)), spread)
 
 
-def _alone(shape: Shape) -> Plan:
+def _alone(shape: Shape, device: Device) -> Plan:
     """One program a batch tile with W_hh streamed: no exchange, but all of W_hh read by every program in every step."""
-    tile = _stream(shape, large=True)
+    tile = _stream(shape, device, large=True)
     return Plan("a", tile, 1, spread=-(-shape.hidden // tile.units))
 
 
-def _stepwise(shape: Shape) -> Plan:
-    tile = _stream(shape, large=True)
+def _stepwise(shape: Shape, device: Device) -> Plan:
+    tile = _stream(shape, device, large=True)
     return Plan("c", tile, -(-shape.hidden // tile.units))
 
 
@@ -234,14 +236,14 @@ def shipped(shape: Shape, device: Device) -> list[Plan]:
         return [registers]
     teams = _teams(shape, device)
     if 2 * teams[0].team > device.processors:
-        teams += [_spread(shape, spread) for spread in SPREADS]
-    return [*teams, _alone(shape), _stepwise(shape)]
+        teams += [_spread(shape, device, spread) for spread in SPREADS]
+    return [*teams, _alone(shape, device), _stepwise(shape, device)]
 
 
 def choose(shape: Shape, device: Device, batch: int, recurrences: int) -> Plan:
     """The plan for a problem. `override` forces one, a measured table comes next, then the tables above."""
     if _forced:
-        return _build(shape, **_forced)
+        return _build(shape, device, **_forced)
     measured = _measured().get(_key(shape, device))
     if measured:
         within = [plan for rows, plan in measured if batch * recurrences <= rows]
@@ -253,19 +255,18 @@ def choose(shape: Shape, device: Device, batch: int, recurrences: int) -> Plan:
     for plan in teams:
         if plan.programs(batch, recurrences) <= device.processors:
             return plan
-    alone = _alone(shape)
+    alone = _alone(shape, device)
     if shape.hidden <= 512 and 2 * alone.programs(batch, recurrences) >= device.processors:
         return alone  # a batch that fills the device needs no team
     # A few waves of a team are still fewer launches than one a step.
     for plan in reversed(teams):
         if plan.team * recurrences <= device.processors and plan.programs(batch, recurrences) <= 3 * device.processors:
             return plan
-    for plan in (
-        (_spread(shape, spread) for spread in SPREADS) if teams and 2 * teams[0].team > device.processors else ()
-    ):
+    spreads = SPREADS if teams and 2 * teams[0].team > device.processors else ()
+    for plan in (_spread(shape, device, spread) for spread in spreads):
         if plan.programs(batch, recurrences) <= device.processors:
             return plan
-    return _stepwise(shape)
+    return _stepwise(shape, device)
 
 
 def replay(hidden: int) -> Plan:
@@ -290,7 +291,13 @@ def override(**fields: Any) -> Iterator[None]:
 
 
 def _build(
-    shape: Shape, loop: str, tile: Tile | None = None, spread: int = 1, registers: bool = False, hold: bool = False
+    shape: Shape,
+    device: Device,
+    loop: str,
+    tile: Tile | None = None,
+    spread: int = 1,
+    registers: bool = False,
+    hold: bool = False,
 ) -> Plan:
     if loop not in LOOPS:
         raise ValueError(f"loop: expected one of {', '.join(LOOPS)}, got {loop!r}")
@@ -298,7 +305,7 @@ def _build(
         side = padded(shape.hidden)
         batch, warps = (16, 4) if tile is None else (tile.batch, tile.warps)
         return Plan("a", Tile(batch, side, side, warps), 1, registers=True)
-    tile = _stream(shape, large=False) if tile is None else tile
+    tile = _stream(shape, device, large=False) if tile is None else tile
     blocks = -(-shape.hidden // tile.units)
     if loop == "a":
         return Plan("a", tile, 1, blocks)
