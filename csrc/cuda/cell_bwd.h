@@ -26,20 +26,20 @@ class BackwardCell {
   FUSED_RNN_DEVICE void fetch(const BackwardLoop& p, const Walk& walk, int step) {
     reaches_ = live_;
     if (step < p.steps.step0) return;
-    const int64_t t = walk.time(step), local = t - walk.first_time;
+    const int t = walk.time(step), local = t - walk.first_time;
     valid_ = at.valid(t);
     live_ = at.live(p.steps, t);
     if (!valid_) return;
     const int i = at.in_step(p.steps, 1);
-    const Storage* kept = static_cast<const Storage*>(p.saved) + local * step_size(p.steps, Cell::saved) + at.in_step(p.steps, Cell::saved);
+    const Storage* kept = static_cast<const Storage*>(p.saved) + steps_size(p.steps, local, Cell::saved) + at.in_step(p.steps, Cell::saved);
     FUSED_RNN_UNROLL
     for (int s = 0; s < Cell::saved; ++s) kept_[s] = kept[s * p.steps.H];
-    if (p.dy) dy_ = static_cast<const Storage*>(p.dy)[t * step_size(p.steps, 1) + i];
-    const int64_t here = (Cell::has_cell ? local : t) * step_size(p.steps, 1) + i;
+    if (p.dy) dy_ = static_cast<const Storage*>(p.dy)[steps_size(p.steps, t, 1) + i];
+    const int64_t here = steps_size(p.steps, Cell::has_cell ? local : t, 1) + i;
     if (kState) state_ = state(p, p.states, here);
     if (!kBefore || !live_) return;
     const bool first = walk.starts(t, at.length) || (Cell::has_cell && step == p.steps.window0);
-    const int64_t back = walk.backwards ? step_size(p.steps, 1) : -step_size(p.steps, 1);
+    const int64_t back = steps_size(p.steps, walk.backwards ? 1 : -1, 1);
     before_ = first ? state(p, p.first_state, at.in_state(p.steps)) : state(p, p.states, here + back);
   }
   // What the step after the last one here left to it: for a loop that goes on where another one ended.
@@ -68,7 +68,7 @@ class BackwardCell {
 
   FUSED_RNN_DEVICE void store(const BackwardLoop& p, const Walk& walk, int step) const {
     if (!at.inside) return;
-    Storage* out = static_cast<Storage*>(p.dgates) + walk.time(step) * step_size(p.steps, kGradients) + at.in_step(p.steps, kGradients);
+    Storage* out = static_cast<Storage*>(p.dgates) + steps_size(p.steps, walk.time(step), kGradients) + at.in_step(p.steps, kGradients);
     // The recurrent side's G come last, so that either side's are G vectors in a row.
     FUSED_RNN_UNROLL
     for (int g = 0; g < kGradients; ++g) out[(g < G ? g + kGradients - G : g - G) * p.steps.H] = narrow<Storage>(d_[g]);

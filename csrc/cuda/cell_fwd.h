@@ -22,18 +22,18 @@ class ForwardCell {
     if (kState) state_ = static_cast<const Acc*>(p.state)[i];
     if (kSplit) bias_ = widen(static_cast<const Storage*>(p.bias)[r * p.steps.H + u]);
     h_ = static_cast<const Storage*>(p.h0)[i];
-    const int64_t before = walk.backwards ? walk.T - p.steps.step0 : p.steps.step0 - 1;  // the time of the step before
-    const int64_t t = walk.backwards || before < at.length ? before : at.length - 1;     // or the sequence's last
+    const int before = walk.backwards ? walk.T - p.steps.step0 : p.steps.step0 - 1;  // the time of the step before
+    const int t = walk.backwards || before < at.length ? before : at.length - 1;     // or the sequence's last
     if (p.checkpoints && kState && p.steps.step0 == 0) checkpoint(p, 0);
-    if (p.y && t >= 0 && t < at.length) h_ = static_cast<const Storage*>(p.y)[t * step_size(p.steps, 1) + at.in_step(p.steps, 1)];
+    if (p.y && t >= 0 && t < at.length) h_ = static_cast<const Storage*>(p.y)[steps_size(p.steps, t, 1) + at.in_step(p.steps, 1)];
   }
 
   // Asks for what `run` of this step reads from memory, as soon as the step before has run: it arrives behind the exchange and
   // the product. Whether the state enters the step after that is asked for with it, since `entering` must know a step ahead.
   FUSED_RNN_DEVICE void fetch(const ForwardLoop& p, const Walk& walk, int step) {
     if (step >= p.steps.step1) return;
-    const int64_t t = walk.time(step);
-    const Storage* x = static_cast<const Storage*>(p.gx) + (t - walk.first_time) * step_size(p.steps, G) + at.in_step(p.steps, G);
+    const int t = walk.time(step);
+    const Storage* x = static_cast<const Storage*>(p.gx) + steps_size(p.steps, t - walk.first_time, G) + at.in_step(p.steps, G);
     if (at.valid(t)) {
       FUSED_RNN_UNROLL
       for (int g = 0; g < G; ++g) x_[g] = x[g * p.steps.H];
@@ -69,16 +69,16 @@ class ForwardCell {
   // Writes what a step leaves behind, after the team has what it waits for.
   FUSED_RNN_DEVICE void store(const ForwardLoop& p, const Walk& walk, int step) const {
     if (!at.inside) return;
-    const int64_t t = walk.time(step), local = t - walk.first_time;
+    const int t = walk.time(step), local = t - walk.first_time;
     if (p.checkpoints && kState && (step + 1) % p.every == 0 && step + 1 < p.steps.T) checkpoint(p, step + 1);
-    if (p.y) static_cast<Storage*>(p.y)[t * step_size(p.steps, 1) + at.in_step(p.steps, 1)] = valid_ ? h_ : Storage{};
+    if (p.y) static_cast<Storage*>(p.y)[steps_size(p.steps, t, 1) + at.in_step(p.steps, 1)] = valid_ ? h_ : Storage{};
     if (p.saved) {
-      Storage* saved = static_cast<Storage*>(p.saved) + local * step_size(p.steps, Cell::saved) + at.in_step(p.steps, Cell::saved);
+      Storage* saved = static_cast<Storage*>(p.saved) + steps_size(p.steps, local, Cell::saved) + at.in_step(p.steps, Cell::saved);
       FUSED_RNN_UNROLL
       for (int s = 0; s < Cell::saved; ++s) saved[s * p.steps.H] = valid_ ? narrow<Storage>(kept_[s]) : Storage{};
     }
     if (p.cells) {
-      const int64_t i = local * step_size(p.steps, 1) + at.in_step(p.steps, 1);
+      const int64_t i = steps_size(p.steps, local, 1) + at.in_step(p.steps, 1);
       if (p.cells_are_wide) static_cast<Acc*>(p.cells)[i] = state_;
       else static_cast<Storage*>(p.cells)[i] = narrow<Storage>(state_);
     }
@@ -93,7 +93,7 @@ class ForwardCell {
  private:
   // The state that enters a step.
   FUSED_RNN_DEVICE void checkpoint(const ForwardLoop& p, int step) const {
-    static_cast<Acc*>(p.checkpoints)[int64_t(step / p.every) * step_size(p.steps, 1) + at.in_state(p.steps)] = state_;
+    static_cast<Acc*>(p.checkpoints)[steps_size(p.steps, step / p.every, 1) + at.in_state(p.steps)] = state_;
   }
 
   Acc state_ = 0, bias_ = 0;

@@ -26,7 +26,7 @@ struct Team {
 
 // The time of a loop's step, and what masks it.
 struct Steps {
-  int64_t T;
+  int T;
   int step0, step1;        // run steps step0 .. step1 - 1, in the recurrence's own order
   int window0, window1;    // steps that gx, given, saved and cells hold; all of time: 0, T
   uint64_t reversed;       // bit r % period: recurrence r runs backwards in time

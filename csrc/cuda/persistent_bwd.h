@@ -30,10 +30,10 @@ persistent_bwd_kernel(const FUSED_RNN_GRID_CONSTANT BackwardLoop p) {
   for (int i = int(threadIdx.x); resumes && i < team.rows * G * width; i += int(blockDim.x)) {
     const int g = i / width % G, b = i / (G * width);
     const Place place(p.steps, me.r, me.first_b + b, i % width);
-    const int64_t t = walk.time(p.steps.step1);
+    const int t = walk.time(p.steps.step1);
     if (place.valid(t))
       exchange.current()[b * exchange.stride() + g * padded + place.u] =
-          Number::operand(static_cast<const Storage*>(p.dgates)[t * step_size(p.steps, kGradients) + place.in_step(p.steps, kGradients) + (g + kGradients - G) * width]);
+          Number::operand(static_cast<const Storage*>(p.dgates)[steps_size(p.steps, t, kGradients) + place.in_step(p.steps, kGradients) + (g + kGradients - G) * width]);
   }
 
   const Storage* w = static_cast<const Storage*>(p.w) + int64_t(me.r) * G * width * width;

@@ -34,9 +34,9 @@ pointwise_fwd_kernel(const FUSED_RNN_GRID_CONSTANT ForwardLoop p) {
   ForwardCell<Cell, Storage, Math> cell(p, walk, flat.r, flat.b, flat.u);
   cell.fetch(p, walk, p.steps.step0);
   for (int step = p.steps.step0; step < p.steps.step1; ++step) {
-    const int64_t t = walk.time(step);
-    const int64_t held = p.workspace.operand ? 0 : t - walk.first_time;
-    const Storage* given = static_cast<const Storage*>(p.given) + held * step_size(p.steps, G) + cell.at.in_step(p.steps, G);
+    const int t = walk.time(step);
+    const int held = p.workspace.operand ? 0 : t - walk.first_time;
+    const Storage* given = static_cast<const Storage*>(p.given) + steps_size(p.steps, held, G) + cell.at.in_step(p.steps, G);
     const bool live = cell.at.live(p.steps, t);
     Acc recurrent[G];
     FUSED_RNN_UNROLL

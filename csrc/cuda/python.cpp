@@ -28,7 +28,7 @@ int64_t number(const py::dict& given, const char* name, int64_t otherwise = 0) {
 
 Steps steps_of(const py::dict& given) {
   Steps s{};
-  s.T = number(given, "T");
+  s.T = int(number(given, "T"));
   s.step0 = int(number(given, "step0"));
   s.step1 = int(number(given, "step1", s.T));
   s.window0 = int(number(given, "window0"));

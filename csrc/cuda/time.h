@@ -7,34 +7,34 @@ namespace fused_rnn::cuda {
 
 // One recurrence's walk through time.
 struct Walk {
-  int64_t T, first_time;  // first_time: of the window
+  int T, first_time;  // first_time: of the window
   bool backwards;
 
   FUSED_RNN_DEVICE Walk(const Steps& s, int r) : T(s.T), backwards((s.reversed >> (r % s.period)) & 1) {
     first_time = backwards ? T - s.window1 : s.window0;
   }
-  FUSED_RNN_DEVICE int64_t time(int step) const { return backwards ? T - 1 - step : step; }
+  FUSED_RNN_DEVICE int time(int step) const { return backwards ? T - 1 - step : step; }
   // The first step at which a sequence of this length is alive: a reverse one starts at its own end.
-  FUSED_RNN_DEVICE bool starts(int64_t t, int64_t length) const { return t == (backwards ? length - 1 : 0); }
+  FUSED_RNN_DEVICE bool starts(int t, int length) const { return t == (backwards ? length - 1 : 0); }
 };
 
 // One cell (sequence b, unit u of recurrence r): offsets within a step take 32 bits, a step's place 64.
 struct Place {
   int r, b, u;
   bool inside;     // of the batch and of the hidden size
-  int64_t length;  // 0 outside
+  int length;  // 0 outside
 
   FUSED_RNN_DEVICE Place(const Steps& s, int r, int b, int u) : r(r), b(b), u(u), inside(b < s.B && u < s.H) {
-    length = !inside ? 0 : s.lengths ? s.lengths[b] : s.T;
+    length = !inside ? 0 : s.lengths ? int(s.lengths[b]) : s.T;
   }
   FUSED_RNN_DEVICE int in_step(const Steps& s, int vectors) const { return (b * s.R + r) * vectors * s.H + u; }
   FUSED_RNN_DEVICE int in_state(const Steps& s) const { return (r * s.B + b) * s.H + u; }
   // The sequence is alive at t, and its state enters t as it is.
-  FUSED_RNN_DEVICE bool valid(int64_t t) const { return t < length; }
-  FUSED_RNN_DEVICE bool live(const Steps& s, int64_t t) const { return valid(t) && !(s.reset && s.reset[t * s.B + b]); }
+  FUSED_RNN_DEVICE bool valid(int t) const { return t < length; }
+  FUSED_RNN_DEVICE bool live(const Steps& s, int t) const { return valid(t) && !(s.reset && s.reset[int64_t(t) * s.B + b]); }
 };
 
-// Elements of one step of an array with so many vectors of H.
-FUSED_RNN_DEVICE int64_t step_size(const Steps& s, int vectors) { return int64_t(s.B) * s.R * vectors * s.H; }
+// Elements of so many steps of an array with so many vectors of H.
+FUSED_RNN_DEVICE int64_t steps_size(const Steps& s, int steps, int vectors) { return int64_t(steps) * (s.B * s.R * vectors * s.H); }
 
 }  // namespace fused_rnn::cuda

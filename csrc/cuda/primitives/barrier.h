@@ -25,31 +25,15 @@ FUSED_RNN_DEVICE void sync_warp() {
 
 using Remote = char*;
 
-FUSED_RNN_DEVICE unsigned cluster_rank() {
-  return emulator::cluster_rank();
-}
-FUSED_RNN_DEVICE void cluster_arrive() {
-  emulator::cluster_arrive();
-}
-FUSED_RNN_DEVICE void cluster_wait() {
-  emulator::cluster_wait();
-}
-FUSED_RNN_DEVICE Remote remote(const void* own_shared, unsigned rank) {
-  return emulator::remote(own_shared, rank);
-}
-FUSED_RNN_DEVICE void barrier_init(uint64_t* b, int arrivals) {
-  emulator::barrier_init(b, arrivals);
-}
+FUSED_RNN_DEVICE unsigned cluster_rank() { return emulator::cluster_rank(); }
+FUSED_RNN_DEVICE void cluster_arrive() { emulator::cluster_arrive(); }
+FUSED_RNN_DEVICE void cluster_wait() { emulator::cluster_wait(); }
+FUSED_RNN_DEVICE Remote remote(const void* own_shared, unsigned rank) { return emulator::remote(own_shared, rank); }
+FUSED_RNN_DEVICE void barrier_init(uint64_t* b, int arrivals) { emulator::barrier_init(b, arrivals); }
 FUSED_RNN_DEVICE void barrier_fence() {}
-FUSED_RNN_DEVICE void barrier_expect(uint64_t* b, int bytes) {
-  emulator::barrier_expect(b, bytes);
-}
-FUSED_RNN_DEVICE void barrier_wait(uint64_t* b, unsigned parity) {
-  emulator::barrier_wait(b, parity);
-}
-FUSED_RNN_DEVICE void store_async(Remote destination, Remote barrier, uint4 value) {
-  emulator::store_async(destination, barrier, value);
-}
+FUSED_RNN_DEVICE void barrier_expect(uint64_t* b, int bytes) { emulator::barrier_expect(b, bytes); }
+FUSED_RNN_DEVICE void barrier_wait(uint64_t* b, unsigned parity) { emulator::barrier_wait(b, parity); }
+FUSED_RNN_DEVICE void store_async(Remote destination, Remote barrier, uint4 value) { emulator::store_async(destination, barrier, value); }
 
 #else
 
@@ -63,12 +47,8 @@ FUSED_RNN_DEVICE unsigned cluster_rank() {
   return rank;
 }
 
-FUSED_RNN_DEVICE void cluster_arrive() {
-  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
-}
-FUSED_RNN_DEVICE void cluster_wait() {
-  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
+FUSED_RNN_DEVICE void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
+FUSED_RNN_DEVICE void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 
 // Where the CTA of that rank has what this CTA has at `own_shared`.
 FUSED_RNN_DEVICE Remote remote(const void* own_shared, unsigned rank) {
@@ -82,14 +62,11 @@ FUSED_RNN_DEVICE void barrier_init(uint64_t* b, int arrivals) {
 }
 
 // After barrier_init, before the barrier of the cluster that tells the peers.
-FUSED_RNN_DEVICE void barrier_fence() {
-  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-}
+FUSED_RNN_DEVICE void barrier_fence() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 
 // Arrives, and has the phase wait for so many bytes more.
 FUSED_RNN_DEVICE void barrier_expect(uint64_t* b, int bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(b)), "r"(bytes)
-               : "memory");
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(b)), "r"(bytes) : "memory");
 }
 
 // Until the phase of that parity is complete; what was stored to its account is visible then.
@@ -107,42 +84,25 @@ FUSED_RNN_DEVICE void barrier_wait(uint64_t* b, unsigned parity) {
 
 // 16 bytes to another CTA of the cluster; `barrier`, in the same CTA as the destination, is told when they are there.
 FUSED_RNN_DEVICE void store_async(Remote destination, Remote barrier, uint4 value) {
-  asm volatile(
-      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(destination),
-      "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w), "r"(barrier)
-      : "memory");
+  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(destination),
+               "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w), "r"(barrier)
+               : "memory");
 }
 
 #else
 
-FUSED_RNN_DEVICE unsigned cluster_rank() {
-  return 0;
-}
-FUSED_RNN_DEVICE void cluster_arrive() {
-  __trap();
-}
-FUSED_RNN_DEVICE void cluster_wait() {
-  __trap();
-}
+FUSED_RNN_DEVICE unsigned cluster_rank() { return 0; }
+FUSED_RNN_DEVICE void cluster_arrive() { __trap(); }
+FUSED_RNN_DEVICE void cluster_wait() { __trap(); }
 FUSED_RNN_DEVICE Remote remote(const void*, unsigned) {
   __trap();
   return 0;
 }
-FUSED_RNN_DEVICE void barrier_init(uint64_t*, int) {
-  __trap();
-}
-FUSED_RNN_DEVICE void barrier_fence() {
-  __trap();
-}
-FUSED_RNN_DEVICE void barrier_expect(uint64_t*, int) {
-  __trap();
-}
-FUSED_RNN_DEVICE void barrier_wait(uint64_t*, unsigned) {
-  __trap();
-}
-FUSED_RNN_DEVICE void store_async(Remote, Remote, uint4) {
-  __trap();
-}
+FUSED_RNN_DEVICE void barrier_init(uint64_t*, int) { __trap(); }
+FUSED_RNN_DEVICE void barrier_fence() { __trap(); }
+FUSED_RNN_DEVICE void barrier_expect(uint64_t*, int) { __trap(); }
+FUSED_RNN_DEVICE void barrier_wait(uint64_t*, unsigned) { __trap(); }
+FUSED_RNN_DEVICE void store_async(Remote, Remote, uint4) { __trap(); }
 
 #endif
 #endif

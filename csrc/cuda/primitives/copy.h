@@ -10,9 +10,7 @@ FUSED_RNN_DEVICE void copy_async16(void* shared, const void* global, bool valid)
 #if defined(FUSED_RNN_EMULATE)
   emulator::copy_async16(shared, global, valid);
 #else
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global),
-               "r"(valid ? 16 : 0)
-               : "memory");
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global), "r"(valid ? 16 : 0) : "memory");
 #endif
 }
 

@@ -32,8 +32,6 @@ FUSED_RNN_DEVICE void pause() {
 }
 
 // 16 bytes that other CTAs will read by copy_async16.
-FUSED_RNN_DEVICE void store_global(uint4* global, uint4 value) {
-  *global = value;
-}
+FUSED_RNN_DEVICE void store_global(uint4* global, uint4 value) { *global = value; }
 
 }  // namespace fused_rnn::cuda

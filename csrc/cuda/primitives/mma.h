@@ -6,9 +6,9 @@
 namespace fused_rnn::cuda {
 
 #if !defined(FUSED_RNN_EMULATE)
-#define FUSED_RNN_MMA(shape_and_types)                                                                                \
+#define FUSED_RNN_MMA(shape_and_types) \
   asm volatile("mma.sync.aligned." shape_and_types " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" \
-               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                                       \
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) \
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]))
 #endif
 
@@ -54,9 +54,7 @@ FUSED_RNN_DEVICE void ldmatrix_x2(uint32_t (&r)[2], const void* shared) {
 #if defined(FUSED_RNN_EMULATE)
   emulator::ldmatrix(r, shared);
 #else
-  asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
-               : "=r"(r[0]), "=r"(r[1])
-               : "r"(shared_address(shared)));
+  asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];" : "=r"(r[0]), "=r"(r[1]) : "r"(shared_address(shared)));
 #endif
 }
 

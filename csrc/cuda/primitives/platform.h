@@ -69,9 +69,7 @@ FUSED_RNN_DEVICE T* shared_array(int byte_offset, int count) {
 }
 
 #if !defined(FUSED_RNN_EMULATE)
-FUSED_RNN_DEVICE uint32_t shared_address(const void* p) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
-}
+FUSED_RNN_DEVICE uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
 #endif
 
 #endif

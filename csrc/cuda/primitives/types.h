@@ -11,9 +11,7 @@ struct f16 {
   uint16_t bits;
 };
 
-FUSED_RNN_DEVICE float to_float(float x) {
-  return x;
-}
+FUSED_RNN_DEVICE float to_float(float x) { return x; }
 
 FUSED_RNN_DEVICE float to_float(bf16 x) {
 #if defined(FUSED_RNN_EMULATE)
