@@ -358,10 +358,25 @@ def test_a_measured_table_comes_first(monkeypatch: pytest.MonkeyPatch, tmp_path:
         assert tiles.choose(shape, known, 64, 2) == large
         assert tiles.choose(shape, known, 4096, 1) == large  # beyond what was measured: the last
         assert tiles.choose(shape._replace(backward=False), known, 16, 1) != small
+        assert tiles.choose(shape, known, 8, 5) == large  # five teams of 32 are more than there are multiprocessors
+        assert [path.name for path in tmp_path.iterdir()] == ["tiles.json"]
         assert (
             json.loads((tmp_path / "tiles.json").read_text())["notes"]["sm_90/gru/half/512/backward"]["device"]
             == "a test"
         )
+    finally:
+        tiles._measured.cache_clear()
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"plans": {"k": [[1, {"loop": "a"}]]}}'])
+def test_a_table_that_cannot_be_read_is_named(text: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    path = tmp_path / "tiles.json"
+    path.write_text(text)
+    monkeypatch.setenv("FUSED_RNN_TRITON_TILES", str(path))
+    tiles._measured.cache_clear()
+    try:
+        with pytest.raises(RuntimeError, match=r"tiles.json: not a table that this version's tune wrote"):
+            tiles.choose(Shape("gru", 3, "half", 512, True), ARCHITECTURES["sm_90"], 16, 1)
     finally:
         tiles._measured.cache_clear()
 

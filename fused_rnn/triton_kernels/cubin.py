@@ -24,6 +24,7 @@ KINDS = {"half": ("bfloat16", "ieee"), "tf32": ("float32", "tf32"), "ieee": ("fl
 # Each side of every border in the tile tables; at 130 rows are not a multiple of 16 bytes.
 HIDDEN = (32, 64, 128, 130, 256, 512, 1024, 2048)
 CELLS = ("lstm", "gru", "rnn_tanh")  # rnn_relu is rnn_tanh but for one line of its cell: at one H
+RNN_HIDDEN = (32, 130, 512)  # of the same tiles as the others' kernels, and with a quarter of their registers
 
 
 class Job(NamedTuple):
@@ -86,7 +87,8 @@ def jobs(archs: list[str], cells: list[str], kinds: list[str], hidden: list[int]
                 continue
             dtype, precision = KINDS[kind]
             for cell in cells:
-                for size in hidden:
+                few = [size for size in hidden if size in RNN_HIDDEN] or hidden[:1]
+                for size in hidden if cell in gates else few:
                     for backward in (False, True):
                         yield from _of_shape(
                             arch, Shape(cell, gates.get(cell, 1), kind, size, backward), dtype, precision

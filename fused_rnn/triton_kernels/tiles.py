@@ -244,7 +244,12 @@ def choose(shape: Shape, device: Device, batch: int, recurrences: int) -> Plan:
     """The plan for a problem. `override` forces one, a measured table comes next, then the tables above."""
     if _forced:
         return _build(shape, device, **_forced)
-    measured = _measured().get(_key(shape, device))
+    # Measured with R = 1, and perhaps on a part of the same architecture with more multiprocessors.
+    measured = [
+        (rows, plan)
+        for rows, plan in _measured().get(_key(shape, device), ())
+        if plan.loop != "b" or plan.team * recurrences <= device.processors
+    ]
     if measured:
         within = [plan for rows, plan in measured if batch * recurrences <= rows]
         return within[0] if within else measured[-1][1]
@@ -331,11 +336,14 @@ def _measured() -> dict[str, list[tuple[int, Plan]]]:
     path = measured_path()
     if not path.exists():
         return {}
-    entries = json.loads(path.read_text())["plans"]
-    return {
-        key: [(rows, Plan(**{**plan, "tile": Tile(**plan["tile"])})) for rows, plan in plans]
-        for key, plans in entries.items()
-    }
+    try:
+        entries = json.loads(path.read_text())["plans"]
+        return {
+            key: [(rows, Plan(**{**plan, "tile": Tile(**plan["tile"])})) for rows, plan in plans]
+            for key, plans in entries.items()
+        }
+    except (ValueError, KeyError, TypeError) as error:
+        raise RuntimeError(f"{path}: not a table that this version's tune wrote ({error!r}); delete it") from error
 
 
 def record(shape: Shape, device: Device, plans: list[tuple[int, Plan]], note: dict[str, str]) -> None:
@@ -345,5 +353,7 @@ def record(shape: Shape, device: Device, plans: list[tuple[int, Plan]], note: di
     table["plans"][_key(shape, device)] = [(rows, asdict(plan)) for rows, plan in plans]
     table["notes"][_key(shape, device)] = note
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(table, indent=1))
+    whole = path.with_suffix(f".{os.getpid()}")  # so that nobody ever reads half a table
+    whole.write_text(json.dumps(table, indent=1))
+    whole.replace(path)
     _measured.cache_clear()
