@@ -16,18 +16,16 @@ from fused_rnn.problem import Problem
 BACKENDS: dict[str, ModuleType] = {module.NAME: module for module in (cpu, torch_backend, reference, triton_backend)}
 
 
-# In bfloat16, where oneDNN has AMX too, two kinds of problem run faster there (torch / cpu in time): inference of an
-# LSTM from this batch on, 0.73 to 0.95, and training on a single step of a GRU or RNN from this size on, 0.72 to 0.87.
-# One core of an Intel Xeon with AMX, 2026-11: benchmarks/results/cpu/bf16-1t.json.
-ONEDNN_BATCH, ONEDNN_HIDDEN = 32, 512
+# In bfloat16, where oneDNN has AMX too, training on a single step of a GRU or RNN from this size on is faster there:
+# torch takes 0.66 to 0.97 of our time. One core of an Intel Xeon with AMX, 2026-11.
+ONEDNN_HIDDEN = 512
 
 
 def _onednn_is_faster(problem: Problem) -> bool:
     if problem.dtype != torch.bfloat16 or ops.ISA != "amx" or problem.transformed:  # torch's kernels have no vmap rule
         return False
-    if problem.cell == "lstm":
-        return not problem.needs_grad and not problem.single_step and problem.batch >= ONEDNN_BATCH
-    return problem.needs_grad and problem.single_step and problem.hidden_size >= ONEDNN_HIDDEN
+    large_step = problem.needs_grad and problem.single_step and problem.hidden_size >= ONEDNN_HIDDEN
+    return large_step and problem.cell != "lstm"
 
 
 def preference(problem: Problem) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ from importlib import import_module
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fused_rnn import vmap
 from fused_rnn.cells import CELLS
@@ -38,6 +38,24 @@ ISA: str | None = None if _C is None else _C.isa()
 forward: Callable[..., list[Tensor]] = _absent
 backward: Callable[..., list[Tensor]] = _absent
 step: Callable[..., list[Tensor]] = _absent
+
+
+# A step past the dispatcher, where this torch lends its tensors to plain functions.
+quick_step: Callable[..., tuple[Tensor, ...] | None] | None = None
+# Each says whether something is on for which a step has to be seen as an op. Called on every step.
+_WATCHERS = (
+    torch._C._are_functorch_transforms_active,
+    torch._C._is_any_autocast_enabled,
+    torch._C._is_torch_function_mode_enabled,
+    torch._C._is_tracing,
+    torch._C._len_torch_dispatch_stack,
+    torch._C._autograd._profiler_enabled,
+)
+
+
+def _lends_tensors() -> bool:
+    exchange = getattr(Tensor, "__dlpack_c_exchange_api__", None)
+    return exchange is not None and _C.use_exchange(exchange, Tensor, nn.Parameter, torch.empty_like, _WATCHERS)
 
 
 def _same_device(x: Tensor, *others: Tensor | None) -> None:
@@ -135,6 +153,7 @@ if _C is not None:
     forward = torch.ops.fused_rnn.forward.default
     backward = torch.ops.fused_rnn.backward.default
     step = torch.ops.fused_rnn.step.default
+    quick_step = _C.quick_step if _lends_tensors() else None
     torch.library.register_fake("fused_rnn::forward", _forward_fake)
     torch.library.register_fake("fused_rnn::backward", _backward_fake)
     torch.library.register_fake("fused_rnn::step", _step_fake)

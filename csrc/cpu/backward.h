@@ -58,7 +58,9 @@ struct BackwardLoop {
   int64_t time(const Weights& w, int64_t step) const { return w.direction > 0 ? step : p.T - 1 - step; }
   bool active(int64_t t, int64_t b) const { return !p.lengths || t < p.lengths[b]; }
   bool cut(int64_t t, int64_t b) const { return p.reset && p.reset[t * p.B + b] && active(t, b); }
-  static int vectors_of(int64_t j, int64_t total) { return int(total - j * kPanelVectors < kPanelVectors ? total - j * kPanelVectors : kPanelVectors); }
+  static int vectors_of(int64_t j, int64_t total) {
+    return int(total - j * kPanelVectors < kPanelVectors ? total - j * kPanelVectors : kPanelVectors);
+  }
 
   // Panels [j0, j1) of W [k, n] as it stands, to multiply from the right.
   void pack(A* packed, const void* w, int64_t k, int64_t n, int64_t vectors, int64_t j0, int64_t j1) const {
@@ -88,7 +90,8 @@ struct BackwardLoop {
         if (!active(t, b)) continue;
         const T* dy = (const T*)f.dy + ((t * p.B + b) * p.R + r) * p.P + j * kPanelVectors * L;
         S* out = dh + (b - b0) * dh_stride;
-        for (int v = 0; v < nv; ++v) store(out + v * L, load(out + v * L) + load(dy + v * L, lanes_left(p.P, (j * kPanelVectors + v) * L, L)));
+        for (int v = 0; v < nv; ++v)
+          store(out + v * L, load(out + v * L) + load(dy + v * L, lanes_left(p.P, (j * kPanelVectors + v) * L, L)));
       }
     if (gates) {
       const auto panel = [&](int64_t i) { return m.w_hh + i * kPanelVectors * panel_size<Kind>(G * p.H, 1); };
@@ -115,57 +118,67 @@ struct BackwardLoop {
   __attribute__((noinline)) void cell(const Memory& m, int r, int64_t step, A* gates, int64_t j, int64_t b0, int64_t b1) const {
     const Weights& w = p.weights[r];
     const int64_t t = time(w, step), t_prev = t - w.direction, t_row = t - first_time(p, r), shift = f.saved_whole ? 0 : first_time(p, r);
-    const int64_t B = p.B, R = p.R, H = p.H, P = p.P, gates_stride = gate_stride, dc_stride = unit_stride;
+    const int64_t B = p.B, R = p.R, H = p.H, width = p.P, gates_stride = gate_stride, dc_stride = unit_stride;
     const int64_t dh_row = project ? unit_stride : dh_stride;
     const bool has_prev = step > p.start || (f.saved_whole && step > 0), masked = p.lengths || p.reset, projects = project;
     const int64_t row = t * B * R + r, row_prev = (has_prev ? t_prev : t) * B * R + r, kept_shift = shift * B * R;
     const T* const saved = at<const T>(f.saved, (row - kept_shift) * SV * H);
     const T* const cells = at<const T>(f.cells, (row - kept_shift) * H);
     const T* const cells_prev = at<const T>(f.cells, (row_prev - kept_shift) * H);
-    const T* const hidden = at<const T>(f.hidden, row * P);
-    const T* const hidden_prev = at<const T>(f.hidden, row_prev * P);
-    const S* const h0 = at<const S>(f.h0, r * B * P);
+    const T* const hidden = at<const T>(f.hidden, row * width);
+    const T* const hidden_prev = at<const T>(f.hidden, row_prev * width);
+    const S* const h0 = at<const S>(f.h0, r * B * width);
     const S* const c0 = at<const S>(f.c0, r * B * H);
     T* const dgates = at<T>(f.dgates, (t_row * B * R + r) * DG * H);
     T* const unprojected = at<T>(f.unprojected, (t_row * B * R + r) * H);
     S* const dh_rows = projects ? m.dm : m.dh;
     S* const dc_rows = m.dc;
-    for (int64_t u = j * kPanelVectors; u < j * kPanelVectors + vectors_of(j, unit_vectors); ++u) {
-      const int64_t first = u * L;
-      const int n = lanes_left(H, first, L);
-      for (int64_t b = b0; b < b1; ++b) {
-        bool on = true, zero = false, from_memory = has_prev;
-        if (masked) on = active(t, b), zero = cut(t, b), from_memory = has_prev && active(t_prev, b);
-        V d[DG] = {};
-        if (on) {
-          V s[SV ? SV : 1], c{}, c_prev{}, h_prev{}, h{}, dc{}, carry{};
-          const T* kept = saved + b * R * SV * H + first;
+    constexpr int most = Cell::has_cell ? 2 : 1;  // the LSTM alone has an activation here
+    const auto body = [&](auto size, const int64_t (&units)[most], const int64_t (&rows)[most]) __attribute__((always_inline)) {
+      constexpr int N = decltype(size)::value;
+      using P = Pack<S, N>;
+      bool on[N], zero[N];
+      P s[SV ? SV : 1] = {}, c{}, c_prev{}, h_prev{}, h{}, dh{}, dc{}, carry{}, d[DG];
 #pragma GCC unroll 4
-          for (int i = 0; i < SV; ++i) s[i] = load(kept + i * H, n);
-          if (Cell::has_cell) {
-            c = load(cells + b * R * H + first, n);
-            if (!zero) c_prev = from_memory ? load(cells_prev + b * R * H + first, n) : load(c0 + b * H + first, n);
-            dc = load(dc_rows + b * dc_stride + first);
-          }
-          if (Cell::needs_h) h = load(hidden + b * R * P + first, n);
-          if (Cell::needs_h_prev && !zero) h_prev = from_memory ? load(hidden_prev + b * R * P + first, n) : load(h0 + b * P + first, n);
-          S* dh = dh_rows + b * dh_row + first;
-          Cell::template backward<Polynomial<S>>(s, c_prev, c, h_prev, h, load(dh), dc, carry, d);
-          if (Cell::has_cell) store(dc_rows + b * dc_stride + first, zero ? V{} : dc);
-          if (projects) store(unprojected + b * R * H + first, h, n);
-          else store(dh, zero ? V{} : carry);
-        } else if (projects) {
-          store(unprojected + b * R * H + first, V{}, n);
+      for (int e = 0; e < N; ++e) {
+        const int64_t b = rows[e], first = units[e] * L;
+        const int n = lanes_left(H, first, L);
+        bool from_memory = has_prev;
+        on[e] = true, zero[e] = false;
+        if (masked) on[e] = active(t, b), zero[e] = cut(t, b), from_memory = has_prev && active(t_prev, b);
+#pragma GCC unroll 4
+        for (int i = 0; i < SV; ++i) s[i].v[e] = load(saved + (b * R * SV + i) * H + first, n);
+        if (Cell::has_cell) {
+          c.v[e] = load(cells + b * R * H + first, n);
+          if (!zero[e]) c_prev.v[e] = from_memory ? load(cells_prev + b * R * H + first, n) : load(c0 + b * H + first, n);
+          dc.v[e] = load(dc_rows + b * dc_stride + first);
         }
+        if (Cell::needs_h) h.v[e] = load(hidden + b * R * width + first, n);
+        if (Cell::needs_h_prev && !zero[e])
+          h_prev.v[e] = from_memory ? load(hidden_prev + b * R * width + first, n) : load(h0 + b * width + first, n);
+        dh.v[e] = load(dh_rows + b * dh_row + first);
+      }
+      Cell::template backward<Polynomial<S, N>>(s, c_prev, c, h_prev, h, dh, dc, carry, d);
+#pragma GCC unroll 4
+      for (int e = 0; e < N; ++e) {
+        const int64_t b = rows[e], first = units[e] * L;
+        const int n = lanes_left(H, first, L);
+        if (on[e]) {
+          if (Cell::has_cell) store(dc_rows + b * dc_stride + first, zero[e] ? V{} : dc.v[e]);
+          if (!projects) store(dh_rows + b * dh_row + first, zero[e] ? V{} : carry.v[e]);
+        }
+        if (projects) store(unprojected + b * R * H + first, on[e] ? h.v[e] : V{}, n);
         T* const out = dgates + b * R * DG * H + first;
         A* const operand = gates + b * gates_stride + first;
 #pragma GCC unroll 4
         for (int i = 0; i < DG; ++i) {
-          store(out + i * H, d[i], n);
-          if (i < G) store(operand + i * H, zero ? V{} : d[i], n);
+          const V gradient = on[e] ? d[i].v[e] : V{};
+          store(out + i * H, gradient, n);
+          if (i < G) store(operand + i * H, zero[e] ? V{} : gradient, n);
         }
       }
-    }
+    };
+    for_packs<most>(j * kPanelVectors, j * kPanelVectors + vectors_of(j, unit_vectors), b0, b1, body);
   }
 
   void recurrence(const Memory& m, int r, const Share& s) const {
@@ -203,8 +216,9 @@ struct BackwardLoop {
         const int64_t j = from_end ? j0 + j1 - 1 - i : i;
         if (project) {
           S* dm = m.dm + b0 * unit_stride + j * kPanelVectors * L;
-          multiply_panel<Kind>(b1 - b0, vectors_of(j, unit_vectors), {m.out + b0 * out_stride, out_stride, m.w_hr + j * kPanelVectors * panel_size<Kind>(p.P, 1),
-                                                                      p.P, m.zero, 0, dm, unit_stride});
+          multiply_panel<Kind>(b1 - b0, vectors_of(j, unit_vectors),
+                               {m.out + b0 * out_stride, out_stride, m.w_hr + j * kPanelVectors * panel_size<Kind>(p.P, 1), p.P, m.zero, 0,
+                                dm, unit_stride});
         } else {
           const int64_t next = from_end ? j - 1 : j + 1;
           hidden_gradient(m, r, t, in, j, next >= j0 && next < j1 ? next : -1, b0, b1);

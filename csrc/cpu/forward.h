@@ -95,7 +95,8 @@ struct ForwardLoop {
         const int n = lanes_left(p.H, first, L);
         const int gx = G == 1 ? 0 : O::x_gate(v), gh = G == 1 ? 0 : O::h_gate(v);
         pack_rows<Kind, T>(m.w_ih + u0 * panel_size<Kind>(p.D, G), nu * G, v, (const T*)w.w_ih + (gx * p.H + first) * p.D, p.D, n, p.D);
-        if (uses_h) pack_rows<Kind, T>(m.w_hh + u0 * panel_size<Kind>(p.P, G), nu * G, v, (const T*)w.w_hh + (gh * p.H + first) * p.P, p.P, n, p.P);
+        if (uses_h)
+          pack_rows<Kind, T>(m.w_hh + u0 * panel_size<Kind>(p.P, G), nu * G, v, (const T*)w.w_hh + (gh * p.H + first) * p.P, p.P, n, p.P);
       }
     }
   }
@@ -171,8 +172,7 @@ struct ForwardLoop {
     if (direct_x) return in;
     A* copy = m.x + me * chunk_steps * p.B * x_stride;
     for (int64_t q = 0; q < in.blocks; ++q)
-      for (int64_t i = 0; i < in.rows; ++i)
-        convert_row(copy + (q * p.B + b0 + i) * x_stride, x + (q * p.B + b0 + i) * ld, p.D, x_stride);
+      for (int64_t i = 0; i < in.rows; ++i) convert_row(copy + (q * p.B + b0 + i) * x_stride, x + (q * p.B + b0 + i) * ld, p.D, x_stride);
     return {copy, x_stride, in.blocks, in.rows};
   }
   // Its product, for panel j; panel `next` follows (-1: none).
@@ -189,10 +189,10 @@ struct ForwardLoop {
   }
 
   // ---- the cell ----
-  // Rows [b0, b1) of panel j at time t: from pre-activations to h_t (or, with a projection, what it multiplies) and c_t.
+  // Rows [b0, b1) of unit vectors [u0, u1): from pre-activations to h_t (or, with a projection, what it multiplies) and c_t.
   // What the loop reads of the problem is copied first: the compiler must assume that a vector store may change the original.
-  __attribute__((noinline)) void cell(const Memory& m, int r, int64_t step, const S* pre, const A* h_in, A* h_out, int64_t j, int64_t b0,
-                                      int64_t b1) const {
+  __attribute__((noinline)) void cell(const Memory& m, int r, int64_t step, const S* pre, const A* h_in, A* h_out, int64_t u0, int64_t u1,
+                                      int64_t b0, int64_t b1) const {
     const Weights& w = p.weights[r];
     const int64_t t = time(w, step), t_row = t - first_time(p, r), t_next = t + w.direction;
     const int64_t H = p.H, R = p.R, pre_stride = row, in_stride = h_stride, cell_stride = c_stride, unprojected_stride = m_stride;
@@ -203,41 +203,48 @@ struct ForwardLoop {
     T* const cells = Cell::has_cell ? at<T>(f.cells, (t_row * p.B * R + r) * H) : nullptr;
     A* const unprojected = m.m;
     S* const c_state = m.c;
-    const int64_t u_end = (j + 1) * O::units < unit_vectors ? (j + 1) * O::units : unit_vectors;
-    for (int64_t u = j * O::units; u < u_end; ++u) {
-      const int64_t first = u * L;
-      const int n = lanes_left(H, first, L);
-      for (int64_t b = b0; b < b1; ++b) {
-        bool on = true, zero = false, zero_next = false;
-        if (masked) on = active(t, b), zero = cut(t, b), zero_next = !last && cut(t_next, b);
-        const S* a_row = pre + b * pre_stride + first * PA;
-        V a[PA], s[SV ? SV : 1], c{}, h{}, h_prev{};
+    const auto body = [&](auto size, const int64_t (&units)[kPack], const int64_t (&rows)[kPack]) __attribute__((always_inline)) {
+      constexpr int N = decltype(size)::value;
+      using P = Pack<S, N>;
+      bool on[N], zero[N], zero_next[N];
+      P a[PA], s[SV ? SV : 1], c{}, h{}, h_prev{};
 #pragma GCC unroll 4
-        for (int i = 0; i < PA; ++i) a[i] = load(a_row + O::column(i) * L);
-        if (Cell::has_cell && !zero) c = load(c_state + b * cell_stride + first);
-        if (Cell::needs_h_prev) h_prev = load(h_in + b * in_stride + first);
-        Cell::template forward<Polynomial<S>>(a, h_prev, c, h, s);
-        h = rounded<T>(h);
-        if (Cell::has_cell && on) store(c_state + b * cell_stride + first, c);
-        const int64_t out = b * R * H + first;
+      for (int e = 0; e < N; ++e) {
+        const int64_t b = rows[e], first = units[e] * L;
+        on[e] = true, zero[e] = zero_next[e] = false;
+        if (masked) on[e] = active(t, b), zero[e] = cut(t, b), zero_next[e] = !last && cut(t_next, b);
+        const S* a_row = pre + b * pre_stride + first * PA;
+#pragma GCC unroll 4
+        for (int i = 0; i < PA; ++i) a[i].v[e] = load(a_row + O::column(i) * L);
+        if (Cell::has_cell && !zero[e]) c.v[e] = load(c_state + b * cell_stride + first);
+        if (Cell::needs_h_prev) h_prev.v[e] = load(h_in + b * in_stride + first);
+      }
+      Cell::template forward<Polynomial<S, N>>(a, h_prev, c, h, s);
+#pragma GCC unroll 4
+      for (int e = 0; e < N; ++e) {
+        const int64_t b = rows[e], first = units[e] * L, out = b * R * H + first;
+        const int n = lanes_left(H, first, L);
+        if (Cell::has_cell && on[e]) store(c_state + b * cell_stride + first, c.v[e]);
+        V now = rounded<T>(h.v[e]);
         if (project) {
-          store(unprojected + b * unprojected_stride + first, h);
+          store(unprojected + b * unprojected_stride + first, now);
         } else {
-          V keep = h;
-          if (!on) keep = load(h_in + b * in_stride + first), h = V{};  // not running at this step: as it was
-          if (y) store(y + out, h, n);
-          if (hidden) store(hidden + out, h, n);
-          if (zero_next) keep = V{};
+          V keep = now;
+          if (!on[e]) keep = load(h_in + b * in_stride + first), now = V{};  // not running at this step: as it was
+          if (y) store(y + out, now, n);
+          if (hidden) store(hidden + out, now, n);
+          if (zero_next[e]) keep = V{};
           store(h_out + b * in_stride + first, keep);
         }
         if (saved) {
           T* const kept = saved + b * R * SV * H + first;
 #pragma GCC unroll 4
-          for (int i = 0; i < SV; ++i) store(kept + i * H, s[i], n);
+          for (int i = 0; i < SV; ++i) store(kept + i * H, s[i].v[e], n);
         }
-        if (cells) store(cells + out, c, n);
+        if (cells) store(cells + out, c.v[e], n);
       }
-    }
+    };
+    for_packs<kPack>(u0, u1, b0, b1, body);
   }
 
   // h = W_hr m for output vectors [v0, v1), rows [b0, b1).
@@ -299,6 +306,10 @@ struct ForwardLoop {
 
     // Every other step runs the panels from the end: what the caches still hold of the weights comes first. So does every other
     // call on weights as they stand, which a stream of single steps makes.
+    // Of very few rows, several panels go through the cell together, for it to have a pack of vectors. Where weights come from L2 that
+    // would only part the reading from the arithmetic, which otherwise overlap.
+    const bool near = unit_vectors * panel_size<Kind>(p.P, G) * int64_t(sizeof(A)) <= kNearestBytes;
+    const int64_t at_once = near && b1 - b0 < kPack ? kPack : 1, blocks = (j1 - j0 + at_once - 1) / at_once;
     static thread_local int calls = 0;
     const int64_t turn = unpacked ? calls++ : 0;
     const A* h_in = m.h[0];
@@ -315,13 +326,15 @@ struct ForwardLoop {
           if (split_units) barrier.wait(s.me);  // c of all units is read there, before this step changes it
         }
         const bool skip = step == p.start && f.h_is_zero, from_end = (step + turn) & 1;
-        for (int64_t i = j0; i < j1; ++i) {
-          const int64_t j = from_end ? j0 + j1 - 1 - i : i;
-          const int64_t after = from_end ? j - 1 : j + 1, next = after >= j0 && after < j1 ? after : -1;
-          if (by_panel) input(m, r, in, b0, j, next);
+        for (int64_t i = 0; i < blocks; ++i) {
+          const int64_t ja = j0 + (from_end ? blocks - 1 - i : i) * at_once, jb = ja + at_once < j1 ? ja + at_once : j1;
+          const int64_t after = from_end ? ja - 1 : jb, next = after >= j0 && after < j1 ? after : -1;
           S* c = pre + b0 * row;
-          if (!skip) product(h_in + b0 * h_stride, h_stride, b1 - b0, m.w_hh, (const T*)w.w_hh, p.P, false, j, next, c, row, c);
-          cell(m, r, step, pre, h_in, h_out, j, b0, b1);
+          for (int64_t j = ja; j < jb; ++j) {
+            if (by_panel) input(m, r, in, b0, j, next);
+            if (!skip) product(h_in + b0 * h_stride, h_stride, b1 - b0, m.w_hh, (const T*)w.w_hh, p.P, false, j, next, c, row, c);
+          }
+          cell(m, r, step, pre, h_in, h_out, ja * O::units, jb * O::units < unit_vectors ? jb * O::units : unit_vectors, b0, b1);
         }
         if (project_h) {
           if (split_units) barrier.wait(s.me);

@@ -54,8 +54,8 @@ template <class S>
 static void activation_of(int which, const S* x, S* out, int64_t n) {
   for (int64_t i = 0; i < n; i += kLanes<S>) {
     const int left = lanes_left(n, i, kLanes<S>);
-    const Vec<S> v = load(x + i, left);
-    store(out + i, which ? Polynomial<S>::tanh(v) : Polynomial<S>::sigmoid(v), left);
+    const Pack<S, 1> v{{load(x + i, left)}};
+    store(out + i, (which ? Polynomial<S, 1>::tanh(v) : Polynomial<S, 1>::sigmoid(v)).v[0], left);
   }
 }
 static void activation(int which, fused_rnn::Dtype dtype, const void* x, void* out, int64_t n) {
@@ -68,6 +68,11 @@ static void activation(int which, fused_rnn::Dtype dtype, const void* x, void* o
 #define FUSED_RNN_TABLE(table) \
   namespace fused_rnn::cpu { \
   extern const Kernels table; \
-  const Kernels table{#table, ::FUSED_RNN_ISA::run<::FUSED_RNN_ISA::ForwardLoop>, ::FUSED_RNN_ISA::run<::FUSED_RNN_ISA::BackwardLoop>, \
-                      ::FUSED_RNN_ISA::run<::FUSED_RNN_ISA::ProductsLoop>, ::FUSED_RNN_ISA::kProductsPad, ::FUSED_RNN_ISA::convert, ::FUSED_RNN_ISA::activation}; \
+  const Kernels table{#table, \
+                      ::FUSED_RNN_ISA::run<::FUSED_RNN_ISA::ForwardLoop>, \
+                      ::FUSED_RNN_ISA::run<::FUSED_RNN_ISA::BackwardLoop>, \
+                      ::FUSED_RNN_ISA::run<::FUSED_RNN_ISA::ProductsLoop>, \
+                      ::FUSED_RNN_ISA::kProductsPad, \
+                      ::FUSED_RNN_ISA::convert, \
+                      ::FUSED_RNN_ISA::activation}; \
   }

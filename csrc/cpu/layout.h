@@ -40,10 +40,40 @@ struct Order<Gru> {  // nx, r, z, nh: x writes the first three, h the last three
   static constexpr int h_gate(int v) { return v; }
 };
 
-static ALWAYS_INLINE int lanes_left(int64_t n, int64_t from, int lanes) {
-  return n - from >= lanes ? lanes : n > from ? int(n - from) : 0;
+static ALWAYS_INLINE int lanes_left(int64_t n, int64_t from, int lanes) { return n - from >= lanes ? lanes : n > from ? int(n - from) : 0; }
+
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int kPack = 4;  // vectors that go through a cell side by side: what 32 registers hold
+#else
+constexpr int kPack = 2;
+#endif
+template <int n>
+struct Count {
+  static constexpr int value = n;
+};
+// function(Count<N>, units, rows) for every vector of units in [u0, u1) and row in [b0, b1), `most` of them at a time while there are
+// as many, then one by one.
+template <int most, class F>
+static ALWAYS_INLINE void for_packs(int64_t u0, int64_t u1, int64_t b0, int64_t b1, F function) {
+  int64_t u = u0, b = b0, units[most], rows[most];
+  const auto next = [&](int i) __attribute__((always_inline)) {
+    units[i] = u, rows[i] = b;
+    if (++b == b1) b = b0, ++u;
+  };
+  int64_t left = (u1 - u0) * (b1 - b0);
+  const auto run = [&](auto count) __attribute__((always_inline)) {
+    constexpr int n = decltype(count)::value;
+    for (; left >= n; left -= n) {
+#pragma GCC unroll 4
+      for (int i = 0; i < n; ++i) next(i);
+      function(count, units, rows);
+    }
+  };
+  run(Count<most>{});
+  if constexpr (most > 1) run(Count<1>{});
 }
 
+constexpr int64_t kNearestBytes = 32 * 1024;  // weights up to this stay in L1
 constexpr int64_t kNearBytes = 512 * 1024;  // weights above this may have to come from L3 in every step, and are fetched ahead
 
 // Row strides: rows a power of two apart fight for the same cache sets, and a load from one waits for a store to the other whose

@@ -120,17 +120,17 @@ struct ProductsLoop {
   }
 
   void bias_gradient(const Memory& m, S* db, int64_t depth, bool first, int64_t left_row, int64_t db_row, int64_t n) const {
-    for (int64_t i = 0; i < n; ++i) {
-      const A* a = m.left + (left_row + i) * kLd;
-      Vec<S> sum[2] = {};
-      for (int64_t k = 0; k < depth; k += 2 * L) {
-        sum[0] += load(a + k, lanes_left(depth, k, L));
-        sum[1] += load(a + k + L, lanes_left(depth, k + L, L));
+    for (int64_t i = 0; i < n; i += L) {
+      const int here = lanes_left(n, i, L);
+      Vec<S> rows[L];
+      for (int l = 0; l < L; ++l) {
+        rows[l] = Vec<S>{};
+        const A* a = m.left + (left_row + i + l) * kLd;
+        for (int64_t k = 0; k < depth && l < here; k += L) rows[l] += load(a + k, lanes_left(depth, k, L));
       }
-      sum[0] += sum[1];
-      S total = 0;
-      for (int l = 0; l < L; ++l) total += sum[0][l];
-      db[db_row + i] = first ? total : db[db_row + i] + total;
+      const Vec<S> total = sums<S>(rows);
+      S* out = db + db_row + i;
+      store(out, first ? total : load(out, here) + total, here);
     }
   }
 
@@ -165,8 +165,10 @@ struct ProductsLoop {
       weight_gradient(m, (S*)f.dw_hh[r], p.P, depth, first, count_h, left_h, dw_h, units);
       if (f.db_ih)
         for (int i = 0; i < count_x; ++i) bias_gradient(m, (S*)f.db_ih[r], depth, first, left_x[i], dw_x[i], units);
-      if (f.db_hh)
-        for (int i = 0; i < count_h; ++i) bias_gradient(m, (S*)f.db_hh[r], depth, first, left_h[i], dw_h[i], units);
+      for (int i = 0; i < count_h && f.db_hh; ++i) {
+        if (DG == G) memcpy((S*)f.db_hh[r] + dw_h[i], (const S*)f.db_ih[r] + dw_h[i], size_t(units) * sizeof(S));  // the same sums
+        else bias_gradient(m, (S*)f.db_hh[r], depth, first, left_h[i], dw_h[i], units);
+      }
       if (f.dprojected) {
         const int64_t o0 = part(p.P, me, team), outs = part(p.P, me + 1, team) - o0, zero = 0;
         transpose_into(m.left, (const T*)f.dprojected + (k0 * p.R + r) * p.P + o0, p.R * p.P, outs, depth);
@@ -217,11 +219,14 @@ struct ProductsLoop {
     if (rows <= kFewRows && team == 1) return input_of_few(r);
     const Weights& w = p.weights[r];
     const int64_t vectors = (p.D + L - 1) / L, panels = (vectors + kPanelVectors - 1) / kPanelVectors;
-    const auto vectors_of = [&](int64_t j) { return int(vectors - j * kPanelVectors < kPanelVectors ? vectors - j * kPanelVectors : kPanelVectors); };
+    const auto vectors_of = [&](int64_t j) {
+      return int(vectors - j * kPanelVectors < kPanelVectors ? vectors - j * kPanelVectors : kPanelVectors);
+    };
     for (int64_t j = part(panels, me, team); j < part(panels, me + 1, team); ++j)
       for (int v = 0; v < vectors_of(j); ++v)
         pack_columns<Kind, T>(m.w_ih + j * kPanelVectors * panel_size<Kind>(G * p.H, 1), vectors_of(j), v,
-                              (const T*)w.w_ih + (j * kPanelVectors + v) * L, p.D, lanes_left(p.D, (j * kPanelVectors + v) * L, L), G * p.H);
+                              (const T*)w.w_ih + (j * kPanelVectors + v) * L, p.D, lanes_left(p.D, (j * kPanelVectors + v) * L, L),
+                              G * p.H);
     barrier.wait(me);
     const int64_t stride = row_stride<Kind>(G * p.H), ld = p.R * DG * p.H, ld_x = f.x_per_recurrence ? p.R * p.D : p.D;
     T* dx = (T*)f.dx + first_time(p, r) * p.B * ld_x + (f.x_per_recurrence ? r * p.D : 0);
@@ -234,11 +239,13 @@ struct ProductsLoop {
         for (int64_t k = 0; k < n; ++k)
           for (int d = 0; d < DG; ++d)
             if (input_gate(d) >= 0)
-              convert_row(m.dx_left + k * stride + input_gate(d) * p.H, dgates + k * ld + d * p.H, p.H, input_gate(d) + 1 == G ? stride - (G - 1) * p.H : p.H);
+              convert_row(m.dx_left + k * stride + input_gate(d) * p.H, dgates + k * ld + d * p.H, p.H,
+                          input_gate(d) + 1 == G ? stride - (G - 1) * p.H : p.H);
       for (int64_t j = 0; j < panels; ++j) {
         const int nv = vectors_of(j);
-        multiply_panel<Kind>(n, nv, {direct ? (const A*)dgates : m.dx_left, direct ? ld : stride,
-                                     m.w_ih + j * kPanelVectors * panel_size<Kind>(G * p.H, 1), G * p.H, m.zero, 0, m.dx_tile, W});
+        multiply_panel<Kind>(n, nv,
+                             {direct ? (const A*)dgates : m.dx_left, direct ? ld : stride,
+                              m.w_ih + j * kPanelVectors * panel_size<Kind>(G * p.H, 1), G * p.H, m.zero, 0, m.dx_tile, W});
         for (int64_t k = 0; k < n; ++k)
           for (int v = 0; v < nv; ++v) {
             const int64_t column = (j * kPanelVectors + v) * L;

@@ -53,6 +53,42 @@ static ALWAYS_INLINE Vec<Scalar> splat(Scalar s) {
   return s - Vec<Scalar>{};  // x - 0, not x + 0: keeps -0
 }
 
+// N vectors that take every operation side by side: an activation is a chain of some twenty dependent operations, and a processor
+// sees too few of them at once to keep its arithmetic busy with one chain alone.
+template <class Scalar, int N>
+struct Pack {
+  Vec<Scalar> v[N];
+};
+template <class S, int N, class F>
+static ALWAYS_INLINE Pack<S, N> each(F function) {
+  Pack<S, N> out;
+#pragma GCC unroll 4
+  for (int i = 0; i < N; ++i) out.v[i] = function(i);
+  return out;
+}
+#define FUSED_RNN_PACK_OPERATOR(op) \
+  template <class S, int N> \
+  static ALWAYS_INLINE Pack<S, N> operator op(const Pack<S, N>& a, const Pack<S, N>& b) { \
+    return each<S, N>([&](int i) { return a.v[i] op b.v[i]; }); \
+  } \
+  template <class S, int N> \
+  static ALWAYS_INLINE Pack<S, N> operator op(const Pack<S, N>& a, S b) { \
+    return each<S, N>([&](int i) { return a.v[i] op b; }); \
+  } \
+  template <class S, int N> \
+  static ALWAYS_INLINE Pack<S, N> operator op(S a, const Pack<S, N>& b) { \
+    return each<S, N>([&](int i) { return a op b.v[i]; }); \
+  }
+FUSED_RNN_PACK_OPERATOR(+)
+FUSED_RNN_PACK_OPERATOR(-)
+FUSED_RNN_PACK_OPERATOR(*)
+FUSED_RNN_PACK_OPERATOR(/)
+#undef FUSED_RNN_PACK_OPERATOR
+template <class S, int N>
+static ALWAYS_INLINE Pack<S, N> operator-(const Pack<S, N>& a) {
+  return each<S, N>([&](int i) { return -a.v[i]; });
+}
+
 // ---- loads and stores of one vector's worth of elements of storage type T, as accumulation type A ----
 static ALWAYS_INLINE Vf load(const float* p) { return *(const VectorOf<float>::Unaligned*)p; }
 static ALWAYS_INLINE Vd load(const double* p) { return *(const VectorOf<double>::Unaligned*)p; }

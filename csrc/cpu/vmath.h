@@ -1,10 +1,15 @@
 // The CPU's math policy: branch-free polynomials over whole vectors. Largest errors (tests/test_activations.py measures them):
-// sigmoid 2.5 ulp, tanh 1.5 ulp, as torch's own to the digit on average; NaN in, NaN out.
+// sigmoid 2.4 ulp, tanh 1.4 ulp, as torch's own to the digit on average; NaN in, NaN out.
 //
-// exp(x) = 2^n exp(r), n = round(x / ln 2), |r| <= ln 2 / 2, and expm1(r) = r + w with a small w. From s = 2^n, r and w:
-//   sigmoid(x) = 1 / (1 + exp(-x)),   exp = s (1 + r + w)
-//   tanh(x)    = e / (e + 2),         e = expm1(2x) = s (r + w) + (s - 1), kept as a sum of two numbers: rounded to one, the
-//                error of e alone would be twice that of the whole function in torch
+// exp(k x) = 2^n exp(k r), n = round(k x / ln 2), |k r| <= ln 2 / 2. From s = 2^n and v = expm1(k r):
+//   1 + exp(k x) = (s + 1) + s v: one rounding, since s + 1 is exact wherever the 1 matters
+//
+//   sigmoid(x)   = 1 / (1 + exp(-x))
+//
+//   tanh(|x|)    = 1 - 2 / (1 + exp(2 |x|)) from |x| = 0.55 on, an odd polynomial below
+//
+// In double, tanh(x) = e / (e + 2) with e = expm1(2x) kept as a sum of two numbers: rounded to one, the error of e alone would be
+// twice that of the whole function in torch.
 #pragma once
 #include "../cells/math.h"
 #include "vec.h"
@@ -47,34 +52,56 @@ static ALWAYS_INLINE Vf reciprocal(Vf b) {
   return 1.0f / b;
 #endif
 }
-static ALWAYS_INLINE Vd reciprocal(Vd b) { return 1.0 / b; }
 
-static ALWAYS_INLINE void expm1_parts(Vf x, Vf& r, Vf& w, Vf& s) {
-  using I = VectorOf<float>::I;
-  const float magic = 0x1.8p23f;  // adding it rounds to an integer, left in the low bits
-  const Vf t = x * 1.44269504088896341f + magic;
-  const Vf n = t - magic;
-  const Vf high = x + n * -0.693145751953125f;  // ln 2 in two parts; the first has few bits, so n times it is exact
-  r = high + n * -1.42860682030941723212e-6f;
-  Vf q = splat(1.9841270e-4f);  // 1/7!, 1/6!, .. 1/2!
-  q = q * r + 1.3888889e-3f;
-  q = q * r + 8.3333337e-3f;
-  q = q * r + 4.1666668e-2f;
-  q = q * r + 1.6666667e-1f;
-  q = q * r + 0.5f;
-  w = (q * r) * r + ((high - r) + n * -1.42860682030941723212e-6f);  // the second term: what rounding r has lost
-  s = (Vf)(((I)t - 0x4B400000 + 127) << 23);
+// 2^n, for the integer n that adding `magic` has left in the low bits of t.
+static ALWAYS_INLINE Vf power_of_two(Vf t) { return (Vf)(((VectorOf<float>::I)t - 0x4B400000 + 127) << 23); }
+static ALWAYS_INLINE Vd power_of_two(Vd t) { return (Vd)(((VectorOf<double>::I)t - 0x4338000000000000ll + 1023) << 52); }
+
+// The same for packs, vector by vector.
+template <class S, int N>
+static ALWAYS_INLINE Pack<S, N> at_least(S low, const Pack<S, N>& x) {
+  return each<S, N>([&](int i) { return at_least<S>(low, x.v[i]); });
+}
+template <class S, int N>
+static ALWAYS_INLINE Pack<S, N> at_most(S high, const Pack<S, N>& x) {
+  return each<S, N>([&](int i) { return at_most<S>(high, x.v[i]); });
+}
+template <int N>
+static ALWAYS_INLINE Pack<float, N> reciprocal(const Pack<float, N>& b) {
+  return each<float, N>([&](int i) { return reciprocal(b.v[i]); });
+}
+template <class S, int N>
+static ALWAYS_INLINE Pack<S, N> power_of_two(const Pack<S, N>& t) {
+  return each<S, N>([&](int i) { return power_of_two(t.v[i]); });
 }
 
-static ALWAYS_INLINE void expm1_parts(Vd x, Vd& r, Vd& w, Vd& s) {
-  using I = VectorOf<double>::I;
+// 1 + exp(k x), k one of -1, 2.
+template <int k, int N>
+static ALWAYS_INLINE Pack<float, N> one_plus_exp(const Pack<float, N>& x) {
+  using P = Pack<float, N>;
+  const float magic = 0x1.8p23f;  // adding it rounds to an integer, left in the low bits
+  const P t = x * (k * 1.44269504088896341f) + magic;
+  const P n = t - magic;
+  // ln 2 in two parts; the first has few bits, so n times it is exact
+  const P r = (x + n * (-0.693145751953125f / k)) + n * (-1.42860682030941723212e-6f / k);
+  P q = r * (k * k * k * k * k * k * 1.395054045e-3f) + k * k * k * k * k * 8.368918672e-3f;  // minimax: error 3e-9 of v
+  q = q * r + k * k * k * k * 4.166620597e-2f;
+  q = q * r + k * k * k * 1.666651815e-1f;
+  q = q * r + k * k * 0.5f;
+  q = q * r + float(k);
+  const P s = power_of_two(t);
+  return s * (q * r) + (s + 1.0f);
+}
+
+template <int N>
+static ALWAYS_INLINE void expm1_parts(const Pack<double, N>& x, Pack<double, N>& r, Pack<double, N>& w, Pack<double, N>& s) {
+  using P = Pack<double, N>;
   const double magic = 0x1.8p52;
-  const Vd t = x * 1.4426950408889634074 + magic;
-  const Vd n = t - magic;
-  const Vd high = x + n * -0x1.62e42feep-1;  // 33 bits of ln 2, then the rest
+  const P t = x * 1.4426950408889634074 + magic;
+  const P n = t - magic;
+  const P high = x + n * -0x1.62e42feep-1;  // 33 bits of ln 2, then the rest
   r = high + n * -0x1.a39ef35793c76p-33;
-  Vd q = splat(1.0 / 6227020800.0);  // 1/13!, 1/12!, .. 1/2!
-  q = q * r + 1.0 / 479001600.0;
+  P q = r * (1.0 / 6227020800.0) + 1.0 / 479001600.0;  // 1/13!, 1/12!, .. 1/2!
   q = q * r + 1.0 / 39916800.0;
   q = q * r + 1.0 / 3628800.0;
   q = q * r + 1.0 / 362880.0;
@@ -86,31 +113,62 @@ static ALWAYS_INLINE void expm1_parts(Vd x, Vd& r, Vd& w, Vd& s) {
   q = q * r + 1.0 / 6.0;
   q = q * r + 0.5;
   w = (q * r) * r + ((high - r) + n * -0x1.a39ef35793c76p-33);
-  s = (Vd)(((I)t - 0x4338000000000000ll + 1023) << 52);
+  s = power_of_two(t);
 }
 
-template <class Scalar>
+template <int N>
+static ALWAYS_INLINE Pack<float, N> sigmoid_of(const Pack<float, N>& x) {
+  return 1.0f / one_plus_exp<-1>(at_most(87.0f, at_least(-87.0f, x)));
+}
+template <int N>
+static ALWAYS_INLINE Pack<double, N> sigmoid_of(const Pack<double, N>& x) {
+  Pack<double, N> r, w, s;
+  expm1_parts(at_most(708.0, at_least(-708.0, -x)), r, w, s);
+  return 1.0 / (1.0 + ((r + w) * s + s));
+}
+
+template <int N>
+static ALWAYS_INLINE Pack<float, N> tanh_of(const Pack<float, N>& x) {
+  using P = Pack<float, N>;
+  using I = VectorOf<float>::I;
+  const P a = each<float, N>([&](int i) { return (Vf)((I)x.v[i] & 0x7fffffff); });
+  const P square = a * a;
+  P q = square * -6.282450166e-3f + 2.107774280e-2f;  // minimax on |x| <= 0.55: error 2e-9
+  q = q * square + -5.385385454e-2f;
+  q = q * square + 1.333260238e-1f;
+  q = q * square + -3.333331943e-1f;
+  const P low = a + a * (q * square);
+  const P inverse = reciprocal(one_plus_exp<2>(at_most(9.1f, a)));  // tanh is 1 to the last bit there
+  return each<float, N>([&](int i) {
+    const Vf size = a.v[i] < 0.55f ? low.v[i] : 1.0f - 2.0f * inverse.v[i];
+    return (Vf)((I)size | ((I)x.v[i] & int32_t(0x80000000u)));
+  });
+}
+template <int N>
+static ALWAYS_INLINE Pack<double, N> tanh_of(const Pack<double, N>& x) {
+  using P = Pack<double, N>;
+  P r, w, s;
+  const P z = at_most(20.0, at_least(-20.0, x));
+  expm1_parts(z + z, r, w, s);
+  const P big = r * s + (s - 1.0), small = w * s + (r * s + ((s - 1.0) - big));
+  const P e = big + small, e_low = (big - e) + small;
+  const P d = e + 2.0, d_low = (e - (d - 2.0)) + e_low;
+  const P inverse = 1.0 / d, q = e * inverse;
+  return q + inverse * ((e - q * d) + (e_low - q * d_low));
+}
+
+template <class Scalar, int N>
 struct Polynomial {
-  using V = Vec<Scalar>;
+  using P = Pack<Scalar, N>;
   static constexpr Scalar one = 1;
-  static constexpr bool wide = sizeof(Scalar) == 8;
-  static ALWAYS_INLINE V sigmoid(V x) {
-    V r, w, s;
-    expm1_parts(at_most<Scalar>(wide ? 708 : 87, at_least<Scalar>(wide ? -708 : -87, -x)), r, w, s);
-    return one / (one + ((r + w) * s + s));
+  static ALWAYS_INLINE P sigmoid(const P& x) { return sigmoid_of(x); }
+  static ALWAYS_INLINE P tanh(const P& x) { return tanh_of(x); }
+  static ALWAYS_INLINE P relu(const P& x) {
+    return each<Scalar, N>([&](int i) { return x.v[i] < Vec<Scalar>{} ? Vec<Scalar>{} : x.v[i]; });
   }
-  static ALWAYS_INLINE V tanh(V x) {
-    V r, w, s;
-    const V z = at_most<Scalar>(wide ? 20 : 9.1, at_least<Scalar>(wide ? -20 : -9.1, x));  // tanh is 1 to the last bit there
-    expm1_parts(z + z, r, w, s);
-    const V big = r * s + (s - one), small = w * s + (r * s + ((s - one) - big));
-    const V e = big + small, e_low = (big - e) + small;
-    const V d = e + Scalar(2), d_low = (e - (d - Scalar(2))) + e_low;
-    const V inverse = reciprocal(d), q = e * inverse;
-    return q + inverse * ((e - q * d) + (e_low - q * d_low));
+  static ALWAYS_INLINE P positive(const P& a, const P& b) {
+    return each<Scalar, N>([&](int i) { return a.v[i] > Vec<Scalar>{} ? b.v[i] : Vec<Scalar>{}; });
   }
-  static ALWAYS_INLINE V relu(V x) { return x < V{} ? V{} : x; }
-  static ALWAYS_INLINE V positive(V a, V b) { return a > V{} ? b : V{}; }
 };
 
 }  // namespace FUSED_RNN_ISA

@@ -3,10 +3,12 @@
 
 #include "../cpu/isa.h"
 #include "layer.h"
+#include "quick_step.h"
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled part of fused_rnn: registers torch.ops.fused_rnn.*";
   m.attr("CHECKPOINT_EVERY") = fused_rnn::ops::kCheckpointEvery;
   m.def("isa", [] { return fused_rnn::cpu::kernels().name; }, "The instruction set in use on CPU.");
   m.def("available_isas", &fused_rnn::cpu::available_isas, "The instruction sets this processor can run, best first, comma-separated.");
+  if (fused_rnn::ops::add_quick_step(m.ptr()) != 0) throw pybind11::error_already_set();
 }

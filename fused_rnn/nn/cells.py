@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -20,6 +20,7 @@ from fused_rnn.nn.base import Fused, known_backend, prefers_twin, refuse, run_tw
 from fused_rnn.nn.plain import (
     CELL_CODES,
     PLAIN,
+    QUICK_STEP,
     STEP,
     STEP_SIZE,
     STEPPING,
@@ -51,20 +52,22 @@ class Cell(Fused, nn.RNNCellBase):
         return super().extra_repr() + ("" if backend is None else f", backend={backend!r}")
 
 
-def _step(module: Cell, input: Any, h: Any, c: Any, code: int) -> list[Tensor] | None:
+def _step(module: Cell, input: Any, h: Any, c: Any, code: int) -> Sequence[Tensor] | None:
     """The new states without gradient, by the op alone; None where the call is another one. As sequence.step."""
+    if is_grad_enabled() or is_compiling() or STEP is None or module._fused_backend not in STEPPING:
+        return None
+    if QUICK_STEP is not None:
+        stepped = QUICK_STEP(module._parameters, module.bias, input, h, c, code, -1, STEP_SIZE)
+        if stepped is not None:
+            return stepped
     if (
-        STEP is None
-        or is_grad_enabled()
-        or type(input) is not Tensor
+        type(input) is not Tensor
         or input.dim() != 2
         or input.numel() > STEP_SIZE
         or not input.is_cpu
-        or is_compiling()
         or is_tracing()
         or is_autocasting()
         or is_functorch()
-        or module._fused_backend not in STEPPING
     ):
         return None
     try:

@@ -17,6 +17,7 @@ from fused_rnn.nn.packed import Layout
 from fused_rnn.nn.plain import (
     CELL_CODES,
     PLAIN,
+    QUICK_STEP,
     STEP,
     STEP_SIZE,
     STEPPING,
@@ -90,24 +91,16 @@ def known_save(save: str) -> str:
     return save
 
 
-def step(module: Recurrent, input: Any, hx: Any) -> list[Tensor] | None:
+def step(module: Recurrent, input: Any, hx: Any) -> Sequence[Tensor] | None:
     """y, h_n (and c_n) of one step of a single layer without gradient; None where the call is another one.
 
     Python is most of such a call's time: what the op checks is not checked here, and the weights are read from where
     nn.Module keeps them, for its __getattr__ takes 0.4 µs.
     """
     if (
-        STEP is None
-        or is_grad_enabled()
-        or type(input) is not Tensor
-        or input.dim() != 3
-        or is_compiling()  # before the size, on which nothing traced may specialise
-        or is_tracing()
-        or input.size(1 if module.batch_first else 0) != 1
-        or not input.is_cpu
-        or input.numel() > STEP_SIZE
-        or is_autocasting()
-        or is_functorch()
+        is_grad_enabled()
+        or is_compiling()  # before any size, on which nothing traced may specialise
+        or STEP is None
         or module.num_layers != 1
         or module.bidirectional
         or module._fused_checks
@@ -119,6 +112,22 @@ def step(module: Recurrent, input: Any, hx: Any) -> list[Tensor] | None:
         if type(hx) is not tuple or len(hx) != 2 or hx[0] is None or hx[1] is None:
             return None
         h, c = hx
+    time = 1 if module.batch_first else 0
+    if QUICK_STEP is not None:
+        stepped = QUICK_STEP(module._parameters, module.bias, input, h, c, _CODES[module.mode], time, STEP_SIZE)
+        if stepped is not None:
+            return stepped
+    if (
+        type(input) is not Tensor
+        or input.dim() != 3
+        or input.size(time) != 1
+        or not input.is_cpu
+        or input.numel() > STEP_SIZE
+        or is_tracing()
+        or is_autocasting()
+        or is_functorch()
+    ):
+        return None
     try:
         w: dict[str, Any] = module._parameters
         b_ih, b_hh = (w["bias_ih_l0"], w["bias_hh_l0"]) if module.bias else (None, None)

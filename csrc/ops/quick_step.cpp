@@ -1,0 +1,178 @@
+// One step for the modules, past torch's dispatcher, which takes longer over nine arguments than a small step takes in all. Tensors are
+// read through DLPack's C exchange API, which is as stable an interface as LibTorch's: whatever is not an ordinary call, on ordinary
+// tensors, with nothing watching, gets None and takes the way through the op.
+#include "quick_step.h"
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+
+#include <cstring>
+
+#include "../cpu/isa.h"
+#include "../params.h"
+#include "dlpack.h"
+
+namespace fused_rnn::ops {
+namespace {
+
+constexpr Py_ssize_t kMostWatchers = 8;
+constexpr int64_t kLongStep = 1 << 18;  // bytes of weights, from where on other Python threads may run meanwhile
+
+// What `use_exchange` was given. Written once, at import.
+const dlpack::Exchange* exchange = nullptr;
+PyObject *tensor_type, *parameter_type, *empty_like, *new_empty, *watchers[kMostWatchers];
+PyObject* names[2][5];  // of the weights, in a cell and in a layer
+Py_ssize_t watching = 0;
+
+// use_exchange(capsule, Tensor, Parameter, empty_like, watchers): the exchange API of torch.Tensor, the types that it may read, how to make
+// a result, and functions that say whether something is on that a call of an op would not pass unnoticed.
+PyObject* use_exchange(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  if (count != 5 || !PyTuple_Check(args[4]) || PyTuple_GET_SIZE(args[4]) > kMostWatchers) {
+    PyErr_SetString(PyExc_TypeError, "use_exchange: expected a capsule, two types, a function and a tuple of at most 8 functions");
+    return nullptr;
+  }
+  const auto* api = static_cast<const dlpack::Exchange*>(PyCapsule_GetPointer(args[0], "dlpack_exchange_api"));
+  if (!api) return nullptr;
+  if (api->major != dlpack::kMajor || api->minor < dlpack::kMinor || !api->tensor_from_object) Py_RETURN_FALSE;
+  for (Py_ssize_t i = 0; i < count; ++i) Py_INCREF(args[i]);  // for good
+  tensor_type = args[1], parameter_type = args[2], empty_like = args[3];
+  watching = PyTuple_GET_SIZE(args[4]);
+  for (Py_ssize_t i = 0; i < watching; ++i) watchers[i] = PyTuple_GET_ITEM(args[4], i);
+  new_empty = PyUnicode_InternFromString("new_empty");
+  constexpr const char* kNames[] = {"weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr"};
+  for (int layer = 0; layer < 2; ++layer)
+    for (int i = 0; i < 5; ++i) names[layer][i] = PyUnicode_FromFormat(layer ? "%s_l0" : "%s", kNames[i]);
+  exchange = api;
+  Py_RETURN_TRUE;
+}
+
+// A plain, contiguous float tensor on the CPU: `dims` sizes, all given (-1: any).
+bool read(PyObject* object, dlpack::Tensor& t, int dims, int64_t s0, int64_t s1 = 0, int64_t s2 = 0) {
+  PyObject* const type = reinterpret_cast<PyObject*>(Py_TYPE(object));
+  if (type != tensor_type && type != parameter_type) return false;
+  if (exchange->tensor_from_object(object, &t) != 0) {
+    PyErr_Clear();
+    return false;
+  }
+  if (t.ndim != dims || !t.data || t.device_type != dlpack::kCpu || t.code != dlpack::kFloat || t.lanes != 1) return false;
+  const int64_t expected[3] = {s0, s1, s2};
+  int64_t stride = 1;
+  for (int i = dims - 1; i >= 0; --i) {
+    if (expected[i] >= 0 && t.shape[i] != expected[i]) return false;
+    if (t.shape[i] != 1 && t.strides && t.strides[i] != stride) return false;
+    stride *= t.shape[i];
+  }
+  t.data = static_cast<char*>(t.data) + t.byte_offset;
+  return stride > 1;  // a single number may be a lazy negation of another, which DLPack does not tell
+}
+
+struct Owned {  // a reference that is given back
+  PyObject* object = nullptr;
+  ~Owned() { Py_XDECREF(object); }
+};
+// A new tensor shaped as `like`, holding what `from` holds.
+bool make(PyObject* like, const dlpack::Tensor& from, size_t bytes, Owned& made, dlpack::Tensor& t) {
+  made.object = PyObject_Vectorcall(empty_like, &like, 1, nullptr);
+  if (!made.object) return false;
+  if (exchange->tensor_from_object(made.object, &t) != 0) return false;
+  t.data = static_cast<char*>(t.data) + t.byte_offset;
+  memcpy(t.data, from.data, bytes);
+  return true;
+}
+
+// A new tensor of x's dtype, [1, B, width] or [B, width], holding zeros.
+bool make_zero(PyObject* x, bool sequence, int64_t B, int64_t width, size_t element, Owned& made, dlpack::Tensor& t) {
+  const Owned sizes[] = {{PyLong_FromLong(1)}, {PyLong_FromLongLong(B)}, {PyLong_FromLongLong(width)}};
+  PyObject* const args[] = {x, sizes[0].object, sizes[1].object, sizes[2].object};
+  PyObject* const flat[] = {x, sizes[1].object, sizes[2].object};
+  made.object = PyObject_VectorcallMethod(new_empty, sequence ? args : flat, sequence ? 4 : 3, nullptr);
+  if (!made.object || exchange->tensor_from_object(made.object, &t) != 0) return false;
+  t.data = static_cast<char*>(t.data) + t.byte_offset;
+  memset(t.data, 0, size_t(B * width) * element);
+  return true;
+}
+
+// quick_step(parameters, bias, x, h, c, cell, axis, most): as the op fused_rnn::step, in float32 or float64, for at most `most` numbers in
+// x. parameters: a module's own, by name; bias: whether it has biases. axis: the one that is time in an x of three dimensions, -1 in a cell
+// with its two. A tuple, or None.
+PyObject* quick_step(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  if (count != 8 || !exchange || !PyDict_Check(args[0]) || aoti_torch_grad_mode_is_enabled()) Py_RETURN_NONE;
+  PyObject *const x_object = args[2], *const h_object = args[3], *const c_object = args[4];
+  const int cell = int(PyLong_AsLong(args[5])), axis = int(PyLong_AsLong(args[6]));
+  const int64_t most = PyLong_AsLongLong(args[7]);
+  if (PyErr_Occurred()) return nullptr;
+  if (cell < 0 || cell > 3 || axis > 1) Py_RETURN_NONE;
+  constexpr int gates[] = {4, 3, 1, 1};
+  const int G = gates[cell];
+  const bool lstm = cell == 0, sequence = axis >= 0, bias = PyObject_IsTrue(args[1]) == 1, zero = h_object == Py_None;
+  if ((c_object != Py_None) != (lstm && !zero)) Py_RETURN_NONE;
+  dlpack::Tensor x, h, c{}, w_ih, w_hh, b_ih{}, b_hh{}, w_hr{};
+  if (sequence ? !read(x_object, x, 3, axis == 0 ? 1 : -1, axis == 1 ? 1 : -1, -1) : !read(x_object, x, 2, -1, -1)) Py_RETURN_NONE;
+  const int64_t B = sequence ? x.shape[1 - axis] : x.shape[0], D = x.shape[x.ndim - 1];
+  if (B * D > most || (axis == 1 && B != 1)) Py_RETURN_NONE;  // y is made as h is, and has its shape only then
+  PyObject* weights[5];  // borrowed; null: not there, or computed
+  for (int i = 0; i < 5; ++i) weights[i] = PyDict_GetItemWithError(args[0], names[sequence][i]);
+  const bool projects = lstm && weights[4];
+  if (!weights[0] || !weights[1] || (bias && !(weights[2] && weights[3])) || !read(weights[1], w_hh, 2, -1, -1)) Py_RETURN_NONE;
+  const int64_t H = w_hh.shape[0] / G, P = w_hh.shape[1];
+  if (w_hh.shape[0] != G * H || (!projects && P != H)) Py_RETURN_NONE;
+  if (!zero && (sequence ? !read(h_object, h, 3, 1, B, P) : !read(h_object, h, 2, B, P))) Py_RETURN_NONE;
+  if (!zero && lstm && (sequence ? !read(c_object, c, 3, 1, B, H) : !read(c_object, c, 2, B, H))) Py_RETURN_NONE;
+  if (!read(weights[0], w_ih, 2, G * H, D)) Py_RETURN_NONE;
+  if (bias && (!read(weights[2], b_ih, 1, G * H) || !read(weights[3], b_hh, 1, G * H))) Py_RETURN_NONE;
+  if (projects && !read(weights[4], w_hr, 2, P, H)) Py_RETURN_NONE;
+  const int bits = x.bits;
+  if ((bits != 32 && bits != 64) || w_ih.bits != bits || w_hh.bits != bits || (!zero && h.bits != bits) ||
+      (!zero && lstm && c.bits != bits) || (bias && (b_ih.bits != bits || b_hh.bits != bits)) || (projects && w_hr.bits != bits))
+    Py_RETURN_NONE;
+  for (Py_ssize_t i = 0; i < watching; ++i) {
+    const Owned answer{PyObject_CallNoArgs(watchers[i])};
+    if (!answer.object) return nullptr;
+    const int on = PyObject_IsTrue(answer.object);
+    if (on < 0) return nullptr;
+    if (on) Py_RETURN_NONE;
+  }
+
+  const size_t element = size_t(bits / 8);
+  const Weights w{w_ih.data, w_hh.data, b_ih.data, b_hh.data, w_hr.data, 1};
+  Owned y, h_n, c_n;
+  dlpack::Tensor y_out{}, h_out, c_out{};
+  const bool made =
+      zero ? make_zero(x_object, sequence, B, P, element, h_n, h_out) &&
+                 (!lstm || make_zero(x_object, sequence, B, H, element, c_n, c_out)) && (!sequence || make(h_n.object, h_out, 0, y, y_out))
+           : make(h_object, h, size_t(B * P) * element, h_n, h_out) && (!lstm || make(c_object, c, size_t(B * H) * element, c_n, c_out)) &&
+                 (!sequence || make(h_object, h, 0, y, y_out));
+  if (!made) return nullptr;
+  Forward f{};
+  f.p = {Cell(cell), bits == 32 ? Dtype::f32 : Dtype::f64, 1, B, D, H, P, 1, 0, 1, &w, nullptr, nullptr, 1};
+  f.x = x.data;
+  f.h_is_zero = zero;
+  f.h = h_out.data;
+  f.c = c_out.data;
+  f.y = y_out.data;
+  if (G * H * (D + P) * int64_t(element) < kLongStep) {
+    cpu::kernels().forward(f);
+  } else {
+    Py_BEGIN_ALLOW_THREADS;
+    cpu::kernels().forward(f);
+    Py_END_ALLOW_THREADS;
+  }
+  PyObject* const results[] = {y.object, h_n.object, c_n.object};
+  return sequence ? PyTuple_Pack(lstm ? 3 : 2, results[0], results[1], results[2]) : PyTuple_Pack(lstm ? 2 : 1, results[1], results[2]);
+}
+
+template <class F>
+PyCFunction as_method(F function) {
+  return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function));
+}
+PyMethodDef methods[] = {
+    {"use_exchange", as_method(use_exchange), METH_FASTCALL,
+     "Hand over torch.Tensor's DLPack exchange API; False if it is of another version."},
+    {"quick_step", as_method(quick_step), METH_FASTCALL, "A single step past the dispatcher, or None."},
+    {nullptr, nullptr, 0, nullptr},
+};
+
+}  // namespace
+
+int add_quick_step(PyObject* module) { return PyModule_AddFunctions(module, methods); }
+
+}  // namespace fused_rnn::ops

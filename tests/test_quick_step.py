@@ -1,0 +1,169 @@
+"""The way past the dispatcher: the same numbers as the op, and nothing that an op would have met goes by unseen."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fused_rnn
+from fused_rnn import ops
+
+quick: Any = ops.quick_step
+pytestmark = pytest.mark.skipif(quick is None, reason="the extension is not built, or this torch does not lend tensors")
+CELLS = {"LSTM": 0, "GRU": 1, "RNN": 2}
+
+
+def call(
+    name: str, dtype: torch.dtype = torch.float32, sequence: bool = True, given: bool = True, **kwargs: Any
+) -> Any:
+    """(module, arguments of quick_step, arguments of the op) for one step of B = 3, D = 5, H = 18."""
+    torch.manual_seed(0)
+    module = getattr(fused_rnn, name + ("" if sequence else "Cell"))(5, 18, dtype=dtype, **kwargs)
+    x = torch.randn(1, 3, 5, dtype=dtype)
+    h, c = torch.randn(1, 3, module._parameters.get("weight_hr_l0", torch.empty(18)).shape[0], dtype=dtype), None
+    if name == "LSTM":
+        c = torch.randn(1, 3, 18, dtype=dtype)
+    if not sequence:
+        x, h, c = x[0], h[0], None if c is None else c[0]
+    if not given:
+        h = c = None  # type: ignore[assignment]
+    w = [module._parameters.get(key + ("_l0" if sequence else "")) for key in (*NAMES, "weight_hr")]
+    return (
+        module,
+        (module._parameters, module.bias, x, h, c, CELLS[name], 0 if sequence else -1, 4096),
+        (x, h, c, *w, CELLS[name]),
+    )
+
+
+NAMES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("given", [True, False])
+@pytest.mark.parametrize("sequence", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("name", CELLS)
+def test_it_is_the_op(name: str, bias: bool, sequence: bool, given: bool, dtype: torch.dtype) -> None:
+    _, arguments, of_op = call(name, dtype, sequence, given, bias=bias)
+    before = [t.clone() for t in of_op if isinstance(t, Tensor)]
+    with torch.no_grad():
+        made, expected = quick(*arguments), ops.step(*of_op)
+    assert len(made) == len(expected)
+    for a, b in zip(made, expected, strict=True):
+        assert torch.equal(a, b)
+        assert a.dtype == dtype
+        assert not a.requires_grad
+        assert a.untyped_storage().resizable()
+    assert len({t.data_ptr() for t in made}) == len(made)
+    for t, kept in zip((t for t in of_op if isinstance(t, Tensor)), before, strict=True):
+        assert torch.equal(t, kept)
+
+
+def test_projection() -> None:
+    _, arguments, of_op = call("LSTM", proj_size=7)
+    with torch.no_grad():
+        for a, b in zip(quick(*arguments), ops.step(*of_op), strict=True):
+            assert torch.equal(a, b)
+
+
+def test_the_modules_take_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise AssertionError("the op was called")
+
+    monkeypatch.setattr("fused_rnn.nn.sequence.STEP", fail)
+    monkeypatch.setattr("fused_rnn.nn.cells.STEP", fail)
+    with torch.no_grad():
+        for sequence in (True, False):
+            module, (_, _, x, h, *_), _ = call("GRU", sequence=sequence)
+            module(x, h)
+            module(x)
+
+
+class Calls(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_dispatch_mode_sees_the_op() -> None:
+    module, (_, _, x, h, *_), _ = call("GRU")
+    with torch.no_grad(), Calls() as mode:
+        module(x, h)
+    assert "fused_rnn.step.default" in mode.seen
+
+
+def test_a_profiler_sees_the_op() -> None:
+    module, (_, _, x, h, *_), _ = call("GRU")
+    with torch.no_grad(), torch.profiler.profile() as profile:
+        module(x, h)
+    assert "fused_rnn::step" in {event.key for event in profile.key_averages()}
+
+
+class Functions(TorchFunctionMode):
+    pass
+
+
+class Strange(Tensor):
+    pass
+
+
+def changed(position: int, to: Any) -> Any:
+    arguments = list(call("LSTM")[1])
+    arguments[position] = to(arguments[position])
+    return arguments
+
+
+@pytest.mark.parametrize(
+    ("position", "to"),
+    [
+        (0, lambda w: {k: v for k, v in w.items() if k != "weight_hh_l0"}),
+        (0, lambda w: {k: v for k, v in w.items() if k != "bias_hh_l0"}),
+        (0, lambda w: w | {"weight_ih_l0": nn.Parameter(torch.randn(72, 6))}),
+        (0, lambda w: w | {"weight_ih_l0": nn.Parameter(torch.randn(5, 72).t())}),
+        (0, lambda w: w | {"bias_ih_l0": torch.randn(72).double()}),
+        (0, lambda w: w | {"weight_hh_l0": torch.randn(72, 18, device="meta")}),
+        (2, lambda x: x.double()),
+        (2, lambda x: x.bfloat16()),
+        (2, lambda x: x.to_sparse()),
+        (2, lambda x: x.as_subclass(Strange)),
+        (2, lambda x: x[0]),
+        (2, lambda x: x[:, :0]),
+        (2, lambda x: x.repeat(2, 1, 1)),
+        (2, lambda x: x[..., :4]),
+        (2, lambda _: None),
+        (2, lambda _: [1.0]),
+        (3, lambda h: h[:, :2]),
+        (3, lambda h: h.transpose(1, 2).contiguous().transpose(1, 2)),
+        (3, lambda _: None),  # without c's absence
+        (4, lambda _: None),
+        (4, lambda c: c.double()),
+        (5, lambda _: 4),
+        (7, lambda _: 14),
+    ],
+)
+def test_what_is_out_of_the_ordinary_is_left_alone(position: int, to: Any) -> None:
+    with torch.no_grad():
+        assert quick(*changed(position, to)) is None
+
+
+def test_so_is_what_something_watches() -> None:
+    arguments = call("GRU")[1]
+    assert quick(*arguments) is None  # a gradient could be asked for
+    with torch.no_grad():
+        assert quick(*arguments) is not None
+        with Calls():
+            assert quick(*arguments) is None
+        with Functions():
+            assert quick(*arguments) is None
+        with torch.autocast("cpu"):
+            assert quick(*arguments) is None
+        assert torch.vmap(lambda x: x if quick(*arguments) is None else x / 0)(torch.ones(2)).tolist() == [1, 1]
