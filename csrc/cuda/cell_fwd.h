@@ -54,8 +54,7 @@ class ForwardCell {
     Acc state = live_ ? state_ : Acc(0), h;
     if (Cell::has_cell) Cell::template forward<Math>(a, Acc(0), state, h, kept_);
     else Cell::template forward<Math>(a, state, state, h, kept_);
-    valid_ = at.valid(walk.time(step));
-    if (!valid_) return;
+    if (!at.valid(walk.time(step))) return;
     state_ = Cell::has_cell ? state : h;
     h_ = narrow<Storage>(h);
   }
@@ -70,12 +69,13 @@ class ForwardCell {
   FUSED_RNN_DEVICE void store(const ForwardLoop& p, const Walk& walk, int step) const {
     if (!at.inside) return;
     const int t = walk.time(step), local = t - walk.first_time;
+    const bool valid = at.valid(t);
     if (p.checkpoints && kState && (step + 1) % p.every == 0 && step + 1 < p.steps.T) checkpoint(p, step + 1);
-    if (p.y) static_cast<Storage*>(p.y)[steps_size(p.steps, t, 1) + at.in_step(p.steps, 1)] = valid_ ? h_ : Storage{};
+    if (p.y) static_cast<Storage*>(p.y)[steps_size(p.steps, t, 1) + at.in_step(p.steps, 1)] = valid ? h_ : Storage{};
     if (p.saved) {
       Storage* saved = static_cast<Storage*>(p.saved) + steps_size(p.steps, local, Cell::saved) + at.in_step(p.steps, Cell::saved);
       FUSED_RNN_UNROLL
-      for (int s = 0; s < Cell::saved; ++s) saved[s * p.steps.H] = valid_ ? narrow<Storage>(kept_[s]) : Storage{};
+      for (int s = 0; s < Cell::saved; ++s) saved[s * p.steps.H] = valid ? narrow<Storage>(kept_[s]) : Storage{};
     }
     if (p.cells) {
       const int64_t i = steps_size(p.steps, local, 1) + at.in_step(p.steps, 1);
@@ -99,7 +99,7 @@ class ForwardCell {
   Acc state_ = 0, bias_ = 0;
   Acc kept_[Cell::saved > 0 ? Cell::saved : 1] = {};
   Storage h_{}, x_[G]{};
-  bool live_ = false, next_live_ = false, valid_ = false;
+  bool live_ = false, next_live_ = false;
 };
 
 }  // namespace fused_rnn::cuda

@@ -29,7 +29,12 @@ class Exchange {
  public:
   // operands: two of NB rows in shared memory, zero-filled; barriers: two in shared memory.
   FUSED_RNN_DEVICE Exchange(const Team& team, const Workspace& workspace, Operand* operands, uint64_t* barriers, int team_index, int teams, int member)
-      : team_(team), operands_(operands), barriers_(barriers), member_(member), stride_(operand_stride(team.depth, tile(Number::kKind, kBackward, 1))) {
+      : team_(team),
+        operands_(operands),
+        barriers_(barriers),
+        member_(member),
+        stride_(operand_stride(team.depth, tile(Number::kKind, kBackward, 1))),
+        bytes_((team.members - 1) * team.rows * (team.depth / team.members) * int(sizeof(Operand))) {
     if (team.exchange == ExchangeKind::grid) {
       const int64_t size = int64_t(team.rows) * team.depth;
       global_ = static_cast<Operand*>(workspace.operand) + team_index * size;
@@ -62,17 +67,23 @@ class Exchange {
     else copy(turn_ + 1)[b * stride_ + column] = value;
   }
 
-  // A warp's 32 cells from `cell` on have put column0 + u of row b, and hand it to the team; cell = b U + u.
-  FUSED_RNN_DEVICE void publish(int cell, int column0) const {
+  // Of a warp's 32 cells from `cell` on, where the chunk lies that this lane sends, its column counted from that of unit 0; negative
+  // where there is none. cell = b U + u.
+  FUSED_RNN_DEVICE int chunk_of(int cell) const {
+    const int mine = cell + lane() % kChunks * kChunk, b = mine / team_.units;
+    return b < team_.rows ? b * stride_ + mine % team_.units : -1;
+  }
+
+  // The warp's cells have put their values, in columns from column0 on, and hand them to the team.
+  FUSED_RNN_DEVICE void publish(int chunk, int column0) const {
     if (team_.exchange != ExchangeKind::cluster) return;
     sync_warp();
-    const int mine = cell + lane() % kChunks * kChunk, b = mine / team_.units, column = column0 + mine % team_.units;
-    if (b >= team_.rows) return;
-    const Operand* own = copy(turn_ + 1) + b * stride_ + column;
-    const uint4 chunk = *reinterpret_cast<const uint4*>(own);
+    if (chunk < 0) return;
+    const Operand* own = copy(turn_ + 1) + chunk + column0;
+    const uint4 value = *reinterpret_cast<const uint4*>(own);
     for (int i = lane() / kChunks; i < team_.members - 1; i += kChunk) {
       const int apart = member_ + 1 + i, peer = apart < team_.members ? apart : apart - team_.members;
-      store_async(remote(own, unsigned(peer)), remote(&barriers_[(turn_ + 1) & 1], unsigned(peer)), chunk);
+      store_async(remote(own, unsigned(peer)), remote(&barriers_[(turn_ + 1) & 1], unsigned(peer)), value);
     }
   }
 
@@ -95,10 +106,9 @@ class Exchange {
         while (load_acquire(arrived_) < uint32_t(turn_) * uint32_t(team_.members)) pause();
       }
       sync_threads();
-      const int chunks = team_.depth / kChunk;
-      for (int i = int(threadIdx.x); i < team_.rows * chunks; i += int(blockDim.x)) {
-        const int b = i / chunks, column = i % chunks * kChunk;
-        copy_async16(current() + b * stride_ + column, global_ + (turn_ & 1) * copies_apart_ + int64_t(b) * team_.depth + column, true);
+      for (int b = int(threadIdx.x) / 32; b < team_.rows; b += int(blockDim.x) / 32) {
+        const Operand* from = global_ + (turn_ & 1) * copies_apart_ + int64_t(b) * team_.depth;
+        for (int column = lane() * kChunk; column < team_.depth; column += 32 * kChunk) copy_async16(current() + b * stride_ + column, from + column, true);
       }
       copy_commit();
       copy_wait<0>();
@@ -117,11 +127,7 @@ class Exchange {
  private:
   // One is enough in shared memory where the two lie in global memory.
   FUSED_RNN_DEVICE Operand* copy(int turn) const { return team_.exchange == ExchangeKind::grid ? operands_ : operands_ + (turn & 1) * team_.rows * stride_; }
-  // Bytes that the peers send for one operand.
-  FUSED_RNN_DEVICE void expect(int copy) const {
-    const int bytes = (team_.members - 1) * team_.rows * (team_.depth / team_.members) * int(sizeof(Operand));
-    barrier_expect(&barriers_[copy], bytes);
-  }
+  FUSED_RNN_DEVICE void expect(int copy) const { barrier_expect(&barriers_[copy], bytes_); }
 
   const Team& team_;
   Operand* operands_;
@@ -130,6 +136,7 @@ class Exchange {
   int64_t copies_apart_ = 0;
   uint32_t* arrived_ = nullptr;
   int member_, stride_;
+  int bytes_;  // that the peers send for one operand
   int turn_ = 0;
 };
 

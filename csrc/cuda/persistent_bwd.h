@@ -51,7 +51,13 @@ persistent_bwd_kernel(const FUSED_RNN_GRID_CONSTANT BackwardLoop p) {
     cells[j].resume(p, walk);
     cells[j].fetch(p, walk, p.steps.step1 - 1);
   }
+  const int chunk[kCellsPerThread] = {exchange.chunk_of(index[0].cell - lane()), exchange.chunk_of(index[1].cell - lane())};
   exchange.open();
+  const auto add = [&](int j) {
+    float sum[1];
+    product.sum(team, partial, index[j].u, 0, index[j].b, sum);
+    cells[j].add(sum[0]);
+  };
 
   for (int step = p.steps.step1 - 1; step >= p.steps.step0; --step) {
     const bool has_future = step + 1 < p.steps.T;
@@ -64,7 +70,7 @@ persistent_bwd_kernel(const FUSED_RNN_GRID_CONSTANT BackwardLoop p) {
     for (int j = 0; j < kCellsPerThread; ++j) {
       if (index[j].cell - lane() >= team.rows * team.units) break;  // the whole warp
       if (index[j].inside) {
-        if (has_future) cells[j].add(product.sum(team, partial, index[j].u, index[j].b));
+        if (has_future) add(j);
         cells[j].run();
         FUSED_RNN_UNROLL
         for (int g = 0; g < G; ++g)
@@ -72,7 +78,7 @@ persistent_bwd_kernel(const FUSED_RNN_GRID_CONSTANT BackwardLoop p) {
       }
       if (step == p.steps.step0 && !p.close) continue;  // nobody would wait for it
       FUSED_RNN_UNROLL
-      for (int g = 0; g < G; ++g) exchange.publish(index[j].cell - lane(), g * padded + me.first_u);
+      for (int g = 0; g < G; ++g) exchange.publish(chunk[j], g * padded + me.first_u);
     }
     exchange.arrive();
     FUSED_RNN_UNROLL
@@ -87,7 +93,7 @@ persistent_bwd_kernel(const FUSED_RNN_GRID_CONSTANT BackwardLoop p) {
     sync_threads();
     FUSED_RNN_UNROLL
     for (int j = 0; j < kCellsPerThread; ++j)
-      if (index[j].inside) cells[j].add(product.sum(team, partial, index[j].u, index[j].b));
+      if (index[j].inside) add(j);
   }
   FUSED_RNN_UNROLL
   for (int j = 0; j < kCellsPerThread; ++j) cells[j].finish(p);

@@ -43,6 +43,7 @@ persistent_fwd_kernel(const FUSED_RNN_GRID_CONSTANT ForwardLoop p) {
                                    {p, walk, me.r, me.first_b + index[1].b, index[1].inside ? me.first_u + index[1].u : width}};
   FUSED_RNN_UNROLL
   for (int j = 0; j < kCellsPerThread; ++j) cells[j].fetch(p, walk, p.steps.step0);
+  const int chunk[kCellsPerThread] = {exchange.chunk_of(index[0].cell - lane()), exchange.chunk_of(index[1].cell - lane())};
   exchange.open();
 
   for (int step = p.steps.step0; step < p.steps.step1; ++step) {
@@ -54,12 +55,11 @@ persistent_fwd_kernel(const FUSED_RNN_GRID_CONSTANT ForwardLoop p) {
       if (index[j].cell - lane() >= team.rows * team.units) break;  // the whole warp
       if (index[j].inside) {
         float recurrent[G];
-        FUSED_RNN_UNROLL
-        for (int g = 0; g < G; ++g) recurrent[g] = product.sum(team, partial, g * team.units + index[j].u, index[j].b);
+        product.sum(team, partial, index[j].u, team.units, index[j].b, recurrent);
         cells[j].run(walk, step, recurrent);
         exchange.put(index[j].b, me.first_u + index[j].u, Number::operand(cells[j].entering()));
       }
-      if (step + 1 < p.steps.step1) exchange.publish(index[j].cell - lane(), me.first_u);
+      if (step + 1 < p.steps.step1) exchange.publish(chunk[j], me.first_u);
     }
     exchange.arrive();
     FUSED_RNN_UNROLL

@@ -64,12 +64,18 @@ class Product {
         for (int i = 0; i < Number::kSums; ++i) out[(n * 8 + Number::column(i)) * rows + m * Number::kRows + Number::row(i)] = sums[n][m][i];
   }
 
-  // The whole sum for a row and a row of the batch, in the order of the shares: the same from run to run.
-  FUSED_RNN_DEVICE static float sum(const Team& team, const float* partial, int row, int b) {
+  // The whole sums of so many rows, `apart` from each other, for a row of the batch; in the order of the shares, the same from run to
+  // run. Several shares' loads are in flight at once: their latency is on the critical path.
+  template <int kRowsWanted>
+  FUSED_RNN_DEVICE static void sum(const Team& team, const float* partial, int row, int apart, int b, float (&total)[kRowsWanted]) {
     const int rows = partial_stride(team, kTile);
-    float total = 0;
-    for (int share = 0; share < team.warps_k; ++share) total += partial[(share * (8 * NT) + b) * rows + row];
-    return total;
+    FUSED_RNN_UNROLL
+    for (int i = 0; i < kRowsWanted; ++i) total[i] = 0;
+    FUSED_RNN_UNROLL_BY(4)
+    for (int share = 0; share < team.warps_k; ++share) {
+      FUSED_RNN_UNROLL
+      for (int i = 0; i < kRowsWanted; ++i) total[i] += partial[(share * (8 * NT) + b) * rows + row + i * apart];
+    }
   }
 
  private:
@@ -78,7 +84,7 @@ class Product {
   template <class Weight>
   FUSED_RNN_DEVICE void fill(int slot, int block, const Weight& weight) const {
     const int k0 = (first_ + block) * Number::kDepth;
-    FUSED_RNN_NO_UNROLL
+    FUSED_RNN_UNROLL_BY(1)
     for (int i = 0; i < MT * kQuads; ++i) {
       const int m = i / kQuads, row0 = (group_ * MT + m) * Number::kRows;
       *place(slot, m, i % kQuads) = Number::load(i % kQuads, [&](int row, int k) { return weight(row0 + row, k0 + k); });

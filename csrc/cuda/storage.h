@@ -5,9 +5,10 @@
 #include "primitives/types.h"
 
 #if defined(FUSED_RNN_EMULATE)
-#define FUSED_RNN_NO_UNROLL
+#define FUSED_RNN_UNROLL_BY(times)
 #else
-#define FUSED_RNN_NO_UNROLL _Pragma("unroll 1")
+#define FUSED_RNN_PRAGMA(text) _Pragma(#text)
+#define FUSED_RNN_UNROLL_BY(times) FUSED_RNN_PRAGMA(unroll times)
 #endif
 
 namespace fused_rnn::cuda {

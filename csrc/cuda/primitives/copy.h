@@ -1,5 +1,4 @@
-// Copies from global to shared memory that run beside the arithmetic. They bypass L1, and so see what other SMs have
-// released.
+// Copies from global to shared memory that run beside the arithmetic. They bypass L1, and so see what other SMs have released.
 #pragma once
 #include "platform.h"
 

@@ -56,8 +56,7 @@ FUSED_RNN_DEVICE unsigned char* shared_memory() {
 #endif
 }
 
-// One array in it. Unlike the whole, this tells the emulator where the array ends: what lies between arrays stays a
-// trap.
+// One array in it. Unlike the whole, this tells the emulator where the array ends: what lies between arrays stays a trap.
 template <class T>
 FUSED_RNN_DEVICE T* shared_array(int byte_offset, int count) {
 #if defined(FUSED_RNN_EMULATE)
