@@ -2,6 +2,7 @@
 #pragma once
 #include <algorithm>
 #include <memory>
+#include <type_traits>
 
 #include "async.h"
 
@@ -132,8 +133,7 @@ inline void run_wave(const std::vector<unsigned>& clusters) {
   if (!machine.error.empty()) throw std::runtime_error(machine.error);
 }
 
-// Some seeds are fair to all warps, some let one run ahead as far as it can; some deliver at once, some as late as
-// possible.
+// Some seeds are fair to all warps, some let one run ahead as far as it can; some deliver at once, some as late as possible.
 inline void draw_schedule(uint64_t seed) {
   machine.random_state = (seed + 1) * 0x9E3779B97F4A7C15ull;
   for (int i = 0; i < 4; ++i) random_below(2);
@@ -152,8 +152,7 @@ inline void check_launch(dim3 grid, dim3 block, unsigned cluster, size_t shared_
     refuse("shared_bytes is " + std::to_string(shared_bytes) + ", expected at most " + std::to_string(kMostShared));
 }
 
-// Calls body() in every thread of the grid. Throws std::runtime_error where the kernel does what the hardware would not
-// forgive.
+// Calls body() in every thread of the grid. Throws std::runtime_error where the kernel does what the hardware would not forgive.
 template <class Body>
 inline void launch(dim3 grid, dim3 block, unsigned cluster, size_t shared_bytes, Options options, Body&& body) {
   check_launch(grid, block, cluster, shared_bytes);

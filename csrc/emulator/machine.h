@@ -1,5 +1,4 @@
-// What an emulated GPU consists of: threads in warps, warps in CTAs, CTAs in clusters; and the one machine of this
-// process.
+// What an emulated GPU consists of: threads in warps, warps in CTAs, CTAs in clusters; and the one machine of this process.
 #pragma once
 #include <cstdint>
 #include <string>

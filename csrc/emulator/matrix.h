@@ -17,8 +17,7 @@ struct MmaArguments {
   const uint32_t* b;
 };
 
-// Half a row of eight: g++ keeps a vector of this size in a register whatever it compiles for and however little it
-// optimises.
+// Half a row of eight: g++ keeps a vector of this size in a register whatever it compiles for and however little it optimises.
 using Half = float __attribute__((vector_size(16), may_alias));
 
 // a[row][k] b[k][column], of a whole warp
@@ -104,8 +103,7 @@ inline void mma_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[
   });
 }
 
-// ---- ldmatrix: lane 8 i + r brings the address of row r of matrix i, and receives two neighbours of row lane / 4 of
-// each matrix
+// ---- ldmatrix: lane 8 i + r brings the address of row r of matrix i, and receives two neighbours of row lane / 4 of each matrix
 
 struct LoadArguments {
   uint32_t* registers;

@@ -37,12 +37,18 @@ FUSED_RNN_EMULATOR_RAW inline void run_until_host_returns(Thread* first) {
   machine.inside = inside;
 }
 
-// Never returns, and does not say so: AddressSanitizer would clear up the stack before the call, and take all fibers' stacks for one.
+// Ends the launch. Never returns, and does not say so: AddressSanitizer would clear up the stack before such a call, and take all
+// fibers' stacks for one.
+inline void stop(const std::string& error) {
+  machine.error = error;
+  stacks.abandon();
+  return_to_host();
+}
+
+// Ends it by the fault of the thread that runs.
 inline void fail(const std::string& what) {
   Inside guard;
-  machine.error = machine.current ? what + "\n  in " + name_of(*machine.current) : what;
-  return_to_host();
-  __builtin_unreachable();
+  stop(what + "\n  in " + name_of(*machine.current));
 }
 
 FUSED_RNN_EMULATOR_RAW inline void make_ready(Thread* thread) {
@@ -104,13 +110,12 @@ FUSED_RNN_EMULATOR_RAW inline Thread* take_lane(Warp& warp) {
   return warp.lanes[lane];
 }
 
-// Lanes of one warp mostly follow each other: they meet in the next collective anyway, and their stacks are in the
-// cache.
+// Lanes of one warp mostly follow each other: they meet in the next collective anyway, and their stacks are in the cache.
 FUSED_RNN_EMULATOR_RAW inline Thread* choose_thread() {
   if (machine.current && machine.current->warp->ready && random_below(32)) return take_lane(*machine.current->warp);
   if (machine.stores_under_way && random_below(machine.laziness) == 0) deliver_one();
   while (machine.ready_count == 0) {
-    if (machine.stores_under_way == 0) fail(deadlock_report());
+    if (machine.stores_under_way == 0) stop(deadlock_report());
     deliver_one();
   }
   return take_lane(*choose_warp());

@@ -4,6 +4,7 @@
 
 #include <cstddef>
 #include <stdexcept>
+#include <string>
 
 #include "context.h"
 #if defined(__SANITIZE_ADDRESS__)
@@ -28,6 +29,8 @@ inline void unpoison([[maybe_unused]] const void* p, [[maybe_unused]] size_t byt
 class Stacks {
  public:
   static constexpr size_t kBytes = 64 << 10, kGuard = 4 << 10;
+  // Where the frames lie from which a thread that ended never returned.
+  static constexpr size_t kLastFrames = 20 << 10;
 
   void reserve(size_t count) {
     if (count > count_) {
@@ -38,8 +41,13 @@ class Stacks {
       count_ = count;
       for (size_t i = 0; i < count; ++i) mprotect(memory_ + i * kBytes, kGuard, PROT_NONE);
     }
-    unpoison(memory_, count * kBytes);  // threads of a launch that failed have left frames behind
+    const size_t depth = abandoned_ ? kBytes - kGuard : kLastFrames;
+    for (size_t i = 0; i < (abandoned_ ? count_ : count); ++i) unpoison(memory_ + (i + 1) * kBytes - depth, depth);
+    abandoned_ = false;
   }
+
+  // The launch has failed: threads stay where they were, with all their frames.
+  void abandon() { abandoned_ = true; }
 
   char* begin(size_t i) const { return memory_ + i * kBytes + kGuard; }
 
@@ -76,6 +84,7 @@ class Stacks {
  private:
   char* memory_ = nullptr;
   size_t count_ = 0;
+  bool abandoned_ = false;
 #if defined(__SANITIZE_ADDRESS__)
   void* host_fake_stack_ = nullptr;
   const void* host_bottom_ = nullptr;

@@ -1,5 +1,7 @@
 // Barriers within a CTA and a cluster, the warp's collectives, flags in global memory.
 #pragma once
+#include <cstring>
+
 #include "races.h"
 
 namespace fused_rnn::emulator {
@@ -125,8 +127,7 @@ inline void add_release(uint32_t* flag, uint32_t value) {
   make_ready(machine.flag_waiters);
 }
 
-// Sleeps until some flag changes: a spin that nobody will end must not keep the machine busy, or no deadlock would be
-// seen.
+// Sleeps until some flag changes: a spin that nobody will end must not keep the machine busy, or no deadlock would be seen.
 inline void pause() {
   Inside guard;
   Thread& thread = *machine.current;
