@@ -3,6 +3,7 @@
 from fused_rnn import functional
 from fused_rnn.autograd import GRUFunction, LSTMFunction, RNNFunction
 from fused_rnn.nn import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
+from fused_rnn.plan import plan
 
 __version__ = "0.1.0"
 
@@ -17,4 +18,5 @@ __all__ = [
     "RNNCell",
     "RNNFunction",
     "functional",
+    "plan",
 ]

@@ -9,11 +9,14 @@ import torch
 
 from fused_rnn import ops
 from fused_rnn.backends import cpu, reference
+from fused_rnn.backends import cuda as cuda_backend
 from fused_rnn.backends import torch as torch_backend
 from fused_rnn.backends import triton as triton_backend
 from fused_rnn.problem import Problem
 
-BACKENDS: dict[str, ModuleType] = {module.NAME: module for module in (cpu, torch_backend, reference, triton_backend)}
+BACKENDS: dict[str, ModuleType] = {
+    module.NAME: module for module in (cpu, torch_backend, reference, cuda_backend, triton_backend)
+}
 
 
 # In bfloat16, where oneDNN has AMX too, training on a single step of a GRU or RNN from this size on is faster there:
@@ -31,10 +34,10 @@ def _onednn_is_faster(problem: Problem) -> bool:
 def preference(problem: Problem) -> tuple[str, ...]:
     """The backends in the order in which to try them for this problem, fastest first. Never by T, but for T = 1."""
     if problem.device == "cpu" and _onednn_is_faster(problem):
-        return ("torch", "cpu", "reference", "triton")
+        return ("torch", "cpu", "reference", "triton", "cuda")
     if problem.device == "cuda":  # no kernel of ours has been measured on a GPU yet: torch's own where it can
-        return ("torch", "triton", "reference", "cpu")
-    return ("cpu", "torch", "reference", "triton")  # triton here is its interpreter
+        return ("torch", "cuda", "triton", "reference", "cpu")
+    return ("cpu", "torch", "reference", "triton", "cuda")  # triton here is its interpreter, cuda its emulator
 
 
 def choose(problem: Problem, backend: str | None = None) -> ModuleType:

@@ -9,6 +9,7 @@ import torch
 import fused_rnn
 from fused_rnn import ops
 from fused_rnn.bench.machine import cpu_isa, cpu_model, kernels_isa
+from fused_rnn.cuda_loops import module as cuda_loops
 from fused_rnn.dispatch import BACKENDS
 from fused_rnn.problem import Problem
 
@@ -16,6 +17,7 @@ from fused_rnn.problem import Problem
 def collect() -> dict[str, dict[str, str]]:
     """Facts by section: versions, machine, extension, then the backends for each kind of device."""
     facts = {"versions": _versions(), "machine": _machine(), "extension": _extension()}
+    facts["CUDA kernels"] = _cuda_kernels()
     for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
         facts[f"backends, {device} tensors"] = _backends(device)
     return facts
@@ -63,6 +65,12 @@ def _extension() -> dict[str, str]:
         "instruction set in use": kernels_isa(),
         "this processor can run": ops._C.available_isas(),
     }
+
+
+def _cuda_kernels() -> dict[str, str]:
+    if cuda_loops.MISSING is not None:
+        return {"built": f"no: {cuda_loops.MISSING}"}
+    return {"built": "yes", "for": cuda_loops.loaded().ARCHITECTURES}
 
 
 def _backends(device: str) -> dict[str, str]:

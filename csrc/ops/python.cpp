@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 
 #include "../cpu/isa.h"
+#include "../cuda/bind_plan.h"
 #include "layer.h"
 #include "quick_step.h"
 
@@ -10,5 +11,6 @@ PYBIND11_MODULE(_C, m) {
   m.attr("CHECKPOINT_EVERY") = fused_rnn::ops::kCheckpointEvery;
   m.def("isa", [] { return fused_rnn::cpu::kernels().name; }, "The instruction set in use on CPU.");
   m.def("available_isas", &fused_rnn::cpu::available_isas, "The instruction sets this processor can run, best first, comma-separated.");
+  fused_rnn::cuda::bind_plan(m);  // plans can be asked for on any machine
   if (fused_rnn::ops::add_quick_step(m.ptr()) != 0) throw pybind11::error_already_set();
 }

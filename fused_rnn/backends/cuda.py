@@ -1,0 +1,89 @@
+"""The CUDA loops (csrc/cuda): NVIDIA GPUs from sm_80 on, in a build with nvcc."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fused_rnn.cells import CELLS
+from fused_rnn.cuda_loops import launch, module, plans
+from fused_rnn.layer import op
+
+if TYPE_CHECKING:
+    from fused_rnn.layer.loops import Layer, Loops
+    from fused_rnn.problem import Problem
+
+NAME = "cuda"
+DIFFERENTIABLE = False  # fused_rnn.autograd's Functions wrap the ops
+stack = None  # functional runs the layers one by one
+
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_WIDEST = 4  # vectors of H that are kept, or made, per step at most
+_LIMIT = 1 << 31  # offsets within a step, and numbers of steps, take 32 bits; a step's place takes 64
+
+
+def supports(problem: Problem) -> str | None:
+    """None if this backend can run the problem, else the reason it cannot."""
+    reason = module.refusal(problem.device)
+    if reason is not None:
+        return reason
+    if problem.dtype not in _DTYPES:
+        return f"it knows float32, float64, bfloat16 and float16, not {problem.dtype}"
+    if problem.forward_ad:
+        return "it has no forward-mode derivative"
+    step = problem.batch * problem.recurrences * problem.hidden_size * _WIDEST
+    if step >= _LIMIT:
+        return f"B·R·H·{_WIDEST} = {step} is beyond the 2^31 that its kernels can address in a step"
+    return None
+
+
+def describe(problem: Problem) -> str:
+    """What would run, in a line."""
+    if supports(problem) is not None:
+        return "nothing here"
+    device = module.device_index(torch.device(problem.device))
+    kind, gates = plans.number_kind(problem.dtype), CELLS[problem.cell].gates
+    loops = []
+    for backward in (False, True)[: 1 + problem.needs_grad]:
+        plan = plans.ask(device, kind, backward, gates, problem.batch, problem.hidden_size, problem.recurrences)
+        loops.append(f"{'backward' if backward else 'forward'}: {plan}")
+    return f"{module.where(device)}; {'; '.join(loops)}"
+
+
+def _loops(layer: Layer, x: Tensor, backward: bool) -> Loops:
+    reason = module.refusal(x.device.type)
+    if reason is None and x.is_cuda:
+        reason = module.refusal_of_gpu(module.device_index(x.device))
+    if reason is not None:
+        raise RuntimeError(f"x: {reason}")
+    if x.dtype not in _DTYPES:
+        raise RuntimeError(f"x: got {x.dtype}, expected float32, float64, bfloat16 or float16")
+    if layer.steps >= _LIMIT:
+        raise RuntimeError(f"x: got T = {layer.steps}, expected less than 2^31")
+    step = layer.batch * layer.recurrences * layer.hidden * _WIDEST
+    if step >= _LIMIT:
+        raise RuntimeError(f"x: B·R·H·{_WIDEST} = {step}, expected less than 2^31")
+    return launch.Loops(layer, x, backward)
+
+
+forward_op, backward_op = op.define("cuda", _loops, ("CPU", "CUDA"))  # CPU: in the emulator, where tests put it
+
+
+def forward(*args: Any) -> list[Tensor]:
+    """One layer: the op fused_rnn::cuda_forward, arguments and result as of fused_rnn::forward."""
+    outputs: list[Tensor] = forward_op(*args)
+    return outputs
+
+
+def backward(*args: Any) -> list[Tensor]:
+    """One layer's gradients: the op fused_rnn::cuda_backward, arguments and result as of fused_rnn::backward."""
+    outputs: list[Tensor] = backward_op(*args)
+    return outputs
+
+
+def step(x: Tensor, h: Tensor | None, c: Tensor | None, weights: Sequence[Tensor], cell: str) -> list[Tensor]:
+    """One step: x [B, D], h [B, P], c [B, H], None for zeros → [h'] or [h', c']; no gradient."""
+    return op.step(forward_op, x, h, c, weights, cell)

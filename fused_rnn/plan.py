@@ -1,0 +1,169 @@
+"""What the CUDA loops would run for a problem, on any device, asked on any machine: `fused_rnn.plan(...)`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+from fused_rnn import ops
+from fused_rnn.cells import CELLS
+from fused_rnn.layer.precision import tf32_allowed
+
+EXCHANGES = ("cta", "cluster", "grid")
+NUMBERS = ("bf16", "f16", "tf32", "ieee", "f64")  # how products are taken; csrc/cuda/tiles.h's NumberKind
+_KIB = 1024
+
+
+class Device(NamedTuple):
+    """What a plan depends on. arch: 90 for sm_90. shared: bytes that a CTA may have. max_cluster: 1 for no clusters."""
+
+    arch: int
+    multiprocessors: int
+    shared: int
+    max_cluster: int
+
+
+# A common part of each architecture, full-size: NVIDIA's data sheets and the CUDA C++ Programming Guide.
+DEVICES = {
+    "sm_80": Device(80, 108, 163 * _KIB, 1),  # A100
+    "sm_86": Device(86, 82, 99 * _KIB, 1),  # RTX 3090
+    "sm_89": Device(89, 128, 99 * _KIB, 1),  # RTX 4090
+    "sm_90": Device(90, 132, 227 * _KIB, 16),  # H100, H200
+    "sm_100": Device(100, 148, 227 * _KIB, 16),  # B200
+    "sm_120": Device(120, 170, 99 * _KIB, 8),  # RTX 5090
+}
+
+
+class Cycles(NamedTuple):
+    """Estimated cycles of a step's critical path, by part."""
+
+    product: float
+    loads: float
+    activations: float
+    exchange: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a loop over time would run. Where no kernel keeps W_hh resident, exchange is "stepwise" and reason says why.
+
+    exchange: how a team shares its state between steps; "stepwise" is a matrix product and a pointwise launch a step.
+    members: CTAs of a team; each has `units` hidden units of `rows` rows of the batch, `threads` threads in
+    warps[0] x warps[1] warps (groups of rows of the product, shares of its depth) and `shared` bytes of shared memory.
+    tiles: of the batch, tiles_at_once of them beside each other; waves of teams until all have run.
+    """
+
+    exchange: str
+    number: str
+    device: Device
+    members: int = 0
+    units: int = 0
+    rows: int = 0
+    warps: tuple[int, int] = (0, 0)
+    threads: int = 0
+    shared: int = 0
+    tiles: int = 0
+    tiles_at_once: int = 0
+    waves: int = 0
+    cycles: Cycles = Cycles(0, 0, 0, 0)  # noqa: RUF009 (a named tuple)
+    reason: str | None = None
+
+    def __str__(self) -> str:
+        if self.reason is not None:
+            return f"stepwise: {self.reason}"
+        team = {"cta": "one CTA", "cluster": f"a cluster of {self.members}", "grid": f"{self.members} CTAs of the grid"}
+        return (
+            f"{team[self.exchange]}, {self.number}, {self.units} units x {self.rows} rows a CTA, {self.threads}"
+            f" threads, {self.shared} bytes shared, {self.tiles} team(s) a recurrence in {self.waves} wave(s), "
+            f"about {sum(self.cycles):.0f} cycles a step"
+        )
+
+
+def number_of(dtype: torch.dtype, tf32: bool) -> str:
+    """How products of this dtype are taken, one of NUMBERS; raises ValueError for another dtype."""
+    numbers = {
+        torch.bfloat16: "bf16",
+        torch.float16: "f16",
+        torch.float32: "tf32" if tf32 else "ieee",
+        torch.float64: "f64",
+    }
+    if dtype not in numbers:
+        raise ValueError(f"dtype: got {dtype}, expected one of {', '.join(map(str, numbers))}")
+    return numbers[dtype]
+
+
+def read(native: Any, number: str, device: Device) -> Plan:
+    """A plan as the compiled modules give it, of either of them."""
+    if native.refusal:
+        return Plan("stepwise", number, device, reason=native.refusal)
+    return Plan(
+        EXCHANGES[native.exchange], number, device, native.members, native.units, native.rows, native.warps,
+        native.threads, native.shared, native.tiles, native.tiles_at_once, native.waves, Cycles(**native.cycles),
+    )  # fmt: skip
+
+
+def _device(device: str | torch.device | tuple[int, int, int, int] | None) -> Device:
+    if isinstance(device, tuple):
+        return Device(*device)
+    if device is None and not torch.cuda.is_available():
+        return DEVICES["sm_90"]
+    if isinstance(device, str) and device in DEVICES:
+        return DEVICES[device]
+    where = torch.device("cuda" if device is None else device)
+    if where.type != "cuda":
+        raise ValueError(
+            f"device: got {device!r}, expected a CUDA device, one of {', '.join(DEVICES)}, "
+            "or (arch, multiprocessors, shared, max_cluster)"
+        )
+    properties = torch.cuda.get_device_properties(where)
+    arch = 10 * properties.major + properties.minor
+    likely = next(known for known in reversed(DEVICES.values()) if known.arch <= max(arch, 80))
+    shared = getattr(properties, "shared_memory_per_block_optin", likely.shared)
+    return Device(arch, properties.multi_processor_count, shared, likely.max_cluster)
+
+
+def plan(
+    cell: str,
+    batch: int,
+    hidden_size: int,
+    *,
+    dtype: torch.dtype = torch.float32,
+    tf32: bool | None = None,
+    recurrences: int = 1,
+    backward: bool = False,
+    device: str | torch.device | tuple[int, int, int, int] | None = None,
+    exchange: str | None = None,
+    members: int = 0,
+    rows: int = 0,
+) -> Plan:
+    """What backend="cuda" runs for one layer: kernel, team, memory, estimated cycles; or why it runs step by step.
+
+    Needs neither a GPU nor a build with CUDA kernels. T has no say in it.
+
+    cell: lstm, gru, rnn_tanh or rnn_relu.  batch: B.  hidden_size: H.  recurrences: R, 2 for a bidirectional layer.
+    dtype: float32, bfloat16, float16, float64.  tf32: for float32, whether products may round their operands to TF32;
+        None: as torch.backends.cudnn has it.
+    backward: the loop of the gradients instead of the forward one.
+    device: "cuda:0", or an architecture of `fused_rnn.plan`'s table ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100",
+        "sm_120": a full-size part of each), or (arch, multiprocessors, shared bytes a CTA, CTAs a cluster).
+        None: the current GPU, or where there is none "sm_90".
+    exchange, members, rows: insist on "cta", "cluster" or "grid", on CTAs of a team, on rows of the batch a team.
+    Raises ValueError naming the argument; NotImplementedError where the compiled extension is missing.
+    """
+    if ops._C is None:
+        raise NotImplementedError(ops.MISSING)
+    if cell not in CELLS:
+        raise ValueError(f"cell: got {cell!r}, expected one of {', '.join(CELLS)}")
+    for name, size in (("batch", batch), ("hidden_size", hidden_size), ("recurrences", recurrences)):
+        if size < 1:
+            raise ValueError(f"{name}: got {size}, expected at least 1")
+    if exchange is not None and exchange not in EXCHANGES:
+        raise ValueError(f"exchange: got {exchange!r}, expected None or one of {', '.join(EXCHANGES)}")
+    number, found = number_of(dtype, tf32_allowed() if tf32 is None else tf32), _device(device)
+    native = ops._C.make_plan(
+        NUMBERS.index(number), backward, CELLS[cell].gates, batch, hidden_size, recurrences, ops._C.Device(*found),
+        -1 if exchange is None else EXCHANGES.index(exchange), members, rows,
+    )  # fmt: skip
+    return read(native, number, found)
