@@ -121,7 +121,7 @@ HOLD_LARGE = {"half": Tile(32, 64, 128, 8), "tf32": None, "ieee": None}
 STREAM = {"half": Tile(16, 32, 64, 4, 3), "tf32": Tile(16, 32, 32, 4, 3), "ieee": Tile(16, 32, 32, 8, 3, ahead=False)}
 STREAM_LARGE = {
     "half": Tile(64, 32, 32, 8, 2, ahead=False),
-    "tf32": Tile(64, 32, 32, 8, 2, ahead=False),
+    "tf32": Tile(32, 64, 32, 8, 2, ahead=False),
     "ieee": Tile(32, 32, 32, 8, 2, ahead=False),
 }
 # LSTM's backward has the most to hold in registers. A product of all four gates over 64 rows is too much for it.
