@@ -94,6 +94,7 @@ FUSED_RNN_EMULATOR_RAW inline void check_whole_warp(const char* operation) {
 }
 
 inline void sync_warp() {
+  Inside guard;
   Warp& warp = *machine.current->warp;
   if (!warp.arrived) warp.clock = Clock{};
   races::publish(warp.clock);
