@@ -29,7 +29,7 @@ Cycles estimate(const Request& q, const Plan& plan) {
   const double partial = 2.0 * team.warps_k * team.rows * team.warps_m * t.mt * t.rows * 4;
   Cycles c;
   if (q.number == NumberKind::ieee) c.product = fragments * t.rows * t.depth * team.rows / kFma;
-  else c.product = std::max(2 * fragments * plan.nt / 4 * kMma, 2.0 * team.blocks * kMmaLatency);
+  else c.product = std::max(2 * fragments * plan.nt / 4 * kMma, 2.0 * team.blocks * kMmaLatency / (t.mt * plan.nt == 1 ? 2 : 1));
   c.loads = (rest + operand + partial) / kSharedBytes;
   c.activations = kCellLatency + cells * (q.gates + 1) / kActivations + 2 * kBarrier;
   const double bytes = double(team.rows) * team.depth * t.size * (team.members - 1) / team.members;

@@ -15,6 +15,9 @@ class Product {
   using Operand = typename Number::Operand;
   static constexpr Tile kTile = tile(Number::kKind, kBackward, NT);
   static constexpr int MT = kTile.mt, KR = kTile.kr, kQuads = Number::kRegisters / 4;
+  // A product waits for the one before it that adds to the same sums: where a warp has but one m tile and 8 rows, two sets of sums halve
+  // that chain.
+  static constexpr int kChains = MT * NT == 1 && Number::kSums == 4 ? 2 : 1;
   static_assert(kTile.rows == Number::kRows && kTile.depth == Number::kDepth && kTile.registers == Number::kRegisters, "tiles.h and numbers.h");
 
  public:
@@ -41,18 +44,18 @@ class Product {
   FUSED_RNN_DEVICE void run(const Team& team, const Operand* operand, float* partial) const {
     const int stride = operand_stride(team.depth, kTile);
     operand += first_ * Number::kDepth;
-    float sums[NT][MT][Number::kSums] = {};
+    float sums[kChains][NT][MT][Number::kSums] = {};
     FUSED_RNN_UNROLL
     for (int i = 0; i < KR; ++i) {
       if (i >= count_) break;
       FUSED_RNN_UNROLL
-      for (int n = 0; n < NT; ++n) Number::template multiply<MT>(sums[n], held_[i], operand + i * Number::kDepth + n * 8 * stride, stride);
+      for (int n = 0; n < NT; ++n) Number::template multiply<MT>(sums[i % kChains][n], held_[i], operand + i * Number::kDepth + n * 8 * stride, stride);
     }
     for (int i = KR; i < count_; ++i) {
       uint32_t a[MT][Number::kRegisters];
       fetch(a, i - KR);
       FUSED_RNN_UNROLL
-      for (int n = 0; n < NT; ++n) Number::template multiply<MT>(sums[n], a, operand + i * Number::kDepth + n * 8 * stride, stride);
+      for (int n = 0; n < NT; ++n) Number::template multiply<MT>(sums[0][n], a, operand + i * Number::kDepth + n * 8 * stride, stride);
     }
     const int rows = partial_stride(team, kTile);
     float* out = partial + share_ * (8 * NT) * rows + group_ * (MT * Number::kRows);
@@ -61,7 +64,7 @@ class Product {
       FUSED_RNN_UNROLL
       for (int m = 0; m < MT; ++m)
         FUSED_RNN_UNROLL
-        for (int i = 0; i < Number::kSums; ++i) out[(n * 8 + Number::column(i)) * rows + m * Number::kRows + Number::row(i)] = sums[n][m][i];
+        for (int i = 0; i < Number::kSums; ++i) out[(n * 8 + Number::column(i)) * rows + m * Number::kRows + Number::row(i)] = whole(sums, n, m, i);
   }
 
   // The whole sums of so many rows, `apart` from each other, for a row of the batch; in the order of the shares, the same from run to
@@ -79,6 +82,12 @@ class Product {
   }
 
  private:
+  FUSED_RNN_DEVICE static float whole(const float (&sums)[kChains][NT][MT][Number::kSums], int n, int m, int i) {
+    float total = sums[0][n][m][i];
+    FUSED_RNN_UNROLL
+    for (int chain = 1; chain < kChains; ++chain) total += sums[chain][n][m][i];
+    return total;
+  }
   FUSED_RNN_DEVICE uint4* place(int slot, int m, int quad) const { return rest_ + ((slot * MT + m) * kQuads + quad) * 32; }
   // A block's fragments, each lane's own, into a slot of shared memory and out of it.
   template <class Weight>

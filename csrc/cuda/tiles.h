@@ -24,8 +24,8 @@ constexpr int kBatchTiles[] = {1, 2, 4};  // NT: rows of the batch in eights
 FUSED_RNN_HD constexpr Tile tile(NumberKind number, bool backward, int nt) {
   switch (number) {
     case NumberKind::bf16:
-    case NumberKind::f16: return backward ? Tile{1, nt == 4 ? 10 : nt == 2 ? 13 : 16, 16, 32, 8, 2} : Tile{2, nt == 4 ? 4 : 8, 16, 32, 8, 2};
-    case NumberKind::tf32: return backward ? Tile{1, nt == 4 ? 10 : nt == 2 ? 13 : 16, 16, 16, 8, 4} : Tile{2, nt == 4 ? 4 : 8, 16, 16, 8, 4};
+    case NumberKind::f16: return backward ? Tile{1, nt == 4 ? 10 : nt == 2 ? 13 : 14, 16, 32, 8, 2} : Tile{2, nt == 4 ? 4 : 8, 16, 32, 8, 2};
+    case NumberKind::tf32: return backward ? Tile{1, nt == 4 ? 10 : nt == 2 ? 13 : 14, 16, 16, 8, 4} : Tile{2, nt == 4 ? 4 : 8, 16, 16, 8, 4};
     default: return backward ? Tile{1, nt == 4 ? 1 : 2, 32, 16, 16, 4} : Tile{1, nt == 4 ? 3 : 4, 32, 16, 16, 4};
   }
 }
