@@ -22,9 +22,9 @@ cd "$out"
 tests=()
 for name in functional activations ops threads; do tests+=("../../tests/test_$name.py"); done
 isas=${*:-$("$python" -c 'import fused_rnn._C as C; print(C.available_isas().replace(",", " "))')}
-for isa in $isas; do
+for isa in $isas; do  # --capture=sys: what a sanitizer writes as it ends the process is not swallowed
   export FUSED_RNN_ISA=$isa
   "$python" ../../scripts/sanitize_cases.py
-  "$python" -m pytest -q -x -p no:cacheprovider -c ../../pyproject.toml --rootdir ../.. "${tests[@]}" \
+  "$python" -m pytest -q -x --capture=sys -p no:cacheprovider -c ../../pyproject.toml --rootdir ../.. "${tests[@]}" \
     -k "one_step or strided or empty or integer_kind or activation or bits or memory or stays_there or refuses or harmless or threads"
 done
