@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from fused_rnn import dispatch
 from fused_rnn.cuda_loops import module, plans
 
 ROOT = Path(__file__).parent.parent
@@ -96,5 +97,9 @@ def on_the_emulator(seed: int = 0, **forced: Any) -> Iterator[ModuleType]:
     """The "cuda" backend runs tensors on the cpu, by plans with these parts. seed: the order in which threads run."""
     loaded = emulated()
     loaded.seed(seed)
-    with module.emulating(loaded), plans.override(**forced):
-        yield loaded
+    dispatch._choose_cached.cache_clear()  # what it remembers of the cpu holds no longer
+    try:
+        with module.emulating(loaded), plans.override(**forced):
+            yield loaded
+    finally:
+        dispatch._choose_cached.cache_clear()

@@ -1,0 +1,156 @@
+"""The planner of the CUDA loops, asked about many shapes and devices, on any machine."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+
+import fused_rnn
+from fused_rnn import ops
+from fused_rnn.backends import cuda as backend
+from fused_rnn.cells import CELLS
+
+# `fused_rnn.plan` is the function; the module of that name is to be had through what imports from it.
+from fused_rnn.plan import DEVICES, Plan, number_of
+
+pytestmark = pytest.mark.skipif(ops.MISSING is not None, reason=str(ops.MISSING))
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+H100 = DEVICES["sm_90"]
+
+
+def ask(cell: str = "lstm", batch: int = 64, hidden: int = 512, **options: Any) -> Plan:
+    options = {"dtype": torch.bfloat16, "device": "sm_90"} | options
+    return fused_rnn.plan(cell, batch, hidden, **options)
+
+
+def assert_runs(plan: Plan, cell: str, batch: int, hidden: int, recurrences: int) -> None:
+    """What every plan must hold for its kernel to be right and its launch not to be refused."""
+    device = plan.device
+    assert plan.units % 16 == 0
+    assert (plan.members - 1) * plan.units < hidden <= plan.members * plan.units  # every member has work
+    assert plan.rows in (8, 16, 32)
+    assert (plan.tiles - 1) * plan.rows < batch <= plan.tiles * plan.rows
+    assert plan.threads == 32 * plan.warps[0] * plan.warps[1] <= 256
+    assert plan.units * plan.rows <= 2 * plan.threads  # cells, two a thread
+    assert 0 < plan.shared <= device.shared
+    assert plan.tiles_at_once >= 1
+    assert plan.waves >= 1
+    if plan.exchange == "cta":
+        assert plan.members == 1
+    elif plan.exchange == "cluster":
+        assert device.arch >= 90
+        assert plan.members in (2, 4, 8, 16)
+        assert plan.members <= device.max_cluster
+    else:  # all of a launch are resident together, or it would be refused
+        assert min(plan.tiles_at_once, plan.tiles) * recurrences * plan.members <= device.multiprocessors
+    assert all(part >= 0 for part in plan.cycles)
+    assert plan.cycles.product > 0
+    assert (plan.cycles.exchange > 0) == (plan.exchange != "cta")
+
+
+@pytest.mark.parametrize("arch", DEVICES)
+def test_every_plan_can_run(arch: str) -> None:
+    hidden_sizes = (1, 3, 16, 17, 33, 64, 100, 128, 130, 250, 256, 512, 768, 1000, 1024, 1536, 2048, 4096)
+    persistent = 0
+    for cell, dtype, hidden, batch, recurrences, backward in itertools.product(
+        CELLS, DTYPES, hidden_sizes, (1, 8, 33, 256, 5000), (1, 2), (False, True)
+    ):
+        plan = ask(
+            cell, batch, hidden, dtype=dtype, tf32=True, recurrences=recurrences, backward=backward, device=arch
+        )
+        if plan.reason is None:
+            persistent += 1
+            assert_runs(plan, cell, batch, hidden, recurrences)
+        else:
+            assert plan.exchange == "stepwise"
+            assert hidden > 128, (cell, dtype, hidden, batch, recurrences, backward)
+    assert persistent > 1000
+
+
+@pytest.mark.parametrize("exchange", ["cta", "cluster", "grid"])
+def test_what_is_insisted_on(exchange: str) -> None:
+    found = 0
+    for hidden, rows, dtype in itertools.product((17, 33, 64, 128, 250, 512), (8, 16, 32), DTYPES[1:]):
+        plan = ask(hidden=hidden, exchange=exchange, rows=rows, dtype=dtype, tf32=False)
+        if plan.reason is None:
+            found += 1
+            assert (plan.exchange, plan.rows) == (exchange, rows)
+            assert_runs(plan, "lstm", 64, hidden, 1)
+        else:
+            assert "with the exchange, members or rows that were asked for" in plan.reason
+    assert found >= 3
+
+
+@pytest.mark.parametrize("members", [2, 4, 8, 16])
+def test_members_that_are_insisted_on(members: int) -> None:
+    assert ask(hidden=16 * members, members=members, exchange="cluster").members == members
+    assert ask(hidden=16 * members - 15, members=members, exchange="cluster").units == 16
+    assert ask(hidden=16 * members - 16, members=members, exchange="cluster").reason is not None
+
+
+def test_h_up_to_768_stays_resident_on_an_h100() -> None:
+    """In 16 bits, both loops, both directions at once: the sizes that the backend was designed for."""
+    for cell, hidden, batch, backward in itertools.product(
+        ("lstm", "gru"), (128, 256, 512, 768), (8, 64, 128), (False, True)
+    ):
+        assert ask(cell, batch, hidden, backward=backward, recurrences=2).reason is None
+
+
+def test_an_estimate_falls_with_more_multiprocessors() -> None:
+    small = ask(batch=256, device=(90, 66, 227 * 1024, 16))
+    large = ask(batch=256)
+    assert large.waves * sum(large.cycles) < small.waves * sum(small.cycles)
+
+
+def test_reasons() -> None:
+    assert ask(dtype=torch.float64).reason == "float64 has no tensor-core product: it runs stepwise"
+    assert "sm_75 is older than sm_80" in str(ask(device=(75, 72, 64 * 1024, 1)).reason)
+    reason = str(ask(hidden=8192).reason)
+    assert "W_hh of 536870912 bytes for each of 1 recurrence(s) fits no team of 132 multiprocessors" in reason
+    assert "with 232448 bytes of shared memory each" in reason
+    assert ask(hidden=512, device="sm_80", exchange="cluster").reason is not None  # clusters begin with sm_90
+    assert ask(hidden=70000).reason is not None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "said"),
+    [
+        (("mgu", 1, 1), {}, "cell: got 'mgu', expected one of lstm, gru, rnn_tanh, rnn_relu"),
+        (("lstm", 0, 1), {}, "batch: got 0, expected at least 1"),
+        (("lstm", 1, 0), {}, "hidden_size: got 0"),
+        (("lstm", 1, 1), {"recurrences": 0}, "recurrences: got 0"),
+        (("lstm", 1, 1), {"dtype": torch.int8}, "dtype: got torch.int8, expected one of torch.bfloat16"),
+        (("lstm", 1, 1), {"exchange": "ring"}, "exchange: got 'ring', expected None or one of cta, cluster, grid"),
+        (("lstm", 1, 1), {"device": "cpu"}, "device: got 'cpu', expected a CUDA device, one of sm_80"),
+    ],
+)
+def test_bad_questions(arguments: tuple[Any, ...], options: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError) as raised:
+        fused_rnn.plan(*arguments, **options)
+    assert said in str(raised.value)
+
+
+def test_float32_is_tf32_where_torch_says_so() -> None:
+    flags = torch.backends.cudnn
+    for allowed in (False, True):
+        with flags.flags(flags.enabled, flags.benchmark, deterministic=flags.deterministic, allow_tf32=allowed):
+            assert fused_rnn.plan("lstm", 8, 64, device="sm_90").number == ("tf32" if allowed else "ieee")
+    assert number_of(torch.float32, True) == "tf32"
+    assert ask(dtype=torch.float32, tf32=False).number == "ieee"
+
+
+def test_a_plan_reads_well() -> None:
+    text = str(ask())
+    assert text.startswith("a cluster of 16, bf16, 32 units x ")
+    assert " cycles a step" in text
+    assert str(ask(dtype=torch.float64)).startswith("stepwise: float64")
+    assert ask() == ask()
+    assert backend.NAME == "cuda"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there the default is the GPU")
+def test_without_a_gpu_the_question_is_about_an_h100() -> None:
+    assert fused_rnn.plan("gru", 64, 256).device == H100
