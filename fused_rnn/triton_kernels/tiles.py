@@ -125,7 +125,11 @@ STREAM_LARGE = {
     "ieee": Tile(32, 32, 32, 8, 2, ahead=False),
 }
 # LSTM's backward has the most to hold in registers. A product of all four gates over 64 rows is too much for it.
-STREAM_LARGE_BACKWARD = {**STREAM_LARGE, "half": Tile(32, 64, 32, 8, 2, ahead=False)}
+STREAM_LARGE_BACKWARD = {
+    **STREAM_LARGE,
+    "half": Tile(32, 64, 32, 8, 2, ahead=False),
+    "tf32": Tile(32, 64, 16, 8, 2, ahead=False),
+}
 # For rows of H elements that 16 bytes do not divide: elements loaded one by one take the registers of a large tile.
 STREAM_ODD = {
     "half": Tile(16, 32, 32, 4, 3, ahead=False),
