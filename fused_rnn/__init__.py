@@ -2,6 +2,7 @@
 
 from fused_rnn import functional
 from fused_rnn.autograd import GRUFunction, LSTMFunction, RNNFunction
+from fused_rnn.convert import convert, patch, to_torch
 from fused_rnn.nn import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
 from fused_rnn.plan import plan
 
@@ -17,6 +18,9 @@ __all__ = [
     "LSTMFunction",
     "RNNCell",
     "RNNFunction",
+    "convert",
     "functional",
+    "patch",
     "plan",
+    "to_torch",
 ]
