@@ -26,8 +26,8 @@ def convert(model: M, *, backend: str | None = None, save: str = "gates") -> M:
 
     The modules stay the objects they are, in another class: parameters, buffers, hooks, parametrizations, names,
     train() or eval(), device, and whoever refers to them, an optimizer for one, know of no change. `model` may itself
-    be such a module. Ours are left as they are. A class derived from one of torch.nn's has a forward of its own that may
-    call its parent's by name: it is left alone, with a UserWarning that says which module it was.
+    be such a module. Ours are left as they are. A class derived from one of torch.nn's has a forward of its own that
+    may call its parent's by name: it is left alone, with a UserWarning that says which module it was.
 
     backend, save: as the modules' arguments of that name, for those that are turned.
     Raises TypeError if model is no torch.nn.Module; ValueError for an unknown backend or save.
