@@ -14,7 +14,8 @@ using fused_rnn::Products;
 
 constexpr int64_t kDepth = 512;    // rows k multiplied at a time: a tile of dgates and a panel of `in` fit L1 and L2
 constexpr int64_t kDxRows = 96;
-constexpr int64_t kFewRows = 4;    // up to here W_ih is not packed for dx
+constexpr int64_t kFewRows = 16;   // up to here W_ih is not packed for dx
+constexpr int kRowsAtOnce = kTileRows > 4 ? 4 : 2;
 
 template <class Kind, class T, class Cell>
 struct ProductsLoop {
@@ -178,40 +179,54 @@ struct ProductsLoop {
     }
   }
 
-  // dx of a few rows, from W_ih as it stands: reading it once is all the work there is.
+  // dx of a few rows, from W_ih as it stands: reading it is most of the work.
   void input_of_few(int r) const {
-    const T* w = (const T*)p.weights[r].w_ih;
+    for (int64_t column = 0; column < p.D; column += W) {
+      int64_t k = 0;
+      for (; k + kRowsAtOnce <= rows; k += kRowsAtOnce) input_rows<kRowsAtOnce>(r, column, k);
+      for (; k < rows; ++k) input_rows<1>(r, column, k);
+    }
+  }
+  // A panel of columns of rows [k, k + N).
+  template <int N>
+  void input_rows(int r, int64_t column, int64_t k) const {
     const int64_t ld = p.R * DG * p.H, ld_x = f.x_per_recurrence ? p.R * p.D : p.D, D = p.D, H = p.H;
-    T* dx = (T*)f.dx + first_time(p, r) * p.B * ld_x + (f.x_per_recurrence ? r * D : 0);
-    for (int64_t column = 0; column < D; column += W)
-      for (int64_t k = 0; k < rows; ++k) {
-        int n[kPanelVectors];
-        Vec<S> sum[kPanelVectors] = {};
-        for (int v = 0; v < kPanelVectors; ++v) n[v] = lanes_left(D, column + v * L, L);
-        for (int d = 0; d < DG; ++d) {
-          if (input_gate(d) < 0) continue;
-          const T* g = (const T*)f.dgates + k * ld + (r * DG + d) * H;
-          const T* wg = w + input_gate(d) * H * D + column;
-          for (int64_t i0 = 0; i0 < H; i0 += kSumBlock / 8) {  // summed in blocks: one long chain would round too often
-            const int64_t i1 = i0 + kSumBlock / 8 < H ? i0 + kSumBlock / 8 : H;
-            Vec<S> block[kPanelVectors] = {};
-            if (column + W <= D) {
-              for (int64_t i = i0; i < i1; ++i) {
-                const Vec<S> b = splat(scalar(g[i]));
+    T* dx = (T*)f.dx + first_time(p, r) * p.B * ld_x + (f.x_per_recurrence ? r * D : 0) + k * ld_x + column;
+    int n[kPanelVectors];
+    for (int v = 0; v < kPanelVectors; ++v) n[v] = lanes_left(D, column + v * L, L);
+    Vec<S> sum[N][kPanelVectors] = {};
+    for (int d = 0; d < DG; ++d) {
+      if (input_gate(d) < 0) continue;
+      const T* g = (const T*)f.dgates + k * ld + (r * DG + d) * H;
+      const T* w = (const T*)p.weights[r].w_ih + input_gate(d) * H * D + column;
+      for (int64_t i0 = 0; i0 < H; i0 += kSumBlock / 8) {  // summed in blocks: one long chain would round too often
+        const int64_t i1 = i0 + kSumBlock / 8 < H ? i0 + kSumBlock / 8 : H;
+        Vec<S> block[N][kPanelVectors] = {};
+        for (int64_t i = i0; i < i1; ++i) {
+          Vec<S> wv[kPanelVectors];
+          if (column + W <= D) {
 #pragma GCC unroll 4
-                for (int v = 0; v < kPanelVectors; ++v) block[v] += b * load(wg + i * D + v * L);
-              }
-            } else {
-              for (int64_t i = i0; i < i1; ++i)
-                for (int v = 0; v < kPanelVectors && n[v]; ++v) block[v] += splat(scalar(g[i])) * load(wg + i * D + v * L, n[v]);
-            }
-            for (int v = 0; v < kPanelVectors; ++v) sum[v] += block[v];
+            for (int v = 0; v < kPanelVectors; ++v) wv[v] = load(w + i * D + v * L);
+          } else {
+            for (int v = 0; v < kPanelVectors; ++v) wv[v] = n[v] ? load(w + i * D + v * L, n[v]) : Vec<S>{};
+          }
+#pragma GCC unroll 4
+          for (int m = 0; m < N; ++m) {
+            const Vec<S> b = splat(scalar(g[m * ld + i]));
+#pragma GCC unroll 4
+            for (int v = 0; v < kPanelVectors; ++v) block[m][v] += b * wv[v];
           }
         }
-        for (int v = 0; v < kPanelVectors && n[v]; ++v) {
-          T* out = dx + k * ld_x + column + v * L;
-          store(out, f.add_dx ? load(out, n[v]) + sum[v] : sum[v], n[v]);
-        }
+#pragma GCC unroll 4
+        for (int m = 0; m < N; ++m)
+#pragma GCC unroll 4
+          for (int v = 0; v < kPanelVectors; ++v) sum[m][v] += block[m][v];
+      }
+    }
+    for (int m = 0; m < N; ++m)
+      for (int v = 0; v < kPanelVectors && n[v]; ++v) {
+        T* out = dx + m * ld_x + v * L;
+        store(out, f.add_dx ? load(out, n[v]) + sum[m][v] : sum[m][v], n[v]);
       }
   }
 
