@@ -1,0 +1,228 @@
+"""Mistakes planted in the CUDA loops, each an edit of a copy of their source, and what must notice it.
+
+One build is named for each, the cheapest that is sure to notice: plain under a few schedules (wrong results, NaN, a
+deadlock, what the emulator refuses), the race detector, or AddressSanitizer.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import NamedTuple
+
+from cuda_emulated.build import ROOT, Instance
+from cuda_emulated.cases import Case
+
+SEEDS = {"plain": 6, "asan": 1, "races": 1}
+
+CTA = Case("lstm", "bf16", "cta", 4, 3, 17)
+CLUSTER = Case("lstm", "bf16", "cluster 2", 7, 3, 17)
+CLUSTER_4 = Case("lstm", "bf16", "cluster 4", 4, 3, 50)
+GRID = Case("lstm", "bf16", "grid", 4, 3, 33)
+RESET = CTA._replace(reset=True, T=7)
+WINDOWS = Case("gru", "bf16", "cta", 7, 3, 17, "fr", save="recompute")
+
+
+class Mistake(NamedTuple):
+    file: str  # in csrc
+    old: str
+    new: str
+    by: str
+    says: str
+    cases: tuple[Case, ...]
+
+    @property
+    def instance(self) -> Instance:
+        return Instance(self.cases[0].cell, self.cases[0].number, smallest=True)
+
+
+FWD, BWD, EXCHANGE, NUMBERS = "cuda/persistent_fwd.h", "cuda/persistent_bwd.h", "cuda/exchange.h", "cuda/numbers.h"
+WRONG = "error "
+
+MISTAKES: dict[str, Mistake] = {
+    # ---- barriers of a CTA
+    "forward: no barrier between product and cells": Mistake(
+        FWD, "partial);\n    sync_threads();", "partial);", "races", "RACE", (CTA,)
+    ),
+    "backward: no barrier between product and cells": Mistake(
+        BWD, "partial);\n      sync_threads();", "partial);", "races", "RACE", (CTA,)
+    ),
+    "backward: no barrier between the last product and dh0": Mistake(
+        BWD, "partial);\n    sync_threads();", "partial);", "races", "RACE", (CTA,)
+    ),
+    "no barrier between a step and the next": Mistake(
+        EXCHANGE, "void arrive() {\n    sync_threads();", "void arrive() {", "races", "RACE", (CTA,)
+    ),
+    "forward: h0 while the operand is being cleared": Mistake(
+        FWD, "  sync_threads();\n\n  // h0", "\n  // h0", "races", "RACE", (CTA,)
+    ),
+    "forward: no barrier before the first product": Mistake(
+        EXCHANGE,
+        "    }\n    sync_threads();\n  }\n\n  FUSED_RNN_DEVICE Operand*",
+        "    }\n  }\n\n  FUSED_RNN_DEVICE Operand*",
+        "races",
+        "RACE",
+        (CTA,),
+    ),
+    "a warp sends before its lanes have put": Mistake(
+        EXCHANGE, "return;\n    sync_warp();", "return;", "races", "RACE", (CLUSTER,)
+    ),
+    # ---- memory
+    "cluster: one copy of the operand": Mistake(
+        EXCHANGE, "operands_ + (turn & 1) * team_.rows * stride_", "operands_", "races", "RACE", (CLUSTER,)
+    ),
+    "shared memory for one fragment too few": Mistake(
+        "cuda/layout.h",
+        "t.mt * t.registers / 4 * 32;",
+        "t.mt * t.registers / 4 * 32 - 1;",
+        "asan",
+        "AddressSanitizer",
+        (CTA,),
+    ),
+    "put strides over the operand by one too many": Mistake(
+        EXCHANGE, "[b * stride_ + column] = value", "[b * (stride_ + 1) + column] = value", "plain", WRONG, (CTA,)
+    ),
+    "the product strides over the operand by one too many": Mistake(
+        "cuda/product.h",
+        "stride = operand_stride(team.depth, kTile);",
+        "stride = operand_stride(team.depth, kTile) + 1;",
+        "plain",
+        "misaligned",
+        (CTA,),
+    ),
+    "forward: the operand's padding is not cleared": Mistake(
+        FWD, "clear(operands, at.operands_count);", "", "plain", WRONG, (CTA,)
+    ),
+    "forward: a row of W_hh past the end": Mistake(
+        FWD, "u < width && k < width ?", "u <= width && k < width ?", "asan", "AddressSanitizer", (CTA,)
+    ),
+    # ---- the cluster's exchange
+    "cluster: peers are written to before they are ready": Mistake(
+        EXCHANGE,
+        "void open() const {\n    if (",
+        "void open() const {\n    if (false && ",
+        "races",
+        "RACE",
+        (CLUSTER,),
+    ),
+    "cluster: nobody waits for the operand": Mistake(
+        EXCHANGE, "barrier_wait(barrier, unsigned((turn_ - 1) / 2) & 1);", "", "plain", "barrier_expect", (CLUSTER,)
+    ),
+    "cluster: the wrong parity": Mistake(
+        EXCHANGE, "unsigned((turn_ - 1) / 2) & 1", "unsigned((turn_ + 1) / 2) & 1", "plain", "FAILED", (CLUSTER,)
+    ),
+    "cluster: more bytes expected than come": Mistake(
+        EXCHANGE,
+        "barrier_expect(&barriers_[copy], bytes",
+        "barrier_expect(&barriers_[copy], 16 + bytes",
+        "plain",
+        "DEADLOCK",
+        (CLUSTER,),
+    ),
+    "cluster: fewer bytes expected than come": Mistake(
+        EXCHANGE,
+        "barrier_expect(&barriers_[copy], bytes",
+        "barrier_expect(&barriers_[copy], -16 + bytes",
+        "plain",
+        "FAILED",
+        (CLUSTER,),
+    ),
+    "cluster: nothing is expected of the next operand": Mistake(
+        EXCHANGE, "if (threadIdx.x == 0) expect(turn_ & 1);", "", "plain", "DEADLOCK", (CLUSTER,)
+    ),
+    "cluster: one peer is left out": Mistake(
+        EXCHANGE,
+        "i < team_.members - 1; i += kChunk",
+        "i < team_.members - 2; i += kChunk",
+        "plain",
+        "DEADLOCK",
+        (CLUSTER_4,),
+    ),
+    "cluster: the peer after the one that is meant": Mistake(
+        EXCHANGE,
+        "const int apart = member_ + 1 + i",
+        "const int apart = member_ + 2 + i",
+        "plain",
+        "FAILED",
+        (CLUSTER_4,),
+    ),
+    "cluster: the last step is sent, though nobody waits for it": Mistake(
+        FWD, "if (step + 1 < p.steps.step1) exchange.publish", "exchange.publish", "plain", "on its way", (CLUSTER,)
+    ),
+    # ---- the grid's exchange
+    "grid: members are not counted in": Mistake(
+        EXCHANGE, "add_release(arrived_, 1);", "(void)0;", "plain", "DEADLOCK", (GRID,)
+    ),
+    "grid: a member is counted in before all its threads have put": Mistake(
+        EXCHANGE,
+        "sync_threads();\n    if (team_.exchange == ExchangeKind::grid && threadIdx.x == 0) add_release(arrived_, 1);",
+        "if (team_.exchange == ExchangeKind::grid && threadIdx.x == 0) add_release(arrived_, 1);\n    sync_threads();",
+        "races",
+        "RACE",
+        (GRID,),
+    ),
+    "grid: one member fewer is waited for": Mistake(
+        EXCHANGE,
+        "uint32_t(turn_) * uint32_t(team_.members)",
+        "uint32_t(turn_) * uint32_t(team_.members - 1)",
+        "races",
+        "RACE",
+        (GRID,),
+    ),
+    "grid: threads copy without waiting for the one that waits": Mistake(
+        EXCHANGE, "pause();\n      }\n      sync_threads();", "pause();\n      }", "races", "RACE", (GRID,)
+    ),
+    "grid: copies are not waited for": Mistake(EXCHANGE, "      copy_wait<0>();\n", "", "plain", "FAILED", (GRID,)),
+    "grid: threads do not wait for each other's copies": Mistake(
+        EXCHANGE, "copy_wait<0>();\n      sync_threads();", "copy_wait<0>();", "races", "RACE", (GRID,)
+    ),
+    # ---- which number is where
+    "weights: two registers of a fragment change places": Mistake(
+        NUMBERS,
+        "{pair(row, k), pair(row + 8, k), pair(row, k + 8), pair(row + 8, k + 8)}",
+        "{pair(row, k), pair(row, k + 8), pair(row + 8, k), pair(row + 8, k + 8)}",
+        "plain",
+        WRONG,
+        (CTA,),
+    ),
+    "operand: the upper half of a block is the lower one again": Mistake(
+        NUMBERS,
+        "lane() % 8 * stride + lane() / 8 * 8);",
+        "lane() % 8 * stride + lane() / 8 % 2 * 8);",
+        "plain",
+        WRONG,
+        (CTA,),
+    ),
+    "forward: gates in the wrong order": Mistake(
+        FWD, "const int g = row / team.units, ", "const int g = G - 1 - row / team.units, ", "plain", WRONG, (CTA,)
+    ),
+    "backward: resumes from the input side's gradients": Mistake(
+        BWD, "(g + kGradients - G) * width", "g * width", "plain", WRONG, (WINDOWS,)
+    ),
+    # ---- masks
+    "a reset is not seen": Mistake(
+        "cuda/time.h", "s.reset && s.reset[", "s.reset && 0 * s.reset[", "plain", WRONG, (RESET,)
+    ),
+    "forward: h enters the product in spite of a reset": Mistake(
+        "cuda/cell_fwd.h", "at.inside && next_live_ ? h_", "at.inside ? h_", "plain", WRONG, (RESET,)
+    ),
+    "backward: a gradient passes a reset": Mistake(
+        "cuda/cell_bwd.h", "dh_ += reaches_ ? product", "dh_ += true ? product", "plain", WRONG, (RESET,)
+    ),
+    "forward: a checkpoint a step late": Mistake(
+        "cuda/cell_fwd.h", "(step + 1) % p.every == 0", "step % p.every == 0", "plain", WRONG, (WINDOWS,)
+    ),
+}
+
+
+def plant(mistake: Mistake, folder: Path) -> Path:
+    """A copy of csrc that has the mistake."""
+    copied = folder / "csrc"
+    for name in ("cuda", "cells", "emulator"):
+        shutil.copytree(ROOT / "csrc" / name, copied / name)
+    shutil.copy(ROOT / "csrc" / "params.h", copied)
+    path = copied / mistake.file
+    text = path.read_text()
+    assert text.count(mistake.old) == 1, f"{mistake.file} has {mistake.old!r} {text.count(mistake.old)} times"
+    path.write_text(text.replace(mistake.old, mistake.new))
+    return copied
