@@ -4,6 +4,8 @@
 #   TORCH=                  the torch that PYTHON already has
 #   TORCH= VENV=path        an environment that exists, with its torch
 #   PYTEST_ARGS, BENCH_ARGS, DEMO_ARGS, CUBIN_ARGS    handed on
+#   FUSED_RNN_CUDA=auto|0|1, TORCH_CUDA_ARCH_LIST, MAX_JOBS    the CUDA kernels: see setup.py
+#   OUT=build/gpu           where make gpu writes
 
 SHELL       := /bin/bash
 PYTHON      ?= python3
@@ -21,16 +23,19 @@ PIP         := $(BIN)/python -m pip --disable-pip-version-check
 hash         = $(firstword $(shell $(1) | sha256sum))
 SOURCES     := $(sort $(shell find csrc -type f 2>/dev/null)) setup.py pyproject.toml
 ENV_STAMP   := $(VENV)/.env-$(call hash,echo '$(PYTHON)' '$(TORCH)')
-BUILD_STAMP := $(VENV)/.build-$(call hash,cat $(SOURCES))
+BUILD_STAMP := $(VENV)/.build-$(call hash,cat $(SOURCES); echo '$(FUSED_RNN_CUDA) $(TORCH_CUDA_ARCH_LIST)')
 DEV_STAMP   := $(VENV)/.dev-$(call hash,cat pyproject.toml)
 
-.PHONY: help install dev demo test bench cubin lint format sanitize clean
+.PHONY: help install dev demo test bench cubin cubin-triton cubin-cuda gpu gpu-build gpu-test gpu-sanitize gpu-bench lint format sanitize clean
 
 help:
 	@echo 'make demo      train a character model with torch.nn and with fused_rnn, side by side'
 	@echo 'make test      run the tests'
 	@echo 'make bench     measure against torch.nn and write benchmarks/results/'
-	@echo 'make cubin     compile every Triton kernel ahead of time, with no GPU: registers, spills, shared memory'
+	@echo 'make cubin     compile every Triton and CUDA kernel, with no GPU: registers, spills, shared memory'
+	@echo '               (cubin-triton, cubin-cuda: one of them)'
+	@echo 'make gpu       on a machine with a GPU: build, tests, compute-sanitizer, bench into build/gpu'
+	@echo '               (gpu-build, gpu-test, gpu-sanitize, gpu-bench: one of them)'
 	@echo 'make sanitize  the C++ core under AddressSanitizer and UBSan'
 	@echo 'make lint      ruff, clang-format, mypy        make format  let the tools rewrite'
 	@echo 'make install   only the environment and the build'
@@ -68,8 +73,21 @@ bench: $(BUILD_STAMP)
 	@mkdir -p build
 	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-json=build/pytest-benchmark.json
 
-cubin: $(BUILD_STAMP)
+cubin: cubin-triton cubin-cuda
+
+cubin-triton: $(BUILD_STAMP)
 	$(BIN)/python -m fused_rnn.triton_kernels.cubin $(CUBIN_ARGS)
+
+cubin-cuda: $(BUILD_STAMP)
+	$(BIN)/python scripts/cubin.py $(CUBIN_ARGS)
+
+# In place, with an environment as it is: VENV's if it is there, else PYTHON itself. Nothing is installed.
+GPU_PYTHON = $(if $(wildcard $(BIN)/python),$(abspath $(BIN)/python),$(PYTHON))
+gpu:
+	$(GPU_PYTHON) scripts/gpu.py $(if $(OUT),--out '$(OUT)')
+
+gpu-build gpu-test gpu-sanitize gpu-bench:
+	$(GPU_PYTHON) scripts/gpu.py $(@:gpu-%=%) $(if $(OUT),--out '$(OUT)')
 
 sanitize: $(BUILD_STAMP)
 	PYTHON=$(abspath $(BIN)/python) bash scripts/sanitize.sh

@@ -80,6 +80,7 @@ class Build(build_ext):
             objects = [o for found in pool.map(compile_one, units) for o in found]
         made = self.get_ext_fullpath(ext.name)
         if cuda:  # with the static runtime, hidden from torch's own: the module loads where there is no driver
+            Path(made).parent.mkdir(parents=True, exist_ok=True)
             self.spawn([str(NVCC), "-shared", *objects, "-Xlinker", "--exclude-libs,ALL", "-o", made])
             return
         # torch brings the OpenMP runtime that is loaded first, under the same name: the regions share its threads.

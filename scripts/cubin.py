@@ -1,0 +1,166 @@
+"""Every CUDA kernel, compiled for every architecture with no GPU: `make cubin-cuda`.
+
+    python scripts/cubin.py [--arch sm_90a ...] [--cell lstm ...] [--number bf16 ...] [--json FILE]
+
+Prints registers, spills, stack and static shared memory of each, and for sm_90a the instructions in its time loop by
+kind: the loop around the product, with all three exchanges in it, of which a launch runs one. Exits with 1 if a kernel
+does not compile, spills, or has a stack frame.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+SOURCE = Path(__file__).parent.parent / "csrc" / "cuda" / "instantiate"
+ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120")
+CELLS = tuple(sorted(path.stem for path in SOURCE.glob("*.cu")))
+NUMBERS = ("bf16", "f16", "tf32", "ieee", "f64")
+FLAGS = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", "-cubin", "-Xptxas", "-v"]
+COUNTED = "sm_90a"  # where the time loops' instructions are counted
+# Kinds of instructions, by how their names in machine code begin.
+KINDS = {
+    "mma": ("HMMA",),
+    "fma": ("FFMA", "FADD", "FMUL", "DFMA"),
+    "mufu": ("MUFU",),
+    "lds": ("LDS", "LDSM"),
+    "sts": ("STS",),
+    "st.async": ("STAS",),
+    "ldg": ("LDG", "LDGSTS"),
+    "stg": ("STG", "RED", "ATOM"),
+    "barrier": ("BAR", "SYNCS", "WARPSYNC", "UCGABAR"),
+    "branch": ("BRA", "BSSY", "BSYNC"),
+}
+
+
+class Kernel(NamedTuple):
+    """What the assembler says of a kernel; bytes a thread, but for shared. loop: instructions by kind, None unless
+    counted."""
+
+    name: str
+    arch: str
+    registers: int
+    stack: int
+    spills: int
+    shared: int
+    loop: dict[str, int] | None = None
+
+    @property
+    def fault(self) -> str:
+        faults = [f"spills {self.spills} bytes"] * bool(self.spills)
+        return ", ".join(faults + [f"has a stack frame of {self.stack} bytes"] * bool(self.stack))
+
+    def __str__(self) -> str:
+        counted = ""
+        if self.loop is not None:
+            counted = "; time loop " + ", ".join(f"{count} {kind}" for kind, count in self.loop.items() if count)
+        return f"{self.arch:<6} {self.name:<32} {self.registers:>3} registers, {self.shared} bytes shared{counted}"
+
+
+def kernel_name(mangled: str, cell: str, number: str) -> str:
+    """lstm bf16 persistent_fwd NT=2, of a mangled name."""
+    kind = re.search(r"(persistent|pointwise)_(fwd|bwd)", mangled)
+    tile = re.search(r"Li(\d+)E", mangled) if kind and kind[1] == "persistent" else None
+    return f"{cell} {number} {kind[0] if kind else mangled}" + (f" NT={tile[1]}" if tile else "")
+
+
+def read_ptxas(text: str, cell: str, number: str, arch: str) -> list[tuple[str, Kernel]]:
+    """(mangled name, kernel) for each in what ptxas -v prints."""
+    found = []
+    for part in text.split("Compiling entry function '")[1:]:
+        mangled = part.split("'")[0]
+        stack, stores, loads = (
+            int(re.search(rf"(\d+) bytes {what}", part)[1])  # type: ignore[index]
+            for what in ("stack frame", "spill stores", "spill loads")
+        )
+        registers = int(re.search(r"Used (\d+) registers", part)[1])  # type: ignore[index]
+        shared = re.search(r"(\d+) bytes smem", part)
+        name = kernel_name(mangled, cell, number)
+        found.append((mangled, Kernel(name, arch, registers, stack, stores + loads, int(shared[1]) if shared else 0)))
+    return found
+
+
+def time_loop(code: str) -> dict[str, int] | None:
+    """Instructions by kind in the shortest loop with a product, a barrier and remote stores; None if there is none."""
+    lines = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,6})\*/\s+(.*?);", code)]
+    places = {at: i for i, (at, _) in enumerate(lines)}
+    loops = []
+    for end, (at, text) in enumerate(lines):
+        target = re.search(r"BRA.*?(?:`\(\S+?\)|0x([0-9a-f]+))", text)
+        begin = places.get(int(target[1], 16)) if target and target[1] else None
+        if begin is not None and lines[begin][0] < at:
+            names = [re.sub(r"^@!?U?P\w+\s+", "", body).split()[0].split(".")[0] for _, body in lines[begin : end + 1]]
+            if {"BAR", "STAS"} <= set(names) and ("HMMA" in names or names.count("FFMA") > 64):
+                loops.append(names)
+    if not loops:
+        return None
+    counts = Counter(min(loops, key=len))
+    kinds = {kind: sum(counts[name] for name in names) for kind, names in KINDS.items()}
+    return {"in all": counts.total(), **kinds, "other": counts.total() - sum(kinds.values())}
+
+
+def find_cuobjdump() -> str | None:
+    """The toolkit's, or the one in Triton's wheel."""
+    triton = importlib.util.find_spec("triton")
+    near = Path(triton.origin).parent / "backends/nvidia/bin" if triton and triton.origin else Path()
+    return shutil.which("cuobjdump") or shutil.which("cuobjdump", path=str(near))
+
+
+def compile_one(cell: str, number: str, arch: str) -> tuple[list[Kernel], str]:
+    """The kernels of one object file, and what went wrong."""
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernels.cubin"
+        command = ["nvcc", *FLAGS, f"-arch={arch}", f"-DFUSED_RNN_NUMBER={number}", str(SOURCE / f"{cell}.cu")]
+        done = subprocess.run([*command, "-o", str(cubin)], capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            return [], f"{arch} {cell} {number}: {done.stderr.strip()[-2000:]}"
+        found = read_ptxas(done.stdout + done.stderr, cell, number, arch)
+        tool = find_cuobjdump() if arch == COUNTED else None
+        if tool is None:
+            return [kernel for _, kernel in found], ""
+        sass = subprocess.run([tool, "-sass", str(cubin)], capture_output=True, text=True, check=True).stdout
+        functions = dict(part.split("\n", 1) for part in sass.split("Function : ")[1:])
+        return [kernel._replace(loop=time_loop(functions.get(name, ""))) for name, kernel in found], ""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="cubin", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--arch", nargs="+", default=list(ARCHITECTURES))
+    parser.add_argument("--cell", nargs="+", default=list(CELLS), choices=CELLS)
+    parser.add_argument("--number", nargs="+", default=list(NUMBERS), choices=NUMBERS)
+    parser.add_argument("--jobs", type=int, default=int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1))
+    parser.add_argument("--json", type=Path, help="write the figures into this file, too")
+    chosen = parser.parse_args(arguments)
+    if shutil.which("nvcc") is None:
+        print("cubin: nvcc is not on the PATH", file=sys.stderr)
+        return 1
+    todo = [(cell, number, arch) for arch in chosen.arch for cell in chosen.cell for number in chosen.number]
+    kernels: list[Kernel] = []
+    faults = 0
+    with ThreadPoolExecutor(chosen.jobs) as pool:
+        for found, error in pool.map(lambda job: compile_one(*job), todo):
+            kernels += found
+            faults += bool(error) + sum(bool(kernel.fault) for kernel in found)
+            for line in [*found, *[f"FAULT {error}"] * bool(error)]:
+                fault = line.fault if isinstance(line, Kernel) else ""
+                print(f"FAULT {line}: {fault}" if fault else line, flush=True)
+    if chosen.json is not None:
+        rows: list[dict[str, Any]] = [kernel._asdict() for kernel in kernels]
+        chosen.json.write_text(json.dumps(rows, indent=1) + "\n")
+    print(f"{len(kernels)} kernels compiled for {', '.join(chosen.arch)}; {faults} with a fault")
+    return 1 if faults or not kernels else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
