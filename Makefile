@@ -23,7 +23,7 @@ PIP         := $(BIN)/python -m pip --disable-pip-version-check
 hash         = $(firstword $(shell $(1) | sha256sum))
 SOURCES     := $(sort $(shell find csrc -type f 2>/dev/null)) setup.py pyproject.toml
 ENV_STAMP   := $(VENV)/.env-$(call hash,echo '$(PYTHON)' '$(TORCH)')
-BUILD_STAMP := $(VENV)/.build-$(call hash,cat $(SOURCES); echo '$(FUSED_RNN_CUDA) $(TORCH_CUDA_ARCH_LIST)')
+BUILD_STAMP := $(VENV)/.build-$(call hash,{ cat $(SOURCES); echo '$(FUSED_RNN_CUDA) $(TORCH_CUDA_ARCH_LIST)'; })
 DEV_STAMP   := $(VENV)/.dev-$(call hash,cat pyproject.toml)
 
 .PHONY: help install dev demo test bench cubin cubin-triton cubin-cuda gpu gpu-build gpu-test gpu-sanitize gpu-bench lint format sanitize clean
