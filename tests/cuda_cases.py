@@ -75,10 +75,11 @@ def _has_plan(cell: str, number: str, exchange: str, batch: int, hidden: int, re
 
 
 def _possible(row: Row) -> bool:
-    if row["T"] * row["H"] * row["B"] > 65 * 3 * 250:  # seconds in the emulator, most of them in the reference loop
+    if row["T"] * row["H"] * row["B"] > 65 * 3 * 130:  # seconds in the emulator
         return False
-    if row["cell"] == "rnn_relu" and row["T"] == 65 and row["number"] in ("bf16", "f16"):
-        return False  # chaos, which torch's one result does not measure: at its kink rounding alone decides for a relu
+    rounds = row["number"] in ("bf16", "f16", "tf32")
+    if row["cell"] == "rnn_relu" and rounds and row["T"] > 2 and (row["T"] > 7 or row["H"] > 33):
+        return False  # at its kink rounding alone decides for a relu; of many such, torch's one result says little
     return _has_plan(*(row[name] for name in ("cell", "number", "exchange", "B", "H")), 1 + row["bidirectional"])
 
 
