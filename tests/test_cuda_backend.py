@@ -28,6 +28,7 @@ from fused_rnn.dispatch import choose
 pytestmark = [
     pytest.mark.skipif(shutil.which("g++") is None, reason="the emulator is compiled by g++"),
     pytest.mark.skipif(ops.MISSING is not None, reason=str(ops.MISSING)),
+    pytest.mark.timeout(1200),  # the first of them builds the module, on a busy machine for minutes
 ]
 QUICK = ("test_schema", "test_faketensor")
 
