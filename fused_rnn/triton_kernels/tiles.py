@@ -185,19 +185,19 @@ def _stream(shape: Shape, device: Device, large: bool) -> Tile:
     return tile if device.nvidia else replace(tile, warps=min(tile.warps, 4))
 
 
-def _held(shape: Shape, tile: Tile) -> Tile:
+def _held(shape: Shape, device: Device, tile: Tile) -> Tile:
     """A tile of HOLD or HOLD_LARGE for this shape: in backward, what the registers leave room for."""
     tile = _depth(tile, shape.hidden)
     if not shape.backward:
         return tile
-    if tile.units < 32:
+    if tile.units < 32 and device.arch.startswith("sm_8"):
         tile = replace(tile, depth=min(tile.depth, 64))
     return replace(tile, ahead=tile.ahead and tile.batch < 32 and not _odd(shape))
 
 
 def _teams(shape: Shape, device: Device) -> list[Plan]:
     """Teams with a small batch tile and with a large one."""
-    held = [t for t in (_held(shape, t) for t in HOLD[shape.kind]) if _fits(shape, device, t, t.units)]
+    held = [t for t in (_held(shape, device, t) for t in HOLD[shape.kind]) if _fits(shape, device, t, t.units)]
     small = held[0] if held else _stream(shape, device, large=False)
     plans = [Plan("b", small, -(-shape.hidden // small.units), hold=bool(held))]
     large = HOLD_LARGE[shape.kind]
@@ -207,7 +207,7 @@ def _teams(shape: Shape, device: Device) -> list[Plan]:
         and shape.hidden % large.units == 0
         and _fits(shape, device, large, large.units)
     ):
-        large = _held(shape, large)
+        large = _held(shape, device, large)
         return [*plans, Plan("b", large, shape.hidden // large.units, hold=True)]
     large = _stream(shape, device, large=True)
     return [*plans, Plan("b", large, -(-shape.hidden // large.units))]
