@@ -24,8 +24,8 @@ struct Gru {
   }
 
   template <class M, class N>
-  static FUSED_RNN_HD void backward(const N (&s)[4], const N& /*c_prev*/, const N& /*c*/, const N& h_prev, N& /*h*/,
-                                    const N& dh, N& /*dc*/, N& carry, N (&d)[4]) {
+  static FUSED_RNN_HD void backward(const N (&s)[4], const N& /*c_prev*/, const N& /*c*/, const N& h_prev, N& /*h*/, const N& dh, N& /*dc*/,
+                                    N& carry, N (&d)[4]) {
     d[3] = dh * (M::one - s[1]) * (M::one - s[2] * s[2]);
     d[2] = d[3] * s[0];
     d[1] = dh * (h_prev - s[2]) * s[1] * (M::one - s[1]);

@@ -27,8 +27,8 @@ struct Lstm {
   // dh: the whole gradient of h_t.  dc: that of c_t from the future in, that of c_{t-1} out.  carry: what of dh reaches
   // h_{t-1} past the matrix (nothing here).  h: in the needs_h cells h_t in; here h_t out, which a projection's gradient needs.
   template <class M, class N>
-  static FUSED_RNN_HD void backward(const N (&s)[4], const N& c_prev, const N& c, const N& /*h_prev*/, N& h, const N& dh,
-                                    N& dc, N& carry, N (&d)[4]) {
+  static FUSED_RNN_HD void backward(const N (&s)[4], const N& c_prev, const N& c, const N& /*h_prev*/, N& h, const N& dh, N& dc, N& carry,
+                                    N (&d)[4]) {
     const N tc = M::tanh(c);
     h = s[3] * tc;
     const N dct = dc + dh * s[3] * (M::one - tc * tc);

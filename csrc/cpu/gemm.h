@@ -74,8 +74,8 @@ struct TileArgs {
 
 // ---- vector units ----
 template <class Kind, int MR, int NV, int KU>
-static ALWAYS_INLINE void multiply(Vec<typename Kind::Accumulator> (&acc)[KU][MR][NV], const typename Kind::Operand* a,
-                                   int64_t lda, const typename Kind::Operand* w) {
+static ALWAYS_INLINE void multiply(Vec<typename Kind::Accumulator> (&acc)[KU][MR][NV], const typename Kind::Operand* a, int64_t lda,
+                                   const typename Kind::Operand* w) {
   using S = typename Kind::Accumulator;
   constexpr int L = kKindLanes<Kind>;
 #pragma GCC unroll 8
@@ -304,8 +304,8 @@ static ALWAYS_INLINE void multiply_panel(int64_t rows, int vectors, TileArgs<Kin
 // ---- W as it stands in memory, for a handful of rows, where packing would cost more than it saves ----
 // C[m, 0..n) = init + sum_k A[m, k] W[i, k] for n <= lanes rows i of W. One vector of C; lanes past n come out as init.
 template <class T>
-static __attribute__((noinline)) void multiply_rows(int64_t rows, const Acc<T>* a, int64_t lda, const T* w, int64_t ldw, int n,
-                                                    int64_t k, const Acc<T>* init, int64_t ldi, Acc<T>* c, int64_t ldc) {
+static __attribute__((noinline)) void multiply_rows(int64_t rows, const Acc<T>* a, int64_t lda, const T* w, int64_t ldw, int n, int64_t k,
+                                                    const Acc<T>* init, int64_t ldi, Acc<T>* c, int64_t ldc) {
   using S = Acc<T>;
   constexpr int L = kLanes<S>;
   for (int64_t m = 0; m < rows; ++m) {
@@ -329,7 +329,8 @@ static __attribute__((noinline)) void multiply_rows(int64_t rows, const Acc<T>* 
       for (int i = 0; i < L; ++i) {
         acc[i] = Vec<S>{};
         if (i < n)
-          for (int64_t j = 0; j < k; j += L) acc[i] += load(am + j, int(k - j < L ? k - j : L)) * load(w + i * ldw + j, int(k - j < L ? k - j : L));
+          for (int64_t j = 0; j < k; j += L)
+            acc[i] += load(am + j, int(k - j < L ? k - j : L)) * load(w + i * ldw + j, int(k - j < L ? k - j : L));
       }
     }
     store(c + m * ldc, load(init + m * ldi) + sums<S>(acc));

@@ -58,7 +58,8 @@ struct Choice {
     offer(avx2, has_avx2());
 #endif
     offer(baseline, true);
-    if (wanted && *wanted && !named) throw std::runtime_error("FUSED_RNN_ISA=" + std::string(wanted) + ": this build on this processor runs " + all);
+    if (wanted && *wanted && !named)
+      throw std::runtime_error("FUSED_RNN_ISA=" + std::string(wanted) + ": this build on this processor runs " + all);
     if (named) best = named;
   }
 };

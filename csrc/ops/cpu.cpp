@@ -70,7 +70,8 @@ std::vector<Tensor> cpu_forward(Tensor x, std::vector<Tensor> weights, MaybeTens
 // sequence, y in memory of its own.
 std::vector<Tensor> cpu_step(Tensor x, MaybeTensor h, MaybeTensor c, Tensor w_ih, Tensor w_hh, MaybeTensor b_ih, MaybeTensor b_hh,
                              MaybeTensor w_hr, int64_t cell_index) {
-  STD_TORCH_CHECK(cell_index >= 0 && cell_index < 4, "fused_rnn: cell is ", cell_index, ", expected 0 (lstm), 1 (gru), 2 (rnn_tanh) or 3 (rnn_relu)");
+  STD_TORCH_CHECK(cell_index >= 0 && cell_index < 4, "fused_rnn: cell is ", cell_index,
+                  ", expected 0 (lstm), 1 (gru), 2 (rnn_tanh) or 3 (rnn_relu)");
   const Cell cell = Cell(cell_index);
   const int G = gates_of(cell);
   const bool lstm = has_cell(cell), sequence = x.dim() == 3;
@@ -140,10 +141,10 @@ STABLE_TORCH_LIBRARY(fused_rnn, m) {
       "forward(Tensor x, Tensor[] weights, Tensor? h0, Tensor? c0, Tensor? lengths, Tensor? reset, str cell, int[] directions, str save, "
       "bool keep_hidden) -> Tensor[]");
   m.def(
-      "backward(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor x, Tensor[] weights, Tensor? h0, Tensor? c0, Tensor? lengths, Tensor? reset, "
+      "backward(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor x, Tensor[] weights, Tensor? h0, Tensor? c0, Tensor? lengths, Tensor? "
+      "reset, "
       "Tensor hidden, Tensor saved, Tensor cells, str cell, int[] directions, str save, bool need_dx, bool need_dw) -> Tensor[]");
-  m.def(
-      "step(Tensor x, Tensor? h, Tensor? c, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, Tensor? w_hr, int cell) -> Tensor[]");
+  m.def("step(Tensor x, Tensor? h, Tensor? c, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, Tensor? w_hr, int cell) -> Tensor[]");
   m.def("activation(Tensor x, int which) -> Tensor");
 }
 STABLE_TORCH_LIBRARY_IMPL(fused_rnn, CPU, m) {

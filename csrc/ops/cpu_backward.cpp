@@ -107,8 +107,8 @@ std::vector<Tensor> cpu_backward(MaybeTensor dy, MaybeTensor dh_n, MaybeTensor d
       part.start = start;
       part.stop = std::min(p.T, start + range);
       if (recompute) {
-        const char* kept = static_cast<const char*>(saved.const_data_ptr()) +
-                           size_t(start / range * p.R * p.B * (p.P + (lstm ? p.H : 0))) * wide_bytes;
+        const char* kept =
+            static_cast<const char*>(saved.const_data_ptr()) + size_t(start / range * p.R * p.B * (p.P + (lstm ? p.H : 0))) * wide_bytes;
         auto load_state = [&] {
           char* h = static_cast<char*>(h_first.mutable_data_ptr());
           char* c = lstm ? static_cast<char*>(c_first->mutable_data_ptr()) : nullptr;
