@@ -31,7 +31,7 @@ NAME = "_emulated"
 FLAGS = ["-std=c++17", "-O2", "-g0", "-fPIC", "-fvisibility=hidden", "-w"]
 DEFINES = ["-DFUSED_RNN_EMULATE", f"-DFUSED_RNN_MODULE={NAME}"]
 NUMBERS = ("bf16", "f16", "tf32", "ieee", "f64")
-PLAIN = ("cuda/python.cpp", "cuda/run.cpp", "cuda/plan.cpp", "cuda/kernels.cpp", "emulator/device.cpp")
+PLAIN = ("cuda/python.cpp", "cuda/run.cpp", "cuda/plan.cpp", "cuda/kernels.cpp", "emulated/launch.cpp")
 
 
 def _includes() -> list[str]:
@@ -48,7 +48,7 @@ def _units() -> Iterator[tuple[str, list[str]]]:
 
 
 def _hash() -> str:
-    files = [p for part in ("cells", "cuda", "emulator") for p in sorted((SOURCE / part).rglob("*")) if p.is_file()]
+    files = [p for part in ("cells", "cuda", "emulated", "emulator") for p in sorted((SOURCE / part).rglob("*")) if p.is_file()]
     text = hashlib.sha256(str((FLAGS, DEFINES, NUMBERS, PLAIN, torch.__version__, sysconfig.get_platform())).encode())
     for path in [*files, SOURCE / "params.h"]:
         text.update(path.read_bytes())

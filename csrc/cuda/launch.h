@@ -1,4 +1,4 @@
-// One launch of one kernel. Implemented by launch.cu on a GPU and by ../emulator/launch.cpp without one.
+// One launch of one kernel. Implemented by launch.cu on a GPU and by ../emulated/launch.cpp without one.
 #pragma once
 #include <cstdint>
 #include <string>

@@ -116,7 +116,7 @@ def module(flavour: str, instance: Instance, csrc: Path = ROOT / "csrc") -> Path
     else:
         kernels = _object(csrc, csrc / "cuda" / "instantiate" / f"{instance.cell}.cu", [*flags, number])
     objects = [kernels]
-    for name in ("cuda/run", "cuda/plan", "cuda/kernels", "emulator/device"):
+    for name in ("cuda/run", "cuda/plan", "cuda/kernels", "emulated/launch"):
         objects.append(_object(csrc, csrc / f"{name}.cpp", flags))
     objects.append(_object(csrc, csrc / "cuda" / "python.cpp", ["-O0"]))
     objects.append(_object(csrc, _text("absent", ABSENT), ["-O0"]))

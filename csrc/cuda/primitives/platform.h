@@ -1,14 +1,11 @@
-// What a kernel's source needs of its compiler. Two meanings: nvcc's, or (with -DFUSED_RNN_EMULATE and csrc on the
-// include path) the emulator's, which stands in for CUDA's own headers and is included as those are.
+// What a kernel's source needs of its compiler. Two meanings: nvcc's, or (with -DFUSED_RNN_EMULATE) the emulator's, which stands in
+// for CUDA's own headers.
 #pragma once
 #include <cstdint>
 
 #if defined(FUSED_RNN_EMULATE)
 
-#if !__has_include(<emulator/emulator.h>)
-#error "an emulated build needs csrc on its include path: -I csrc"
-#endif
-#include <emulator/emulator.h>
+#include "../../emulator/emulator.h"
 
 #define FUSED_RNN_DEVICE inline
 #define FUSED_RNN_KERNEL(...) inline void

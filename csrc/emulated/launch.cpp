@@ -1,10 +1,10 @@
-// ../cuda/launch.h on the emulator: the "device" on which the tests run the CUDA loops.
+// ../cuda/launch.h on ../emulator: the "device" on which the tests run the CUDA loops.
 #include "../cuda/launch.h"
 
 #include <cstring>
 #include <exception>
 
-#include "emulator.h"
+#include "../emulator/emulator.h"
 
 namespace fused_rnn::cuda {
 
