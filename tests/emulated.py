@@ -48,7 +48,8 @@ def _units() -> Iterator[tuple[str, list[str]]]:
 
 
 def _hash() -> str:
-    files = [p for part in ("cells", "cuda", "emulated", "emulator") for p in sorted((SOURCE / part).rglob("*")) if p.is_file()]
+    parts = ("cells", "cuda", "emulated", "emulator")
+    files = [p for part in parts for p in sorted((SOURCE / part).rglob("*")) if p.is_file()]
     text = hashlib.sha256(str((FLAGS, DEFINES, NUMBERS, PLAIN, torch.__version__, sysconfig.get_platform())).encode())
     for path in [*files, SOURCE / "params.h"]:
         text.update(path.read_bytes())
