@@ -129,12 +129,13 @@ STREAM_LARGE_BACKWARD = {
     **STREAM_LARGE,
     "half": Tile(32, 64, 32, 8, 2, ahead=False),
     "tf32": Tile(32, 64, 16, 8, 2, ahead=False),
+    "ieee": Tile(32, 32, 16, 8, 2, ahead=False),
 }
 # For rows of H elements that 16 bytes do not divide: elements loaded one by one take the registers of a large tile.
 STREAM_ODD = {
     "half": Tile(16, 32, 32, 4, 3, ahead=False),
     "tf32": Tile(16, 32, 32, 4, 3, ahead=False),
-    "ieee": Tile(16, 32, 16, 4, 3, ahead=False),
+    "ieee": Tile(16, 32, 16, 8, 3, ahead=False),
 }
 # On AMD what is resident stays in registers, not in shared memory: this much of it leaves room for the rest.
 AMD_RESIDENT = 64 * KIB
@@ -190,7 +191,7 @@ def _held(shape: Shape, device: Device, tile: Tile) -> Tile:
     tile = _depth(tile, shape.hidden)
     if not shape.backward:
         return tile
-    if tile.units < 32 and device.arch.startswith("sm_8"):
+    if device.arch.startswith("sm_8" if tile.units < 32 else "sm_10"):  # deeper steps spill there
         tile = replace(tile, depth=min(tile.depth, 64))
     return replace(tile, ahead=tile.ahead and tile.batch < 32 and not _odd(shape))
 
