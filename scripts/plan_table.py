@@ -1,4 +1,4 @@
-"""Writes the table of the CUDA loops' plans into ARCHITECTURE.md: what would run on an H100 or H200, and its estimated cycles."""
+"""Writes the table of the CUDA loops' plans into ARCHITECTURE.md: what would run on an H100, its estimated cycles."""
 
 from __future__ import annotations
 
@@ -20,10 +20,8 @@ def row(cell: str, hidden: int, batch: int, backward: bool) -> str:
         return f"| {hidden} | {batch} | {way} | stepwise | | | | | | | |"
     parts = " | ".join(f"{part:.0f}" for part in plan.cycles)
     team = f"{plan.members} × {plan.units} units, {plan.rows} rows"
-    return (
-        f"| {hidden} | {batch} | {way} | {plan.exchange} | {team} | {plan.shared / 1024:.0f} | {plan.waves} | {parts} | "
-        f"{sum(plan.cycles):.0f} |"
-    )
+    sizes = f"{plan.shared / 1024:.0f} | {plan.waves}"
+    return f"| {hidden} | {batch} | {way} | {plan.exchange} | {team} | {sizes} | {parts} | {sum(plan.cycles):.0f} |"
 
 
 def table(cell: str) -> str:

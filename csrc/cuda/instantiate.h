@@ -20,8 +20,9 @@ Kernels kernels_of() {
     return {{}, {}, &pointwise_fwd_kernel<Formula, double, Libm<double>>, &pointwise_bwd_kernel<Formula, double, Libm<double>>};
   } else {
     using Number = typename ProductOf<kKind>::Type;
-    return {{&persistent_fwd_kernel<Formula, Number, 1>, &persistent_fwd_kernel<Formula, Number, 2>, &persistent_fwd_kernel<Formula, Number, 4>},
-            {&persistent_bwd_kernel<Formula, Number, 1>, &persistent_bwd_kernel<Formula, Number, 2>, &persistent_bwd_kernel<Formula, Number, 4>},
+    constexpr int kMost = most_batch_tiles(kKind);  // kernels that the planner does not ask for are not made
+    return {{&persistent_fwd_kernel<Formula, Number, 1>, &persistent_fwd_kernel<Formula, Number, 2>, kMost < 4 ? nullptr : &persistent_fwd_kernel<Formula, Number, kMost>},
+            {&persistent_bwd_kernel<Formula, Number, 1>, &persistent_bwd_kernel<Formula, Number, 2>, kMost < 4 ? nullptr : &persistent_bwd_kernel<Formula, Number, kMost>},
             &pointwise_fwd_kernel<Formula, typename Number::Storage, typename Number::Math>,
             &pointwise_bwd_kernel<Formula, typename Number::Storage, typename Number::Math>};
   }

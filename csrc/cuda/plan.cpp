@@ -111,7 +111,7 @@ Plan make_plan(const Request& q, const Device& device) {
       if (q.exchange >= 0 && q.exchange != exchange) continue;
       if (ExchangeKind(exchange) == ExchangeKind::cluster && device.arch < 90) continue;
       for (const int nt : kBatchTiles)
-        if (!q.rows || q.rows == 8 * nt) consider_units(q, device, ExchangeKind(exchange), nt, best);
+        if (nt <= most_batch_tiles(q.number) && (!q.rows || q.rows == 8 * nt)) consider_units(q, device, ExchangeKind(exchange), nt, best);
     }
   }
   if (!best.nt) best.refusal = explain(q, device);

@@ -18,6 +18,8 @@ struct Tile {
 
 constexpr int kThreads = 256;
 constexpr int kBatchTiles[] = {1, 2, 4};  // NT: rows of the batch in eights
+// Without tensor cores a lane has 8 sums for 8 rows of the batch: 32 rows leave no registers for anything else.
+constexpr int most_batch_tiles(NumberKind number) { return number == NumberKind::ieee ? 2 : 4; }
 
 // Forward's rows are G U, so two m tiles a warp share each fragment of the operand; backward's are only U, but its depth is G C U.
 // KR is what ptxas fits without a spill.
@@ -26,7 +28,7 @@ FUSED_RNN_HD constexpr Tile tile(NumberKind number, bool backward, int nt) {
     case NumberKind::bf16:
     case NumberKind::f16: return backward ? Tile{1, nt == 4 ? 10 : nt == 2 ? 13 : 14, 16, 32, 8, 2} : Tile{2, nt == 4 ? 4 : 8, 16, 32, 8, 2};
     case NumberKind::tf32: return backward ? Tile{1, nt == 4 ? 10 : nt == 2 ? 13 : 14, 16, 16, 8, 4} : Tile{2, nt == 4 ? 4 : 8, 16, 16, 8, 4};
-    default: return backward ? Tile{1, nt == 4 ? 1 : 2, 32, 16, 16, 4} : Tile{1, nt == 4 ? 3 : 4, 32, 16, 16, 4};
+    default: return Tile{1, nt == 2 ? 1 : backward ? 2 : 3, 32, 16, 16, 4};
   }
 }
 

@@ -86,6 +86,8 @@ def _possible(row: dict[str, Any]) -> bool:
         return False
     if row["number"] == "f64" and kind >= 0:
         return False
+    if row["number"] == "ieee" and row["rows"] > 16:
+        return False
     units = 16 * -(-row["H"] // (16 * members)) if members else 16
     # Two cells a thread; GRU's 3 x 32 rows of W_hh make 3 groups of warps, which come to 192 threads.
     if units * row["rows"] > (384 if row["cell"] == "gru" and units == 32 else 512):
