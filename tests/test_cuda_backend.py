@@ -88,7 +88,7 @@ def test_gates_are_made_again_chunk_by_chunk(cell: str, exchange: str, monkeypat
 
 @pytest.mark.parametrize("rows_", [8, 16, 32])
 def test_every_batch_tile(rows_: int) -> None:
-    """A tile more than the batch fills, and one that it fills in part. Without tensor cores there are none of 32 rows."""
+    """A tile more than the batch fills, and one that it fills in part; none of 32 rows without tensor cores."""
     for number in ("bf16", "tf32", "ieee") if rows_ < 32 else ("bf16", "tf32"):
         case = Case("lstm", T=3, B=35, H=20, dtype=NUMBERS[number], lengths=True)
         check(case, number, exchange="cluster", rows=rows_)

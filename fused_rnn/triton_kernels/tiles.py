@@ -137,7 +137,8 @@ STREAM_ODD = {
     "tf32": Tile(16, 32, 32, 4, 3, ahead=False),
     "ieee": Tile(16, 32, 16, 8, 3, ahead=False),
 }
-# On AMD what is resident stays in registers, not in shared memory: this much of it leaves room for the rest.
+# On AMD what is resident stays in registers, not in shared memory: this much of it leaves room for the rest, in backward
+# half as much.
 AMD_RESIDENT = 64 * KIB
 
 
@@ -159,7 +160,7 @@ def _fits(shape: Shape, device: Device, tile: Tile, units: int) -> bool:
     depth = -(-shape.hidden // tile.depth) * tile.depth
     weights = shape.gates * units * depth * shape.size
     if not device.nvidia:
-        return weights <= AMD_RESIDENT
+        return weights <= (AMD_RESIDENT // 2 if shape.backward else AMD_RESIDENT)
     rows = 2 * shape.gates * tile.depth if shape.backward else depth
     return weights + tile.batch * rows * shape.size + 2 * KIB <= device.shared
 
