@@ -137,8 +137,8 @@ STREAM_ODD = {
     "tf32": Tile(16, 32, 32, 4, 3, ahead=False),
     "ieee": Tile(16, 32, 16, 8, 3, ahead=False),
 }
-# On AMD what is resident stays in registers, not in shared memory: this much of it leaves room for the rest, in backward
-# half as much.
+# On AMD what is resident stays in registers, not in shared memory: this much of it leaves room for the rest, in
+# backward half as much.
 AMD_RESIDENT = 64 * KIB
 
 
