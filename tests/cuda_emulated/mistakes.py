@@ -218,9 +218,7 @@ MISTAKES: dict[str, Mistake] = {
 def plant(mistake: Mistake, folder: Path) -> Path:
     """A copy of csrc that has the mistake."""
     copied = folder / "csrc"
-    for name in ("cuda", "cells", "emulator"):
-        shutil.copytree(ROOT / "csrc" / name, copied / name)
-    shutil.copy(ROOT / "csrc" / "params.h", copied)
+    shutil.copytree(ROOT / "csrc", copied)
     path = copied / mistake.file
     text = path.read_text()
     assert text.count(mistake.old) == 1, f"{mistake.file} has {mistake.old!r} {text.count(mistake.old)} times"
