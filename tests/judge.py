@@ -86,7 +86,7 @@ def torch_cells(case: Case, given: Inputs) -> list[Tensor]:
             state = [s[layer * case.R + r] for s in given.hx] or [x.new_zeros(batch, width) for width in widths]
             outputs = [x.new_zeros(batch, case.P)] * steps
             for t in range(steps) if r == 0 else reversed(range(steps)):
-                keep = torch.ones(batch, 1) if given.reset is None else (~given.reset[t]).unsqueeze(-1)
+                keep = x.new_ones(batch, 1) if given.reset is None else (~given.reset[t]).unsqueeze(-1)
                 entering = [s * keep.to(x.dtype) for s in state]
                 h_in = entering[0] if w_hr is None else torch.nn.functional.pad(entering[0], (0, case.H - case.P))
                 w_in = w_hh if w_hr is None else torch.nn.functional.pad(w_hh, (0, case.H - case.P))
@@ -95,7 +95,7 @@ def torch_cells(case: Case, given: Inputs) -> list[Tensor]:
                 if w_hr is not None:
                     after[0] = after[0] @ w_hr.t()
                 valid = (
-                    torch.ones(batch, 1, dtype=torch.bool)
+                    torch.ones(batch, 1, dtype=torch.bool, device=x.device)
                     if given.lengths is None
                     else (t < given.lengths).unsqueeze(-1)
                 )

@@ -60,6 +60,8 @@ def stack(
     states = [x.new_zeros(rows, batch, weights[1].shape[1]) if h0 is None else h0]
     if cell == "lstm":
         states.append(x.new_zeros(rows, batch, weights[1].shape[0] // 4) if c0 is None else c0)
+    # cuDNN refuses a backward in eval mode; without dropout the mode has no other say.
+    training = training or (x.is_cuda and dropout == 0 and torch.is_grad_enabled())
     tail = (list(weights), count >= 4, num_layers, dropout, training, recurrences == 2)
     if lengths is None or batch == 0:
         y, *after = _STACKS[cell](x, states if cell == "lstm" else states[0], *tail, False)
