@@ -44,6 +44,8 @@ def run(name: str, command: list[str], out: Path, seconds: float, **environment:
         child = subprocess.Popen(
             command, cwd=ROOT, env={**os.environ, "PYTHONUNBUFFERED": "1", **environment}, stdout=stream,
             stderr=subprocess.STDOUT, start_new_session=True,
+            # A shell's background jobs ignore the interrupt, and so would their children.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )  # fmt: skip
         status = "ok"
         for patience, sent in ((seconds, signal.SIGINT), (20, signal.SIGKILL), (None, None)):

@@ -170,7 +170,7 @@ TEST(addresses_outside) {
   static const uint4 source[2] = {};
   every_seed_fails("past the end of shared memory", {1, 1, 1, 64}, [] { copy_async16(shared_memory() + 64, source, true); });
   every_seed_fails("not in shared memory", {1, 1, 1, 64}, [] {
-    uint4 local;
+    uint4 local{};
     copy_async16(&local, source, true);
   });
   every_seed_fails("lie outside the launch's", {1, 1, 1, 64}, [] { shared_array<float>(16, 13); });
