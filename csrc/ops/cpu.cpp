@@ -30,8 +30,10 @@ std::vector<Tensor> cpu_forward(Tensor x, std::vector<Tensor> weights, MaybeTens
     saved = empty({checkpoint_rows(p.T), p.R, p.B, p.P + (lstm ? p.H : 0)}, accumulation_type(y));
     cells = empty(y, {0});
     const int64_t used = (p.T + kCheckpointEvery - 1) / kCheckpointEvery, row = saved->numel() / saved->size(0);
-    char* unused = static_cast<char*>(saved->mutable_data_ptr()) + size_t(used * row) * saved->element_size();
-    memset(unused, 0, size_t((saved->size(0) - used) * row) * saved->element_size());
+    if (row > 0) {
+      char* unused = static_cast<char*>(saved->mutable_data_ptr()) + size_t(used * row) * saved->element_size();
+      memset(unused, 0, size_t((saved->size(0) - used) * row) * saved->element_size());
+    }
   }
   if (save != "none") hidden = empty(y, keep_hidden ? Sizes{p.T, p.B, p.R * p.P} : Sizes{0});
 
