@@ -8,7 +8,7 @@ python=$(command -v "${PYTHON:-python3}")
 out=$PWD/build/sanitize
 mkdir -p "$out"
 
-FUSED_RNN_SANITIZE=address,undefined "$python" setup.py -q build_ext --build-lib "$out" --build-temp "$out/objects"
+FUSED_RNN_CUDA=0 FUSED_RNN_SANITIZE=address,undefined "$python" setup.py -q build_ext --build-lib "$out" --build-temp "$out/objects"
 cp -R fused_rnn/. "$out/fused_rnn.new/"
 find "$out/fused_rnn.new" -name '_C*.so' -delete
 cp -R "$out/fused_rnn.new/." "$out/fused_rnn/"
@@ -20,11 +20,11 @@ export ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1:halt_on_erro
 export PYTHONPATH=$out  # the package there is the one that is imported
 cd "$out"
 tests=()
-for name in functional activations ops threads; do tests+=("../../tests/test_$name.py"); done
+for name in functional activations ops quick_step threads; do tests+=("../../tests/test_$name.py"); done
 isas=${*:-$("$python" -c 'import fused_rnn._C as C; print(C.available_isas().replace(",", " "))')}
 for isa in $isas; do  # --capture=sys: what a sanitizer writes as it ends the process is not swallowed
   export FUSED_RNN_ISA=$isa
   "$python" ../../scripts/sanitize_cases.py
   "$python" -m pytest -q -x --capture=sys -p no:cacheprovider -c ../../pyproject.toml --rootdir ../.. "${tests[@]}" \
-    -k "one_step or strided or empty or integer_kind or activation or bits or memory or stays_there or refuses or harmless or threads"
+    -k "one_step or strided or empty or integer_kind or activation or bits or memory or stays_there or refuses or harmless or quick_step or threads"
 done
