@@ -19,6 +19,7 @@ TOOLS = ["__main__", "cli", "demo", "info", "bench"]
 ORDER = [
     *TOOLS,
     "convert",
+    "onnx",
     "nn",
     "functional",
     "autograd",
