@@ -25,8 +25,9 @@ SOURCES     := $(sort $(shell find csrc -type f 2>/dev/null)) setup.py pyproject
 ENV_STAMP   := $(VENV)/.env-$(call hash,echo '$(PYTHON)' '$(TORCH)')
 BUILD_STAMP := $(VENV)/.build-$(call hash,{ cat $(SOURCES); echo '$(FUSED_RNN_CUDA) $(TORCH_CUDA_ARCH_LIST)'; })
 DEV_STAMP   := $(VENV)/.dev-$(call hash,cat pyproject.toml)
+DOCS_STAMP  := $(VENV)/.docs-$(call hash,cat pyproject.toml)
 
-.PHONY: help install dev demo test bench cubin cubin-triton cubin-cuda gpu gpu-build gpu-test gpu-sanitize gpu-bench lint format sanitize clean
+.PHONY: help install dev demo test bench cubin cubin-triton cubin-cuda gpu gpu-build gpu-test gpu-sanitize gpu-bench lint format sanitize docs clean
 
 help:
 	@echo 'make demo      train a character model with torch.nn and with fused_rnn, side by side'
@@ -37,6 +38,7 @@ help:
 	@echo 'make gpu       on a machine with a GPU: build, tests, compute-sanitizer, bench into build/gpu'
 	@echo '               (gpu-build, gpu-test, gpu-sanitize, gpu-bench: one of them)'
 	@echo 'make sanitize  the C++ core under AddressSanitizer and UBSan'
+	@echo 'make docs      the documentation, as a site in build/docs; a warning is an error'
 	@echo 'make lint      ruff, clang-format, mypy        make format  let the tools rewrite'
 	@echo 'make install   only the environment and the build'
 	@echo 'make clean     remove the environment and everything built'
@@ -56,6 +58,10 @@ $(BUILD_STAMP): $(ENV_STAMP)
 
 $(DEV_STAMP): $(BUILD_STAMP)
 	$(PIP) install --quiet --no-build-isolation --editable '.[dev]'
+	@touch $@
+
+$(DOCS_STAMP): $(BUILD_STAMP)
+	$(PIP) install --quiet --no-build-isolation --editable '.[docs]'
 	@touch $@
 
 install: $(BUILD_STAMP)
@@ -88,6 +94,9 @@ gpu:
 
 gpu-build gpu-test gpu-sanitize gpu-bench:
 	$(GPU_PYTHON) scripts/gpu.py $(@:gpu-%=%) $(if $(OUT),--out '$(OUT)')
+
+docs: $(DOCS_STAMP)
+	$(BIN)/python -m sphinx -W --keep-going -n -q -b html -d build/doctrees docs build/docs
 
 sanitize: $(BUILD_STAMP)
 	PYTHON=$(abspath $(BIN)/python) bash scripts/sanitize.sh

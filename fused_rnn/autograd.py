@@ -119,19 +119,37 @@ def _backward(ctx: Any, dy: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | N
 
 
 class LSTMFunction(Function):
-    """One LSTM layer.
+    """One LSTM layer. ::
 
-    apply(x, h0, c0, lengths, reset, directions, save, keep_hidden, backend, *weights)
-        → (y, h_n, c_n, saved, cells, hidden)
-    x: [T, B, D] or [T, B, R, D] with an input per recurrence.  h0: [R, B, P], c0: [R, B, H], None for zeros.
-    lengths: [B] int64, reset: [T, B] bool, or None.  directions: R of +1 or -1.
-    weights: per recurrence w_ih [4H, D], w_hh [4H, P], (b_ih, b_hh [4H]), (w_hr [P, H]), gate order i, f, g, o.
-    save: "gates" or "recompute".  keep_hidden: keep a copy of y for backward, so that y may be changed in place.
-    y: [T, B, R·P], h_n: [R, B, P], c_n: [R, B, H] in x's dtype; saved, cells and hidden are what backward reads, and
-    not differentiable.
+        apply(x, h0, c0, lengths, reset, directions, save, keep_hidden, backend, *weights)
+            → (y, h_n, c_n, saved, cells, hidden)
+
+    Inputs:
+        x: [T, B, D] or [T, B, R, D] with an input per recurrence.
+        h0: [R, B, P], None for zeros.
+        c0: [R, B, H], None for zeros.
+        lengths: [B] int64 or None.
+        reset: [T, B] bool or None.
+        directions: R of +1 or -1.
+        save: "gates" or "recompute".
+        keep_hidden: keep a copy of y for backward, so that y may be changed in place.
+        backend: one whose ops have no autograd of their own: "cpu", "cuda" or "triton".
+        weights: per recurrence w_ih [4H, D], w_hh [4H, P], (b_ih, b_hh [4H]), (w_hr [P, H]), gate order i, f, g, o.
+
+    Returns:
+        y [T, B, R·P], h_n [R, B, P], c_n [R, B, H] in x's dtype; saved, cells and hidden are what backward reads, and
+        not differentiable.
+
+    Raises:
+        RuntimeError: from the op on inputs that do not fit together: fused_rnn.functional checks them first.
+
     Twice differentiable in x, h0, c0 and the weights; works under torch.func.vmap; has no forward-mode derivative.
-    Raises RuntimeError from the op on inputs that do not fit together: fused_rnn.functional checks them first.
     Source: Hochreiter & Schmidhuber 1997; gates as in torch.nn.LSTM.
+
+    Examples:
+        >>> x, weights = torch.randn(5, 3, 10), [torch.randn(80, 10), torch.randn(80, 20)]
+        >>> call = (x, None, None, None, None, (1,), "gates", False, "cpu", *weights)
+        >>> y, h_n, c_n, *_ = fused_rnn.LSTMFunction.apply(*call)
     """
 
     generate_vmap_rule = True
@@ -154,11 +172,16 @@ class LSTMFunction(Function):
 
 
 class GRUFunction(Function):
-    """One GRU layer (the reset gate after the recurrent product).
+    """One GRU layer (the reset gate after the recurrent product). ::
 
-    apply(x, h0, lengths, reset, directions, save, keep_hidden, backend, *weights) → (y, h_n, saved, cells, hidden)
-    Weights of 3H rows, gate order r, z, n; all else as in LSTMFunction.
+        apply(x, h0, lengths, reset, directions, save, keep_hidden, backend, *weights) → (y, h_n, saved, cells, hidden)
+
+    Weights of 3H rows, gate order r, z, n; all else as in :class:`LSTMFunction`.
     Source: Cho et al. 2014; gates as in torch.nn.GRU.
+
+    Examples:
+        >>> x, weights = torch.randn(5, 3, 10), [torch.randn(60, 10), torch.randn(60, 20)]
+        >>> y, h_n, *_ = fused_rnn.GRUFunction.apply(x, None, None, None, (1,), "gates", False, "cpu", *weights)
     """
 
     generate_vmap_rule = True
@@ -181,12 +204,17 @@ class GRUFunction(Function):
 
 
 class RNNFunction(Function):
-    """One plain recurrent layer.
+    """One plain recurrent layer. ::
 
-    apply(x, h0, lengths, reset, nonlinearity, directions, save, keep_hidden, backend, *weights)
-        → (y, h_n, saved, cells, hidden)
-    nonlinearity: "tanh" or "relu".  Weights of H rows; all else as in LSTMFunction.
+        apply(x, h0, lengths, reset, nonlinearity, directions, save, keep_hidden, backend, *weights)
+            → (y, h_n, saved, cells, hidden)
+
+    nonlinearity: "tanh" or "relu".  Weights of H rows; all else as in :class:`LSTMFunction`.
     Source: Elman 1990; as in torch.nn.RNN.
+
+    Examples:
+        >>> x, weights = torch.randn(5, 3, 10), [torch.randn(20, 10), torch.randn(20, 20)]
+        >>> y, h_n, *_ = fused_rnn.RNNFunction.apply(x, None, None, None, "tanh", (1,), "gates", False, "cpu", *weights)
     """
 
     generate_vmap_rule = True

@@ -22,18 +22,26 @@ _TO_TORCH: dict[type[nn.Module], type[nn.Module]] = {cls: cls._fused_twin for cl
 
 
 def convert(model: M, *, backend: str | None = None, save: str = "gates") -> M:
-    """Turn every torch.nn LSTM, GRU, RNN, LSTMCell, GRUCell and RNNCell in `model` into ours; returns `model`.
+    """Turn every torch.nn LSTM, GRU, RNN, LSTMCell, GRUCell and RNNCell in `model` into ours, in place.
 
     The modules stay the objects they are, in another class: parameters, buffers, hooks, parametrizations, names,
     train() or eval(), device, and whoever refers to them, an optimizer for one, know of no change. `model` may itself
     be such a module. Ours are left as they are. A class derived from one of torch.nn's has a forward of its own that
     may call its parent's by name: it is left alone, with a UserWarning that says which module it was.
 
-    backend, save: as the modules' arguments of that name, for those that are turned.
-    Raises TypeError if model is no torch.nn.Module; ValueError for an unknown backend or save.
+    Args:
+        model: any module.
+        backend: as the modules' argument of that name, for those that are turned.
+        save: as the modules' argument of that name, for those that are turned.
 
-    Examples::
+    Returns:
+        `model` itself.
 
+    Raises:
+        TypeError: if model is no torch.nn.Module.
+        ValueError: for an unknown backend or save.
+
+    Examples:
         >>> model = torch.nn.Sequential(torch.nn.Embedding(100, 16), torch.nn.LSTM(16, 32))
         >>> type(fused_rnn.convert(model)[1])
         <class 'fused_rnn.nn.rnn.LSTM'>
@@ -57,11 +65,23 @@ def convert(model: M, *, backend: str | None = None, save: str = "gates") -> M:
 
 
 def to_torch(model: M) -> M:
-    """Turn every module of ours in `model` into torch.nn's of the same name, in place; returns `model`.
+    """Turn every module of ours in `model` into torch.nn's of the same name, in place.
 
     The inverse of :func:`convert`, for exporters and tools that look for torch.nn's classes. `backend` and `save` are
     forgotten; lengths and reset have no place in torch.nn's forward.
-    Raises TypeError if model is no torch.nn.Module.
+
+    Args:
+        model: any module.
+
+    Returns:
+        `model` itself.
+
+    Raises:
+        TypeError: if model is no torch.nn.Module.
+
+    Examples:
+        >>> type(fused_rnn.to_torch(fused_rnn.GRU(8, 16)))
+        <class 'torch.nn.modules.rnn.GRU'>
     """
     for _, module in _modules(model):
         if _turn(module, _TO_TORCH):
@@ -77,8 +97,7 @@ def patch() -> Iterator[None]:
     It changes the names in torch.nn, for the whole process: code that bound one before (`from torch.nn import LSTM`)
     keeps torch's. What was built stays ours when it closes. May be nested.
 
-    Examples::
-
+    Examples:
         >>> with fused_rnn.patch():
         ...     model = torch.nn.GRU(8, 16)
         >>> isinstance(model, fused_rnn.GRU)

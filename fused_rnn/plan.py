@@ -49,10 +49,22 @@ class Cycles(NamedTuple):
 class Plan:
     """How a loop over time would run. Where no kernel keeps W_hh resident, exchange is "stepwise" and reason says why.
 
-    exchange: how a team shares its state between steps; "stepwise" is a matrix product and a pointwise launch a step.
-    members: CTAs of a team; each has `units` hidden units of `rows` rows of the batch, `threads` threads in
-    warps[0] x warps[1] warps (groups of rows of the product, shares of its depth) and `shared` bytes of shared memory.
-    tiles: of the batch, tiles_at_once of them beside each other; waves of teams until all have run.
+    Attributes:
+        exchange: how a team shares its state between steps, "cta", "cluster" or "grid"; "stepwise" is a matrix product
+            and a pointwise launch a step.
+        number: how products are taken, "bf16", "f16", "tf32", "ieee" (float32) or "f64".
+        device: what the plan was made for.
+        members: CTAs of a team.
+        units: hidden units of a member.
+        rows: of the batch, for each team.
+        warps: of a member, as groups of rows of the product × shares of its depth.
+        threads: of a member.
+        shared: bytes of shared memory of a member.
+        tiles: of the batch.
+        tiles_at_once: how many of them run beside each other.
+        waves: of teams until all have run.
+        cycles: estimated, of a step.
+        reason: why it runs stepwise, or None.
     """
 
     exchange: str
@@ -142,15 +154,28 @@ def plan(
 
     Needs neither a GPU nor a build with CUDA kernels. T has no say in it.
 
-    cell: lstm, gru, rnn_tanh or rnn_relu.  batch: B.  hidden_size: H.  recurrences: R, 2 for a bidirectional layer.
-    dtype: float32, bfloat16, float16, float64.  tf32: for float32, whether products may round their operands to TF32;
-        None: as torch.backends.cudnn has it.
-    backward: the loop of the gradients instead of the forward one.
-    device: "cuda:0", or an architecture of `fused_rnn.plan`'s table ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100",
-        "sm_120": a full-size part of each), or (arch, multiprocessors, shared bytes a CTA, CTAs a cluster).
-        None: the current GPU, or where there is none "sm_90".
-    exchange, members, rows: insist on "cta", "cluster" or "grid", on CTAs of a team, on rows of the batch a team.
-    Raises ValueError naming the argument; NotImplementedError where the compiled extension is missing.
+    Args:
+        cell: lstm, gru, rnn_tanh or rnn_relu.
+        batch: B.
+        hidden_size: H.
+        dtype: float32, bfloat16, float16, float64.
+        tf32: for float32, whether products may round their operands to TF32; None: as torch.backends.cudnn has it.
+        recurrences: R, 2 for a bidirectional layer.
+        backward: the loop of the gradients instead of the forward one.
+        device: "cuda:0", or an architecture ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120": a full-size part
+            of each), or (arch, multiprocessors, shared bytes a CTA, CTAs a cluster). None: the current GPU, or where
+            there is none "sm_90".
+        exchange: insist on "cta", "cluster" or "grid".
+        members: insist on CTAs of a team.
+        rows: insist on rows of the batch a team.
+
+    Raises:
+        ValueError: naming the argument.
+        NotImplementedError: where the compiled extension is missing.
+
+    Examples:
+        >>> fused_rnn.plan("lstm", batch=64, hidden_size=512, dtype=torch.bfloat16, device="sm_90").exchange
+        'cluster'
     """
     if ops._C is None:
         raise NotImplementedError(ops.MISSING)

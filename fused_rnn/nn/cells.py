@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, is_grad_enabled, nn
@@ -112,17 +112,28 @@ class LSTMCell(Cell):
 
     Args:
         input_size, hidden_size, bias, device, dtype: as torch.nn.LSTMCell's, in the same positions.
-        backend: "cpu", "torch" or "reference" to force one; None takes the one that measured fastest. Keyword only.
+        backend: "cpu", "torch", "reference", "cuda" or "triton" to force one; None takes the one that measured
+            fastest. Keyword only.
 
-    Inputs: input [B, D] or [D]; hx = (h [B, H], c [B, H]), without B for unbatched input, zeros if None.
-    Returns (h', c'), shaped as hx, of the input's dtype.
-    Raises what torch.nn.LSTMCell raises; NotImplementedError where the backend asked for cannot run the call.
+    Inputs:
+        input: [B, D] or [D].
+        hx: (h [B, H], c [B, H]), without B for unbatched input; zeros if None.
+
+    Returns:
+        (h', c'), shaped as hx, of the input's dtype.
+
+    Raises:
+        Exception: what torch.nn.LSTMCell raises, in its words.
+        NotImplementedError: where the backend asked for cannot run the call.
+
     Twice differentiable in input, hx and the weights. Formula and source: :class:`LSTM`.
 
-    Examples::
-
+    Examples:
         >>> cell = fused_rnn.LSTMCell(10, 20)
-        >>> h, c = cell(torch.randn(3, 10), (torch.randn(3, 20), torch.randn(3, 20)))
+        >>> h, c = cell(torch.randn(3, 10))
+        >>> h, c = cell(torch.randn(3, 10), (h, c))
+        >>> h.shape, c.shape
+        (torch.Size([3, 20]), torch.Size([3, 20]))
     """
 
     _fused_twin = TorchLSTMCell
@@ -133,12 +144,16 @@ class LSTMCell(Cell):
         input_size: int,
         hidden_size: int,
         bias: bool = True,
-        device: Any = None,
+        device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
         *,
         backend: str | None = None,
     ) -> None:
         super().__init__(input_size, hidden_size, bias, num_chunks=4, device=device, dtype=dtype, backend=backend)
+
+    if TYPE_CHECKING:
+
+        def __call__(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]: ...
 
     def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
         """One step: (h', c'). Shapes and errors stand in the class's docstring."""
@@ -158,15 +173,23 @@ class GRUCell(Cell):
         input_size, hidden_size, bias, device, dtype: as torch.nn.GRUCell's, in the same positions.
         backend: keyword only, as :class:`LSTMCell`'s.
 
-    Inputs: input [B, D] or [D]; hx = h [B, H], without B for unbatched input, zeros if None.
-    Returns h', shaped as h, of the input's dtype.
-    Raises what torch.nn.GRUCell raises; NotImplementedError where the backend asked for cannot run the call.
+    Inputs:
+        input: [B, D] or [D].
+        hx: h [B, H], without B for unbatched input; zeros if None.
+
+    Returns:
+        h', shaped as hx, of the input's dtype.
+
+    Raises:
+        Exception: what torch.nn.GRUCell raises, in its words.
+        NotImplementedError: where the backend asked for cannot run the call.
+
     Twice differentiable in input, hx and the weights. Formula and source: :class:`GRU`.
 
-    Examples::
-
+    Examples:
         >>> cell = fused_rnn.GRUCell(10, 20)
-        >>> h = cell(torch.randn(3, 10), torch.randn(3, 20))
+        >>> cell(torch.randn(3, 10), torch.randn(3, 20)).shape
+        torch.Size([3, 20])
     """
 
     _fused_twin = TorchGRUCell
@@ -176,12 +199,16 @@ class GRUCell(Cell):
         input_size: int,
         hidden_size: int,
         bias: bool = True,
-        device: Any = None,
+        device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
         *,
         backend: str | None = None,
     ) -> None:
         super().__init__(input_size, hidden_size, bias, num_chunks=3, device=device, dtype=dtype, backend=backend)
+
+    if TYPE_CHECKING:
+
+        def __call__(self, input: Tensor, hx: Tensor | None = None) -> Tensor: ...
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """One step: h'. Shapes and errors stand in the class's docstring."""
@@ -197,15 +224,23 @@ class RNNCell(Cell):
             nonlinearity is "tanh" or "relu".
         backend: keyword only, as :class:`LSTMCell`'s.
 
-    Inputs: input [B, D] or [D]; hx = h [B, H], without B for unbatched input, zeros if None.
-    Returns h', shaped as h, of the input's dtype.
-    Raises what torch.nn.RNNCell raises; NotImplementedError where the backend asked for cannot run the call.
+    Inputs:
+        input: [B, D] or [D].
+        hx: h [B, H], without B for unbatched input; zeros if None.
+
+    Returns:
+        h', shaped as hx, of the input's dtype.
+
+    Raises:
+        Exception: what torch.nn.RNNCell raises, in its words.
+        NotImplementedError: where the backend asked for cannot run the call.
+
     Twice differentiable in input, hx and the weights. Formula and source: :class:`RNN`.
 
-    Examples::
-
-        >>> cell = fused_rnn.RNNCell(10, 20)
-        >>> h = cell(torch.randn(3, 10), torch.randn(3, 20))
+    Examples:
+        >>> cell = fused_rnn.RNNCell(10, 20, nonlinearity="relu")
+        >>> cell(torch.randn(3, 10), torch.randn(3, 20)).shape
+        torch.Size([3, 20])
     """
 
     __constants__ = TorchRNNCell.__constants__
@@ -219,13 +254,17 @@ class RNNCell(Cell):
         hidden_size: int,
         bias: bool = True,
         nonlinearity: str = "tanh",
-        device: Any = None,
+        device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
         *,
         backend: str | None = None,
     ) -> None:
         super().__init__(input_size, hidden_size, bias, num_chunks=1, device=device, dtype=dtype, backend=backend)
         self.nonlinearity = nonlinearity
+
+    if TYPE_CHECKING:
+
+        def __call__(self, input: Tensor, hx: Tensor | None = None) -> Tensor: ...
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """One step: h'. Shapes and errors stand in the class's docstring."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 # Bound now: who rebinds torch.nn.LSTM to ours would otherwise find ours as its own twin.
@@ -13,7 +14,7 @@ from torch.nn import LSTM as TorchLSTM
 from torch.nn import RNN as TorchRNN
 from torch.nn.utils.rnn import PackedSequence
 
-from fused_rnn.nn.sequence import Recurrent, run, step
+from fused_rnn.nn.sequence import Recurrent, SequenceCall, run, step
 
 
 class LSTM(Recurrent):
@@ -21,33 +22,39 @@ class LSTM(Recurrent):
 
     A multi-layer long short-term memory RNN over a sequence, in place of torch.nn.LSTM, whose arguments, attributes,
     methods, state_dict, initialisation and errors it has. Letters: T time, B batch, D input_size, H hidden_size,
-    P proj_size or else H, L num_layers, R directions (1 or 2).
+    P proj_size or else H, L num_layers, R directions (1 or 2). ::
 
-    .. math::
-        i_t, f_t, o_t = \sigma(W x_t + b + U h_{t-1} + d), \quad g_t = \tanh(W_g x_t + b_g + U_g h_{t-1} + d_g), \quad
-        c_t = f_t c_{t-1} + i_t g_t, \quad h_t = o_t \tanh(c_t)
+        i_t = σ(W_i x_t + b_i + U_i h_{t-1} + d_i)         c_t = f_t c_{t-1} + i_t g_t
+        f_t = σ(W_f x_t + b_f + U_f h_{t-1} + d_f)         h_t = o_t tanh(c_t), or with a projection V o_t tanh(c_t)
+        g_t = tanh(W_g x_t + b_g + U_g h_{t-1} + d_g)
+        o_t = σ(W_o x_t + b_o + U_o h_{t-1} + d_o)
 
     Args:
         input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size, device, dtype:
             as torch.nn.LSTM's, in the same positions.
-        backend: "cpu", "torch" or "reference" to force one; None takes the one that measured fastest. Keyword only.
+        backend: "cpu", "torch", "reference", "cuda" or "triton" to force one; None takes the one that measured
+            fastest. Keyword only.
         save: what training keeps for backward, "gates" (fastest) or "recompute" (least memory). Keyword only.
 
-    Inputs: input, hx, and by keyword lengths, reset
+    Inputs:
         input: [T, B, D], [B, T, D] if batch_first, [T, D], or a PackedSequence; of the weights' dtype: float32,
             float64, bfloat16 or float16.
         hx: (h_0 [L·R, B, P], c_0 [L·R, B, H]), without B for unbatched input; zeros if None.
         lengths: [B] integers on any device, in any order, [] for unbatched input. Past its length a sequence's output
             is zero; its final state is that of its last valid step, where the reverse direction starts, as with a
-            PackedSequence.
+            PackedSequence. Keyword only.
         reset: [T, B] bool, [B, T] if batch_first, [T] for unbatched input. Where true, the state entering the step is
-            zero.
+            zero. Keyword only.
 
-    Returns output, (h_n, c_n): output [T, B, R·P], [B, T, R·P], [T, R·P] or a PackedSequence, as the input was;
-    h_n [L·R, B, P] and c_n [L·R, B, H], without B for unbatched input; all of the input's dtype.
+    Returns:
+        output, (h_n, c_n): output [T, B, R·P], [B, T, R·P], [T, R·P] or a PackedSequence, as the input was;
+        h_n [L·R, B, P] and c_n [L·R, B, H], without B for unbatched input; all of the input's dtype.
 
-    Raises what torch.nn.LSTM raises; ValueError for lengths or reset that do not fit; NotImplementedError, with every
-    backend's reason, where the backend asked for cannot run the call.
+    Raises:
+        Exception: what torch.nn.LSTM raises, in its words.
+        ValueError: for lengths or reset that do not fit, and for an unknown backend or save.
+        NotImplementedError: with every backend's reason, where the backend asked for cannot run the call.
+
     Twice differentiable in input, hx and all weights. Under no_grad nothing is kept; train() and eval() decide of
     dropout alone. An instance of torch.nn.RNNBase, not of torch.nn.LSTM, whose instances torch.compile refuses.
     torch.jit.trace and torch.jit.script record torch's own operators.
@@ -55,17 +62,46 @@ class LSTM(Recurrent):
     Source: Hochreiter & Schmidhuber 1997; gates i, f, g, o and both biases as in torch.nn.LSTM; projection:
     arXiv:1402.1128.
 
-    Examples::
+    Examples:
+        >>> lstm = fused_rnn.LSTM(10, 20, num_layers=2)
+        >>> output, (h_n, c_n) = lstm(torch.randn(5, 3, 10))
+        >>> output.shape, h_n.shape, c_n.shape
+        (torch.Size([5, 3, 20]), torch.Size([2, 3, 20]), torch.Size([2, 3, 20]))
 
-        >>> rnn = fused_rnn.LSTM(10, 20, 2)
-        >>> output, (h_n, c_n) = rnn(torch.randn(5, 3, 10), (torch.randn(2, 3, 20), torch.randn(2, 3, 20)))
+        Ragged sequences, without packing:
+
+        >>> output, _ = lstm(torch.randn(5, 3, 10), lengths=torch.tensor([5, 2, 4]))
+        >>> output[2:, 1].any().item()
+        False
     """
 
     _fused_twin = TorchLSTM
     _fused_states = 2
 
-    def __init__(self, *args: Any, backend: str | None = None, save: str = "gates", **kwargs: Any) -> None:
-        super().__init__("LSTM", *args, backend=backend, save=save, **kwargs)
+    if TYPE_CHECKING:  # at run time the arguments are whatever the torch installed takes
+        __call__: SequenceCall[tuple[Tensor, Tensor]]
+
+        def __init__(
+            self,
+            input_size: int,
+            hidden_size: int,
+            num_layers: int = 1,
+            bias: bool = True,
+            batch_first: bool = False,
+            dropout: float = 0.0,
+            bidirectional: bool = False,
+            proj_size: int = 0,
+            device: torch.device | str | int | None = None,
+            dtype: torch.dtype | None = None,
+            *,
+            backend: str | None = None,
+            save: str = "gates",
+        ) -> None: ...
+
+    else:
+
+        def __init__(self, *args: Any, backend: str | None = None, save: str = "gates", **kwargs: Any) -> None:
+            super().__init__("LSTM", *args, backend=backend, save=save, **kwargs)
 
     # Torch's own, so that whoever calls or copies them from here has the messages of the torch installed.
     get_expected_cell_size = TorchLSTM.get_expected_cell_size
@@ -93,37 +129,75 @@ class GRU(Recurrent):
     r"""__init__(input_size,hidden_size,num_layers=1,bias=True,batch_first=False,dropout=0.0,bidirectional=False,device=None,dtype=None,*,backend=None,save='gates')
 
     A multi-layer gated recurrent unit RNN over a sequence, in place of torch.nn.GRU, whose arguments, attributes,
-    methods, state_dict, initialisation and errors it has.
+    methods, state_dict, initialisation and errors it has. ::
 
-    .. math::
-        r_t, z_t = \sigma(W x_t + b + U h_{t-1} + d), \quad n_t = \tanh(W_n x_t + b_n + r_t (U_n h_{t-1} + d_n)), \quad
-        h_t = (1 - z_t) n_t + z_t h_{t-1}
+        r_t = σ(W_r x_t + b_r + U_r h_{t-1} + d_r)
+        z_t = σ(W_z x_t + b_z + U_z h_{t-1} + d_z)
+        n_t = tanh(W_n x_t + b_n + r_t (U_n h_{t-1} + d_n))         h_t = (1 - z_t) n_t + z_t h_{t-1}
 
     Args:
         input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device, dtype:
             as torch.nn.GRU's, in the same positions.
-        backend, save: keyword only, as :class:`LSTM`'s.
+        backend: keyword only, as :class:`LSTM`'s.
+        save: keyword only, as :class:`LSTM`'s.
 
-    Inputs: input, hx, and by keyword lengths, reset, as :class:`LSTM`'s, but that hx is h_0 [L·R, B, H] alone.
+    Inputs:
+        input: as :class:`LSTM`'s.
+        hx: h_0 [L·R, B, H], without B for unbatched input; zeros if None.
+        lengths: keyword only, as :class:`LSTM`'s.
+        reset: keyword only, as :class:`LSTM`'s.
 
-    Returns output, h_n: output as :class:`LSTM`'s, R·H wide; h_n [L·R, B, H], without B for unbatched input.
+    Returns:
+        output, h_n: output as :class:`LSTM`'s, R·H wide; h_n [L·R, B, H], without B for unbatched input.
 
-    Raises what torch.nn.GRU raises, and as :class:`LSTM` does. Twice differentiable in input, hx and all weights.
+    Raises:
+        Exception: what torch.nn.GRU raises, in its words.
+        ValueError: as :class:`LSTM` does.
+        NotImplementedError: as :class:`LSTM` does.
 
-    Source: Cho et al. 2014, with the reset gate applied after the recurrent product, as in torch.nn.GRU; gates r, z, n.
+    Twice differentiable in input, hx and all weights. Source: Cho et al. 2014, with the reset gate
+    applied after the recurrent product, as in torch.nn.GRU; gates r, z, n.
 
-    Examples::
+    Examples:
+        >>> gru = fused_rnn.GRU(10, 20, batch_first=True, bidirectional=True)
+        >>> output, h_n = gru(torch.randn(3, 5, 10))
+        >>> output.shape, h_n.shape
+        (torch.Size([3, 5, 40]), torch.Size([2, 3, 20]))
 
-        >>> rnn = fused_rnn.GRU(10, 20, 2)
-        >>> output, h_n = rnn(torch.randn(5, 3, 10), torch.randn(2, 3, 20))
+        A state that begins anew inside the loop:
+
+        >>> reset = torch.zeros(3, 5, dtype=torch.bool)
+        >>> reset[0, 2] = True
+        >>> output, h_n = gru(torch.randn(3, 5, 10), reset=reset)
     """
 
     _fused_twin = TorchGRU
 
-    def __init__(self, *args: Any, backend: str | None = None, save: str = "gates", **kwargs: Any) -> None:
-        if "proj_size" in kwargs:
-            raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
-        super().__init__("GRU", *args, backend=backend, save=save, **kwargs)
+    if TYPE_CHECKING:  # at run time the arguments are whatever the torch installed takes
+        __call__: SequenceCall[Tensor]
+
+        def __init__(
+            self,
+            input_size: int,
+            hidden_size: int,
+            num_layers: int = 1,
+            bias: bool = True,
+            batch_first: bool = False,
+            dropout: float = 0.0,
+            bidirectional: bool = False,
+            device: torch.device | str | int | None = None,
+            dtype: torch.dtype | None = None,
+            *,
+            backend: str | None = None,
+            save: str = "gates",
+        ) -> None: ...
+
+    else:
+
+        def __init__(self, *args: Any, backend: str | None = None, save: str = "gates", **kwargs: Any) -> None:
+            if "proj_size" in kwargs:
+                raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
+            super().__init__("GRU", *args, backend=backend, save=save, **kwargs)
 
     def forward(
         self,
@@ -145,45 +219,76 @@ class GRU(Recurrent):
 class RNN(Recurrent):
     r"""__init__(input_size,hidden_size,num_layers=1,nonlinearity='tanh',bias=True,batch_first=False,dropout=0.0,bidirectional=False,device=None,dtype=None,*,backend=None,save='gates')
 
-    A multi-layer Elman RNN over a sequence, in place of torch.nn.RNN, whose arguments, attributes, methods, state_dict,
-    initialisation and errors it has.
+    A multi-layer Elman RNN over a sequence, in place of torch.nn.RNN, whose arguments, attributes, methods,
+    state_dict, initialisation and errors it has. ::
 
-    .. math::
-        h_t = \tanh(W x_t + b + U h_{t-1} + d), \quad\text{or with ReLU in place of tanh}
+        h_t = tanh(W x_t + b + U h_{t-1} + d), or with relu in place of tanh
 
     Args:
         input_size, hidden_size, num_layers, nonlinearity, bias, batch_first, dropout, bidirectional, device, dtype:
             as torch.nn.RNN's, in the same positions; nonlinearity is "tanh" or "relu".
-        backend, save: keyword only, as :class:`LSTM`'s.
+        backend: keyword only, as :class:`LSTM`'s.
+        save: keyword only, as :class:`LSTM`'s.
 
-    Inputs: input, hx, and by keyword lengths, reset, as :class:`LSTM`'s, but that hx is h_0 [L·R, B, H] alone.
+    Inputs:
+        input: as :class:`LSTM`'s.
+        hx: h_0 [L·R, B, H], without B for unbatched input; zeros if None.
+        lengths: keyword only, as :class:`LSTM`'s.
+        reset: keyword only, as :class:`LSTM`'s.
 
-    Returns output, h_n: output as :class:`LSTM`'s, R·H wide; h_n [L·R, B, H], without B for unbatched input.
+    Returns:
+        output, h_n: output as :class:`LSTM`'s, R·H wide; h_n [L·R, B, H], without B for unbatched input.
 
-    Raises what torch.nn.RNN raises, and as :class:`LSTM` does. Twice differentiable in input, hx and all weights.
+    Raises:
+        Exception: what torch.nn.RNN raises, in its words.
+        ValueError: as :class:`LSTM` does.
+        NotImplementedError: as :class:`LSTM` does.
 
-    Source: Elman 1990; both biases as in torch.nn.RNN.
+    Twice differentiable in input, hx and all weights. Source: Elman 1990; both biases as in torch.nn.RNN.
 
-    Examples::
-
-        >>> rnn = fused_rnn.RNN(10, 20, 2)
-        >>> output, h_n = rnn(torch.randn(5, 3, 10), torch.randn(2, 3, 20))
+    Examples:
+        >>> rnn = fused_rnn.RNN(10, 20, nonlinearity="relu")
+        >>> output, h_n = rnn(torch.randn(5, 3, 10), torch.zeros(1, 3, 20))
+        >>> output.shape, h_n.shape
+        (torch.Size([5, 3, 20]), torch.Size([1, 3, 20]))
     """
 
     _fused_twin = TorchRNN
 
-    def __init__(self, *args: Any, backend: str | None = None, save: str = "gates", **kwargs: Any) -> None:
-        if "proj_size" in kwargs:
-            raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
-        if len(args) > 3:
-            self.nonlinearity = args[3]
-            args = args[:3] + args[4:]
-        else:
-            self.nonlinearity = kwargs.pop("nonlinearity", "tanh")
-        modes = {"tanh": "RNN_TANH", "relu": "RNN_RELU"}
-        if self.nonlinearity not in modes:
-            raise ValueError(f"Unknown nonlinearity '{self.nonlinearity}'. Select from 'tanh' or 'relu'.")
-        super().__init__(modes[self.nonlinearity], *args, backend=backend, save=save, **kwargs)
+    if TYPE_CHECKING:  # at run time the arguments are whatever the torch installed takes
+        __call__: SequenceCall[Tensor]
+
+        def __init__(
+            self,
+            input_size: int,
+            hidden_size: int,
+            num_layers: int = 1,
+            nonlinearity: str = "tanh",
+            bias: bool = True,
+            batch_first: bool = False,
+            dropout: float = 0.0,
+            bidirectional: bool = False,
+            device: torch.device | str | int | None = None,
+            dtype: torch.dtype | None = None,
+            *,
+            backend: str | None = None,
+            save: str = "gates",
+        ) -> None: ...
+
+    else:
+
+        def __init__(self, *args: Any, backend: str | None = None, save: str = "gates", **kwargs: Any) -> None:
+            if "proj_size" in kwargs:
+                raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
+            if len(args) > 3:
+                self.nonlinearity = args[3]
+                args = args[:3] + args[4:]
+            else:
+                self.nonlinearity = kwargs.pop("nonlinearity", "tanh")
+            modes = {"tanh": "RNN_TANH", "relu": "RNN_RELU"}
+            if self.nonlinearity not in modes:
+                raise ValueError(f"Unknown nonlinearity '{self.nonlinearity}'. Select from 'tanh' or 'relu'.")
+            super().__init__(modes[self.nonlinearity], *args, backend=backend, save=save, **kwargs)
 
     def forward(
         self,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol, TypeVar, overload
 
 import torch
 from torch import Tensor, is_grad_enabled, nn
@@ -47,6 +47,25 @@ _CHECKS = (
 )
 
 Result = Any  # (y, hx)
+State = TypeVar("State")
+
+
+class SequenceCall(Protocol[State]):
+    """A call of a module, for type checkers: what comes back is packed if the input is."""
+
+    @overload
+    def __call__(
+        self,
+        input: Tensor,
+        hx: State | None = None,
+        *,
+        lengths: Tensor | Sequence[int] | None = None,
+        reset: Tensor | None = None,
+    ) -> tuple[Tensor, State]: ...
+    @overload
+    def __call__(
+        self, input: PackedSequence, hx: State | None = None, *, lengths: None = None, reset: Tensor | None = None
+    ) -> tuple[PackedSequence, State]: ...
 
 
 class Recurrent(Fused, nn.RNNBase):

@@ -1,0 +1,31 @@
+"""Sphinx: `make docs` builds this folder into build/docs, and a warning is an error. It needs no network."""
+
+import fused_rnn
+
+project = "fused_rnn"
+author = "the authors of fused_rnn"
+release = fused_rnn.__version__
+html_title = f"fused_rnn {release}"
+
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+myst_heading_anchors = 3  # links to a heading of another page: page.md#heading
+exclude_patterns = ["README.md"]
+
+# The API page: what the docstrings say, in the order in which the page names it.
+autodoc_class_signature = "mixed"
+autodoc_typehints_format = "short"
+python_use_unqualified_type_names = True
+python_maximum_signature_line_length = 100
+add_module_names = False
+napoleon_numpy_docstring = False
+napoleon_use_rtype = False
+napoleon_custom_sections = [("Inputs", "params_style")]
+
+# Every reference of ours must lead somewhere. Those into torch and Python cannot be looked up without a network.
+suppress_warnings = ["toc.not_readable", "myst.xref_missing"]  # pages of topics that are still being written
+nitpicky = True
+nitpick_ignore_regex = [("py:.*", r"(torch|collections|typing|types)(\..*)?"), ("py:class", r"fused_rnn\.convert\.M")]
+
+html_theme = "furo"
+html_copy_source = False
+html_theme_options = {"navigation_with_keys": True}

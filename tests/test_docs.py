@@ -1,0 +1,95 @@
+"""The documentation: every example in it runs, every public name is in it, and the site builds without a warning."""
+
+from __future__ import annotations
+
+import doctest
+import inspect
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from sybil import Sybil
+from sybil.parsers.myst import PythonCodeBlockParser, SkipParser
+
+import fused_rnn
+
+ROOT = Path(__file__).parent.parent
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+FUNCTIONS = [
+    f"functional.{name}"
+    for name, value in vars(fused_rnn.functional).items()
+    if inspect.isfunction(value) and value.__module__ == "fused_rnn.functional" and not name.startswith("_")
+]
+PUBLIC = [name for name in fused_rnn.__all__ if name != "functional"] + FUNCTIONS
+
+# What the README's blocks leave open, for they are there to be read.
+README_NAMES = """
+import torch, fused_rnn
+D, H, T, B = 3, 5, 7, 2
+x, h_0, lengths, reset = torch.randn(T, B, D), torch.randn(1, B, H), torch.tensor([7, 4]), torch.zeros(T, B).bool()
+model = torch.nn.Sequential(torch.nn.LSTM(D, H))
+somebody_elses_model = lambda: torch.nn.GRU(D, H)
+"""
+
+
+def public(name: str) -> Any:
+    value: Any = fused_rnn
+    for part in name.split("."):
+        value = getattr(value, part)
+    return value
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", *PAGES], ids=lambda page: page.stem)
+def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In order, in one namespace, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    document = Sybil([PythonCodeBlockParser(), SkipParser()]).parse(page)
+    if page.stem == "README":
+        exec(README_NAMES, document.namespace)
+    for example in document.examples():
+        example.evaluate()
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_docstring_has_examples_that_run(name: str) -> None:
+    names = {"torch": torch, "fused_rnn": fused_rnn}
+    found = doctest.DocTestFinder(recurse=False).find(public(name), name, globs=names)
+    assert found and found[0].examples, f"{name}: its docstring has no example"
+    report: list[str] = []
+    doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(found[0], out=report.append)
+    assert not report, "".join(report)
+
+
+def test_every_public_name_is_on_the_api_page() -> None:
+    text = (ROOT / "docs/api.md").read_text()
+    listed = re.findall(r"^\.\. auto(?:class|function):: (?:fused_rnn\.)?(\S+)", text, re.MULTILINE)
+    assert set(PUBLIC) <= set(listed), f"not in docs/api.md: {', '.join(sorted(set(PUBLIC) - set(listed)))}"
+
+
+def included() -> Iterator[tuple[Path, Path, str]]:
+    """(page, file it takes a piece of, text where that piece begins or ends)."""
+    for page in PAGES:
+        for name, options in re.findall(r"^```\{(?:literal)?include\} (\S+)\n((?::.*\n)*)```", page.read_text(), re.M):
+            for text in re.findall(r"^:(?:start|end)-\w+: \"(.*)\"$", options, re.MULTILINE):
+                yield page, (page.parent / name).resolve(), text
+
+
+def test_included_pieces_are_where_the_pages_look_for_them() -> None:
+    pieces = list(included())
+    assert pieces
+    for page, source, text in pieces:
+        assert text in source.read_text(), f"docs/{page.name} includes {source.name} from or up to {text!r}"
+
+
+def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
+    for name in ("sphinx", "myst_parser", "furo"):
+        pytest.importorskip(name, reason="the site's generator: pip install '.[docs]'")
+    command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-b", "html", str(ROOT / "docs")]
+    done = subprocess.run([*command, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "index.html").exists()
