@@ -299,7 +299,8 @@ def _stack(
         lengths = checks.check_lengths(lengths, x)
     if reset is not None:
         reset = checks.check_reset(reset, x)
-    needs_grad = _needs_grad(x, weights, h0, c0)
+    # An exported program holds the op as inference wants it; fused_rnn.rerun has its gradient.
+    needs_grad = _needs_grad(x, weights, h0, c0) and not torch.compiler.is_exporting()
     problem = Problem(
         cell, x.dtype, device, steps == 1, batch, input_size, hidden, width, num_layers, recurrences, count >= 4,
         needs_grad, _forward_ad(), save if needs_grad else "none", lengths is not None, reset is not None,
@@ -366,9 +367,10 @@ def _step(
     if c is not None:
         checks.check_state("c", c, x, (batch, hidden), "[B, H]")
     needs_grad = _needs_grad(x, weights, h, c)
+    keeps = needs_grad and not torch.compiler.is_exporting()  # as in _stack
     problem = Problem(
         cell, x.dtype, device, True, batch, input_size, hidden, hidden, 1, 1, count == 4,
-        needs_grad, _forward_ad(), "gates" if needs_grad else "none", False, False, _transformed(),
+        keeps, _forward_ad(), "gates" if keeps else "none", False, False, _transformed(),
     )  # fmt: skip
     chosen = resolve(problem, backend)
     if chosen.DIFFERENTIABLE or not needs_grad:

@@ -1,4 +1,4 @@
-"""The compiled ops, if they were built: handles, fake kernels, vmap rules.
+"""The compiled ops, if they were built: handles, fake kernels, vmap rules, the gradient of an op by itself.
 
 Importing the pybind11 module `fused_rnn._C` registers them. Without it the package still imports, and MISSING says why
 the `cpu` backend is unavailable.
@@ -6,6 +6,7 @@ the `cpu` backend is unavailable.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fused_rnn import vmap
+from fused_rnn import rerun, vmap
 from fused_rnn.cells import CELLS
 
 _C: Any
@@ -138,7 +139,7 @@ def _step_fake(
     _same_device(x, h, c, w_ih, w_hh, b_ih, b_hh, w_hr)
     spec, leading = list(CELLS.values())[cell], x.shape[:-1]
     width, hidden = w_hh.shape[1], w_hh.shape[0] // spec.gates
-    sequence, batch = x.dim() == 3, leading.numel()
+    sequence, batch = x.dim() == 3, math.prod(leading)  # torch.Size.numel() would make a symbolic B a constant
 
     def after(state: Tensor | None, width: int) -> Tensor:
         if state is not None:
@@ -157,6 +158,7 @@ if _C is not None:
     torch.library.register_fake("fused_rnn::forward", _forward_fake)
     torch.library.register_fake("fused_rnn::backward", _backward_fake)
     torch.library.register_fake("fused_rnn::step", _step_fake)
+    rerun.register("fused_rnn::forward", forward, backward)
     torch.library.register_vmap("fused_rnn::forward", vmap.rule(forward, vmap.forward))
     torch.library.register_vmap("fused_rnn::backward", vmap.rule(backward, vmap.backward))
     torch.library.register_vmap("fused_rnn::step", vmap.rule(step, vmap.step))

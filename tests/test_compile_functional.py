@@ -97,23 +97,3 @@ def test_autocast() -> None:
         for one, other in zip(compiled, run(*call), strict=True):
             assert one.dtype == torch.bfloat16
             assert torch.equal(one, other)
-
-
-def test_export_generalises_over_length() -> None:
-    case = Case("gru", layers=2, hx=False)
-    require("cpu", case, needs_grad=False)
-    given = inputs(case)
-
-    class Net(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.weights = torch.nn.ParameterList(given.weights)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return forward(case, Inputs(x, list(self.weights), [], None, None, []), None)[0]
-
-    net = Net()
-    dims = {"x": {0: torch.export.Dim("T", min=2), 1: torch.export.Dim("B", min=2)}}
-    exported = torch.export.export(net, (given.x,), dynamic_shapes=dims).module()
-    x = torch.randn(17, 9, 4)
-    assert torch.equal(exported(x), net(x))

@@ -104,6 +104,7 @@ def test_cells(name: str) -> None:
     program = exported(model, args, dynamic_shapes=shapes)
     assert name.removesuffix("Cell") in nodes(program)
     check(program, model, *args)
+    check(program, model, *torch.utils._pytree.tree_map(lambda t: torch.randn(7, t.shape[1]), args))
 
 
 def test_a_model_around_it() -> None:

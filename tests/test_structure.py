@@ -30,11 +30,12 @@ ORDER = [
     "plan",
     "layer",
     "ops",
+    "rerun",
     "vmap",
     "cells",
 ]
 # Small parts beside the chain: only names and checks of plain tensors.
-LEAVES = {"problem": set(), "checks": {"cells"}, "vmap": set(), "cells": set(), "_C": set()}
+LEAVES = {"problem": set(), "checks": {"cells"}, "rerun": set(), "vmap": set(), "cells": set(), "_C": set()}
 MOST_LINES = 600
 
 

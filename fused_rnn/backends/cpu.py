@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fused_rnn import ops
+from fused_rnn.rerun import without_gradient
 
 if TYPE_CHECKING:
     from fused_rnn.problem import Problem
@@ -35,8 +36,8 @@ def supports(problem: Problem) -> str | None:
 def _run(op: Callable[..., list[Tensor]], args: tuple[Any, ...]) -> list[Tensor]:
     if torch.is_autocast_enabled("cpu"):  # or torch operations inside the op would be recast
         with torch.autocast("cpu", enabled=False):
-            return op(*args)
-    return op(*args)
+            return without_gradient(op, *args)
+    return without_gradient(op, *args)
 
 
 def forward(*args: Any) -> list[Tensor]:

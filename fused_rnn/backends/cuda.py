@@ -11,6 +11,7 @@ from torch import Tensor
 from fused_rnn.cells import CELLS
 from fused_rnn.cuda_loops import launch, module, plans
 from fused_rnn.layer import op
+from fused_rnn.rerun import without_gradient
 
 if TYPE_CHECKING:
     from fused_rnn.layer.loops import Layer, Loops
@@ -74,14 +75,12 @@ forward_op, backward_op = op.define("cuda", _loops, ("CPU", "CUDA"))  # CPU: in 
 
 def forward(*args: Any) -> list[Tensor]:
     """One layer: the op fused_rnn::cuda_forward, arguments and result as of fused_rnn::forward."""
-    outputs: list[Tensor] = forward_op(*args)
-    return outputs
+    return without_gradient(forward_op, *args)
 
 
 def backward(*args: Any) -> list[Tensor]:
     """One layer's gradients: the op fused_rnn::cuda_backward, arguments and result as of fused_rnn::backward."""
-    outputs: list[Tensor] = backward_op(*args)
-    return outputs
+    return without_gradient(backward_op, *args)
 
 
 def step(x: Tensor, h: Tensor | None, c: Tensor | None, weights: Sequence[Tensor], cell: str) -> list[Tensor]:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fused_rnn.cells import CELLS
 from fused_rnn.layer import op
+from fused_rnn.rerun import without_gradient
 from fused_rnn.triton_kernels import device as devices
 from fused_rnn.triton_kernels import tiles
 
@@ -93,14 +94,12 @@ forward_op, backward_op = op.define("triton", _loops, ("CPU", "CUDA"))  # CPU: i
 
 def forward(*args: Any) -> list[Tensor]:
     """One layer: the op fused_rnn::triton_forward, arguments and result as of fused_rnn::forward."""
-    outputs: list[Tensor] = forward_op(*args)
-    return outputs
+    return without_gradient(forward_op, *args)
 
 
 def backward(*args: Any) -> list[Tensor]:
     """One layer's gradients: the op fused_rnn::triton_backward, arguments and result as of fused_rnn::backward."""
-    outputs: list[Tensor] = backward_op(*args)
-    return outputs
+    return without_gradient(backward_op, *args)
 
 
 def step(x: Tensor, h: Tensor | None, c: Tensor | None, weights: Sequence[Tensor], cell: str) -> list[Tensor]:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_rnn import vmap
+from fused_rnn import rerun, vmap
 from fused_rnn.layer import precision, run
 from fused_rnn.layer.loops import CELLS, Cell, Layer, Loops, wide
 from fused_rnn.layer.weights import Weights, aligned
@@ -227,7 +227,7 @@ def _implement(make: Make) -> tuple[Callable[..., list[Tensor]], Callable[..., l
 
 
 def define(name: str, make: Make, keys: Sequence[str] = ("CUDA",)) -> tuple[Any, Any]:
-    """Register both ops for these dispatch keys, their fake kernels and vmap rules; returns them."""
+    """Register both ops for these dispatch keys, their fake kernels, vmap rules and gradient; returns them."""
     tags = (torch.Tag.pt2_compliant_tag,)
     _library.define(
         f"{name}_forward({_INPUTS}, str cell, int[] directions, str save, bool keep_hidden) -> Tensor[]", tags=tags
@@ -250,6 +250,7 @@ def define(name: str, make: Make, keys: Sequence[str] = ("CUDA",)) -> tuple[Any,
         torch.library.register_fake(qualified, fake, lib=_library)
         torch.library.register_vmap(qualified, vmap.rule(op, fold), lib=_library)
         ops.append(op)
+    rerun.register(f"fused_rnn::{name}_forward", ops[0], ops[1], _library)
     return ops[0], ops[1]
 
 
