@@ -1,7 +1,7 @@
 """vmap rules of the ops.
 
-The mapped dimension N is folded into the batch, or, where weights differ or are differentiated, into R: an ensemble of
-N layers with R directions each is one launch of N·R recurrences. Only a mapped `lengths` or `reset` together with that
+The mapped dimension N is folded into the batch, or, where weights differ, into R: an ensemble of N layers with R
+directions each is one launch of N·R recurrences. Only a mapped `lengths` or `reset` together with that
 is left over (all recurrences share them): those calls are looped, one launch for each of N.
 """
 
@@ -12,6 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from fused_rnn import per_sample
+from fused_rnn.cells import CELLS
 
 Dims = Sequence[Any]
 Result = tuple[list[Tensor], list[int | None]]
@@ -155,23 +158,27 @@ def backward(
     saved_batch, saved_recurrence = _where_saved(save)
     outputs: list[Tensor]
     out_dims: list[int | None]
-    if not need_dw and all(d is None for d in weight_dims):
-        outputs = op(
+    shared = all(d is None for d in weight_dims)
+    if shared and (not need_dw or per_sample.supports(cell, weights, directions, save)):
+        batch = (
             _fold(dy, dy_dim, n, 1), _fold(dh_n, dh_dim, n, 1), _fold(dc_n, dc_dim, n, 1),
             _fold(x, x_dim, n, 1), weights, _fold(h0, h0_dim, n, 1), _fold(c0, c0_dim, n, 1),
             _fold(lengths, lengths_dim, n, 0), _fold(reset, reset_dim, n, 1),
             _fold(hidden, hidden_dim, n, 1), _fold(saved, saved_dim, n, saved_batch), _fold(cells, cells_dim, n, 1),
-            cell, directions, save, need_dx, need_dw,
+            cell, directions, save, need_dx,
         )  # fmt: skip
-        out_dims = [None if _absent(t) else 1 for t in outputs]
-        return [t if at is None else _unfold(t, n, at) for t, at in zip(outputs, out_dims, strict=True)], out_dims
+        outputs = per_sample.backward(op, n, *batch) if need_dw else op(*batch, False)
+        rows, dweights = outputs[:3], outputs[3:]
+        out_dims = [None if _absent(t) else 1 for t in rows]
+        rows = [t if at is None else _unfold(t, n, at) for t, at in zip(rows, out_dims, strict=True)]
+        return [*rows, *dweights], out_dims + [0] * len(dweights)
     if lengths_dim is not None or reset_dim is not None:
         return None
     # dx must come out per member, even of an x that all members share.
-    shared = x_dim is None and x.dim() == 3 and not need_dx
+    common = x_dim is None and x.dim() == 3 and not need_dx
     dx, dh0, dc0, *dweights = op(
         _fold(dy, dy_dim, n, 2), _fold(dh_n, dh_dim, n, 0), _fold(dc_n, dc_dim, n, 0),
-        x if shared else _per_recurrence(x, x_dim, n, len(directions)), _ensemble(weights, weight_dims, n),
+        x if common else _per_recurrence(x, x_dim, n, len(directions)), _ensemble(weights, weight_dims, n),
         _fold(h0, h0_dim, n, 0), _fold(c0, c0_dim, n, 0), lengths, reset,
         _fold(hidden, hidden_dim, n, 2), _fold(saved, saved_dim, n, saved_recurrence), _fold(cells, cells_dim, n, 2),
         cell, list(directions) * n, save, need_dx, need_dw,
@@ -198,9 +205,22 @@ def step(
     *weights_and_cell: Any,
 ) -> Result | None:
     """fused_rnn::step over a mapped dimension; None where it has to be looped."""
-    x_dim, h_dim, c_dim, *weight_dims = dims
+    x_dim, h_dim, c_dim, *weight_dims, _ = dims
     ranks = [t.dim() - (d is not None) for t, d in ((x, x_dim), (h, h_dim), (c, c_dim)) if t is not None]
-    if any(d is not None for d in weight_dims) or any(rank != 2 for rank in ranks):
+    if any(rank != 2 for rank in ranks):
         return None
+    if any(d is not None for d in weight_dims):
+        *weights, code = weights_and_cell
+        present = [(w, d) for w, d in zip(weights, weight_dims, strict=True) if w is not None]
+        members = _ensemble([w for w, _ in present], [d for _, d in present], n)
+        rows = x.unsqueeze(1).expand(-1, n, -1) if x_dim is None else x.movedim(x_dim, 1)
+        states = [
+            None if t is None else t.expand(n, *t.shape) if d is None else t.movedim(d, 0)
+            for t, d in ((h, h_dim), (c, c_dim))
+        ]
+        # A step has one recurrence; a layer of one step has as many as it is given.
+        layer = torch.ops.fused_rnn.forward.default
+        outputs = layer(rows.unsqueeze(0), members, *states, None, None, list(CELLS)[code], [1] * n, "none", False)
+        return outputs[1:], [0] * (len(outputs) - 1)
     outputs = op(_fold(x, x_dim, n, 0), _fold(h, h_dim, n, 0), _fold(c, c_dim, n, 0), *weights_and_cell)
     return [_unfold(t, n, 0) for t in outputs], [0] * len(outputs)

@@ -32,10 +32,19 @@ ORDER = [
     "ops",
     "rerun",
     "vmap",
+    "per_sample",
     "cells",
 ]
 # Small parts beside the chain: only names and checks of plain tensors.
-LEAVES = {"problem": set(), "checks": {"cells"}, "rerun": set(), "vmap": set(), "cells": set(), "_C": set()}
+LEAVES = {
+    "problem": set(),
+    "checks": {"cells"},
+    "rerun": set(),
+    "vmap": {"per_sample", "cells"},
+    "per_sample": {"cells"},
+    "cells": set(),
+    "_C": set(),
+}
 MOST_LINES = 600
 
 

@@ -1,0 +1,150 @@
+"""torch.func over modules: ensembles and per-sample gradients, each one launch a layer, beside torch.nn's modules."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from cases import Case, inputs
+from judge import forward, require
+from tolerances import assert_same_formula
+from torch import Tensor, nn
+from torch.func import functional_call, grad, stack_module_state, vmap
+from torch.utils._python_dispatch import TorchDispatchMode
+from twins import CELLS, SEQUENCES, flatten, make
+
+from fused_rnn import cells, ops
+
+pytestmark = pytest.mark.skipif(ops.MISSING is not None, reason=f"vmap rules are those of the ops: {ops.MISSING}")
+
+MEMBERS = 3
+OPTIONS: list[tuple[str, dict[str, Any]]] = [
+    ("LSTM", {"num_layers": 2, "bidirectional": True}),
+    ("LSTM", {"batch_first": True, "proj_size": 2}),
+    ("GRU", {"num_layers": 2, "bidirectional": True, "batch_first": True}),
+    ("GRU", {"bias": False}),
+    ("RNN", {"nonlinearity": "relu", "num_layers": 2}),
+    ("LSTMCell", {}),
+    ("GRUCell", {}),
+    ("RNNCell", {"bias": False}),
+]
+
+
+@contextmanager
+def launches() -> Iterator[list[tuple[str, int]]]:
+    """What really ran, below every transform: (op, rows of the batch times recurrences)."""
+    seen: list[tuple[str, int]] = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+            name = func.name()
+            if name in ("fused_rnn::forward", "fused_rnn::backward", "fused_rnn::step"):
+                x = args[0] if name != "fused_rnn::backward" else args[3]
+                recurrences = len(args[-3]) if name == "fused_rnn::forward" else 1
+                recurrences = len(args[-4]) if name == "fused_rnn::backward" else recurrences
+                seen.append((name.removeprefix("fused_rnn::"), x.shape[1] * recurrences))
+            return func(*args, **(kwargs or {}))
+
+    with Watch():
+        yield seen
+
+
+def pairs(name: str, options: dict[str, Any]) -> tuple[list[nn.Module], list[nn.Module]]:
+    """Members of an ensemble, ours and torch's, alike in twos."""
+    both = [make(name, 4, 5, seed=k, dtype=torch.float64, **options) for k in range(MEMBERS)]
+    return [ours for ours, _ in both], [twin for _, twin in both]
+
+
+def example(name: str, *lead: int) -> Tensor:
+    return torch.randn(*lead, *((3, 4) if name in CELLS else (6, 3, 4)), dtype=torch.float64)
+
+
+def value(outputs: Any) -> Tensor:
+    return sum(t.square().sum() for t in flatten(outputs))
+
+
+@pytest.mark.parametrize("shared", [True, False], ids=["one input", "an input each"])
+@pytest.mark.parametrize(("name", "options"), OPTIONS, ids=[f"{n}-{'-'.join(o) or 'plain'}" for n, o in OPTIONS])
+def test_an_ensemble_is_one_launch_a_layer(name: str, options: dict[str, Any], shared: bool) -> None:
+    """Values and gradients are those of torch.nn's modules, one after the other."""
+    members, twins = pairs(name, options)
+    x = example(name) if shared else example(name, MEMBERS)
+    parameters, buffers = stack_module_state(members)
+    run = vmap(lambda p, b, x: functional_call(members[0], (p, b), (x,)), (0, 0, None if shared else 0))
+    layers, directions = options.get("num_layers", 1), 1 + options.get("bidirectional", False)
+    batch = 1 if name in CELLS else (x.shape[-3] if options.get("batch_first") else 3)
+
+    with torch.no_grad(), launches() as seen:
+        inferred = flatten(run(parameters, buffers, x))
+    assert [op for op, _ in seen] == ["forward"] * layers
+    if name not in CELLS:
+        assert {rows for _, rows in seen} == {batch * directions * MEMBERS}
+
+    with launches() as seen:
+        outputs = flatten(run(parameters, buffers, x))
+        value(outputs).backward()
+    assert [op for op, _ in seen] == ["forward"] * layers + ["backward"] * layers
+    for one, other in zip(outputs, inferred, strict=True):
+        assert_same_formula(one.detach(), other)
+    for k, twin in enumerate(twins):
+        expected = flatten(twin(x if shared else x[k]))
+        value(expected).backward()
+        for one, other in zip(outputs, expected, strict=True):
+            assert_same_formula(one[k].detach(), other.detach())
+        for key, p in twin.named_parameters():
+            assert_same_formula(parameters[key].grad[k], p.grad)
+
+
+@pytest.mark.parametrize(("name", "options"), OPTIONS, ids=[f"{n}-{'-'.join(o) or 'plain'}" for n, o in OPTIONS])
+def test_per_sample_gradients(name: str, options: dict[str, Any]) -> None:
+    """vmap(grad): one batch forward, one backward a layer; the gradients torch.nn's has for each sample."""
+    ours, twin = make(name, 4, 5, dtype=torch.float64, **options)
+    samples = example(name, MEMBERS)
+    parameters = {key: p.detach() for key, p in ours.named_parameters()}
+    with launches() as seen:
+        got, dx = vmap(grad(lambda p, x: value(functional_call(ours, p, (x,))), argnums=(0, 1)), (None, 0))(
+            parameters, samples
+        )
+    layers = options.get("num_layers", 1)
+    assert [op for op, _ in seen] == ["forward"] * layers + ["backward"] * layers
+    for k, sample in enumerate(samples):
+        sample = sample.clone().requires_grad_()
+        twin.zero_grad()
+        value(twin(sample)).backward()
+        assert_same_formula(dx[k], sample.grad)
+        for key, p in twin.named_parameters():
+            assert_same_formula(got[key][k], p.grad)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("cell", list(cells.CELLS))
+def test_per_sample_gradients_of_ragged_samples(cell: str, dtype: torch.dtype) -> None:
+    """With states, lengths (x is anything past them) and resets, both directions; inside autocast, too."""
+    case = Case(cell, T=5, B=2, D=3, H=4, bidirectional=True, lengths=True, reset=True, dtype=dtype)
+    require("cpu", case)
+    given = inputs(case)
+    xs = torch.stack([given.x, given.x.flip(1)])
+    lengths = torch.tensor([[2, 5], [4, 1]])
+    xs.masked_fill_((torch.arange(5)[:, None] >= lengths[:, None]).unsqueeze(-1), 1e3)
+
+    def loss(weights: list[Tensor], hx: list[Tensor], x: Tensor, lengths: Tensor) -> Tensor:
+        changed = given._replace(x=x, hx=hx, weights=weights, lengths=lengths)
+        return sum((o * g).sum() for o, g in zip(forward(case, changed, "cpu"), given.dout, strict=True))
+
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        mapped = vmap(grad(loss, argnums=(0, 1)), (None, None, 0, 0))(given.weights, given.hx, xs, lengths)
+    for k in range(2):
+        alone = grad(loss, argnums=(0, 1))(given.weights, given.hx, xs[k], lengths[k])
+        for one, other in zip(flatten(mapped), flatten(alone), strict=True):
+            if dtype == torch.float64:
+                assert_same_formula(one[k], other)
+            else:  # the gates' gradients are rounded to bfloat16 once more before the products: 2^-8 of each term
+                assert one.dtype == other.dtype == dtype
+                torch.testing.assert_close(one[k], other, rtol=2**-5, atol=2**-6 * float(other.abs().max()))
+
+
+def test_every_module_is_covered() -> None:
+    assert {name for name, _ in OPTIONS} == {*SEQUENCES, *CELLS}
