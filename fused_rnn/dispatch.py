@@ -23,6 +23,9 @@ BACKENDS: dict[str, ModuleType] = {
 # torch takes 0.66 to 0.97 of our time. One core of an Intel Xeon with AMX, 2026-11.
 ONEDNN_HIDDEN = 512
 
+# Devices on which torch's own comes first, whatever the problem: no kernel of ours has been measured on a GPU yet.
+LEFT_TO_TORCH = ("cuda",)
+
 
 def _onednn_is_faster(problem: Problem) -> bool:
     if problem.dtype != torch.bfloat16 or ops.ISA != "amx" or problem.transformed:  # torch's kernels have no vmap rule
@@ -35,7 +38,7 @@ def preference(problem: Problem) -> tuple[str, ...]:
     """The backends in the order in which to try them for this problem, fastest first. Never by T, but for T = 1."""
     if problem.device == "cpu" and _onednn_is_faster(problem):
         return ("torch", "cpu", "reference", "triton", "cuda")
-    if problem.device == "cuda":  # no kernel of ours has been measured on a GPU yet: torch's own where it can
+    if problem.device in LEFT_TO_TORCH:
         return ("torch", "cuda", "triton", "reference", "cpu")
     return ("cpu", "torch", "reference", "triton", "cuda")  # triton here is its interpreter, cuda its emulator
 

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import pytest
 import torch
 from cases import Case, inputs
 from judge import forward, require
+from torch.nn.utils.rnn import pack_padded_sequence
 
+import fused_rnn
 from fused_rnn import dispatch, ops
 from fused_rnn.dispatch import BACKENDS, choose
 
@@ -110,3 +115,45 @@ def test_nothing_depends_on_the_length() -> None:
     """Or torch.compile would specialise on T."""
     assert Case("lstm", T=17).problem() == Case("lstm", T=1000).problem()
     assert Case("lstm", T=1).problem().single_step
+
+
+@pytest.fixture
+def twin_calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """The calls that torch.nn's own forward gets on a device that is left to torch: here, for want of a GPU, the cpu."""
+    calls: list[str] = []
+    monkeypatch.setattr(dispatch, "LEFT_TO_TORCH", ("cpu",))
+    dispatch._choose_cached.cache_clear()
+    for cls in (fused_rnn.LSTM, fused_rnn.GRUCell):
+
+        def forward(module: Any, *args: Any, twin: Any = cls._fused_twin) -> Any:
+            calls.append(twin.__name__)
+            return twin.forward(module, *args)
+
+        monkeypatch.setattr(cls, "_fused_twin", type("Twin", (), {"forward": staticmethod(forward)}))
+    yield calls
+    dispatch._choose_cached.cache_clear()
+
+
+def test_a_device_that_is_left_to_torch(twin_calls: list[str]) -> None:
+    """The whole call goes to torch.nn's forward: it keeps the weights flat for cuDNN, and takes packed input."""
+    lstm, cell, x = fused_rnn.LSTM(3, 4), fused_rnn.GRUCell(3, 4), torch.randn(5, 2, 3)
+    y = lstm(x)[0]
+    lstm(pack_padded_sequence(x, [5, 3]))
+    cell(x[0])
+    with torch.no_grad():
+        lstm.eval()(x)
+    assert twin_calls == ["LSTM", "LSTM", "GRUCell", "LSTM"]
+    torch.testing.assert_close(y, fused_rnn.functional.lstm(x, list(lstm.parameters()))[0])
+
+
+def test_what_cudnn_cannot_do_is_kept_from_it(twin_calls: list[str]) -> None:
+    """Its backward refuses eval mode; it keeps all gates; it knows no reset, no lengths, no vmap, no forward mode."""
+    lstm, x = fused_rnn.LSTM(3, 4), torch.randn(5, 2, 3)
+    lstm.eval()(x)[0].sum().backward()
+    lstm.train()(x, lengths=[5, 3])
+    lstm(x, reset=torch.zeros(5, 2, dtype=torch.bool))
+    lstm.save = "recompute"
+    lstm(x)[0].sum().backward()
+    lstm.save, lstm.backend = "gates", "cpu"
+    lstm(x)
+    assert twin_calls == []

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
-from torch import nn
+from torch import Tensor, is_grad_enabled, nn
+from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 
+from fused_rnn import dispatch
 from fused_rnn.dispatch import BACKENDS
-from fused_rnn.nn.plain import is_jit_tracing
+from fused_rnn.nn.plain import is_functorch, is_jit_tracing
 
 
 class Fused(nn.Module):
@@ -48,10 +52,23 @@ def known_backend(backend: str | None) -> str | None:
     return backend
 
 
-def prefers_twin(module: Fused) -> bool:
+def prefers_twin(module: Fused, weights: Sequence[Tensor]) -> bool:
     """Whether the twin is to run a call that has no lengths and no reset."""
     backend = module._fused_backend
-    return backend == "torch" or (backend is None and is_jit_tracing())
+    if backend is not None:
+        return backend == "torch"
+    return is_jit_tracing() or (weights[0].device.type in dispatch.LEFT_TO_TORCH and _twin_can(module))
+
+
+def _twin_can(module: Fused) -> bool:
+    """Whether the twin would give what we promise: then it is cuDNN's best customer. It keeps the weights in one chunk,
+    casts them as one under autocast, and takes packed input as it is; functional, which owns no weights, cannot.
+
+    cuDNN has no backward in eval mode, keeps all its gates, and has no rule for transforms.
+    """
+    if is_compiling() or is_functorch() or forward_ad._current_level >= 0:
+        return False
+    return not is_grad_enabled() or (module.training and getattr(module, "_fused_save", "gates") == "gates")
 
 
 def run_twin(module: Fused, input: Any, hx: Any, extras: bool = False) -> Any:
