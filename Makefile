@@ -3,7 +3,7 @@
 #   TORCH=torch==2.12.0     another torch (any pip requirement, options included)
 #   TORCH=                  the torch that PYTHON already has
 #   TORCH= VENV=path        an environment that exists, with its torch
-#   PYTEST_ARGS, BENCH_ARGS, DEMO_ARGS, CUBIN_ARGS    handed on
+#   PYTEST_ARGS, BENCH_ARGS, DEMO_ARGS, CUBIN_ARGS, GPU_ARGS    handed on
 #   FUSED_RNN_CUDA=auto|0|1, TORCH_CUDA_ARCH_LIST, MAX_JOBS    the CUDA kernels: see setup.py
 #   OUT=build/gpu           where make gpu writes
 
@@ -15,6 +15,7 @@ PYTEST_ARGS ?=
 BENCH_ARGS  ?=
 DEMO_ARGS   ?=
 CUBIN_ARGS  ?=
+GPU_ARGS    ?=
 BIN         := $(VENV)/bin
 PIP         := $(BIN)/python -m pip --disable-pip-version-check
 
@@ -27,7 +28,7 @@ BUILD_STAMP := $(VENV)/.build-$(call hash,{ cat $(SOURCES); echo '$(FUSED_RNN_CU
 DEV_STAMP   := $(VENV)/.dev-$(call hash,cat pyproject.toml)
 DOCS_STAMP  := $(VENV)/.docs-$(call hash,cat pyproject.toml)
 
-.PHONY: help install dev demo test bench cubin cubin-triton cubin-cuda gpu gpu-build gpu-test gpu-sanitize gpu-bench lint format sanitize docs clean
+.PHONY: help install dev demo test bench cubin cubin-triton cubin-cuda gpu gpu-build gpu-smoke gpu-test gpu-sanitize gpu-bench lint format sanitize docs clean
 
 help:
 	@echo 'make demo      train a character model with torch.nn and with fused_rnn, side by side'
@@ -35,8 +36,8 @@ help:
 	@echo 'make bench     measure against torch.nn and write benchmarks/results/'
 	@echo 'make cubin     compile every Triton and CUDA kernel, with no GPU: registers, spills, shared memory'
 	@echo '               (cubin-triton, cubin-cuda: one of them)'
-	@echo 'make gpu       on a machine with a GPU: build, tests, compute-sanitizer, bench into build/gpu'
-	@echo '               (gpu-build, gpu-test, gpu-sanitize, gpu-bench: one of them)'
+	@echo 'make gpu       on a machine with a GPU: build, first launches, tests, compute-sanitizer, bench into build/gpu'
+	@echo '               (gpu-build, gpu-smoke, gpu-test, gpu-sanitize, gpu-bench: one of them; benchmarks/GPU.md)'
 	@echo 'make sanitize  the C++ core under AddressSanitizer and UBSan'
 	@echo 'make docs      the documentation, as a site in build/docs; a warning is an error'
 	@echo 'make lint      ruff, clang-format, mypy        make format  let the tools rewrite'
@@ -90,10 +91,10 @@ cubin-cuda: $(BUILD_STAMP)
 # In place, with an environment as it is: VENV's if it is there, else PYTHON itself. Nothing is installed.
 GPU_PYTHON = $(if $(wildcard $(BIN)/python),$(abspath $(BIN)/python),$(PYTHON))
 gpu:
-	$(GPU_PYTHON) scripts/gpu.py $(if $(OUT),--out '$(OUT)')
+	$(GPU_PYTHON) scripts/gpu.py $(if $(OUT),--out '$(OUT)') $(GPU_ARGS)
 
-gpu-build gpu-test gpu-sanitize gpu-bench:
-	$(GPU_PYTHON) scripts/gpu.py $(@:gpu-%=%) $(if $(OUT),--out '$(OUT)')
+gpu-build gpu-smoke gpu-test gpu-sanitize gpu-bench:
+	$(GPU_PYTHON) scripts/gpu.py $(@:gpu-%=%) $(if $(OUT),--out '$(OUT)') $(GPU_ARGS)
 
 docs: $(DOCS_STAMP)
 	$(BIN)/python -m sphinx -W --keep-going -n -q -b html -d build/doctrees docs build/docs

@@ -1,11 +1,15 @@
-"""Everything that needs a GPU, stage by stage: `make gpu`, `make gpu-build`, gpu-test, gpu-sanitize, gpu-bench.
+"""Everything that needs a GPU, stage by stage: `make gpu`, or one of `make gpu-build`, gpu-smoke, gpu-test, ...
 
-    python scripts/gpu.py [build] [test] [sanitize] [bench] [--out build/gpu] [--minutes 8]
+    python scripts/gpu.py [build] [smoke] [test] [sanitize] [bench] [--out build/gpu] [--minutes 8] [--total 9.5]
 
 Builds in place, for this machine's GPU unless TORCH_CUDA_ARCH_LIST says otherwise, with the Python that runs it:
-nothing is installed and nothing is fetched. Each stage is stopped after --minutes. Under --out: a log for each stage,
-JUnit XML of the tests, the bench's result files, summary.json; the summary is also printed, last. Exits with 1 if a
-stage failed.
+nothing is installed and nothing is fetched. Each stage is stopped after --minutes, all together after --total, and
+leaves what it has by then. PYTEST_ARGS and BENCH_ARGS are handed on; without the latter the bench is a quick one.
+
+Logs are in build/gpu-work. --out gets a few files, written anew every half minute: summary.txt, summary.json, tests.xml
+(JUnit), results.tar.gz with all logs and results, and after a build the extension modules, with which another machine
+of the kind needs none. The summary is also printed, last. Exits with 1 if a stage failed. benchmarks/GPU.md has the
+order for a first half hour.
 """
 
 from __future__ import annotations
@@ -18,27 +22,36 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
+import threading
 import time
-import xml.etree.ElementTree as ET
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+sys.path.insert(0, str(Path(__file__).parent))
+import gpu_tests
+
 ROOT = Path(__file__).parent.parent
-STAGES = ("build", "test", "sanitize", "bench")
+WORK = ROOT / "build" / "gpu-work"
+STAGES = ("build", "smoke", "test", "sanitize", "bench")
 TOOLS = ("memcheck", "racecheck", "synccheck")
 KERNELS = "kns=fused_rnn"  # by a part of their names; torch's own kernels are not under test
+QUICK_BENCH = "--quick --dtype bf16 --dtype tf32 --no-memory --provider torch --provider cell --provider cuda"
+LARGEST = 15 << 20  # bytes of a file under --out
+PACK_EVERY, TO_PACK = 30.0, 25.0  # seconds; and for a stage to stop
 
 
 class Result(NamedTuple):
     stage: str
-    status: str  # "ok", "failed", "timed out"
+    status: str  # "ok", "failed", "timed out", "running"
     seconds: float
     said: str
 
 
-def run(name: str, command: list[str], out: Path, seconds: float, **environment: str) -> Result:
+def run(name: str, command: list[str], work: Path, seconds: float, **environment: str) -> Result:
     """A command with its log; interrupted when its time is up, so that it can still write what it has."""
-    began, log = time.monotonic(), out / f"{name}.log"
+    began, log = time.monotonic(), work / f"{name}.log"
     print(f"--- {name}: {' '.join(command)}", flush=True)
     with log.open("w") as stream:
         child = subprocess.Popen(
@@ -48,15 +61,19 @@ def run(name: str, command: list[str], out: Path, seconds: float, **environment:
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )  # fmt: skip
         status = "ok"
-        for patience, sent in ((seconds, signal.SIGINT), (20, signal.SIGKILL), (None, None)):
+        for patience, sent in ((seconds, signal.SIGINT), (20, signal.SIGKILL), (20, signal.SIGKILL)):
             try:
                 status = status if child.wait(patience) == 0 or status != "ok" else "failed"
                 break
             except subprocess.TimeoutExpired:
                 status = "timed out"
-                os.killpg(child.pid, sent or signal.SIGKILL)
+                os.killpg(child.pid, sent)
+    return Result(name, status, time.monotonic() - began, last_line(log))
+
+
+def last_line(log: Path) -> str:
     lines = log.read_text(errors="replace").strip().splitlines()
-    return Result(name, status, time.monotonic() - began, lines[-1][:100] if lines else "")
+    return lines[-1][:160] if lines else ""
 
 
 def architecture() -> str:
@@ -66,50 +83,56 @@ def architecture() -> str:
     return f"{major}.{minor}" + ("a" if major == 9 else "")
 
 
-def build(out: Path, seconds: float) -> list[Result]:
+def build(work: Path, seconds: float) -> list[Result]:
     chosen = os.environ.get("TORCH_CUDA_ARCH_LIST") or architecture()
     command = [sys.executable, "setup.py", "build_ext", "--inplace"]
-    result = run("build", command, out, seconds, FUSED_RNN_CUDA="1", TORCH_CUDA_ARCH_LIST=chosen)
-    info = run("info", [sys.executable, "-m", "fused_rnn", "info"], out, 60)
+    result = run("build", command, work, seconds, FUSED_RNN_CUDA="1", TORCH_CUDA_ARCH_LIST=chosen)
+    info = run("info", [sys.executable, "-m", "fused_rnn", "info"], work, 60)
     return [result._replace(said=f"for {chosen}") if result.status == "ok" else result, info._replace(said="")]
 
 
-def test(out: Path, seconds: float) -> list[Result]:
-    junit = out / "tests.xml"
-    junit.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", f"--junitxml={junit}", *pytest_arguments()]
-    result = run("test", command, out, seconds)
-    if not junit.exists():
+def smoke(work: Path, seconds: float) -> list[Result]:
+    return [run("smoke", [sys.executable, "scripts/gpu_smoke.py"], work, seconds)]
+
+
+def test(work: Path, seconds: float) -> list[Result]:
+    out = work / "tests"
+    command = [sys.executable, "scripts/gpu_tests.py", "--out", str(out), "--minutes", f"{seconds / 60 - 0.3:.2f}"]
+    result = run("test", [*command, *os.environ.get("PYTEST_ARGS", "").split()], work, seconds)
+    if not any(out.glob("*.jsonl")):
         return [result]
-    suite = next(ET.parse(junit).getroot().iter("testsuite")).attrib
-    said = ", ".join(f"{suite.get(name, 0)} {name}" for name in ("tests", "failures", "errors", "skipped"))
+    late = gpu_tests.unfinished(out)
+    said = gpu_tests.counts(gpu_tests.read(out)) + (f"; not to their end: {', '.join(late)}" if late else "")
     return [result._replace(said=said)]
 
 
-def pytest_arguments() -> list[str]:
-    return os.environ.get("PYTEST_ARGS", "").split()
-
-
-def sanitize(out: Path, seconds: float) -> list[Result]:
+def sanitize(work: Path, seconds: float) -> list[Result]:
+    """All tools side by side: most of their time goes into the host."""
     if shutil.which("compute-sanitizer") is None:
         return [Result("sanitize", "failed", 0.0, "compute-sanitizer is not on the PATH")]
     cases = [sys.executable, "scripts/gpu_sanitize.py"]
-    results = []
-    for tool in TOOLS:
-        command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", "--kernel-name", KERNELS, *cases]
-        result = run(f"sanitize-{tool}", command, out, seconds / len(TOOLS))
-        log = (out / f"sanitize-{tool}.log").read_text(errors="replace")
-        said = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: .*", log)
-        results.append(result._replace(said=said[-1] if said else result.said))
-    return results
+
+    def check(tool: str) -> Result:
+        name = f"sanitize-{tool}"
+        command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", "--print-limit", "20"]
+        # Each tensor in an allocation of its own, so that memcheck sees where one ends.
+        alone = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} if tool == "memcheck" else {}
+        result = run(name, [*command, "--kernel-name", KERNELS, *cases], work, seconds, **alone)
+        log = (work / f"{name}.log").read_text(errors="replace")
+        found = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: .*", log)[-1:]
+        found += re.findall(r"^(?:all )?\d+ .*ran.*", log, re.MULTILINE)[-1:]
+        return result._replace(said="; ".join(found) or result.said)
+
+    with ThreadPoolExecutor(len(TOOLS)) as pool:
+        return list(pool.map(check, TOOLS))
 
 
-def bench(out: Path, seconds: float) -> list[Result]:
-    chosen = os.environ.get("BENCH_ARGS", "").split() or ["--dtype", "bf16", "--dtype", "tf32", "--no-memory"]
+def bench(work: Path, seconds: float) -> list[Result]:
+    chosen = os.environ.get("BENCH_ARGS", "").split() or QUICK_BENCH.split()
     dtypes = max(1, chosen.count("--dtype"))
     minutes = ["--minutes", f"{0.8 * seconds / 60 / dtypes:.2f}"] if "--minutes" not in chosen else []
-    command = [sys.executable, "-m", "fused_rnn", "bench", "--device", "cuda", "--out", str(out / "bench")]
-    return [run("bench", [*command, *minutes, *chosen], out, seconds)]
+    command = [sys.executable, "-m", "fused_rnn", "bench", "--device", "cuda", "--out", str(work / "bench")]
+    return [run("bench", [*command, *minutes, *chosen], work, seconds, COLUMNS="200")]
 
 
 def table(results: list[Result]) -> str:
@@ -120,11 +143,64 @@ def table(results: list[Result]) -> str:
     )
 
 
+class Report:
+    """What goes under --out: written anew after each stage and, while one runs, every half minute."""
+
+    def __init__(self, work: Path, out: Path, machine: dict[str, str]) -> None:
+        self.work, self.out, self.machine = work, out, machine
+        self.results: list[Result] = []
+        self.running: tuple[str, float] | None = None
+        self.over = threading.Event()
+        self.packer = threading.Thread(target=self._pack_now_and_then, daemon=True)
+        self.packer.start()
+
+    def stage(self, name: str, seconds: float) -> list[Result]:
+        self.running = name, time.monotonic()
+        results = globals()[name](self.work, seconds)
+        self.running = None
+        self.results += results
+        return results
+
+    def text(self) -> str:
+        return f"{self.machine['gpu']}, torch {self.machine['torch']}\n{table(self.known())}"
+
+    def known(self) -> list[Result]:
+        if self.running is None:
+            return self.results
+        name, began = self.running
+        return [*self.results, Result(name, "running", time.monotonic() - began, "")]
+
+    def close(self) -> None:
+        self.over.set()
+        self.packer.join()
+        self.pack()
+
+    def _pack_now_and_then(self) -> None:
+        while not self.over.wait(PACK_EVERY):
+            self.pack()
+
+    def pack(self) -> None:
+        self.out.mkdir(parents=True, exist_ok=True)
+        summary = {**self.machine, "stages": [result._asdict() for result in self.known()]}
+        (self.out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+        (self.out / "summary.txt").write_text(self.text() + "\n")
+        if any((self.work / "tests").glob("*.jsonl")):
+            gpu_tests.write_junit(gpu_tests.read(self.work / "tests"), self.out / "tests.xml")
+        for module in (ROOT / "fused_rnn").glob("_*.so"):
+            if any(result.stage == "build" for result in self.results) and module.stat().st_size < LARGEST:
+                shutil.copyfile(module, self.out / module.name)
+        unfinished = self.out / "results.tar.gz.new"
+        with tarfile.open(unfinished, "w:gz") as archive:
+            archive.add(self.work, "gpu")
+        unfinished.replace(self.out / "results.tar.gz")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="gpu", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("stages", nargs="*", help=f"of {', '.join(STAGES)}; all where none is named")
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT") or ROOT / "build" / "gpu"))
     parser.add_argument("--minutes", type=float, default=8.0, help="of a stage at most")
+    parser.add_argument("--total", type=float, default=float("inf"), help="minutes of all stages together at most")
     chosen = parser.parse_args()
     unknown = set(chosen.stages) - set(STAGES)
     if unknown:
@@ -134,20 +210,24 @@ def main() -> int:
     if not torch.cuda.is_available():
         print("gpu: torch finds no GPU here (python -m fused_rnn info says more)", file=sys.stderr)
         return 1
-    out = chosen.out.resolve()
-    out.mkdir(parents=True, exist_ok=True)
-    results: list[Result] = []
-    functions = {"build": build, "test": test, "sanitize": sanitize, "bench": bench}
+    WORK.mkdir(parents=True, exist_ok=True)
+    machine = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "cuda": str(torch.version.cuda)}
+    report = Report(WORK, chosen.out.resolve(), machine)
+    end = time.monotonic() + 60 * chosen.total - TO_PACK
     for stage in chosen.stages or STAGES:
-        results += functions[stage](out, 60 * chosen.minutes)
+        seconds = min(60 * chosen.minutes, end - time.monotonic())
+        if seconds < 10:
+            report.results.append(Result(stage, "no time left", 0.0, ""))
+            continue
+        results = report.stage(stage, seconds)
         if stage == "build" and results[0].status != "ok":
             break  # what follows would run something else
-    machine = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "cuda": torch.version.cuda}
-    summary = {**machine, "stages": [result._asdict() for result in results]}
-    name = "summary" if not chosen.stages else "-".join(["summary", *chosen.stages])
-    (out / f"{name}.json").write_text(json.dumps(summary, indent=1) + "\n")
-    print(f"{machine['gpu']}, torch {machine['torch']}\n{table(results)}")
-    return 0 if all(result.status == "ok" for result in results) else 1
+    report.close()
+    for result in report.results:
+        if result.status != "ok" and (log := WORK / f"{result.stage}.log").exists():
+            print(f"--- the end of {log.name}\n" + "\n".join(log.read_text(errors="replace").splitlines()[-25:]))
+    print(report.text())
+    return 0 if all(result.status == "ok" for result in report.results) else 1
 
 
 if __name__ == "__main__":

@@ -20,6 +20,14 @@ def pytest_configure(config: pytest.Config) -> None:
     )
     # torch's own, once per process, on the road that the torch backend is there to take.
     config.addinivalue_line("filterwarnings", "ignore:LSTM with projections is not supported with oneDNN:UserWarning")
+    # torch's own, on GPUs: cuDNN gets weights that are functional's, and so in no one chunk; what torch thinks of the
+    # mode in which it reports waits; what a test that refuses to be captured leaves behind.
+    for text in (
+        "RNN module weights are not part of single contiguous chunk",
+        "Synchronization debug mode is a prototype",
+        "The CUDA Graph is empty",
+    ):
+        config.addinivalue_line("filterwarnings", f"ignore:{text}:UserWarning")
 
 
 @pytest.fixture(autouse=True)

@@ -113,24 +113,40 @@ def case_of(row: Row) -> Case:
     return Case(**options, dtype=NUMBERS[row["number"]])
 
 
-# --- torch in TF32, without a GPU: see tolerances.py
+# --- torch in TF32: see tolerances.py
 
 
-def rounded(t: Tensor) -> Tensor:
-    """A float32 tensor to TF32's 10 bits, to nearest, ties away from zero, as cvt.rna.tf32 has it."""
-    return ((t.contiguous().view(torch.int32) + 0x1000) & -0x2000).view(torch.float32)
+@cache
+def truncates() -> bool:
+    """Whether torch.mm on this GPU takes the first 10 bits of its operands in TF32, as tensor cores do, unrounded."""
+    ulp, matmul = 2.0**-10, torch.backends.cuda.matmul
+    x, before = torch.full((256, 256), 1 + 0.75 * ulp, device="cuda"), matmul.fp32_precision
+    matmul.fp32_precision = "tf32"
+    try:
+        return float(torch.mm(x, torch.eye(256, device="cuda"))[0, 0]) == 1.0
+    finally:
+        matmul.fp32_precision = before
+
+
+def rounded(t: Tensor, truncate: bool = False) -> Tensor:
+    """A float32 tensor to TF32's 10 bits: to nearest, ties away from zero, as cvt.rna.tf32 has it; or the first 10."""
+    return ((t.contiguous().view(torch.int32) + (0 if truncate else 0x1000)) & -0x2000).view(torch.float32)
+
+
+def _as_operand(t: Tensor) -> Tensor:
+    """As torch.mm on t's device has it; where there is no GPU, to nearest."""
+    return rounded(t, t.is_cuda and truncates())
 
 
 class _Tf32Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, w: Tensor) -> Tensor:
         ctx.save_for_backward(x, w)
-        return rounded(x) @ rounded(w).t()
+        return _as_operand(x) @ _as_operand(w).t()
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
-        x, w = (rounded(t) for t in ctx.saved_tensors)
-        dy = rounded(dy)
+        x, w, dy = (_as_operand(t) for t in (*ctx.saved_tensors, dy))
         return dy @ w, dy.flatten(0, -2).t() @ x.flatten(0, -2)
 
 
@@ -144,7 +160,10 @@ class _Tf32Products(TorchFunctionMode):
 
 
 def by_torch_in_tf32(case: Case, given: Inputs) -> Results:
-    """The plain loop by torch's float32 operations, the operands of every product rounded to TF32 as on a GPU."""
+    """The plain loop by torch's float32 operations, the operands of every product in TF32 as on a GPU.
+
+    On a GPU as well: of the small products of a case, torch's own kernels there run some in float32 after all.
+    """
 
     def run(leaves: Inputs) -> list[Tensor]:
         with _Tf32Products():

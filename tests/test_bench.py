@@ -254,6 +254,29 @@ def test_a_whole_run_writes_what_it_measured(tmp_path: Path, monkeypatch: pytest
     assert path.with_suffix(".png").exists()
 
 
+def test_a_run_that_is_killed_has_written_what_it_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of an earlier run stay, with the run that they are from."""
+    monkeypatch.setitem(GRIDS, "tiny", Grid(T=(1, 2), B=(2,), H=(4,), steps=()))
+    monkeypatch.setattr("fused_rnn.bench.run.SAVE_EVERY", 0.0)
+    plan = Plan(
+        grid="tiny", cells=("GRU",), dtypes=("fp32",), threads=(1,), modes=("inference",), budget_s=0.0, memory=False,
+        out=tmp_path, providers=("torch", "cpu"),
+    )  # fmt: skip
+    (path,) = execute(plan, Console(file=io.StringIO()))
+    on_disk: list[Results] = []
+    original = measure_module.measure
+
+    def measured(*args: object) -> dict[str, Timing]:
+        on_disk.append(Results.load(path))
+        return original(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("fused_rnn.bench.run.measure", measured)
+    execute(plan, Console(file=io.StringIO()))
+    before, halfway = on_disk
+    assert {row.run for row in before.rows.values()} == {0}
+    assert {(point.T, row.run) for (point, _, _), row in halfway.rows.items()} == {(1, 0), (2, 1)}
+
+
 def test_peak_memory_of_training_grows_with_the_sequence() -> None:
     short, long = (peak_memory(Point("GRU", "training", "fp32", T, 32, 128), "torch", "cpu", 1) for T in (16, 512))
     tensors = 512 * 32 * 128 * 4 * GATES["GRU"]

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from cases import Case, Inputs, inputs
-from cuda_cases import EXCHANGES, Row, case_of, rows, tf32
+from cuda_cases import EXCHANGES, Row, by_torch_in_tf32, case_of, rows, tf32
 from judge import by_backend, by_reference, by_torch
 from tolerances import assert_as_good_as_torch, error
 from torch import Tensor
@@ -59,14 +59,16 @@ def test_every_loop(row: Row) -> None:
     """test_cuda_backend's cases, beside torch on the same GPU in the same precision."""
     case = case_of(row)
     given = here(inputs(case))
-    with tf32(row["number"] == "tf32"), plans.override(**EXCHANGES[row["exchange"]]):
+    in_tf32 = row["number"] == "tf32"
+    with tf32(in_tf32), plans.override(**EXCHANGES[row["exchange"]]):
         try:
             ours = by_backend(case, given, "cuda")
         except RuntimeError as reason:
             if "no plan with" not in str(reason):
                 raise
             pytest.skip(str(reason))
-        torchs = by_torch(case, given)
+    with tf32(False):
+        torchs = by_torch_in_tf32(case, given) if in_tf32 else by_torch(case, given)
     assert_as_good_as_torch(ours, torchs, by_reference(case, given))
 
 

@@ -119,7 +119,7 @@ def test_nothing_depends_on_the_length() -> None:
 
 @pytest.fixture
 def twin_calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """The calls that torch.nn's own forward gets on a device that is left to torch: here, for want of a GPU, the cpu."""
+    """The calls that torch.nn's own forward gets on a device that is left to torch: here the cpu, for want of a GPU."""
     calls: list[str] = []
     monkeypatch.setattr(dispatch, "LEFT_TO_TORCH", ("cpu",))
     dispatch._choose_cached.cache_clear()

@@ -1,28 +1,48 @@
-"""scripts/gpu.py without a GPU: stages are bounded in time, their outcome is told and written."""
+"""scripts/gpu.py and its stages without a GPU: bounded in time, their outcome told and written, whatever kernels do."""
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
+import shutil
 import subprocess
 import sys
+import tarfile
+import xml.etree.ElementTree as ET
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
+from cuda_cases import DEVICE
+from cuda_cases import NUMBERS as DTYPES
+from emulated import on_the_emulator
+from torch import Tensor
 
-SCRIPT = Path(__file__).parent.parent / "scripts" / "gpu.py"
+import fused_rnn
+from fused_rnn import ops
+
+SCRIPTS = Path(__file__).parent.parent / "scripts"
+SCRIPT = SCRIPTS / "gpu.py"
+
+
+def _module(name: str) -> ModuleType:
+    if str(SCRIPTS) not in sys.path:
+        sys.path.insert(0, str(SCRIPTS))
+    return importlib.import_module(name)
 
 
 @pytest.fixture
-def gpu() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("gpu_stages", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
+    module = _module("gpu")
+    monkeypatch.setattr(module, "WORK", tmp_path / "work")
+    (tmp_path / "work").mkdir()
     return module
+
+
+# --- a stage
 
 
 def test_outcomes(gpu: ModuleType, tmp_path: Path) -> None:
@@ -48,35 +68,87 @@ except KeyboardInterrupt:
     assert late.seconds < 30
 
 
-def _without_a_machine(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch, out: Path, statuses: dict[str, str]) -> int:
+# --- all stages
+
+
+def _without_a_machine(
+    gpu: ModuleType, monkeypatch: pytest.MonkeyPatch, out: Path, statuses: dict[str, str], *arguments: str
+) -> int:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a card")
     for stage in gpu.STAGES:
         outcome = gpu.Result(stage, statuses.get(stage, "ok"), 1.0, "")
         monkeypatch.setattr(gpu, stage, lambda *_, outcome=outcome: [outcome])
-    monkeypatch.setattr(sys, "argv", ["gpu.py", "--out", str(out)])
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--out", str(out), *arguments])
     return int(gpu.main())
 
 
 def test_the_summary_comes_last(
     gpu: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert _without_a_machine(gpu, monkeypatch, tmp_path, {"sanitize": "failed"}) == 1
+    out = tmp_path / "out"
+    assert _without_a_machine(gpu, monkeypatch, out, {"sanitize": "failed"}) == 1
     printed = capsys.readouterr().out.splitlines()
     assert printed[0].startswith("a card, torch ")
     assert [line.split()[:2] for line in printed[2:]] == [
-        ["build", "ok"], ["test", "ok"], ["sanitize", "failed"], ["bench", "ok"],
+        ["build", "ok"], ["smoke", "ok"], ["test", "ok"], ["sanitize", "failed"], ["bench", "ok"],
     ]  # fmt: skip
-    stages = json.loads((tmp_path / "summary.json").read_text())["stages"]
+    assert (out / "summary.txt").read_text().splitlines() == printed
+    stages = json.loads((out / "summary.json").read_text())["stages"]
     assert [stage["stage"] for stage in stages] == list(gpu.STAGES)
-    assert _without_a_machine(gpu, monkeypatch, tmp_path, {}) == 0
+    assert _without_a_machine(gpu, monkeypatch, out, {}) == 0
 
 
 def test_nothing_follows_a_build_that_failed(
     gpu: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert _without_a_machine(gpu, monkeypatch, tmp_path, {"build": "failed"}) == 1
-    assert len(capsys.readouterr().out.splitlines()) == 3
+    (gpu.WORK / "build.log").write_text("nvcc said no\n")
+    assert _without_a_machine(gpu, monkeypatch, tmp_path / "out", {"build": "failed"}) == 1
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[:2] == ["--- the end of build.log", "nvcc said no"]
+    assert len(printed) == 5
+
+
+def test_a_few_files_come_back_while_a_stage_still_runs(
+    gpu: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """What is killed with its machine has left the logs so far."""
+    out = tmp_path / "out"
+    monkeypatch.setattr(gpu, "PACK_EVERY", 0.05)
+    report = gpu.Report(gpu.WORK, out, {"gpu": "a card", "torch": "2", "cuda": "13"})
+
+    def test(work: Path, seconds: float) -> list[Any]:
+        (work / "tests").mkdir()
+        event = {"test": "t.py::one", "outcome": "passed", "seconds": 1, "text": ""}
+        (work / "tests" / "cuda-0.jsonl").write_text(json.dumps(event) + "\n")
+        (out / "tests.xml").unlink(missing_ok=True)
+        while not (out / "tests.xml").exists():
+            report.over.wait(0.05)
+        assert "test   running" in (out / "summary.txt").read_text()
+        return [gpu.Result("test", "ok", seconds, "")]
+
+    monkeypatch.setattr(gpu, "test", test)
+    report.results.append(gpu.Result("build", "ok", 1.0, ""))
+    report.stage("test", 5.0)
+    report.close()
+    assert ET.parse(out / "tests.xml").getroot().attrib["tests"] == "1"
+    with tarfile.open(out / "results.tar.gz") as archive:
+        assert "gpu/tests/cuda-0.jsonl" in archive.getnames()
+    names = {path.name for path in out.iterdir()}
+    modules = {path.name for path in Path(fused_rnn.__file__).parent.glob("_*.so") if path.stat().st_size < gpu.LARGEST}
+    assert names == {"summary.txt", "summary.json", "tests.xml", "results.tar.gz", *modules}
+    assert len(names) <= 8
+
+
+def test_all_stages_end_in_time(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    given = []
+    assert _without_a_machine(gpu, monkeypatch, tmp_path / "out", {}, "test", "bench", "--total", "0.5") == 1
+    stages = json.loads((tmp_path / "out" / "summary.json").read_text())["stages"]
+    assert [stage["status"] for stage in stages] == ["no time left"] * 2
+    monkeypatch.setattr(gpu, "bench", lambda work, seconds: given.append(seconds) or [])
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "bench", "--total", "2", "--out", str(tmp_path / "out")])
+    gpu.main()
+    assert 80 < given[0] <= 95
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -84,3 +156,175 @@ def test_without_a_gpu_it_says_so() -> None:
     done = subprocess.run([sys.executable, str(SCRIPT), "test"], capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert "torch finds no GPU here" in done.stderr
+
+
+# --- the stage of tests
+
+
+TESTS = """
+import os, sys, time
+import pytest, torch
+
+pytestmark = pytest.mark.gpu
+
+def test_passes(): pass
+def test_fails(): assert 1 == 2, "one is not two"
+def test_hangs(): time.sleep(60)
+def test_after_the_hang(): pass
+def test_crashes(): os._exit(139)
+def test_illegal_access(monkeypatch):
+    torch.cuda.is_initialized = lambda: True
+    def lost(): raise RuntimeError("CUDA error: an illegal memory access was encountered")
+    torch.cuda.synchronize = lost
+    lost()
+@pytest.mark.skip(reason="one GPU")
+def test_skips(): pass
+def test_last(): assert not torch.cuda.is_initialized()
+"""
+
+
+def test_tests_that_hang_or_lose_the_gpu_cost_themselves_alone(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gpu_tests = _module("gpu_tests")
+    file, out = tmp_path / "test_kernels.py", tmp_path / "out"
+    file.write_text(TESTS)
+    monkeypatch.setattr(gpu_tests, "LANES", {"kernels": ((str(file),), 2)})
+    monkeypatch.setattr(gpu_tests, "SECONDS", 3)
+    monkeypatch.setattr(sys, "argv", ["gpu_tests.py", "--out", str(out), "--minutes", "1", "-W", "ignore"])
+    assert gpu_tests.main() == 1
+    outcomes = {o.test.partition("::test_")[2]: o for o in gpu_tests.read(out)}
+    assert {name: o.outcome for name, o in outcomes.items()} == {
+        "passes": "passed", "fails": "failed", "hangs": "failed", "after_the_hang": "passed", "crashes": "failed",
+        "illegal_access": "failed", "skips": "skipped", "last": "passed",
+    }  # fmt: skip
+    assert "one is not two" in outcomes["fails"].text
+    assert outcomes["hangs"].text.startswith("died: ") and outcomes["crashes"].text.startswith("died: ")
+    assert "an illegal memory access" in outcomes["illegal_access"].text
+    assert gpu_tests.unfinished(out) == []
+    assert capsys.readouterr().out.splitlines()[-1] == "3 passed, 4 failed, 1 skipped"
+    gpu_tests.write_junit(list(outcomes.values()), tmp_path / "tests.xml")
+    suite = ET.parse(tmp_path / "tests.xml").getroot()
+    assert (suite.attrib["tests"], suite.attrib["failures"], suite.attrib["skipped"]) == ("8", "4", "1")
+    assert len(suite.findall("testcase/failure")) == 4
+
+
+def test_tests_that_cannot_be_collected_are_told(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gpu_tests = _module("gpu_tests")
+    (tmp_path / "test_broken.py").write_text("import a_package_that_is_not_there\n")
+    monkeypatch.setattr(gpu_tests, "LANES", {"broken": ((str(tmp_path / "test_broken.py"),), 1)})
+    monkeypatch.setattr(sys, "argv", ["gpu_tests.py", "--out", str(tmp_path / "out"), "--minutes", "1"])
+    assert gpu_tests.main() == 1
+    assert capsys.readouterr().out.splitlines()[-1] == "0 passed, 0 failed, 0 skipped; not to their end: broken-0"
+    assert "a_package_that_is_not_there" in (tmp_path / "out" / "broken-0.log").read_text()
+
+
+def test_every_file_that_needs_a_gpu_is_named() -> None:
+    """But for planted mistakes, which are the interpreter's: one of them may hang a GPU."""
+    here = Path(__file__)
+    others = [path for path in here.parent.glob("test_*.py") if path.name not in (here.name, "test_triton_mistakes.py")]
+    marked = {path for path in others if any(word in path.read_text() for word in ("pytest.mark.gpu", "= MARKS"))}
+    lanes = _module("gpu_tests").LANES.values()
+    assert {f"tests/{path.name}" for path in marked} == {file for files, _ in lanes for file in files}
+
+
+# --- the stage of first launches
+
+
+def test_a_kernel_that_hangs_or_fails_is_named() -> None:
+    smoke = _module("gpu_smoke")
+
+    def launched(program: str) -> str:
+        return str(smoke.launched([sys.executable, "-u", "-c", program], 3))
+
+    assert launched("print('forward'); print('error 1e-3')") == "error 1e-3"
+    assert launched("import time; print('forward'); print('backward'); time.sleep(60)") == (
+        "HUNG: still in backward after 3 s"
+    )
+    assert launched("print('forward'); raise RuntimeError('CUDA error: misaligned address')") == (
+        "FAILED in forward: RuntimeError: CUDA error: misaligned address"
+    )
+    assert launched("import os; os._exit(7)") == "FAILED in start: exit status 7"
+
+
+@pytest.mark.skipif(ops.MISSING is not None, reason=str(ops.MISSING))
+@pytest.mark.skipif(shutil.which("g++") is None, reason="the emulator is compiled by g++")
+@pytest.mark.timeout(1200)  # the first to need it builds the module, on a busy machine for minutes
+def test_kernels_that_are_right_and_one_that_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    smoke, cases = _module("gpu_smoke"), _module("gpu_cases")
+    backward = cases.backward
+
+    def wrong(given: Any, y: Tensor) -> list[Tensor]:
+        grads = backward(given, y)
+        return grads if y.dtype == torch.float64 else [*grads[:-1], grads[-1] * float("nan")]
+
+    with on_the_emulator():
+        for name in ("cuda lstm bf16 cluster", "cuda gru tf32 grid", "cuda rnn_tanh f64 stepwise"):
+            assert smoke.one(name, "cpu").startswith("error ")
+        monkeypatch.setattr(cases, "backward", wrong)
+        assert smoke.one("cuda lstm bf16 cta", "cpu") == "WRONG: error nan"
+
+
+@pytest.mark.skipif(ops.MISSING is not None, reason=str(ops.MISSING))
+def test_every_kernel_of_the_smoke_and_the_sanitizers_has_a_plan() -> None:
+    cases = _module("gpu_cases")
+    kernels = cases.kernels("cuda", True, rows=(0, 8, 16, 32))
+    assert len(kernels) == len(set(kernels)) > 100
+    for kernel in kernels:
+        if kernel.way == "stepwise" or kernel.way in cases.SIZES:
+            continue
+        for backward in (False, True):
+            plan = fused_rnn.plan(
+                kernel.cell, 11, 20, dtype=DTYPES[kernel.number], tf32=kernel.number == "tf32", recurrences=2,
+                backward=backward, device=DEVICE, exchange=kernel.way, rows=kernel.rows,
+            )  # fmt: skip
+            assert plan.reason is None, (kernel, plan.reason)
+    assert not any(kernel.way == "cluster" for kernel in cases.kernels("cuda", False))
+
+
+# --- the sanitizers and the benchmark
+
+
+@pytest.fixture
+def sanitizer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A compute-sanitizer that runs nothing, and finds something in its second tool."""
+    program = tmp_path / "bin" / "compute-sanitizer"
+    program.parent.mkdir()
+    program.write_text(
+        "#!/bin/sh\n"
+        "echo '17 of 100 ran; next: cuda lstm bf16 cluster rows=8'\n"
+        'case "$2" in racecheck) echo "========= RACECHECK SUMMARY: 1 hazard displayed"; exit 9;;\n'
+        'synccheck) echo "all 100 cases ran";; esac\n'
+        "echo ========= ERROR SUMMARY: 0 errors\n"
+    )
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(program.parent), prepend=":")
+
+
+@pytest.mark.usefixtures("sanitizer")
+def test_sanitizers_say_what_they_found_and_how_far_they_came(gpu: ModuleType) -> None:
+    found = {result.stage: (result.status, result.said) for result in gpu.sanitize(gpu.WORK, 60)}
+    so_far = "17 of 100 ran; next: cuda lstm bf16 cluster rows=8"
+    assert found == {
+        "sanitize-memcheck": ("ok", f"ERROR SUMMARY: 0 errors; {so_far}"),
+        "sanitize-racecheck": ("failed", f"RACECHECK SUMMARY: 1 hazard displayed; {so_far}"),
+        "sanitize-synccheck": ("ok", "ERROR SUMMARY: 0 errors; all 100 cases ran"),
+    }
+
+
+def test_the_benchmark_is_a_quick_one(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its arguments are ones that the command line takes."""
+    from fused_rnn.cli import cli
+
+    commands, plans = [], []
+    monkeypatch.setattr(gpu, "run", lambda name, command, *_, **__: commands.append(command) or name)
+    gpu.bench(gpu.WORK, 480.0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("fused_rnn.bench.run.execute", lambda plan, console: plans.append(plan))
+    done = CliRunner().invoke(cli, commands[0][3:], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    assert (plans[0].grid, plans[0].dtypes, plans[0].memory) == ("quick-cuda", ("bf16", "tf32"), False)
+    assert plans[0].budget_s == pytest.approx(0.8 * 480 / 2)
+    assert plans[0].out == gpu.WORK / "bench"

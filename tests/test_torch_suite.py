@@ -19,6 +19,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.nn.utils.rnn import PackedSequence
 from twins import MODULES, flatten
 
+pytest.importorskip("expecttest", reason="torch.testing's own tests import expecttest, which is not installed")
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", ImportWarning)  # it would rather have hypothesis, which nothing here needs
     from torch.testing._internal.common_modules import ModuleErrorEnum, ModuleInfo, ModuleInput, module_db

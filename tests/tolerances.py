@@ -11,9 +11,10 @@ sum, with an error of its own of the same size. The second, because torch's erro
 and a result that is rounded to its dtype (half an ulp), from a state that was rounded to it at every step, cannot do
 better.
 
-In TF32, without a GPU, torch's own result is a stand-in (tests/cuda_cases.py, by_torch_in_tf32): the plain loop by
-torch's float32 operations in which the operands of every product, forward and backward, are rounded to TF32, to
-nearest, and the sums are float32's. That is what torch computes on a GPU with TF32 on, but for the order of its sums.
+In TF32 torch's own result is a stand-in (tests/cuda_cases.py, by_torch_in_tf32): the plain loop by torch's float32
+operations in which the operands of every product, forward and backward, are brought to TF32, and the sums are
+float32's. That is what torch computes on a GPU with TF32 on, but for the order of its sums. Without a GPU they are
+rounded to nearest; on one as torch.mm there is seen to do it, which may cut the bits off instead.
 
 A float64 result has no wider reference to be judged by: there both are the same formula (FLOAT64_SAME_FORMULA).
 """

@@ -121,10 +121,10 @@ def measure(point: Point, providers: list[str], device: str, budget_s: float) ->
         try:
             call = build(provider, point, device)
             run(call, 1)
-        except (RuntimeError, ValueError, NotImplementedError) as error:
+        except Exception as error:  # a compiler's own errors, too: the other providers are to be timed
             if provider == first:
                 raise
-            timings[provider] = Timing(refused=str(error).strip().splitlines()[0])
+            timings[provider] = Timing(refused=(str(error).strip() or type(error).__name__).splitlines()[0])
             continue
         if provider == first:
             expected = [result.clone() for result in call.results()]

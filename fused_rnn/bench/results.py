@@ -90,6 +90,12 @@ class Results:
         kept = {key: row for key, row in self.rows.items() if (row.point, row.metric) not in measured}
         self.rows = kept | {row.key: row for row in rows}
 
+    def with_(self, rows: list[Row]) -> Results:
+        """A copy in which rows have been put."""
+        copy = Results([*self.runs], {**self.rows})
+        copy.replace(rows)
+        return copy
+
     def save(self, path: Path) -> None:
         """Write one line per row, so that a diff shows what changed; runs no row refers to are dropped."""
         rows = sorted(self.rows.values(), key=lambda row: (*asdict(row.point).values(), row.metric, row.provider))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -27,6 +28,7 @@ PROVIDERS = {
 }
 DEFAULT_DTYPES = {"cpu": ("fp32", "bf16"), "cuda": ("tf32", "bf16")}
 OTHERS = tuple(TITLES)  # every other provider is one of our backends, run alone
+SAVE_EVERY = 30.0  # seconds: who is killed, by a kernel that hangs for one, has lost no more than that
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ class Plan:
 def execute(plan: Plan, console: Console) -> list[Path]:
     """Measure everything in the plan, print the tables, write the files; returns their paths.
 
-    An interrupt ends the run after writing what has been measured so far.
+    What has been measured so far is written now and then, and when an interrupt ends the run.
     """
     paths = []
     before = torch.get_num_threads()
@@ -86,9 +88,10 @@ def _execute_one(plan: Plan, dtype: str, threads: int, console: Console) -> Path
     results.runs.append(facts)
     rows: list[Row] = []
     try:
-        rows += _times(plan, dtype, limits, len(results.runs) - 1, console)
+        run = len(results.runs) - 1
+        rows += _times(plan, dtype, limits, run, console, save=lambda so_far: results.with_(so_far).save(path))
         if plan.memory:
-            rows += _memory(plan, dtype, threads, len(results.runs) - 1, console)
+            rows += _memory(plan, dtype, threads, run, console)
     except KeyboardInterrupt as stop:
         rows += stop.args[0] if stop.args else []
         raise
@@ -114,12 +117,15 @@ def _continued(path: Path, facts: dict[str, object]) -> Results:
     return earlier if same else Results()
 
 
-def _times(plan: Plan, dtype: str, limits: Limits, run: int, console: Console) -> list[Row]:
+def _times(
+    plan: Plan, dtype: str, limits: Limits, run: int, console: Console, save: Callable[[list[Row]], None]
+) -> list[Row]:
     points = list(GRIDS[plan.grid].points(dtype, plan.cells, plan.modes, plan.variants))
     # The dearest first: they take what they must, and the others share evenly what is left.
     points.sort(key=lambda point: -point.flops)
     rows: list[Row] = []
-    end = time.perf_counter() + plan.budget_s
+    saved = time.perf_counter()
+    end = saved + plan.budget_s
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
     try:
         with Progress(*columns, console=console, transient=True) as progress:
@@ -132,6 +138,9 @@ def _times(plan: Plan, dtype: str, limits: Limits, run: int, console: Console) -
                 floor = limits.floor(point, plan.device)
                 rows.append(time_row(point, FLOOR, Timing(floor, floor, floor, 1), run))
                 progress.advance(task)
+                if time.perf_counter() - saved > SAVE_EVERY:
+                    save(rows)
+                    saved = time.perf_counter()
     except KeyboardInterrupt:
         raise KeyboardInterrupt(rows) from None
     return rows

@@ -1,0 +1,96 @@
+"""The first launches on a GPU: each kernel once, forward and backward, in a process of its own with a time limit.
+
+    python scripts/gpu_smoke.py [cuda] [triton] [--seconds 40] [--at-once 8]
+    python scripts/gpu_smoke.py --one 'cuda lstm bf16 grid'
+
+A kernel that hangs, that reads where it must not, or that computes something else is thus named, and the others go on:
+run by scripts/gpu.py. It is no test of accuracy: the bounds here only tell a number from garbage. Exits with 1 if one
+kernel failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # a checkout built in place, with nothing installed
+
+# ‖ours - reference‖ / ‖reference‖ over all results, float64 by the same inputs.
+GARBAGE = {"bf16": 5e-2, "f16": 1e-2, "tf32": 1e-2, "ieee": 1e-4, "f64": 1e-9}
+
+
+def one(name: str, device: str = "cuda") -> str:
+    """Runs a kernel here; says where it is, so that who waits knows where it stayed. Returns its error, in words."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which deterministic mode wants
+    import gpu_cases as cases
+    import torch
+
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+    kernel = cases.Kernel(*name.split())
+    torch.use_deterministic_algorithms(True)  # torch.empty gives NaN: what is not written cannot pass
+    given = cases.given(kernel, "gates", device)
+    with cases.forced(kernel):
+        print("forward", flush=True)
+        y = cases.forward(kernel, given, kernel.backend)
+        wait()
+        print("backward", flush=True)
+        results = [y.detach(), *cases.backward(given, y)]
+        wait()
+    print("reference", flush=True)
+    wide = given.double()
+    y = cases.forward(kernel, wide, "reference")
+    expected = [y.detach(), *cases.backward(wide, y)]
+    pairs = zip(results, expected, strict=True)
+    errors = torch.stack([(a.double() - b).norm() / b.norm().clamp_min(1e-30) for a, b in pairs])
+    worst = float(errors.max())  # NaN where there is one
+    return f"error {worst:.1e}" if worst <= GARBAGE[kernel.number] else f"WRONG: error {worst:.1e}"
+
+
+def launched(command: list[str], seconds: float) -> str:
+    """What a process that runs one kernel says; a hang and a crash in words, too."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False)
+    except subprocess.TimeoutExpired as late:
+        said = late.stdout.decode().split() if late.stdout else ["start"]
+        return f"HUNG: still in {said[-1]} after {seconds:.0f} s"
+    lines = done.stdout.splitlines() or ["start"]
+    if done.returncode == 0:
+        return lines[-1]
+    errors = [line.strip() for line in done.stderr.splitlines() if "rror" in line or "ssert" in line]
+    return f"FAILED in {lines[-1]}: {errors[-1][:160] if errors else f'exit status {done.returncode}'}"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="gpu_smoke", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("backends", nargs="*", default=["cuda", "triton"], metavar="cuda|triton")
+    parser.add_argument("--one", help="a kernel, to be run here")
+    parser.add_argument("--seconds", type=float, default=40.0, help="for a kernel at most")
+    parser.add_argument("--at-once", type=int, default=max(1, (os.cpu_count() or 2) // 2), help="processes")
+    chosen = parser.parse_args()
+    if chosen.one:
+        print(one(chosen.one))
+        return 0
+    import gpu_cases as cases
+    import torch
+
+    clusters = torch.cuda.get_device_capability() >= (9, 0)
+    names = [str(kernel) for backend in chosen.backends for kernel in cases.kernels(backend, clusters)]
+    began, bad = time.monotonic(), []
+    with ThreadPoolExecutor(chosen.at_once) as pool:
+        outcomes = pool.map(lambda name: launched([sys.executable, __file__, "--one", name], chosen.seconds), names)
+        for name, said in zip(names, outcomes, strict=True):
+            print(f"{name:<32} {said}", flush=True)
+            if not said.startswith("error "):
+                bad.append(name)
+    print(f"{len(names) - len(bad)} of {len(names)} kernels ran, in {time.monotonic() - began:.0f} s", end="")
+    print("; not " + ", ".join(bad) if bad else "")
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
