@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copyreg
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from functools import cache
+from types import new_class
+from typing import Any, ClassVar, TypeVar
 
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
@@ -17,17 +20,21 @@ from fused_rnn.nn.sequence import Recurrent, known_save
 M = TypeVar("M", bound=nn.Module)
 
 _OURS: tuple[type[Fused], ...] = (LSTM, GRU, RNN, LSTMCell, GRUCell, RNNCell)
-_TO_OURS: dict[type[nn.Module], type[nn.Module]] = {cls._fused_twin: cls for cls in _OURS}
-_TO_TORCH: dict[type[nn.Module], type[nn.Module]] = {cls: cls._fused_twin for cls in _OURS}
+_TO_OURS: dict[type[nn.Module], type[Fused]] = {cls._fused_twin: cls for cls in _OURS}
+# What an instance may have of its own under a name that our classes need.
+_IN_THE_WAY = ("forward", "backend", "save")
 
 
 def convert(model: M, *, backend: str | None = None, save: str = "gates") -> M:
     """Turn every torch.nn LSTM, GRU, RNN, LSTMCell, GRUCell and RNNCell in `model` into ours, in place.
 
     The modules stay the objects they are, in another class: parameters, buffers, hooks, parametrizations, names,
-    train() or eval(), device, and whoever refers to them, an optimizer for one, know of no change. `model` may itself
-    be such a module. Ours are left as they are. A class derived from one of torch.nn's has a forward of its own that
-    may call its parent's by name: it is left alone, with a UserWarning that says which module it was.
+    train() or eval(), device, and whoever refers to them, an optimizer or DistributedDataParallel for one, know of no
+    change. `model` may itself be such a module. Ours are left as they are, and so are torch's quantized ones.
+
+    A class derived from one of torch.nn's becomes one derived from that class and ours: its methods stay, it is still
+    an instance of both, and its super().forward(...) is ours. Where the module itself holds a `forward`, a `backend`
+    or a `save`, it is left alone, with a UserWarning that names it.
 
     Args:
         model: any module.
@@ -49,18 +56,23 @@ def convert(model: M, *, backend: str | None = None, save: str = "gates") -> M:
     known_backend(backend)
     known_save(save)
     for name, module in _modules(model):
-        if _turn(module, _TO_OURS):
-            if backend is not None:
-                module._fused_backend = backend  # type: ignore[assignment]
-            if save != "gates" and isinstance(module, Recurrent):
-                module._fused_save = save
-        elif isinstance(module, tuple(_TO_OURS)):
-            kind = type(module)
+        kind = type(module)
+        ours = _ours(kind, is_parametrized(module))
+        if ours is None:
+            continue
+        own = [attribute for attribute in _IN_THE_WAY if attribute in vars(module)]
+        if own:
             warnings.warn(
-                f"convert: {name or 'the model'} is a {kind.__module__}.{kind.__qualname__}, derived from torch.nn's "
-                "class, and is left as it is",
+                f"convert: {name or 'the model'}, a {kind.__module__}.{kind.__qualname__}, has an attribute "
+                f"{own[0]!r} of its own, and is left as it is",
                 stacklevel=2,
             )
+            continue
+        module.__class__ = ours
+        if backend is not None:
+            module._fused_backend = backend  # type: ignore[assignment]
+        if save != "gates" and isinstance(module, Recurrent):
+            module._fused_save = save
     return model
 
 
@@ -84,7 +96,9 @@ def to_torch(model: M) -> M:
         <class 'torch.nn.modules.rnn.GRU'>
     """
     for _, module in _modules(model):
-        if _turn(module, _TO_TORCH):
+        theirs = _theirs(type(module), is_parametrized(module))
+        if theirs is not None:
+            module.__class__ = theirs
             module.__dict__.pop("_fused_backend", None)
             module.__dict__.pop("_fused_save", None)
     return model
@@ -120,15 +134,61 @@ def _modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
     return list(model.named_modules())
 
 
-def _turn(module: nn.Module, table: dict[type[nn.Module], type[nn.Module]]) -> bool:
-    """Give the module the class that the table has for its own; False if it has none."""
-    kind = type(module)
-    if kind in table:
-        module.__class__ = table[kind]
-        return True
-    # torch.nn.utils.parametrize gives a module a class of its own, derived from the one it had, for its properties.
-    if is_parametrized(module) and kind.__bases__[0] in table:
-        own = {key: value for key, value in vars(kind).items() if key not in ("__dict__", "__weakref__")}
-        module.__class__ = type(kind.__name__, (table[kind.__bases__[0]],), own)
-        return True
-    return False
+def _ours(kind: type[nn.Module], parametrized: bool) -> type[nn.Module] | None:
+    """The class that stands for torch.nn's, or for one derived from it; None for any other."""
+    if kind in _TO_OURS:
+        return _TO_OURS[kind]
+    if parametrized:
+        return _reparametrized(kind, _ours(kind.__bases__[0], False))
+    if issubclass(kind, tuple(_TO_OURS)) and not issubclass(kind, Fused):
+        return _derived(kind)  # type: ignore[arg-type]  # a class is hashable
+    return None
+
+
+def _theirs(kind: type[nn.Module], parametrized: bool) -> type[nn.Module] | None:
+    """The inverse of _ours; None for a class that has no part in it, a user's derived from ours among them."""
+    if kind in _OURS:
+        return kind._fused_twin
+    if parametrized:
+        return _reparametrized(kind, _theirs(kind.__bases__[0], False))
+    return vars(kind).get("_fused_from")
+
+
+def _reparametrized(kind: type[nn.Module], base: type[nn.Module] | None) -> type[nn.Module] | None:
+    """kind over another base: parametrize gives a module a class of its own, for its properties, derived from the one
+    it had, and takes the first base when it leaves."""
+    if base is None:
+        return None
+    own = {key: value for key, value in vars(kind).items() if key not in ("__dict__", "__weakref__")}
+    return new_class(kind.__name__, (base,), exec_body=lambda namespace: namespace.update(own))
+
+
+class _Derived:
+    """What a class made by _derived has beside: it has no name to be pickled by, so its instances are by the user's."""
+
+    _fused_from: ClassVar[type[nn.Module]]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        how = super().__reduce_ex__(protocol)
+        if isinstance(how, tuple) and how[0] is copyreg.__newobj__:  # type: ignore[attr-defined]
+            return (_blank, (self._fused_from,), *how[2:])
+        return how
+
+
+@cache
+def _derived(kind: type[nn.Module]) -> type[nn.Module]:
+    """A class over kind, a user's subclass of torch.nn's, in which our forward comes right before torch.nn's.
+
+    Every super() in the user's methods then finds ours: the order of bases is kind's up to torch.nn's class, ours, and
+    torch.nn's.
+    """
+    twin = next(twin for twin in _TO_OURS if issubclass(kind, twin))
+    both = new_class(twin.__name__, (_TO_OURS[twin], twin))
+    own = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "_fused_from": kind}
+    return new_class(kind.__name__, (_Derived, kind, both), exec_body=lambda namespace: namespace.update(own))
+
+
+def _blank(kind: type[nn.Module]) -> nn.Module:
+    """An instance of _derived(kind) before its state is set."""
+    cls = _derived(kind)  # type: ignore[arg-type]
+    return cls.__new__(cls)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations, prune
+from torch.nn.utils import parametrizations, parametrize, prune
 
 import fused_rnn
 
@@ -114,14 +114,128 @@ def test_parametrized_weights_stay_so() -> None:
     torch.testing.assert_close(lstm(x)[0], theirs)
 
 
-def test_a_class_of_the_users_is_left_alone() -> None:
-    class Mine(nn.LSTM):
+class Mixin(nn.RNNBase):
+    """As packages do it: a forward between the user's class and torch.nn's, that calls the latter's by super()."""
+
+    def forward(self, x: Tensor, hx: Any = None) -> Any:
+        y, hx = super().forward(2 * x, hx)
+        return self.scale * y, hx
+
+
+class Mine(Mixin, nn.LSTM):
+    def __init__(self, *args: Any, scale: float = 3.0, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.scale = scale
+
+
+def test_a_class_of_the_users_gets_our_forward_under_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(Mine(2, 3, 2, bidirectional=True, proj_size=2), Mine(2, 3))
+    x = torch.randn(5, 4, 2)
+    theirs = model[0](x)[0]
+    fused_rnn.convert(model, backend="cpu", save="recompute")
+    mine = model[0]
+    assert isinstance(mine, Mine) and isinstance(mine, fused_rnn.LSTM) and isinstance(mine, nn.LSTM)
+    assert type(mine) is type(model[1])
+    assert (mine.backend, mine.save, repr(mine)) == (
+        "cpu", "recompute", "Mine(2, 3, proj_size=2, num_layers=2, bidirectional=True, backend='cpu', save='recompute')"
+    )  # fmt: skip
+    monkeypatch.setattr(nn.LSTM, "forward", lambda *_: pytest.fail("torch.nn's forward was called"))
+    torch.testing.assert_close(mine(x)[0], theirs)
+    for copied in (pickle.loads(pickle.dumps(mine)), copy.deepcopy(mine)):
+        assert type(copied) is type(mine)
+        torch.testing.assert_close(copied(x)[0], theirs)
+    monkeypatch.undo()
+    kind = type(mine)
+    fused_rnn.convert(model)
+    assert type(mine) is kind
+    fused_rnn.to_torch(model)
+    assert type(mine) is Mine and not any(key.startswith("_fused") for key in vars(mine))
+    torch.testing.assert_close(mine(x)[0], theirs)
+
+
+@pytest.mark.parametrize(("theirs", "ours"), PAIRS, ids=IDS)
+def test_every_class_can_be_derived_from(theirs: Any, ours: Any) -> None:
+    kind = type("Kind", (theirs,), {})
+    module = kind(3, 4)
+    x = torch.randn(2, 3)
+    expected = module(x)
+    assert isinstance(fused_rnn.convert(module), (ours, kind))
+    assert type(module).forward is ours.forward
+    torch.testing.assert_close(module(x), expected)
+    assert type(fused_rnn.to_torch(module)) is kind
+
+
+def test_a_class_derived_from_ours_is_left_alone() -> None:
+    class Own(fused_rnn.GRU):
         pass
 
+    model = nn.Sequential(Own(2, 3, backend="reference"))
+    assert type(fused_rnn.to_torch(fused_rnn.convert(model, backend="cpu"))[0]) is Own
+    assert model[0].backend == "reference"
+
+
+@pytest.mark.parametrize("name", ["forward", "backend", "save"])
+def test_what_holds_a_name_of_ours_is_left_alone(name: str) -> None:
     model = nn.Sequential(Mine(2, 3))
-    with pytest.warns(UserWarning, match="0 is a .*Mine, derived from"):
+    setattr(model[0], name, model[0].forward)
+    with pytest.warns(UserWarning, match=f"0, a .*Mine, has an attribute '{name}' of its own"):
         fused_rnn.convert(model)
     assert type(model[0]) is Mine
+
+
+def test_parametrized_class_of_the_users() -> None:
+    mine = parametrizations.weight_norm(Mine(3, 4), "weight_hh_l0")
+    x = torch.randn(5, 2, 3)
+    theirs = mine(x)[0]
+    fused_rnn.convert(mine)
+    assert isinstance(mine, fused_rnn.LSTM) and isinstance(mine, Mine)
+    torch.testing.assert_close(mine(x)[0], theirs)
+    parametrize.remove_parametrizations(mine, "weight_hh_l0")
+    assert isinstance(mine, fused_rnn.LSTM)
+    assert type(fused_rnn.to_torch(mine)) is Mine
+    torch.testing.assert_close(mine(x)[0], theirs)
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+def test_the_older_weight_norm() -> None:
+    """Hooks that compute the weight before each call, which is then no parameter."""
+    gru = nn.utils.weight_norm(nn.GRU(3, 4), "weight_hh_l0")
+    x = torch.randn(5, 2, 3)
+    theirs = torch.autograd.grad(gru(x)[0].square().sum(), list(gru.parameters()))
+    fused_rnn.convert(gru)
+    ours = torch.autograd.grad(gru(x)[0].square().sum(), list(gru.parameters()))
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+    assert torch.equal(gru.weight_hh_l0, torch._weight_norm(gru.weight_hh_l0_v, gru.weight_hh_l0_g, 0))
+
+
+@pytest.mark.filterwarnings("ignore:.*quantize:UserWarning", "ignore:.*torch.ao.quantization:DeprecationWarning")
+def test_quantized_modules_are_not_ours() -> None:
+    quantized = torch.ao.nn.quantized.dynamic.LSTM(3, 4)
+    assert type(fused_rnn.convert(nn.Sequential(quantized))[0]) is torch.ao.nn.quantized.dynamic.LSTM
+
+
+@pytest.mark.parametrize("kind", [nn.GRU, Mine])
+def test_below_a_compiled_module(kind: Any) -> None:
+    """convert after torch.compile finds the module inside, and Dynamo that it has another class."""
+    model = nn.Sequential(kind(3, 4))
+    compiled = torch.compile(model, backend="eager")
+    x = torch.randn(5, 2, 3)
+    theirs = compiled(x)[0]
+    fused_rnn.convert(compiled)
+    assert isinstance(model[0], fused_rnn.nn.sequence.Recurrent)
+    torch.testing.assert_close(compiled(x)[0], theirs)
+
+
+def test_bidirectional_projection_keeps_its_flat_weights() -> None:
+    lstm = nn.LSTM(3, 4, 2, bidirectional=True, proj_size=2)
+    fused_rnn.convert(lstm).double()
+    lstm.flatten_parameters()
+    assert [id(w) for w in lstm._flat_weights] == [id(p) for p in lstm.parameters()]
+    assert all(ref() is p for ref, p in zip(lstm._flat_weight_refs, lstm.parameters(), strict=True))
+    theirs = nn.LSTM(3, 4, 2, bidirectional=True, proj_size=2).double()
+    theirs.load_state_dict(lstm.state_dict())
+    x = torch.randn(5, 2, 3, dtype=torch.float64)
+    torch.testing.assert_close(lstm(x), theirs(x))
 
 
 def test_patch_is_for_code_that_builds_its_own() -> None:
