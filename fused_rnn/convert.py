@@ -183,9 +183,9 @@ def _derived(kind: type[nn.Module]) -> type[nn.Module]:
     torch.nn's.
     """
     twin = next(twin for twin in _TO_OURS if issubclass(kind, twin))
-    both = new_class(twin.__name__, (_TO_OURS[twin], twin))
+    both = new_class(twin.__name__, (_Derived, _TO_OURS[twin], twin))
     own = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "_fused_from": kind}
-    return new_class(kind.__name__, (_Derived, kind, both), exec_body=lambda namespace: namespace.update(own))
+    return new_class(kind.__name__, (kind, both), exec_body=lambda namespace: namespace.update(own))
 
 
 def _blank(kind: type[nn.Module]) -> nn.Module:

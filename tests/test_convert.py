@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from abc import ABC
 from typing import Any
 
 import pytest
@@ -114,7 +115,7 @@ def test_parametrized_weights_stay_so() -> None:
     torch.testing.assert_close(lstm(x)[0], theirs)
 
 
-class Mixin(nn.RNNBase):
+class Mixin(ABC, nn.RNNBase):
     """As packages do it: a forward between the user's class and torch.nn's, that calls the latter's by super()."""
 
     def forward(self, x: Tensor, hx: Any = None) -> Any:

@@ -200,6 +200,7 @@ def worker(rank: int, folder: Path) -> None:
         except Exception:
             wrong = traceback.format_exc()
         (folder / f"{scenario.__name__}.{rank}").write_text(wrong)
+    dist.barrier()  # nobody leaves while the other still waits for him
     dist.destroy_process_group()
 
 

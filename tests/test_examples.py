@@ -1,7 +1,8 @@
-"""The examples that need more than one process, as a user starts them."""
+"""The examples that need several processes or other packages: what they claim holds."""
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import signal
@@ -9,9 +10,11 @@ import subprocess
 import sys
 from itertools import islice
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
+from tolerances import assert_same_formula
 
 import fused_rnn
 from fused_rnn.demo.char_lm import Characters, CharLM, Trainee, corpus, windows
@@ -63,3 +66,42 @@ def test_torchrun(option: str, losses_of_one_process: list[float], tmp_path: Pat
     losses = [float(loss) for loss in re.findall(r"step \d+  loss ([\d.]+)", out)]
     assert losses == pytest.approx(losses_of_one_process, abs=1.5e-4)
     assert re.search(r"loaded \d+ parameters from", out)
+
+
+@pytest.fixture
+def ppo(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """examples/recurrent_ppo.py with smaller rollouts."""
+    spec = importlib.util.spec_from_file_location("recurrent_ppo", ROOT / "examples" / "recurrent_ppo.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "recurrent_ppo", module)  # where dataclass looks for its annotations
+    spec.loader.exec_module(module)
+    for name, value in {"ENVS": 6, "STEPS": 40, "HIDDEN": 16}.items():
+        setattr(module, name, value)
+    return module
+
+
+@pytest.mark.parametrize("cell", ["LSTM", "GRU"])
+@pytest.mark.parametrize("resets", [0.0, 0.1, 1.0])
+def test_ways_to_unroll_a_policy_agree(ppo: ModuleType, cell: str, resets: float) -> None:
+    results = {}
+    reset = torch.rand(ppo.STEPS, ppo.ENVS) < resets
+    x = torch.randn(ppo.STEPS, ppo.ENVS, 2, dtype=torch.float64)
+    for name in ppo.UNROLLS:
+        torch.manual_seed(0)
+        policy = ppo.Policy(cell, name).double()
+        start = torch.randn(2, 1, ppo.ENVS, ppo.HIDDEN, dtype=torch.float64)
+        logits, values, state = policy(x, tuple(start) if cell == "LSTM" else start[0], reset)
+        loss = (logits.square().sum() + values.square().sum()) + sum(s.sum() for s in state)
+        results[name] = [logits, values, *state, *torch.autograd.grad(loss, list(policy.parameters()))]
+    for name in ("loop", "segments"):
+        for ours, theirs in zip(results["fused"], results[name], strict=True):
+            assert_same_formula(ours, theirs)
+
+
+def test_recurrent_ppo_gives_the_returns_of_the_loop(ppo: ModuleType) -> None:
+    """Episode for episode, as long as rounding has not tipped an action: 13 updates at the example's own sizes."""
+    pytest.importorskip("gymnasium", reason="gymnasium is not installed: pip install 'fused_rnn[test]'")
+    returns = {name: ppo.train(name, updates=4, dtype=torch.float64) for name in ppo.UNROLLS}
+    assert len(returns["fused"]) > ppo.ENVS
+    assert returns["fused"] == returns["loop"] == returns["segments"]
