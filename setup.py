@@ -22,6 +22,7 @@ TORCH_TARGET = "0x020a000000000000"  # the oldest LibTorch whose stable ABI we u
 
 # -ffp-contract=fast lets a * b + c become one FMA; nothing that changes the meaning of NaN, infinity or order is on.
 COMMON = ["-std=c++17", "-O3", "-g0", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast"]
+COMMON += [f"-ffile-prefix-map={TORCH.parent}/="]  # errors quote torch's headers, not where the builder had them
 COMMON += ["-Wall", "-Wextra", "-Wno-maybe-uninitialized"]
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512"]
@@ -83,8 +84,9 @@ class Build(build_ext):
             Path(made).parent.mkdir(parents=True, exist_ok=True)
             self.spawn([str(NVCC), "-shared", *objects, "-Xlinker", "--exclude-libs,ALL", "-o", made])
             return
-        # torch brings the OpenMP runtime that is loaded first, under the same name: the regions share its threads.
-        link = ["-fopenmp", f"-L{TORCH / 'lib'}", f"-Wl,-rpath,{TORCH / 'lib'}", "-ltorch_cpu", "-lc10", *EXTRA]
+        # No rpath: torch's libraries are loaded before ours, by its import. So is the OpenMP runtime that it brings, under
+        # the same name: the regions share its threads.
+        link = ["-fopenmp", f"-L{TORCH / 'lib'}", "-ltorch_cpu", "-lc10", *EXTRA]
         self.compiler.link_shared_object(objects, made, extra_postargs=link, target_lang="c++")
 
 
