@@ -4,6 +4,7 @@
 #   TORCH=                  the torch that PYTHON already has
 #   TORCH= VENV=path        an environment that exists, with its torch
 #   PYTEST_ARGS, BENCH_ARGS, DEMO_ARGS, CUBIN_ARGS, GPU_ARGS    handed on
+#   WHEEL_TORCH='torch==2.11.0 torch'       the torches (or pythons that have one) beside which make wheel-check tests the wheel
 #   FUSED_RNN_CUDA=auto|0|1, TORCH_CUDA_ARCH_LIST, MAX_JOBS    the CUDA kernels: see setup.py
 #   OUT=build/gpu           where make gpu writes
 
@@ -16,6 +17,7 @@ BENCH_ARGS  ?=
 DEMO_ARGS   ?=
 CUBIN_ARGS  ?=
 GPU_ARGS    ?=
+WHEEL_TORCH ?= torch==2.11.0 torch
 BIN         := $(VENV)/bin
 PIP         := $(BIN)/python -m pip --disable-pip-version-check
 
@@ -25,10 +27,10 @@ hash         = $(firstword $(shell $(1) | sha256sum))
 SOURCES     := $(sort $(shell find csrc -type f 2>/dev/null)) setup.py pyproject.toml
 ENV_STAMP   := $(VENV)/.env-$(call hash,echo '$(PYTHON)' '$(TORCH)')
 BUILD_STAMP := $(VENV)/.build-$(call hash,{ cat $(SOURCES); echo '$(FUSED_RNN_CUDA) $(TORCH_CUDA_ARCH_LIST)'; })
-DEV_STAMP   := $(VENV)/.dev-$(call hash,cat pyproject.toml)
-DOCS_STAMP  := $(VENV)/.docs-$(call hash,cat pyproject.toml)
+# extra-NAME: what pyproject.toml's extra of that name asks for is there
+EXTRA_STAMP  = $(VENV)/.extra-$(1)-$(call hash,cat pyproject.toml)
 
-.PHONY: help install dev demo test bench cubin cubin-triton cubin-cuda gpu gpu-build gpu-smoke gpu-test gpu-sanitize gpu-bench lint format sanitize docs clean
+.PHONY: help install dev demo test bench cubin cubin-triton cubin-cuda gpu gpu-build gpu-smoke gpu-test gpu-sanitize gpu-bench lint format sanitize docs wheel wheel-check clean
 
 help:
 	@echo 'make demo      train a character model with torch.nn and with fused_rnn, side by side'
@@ -40,6 +42,7 @@ help:
 	@echo '               (gpu-build, gpu-smoke, gpu-test, gpu-sanitize, gpu-bench: one of them; benchmarks/GPU.md)'
 	@echo 'make sanitize  the C++ core under AddressSanitizer and UBSan'
 	@echo 'make docs      the documentation, as a site in build/docs; a warning is an error'
+	@echo 'make wheel     dist/: sdist and wheel; make wheel-check: its links, and its tests beside other torches'
 	@echo 'make lint      ruff, clang-format, mypy        make format  let the tools rewrite'
 	@echo 'make install   only the environment and the build'
 	@echo 'make clean     remove the environment and everything built'
@@ -57,17 +60,13 @@ $(BUILD_STAMP): $(ENV_STAMP)
 	$(PIP) install --quiet --no-build-isolation --editable '.[test,demo]'
 	@touch $@
 
-$(DEV_STAMP): $(BUILD_STAMP)
-	$(PIP) install --quiet --no-build-isolation --editable '.[dev]'
-	@touch $@
-
-$(DOCS_STAMP): $(BUILD_STAMP)
-	$(PIP) install --quiet --no-build-isolation --editable '.[docs]'
+$(call EXTRA_STAMP,%): $(BUILD_STAMP)
+	$(PIP) install --quiet --no-build-isolation --editable '.[$*]'
 	@touch $@
 
 install: $(BUILD_STAMP)
 
-dev: $(DEV_STAMP)
+dev: $(call EXTRA_STAMP,dev)
 
 demo: $(BUILD_STAMP)
 	$(BIN)/python -m fused_rnn demo $(DEMO_ARGS)
@@ -96,18 +95,26 @@ gpu:
 gpu-build gpu-smoke gpu-test gpu-sanitize gpu-bench:
 	$(GPU_PYTHON) scripts/gpu.py $(@:gpu-%=%) $(if $(OUT),--out '$(OUT)') $(GPU_ARGS)
 
-docs: $(DOCS_STAMP)
+# The sdist, and the wheel from what is in it.
+wheel: $(call EXTRA_STAMP,dist)
+	@rm -rf dist
+	$(BIN)/python -m build --no-isolation
+
+wheel-check: wheel
+	$(BIN)/python scripts/wheel_check.py dist/*.whl $(foreach torch,$(WHEEL_TORCH),--torch '$(torch)')
+
+docs: $(call EXTRA_STAMP,docs)
 	$(BIN)/python -m sphinx -W --keep-going -n -q -b html -d build/doctrees docs build/docs
 
 sanitize: $(BUILD_STAMP)
 	PYTHON=$(abspath $(BIN)/python) bash scripts/sanitize.sh
 
-lint: $(DEV_STAMP)
+lint: $(call EXTRA_STAMP,dev)
 	$(BIN)/ruff check .
 	find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | xargs -r $(BIN)/clang-format --dry-run --Werror
 	$(BIN)/mypy
 
-format: $(DEV_STAMP)
+format: $(call EXTRA_STAMP,dev)
 	$(BIN)/ruff check --fix .
 	find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | xargs -r $(BIN)/clang-format -i
 

@@ -84,8 +84,8 @@ class Build(build_ext):
             Path(made).parent.mkdir(parents=True, exist_ok=True)
             self.spawn([str(NVCC), "-shared", *objects, "-Xlinker", "--exclude-libs,ALL", "-o", made])
             return
-        # No rpath: torch's libraries are loaded before ours, by its import. So is the OpenMP runtime that it brings, under
-        # the same name: the regions share its threads.
+        # No rpath: torch's import has loaded its libraries before ours is. So it has the OpenMP runtime that it brings,
+        # under the same name: the regions share its threads.
         link = ["-fopenmp", f"-L{TORCH / 'lib'}", "-ltorch_cpu", "-lc10", *EXTRA]
         self.compiler.link_shared_object(objects, made, extra_postargs=link, target_lang="c++")
 

@@ -9,7 +9,6 @@ html_title = f"fused_rnn {release}"
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 myst_heading_anchors = 3  # links to a heading of another page: page.md#heading
-exclude_patterns = ["README.md"]
 
 # The API page: what the docstrings say, in the order in which the page names it.
 autodoc_class_signature = "mixed"
@@ -28,4 +27,6 @@ nitpick_ignore_regex = [("py:.*", r"(torch|collections|typing|types)(\..*)?"), (
 
 html_theme = "furo"
 html_copy_source = False
+html_show_copyright = False
+highlight_language = "none"  # what names no language is a command line or a formula
 html_theme_options = {"navigation_with_keys": True}

@@ -110,8 +110,9 @@ def _read_weights(module: Cell) -> list[Tensor]:
 class LSTMCell(Cell):
     r"""One step of an LSTM, in place of torch.nn.LSTMCell, whose arguments, attributes, state_dict and errors it has.
 
+    Beside torch.nn.LSTMCell's arguments, which stand in the same positions, there is:
+
     Args:
-        input_size, hidden_size, bias, device, dtype: as torch.nn.LSTMCell's, in the same positions.
         backend: "cpu", "torch", "reference", "cuda" or "triton" to force one; None takes the one that measured
             fastest. Keyword only.
 
@@ -169,8 +170,9 @@ class LSTMCell(Cell):
 class GRUCell(Cell):
     r"""One step of a GRU, in place of torch.nn.GRUCell, whose arguments, attributes, state_dict and errors it has.
 
+    Beside torch.nn.GRUCell's arguments, which stand in the same positions, there is:
+
     Args:
-        input_size, hidden_size, bias, device, dtype: as torch.nn.GRUCell's, in the same positions.
         backend: keyword only, as :class:`LSTMCell`'s.
 
     Inputs:
@@ -219,9 +221,9 @@ class GRUCell(Cell):
 class RNNCell(Cell):
     r"""One step of an Elman RNN, in place of torch.nn.RNNCell, whose arguments, attributes, state and errors it has.
 
+    Beside torch.nn.RNNCell's arguments, which stand in the same positions, there is:
+
     Args:
-        input_size, hidden_size, bias, nonlinearity, device, dtype: as torch.nn.RNNCell's, in the same positions;
-            nonlinearity is "tanh" or "relu".
         backend: keyword only, as :class:`LSTMCell`'s.
 
     Inputs:

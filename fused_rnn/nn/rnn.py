@@ -24,14 +24,16 @@ class LSTM(Recurrent):
     methods, state_dict, initialisation and errors it has. Letters: T time, B batch, D input_size, H hidden_size,
     P proj_size or else H, L num_layers, R directions (1 or 2). ::
 
-        i_t = σ(W_i x_t + b_i + U_i h_{t-1} + d_i)         c_t = f_t c_{t-1} + i_t g_t
-        f_t = σ(W_f x_t + b_f + U_f h_{t-1} + d_f)         h_t = o_t tanh(c_t), or with a projection V o_t tanh(c_t)
+        i_t = σ(W_i x_t + b_i + U_i h_{t-1} + d_i)
+        f_t = σ(W_f x_t + b_f + U_f h_{t-1} + d_f)
         g_t = tanh(W_g x_t + b_g + U_g h_{t-1} + d_g)
         o_t = σ(W_o x_t + b_o + U_o h_{t-1} + d_o)
+        c_t = f_t c_{t-1} + i_t g_t
+        h_t = o_t tanh(c_t), or with a projection V o_t tanh(c_t)
+
+    Beside torch.nn.LSTM's arguments, which stand in the same positions, there are:
 
     Args:
-        input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size, device, dtype:
-            as torch.nn.LSTM's, in the same positions.
         backend: "cpu", "torch", "reference", "cuda" or "triton" to force one; None takes the one that measured
             fastest. Keyword only.
         save: what training keeps for backward, "gates" (fastest) or "recompute" (least memory). Keyword only.
@@ -133,11 +135,12 @@ class GRU(Recurrent):
 
         r_t = σ(W_r x_t + b_r + U_r h_{t-1} + d_r)
         z_t = σ(W_z x_t + b_z + U_z h_{t-1} + d_z)
-        n_t = tanh(W_n x_t + b_n + r_t (U_n h_{t-1} + d_n))         h_t = (1 - z_t) n_t + z_t h_{t-1}
+        n_t = tanh(W_n x_t + b_n + r_t (U_n h_{t-1} + d_n))
+        h_t = (1 - z_t) n_t + z_t h_{t-1}
+
+    Beside torch.nn.GRU's arguments, which stand in the same positions, there are:
 
     Args:
-        input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device, dtype:
-            as torch.nn.GRU's, in the same positions.
         backend: keyword only, as :class:`LSTM`'s.
         save: keyword only, as :class:`LSTM`'s.
 
@@ -224,9 +227,9 @@ class RNN(Recurrent):
 
         h_t = tanh(W x_t + b + U h_{t-1} + d), or with relu in place of tanh
 
+    Beside torch.nn.RNN's arguments, which stand in the same positions, there are:
+
     Args:
-        input_size, hidden_size, num_layers, nonlinearity, bias, batch_first, dropout, bidirectional, device, dtype:
-            as torch.nn.RNN's, in the same positions; nonlinearity is "tanh" or "relu".
         backend: keyword only, as :class:`LSTM`'s.
         save: keyword only, as :class:`LSTM`'s.
 
