@@ -21,6 +21,7 @@ from fused_rnn.checks import in_transform
 from fused_rnn.dispatch import BACKENDS
 
 Gradients = tuple[Any, ...]
+Outputs = tuple[Tensor, ...]
 
 
 def layer(
@@ -155,7 +156,18 @@ class LSTMFunction(Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x, h0, c0, lengths, reset, directions, save, keep_hidden, backend, *weights):  # type: ignore[no-untyped-def]
+    def forward(
+        x: Tensor,
+        h0: Tensor | None,
+        c0: Tensor | None,
+        lengths: Tensor | None,
+        reset: Tensor | None,
+        directions: Sequence[int],
+        save: str,
+        keep_hidden: bool,
+        backend: str,
+        *weights: Tensor,
+    ) -> Outputs:
         return tuple(
             BACKENDS[backend].forward(x, weights, h0, c0, lengths, reset, "lstm", directions, save, keep_hidden)
         )
@@ -187,7 +199,17 @@ class GRUFunction(Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x, h0, lengths, reset, directions, save, keep_hidden, backend, *weights):  # type: ignore[no-untyped-def]
+    def forward(
+        x: Tensor,
+        h0: Tensor | None,
+        lengths: Tensor | None,
+        reset: Tensor | None,
+        directions: Sequence[int],
+        save: str,
+        keep_hidden: bool,
+        backend: str,
+        *weights: Tensor,
+    ) -> Outputs:
         return tuple(
             BACKENDS[backend].forward(x, weights, h0, None, lengths, reset, "gru", directions, save, keep_hidden)
         )
@@ -220,7 +242,18 @@ class RNNFunction(Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x, h0, lengths, reset, nonlinearity, directions, save, keep_hidden, backend, *weights):  # type: ignore[no-untyped-def]
+    def forward(
+        x: Tensor,
+        h0: Tensor | None,
+        lengths: Tensor | None,
+        reset: Tensor | None,
+        nonlinearity: str,
+        directions: Sequence[int],
+        save: str,
+        keep_hidden: bool,
+        backend: str,
+        *weights: Tensor,
+    ) -> Outputs:
         cell = f"rnn_{nonlinearity}"
         return tuple(
             BACKENDS[backend].forward(x, weights, h0, None, lengths, reset, cell, directions, save, keep_hidden)

@@ -35,10 +35,19 @@ def translations() -> Table:
     or without biases, batch_first, initial states, `lengths` (ONNX's sequence_lens); T and B may be dynamic. The dtype
     is float32 in practice: onnxruntime's kernels on a CPU know no other. Inference only.
 
-    Raises ImportError without onnxscript; NotImplementedError without the compiled extension, whose ops these are. At
-    export `reset`, a projection and an ensemble, for which ONNX's nodes have no place, raise NotImplementedError,
-    which torch.onnx reports as the cause of its own error.
+    Raises:
+        ImportError: without onnxscript.
+        NotImplementedError: without the compiled extension, whose ops these are. At export `reset`, a projection and
+            an ensemble, for which ONNX's nodes have no place, raise it, too; torch.onnx reports it as the cause of its
+            own error.
+
     Source: onnx.ai/onnx/operators: LSTM, GRU and RNN of opset 14.
+
+    Examples:
+        >>> import fused_rnn.onnx
+        >>> table = fused_rnn.onnx.translations()
+        >>> sorted(str(op) for op in table)
+        ['fused_rnn.forward.default', 'fused_rnn.step.default']
     """
     import onnxscript
 

@@ -54,7 +54,7 @@ def test_the_sdist_holds_what_the_checkout_does(tmp_path: Path) -> None:
         str(path.relative_to(ROOT))
         for folder in ("benchmarks", "csrc", "docs", "examples", "fused_rnn", "scripts", "tests")
         for path in (ROOT / folder).rglob("*")
-        if path.is_file() and path.suffix not in (".pyc", ".so") and not path.name.startswith("quick-")
+        if path.is_file() and path.suffix not in (".pyc", ".so")
     }
     wanted |= {"README.md", "LICENSE", "Makefile", "pyproject.toml", "setup.py"}
     assert wanted <= packed, f"not in the sdist: {sorted(wanted - packed)}"

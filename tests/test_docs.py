@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ FUNCTIONS = [
     for name, value in vars(fused_rnn.functional).items()
     if inspect.isfunction(value) and value.__module__ == "fused_rnn.functional" and not name.startswith("_")
 ]
-PUBLIC = [name for name in fused_rnn.__all__ if name != "functional"] + FUNCTIONS
+PUBLIC = [name for name in fused_rnn.__all__ if name != "functional"] + FUNCTIONS + ["onnx.translations"]
 
 # What the README's blocks leave open, for they are there to be read.
 README_NAMES = """
@@ -38,6 +39,9 @@ somebody_elses_model = lambda: torch.nn.GRU(D, H)
 
 
 def public(name: str) -> Any:
+    if name.startswith("onnx."):  # not imported with the package
+        pytest.importorskip("onnxscript", reason="pip install '.[onnx]'")
+        import_module("fused_rnn.onnx")
     value: Any = fused_rnn
     for part in name.split("."):
         value = getattr(value, part)

@@ -245,7 +245,7 @@ class RNNCell(Cell):
         torch.Size([3, 20])
     """
 
-    __constants__ = TorchRNNCell.__constants__
+    __constants__: list[str] = TorchRNNCell.__constants__
     nonlinearity: str
 
     _fused_twin = TorchRNNCell

@@ -15,12 +15,13 @@ class Layout:
     """
 
     def __init__(self, batch_sizes: Tensor, device: torch.device) -> None:
-        self.steps, self.batch = batch_sizes.size(0), int(batch_sizes[0])
+        self.steps: int = batch_sizes.size(0)
+        self.batch: int = int(batch_sizes[0])
         self.lengths: Tensor | None = None
         if int(batch_sizes[-1]) != self.batch:
             valid = torch.arange(self.batch) < batch_sizes.unsqueeze(1)  # [T, B]
             self.lengths = valid.sum(0)
-            self.rows = valid.flatten().nonzero().squeeze(1).to(device)
+            self.rows: Tensor = valid.flatten().nonzero().squeeze(1).to(device)
 
     def pad(self, data: Tensor) -> Tensor:
         """data [sum of lengths, D] → [T, B, D], zero past each sequence's end. Differentiable."""

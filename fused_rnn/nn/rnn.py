@@ -99,16 +99,17 @@ class LSTM(Recurrent):
             backend: str | None = None,
             save: str = "gates",
         ) -> None: ...
+        def get_expected_cell_size(self, input: Tensor, batch_sizes: Tensor | None) -> tuple[int, int, int]: ...
 
     else:
 
         def __init__(self, *args: Any, backend: str | None = None, save: str = "gates", **kwargs: Any) -> None:
             super().__init__("LSTM", *args, backend=backend, save=save, **kwargs)
 
-    # Torch's own, so that whoever calls or copies them from here has the messages of the torch installed.
-    get_expected_cell_size = TorchLSTM.get_expected_cell_size
-    check_forward_args = TorchLSTM.check_forward_args  # type: ignore[assignment]
-    permute_hidden = TorchLSTM.permute_hidden  # type: ignore[assignment]
+        # Torch's own, so that whoever calls or copies them from here has the messages of the torch installed.
+        get_expected_cell_size = TorchLSTM.get_expected_cell_size
+        check_forward_args = TorchLSTM.check_forward_args
+        permute_hidden = TorchLSTM.permute_hidden
 
     def forward(
         self,
