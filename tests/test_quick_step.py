@@ -35,7 +35,7 @@ def call(
     w = [module._parameters.get(key + ("_l0" if sequence else "")) for key in (*NAMES, "weight_hr")]
     return (
         module,
-        (module._parameters, module.bias, x, h, c, CELLS[name], 0 if sequence else -1, 4096),
+        (module._parameters, module.bias, x, h, c, CELLS[name], 0 if sequence else -1),
         (x, h, c, *w, CELLS[name]),
     )
 
@@ -71,17 +71,42 @@ def test_projection() -> None:
             assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("given", [True, False])
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize(("name", "projected"), [("LSTM", 0), ("LSTM", 7), ("GRU", 0), ("RNN", 0)])
+def test_a_sequence_is_the_op(name: str, projected: int, batch: int, given: bool, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    module = getattr(fused_rnn, name)(5, 18, dtype=dtype, **({"proj_size": projected} if projected else {}))
+    x = torch.randn(40, batch, 5, dtype=dtype)
+    states = [torch.randn(1, batch, width, dtype=dtype) for width in (projected or 18, 18)[: 1 + (name == "LSTM")]]
+    h, c = (*states, None)[:2] if given else (None, None)
+    cell = {"LSTM": "lstm", "GRU": "gru", "RNN": "rnn_tanh"}[name]
+    with torch.no_grad():
+        made = quick(module._parameters, True, x, h, c, CELLS[name], 0)
+        expected = ops.forward(x, list(module.parameters()), h, c, None, None, cell, [1], "none", False)
+        assert made[0].shape == expected[0].shape
+        for a, b in zip(made, expected, strict=True):
+            assert torch.equal(a, b)
+        if batch == 1:
+            first = quick(module._parameters, True, x.transpose(0, 1).contiguous(), h, c, CELLS[name], 1)
+            assert torch.equal(first[0], made[0].transpose(0, 1))
+
+
 def test_the_modules_take_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: Any) -> None:
+    def fail(*_: Any, **__: Any) -> None:
         raise AssertionError("the op was called")
 
     monkeypatch.setattr("fused_rnn.nn.sequence.STEP", fail)
+    monkeypatch.setattr("fused_rnn.nn.rnn.run", fail)
     monkeypatch.setattr("fused_rnn.nn.cells.STEP", fail)
     with torch.no_grad():
         for sequence in (True, False):
             module, (_, _, x, h, *_), _ = call("GRU", sequence=sequence)
             module(x, h)
             module(x)
+            if sequence:
+                module(x.repeat(9, 1, 1), h)
 
 
 class Calls(TorchDispatchMode):
@@ -137,7 +162,7 @@ def changed(position: int, to: Any) -> Any:
         (2, lambda x: x.as_subclass(Strange)),
         (2, lambda x: x[0]),
         (2, lambda x: x[:, :0]),
-        (2, lambda x: x.repeat(2, 1, 1)),
+        (2, lambda x: x.repeat(1, 2, 1)),
         (2, lambda x: x[..., :4]),
         (2, lambda _: None),
         (2, lambda _: [1.0]),
@@ -147,7 +172,7 @@ def changed(position: int, to: Any) -> Any:
         (4, lambda _: None),
         (4, lambda c: c.double()),
         (5, lambda _: 4),
-        (7, lambda _: 14),
+        (6, lambda _: 1),  # the batch first, of three
     ],
 )
 def test_what_is_out_of_the_ordinary_is_left_alone(position: int, to: Any) -> None:

@@ -10,6 +10,7 @@ namespace FUSED_RNN_ISA {
 constexpr int64_t kChunkRows = 64;            // rows of one input product: enough to reuse every panel of W_ih
 constexpr int64_t kChunkBytes = 512 * 1024;   // of pre-activations at the most: they must stay in L2 beside the weights
 constexpr int64_t kUnpackedRows = 16;         // T B up to here: packing W costs more than it saves
+constexpr int64_t kFarUnpackedRows = 32;      // and up to here where W and its packed form do not fit L2 together
 
 template <class Kind, class T, class Cell>
 struct ForwardLoop {
@@ -51,9 +52,9 @@ struct ForwardLoop {
     h_stride = row_stride<Kind>(p.P);
     m_stride = row_stride<Kind>(p.H);
     c_stride = off_pages<S>(unit_vectors * L);
-    unpacked = kUnpackable && (p.stop - p.start) * p.B <= kUnpackedRows;
     uses_h = !f.h_is_zero || p.stop - p.start > 1;
     far = unit_vectors * (panel_size<Kind>(p.D, G) + panel_size<Kind>(p.P, G)) * int64_t(sizeof(A)) > kNearBytes;
+    unpacked = kUnpackable && (p.stop - p.start) * p.B <= (far ? kFarUnpackedRows : kUnpackedRows);
     direct_x = sizeof(A) == sizeof(T) && p.D % Kind::k_multiple == 0;
   }
   bool projects() const { return p.P != p.H || p.weights[0].w_hr; }

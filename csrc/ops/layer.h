@@ -77,7 +77,7 @@ class Layer {
       reset_ = as_contiguous(*reset);
       p.reset = static_cast<const uint8_t*>(reset_->const_data_ptr());
     }
-    p.threads = threads_for(double(p.T) * double(p.B) * double(p.R) * 2.0 * G * double(p.H) * double(p.D + p.P));
+    p.threads = threads_for(p);
   }
 
   const Tensor& x() const { return x_; }
@@ -100,13 +100,6 @@ class Layer {
     check(name, t, sizes);
     held_.push_back(as_contiguous(t));
     return held_.back().const_data_ptr();
-  }
-  // One thread for what takes less than about 200 us there: waking the others and their barriers would cost as much.
-  static int threads_for(double flops) {
-    const double microseconds = flops / 100e3;
-    const int most = int(torch::stable::get_num_threads());
-    if (microseconds < 200) return 1;
-    return microseconds / 100 < most ? int(microseconds / 100) : most;
   }
 
   Tensor x_;

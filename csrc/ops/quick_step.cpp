@@ -1,21 +1,22 @@
-// One step for the modules, past torch's dispatcher, which takes longer over nine arguments than a small step takes in all. Tensors are
-// read through DLPack's C exchange API, which is as stable an interface as LibTorch's: whatever is not an ordinary call, on ordinary
-// tensors, with nothing watching, gets None and takes the way through the op.
+// A layer's forward, or one step, for the modules where no gradient is asked for: past torch's dispatcher and past the layers of Python
+// above it, which together take longer than a small step, or a short sequence, takes in all. Tensors are read through DLPack's C exchange
+// API, which is as stable an interface as LibTorch's: whatever is not an ordinary call, on ordinary tensors, with nothing watching, gets
+// None and takes the way through the op.
 #include "quick_step.h"
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 
 #include <cstring>
+#include <new>
 
-#include "../cpu/isa.h"
-#include "../params.h"
 #include "dlpack.h"
+#include "tensors.h"
 
 namespace fused_rnn::ops {
 namespace {
 
 constexpr Py_ssize_t kMostWatchers = 8;
-constexpr int64_t kLongStep = 1 << 18;  // bytes of weights, from where on other Python threads may run meanwhile
+constexpr int64_t kLongCall = 1 << 18;  // bytes of weights times steps, from where on other Python threads may run meanwhile
 
 // What `use_exchange` was given. Written once, at import.
 const dlpack::Exchange* exchange = nullptr;
@@ -79,26 +80,30 @@ bool make(PyObject* like, const dlpack::Tensor& from, size_t bytes, Owned& made,
   return true;
 }
 
-// A new tensor of x's dtype, [1, B, width] or [B, width], holding zeros.
-bool make_zero(PyObject* x, bool sequence, int64_t B, int64_t width, size_t element, Owned& made, dlpack::Tensor& t) {
-  const Owned sizes[] = {{PyLong_FromLong(1)}, {PyLong_FromLongLong(B)}, {PyLong_FromLongLong(width)}};
+// A new tensor of x's dtype, [s0, s1, width], or [s1, width] where s0 is 0.
+bool make_new(PyObject* x, int64_t s0, int64_t s1, int64_t width, Owned& made, dlpack::Tensor& t) {
+  const Owned sizes[] = {{PyLong_FromLongLong(s0)}, {PyLong_FromLongLong(s1)}, {PyLong_FromLongLong(width)}};
   PyObject* const args[] = {x, sizes[0].object, sizes[1].object, sizes[2].object};
   PyObject* const flat[] = {x, sizes[1].object, sizes[2].object};
-  made.object = PyObject_VectorcallMethod(new_empty, sequence ? args : flat, sequence ? 4 : 3, nullptr);
+  made.object = PyObject_VectorcallMethod(new_empty, s0 ? args : flat, s0 ? 4 : 3, nullptr);
   if (!made.object || exchange->tensor_from_object(made.object, &t) != 0) return false;
   t.data = static_cast<char*>(t.data) + t.byte_offset;
+  return true;
+}
+// Likewise, holding zeros.
+bool make_zero(PyObject* x, bool sequence, int64_t B, int64_t width, size_t element, Owned& made, dlpack::Tensor& t) {
+  if (!make_new(x, sequence, B, width, made, t)) return false;
   memset(t.data, 0, size_t(B * width) * element);
   return true;
 }
 
-// quick_step(parameters, bias, x, h, c, cell, axis, most): as the op fused_rnn::step, in float32 or float64, for at most `most` numbers in
-// x. parameters: a module's own, by name; bias: whether it has biases. axis: the one that is time in an x of three dimensions, -1 in a cell
-// with its two. A tuple, or None.
+// quick_step(parameters, bias, x, h, c, cell, axis): as the op fused_rnn::step on a cell's x of two dimensions, and as fused_rnn::forward of
+// one recurrence on a layer's three, in float32 or float64. parameters: a module's own, by name; bias: whether it has biases. axis: the one
+// that is time in an x of three dimensions, -1 in a cell. A tuple, or None.
 PyObject* quick_step(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  if (count != 8 || !exchange || !PyDict_Check(args[0]) || aoti_torch_grad_mode_is_enabled()) Py_RETURN_NONE;
+  if (count != 7 || !exchange || !PyDict_Check(args[0]) || aoti_torch_grad_mode_is_enabled()) Py_RETURN_NONE;
   PyObject *const x_object = args[2], *const h_object = args[3], *const c_object = args[4];
   const int cell = int(PyLong_AsLong(args[5])), axis = int(PyLong_AsLong(args[6]));
-  const int64_t most = PyLong_AsLongLong(args[7]);
   if (PyErr_Occurred()) return nullptr;
   if (cell < 0 || cell > 3 || axis > 1) Py_RETURN_NONE;
   constexpr int gates[] = {4, 3, 1, 1};
@@ -106,9 +111,9 @@ PyObject* quick_step(PyObject*, PyObject* const* args, Py_ssize_t count) {
   const bool lstm = cell == 0, sequence = axis >= 0, bias = PyObject_IsTrue(args[1]) == 1, zero = h_object == Py_None;
   if ((c_object != Py_None) != (lstm && !zero)) Py_RETURN_NONE;
   dlpack::Tensor x, h, c{}, w_ih, w_hh, b_ih{}, b_hh{}, w_hr{};
-  if (sequence ? !read(x_object, x, 3, axis == 0 ? 1 : -1, axis == 1 ? 1 : -1, -1) : !read(x_object, x, 2, -1, -1)) Py_RETURN_NONE;
-  const int64_t B = sequence ? x.shape[1 - axis] : x.shape[0], D = x.shape[x.ndim - 1];
-  if (B * D > most || (axis == 1 && B != 1)) Py_RETURN_NONE;  // y is made as h is, and has its shape only then
+  if (sequence ? !read(x_object, x, 3, -1, -1, -1) : !read(x_object, x, 2, -1, -1)) Py_RETURN_NONE;
+  const int64_t T = sequence ? x.shape[axis] : 1, B = sequence ? x.shape[1 - axis] : x.shape[0], D = x.shape[x.ndim - 1];
+  if (axis == 1 && B != 1) Py_RETURN_NONE;  // not in the order of time
   PyObject* weights[5];  // borrowed; null: not there, or computed
   for (int i = 0; i < 5; ++i) weights[i] = PyDict_GetItemWithError(args[0], names[sequence][i]);
   const bool projects = lstm && weights[4];
@@ -136,26 +141,35 @@ PyObject* quick_step(PyObject*, PyObject* const* args, Py_ssize_t count) {
   const Weights w{w_ih.data, w_hh.data, b_ih.data, b_hh.data, w_hr.data, 1};
   Owned y, h_n, c_n;
   dlpack::Tensor y_out{}, h_out, c_out{};
-  const bool made =
-      zero ? make_zero(x_object, sequence, B, P, element, h_n, h_out) &&
-                 (!lstm || make_zero(x_object, sequence, B, H, element, c_n, c_out)) && (!sequence || make(h_n.object, h_out, 0, y, y_out))
-           : make(h_object, h, size_t(B * P) * element, h_n, h_out) && (!lstm || make(c_object, c, size_t(B * H) * element, c_n, c_out)) &&
-                 (!sequence || make(h_object, h, 0, y, y_out));
-  if (!made) return nullptr;
+  const bool states =
+      zero ? make_zero(x_object, sequence, B, P, element, h_n, h_out) && (!lstm || make_zero(x_object, sequence, B, H, element, c_n, c_out))
+           : make(h_object, h, size_t(B * P) * element, h_n, h_out) && (!lstm || make(c_object, c, size_t(B * H) * element, c_n, c_out));
+  if (!states) return nullptr;
+  if (sequence && !(T == 1 ? make(h_n.object, h_out, 0, y, y_out) : make_new(x_object, x.shape[0], x.shape[1], P, y, y_out))) return nullptr;
   Forward f{};
-  f.p = {Cell(cell), bits == 32 ? Dtype::f32 : Dtype::f64, 1, B, D, H, P, 1, 0, 1, &w, nullptr, nullptr, 1};
+  f.p = {Cell(cell), bits == 32 ? Dtype::f32 : Dtype::f64, T, B, D, H, P, 1, 0, T, &w, nullptr, nullptr, 1};
+  f.p.threads = threads_for(f.p);
   f.x = x.data;
   f.h_is_zero = zero;
   f.h = h_out.data;
   f.c = c_out.data;
   f.y = y_out.data;
-  if (G * H * (D + P) * int64_t(element) < kLongStep) {
-    cpu::kernels().forward(f);
+  bool enough = true;
+  const auto run = [&] {
+    try {
+      cpu::kernels().forward(f);
+    } catch (const std::bad_alloc&) {
+      enough = false;
+    }
+  };
+  if (T * G * H * (D + P) * int64_t(element) < kLongCall) {
+    run();
   } else {
     Py_BEGIN_ALLOW_THREADS;
-    cpu::kernels().forward(f);
+    run();
     Py_END_ALLOW_THREADS;
   }
+  if (!enough) return PyErr_NoMemory();
   PyObject* const results[] = {y.object, h_n.object, c_n.object};
   return sequence ? PyTuple_Pack(lstm ? 3 : 2, results[0], results[1], results[2]) : PyTuple_Pack(lstm ? 2 : 1, results[1], results[2]);
 }
@@ -167,7 +181,7 @@ PyCFunction as_method(F function) {
 PyMethodDef methods[] = {
     {"use_exchange", as_method(use_exchange), METH_FASTCALL,
      "Hand over torch.Tensor's DLPack exchange API; False if it is of another version."},
-    {"quick_step", as_method(quick_step), METH_FASTCALL, "A single step past the dispatcher, or None."},
+    {"quick_step", as_method(quick_step), METH_FASTCALL, "A layer without gradient, or a single step, past the dispatcher; or None."},
     {nullptr, nullptr, 0, nullptr},
 };
 

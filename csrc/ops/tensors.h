@@ -101,4 +101,13 @@ inline int saved_of(Cell cell) { return cell == Cell::lstm || cell == Cell::gru 
 inline int gradients_of(Cell cell) { return cell == Cell::lstm || cell == Cell::gru ? 4 : 1; }  // and gradients made
 inline bool has_cell(Cell cell) { return cell == Cell::lstm; }
 
+// One thread for what takes less than about 200 us there: waking the others and their barriers would cost as much.
+inline int threads_for(const Problem& p) {
+  const double flops = double(p.T) * double(p.B) * double(p.R) * 2.0 * gates_of(p.cell) * double(p.H) * double(p.D + p.P);
+  const double microseconds = flops / 100e3;
+  if (microseconds < 200) return 1;
+  const int most = int(torch::stable::get_num_threads());
+  return microseconds / 100 < most ? int(microseconds / 100) : most;
+}
+
 }  // namespace fused_rnn::ops

@@ -57,7 +57,7 @@ def _step(module: Cell, input: Any, h: Any, c: Any, code: int) -> Sequence[Tenso
     if is_grad_enabled() or is_compiling() or STEP is None or module._fused_backend not in STEPPING:
         return None
     if QUICK_STEP is not None:
-        stepped = QUICK_STEP(module._parameters, module.bias, input, h, c, code, -1, STEP_SIZE)
+        stepped = QUICK_STEP(module._parameters, module.bias, input, h, c, code, -1)
         if stepped is not None:
             return stepped
     if (

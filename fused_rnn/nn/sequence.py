@@ -111,10 +111,10 @@ def known_save(save: str) -> str:
 
 
 def step(module: Recurrent, input: Any, hx: Any) -> Sequence[Tensor] | None:
-    """y, h_n (and c_n) of one step of a single layer without gradient; None where the call is another one.
+    """y, h_n (and c_n) of a single layer without gradient, run as directly as can be; None where the call is another.
 
-    Python is most of such a call's time: what the op checks is not checked here, and the weights are read from where
-    nn.Module keeps them, for its __getattr__ takes 0.4 µs.
+    Python is most of the time of a step or a short sequence: what the op checks is not checked here, and the weights
+    are read from where nn.Module keeps them, for its __getattr__ takes 0.4 µs.
     """
     if (
         is_grad_enabled()
@@ -133,7 +133,7 @@ def step(module: Recurrent, input: Any, hx: Any) -> Sequence[Tensor] | None:
         h, c = hx
     time = 1 if module.batch_first else 0
     if QUICK_STEP is not None:
-        stepped = QUICK_STEP(module._parameters, module.bias, input, h, c, _CODES[module.mode], time, STEP_SIZE)
+        stepped = QUICK_STEP(module._parameters, module.bias, input, h, c, _CODES[module.mode], time)
         if stepped is not None:
             return stepped
     if (
