@@ -97,9 +97,9 @@ bool make_zero(PyObject* x, bool sequence, int64_t B, int64_t width, size_t elem
   return true;
 }
 
-// quick_step(parameters, bias, x, h, c, cell, axis): as the op fused_rnn::step on a cell's x of two dimensions, and as fused_rnn::forward of
-// one recurrence on a layer's three, in float32 or float64. parameters: a module's own, by name; bias: whether it has biases. axis: the one
-// that is time in an x of three dimensions, -1 in a cell. A tuple, or None.
+// quick_step(parameters, bias, x, h, c, cell, axis): as the op fused_rnn::step on a cell's x of two dimensions, and as fused_rnn::forward
+// of one recurrence on a layer's three, in float32 or float64. parameters: a module's own, by name; bias: whether it has biases. axis: the
+// one that is time in an x of three dimensions, -1 in a cell. A tuple, or None.
 PyObject* quick_step(PyObject*, PyObject* const* args, Py_ssize_t count) {
   if (count != 7 || !exchange || !PyDict_Check(args[0]) || aoti_torch_grad_mode_is_enabled()) Py_RETURN_NONE;
   PyObject *const x_object = args[2], *const h_object = args[3], *const c_object = args[4];
@@ -145,7 +145,8 @@ PyObject* quick_step(PyObject*, PyObject* const* args, Py_ssize_t count) {
       zero ? make_zero(x_object, sequence, B, P, element, h_n, h_out) && (!lstm || make_zero(x_object, sequence, B, H, element, c_n, c_out))
            : make(h_object, h, size_t(B * P) * element, h_n, h_out) && (!lstm || make(c_object, c, size_t(B * H) * element, c_n, c_out));
   if (!states) return nullptr;
-  if (sequence && !(T == 1 ? make(h_n.object, h_out, 0, y, y_out) : make_new(x_object, x.shape[0], x.shape[1], P, y, y_out))) return nullptr;
+  if (sequence && !(T == 1 ? make(h_n.object, h_out, 0, y, y_out) : make_new(x_object, x.shape[0], x.shape[1], P, y, y_out)))
+    return nullptr;
   Forward f{};
   f.p = {Cell(cell), bits == 32 ? Dtype::f32 : Dtype::f64, T, B, D, H, P, 1, 0, T, &w, nullptr, nullptr, 1};
   f.p.threads = threads_for(f.p);
