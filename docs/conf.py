@@ -26,6 +26,7 @@ nitpicky = True
 nitpick_ignore_regex = [("py:.*", r"(torch|collections|typing|types)(\..*)?"), ("py:class", r"fused_rnn\.convert\.M")]
 
 html_theme = "furo"
+pygments_dark_style = "github-dark"
 html_copy_source = False
 html_show_copyright = False
 highlight_language = "none"  # what names no language is a command line or a formula

@@ -20,6 +20,7 @@ from sybil.parsers.myst import PythonCodeBlockParser, SkipParser
 import fused_rnn
 
 ROOT = Path(__file__).parent.parent
+FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 FUNCTIONS = [
     f"functional.{name}"
@@ -50,9 +51,9 @@ def public(name: str) -> Any:
 
 @pytest.mark.parametrize("page", [ROOT / "README.md", *PAGES], ids=lambda page: page.stem)
 def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In order, in one namespace, in an empty folder."""
+    """In order, in one namespace, in an empty folder; with prompts, what they print is compared."""
     monkeypatch.chdir(tmp_path)
-    document = Sybil([PythonCodeBlockParser(), SkipParser()]).parse(page)
+    document = Sybil([PythonCodeBlockParser(doctest_optionflags=FLAGS), SkipParser()]).parse(page)
     if page.stem == "README":
         exec(README_NAMES, document.namespace)
     for example in document.examples():
@@ -65,7 +66,7 @@ def test_docstring_has_examples_that_run(name: str) -> None:
     found = doctest.DocTestFinder(recurse=False).find(public(name), name, globs=names)
     assert found and found[0].examples, f"{name}: its docstring has no example"
     report: list[str] = []
-    doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(found[0], out=report.append)
+    doctest.DocTestRunner(optionflags=FLAGS).run(found[0], out=report.append)
     assert not report, "".join(report)
 
 

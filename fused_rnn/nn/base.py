@@ -29,7 +29,7 @@ class Fused(nn.Module):
 
     @property
     def backend(self) -> str | None:
-        """One of "cpu", "torch", "reference", or None for what measured fastest. Setting another raises ValueError."""
+        """The backend's name, or None for the one that measured fastest. Setting an unknown one raises ValueError."""
         return self._fused_backend
 
     @backend.setter
