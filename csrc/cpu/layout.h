@@ -130,7 +130,7 @@ static ALWAYS_INLINE T* at(Base* base, int64_t n) {
 static inline int64_t part(int64_t n, int64_t i, int64_t parts) { return n * i / parts; }
 
 // Small numbers cost x86 a hundred cycles each when they turn denormal: flushed to zero inside the loops, restored after.
-struct Region {
+struct [[maybe_unused]] Region {
 #if defined(__x86_64__)
   unsigned saved;
   ALWAYS_INLINE Region() : saved(_mm_getcsr()) {
