@@ -136,14 +136,14 @@ def twin_calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 
 def test_a_device_that_is_left_to_torch(twin_calls: list[str]) -> None:
     """The whole call goes to torch.nn's forward: it keeps the weights flat for cuDNN, and takes packed input."""
-    lstm, cell, x = fused_rnn.LSTM(3, 4), fused_rnn.GRUCell(3, 4), torch.randn(5, 2, 3)
+    lstm, cell, x = fused_rnn.LSTM(3, 4, 2), fused_rnn.GRUCell(3, 4), torch.randn(5, 2, 3)
     y = lstm(x)[0]
     lstm(pack_padded_sequence(x, [5, 3]))
     cell(x[0])
     with torch.no_grad():
         lstm.eval()(x)
     assert twin_calls == ["LSTM", "LSTM", "GRUCell", "LSTM"]
-    torch.testing.assert_close(y, fused_rnn.functional.lstm(x, list(lstm.parameters()))[0])
+    torch.testing.assert_close(y, fused_rnn.functional.lstm(x, list(lstm.parameters()), num_layers=2)[0])
 
 
 def test_what_cudnn_cannot_do_is_kept_from_it(twin_calls: list[str]) -> None:
