@@ -230,6 +230,17 @@ def test_every_file_that_needs_a_gpu_is_named() -> None:
     assert {f"tests/{path.name}" for path in marked} == {file for files, _ in lanes for file in files}
 
 
+def test_files_that_need_a_gpu_import_little() -> None:
+    """A machine with a GPU has what benchmarks/GPU.md says; what else `make test` installs may be missing there."""
+    files = [str(SCRIPTS.parent / file) for named, _ in _module("gpu_tests").LANES.values() for file in named]
+    program = (
+        "import sys; sys.modules.update(dict.fromkeys(('expecttest', 'sybil', 'hypothesis', 'onnx', 'onnxruntime', 'gymnasium')))\n"
+        f"import pytest; sys.exit(pytest.main(['--collect-only', '-q', '-p', 'no:cacheprovider', *{files!r}]))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+
+
 # --- the stage of first launches
 
 
