@@ -233,8 +233,9 @@ def test_every_file_that_needs_a_gpu_is_named() -> None:
 def test_files_that_need_a_gpu_import_little() -> None:
     """A machine with a GPU has what benchmarks/GPU.md says; what else `make test` installs may be missing there."""
     files = [str(SCRIPTS.parent / file) for named, _ in _module("gpu_tests").LANES.values() for file in named]
+    missing = ("expecttest", "gymnasium", "hypothesis", "onnx", "onnxruntime", "sybil")
     program = (
-        "import sys; sys.modules.update(dict.fromkeys(('expecttest', 'sybil', 'hypothesis', 'onnx', 'onnxruntime', 'gymnasium')))\n"
+        f"import sys; sys.modules.update(dict.fromkeys({missing}))\n"
         f"import pytest; sys.exit(pytest.main(['--collect-only', '-q', '-p', 'no:cacheprovider', *{files!r}]))"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
