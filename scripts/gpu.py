@@ -1,10 +1,10 @@
 """Everything that needs a GPU, stage by stage: `make gpu`, or one of `make gpu-build`, gpu-smoke, gpu-test, ...
 
-    python scripts/gpu.py [build] [smoke] [test] [sanitize] [bench] [--out build/gpu] [--minutes 8] [--total 9.5]
+    python scripts/gpu.py [STAGE ...] [--out build/gpu] [--minutes 8] [--total 9.5]
 
 Builds in place, for this machine's GPU unless TORCH_CUDA_ARCH_LIST says otherwise, with the Python that runs it:
 nothing is installed and nothing is fetched. Each stage is stopped after --minutes, all together after --total, and
-leaves what it has by then. PYTEST_ARGS and BENCH_ARGS are handed on; without the latter the bench is a quick one.
+leaves what it has by then. PYTEST_ARGS, STEPS_ARGS and BENCH_ARGS are handed on; without the latter the bench is quick.
 
 Logs are in build/gpu-work. --out gets a few files, written anew every half minute: summary.txt, summary.json, tests.xml
 (JUnit), results.tar.gz with all logs and results, and after a build the extension modules, with which another machine
@@ -34,7 +34,7 @@ import gpu_tests
 
 ROOT = Path(__file__).parent.parent
 WORK = ROOT / "build" / "gpu-work"
-STAGES = ("build", "smoke", "test", "sanitize", "bench")
+STAGES = ("build", "smoke", "test", "steps", "sanitize", "bench")
 TOOLS = ("memcheck", "racecheck", "synccheck")
 KERNELS = "kns=fused_rnn"  # by a part of their names; torch's own kernels are not under test
 QUICK_BENCH = "--quick --dtype bf16 --dtype tf32 --no-memory --provider torch --provider cell --provider cuda"
@@ -104,6 +104,11 @@ def test(work: Path, seconds: float) -> list[Result]:
     late = gpu_tests.unfinished(out)
     said = gpu_tests.counts(gpu_tests.read(out)) + (f"; not to their end: {', '.join(late)}" if late else "")
     return [result._replace(said=said)]
+
+
+def steps(work: Path, seconds: float) -> list[Result]:
+    command = [sys.executable, "scripts/gpu_steps.py", "--out", str(work), "--minutes", f"{seconds / 60 - 0.3:.2f}"]
+    return [run("steps", [*command, *os.environ.get("STEPS_ARGS", "").split()], work, seconds)]
 
 
 def sanitize(work: Path, seconds: float) -> list[Result]:

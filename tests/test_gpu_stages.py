@@ -10,7 +10,7 @@ import sys
 import tarfile
 import xml.etree.ElementTree as ET
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -91,8 +91,8 @@ def test_the_summary_comes_last(
     printed = capsys.readouterr().out.splitlines()
     assert printed[0].startswith("a card, torch ")
     assert [line.split()[:2] for line in printed[2:]] == [
-        ["build", "ok"], ["smoke", "ok"], ["test", "ok"], ["sanitize", "failed"], ["bench", "ok"],
-    ]  # fmt: skip
+        [stage, "failed" if stage == "sanitize" else "ok"] for stage in gpu.STAGES
+    ]
     assert (out / "summary.txt").read_text().splitlines() == printed
     stages = json.loads((out / "summary.json").read_text())["stages"]
     assert [stage["stage"] for stage in stages] == list(gpu.STAGES)
@@ -294,6 +294,32 @@ def test_every_kernel_of_the_smoke_and_the_sanitizers_has_a_plan() -> None:
             )  # fmt: skip
             assert plan.reason is None, (kernel, plan.reason)
     assert not any(kernel.way == "cluster" for kernel in cases.kernels("cuda", False))
+
+
+# --- the time of a step
+
+
+@pytest.mark.skipif(ops.MISSING is not None, reason=str(ops.MISSING))
+@pytest.mark.skipif(shutil.which("g++") is None, reason="the emulator is compiled by g++")
+@pytest.mark.timeout(1200)  # as above
+def test_steps_are_timed_by_the_kernels_that_ran(monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = _module("gpu_steps")
+    with on_the_emulator():
+        for cell in ("lstm", "gru", "rnn_relu"):
+            steps.training(cell, "bf16", 17, 3, 2, device="cpu")()
+    monkeypatch.setattr(steps, "STEPS", 100)
+    monkeypatch.setattr(steps, "RUNS", 2)
+    kernel = "void fused_rnn::cuda::persistent_fwd_kernel<Lstm, Bf16, 1>(fused_rnn::cuda::ForwardLoop)"
+    events = [
+        SimpleNamespace(key=kernel, device_time_total=300.0),
+        SimpleNamespace(key=kernel.replace("1>", "2>"), device_time_total=100.0),
+        SimpleNamespace(key="ampere_sgemm", device_time_total=1000.0),
+        SimpleNamespace(key=kernel.replace("fwd", "bwd"), device_time_total=800.0),
+    ]
+    assert steps.times(events) == {"forward": 2.0, "backward": 4.0}
+    assert {"exchange": "cluster", "members": 16, "rows": 8} in list(steps.teams(every=True))
+    plan = steps.plan_of("lstm", "bf16", 512, 64, "forward", {})
+    assert plan.reason is None and sum(plan.cycles) > 0
 
 
 # --- the sanitizers and the benchmark

@@ -1,0 +1,130 @@
+"""Time of a step of the CUDA loops, by plan, beside the cycles that the planner estimates, whose constants it may mend.
+
+    python scripts/gpu_steps.py --out FOLDER [--cell lstm] [--number bf16] [--every] [--minutes 3]
+
+Kernels alone, by torch's profiler, at T = 512. --every: not the planner's choice alone, but every team that fits. Run
+by scripts/gpu.py; writes steps.json as it goes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # a checkout built in place, with nothing installed
+
+import torch
+from gpu_cases import NUMBERS
+
+import fused_rnn
+from fused_rnn.cells import CELLS
+from fused_rnn.cuda_loops import plans
+from fused_rnn.functional import gru, lstm, rnn
+from fused_rnn.plan import EXCHANGES, Plan
+
+HIDDEN, BATCH, STEPS, RUNS = (128, 256, 512, 768, 1024, 2048), (8, 64, 256), 512, 3
+MEMBERS, ROWS = (1, 2, 4, 8, 16, 32, 64, 128), (8, 16, 32)
+KERNELS = {"persistent_fwd": "forward", "persistent_bwd": "backward"}  # by a part of their names
+
+
+def teams(every: bool) -> Iterator[dict[str, Any]]:
+    """What plans are forced to."""
+    yield {}
+    if every:
+        for exchange in EXCHANGES:
+            for members in (1,) if exchange == "cta" else MEMBERS[1:]:
+                yield from ({"exchange": exchange, "members": members, "rows": rows} for rows in ROWS)
+
+
+def plan_of(cell: str, number: str, hidden: int, batch: int, way: str, forced: dict[str, Any]) -> Plan:
+    dtype, tf32 = NUMBERS[number]
+    return fused_rnn.plan(cell, batch, hidden, dtype=dtype, tf32=tf32, backward=way == "backward", **forced)
+
+
+def training(cell: str, number: str, hidden: int, batch: int, steps: int, device: str = "cuda") -> Callable[[], None]:
+    """A forward and a backward of one layer, to be called."""
+    dtype, gates, width = NUMBERS[number][0], CELLS[cell].gates, hidden**-0.5
+    shapes = [(gates * hidden, 8), (gates * hidden, hidden), (gates * hidden,), (gates * hidden,)]
+    weights = [(torch.randn(shape, device=device) * width).to(dtype).requires_grad_() for shape in shapes]
+    x = torch.randn(steps, batch, 8, device=device).to(dtype).requires_grad_()
+
+    def run() -> None:
+        if cell == "lstm":
+            y = lstm(x, weights, backend="cuda")[0]
+        elif cell == "gru":
+            y = gru(x, weights, backend="cuda")[0]
+        else:
+            y = rnn(x, weights, nonlinearity=cell.removeprefix("rnn_"), backend="cuda")[0]
+        torch.autograd.grad(y, [x, *weights], torch.ones_like(y))
+
+    return run
+
+
+def measure(cell: str, number: str, hidden: int, batch: int) -> dict[str, float]:
+    """Microseconds of a step, forward and backward, of the persistent kernels that run."""
+    run, flags = training(cell, number, hidden, batch, STEPS), torch.backends.cudnn
+    with flags.flags(flags.enabled, flags.benchmark, allow_tf32=NUMBERS[number][1]):
+        run()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            for _ in range(RUNS):
+                run()
+            torch.cuda.synchronize()
+    return times(profile.key_averages())
+
+
+def times(events: Any) -> dict[str, float]:
+    """Of a profile's kernels. A loop whose teams do not fit beside each other is several launches."""
+    found: dict[str, float] = {}
+    for event in events:
+        for part, way in KERNELS.items():
+            if part in event.key:
+                found[way] = found.get(way, 0.0) + event.device_time_total / RUNS / STEPS
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="gpu_steps", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--cell", choices=list(CELLS), action="append")
+    parser.add_argument("--number", choices=list(NUMBERS), action="append")
+    parser.add_argument("--every", action="store_true")
+    parser.add_argument("--minutes", type=float, default=3.0)
+    chosen = parser.parse_args()
+    chosen.out.mkdir(parents=True, exist_ok=True)
+    end, rows = time.monotonic() + 60 * chosen.minutes, []
+    gigahertz = getattr(torch.cuda.get_device_properties(0), "clock_rate", 0) / 1e6
+    print(f"cell number H B way: microseconds a step, estimated cycles (at {gigahertz:.2f} GHz), team")
+    for number in chosen.number or ("bf16", "tf32"):
+        for cell in chosen.cell or ("lstm", "gru"):
+            for hidden, batch in ((h, b) for h in HIDDEN for b in BATCH):
+                for forced in teams(chosen.every):
+                    if time.monotonic() > end:
+                        print("time is up")
+                        return 0
+                    wanted = {way: plan_of(cell, number, hidden, batch, way, forced) for way in KERNELS.values()}
+                    if any(plan.reason for plan in wanted.values()):
+                        continue  # autograd runs both: a team that fits one alone is not measured
+                    with plans.override(**forced):
+                        found = measure(cell, number, hidden, batch)
+                    for way, micros in found.items():
+                        plan = wanted[way]
+                        case = {"cell": cell, "number": number, "H": hidden, "B": batch, "way": way}
+                        team = {
+                            "exchange": plan.exchange,
+                            "members": plan.members,
+                            "rows": plan.rows,
+                            "waves": plan.waves,
+                        }
+                        rows.append({**case, **team, "micros": round(micros, 3), "cycles": plan.cycles._asdict()})
+                        print(*case.values(), f"{micros:.2f} {sum(plan.cycles):.0f}", *team.values(), flush=True)
+                    (chosen.out / "steps.json").write_text("\n".join(json.dumps(row) for row in rows) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
