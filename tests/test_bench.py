@@ -353,11 +353,12 @@ def test_a_gpus_clock_waits_once_a_block(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.gpu
+@pytest.mark.timeout(110)  # its processes that measure memory start torch and Triton one after the other
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
 def test_a_whole_run_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(GRIDS, "tiny", Grid(T=(4,), B=(8,), H=(32,), steps=(32,)))
     plan = Plan(
-        device="cuda", grid="tiny", dtypes=("tf32",), threads=(1,), budget_s=0.0, out=tmp_path,
+        device="cuda", grid="tiny", cells=("GRU",), dtypes=("tf32",), threads=(1,), budget_s=0.0, out=tmp_path,
         providers=("torch", "cell", "triton", "auto"),
     )  # fmt: skip
     (path,) = execute(plan, Console(file=io.StringIO(), width=200))
