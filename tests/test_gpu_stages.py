@@ -5,9 +5,11 @@ from __future__ import annotations
 import importlib
 import json
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
+import time
 import xml.etree.ElementTree as ET
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -207,6 +209,17 @@ def test_tests_that_hang_or_lose_the_gpu_cost_themselves_alone(
     suite = ET.parse(tmp_path / "tests.xml").getroot()
     assert (suite.attrib["tests"], suite.attrib["failures"], suite.attrib["skipped"]) == ("8", "4", "1")
     assert len(suite.findall("testcase/failure")) == 4
+
+
+def test_a_process_that_is_silent_is_ended(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """One whose main thread waits for the GPU and does not let go of the interpreter cannot end itself."""
+    gpu_tests, results = _module("gpu_tests"), tmp_path / "cuda-0.jsonl"
+    results.touch()
+    monkeypatch.setattr(gpu_tests, "SECONDS", 1)
+    monkeypatch.setattr(gpu_tests, "SILENT", 1)
+    child = subprocess.Popen([sys.executable, "-c", "import ctypes; ctypes.PyDLL(None).sleep(60)"])
+    gpu_tests._wait(child, results, time.monotonic() + 60)
+    assert child.wait(10) == -signal.SIGKILL
 
 
 def test_tests_that_cannot_be_collected_are_told(
