@@ -74,7 +74,7 @@ def test_the_compiled_module_names_no_folder_of_the_builder() -> None:
 
 def test_types_of_the_public_api() -> None:
     """mypy --strict of what users write; and what it reads runs."""
-    pytest.importorskip("mypy", reason="pip install '.[dev]'")
+    pytest.importorskip("mypy", reason="pip install '.[test]'")
     assert (Path(fused_rnn.__file__).parent / "py.typed").exists()
     command = [sys.executable, "-m", "mypy", "--strict", "--follow-imports=silent", "--config-file="]
     done = subprocess.run(
