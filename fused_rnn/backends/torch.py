@@ -54,12 +54,14 @@ def stack(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """A whole stack: x [T, B, D], h0 [L·R, B, P], c0 [L·R, B, H] → y [T, B, R·P], h_n, c_n (LSTM, else None).
 
-    Differentiable as often as torch's kernels are (oneDNN's LSTM: once).
+    Differentiable as often as torch's kernels are (oneDNN's LSTM: once). On a GPU cuDNN takes weights that lie in one chunk
+    of memory, as torch.nn's and our modules' do; others it copies into one at each call, and warns.
     """
     rows, batch, count = num_layers * recurrences, x.shape[1], len(weights) // (num_layers * recurrences)
-    states = [x.new_zeros(rows, batch, weights[1].shape[1]) if h0 is None else h0]
+    # cuDNN refuses states that are not contiguous.
+    states = [x.new_zeros(rows, batch, weights[1].shape[1]) if h0 is None else h0.contiguous()]
     if cell == "lstm":
-        states.append(x.new_zeros(rows, batch, weights[1].shape[0] // 4) if c0 is None else c0)
+        states.append(x.new_zeros(rows, batch, weights[1].shape[0] // 4) if c0 is None else c0.contiguous())
     # cuDNN refuses a backward in eval mode; without dropout the mode has no other say.
     training = training or (x.is_cuda and dropout == 0 and torch.is_grad_enabled())
     tail = (list(weights), count >= 4, num_layers, dropout, training, recurrences == 2)
