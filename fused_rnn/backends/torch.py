@@ -54,8 +54,8 @@ def stack(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """A whole stack: x [T, B, D], h0 [L·R, B, P], c0 [L·R, B, H] → y [T, B, R·P], h_n, c_n (LSTM, else None).
 
-    Differentiable as often as torch's kernels are (oneDNN's LSTM: once). On a GPU cuDNN takes weights that lie in one chunk
-    of memory, as torch.nn's and our modules' do; others it copies into one at each call, and warns.
+    Differentiable as often as torch's kernels are (oneDNN's LSTM: once). On a GPU cuDNN takes weights that lie in one
+    chunk of memory, as torch.nn's and our modules' do; others it copies into one at each call, and warns.
     """
     rows, batch, count = num_layers * recurrences, x.shape[1], len(weights) // (num_layers * recurrences)
     # cuDNN refuses states that are not contiguous.
