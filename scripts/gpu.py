@@ -232,7 +232,7 @@ def main() -> int:
     report.close()
     for result in report.results:
         if result.status != "ok" and (log := WORK / f"{result.stage}.log").exists():
-            print(f"--- the end of {log.name}\n" + "\n".join(log.read_text(errors="replace").splitlines()[-25:]))
+            print(f"--- the end of {log.name}\n" + "\n".join(log.read_text(errors="replace").splitlines()[-40:]))
     print(report.text())
     return 0 if all(result.status == "ok" for result in report.results) else 1
 

@@ -123,13 +123,15 @@ def main() -> int:
             for k in range(shares):
                 pool.submit(run, f"{lane}-{k}", files, f"{k}/{shares}", out, end, arguments)
     outcomes, late = read(out), unfinished(out)
-    for o in outcomes:
-        if o.outcome == "failed":
-            print(f"FAILED {o.test}\n{o.text}\n")
+    failed = [o for o in outcomes if o.outcome == "failed"]
+    for o in failed:
+        print(f"--- {o.test}\n{o.text}\n")
+    for o in failed:
+        print(f"FAILED {o.test}: {o.text.strip().splitlines()[-1][:120]}")
     slowest = sorted(outcomes, key=lambda o: -o.seconds)[:5]
     print("slowest: " + ", ".join(f"{o.test} {o.seconds:.0f} s" for o in slowest))
     print(counts(outcomes) + (f"; not to their end: {', '.join(late)}" if late else ""))
-    return 1 if late or any(o.outcome == "failed" for o in outcomes) else 0
+    return 1 if late or failed else 0
 
 
 if __name__ == "__main__":
