@@ -61,8 +61,10 @@ def launched(command: list[str], seconds: float) -> str:
     lines = done.stdout.splitlines() or ["start"]
     if done.returncode == 0:
         return lines[-1]
-    errors = [line.strip() for line in done.stderr.splitlines() if "rror" in line or "ssert" in line]
-    return f"FAILED in {lines[-1]}: {errors[-1][:160] if errors else f'exit status {done.returncode}'}"
+    # A kernel's own assertion says more than what torch makes of it: which thread, and what it waited for.
+    said = [line.strip() for line in done.stderr.splitlines()]
+    why = [line for line in said if "Assertion" in line][:1] or [line for line in said if "rror" in line][-1:]
+    return f"FAILED in {lines[-1]}: {why[0][:200] if why else f'exit status {done.returncode}'}"
 
 
 def main() -> int:

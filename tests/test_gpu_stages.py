@@ -273,6 +273,10 @@ def test_a_kernel_that_hangs_or_fails_is_named() -> None:
     assert launched("print('forward'); raise RuntimeError('CUDA error: misaligned address')") == (
         "FAILED in forward: RuntimeError: CUDA error: misaligned address"
     )
+    asserted = "exchange.h:0: wait: block: [3,0,0], thread: [0,0,0] Assertion `2 s for the peers` failed."
+    assert launched(f"import sys; sys.exit({asserted!r} + '\\nRuntimeError: device-side assert triggered')") == (
+        f"FAILED in start: {asserted}"
+    )
     assert launched("import os; os._exit(7)") == "FAILED in start: exit status 7"
 
 
