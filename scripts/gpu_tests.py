@@ -127,7 +127,7 @@ def main() -> int:
     for o in failed:
         print(f"--- {o.test}\n{o.text}\n")
     for o in failed:
-        print(f"FAILED {o.test}: {(o.text.strip() or "?").splitlines()[-1][:120]}")
+        print(f"FAILED {o.test}: {(o.text.strip() or '?').splitlines()[-1][:120]}")
     slowest = sorted(outcomes, key=lambda o: -o.seconds)[:5]
     print("slowest: " + ", ".join(f"{o.test} {o.seconds:.0f} s" for o in slowest))
     print(counts(outcomes) + (f"; not to their end: {', '.join(late)}" if late else ""))
