@@ -8,6 +8,7 @@ release = fused_rnn.__version__
 html_title = f"fused_rnn {release}"
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+smartquotes = False  # of h' and "tanh"
 myst_heading_anchors = 3  # links to a heading of another page: page.md#heading
 
 # The API page: what the docstrings say, in the order in which the page names it.
@@ -15,7 +16,6 @@ autodoc_class_signature = "mixed"
 autodoc_typehints_format = "short"
 python_use_unqualified_type_names = True
 python_maximum_signature_line_length = 100
-add_module_names = False
 napoleon_numpy_docstring = False
 napoleon_use_rtype = False
 napoleon_custom_sections = [("Inputs", "params_style")]
