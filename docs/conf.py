@@ -8,7 +8,7 @@ release = fused_rnn.__version__
 html_title = f"fused_rnn {release}"
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
-smartquotes = False  # of h' and "tanh"
+smartquotes_action = "D"  # dashes alone, for h' and "tanh" are code
 myst_heading_anchors = 3  # links to a heading of another page: page.md#heading
 
 # The API page: what the docstrings say, in the order in which the page names it.
