@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, is_grad_enabled, nn
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
@@ -54,10 +55,11 @@ def known_backend(backend: str | None) -> str | None:
 
 def prefers_twin(module: Fused, weights: Sequence[Tensor]) -> bool:
     """Whether the twin is to run a call that has no lengths and no reset."""
-    backend = module._fused_backend
+    backend, device = module._fused_backend, weights[0].device.type
     if backend is not None:
-        return backend == "torch"
-    return is_jit_tracing() or (weights[0].device.type in dispatch.LEFT_TO_TORCH and _twin_can(module))
+        # Under autocast on a CPU torch's classes have a rule each, and ours one for all.
+        return backend == "torch" and not (device == "cpu" and torch.is_autocast_enabled("cpu"))
+    return is_jit_tracing() or (device in dispatch.LEFT_TO_TORCH and _twin_can(module))
 
 
 def _twin_can(module: Fused) -> bool:
