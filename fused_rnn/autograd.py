@@ -7,7 +7,7 @@ correct, slow, and runs only where a second derivative is really taken.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import FunctionCtx
 
+from fused_rnn import vmap
 from fused_rnn.cells.gradient import backward_layer
 from fused_rnn.cells.loop import without_autocast
 from fused_rnn.checks import in_transform
@@ -38,15 +39,36 @@ def layer(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """(y, h_n, c_n or None) of one layer by its cell's Function."""
+    run: Callable[..., tuple[Tensor, ...]] = _run
+    if torch.compiler.is_compiling() and in_transform():
+        _keep_from_dynamo()
+        run = _untraced
+    outputs = run(cell, x, weights, h0, c0, lengths, reset, directions, save, keep_hidden, backend)
+    return outputs[0], outputs[1], outputs[2] if cell == "lstm" else None
+
+
+def _run(
+    cell: str,
+    x: Tensor,
+    weights: Sequence[Tensor],
+    h0: Tensor | None,
+    c0: Tensor | None,
+    lengths: Tensor | None,
+    reset: Tensor | None,
+    directions: Sequence[int],
+    save: str,
+    keep_hidden: bool,
+    backend: str,
+) -> tuple[Tensor, ...]:
     tail = (directions, save, keep_hidden, backend, *weights)
+    outputs: tuple[Tensor, ...]
     if cell == "lstm":
         outputs = _apply(LSTMFunction, x, h0, c0, lengths, reset, *tail)
-        return outputs[0], outputs[1], outputs[2]
-    if cell == "gru":
+    elif cell == "gru":
         outputs = _apply(GRUFunction, x, h0, lengths, reset, *tail)
     else:
         outputs = _apply(RNNFunction, x, h0, lengths, reset, cell.removeprefix("rnn_"), *tail)
-    return outputs[0], outputs[1], None
+    return outputs
 
 
 def _apply(function: type[Function], *args: Any) -> Any:
@@ -55,6 +77,39 @@ def _apply(function: type[Function], *args: Any) -> Any:
     if torch.compiler.is_compiling() or in_transform():
         return function.apply(*args)
     return super(Function, function).apply(*args)  # type: ignore[misc]
+
+
+def _untraced(*args: Any) -> tuple[Tensor, ...]:
+    return _run(*args)
+
+
+def _keep_from_dynamo() -> None:
+    """Within a transform Dynamo would trace a Function's forward alone, and so lose its gradient. AOTAutograd, which
+    runs Dynamo's graph under the transform, does not: hence `_untraced` is to stand in that graph as it is."""
+    torch._dynamo.allow_in_graph(_untraced)  # here, for it takes the import of all of Dynamo
+
+
+_keep_from_dynamo._dynamo_marked_constant = True  # type: ignore[attr-defined]  # called while Dynamo traces
+
+
+def _vmap(
+    cell: str, info: Any, dims: Sequence[Any], weight_dims: Sequence[Any], args: Sequence[Any], call: Sequence[Any]
+) -> tuple[tuple[Tensor, ...], tuple[int | None, ...]]:
+    """A Function's rule under vmap: itself, on a larger batch or with more recurrences. Made by torch
+    (generate_vmap_rule), it would compute the weights' gradients sample by sample where their sum is asked for.
+
+    args: x, h0, c0, lengths, reset; dims: where they are mapped.
+    call: directions, save, keep_hidden, backend and the weights.
+    """
+    x, *rest = args
+    directions, save, keep_hidden, backend, *weights = call
+
+    def op(x, weights, h0, c0, lengths, reset, cell, directions, save, keep_hidden):  # type: ignore[no-untyped-def]
+        return list(_run(cell, x, weights, h0, c0, lengths, reset, directions, save, keep_hidden, backend))
+
+    rule, every = vmap.rule(op, vmap.forward), (dims[0], list(weight_dims), *dims[1:], None, None, None, None)
+    outputs, out_dims = rule(info, every, x, weights, *rest, cell, directions, save, keep_hidden)
+    return tuple(outputs), tuple(out_dims)
 
 
 def _save(
@@ -87,7 +142,8 @@ def _backward(ctx: Any, dy: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | N
     need_dx = ctx.needs_input_grad[0]
     if dy is None and dh_n is None and dc_n is None:
         return [None] * (3 + len(weights))
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+    # torch.compile has no double backward, but within what it compiles torch.func has.
+    if torch.is_grad_enabled() and (in_transform() or not torch.compiler.is_compiling()):
         args = (dy, dh_n, dc_n, x, h0, c0, lengths, reset, hidden, saved, cells)
         grads = _apply(LayerBackward, *args, cell, directions, save, backend, need_dx, need_dw, *weights)
     else:
@@ -153,7 +209,9 @@ class LSTMFunction(Function):
         >>> y, h_n, c_n, *_ = fused_rnn.LSTMFunction.apply(*call)
     """
 
-    generate_vmap_rule = True
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, x: Any, h0: Any, c0: Any, lengths: Any, reset: Any, *call: Any) -> Any:
+        return _vmap("lstm", info, in_dims[:5], in_dims[9:], (x, h0, c0, lengths, reset), call)
 
     @staticmethod
     def forward(
@@ -196,7 +254,10 @@ class GRUFunction(Function):
         >>> y, h_n, *_ = fused_rnn.GRUFunction.apply(x, None, None, None, (1,), "gates", False, "cpu", *weights)
     """
 
-    generate_vmap_rule = True
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, x: Any, h0: Any, lengths: Any, reset: Any, *call: Any) -> Any:
+        dims = (*in_dims[:2], None, *in_dims[2:4])
+        return _vmap("gru", info, dims, in_dims[8:], (x, h0, None, lengths, reset), call)
 
     @staticmethod
     def forward(
@@ -239,7 +300,10 @@ class RNNFunction(Function):
         >>> y, h_n, *_ = fused_rnn.RNNFunction.apply(x, None, None, None, "tanh", (1,), "gates", False, "cpu", *weights)
     """
 
-    generate_vmap_rule = True
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, x: Any, h0: Any, lengths: Any, reset: Any, kind: str, *call: Any) -> Any:
+        dims = (*in_dims[:2], None, *in_dims[2:4])
+        return _vmap(f"rnn_{kind}", info, dims, in_dims[9:], (x, h0, None, lengths, reset), call)
 
     @staticmethod
     def forward(

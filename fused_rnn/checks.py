@@ -125,3 +125,7 @@ def in_transform() -> bool:
     """Whether a torch.func transform (vmap, grad, …) is under way: tensors may be wrapped, their values unreadable."""
     active: bool = torch._C._are_functorch_transforms_active()
     return active
+
+
+# What torch.compiler.assume_constant_result does: Dynamo asks for real, and where it traces a transform, one is on.
+in_transform._dynamo_marked_constant = True  # type: ignore[attr-defined]

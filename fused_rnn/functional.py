@@ -247,15 +247,14 @@ def _needs_grad(x: Tensor, weights: Sequence[Tensor], h0: Tensor | None, c0: Ten
         if w.requires_grad:
             return True
     # A tensor that is batched inside a gradient does not say that it requires one.
-    return _transformed()
-
-
-def _transformed() -> bool:
-    return not torch.compiler.is_compiling() and checks.in_transform()
+    return checks.in_transform()
 
 
 def _forward_ad() -> bool:
-    return not torch.compiler.is_compiling() and forward_ad._current_level >= 0
+    return forward_ad._current_level >= 0
+
+
+_forward_ad._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as checks.in_transform
 
 
 def _autocast(x: Tensor, weights: Sequence[Tensor], h0: Tensor | None, c0: Tensor | None):  # type: ignore[no-untyped-def]
@@ -304,7 +303,7 @@ def _stack(
     problem = Problem(
         cell, x.dtype, device, steps == 1, batch, input_size, hidden, width, num_layers, recurrences, count >= 4,
         needs_grad, _forward_ad(), save if needs_grad else "none", lengths is not None, reset is not None,
-        _transformed(),
+        checks.in_transform(),
     )  # fmt: skip
     chosen = resolve(problem, backend)
     if chosen.stack is not None:
@@ -370,7 +369,7 @@ def _step(
     keeps = needs_grad and not torch.compiler.is_exporting()  # as in _stack
     problem = Problem(
         cell, x.dtype, device, True, batch, input_size, hidden, hidden, 1, 1, count == 4,
-        keeps, _forward_ad(), "gates" if keeps else "none", False, False, _transformed(),
+        keeps, _forward_ad(), "gates" if keeps else "none", False, False, checks.in_transform(),
     )  # fmt: skip
     chosen = resolve(problem, backend)
     if chosen.DIFFERENTIABLE or not needs_grad:

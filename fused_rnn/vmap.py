@@ -70,7 +70,8 @@ def _per_recurrence(x: Tensor, dim: int | None, n: int, recurrences: int) -> Ten
 
 
 def _ensemble(weights: Sequence[Tensor], dims: Sequence[int | None], n: int) -> list[Tensor]:
-    return [w if d is None else w.select(d, i) for i in range(n) for w, d in zip(weights, dims, strict=True)]
+    columns = [[w] * n if d is None else w.unbind(d) for w, d in zip(weights, dims, strict=True)]
+    return [w for member in zip(*columns, strict=True) for w in member]
 
 
 def _where_saved(save: str) -> tuple[int, int]:

@@ -14,7 +14,7 @@ from tolerances import assert_same_formula
 from torch import Tensor, nn
 from torch.func import functional_call, grad, stack_module_state, vmap
 from torch.utils._python_dispatch import TorchDispatchMode
-from twins import CELLS, SEQUENCES, flatten, make
+from twins import CELLS, MODULES, flatten, make
 
 from fused_rnn import cells, ops
 
@@ -34,18 +34,18 @@ OPTIONS: list[tuple[str, dict[str, Any]]] = [
 
 
 @contextmanager
-def launches() -> Iterator[list[tuple[str, int]]]:
-    """What really ran, below every transform: (op, rows of the batch times recurrences)."""
-    seen: list[tuple[str, int]] = []
+def launches() -> Iterator[list[tuple[str, int, int]]]:
+    """What really ran, below every transform: (op, B, R)."""
+    seen: list[tuple[str, int, int]] = []
 
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-            name = func.name()
-            if name in ("fused_rnn::forward", "fused_rnn::backward", "fused_rnn::step"):
-                x = args[0] if name != "fused_rnn::backward" else args[3]
-                recurrences = len(args[-3]) if name == "fused_rnn::forward" else 1
-                recurrences = len(args[-4]) if name == "fused_rnn::backward" else recurrences
-                seen.append((name.removeprefix("fused_rnn::"), x.shape[1] * recurrences))
+            if func is torch.ops.fused_rnn.forward.default:
+                seen.append(("forward", args[0].shape[1], len(args[7])))
+            elif func is torch.ops.fused_rnn.backward.default:
+                seen.append(("backward", args[3].shape[1], len(args[13])))
+            else:
+                assert func is not torch.ops.fused_rnn.step.default
             return func(*args, **(kwargs or {}))
 
     with Watch():
@@ -75,18 +75,16 @@ def test_an_ensemble_is_one_launch_a_layer(name: str, options: dict[str, Any], s
     parameters, buffers = stack_module_state(members)
     run = vmap(lambda p, b, x: functional_call(members[0], (p, b), (x,)), (0, 0, None if shared else 0))
     layers, directions = options.get("num_layers", 1), 1 + options.get("bidirectional", False)
-    batch = 1 if name in CELLS else (x.shape[-3] if options.get("batch_first") else 3)
+    batch = x.shape[-3] if options.get("batch_first") else 3
 
     with torch.no_grad(), launches() as seen:
         inferred = flatten(run(parameters, buffers, x))
-    assert [op for op, _ in seen] == ["forward"] * layers
-    if name not in CELLS:
-        assert {rows for _, rows in seen} == {batch * directions * MEMBERS}
+    assert seen == [("forward", batch, directions * MEMBERS)] * layers
 
     with launches() as seen:
         outputs = flatten(run(parameters, buffers, x))
         value(outputs).backward()
-    assert [op for op, _ in seen] == ["forward"] * layers + ["backward"] * layers
+    assert seen == [(op, batch, directions * MEMBERS) for op in ("forward", "backward") for _ in range(layers)]
     for one, other in zip(outputs, inferred, strict=True):
         assert_same_formula(one.detach(), other)
     for k, twin in enumerate(twins):
@@ -109,7 +107,7 @@ def test_per_sample_gradients(name: str, options: dict[str, Any]) -> None:
             parameters, samples
         )
     layers = options.get("num_layers", 1)
-    assert [op for op, _ in seen] == ["forward"] * layers + ["backward"] * layers
+    assert [op for op, *_ in seen] == ["forward"] * layers + ["backward"] * layers
     for k, sample in enumerate(samples):
         sample = sample.clone().requires_grad_()
         twin.zero_grad()
@@ -146,5 +144,18 @@ def test_per_sample_gradients_of_ragged_samples(cell: str, dtype: torch.dtype) -
                 torch.testing.assert_close(one[k], other, rtol=2**-5, atol=2**-6 * float(other.abs().max()))
 
 
+@pytest.mark.parametrize("name", MODULES)
+def test_training_a_mapped_module_is_training_on_a_larger_batch(name: str) -> None:
+    """Where the sum of the samples' gradients is asked for, none of them is computed by itself."""
+    ours, twin = make(name, 4, 5, dtype=torch.float64)
+    samples = example(name, MEMBERS)
+    with launches() as seen:
+        value(vmap(ours)(samples)).backward()
+    assert seen == [("forward", 3 * MEMBERS, 1), ("backward", 3 * MEMBERS, 1)]
+    sum(value(twin(sample)) for sample in samples).backward()
+    for p, q in zip(ours.parameters(), twin.parameters(), strict=True):
+        assert_same_formula(p.grad, q.grad)
+
+
 def test_every_module_is_covered() -> None:
-    assert {name for name, _ in OPTIONS} == {*SEQUENCES, *CELLS}
+    assert {name for name, _ in OPTIONS} == set(MODULES)
