@@ -6,6 +6,7 @@
 namespace fused_rnn {
 
 enum class Dtype : int { f32, f64, bf16, f16 };
+enum class Narrow : int { none, bf16, int8 };  // what packed weights are kept in: the kind's own type, or fewer bits
 enum class Cell : int { lstm, gru, rnn_tanh, rnn_relu };
 
 struct Weights {       // of one recurrence, row-major, in the tensors' dtype
@@ -43,6 +44,17 @@ struct Forward {
   void* cells;           // [stop-start, B, R, H] or null
   void* checkpoints;     // [T / every rounded up, R, B, P (+ H)] accumulation dtype, or null: the state entering every `every`-th step
   int64_t every;
+  const void* packed;    // the weights of the one recurrence as Packing made them, or null
+  Narrow narrow;         // what they are kept in
+  int64_t turn;          // packed: calls before this one; every other one starts from the end of the weights
+};
+
+// Weights as the forward loop reads them, for calls that shall not pack them anew.
+struct Packing {
+  Problem p;             // R = 1; T does not matter
+  Narrow narrow;         // for dtype f32 alone
+  void* packed;          // out, 64-byte aligned, or null: only measured
+  int64_t* bytes;        // out: how many it takes
 };
 
 struct Backward {
@@ -83,6 +95,8 @@ struct Products {
 };
 
 // Always inline: this header is part of translation units compiled for different ISAs.
-inline __attribute__((always_inline)) int64_t first_time(const Problem& p, int r) { return p.weights[r].direction > 0 ? p.start : p.T - p.stop; }
+inline __attribute__((always_inline)) int64_t first_time(const Problem& p, int r) {
+  return p.weights[r].direction > 0 ? p.start : p.T - p.stop;
+}
 
 }  // namespace fused_rnn

@@ -56,7 +56,10 @@ _WATCHERS = (
 
 def _lends_tensors() -> bool:
     exchange = getattr(Tensor, "__dlpack_c_exchange_api__", None)
-    return exchange is not None and _C.use_exchange(exchange, Tensor, nn.Parameter, torch.empty_like, _WATCHERS)
+    if exchange is None or not _C.use_exchange(exchange, Tensor, nn.Parameter, torch.empty_like):
+        return False
+    _C.watch_steps(_WATCHERS)
+    return True
 
 
 def _same_device(x: Tensor, *others: Tensor | None) -> None:

@@ -21,6 +21,7 @@ ORDER = [
     "convert",
     "onnx",
     "nn",
+    "stream",
     "functional",
     "autograd",
     "dispatch",

@@ -15,11 +15,12 @@ constexpr int64_t kFarUnpackedRows = 32;      // and up to here where W and its 
 template <class Kind, class T, class Cell>
 struct ForwardLoop {
   using A = typename Kind::Operand;
+  using W = typename Kind::Weight;
   using S = typename Kind::Accumulator;
   using V = Vec<S>;
   using O = Order<Cell>;
   static constexpr int L = kLanes<S>, G = Cell::gates, PA = Cell::preactivations, SV = Cell::saved;
-  static constexpr bool kUnpackable = Kind::k_group == 1;
+  static constexpr bool kUnpackable = Kind::k_group == 1 && !kNarrow<Kind>;
 
   const Forward& f;
   const Problem& p;
@@ -33,7 +34,8 @@ struct ForwardLoop {
   // Scratch of one group of threads.
   struct Memory {
     int64_t* barrier;
-    A *w_ih, *w_hh, *w_hr;
+    W *w_ih, *w_hh, *w_hr;
+    S *scale_ih, *scale_hh, *scale_hr;
     S *bias, *zero, *pre, *c;
     A *h[2], *m, *x;
     S* wide;  // projection: one tile's results before they are rounded
@@ -53,21 +55,35 @@ struct ForwardLoop {
     m_stride = row_stride<Kind>(p.H);
     c_stride = off_pages<S>(unit_vectors * L);
     uses_h = !f.h_is_zero || p.stop - p.start > 1;
-    far = unit_vectors * (panel_size<Kind>(p.D, G) + panel_size<Kind>(p.P, G)) * int64_t(sizeof(A)) > kNearBytes;
-    unpacked = kUnpackable && (p.stop - p.start) * p.B <= (far ? kFarUnpackedRows : kUnpackedRows);
+    far = unit_vectors * (panel_size<Kind>(p.D, G) + panel_size<Kind>(p.P, G)) * int64_t(sizeof(W)) > kNearBytes;
+    unpacked = kUnpackable && !f.packed && (p.stop - p.start) * p.B <= (far ? kFarUnpackedRows : kUnpackedRows);
     direct_x = sizeof(A) == sizeof(T) && p.D % Kind::k_multiple == 0;
   }
   bool projects() const { return p.P != p.H || p.weights[0].w_hr; }
 
+  // What a `Packing` makes, and a call that packs for itself.
+  void layout_weights(Carver& carve, Memory& m) const {
+    if (!unpacked) {
+      m.w_ih = carve.take<W>(unit_vectors * panel_size<Kind>(p.D, G));
+      m.w_hh = carve.take<W>(unit_vectors * panel_size<Kind>(p.P, G));
+      if (projects()) m.w_hr = carve.take<W>(out_vectors * panel_size<Kind>(p.H, 1));
+    }
+    if constexpr (kScaled<Kind>) {
+      m.scale_ih = carve.take<S>(unit_vectors * G * L);
+      m.scale_hh = carve.take<S>(unit_vectors * G * L);
+      if (projects()) m.scale_hr = carve.take<S>(out_vectors * L);
+    }
+    m.bias = carve.take<S>(row);
+  }
   Memory layout(Carver& carve, int threads_in_group) const {
     Memory m{};
     m.barrier = carve.take<int64_t>(Barrier::words(threads_in_group));
-    if (!unpacked) {
-      m.w_ih = carve.take<A>(unit_vectors * panel_size<Kind>(p.D, G));
-      m.w_hh = carve.take<A>(unit_vectors * panel_size<Kind>(p.P, G));
-      if (projects()) m.w_hr = carve.take<A>(out_vectors * panel_size<Kind>(p.H, 1));
+    if (f.packed) {
+      Carver whole{(char*)f.packed};
+      layout_weights(whole, m);
+    } else {
+      layout_weights(carve, m);
     }
-    m.bias = carve.take<S>(row);
     m.zero = carve.take<S>(kPanelVectors * L);
     m.pre = carve.take<S>(chunk_steps * p.B * row);
     if (Cell::has_cell) m.c = carve.take<S>(p.B * c_stride);
@@ -136,9 +152,10 @@ struct ForwardLoop {
   }
 
   // ---- products ----
-  // init + a W^T for panel j; panel `next` follows (-1: none).
-  void product(const A* a, int64_t lda, int64_t rows, const A* packed, const T* plain, int64_t k, bool input, int64_t j, int64_t next,
-               const S* init, int64_t ldi, S* c) const {
+  // init + a W^T for panel j of the input's or of the recurrent weights; panel `next` follows (-1: none).
+  void product(const Memory& m, const Weights& w, const A* a, int64_t lda, int64_t rows, bool input, int64_t j, int64_t next, const S* init,
+               int64_t ldi, S* c) const {
+    const int64_t k = input ? p.D : p.P;
     const int64_t u0 = j * O::units;
     const int nu = int(unit_vectors - u0 < O::units ? unit_vectors - u0 : O::units);
     const int64_t column = u0 * PA * L + (input ? O::x_offset : O::h_offset) * L;
@@ -147,14 +164,17 @@ struct ForwardLoop {
         for (int v = 0; v < nu * G; ++v) {
           const int64_t first = (u0 + (G == 1 ? v : 0)) * L;
           const int g = G == 1 ? 0 : input ? O::x_gate(v) : O::h_gate(v);
-          multiply_rows<T>(rows, a, lda, plain + (g * p.H + first) * k, k, lanes_left(p.H, first, L), k, init + column + v * L, ldi,
-                           c + column + v * L, row);
+          multiply_rows<T>(rows, a, lda, (const T*)(input ? w.w_ih : w.w_hh) + (g * p.H + first) * k, k, lanes_left(p.H, first, L), k,
+                           init + column + v * L, ldi, c + column + v * L, row);
         }
         return;
       }
     }
+    const W* packed = input ? m.w_ih : m.w_hh;
     TileArgs<Kind> tile{a, lda, packed + u0 * panel_size<Kind>(k, G), k, init + column, ldi, c + column, row};
-    const int64_t panel_bytes = nu * panel_size<Kind>(k, G) * int64_t(sizeof(A));
+    tile.of_many = input;  // how many steps go through the product at once must not show in the result
+    if constexpr (kScaled<Kind>) tile.scale = (input ? m.scale_ih : m.scale_hh) + u0 * G * L;
+    const int64_t panel_bytes = nu * panel_size<Kind>(k, G) * int64_t(sizeof(W));
     if (far && next >= 0) tile.ahead = (const char*)(packed + next * O::units * panel_size<Kind>(k, G));
     multiply_panel<Kind>(rows, nu * G, tile, panel_bytes);
   }
@@ -180,8 +200,7 @@ struct ForwardLoop {
   void input(const Memory& m, int r, const Input& in, int64_t b0, int64_t j, int64_t next) const {
     for (int64_t q = 0; q < in.blocks; ++q) {
       S* c = m.pre + (q * p.B + b0) * row;
-      product(in.a + (q * p.B + b0) * in.lda, in.lda, in.rows, m.w_ih, (const T*)p.weights[r].w_ih, p.D, true, j,
-              q + 1 == in.blocks ? next : -1, m.bias, 0, c);
+      product(m, p.weights[r], in.a + (q * p.B + b0) * in.lda, in.lda, in.rows, true, j, q + 1 == in.blocks ? next : -1, m.bias, 0, c);
       if constexpr (O::h_offset > O::x_offset) {  // the recurrent product's own column starts from its bias
         const int64_t column = j * PA * L + (PA - 1) * L;
         for (int64_t i = 0; i < in.rows; ++i) store(c + i * row + column, load(m.bias + column));
@@ -264,7 +283,11 @@ struct ForwardLoop {
           done = true;
         }
       }
-      if (!done) multiply_panel<Kind>(b1 - b0, 1, {a, m_stride, m.w_hr + v * panel_size<Kind>(p.H, 1), p.H, m.zero, 0, c, out_vectors * L});
+      if (!done) {
+        TileArgs<Kind> tile{a, m_stride, m.w_hr + v * panel_size<Kind>(p.H, 1), p.H, m.zero, 0, c, out_vectors * L};
+        if constexpr (kScaled<Kind>) tile.scale = m.scale_hr + v * L;
+        multiply_panel<Kind>(b1 - b0, 1, tile);
+      }
       for (int64_t b = b0; b < b1; ++b) {
         V h = rounded<T>(load(m.wide + (b * out_vectors + v) * L)), keep = h;
         if (!active(t, b)) keep = load(h_in + b * h_stride + v * L), h = V{};
@@ -294,12 +317,14 @@ struct ForwardLoop {
     const int64_t v0 = s.by_rows ? 0 : part(out_vectors, s.me, s.size), v1 = s.by_rows ? out_vectors : part(out_vectors, s.me + 1, s.size);
     const bool split_units = !s.by_rows && s.size > 1, project_h = projects();
 
-    if (!unpacked) {
-      pack(m, w, part(panels, s.me, s.size), part(panels, s.me + 1, s.size));
-      if (project_h) pack_projection(m, w, part(out_vectors, s.me, s.size), part(out_vectors, s.me + 1, s.size));
+    if constexpr (!kNarrow<Kind>) {  // those come packed
+      if (!unpacked && !f.packed) {
+        pack(m, w, part(panels, s.me, s.size), part(panels, s.me + 1, s.size));
+        if (project_h) pack_projection(m, w, part(out_vectors, s.me, s.size), part(out_vectors, s.me + 1, s.size));
+      }
     }
     if (s.me == 0) {
-      fill_bias(m, w);
+      if (!f.packed) fill_bias(m, w);
       for (int v = 0; v < kPanelVectors; ++v) store(m.zero + v * L, V{});
     }
     load_state(m, r, part(p.B, s.me, s.size), part(p.B, s.me + 1, s.size));
@@ -309,10 +334,10 @@ struct ForwardLoop {
     // call on weights as they stand, which a stream of single steps makes.
     // Of very few rows, several panels go through the cell together, for it to have a pack of vectors. Where weights come from L2 that
     // would only part the reading from the arithmetic, which otherwise overlap.
-    const bool near = unit_vectors * panel_size<Kind>(p.P, G) * int64_t(sizeof(A)) <= kNearestBytes;
+    const bool near = unit_vectors * panel_size<Kind>(p.P, G) * int64_t(sizeof(W)) <= kNearestBytes;
     const int64_t at_once = near && b1 - b0 < kPack ? kPack : 1, blocks = (j1 - j0 + at_once - 1) / at_once;
     static thread_local int calls = 0;
-    const int64_t turn = unpacked ? calls++ : 0;
+    const int64_t turn = f.packed ? f.turn : unpacked ? calls++ : 0;
     const A* h_in = m.h[0];
     A* h_out = m.h[1];
     for (int64_t s0 = p.start; s0 < p.stop; s0 += chunk_steps) {
@@ -333,7 +358,7 @@ struct ForwardLoop {
           S* c = pre + b0 * row;
           for (int64_t j = ja; j < jb; ++j) {
             if (by_panel) input(m, r, in, b0, j, next);
-            if (!skip) product(h_in + b0 * h_stride, h_stride, b1 - b0, m.w_hh, (const T*)w.w_hh, p.P, false, j, next, c, row, c);
+            if (!skip) product(m, w, h_in + b0 * h_stride, h_stride, b1 - b0, false, j, next, c, row, c);
           }
           cell(m, r, step, pre, h_in, h_out, ja * O::units, jb * O::units < unit_vectors ? jb * O::units : unit_vectors, b0, b1);
         }

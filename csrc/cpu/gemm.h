@@ -2,7 +2,8 @@
 // for a tile of few rows (batch) and one panel of W: kPanelVectors vectors of columns, packed so that every k is one contiguous,
 // aligned read. The loops call it for the input product, the recurrent one, the projection and their gradients.
 //
-// A `Kind` says in which types: operands (A, W) and accumulator, how many k stand together, and how many rows a tile has.
+// A `Kind` says in which types: operands (A), weights as they are packed (W) and accumulator, how many k stand together, and how many
+// rows a tile has.
 #pragma once
 #include "vec.h"
 #if defined(__AMX_BF16__)
@@ -20,11 +21,21 @@ constexpr int kTileRows = 3;  // 16 vector registers
 
 struct F32 {
   using Operand = float;
+  using Weight = float;
   using Accumulator = float;
   static constexpr int k_group = 1, k_multiple = 1, tile_rows = kTileRows;
 };
+// float against weights kept in fewer bits, which are widened as they are read.
+struct F32FromBf16 : F32 {  // two k of a column side by side in 32 bits, which a shift and a mask take apart
+  using Weight = bf16;
+  static constexpr int k_group = 2, k_multiple = 2;
+};
+struct F32FromInt8 : F32 {
+  using Weight = int8_t;  // times a scale for each column, TileArgs::scale
+};
 struct F64 {
   using Operand = double;
+  using Weight = double;
   using Accumulator = double;
   static constexpr int k_group = 1, k_multiple = 1, tile_rows = kTileRows;
 };
@@ -32,6 +43,7 @@ struct F64 {
 #define FUSED_RNN_BF16_KIND Bf16
 struct Bf16 {  // tiles of 16 x 32 bf16, two of them deep
   using Operand = bf16;
+  using Weight = bf16;
   using Accumulator = float;
   static constexpr int k_group = 2, k_multiple = 32, tile_rows = 32;
 };
@@ -39,6 +51,7 @@ struct Bf16 {  // tiles of 16 x 32 bf16, two of them deep
 #define FUSED_RNN_BF16_KIND Bf16
 struct Bf16 {  // pairs of k, multiplied and added by one instruction
   using Operand = bf16;
+  using Weight = bf16;
   using Accumulator = float;
   static constexpr int k_group = 2, k_multiple = 2, tile_rows = kTileRows;
 };
@@ -61,7 +74,7 @@ template <class Kind>
 struct TileArgs {
   const typename Kind::Operand* a;  // [rows, k rounded up to k_multiple], row stride lda; the padding holds finite values
   int64_t lda;
-  const typename Kind::Operand* w;  // packed panel
+  const typename Kind::Weight* w;  // packed panel
   int64_t k;
   const typename Kind::Accumulator* init;  // [rows, vectors * lanes], row stride ldi (0: one row for all)
   int64_t ldi;
@@ -70,19 +83,30 @@ struct TileArgs {
   // The panel that comes next, to be brought from L3 into L2 meanwhile: `ahead_lines` cache lines for every k. Null: leave it.
   const char* ahead = nullptr;
   int ahead_lines = 0;
+  // A lone row is summed as it would be among others. Otherwise in twice as many parts, to keep the arithmetic busy.
+  bool of_many = false;
+  const typename Kind::Accumulator* scale = nullptr;  // [vectors * lanes] of F32FromInt8
 };
+template <class Kind>
+constexpr bool kNarrow = sizeof(typename Kind::Weight) < sizeof(typename Kind::Operand);
+template <class Kind>
+constexpr bool kScaled = sizeof(typename Kind::Weight) == 1;
 
 // ---- vector units ----
 template <class Kind, int MR, int NV, int KU>
 static ALWAYS_INLINE void multiply(Vec<typename Kind::Accumulator> (&acc)[KU][MR][NV], const typename Kind::Operand* a, int64_t lda,
-                                   const typename Kind::Operand* w) {
+                                   const typename Kind::Weight* w) {
   using S = typename Kind::Accumulator;
   constexpr int L = kKindLanes<Kind>;
 #pragma GCC unroll 8
   for (int u = 0; u < KU; ++u) {
     Vec<S> wv[NV];
 #pragma GCC unroll 4
-    for (int v = 0; v < NV; ++v) wv[v] = *(const Vec<S>*)(w + int64_t(u * NV + v) * L * Kind::k_group);
+    for (int v = 0; v < NV; ++v) {
+      const auto* at = w + int64_t(u * NV + v) * L * Kind::k_group;
+      if constexpr (kScaled<Kind>) wv[v] = load(at);
+      else wv[v] = *(const Vec<S>*)at;
+    }
 #pragma GCC unroll 6
     for (int m = 0; m < MR; ++m) {
       if constexpr (Kind::k_group == 1) {
@@ -102,12 +126,44 @@ static ALWAYS_INLINE void multiply(Vec<typename Kind::Accumulator> (&acc)[KU][MR
   }
 }
 
-template <class Kind, int MR, int NV, int kAhead>
+// As many k as `pairs` of F32FromBf16 hold, into the parts of the sum that F32 would put them into.
+template <int MR, int NV, int KU, int pairs>
+static ALWAYS_INLINE void multiply_pairs(Vf (&acc)[KU][MR][NV], const float* a, int64_t lda, const bf16* w) {
+  using U = VectorOf<float>::U;
+#pragma GCC unroll 4
+  for (int u = 0; u < pairs; ++u) {
+    Vf low[NV], high[NV];
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v) {
+      const U both = (U)load((const float*)(w + (u * NV + v) * kLanes<float> * 2));
+      low[v] = (Vf)(both << 16);
+      high[v] = (Vf)(both & 0xffff0000u);
+    }
+#pragma GCC unroll 6
+    for (int m = 0; m < MR; ++m) {
+      const Vf first = splat(a[m * lda + 2 * u]), second = splat(a[m * lda + 2 * u + 1]);
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; ++v) acc[2 * u % KU][m][v] += first * low[v];
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; ++v) acc[(2 * u + 1) % KU][m][v] += second * high[v];
+    }
+  }
+}
+
+// A lone row's weights are used once and come from L2 or further: asked for so many bytes early.
+constexpr int64_t kFetchAhead = 1024;
+template <int bytes>
+static ALWAYS_INLINE void fetch_ahead(const void* w) {
+#pragma GCC unroll 8
+  for (int i = 0; i < bytes; i += 64) __builtin_prefetch((const char*)w + kFetchAhead + i, 0, 3);
+}
+
+// KU: how many parts every sum is split into. An FMA takes four cycles and two start in each: few accumulators are split over several k to
+// keep eight in flight. By NV alone, so that a row has the same sums among any number of others; but for a lone row, if it may.
+template <class Kind, int MR, int NV, int kAhead, int KU = 4 / NV>
 static __attribute__((noinline)) void vector_tile(const TileArgs<Kind>& t) {
   using S = typename Kind::Accumulator;
   constexpr int L = kKindLanes<Kind>, KG = Kind::k_group;
-  // An FMA takes four cycles and two start in each: few accumulators are split over several k to keep eight in flight.
-  constexpr int KU = MR * NV >= 6 ? 1 : MR * NV >= 3 ? 2 : MR * NV == 2 ? 4 : 8;
   // The sums start from zero and init comes last: added first, it would have every term rounded at its scale.
   Vec<S> acc[KU][MR][NV];
 #pragma GCC unroll 8
@@ -118,9 +174,19 @@ static __attribute__((noinline)) void vector_tile(const TileArgs<Kind>& t) {
       for (int v = 0; v < NV; ++v) acc[u][m][v] = Vec<S>{};
   const auto* a = t.a;
   const auto* w = t.w;
-  int64_t k = (t.k + KG - 1) / KG;
+  constexpr bool kPairs = kNarrow<Kind> && KG == 2;
+  constexpr int kStep = kPairs && KU == 1 ? 2 : KU;  // counted in k, or in groups of k
+  int64_t k = kPairs ? t.k : (t.k + KG - 1) / KG;
   const char* ahead = t.ahead;
+  if constexpr (kPairs) {
+    for (; k >= kStep; k -= kStep, a += kStep, w += int64_t(kStep) * NV * L) {
+      if constexpr (MR == 1) fetch_ahead<kStep * NV * L * 2>(w);
+      multiply_pairs<MR, NV, KU, kStep / 2>(acc, a, t.lda, w);
+    }
+    for (; k > 0; k -= 2, a += 2, w += 2 * NV * L) multiply_pairs<MR, NV, 1, 1>(*(Vf(*)[1][MR][NV])(&acc), a, t.lda, w);
+  }
   for (; k >= KU; k -= KU, a += KU * KG, w += int64_t(KU) * KG * NV * L) {
+    if constexpr (MR == 1) fetch_ahead<KU * KG * NV * L* int(sizeof(*w))>(w);
     multiply<Kind, MR, NV, KU>(acc, a, t.lda, w);
     if constexpr (kAhead > 0) {
 #pragma GCC unroll 2
@@ -140,12 +206,16 @@ static __attribute__((noinline)) void vector_tile(const TileArgs<Kind>& t) {
       Vec<S> sum = acc[0][m][v];
 #pragma GCC unroll 8
       for (int u = 1; u < KU; ++u) sum += acc[u][m][v];
+      if constexpr (kScaled<Kind>) sum *= load(t.scale + v * L);
       store(t.c + m * t.ldc + v * L, load(t.init + m * t.ldi + v * L) + sum);
     }
 }
 
 template <class Kind, int MR, int NV>
 static ALWAYS_INLINE void vector_tile(const TileArgs<Kind>& t) {
+  if constexpr (MR == 1) {
+    if (!t.of_many) return vector_tile<Kind, MR, NV, 0, 8 / NV>(t);
+  }
   if constexpr (MR >= 3 && NV >= 3) {
     if (t.ahead_lines == 1) return vector_tile<Kind, MR, NV, 1>(t);
     if (t.ahead_lines == 2) return vector_tile<Kind, MR, NV, 2>(t);

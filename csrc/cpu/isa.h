@@ -9,6 +9,7 @@ struct Kernels {
   void (*forward)(const Forward&);
   void (*backward)(const Backward&);
   void (*products)(const Products&);
+  void (*pack)(const Packing&);  // the weights of a recurrence, for Forward::packed
   int products_pad;  // bytes that the rows of Products' weight gradients are rounded up to
   // n values of `from` as `to`: a 16-bit dtype and f32, either way.
   void (*convert)(Dtype from, Dtype to, const void* x, void* out, int64_t n);

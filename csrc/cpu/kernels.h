@@ -3,17 +3,30 @@
 #include "backward.h"
 #include "forward.h"
 #include "isa.h"
+#include "prepack.h"
 #include "products.h"
 
 namespace FUSED_RNN_ISA {
 
 // A few rows in all: their forward leaves the weights as they stand, which the float kinds can.
-static bool few_rows(const Forward& f) { return (f.p.stop - f.p.start) * f.p.B <= kUnpackedRows; }
+static bool few_rows(const Forward& f) { return !f.packed && (f.p.stop - f.p.start) * f.p.B <= kUnpackedRows; }
 static bool few_rows(const Backward&) { return false; }
 static bool few_rows(const Products&) { return false; }
+static bool few_rows(const Packing&) { return false; }
+
+template <class Args>
+constexpr bool kMayBeNarrow = false;
+template <>
+constexpr bool kMayBeNarrow<Forward> = true;
+template <>
+constexpr bool kMayBeNarrow<Packing> = true;
 
 template <template <class, class, class> class Loop, class Args, class Cell>
 static void run_cell(const Args& args) {
+  if constexpr (kMayBeNarrow<Args>) {
+    if (args.narrow == fused_rnn::Narrow::bf16) return Loop<F32FromBf16, float, Cell>::run(args);
+    if (args.narrow == fused_rnn::Narrow::int8) return Loop<F32FromInt8, float, Cell>::run(args);
+  }
   if (args.p.dtype == fused_rnn::Dtype::bf16 && few_rows(args)) return Loop<F32, bf16, Cell>::run(args);
   switch (args.p.dtype) {
     case fused_rnn::Dtype::f32: return Loop<F32, float, Cell>::run(args);
@@ -72,6 +85,7 @@ static void activation(int which, fused_rnn::Dtype dtype, const void* x, void* o
                       ::FUSED_RNN_ISA::run<::FUSED_RNN_ISA::ForwardLoop>, \
                       ::FUSED_RNN_ISA::run<::FUSED_RNN_ISA::BackwardLoop>, \
                       ::FUSED_RNN_ISA::run<::FUSED_RNN_ISA::ProductsLoop>, \
+                      ::FUSED_RNN_ISA::run<::FUSED_RNN_ISA::PackLoop>, \
                       ::FUSED_RNN_ISA::kProductsPad, \
                       ::FUSED_RNN_ISA::convert, \
                       ::FUSED_RNN_ISA::activation}; \

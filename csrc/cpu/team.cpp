@@ -34,6 +34,16 @@ struct Scratch {
 constexpr size_t kKeptBytes = size_t(64) << 20;
 constexpr size_t kHugePage = size_t(2) << 20;
 
+// `bytes` rounded up to whole pages, which are large ones if there are that many bytes.
+void* allocate(size_t& bytes, size_t large) {
+  const size_t page = bytes >= large ? kHugePage : 4096;
+  bytes = (bytes + page - 1) / page * page;
+  void* const memory = std::aligned_alloc(page, bytes);
+  if (!memory) throw std::bad_alloc();
+  if (page == kHugePage) madvise(memory, bytes, MADV_HUGEPAGE);
+  return memory;
+}
+
 void pause() {
 #if defined(__x86_64__)
   _mm_pause();
@@ -60,18 +70,17 @@ void run_team(int threads, void (*body)(void*, int, int), void* context) {
   for (auto& t : others) t.join();
 }
 
+void* pages(size_t bytes) { return allocate(bytes, kHugePage / 2); }
+
 void* scratch(size_t bytes) {
   static thread_local Scratch kept;
   const bool shrink = kept.size > kKeptBytes && bytes <= kKeptBytes;
   if (bytes > kept.size || shrink) {
     std::free(kept.memory);
     kept.size = 0;
-    const size_t align = bytes >= kHugePage ? kHugePage : 4096;
-    const size_t size = (bytes + align - 1) / align * align;
-    kept.memory = std::aligned_alloc(align, size);
-    if (!kept.memory) throw std::bad_alloc();
-    if (align == kHugePage) madvise(kept.memory, size, MADV_HUGEPAGE);
-    kept.size = size;
+    kept.memory = nullptr;  // if there is none to be had
+    kept.memory = allocate(bytes, kHugePage);
+    kept.size = bytes;
   }
   return kept.memory;
 }

@@ -8,6 +8,9 @@ namespace fused_rnn::cpu {
 constexpr int kCacheLine = 64;
 constexpr int kMaxThreads = 256;
 
+// Memory for weights that are read at every step, to be given back by free(). From a MiB on in large pages, where the system has some.
+void* pages(size_t bytes);
+
 // Runs body(context, me, team_size) on `threads` threads at once, the caller among them, and returns when all have.
 // The team may come out smaller than asked (inside another parallel region); body must go by team_size.
 void run_team(int threads, void (*body)(void* context, int me, int team_size), void* context);

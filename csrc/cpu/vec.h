@@ -97,6 +97,17 @@ static ALWAYS_INLINE Vd load(const double* p) { return *(const VectorOf<double>:
 static ALWAYS_INLINE void store(float* p, Vf v) { *(VectorOf<float>::Unaligned*)p = v; }
 static ALWAYS_INLINE void store(double* p, Vd v) { *(VectorOf<double>::Unaligned*)p = v; }
 
+static ALWAYS_INLINE Vf load(const int8_t* p) {
+#if defined(__AVX512F__) && FUSED_RNN_VECTOR_BYTES == 64
+  return (Vf)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
+#elif defined(__AVX2__) && FUSED_RNN_VECTOR_BYTES == 32
+  return (Vf)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
+#else
+  VectorOf<float>::I wide;
+  for (int i = 0; i < kLanes<float>; ++i) wide[i] = p[i];
+  return __builtin_convertvector(wide, Vf);
+#endif
+}
 static ALWAYS_INLINE Vf load(const bf16* p) {
   const Half16V h = *(const Half16*)p;
   return (Vf)(__builtin_convertvector(h, VectorOf<float>::U) << 16);

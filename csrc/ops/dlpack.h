@@ -1,4 +1,4 @@
-// What quick_step.cpp uses of DLPack 1.3 (github.com/dmlc/dlpack), a C interface whose layout is fixed within a major version. torch's copy
+// What lent.cpp uses of DLPack 1.3 (github.com/dmlc/dlpack), a C interface whose layout is fixed within a major version. torch's copy
 // refuses to be included beside the stable ABI.
 #pragma once
 #include <cstdint>
@@ -7,7 +7,7 @@ namespace fused_rnn::dlpack {
 
 constexpr uint32_t kMajor = 1, kMinor = 3;
 constexpr int32_t kCpu = 1;
-constexpr uint8_t kFloat = 2;
+constexpr uint8_t kFloat = 2, kBfloat = 4;
 
 struct Tensor {  // DLTensor
   void* data;

@@ -5,6 +5,7 @@
 #include "../cuda/bind_plan.h"
 #include "layer.h"
 #include "quick_step.h"
+#include "stream.h"
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled part of fused_rnn: registers torch.ops.fused_rnn.*";
@@ -12,5 +13,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("isa", [] { return fused_rnn::cpu::kernels().name; }, "The instruction set in use on CPU.");
   m.def("available_isas", &fused_rnn::cpu::available_isas, "The instruction sets this processor can run, best first, comma-separated.");
   fused_rnn::cuda::bind_plan(m);  // plans can be asked for on any machine
+  fused_rnn::ops::add_stream(m.ptr());
   if (fused_rnn::ops::add_quick_step(m.ptr()) != 0) throw pybind11::error_already_set();
 }

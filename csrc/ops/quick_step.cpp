@@ -1,7 +1,6 @@
 // A layer's forward, or one step, for the modules where no gradient is asked for: past torch's dispatcher and past the layers of Python
-// above it, which together take longer than a small step, or a short sequence, takes in all. Tensors are read through DLPack's C exchange
-// API, which is as stable an interface as LibTorch's: whatever is not an ordinary call, on ordinary tensors, with nothing watching, gets
-// None and takes the way through the op.
+// above it, which together take longer than a small step, or a short sequence, takes in all. Whatever is not an ordinary call,
+// on ordinary tensors (lent.h), with nothing watching, gets None and takes the way through the op.
 #include "quick_step.h"
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -9,7 +8,7 @@
 #include <cstring>
 #include <new>
 
-#include "dlpack.h"
+#include "lent.h"
 #include "tensors.h"
 
 namespace fused_rnn::ops {
@@ -18,58 +17,27 @@ namespace {
 constexpr Py_ssize_t kMostWatchers = 8;
 constexpr int64_t kLongCall = 1 << 18;  // bytes of weights times steps, from where on other Python threads may run meanwhile
 
-// What `use_exchange` was given. Written once, at import.
-const dlpack::Exchange* exchange = nullptr;
-PyObject *tensor_type, *parameter_type, *empty_like, *new_empty, *watchers[kMostWatchers];
+// What `watch_steps` was given. Written once, at import.
+PyObject *new_empty, *watchers[kMostWatchers];
 PyObject* names[2][5];  // of the weights, in a cell and in a layer
 Py_ssize_t watching = 0;
 
-// use_exchange(capsule, Tensor, Parameter, empty_like, watchers): the exchange API of torch.Tensor, the types that it may read, how to make
-// a result, and functions that say whether something is on that a call of an op would not pass unnoticed.
-PyObject* use_exchange(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  if (count != 5 || !PyTuple_Check(args[4]) || PyTuple_GET_SIZE(args[4]) > kMostWatchers) {
-    PyErr_SetString(PyExc_TypeError, "use_exchange: expected a capsule, two types, a function and a tuple of at most 8 functions");
+// watch_steps(watchers): functions that say whether something is on that a call of an op would not pass unnoticed.
+PyObject* watch_steps(PyObject*, PyObject* tuple) {
+  if (!PyTuple_Check(tuple) || PyTuple_GET_SIZE(tuple) > kMostWatchers) {
+    PyErr_SetString(PyExc_TypeError, "watch_steps: expected a tuple of at most 8 functions");
     return nullptr;
   }
-  const auto* api = static_cast<const dlpack::Exchange*>(PyCapsule_GetPointer(args[0], "dlpack_exchange_api"));
-  if (!api) return nullptr;
-  if (api->major != dlpack::kMajor || api->minor < dlpack::kMinor || !api->tensor_from_object) Py_RETURN_FALSE;
-  for (Py_ssize_t i = 0; i < count; ++i) Py_INCREF(args[i]);  // for good
-  tensor_type = args[1], parameter_type = args[2], empty_like = args[3];
-  watching = PyTuple_GET_SIZE(args[4]);
-  for (Py_ssize_t i = 0; i < watching; ++i) watchers[i] = PyTuple_GET_ITEM(args[4], i);
+  Py_INCREF(tuple);  // for good
+  watching = PyTuple_GET_SIZE(tuple);
+  for (Py_ssize_t i = 0; i < watching; ++i) watchers[i] = PyTuple_GET_ITEM(tuple, i);
   new_empty = PyUnicode_InternFromString("new_empty");
   constexpr const char* kNames[] = {"weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr"};
   for (int layer = 0; layer < 2; ++layer)
     for (int i = 0; i < 5; ++i) names[layer][i] = PyUnicode_FromFormat(layer ? "%s_l0" : "%s", kNames[i]);
-  exchange = api;
-  Py_RETURN_TRUE;
+  Py_RETURN_NONE;
 }
 
-// A plain, contiguous float tensor on the CPU: `dims` sizes, all given (-1: any).
-bool read(PyObject* object, dlpack::Tensor& t, int dims, int64_t s0, int64_t s1 = 0, int64_t s2 = 0) {
-  PyObject* const type = reinterpret_cast<PyObject*>(Py_TYPE(object));
-  if (type != tensor_type && type != parameter_type) return false;
-  if (exchange->tensor_from_object(object, &t) != 0) {
-    PyErr_Clear();
-    return false;
-  }
-  if (t.ndim != dims || !t.data || t.device_type != dlpack::kCpu || t.code != dlpack::kFloat || t.lanes != 1) return false;
-  const int64_t expected[3] = {s0, s1, s2};
-  int64_t stride = 1;
-  for (int i = dims - 1; i >= 0; --i) {
-    if (expected[i] >= 0 && t.shape[i] != expected[i]) return false;
-    if (t.shape[i] != 1 && t.strides && t.strides[i] != stride) return false;
-    stride *= t.shape[i];
-  }
-  t.data = static_cast<char*>(t.data) + t.byte_offset;
-  return stride > 1;  // a single number may be a lazy negation of another, which DLPack does not tell
-}
-
-struct Owned {  // a reference that is given back
-  PyObject* object = nullptr;
-  ~Owned() { Py_XDECREF(object); }
-};
 // A new tensor shaped as `like`, holding what `from` holds.
 bool make(PyObject* like, const dlpack::Tensor& from, size_t bytes, Owned& made, dlpack::Tensor& t) {
   made.object = PyObject_Vectorcall(empty_like, &like, 1, nullptr);
@@ -175,13 +143,10 @@ PyObject* quick_step(PyObject*, PyObject* const* args, Py_ssize_t count) {
   return sequence ? PyTuple_Pack(lstm ? 3 : 2, results[0], results[1], results[2]) : PyTuple_Pack(lstm ? 2 : 1, results[1], results[2]);
 }
 
-template <class F>
-PyCFunction as_method(F function) {
-  return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function));
-}
 PyMethodDef methods[] = {
     {"use_exchange", as_method(use_exchange), METH_FASTCALL,
      "Hand over torch.Tensor's DLPack exchange API; False if it is of another version."},
+    {"watch_steps", watch_steps, METH_O, "Hand over what says that a step has to be seen as an op."},
     {"quick_step", as_method(quick_step), METH_FASTCALL, "A layer without gradient, or a single step, past the dispatcher; or None."},
     {nullptr, nullptr, 0, nullptr},
 };

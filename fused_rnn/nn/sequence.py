@@ -27,6 +27,7 @@ from fused_rnn.nn.plain import (
     is_plain_hx,
     is_tracing,
 )
+from fused_rnn.stream import Stream
 
 # torch.nn's forward goes by the mode too, and not by RNN's `nonlinearity`.
 _FUNCTIONS: dict[str, Callable[..., Any]] = {
@@ -95,6 +96,28 @@ class Recurrent(Fused, nn.RNNBase):
     @save.setter
     def save(self, value: str) -> None:
         self._fused_save = known_save(value)
+
+    def stream(self, batch_size: int = 1, *, weights: str | None = None) -> Stream:
+        """These layers for steps that arrive one by one: an object that holds the state and packed weights.
+
+        batch_size: how many sequences run side by side.
+        weights: None keeps the weights as they are and gives this module's numbers in eval mode; "bf16" or "int8"
+            (with a scale for each row) keeps the copy of a float32 module's weights in two bytes or one, on the CPU.
+
+        Returns a :class:`fused_rnn.stream.Stream` on a copy of the weights, which only its `refresh()` renews.
+        Raises ValueError for a bidirectional module, whose other direction starts at the end of the sequence, and for
+        arguments that do not fit; RuntimeError in training mode with dropout, which a stream does not apply;
+        NotImplementedError for weights="bf16" or "int8" on another backend.
+        """
+        if self.bidirectional:
+            raise ValueError("bidirectional: got True, expected False: its other direction starts at the last step")
+        if self.training and self.dropout and self.num_layers > 1:
+            raise RuntimeError(f"dropout: got {self.dropout} in training mode, which a stream does not apply: eval()")
+        read, first = partial(read_weights, self), self.batch_first
+        return Stream(
+            self.mode.lower(), read, batch_size=batch_size, num_layers=self.num_layers, batch_first=first,
+            weights=weights, backend=self._fused_backend,
+        )  # fmt: skip
 
     def extra_repr(self) -> str:
         """torch.nn's, and the extra arguments where they are not the default."""

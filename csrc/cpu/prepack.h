@@ -1,0 +1,82 @@
+// Weights packed once for many calls (a stream of steps): what ForwardLoop would pack in every call, and narrower, if asked.
+#pragma once
+#include "forward.h"
+
+namespace FUSED_RNN_ISA {
+
+using fused_rnn::Packing;
+
+// A panel that is packed as float, k rows of `columns`, in bf16, to nearest, ties to even, in pairs of rows.
+static void narrow_panel(const float* from, bf16* to, float* /*scale*/, int64_t k, int64_t columns) {
+  constexpr int L = kLanes<float>;
+  for (int64_t i = 0; i < k; i += 2, from += 2 * columns, to += 2 * columns) {
+    for (int64_t c = 0; c < columns; c += L) {
+      bf16 first[L], second[L] = {};
+      store(first, load(from + c));
+      if (i + 1 < k) store(second, load(from + columns + c));
+      store((float*)(to + 2 * c), pairs(first, second, L));
+    }
+  }
+}
+// The same as 127ths of the largest magnitude in each column.
+static void narrow_panel(const float* from, int8_t* to, float* scale, int64_t k, int64_t columns) {
+  for (int64_t c = 0; c < columns; ++c) {
+    float most = 0;
+    for (int64_t i = c; i < k * columns; i += columns) most = __builtin_fabsf(from[i]) > most ? __builtin_fabsf(from[i]) : most;
+    const float unit = scale[c] = most / 127;
+    for (int64_t i = c; i < k * columns; i += columns) to[i] = int8_t(unit > 0 ? __builtin_rintf(from[i] / unit) : 0);
+  }
+}
+
+template <class Kind, class T, class Cell>
+struct PackLoop {
+  using Loop = ForwardLoop<Kind, T, Cell>;
+
+  static void run(const Packing& pack) {
+    Forward f{};
+    f.p = pack.p;
+    f.packed = pack.packed ? pack.packed : &pack;  // only whether there is one is asked
+    const Loop loop(f);
+    Carver carve{(char*)pack.packed};
+    typename Loop::Memory m{};
+    loop.layout_weights(carve, m);
+    *pack.bytes = int64_t(carve.used);
+    if (!pack.packed) return;
+    const Weights& w = pack.p.weights[0];
+    if constexpr (!kNarrow<Kind>) {
+      loop.pack(m, w, 0, loop.panels);
+      if (loop.projects()) loop.pack_projection(m, w, 0, loop.out_vectors);
+    } else {
+      narrowed(loop, f, w, m);
+    }
+    loop.fill_bias(m, w);
+  }
+
+  // Packed as float first: the order is the same.
+  static void narrowed(const Loop& loop, const Forward& f, const Weights& w, const typename Loop::Memory& m) {
+    using Wide = ForwardLoop<F32, T, Cell>;
+    const Wide wide(f);
+    Carver measure{nullptr};
+    typename Wide::Memory from{};
+    wide.layout_weights(measure, from);
+    Carver carve{(char*)fused_rnn::cpu::scratch(measure.used)};
+    wide.layout_weights(carve, from);
+    wide.pack(from, w, 0, wide.panels);
+    if (wide.projects()) wide.pack_projection(from, w, 0, wide.out_vectors);
+    const Problem& p = f.p;
+    constexpr int L = Loop::L, G = Loop::G;
+    // A panel of several vectors of units has them side by side in every k, the last panel as many as are left.
+    for (int64_t u = 0; u < loop.unit_vectors; u += Order<Cell>::units) {
+      const int64_t left = loop.unit_vectors - u, units = left < Order<Cell>::units ? left : Order<Cell>::units;
+      const auto one = [&](const float* source, auto* to, float* scale, int64_t k) {
+        narrow_panel(source + u * panel_size<F32>(k, G), to + u * panel_size<Kind>(k, G), at<float>(scale, u * G * L), k, units * G * L);
+      };
+      one(from.w_ih, m.w_ih, m.scale_ih, p.D);
+      one(from.w_hh, m.w_hh, m.scale_hh, p.P);
+    }
+    for (int64_t v = 0; loop.projects() && v < loop.out_vectors; ++v)
+      narrow_panel(from.w_hr + v * panel_size<F32>(p.H, 1), m.w_hr + v * panel_size<Kind>(p.H, 1), at<float>(m.scale_hr, v * L), p.H, L);
+  }
+};
+
+}  // namespace FUSED_RNN_ISA

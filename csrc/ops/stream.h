@@ -1,0 +1,50 @@
+// A stack of layers that runs step by step: weights packed once, the state in the caller's memory.
+#pragma once
+#include <Python.h>
+
+#include <array>
+#include <memory>
+#include <vector>
+
+#include "../params.h"
+
+namespace fused_rnn::ops {
+
+// Addresses of w_ih, w_hh, b_ih, b_hh, w_hr of a layer, as in fused_rnn::Weights; 0 where there is none.
+using WeightAddresses = std::array<uintptr_t, 5>;
+
+class Stream {
+ public:
+  // problem: of the first layer; its T, threads and weights do not matter. h: [layers, B, P], c: [layers, B, H] (LSTM), both of the
+  // accumulation dtype, read and written by every run and owned by the caller, who outlives the stream.
+  Stream(const Problem& problem, int64_t layers, bool projects, Narrow narrow, uintptr_t h, uintptr_t c);
+
+  // Takes the weights of every layer as they are now; nothing of them is referred to later.
+  void pack(const std::vector<WeightAddresses>& layers);
+  // x: [T, B, D], y: [T, B, P], which may be x's memory.
+  void run(const void* x, int64_t T, void* y);
+
+  const Problem& problem() const { return problem_; }
+  int64_t step_bytes() const { return bytes_; }  // of weights that every step reads
+
+ private:
+  struct Free {
+    void operator()(void* memory) const;
+  };
+  Problem problem_;
+  bool projects_;
+  Narrow narrow_;
+  char *h_, *c_;
+  size_t element_, wide_;  // bytes of the dtype, of the accumulation dtype
+  int64_t bytes_ = 0, turn_ = 0;
+  std::vector<std::unique_ptr<void, Free>> packed_;  // by layer
+  std::vector<char> between_[2], copy_;              // outputs of the layers but the last; x where y overlaps it
+
+  Problem layer(int64_t l, const Weights& w) const;
+};
+
+// Adds the class Stream to the module. Its quick_step(like) makes a function step(x, out) that returns None for whatever is not an
+// ordinary call on ordinary tensors; like: an empty tensor [B, P] as the results shall be.
+void add_stream(PyObject* module);
+
+}  // namespace fused_rnn::ops
