@@ -5,6 +5,7 @@ from fused_rnn.autograd import GRUFunction, LSTMFunction, RNNFunction
 from fused_rnn.convert import convert, patch, to_torch
 from fused_rnn.nn import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
 from fused_rnn.plan import plan
+from fused_rnn.stream import Stream
 
 __version__ = "0.1.0"
 
@@ -18,6 +19,7 @@ __all__ = [
     "LSTMFunction",
     "RNNCell",
     "RNNFunction",
+    "Stream",
     "convert",
     "functional",
     "patch",

@@ -50,6 +50,7 @@ def info() -> None:
 @click.option("--quick", is_flag=True, help="A small grid, in about a minute for each dtype and thread count.")
 @click.option("--minutes", type=click.FloatRange(0), help="For each dtype and thread count. [default: 9, quick: 1]")
 @click.option("--memory/--no-memory", default=True, help="Measure peak memory as well.")
+@click.option("--stream", is_flag=True, help="Measure module.stream() alone, against torch's cells and T=1 calls.")
 @click.option(
     "--out", type=click.Path(path_type=Path), help="Folder of the results. [default: benchmarks/results/cpu or /GPU]"
 )
@@ -69,6 +70,7 @@ def bench(
     quick: bool,
     minutes: float | None,
     memory: bool,
+    stream: bool,
     out: Path | None,
     readme: Path | None,
 ) -> None:
@@ -87,6 +89,12 @@ def bench(
         raise click.ClickException("--device cuda: torch finds no GPU here (python -m fused_rnn info says more)")
     if device == "cpu" and "tf32" in dtypes:
         raise click.BadParameter("got 'tf32', which is a GPU's: --device cuda", param_hint="--dtype")
+    if stream:
+        from fused_rnn.bench.stream import execute as execute_stream
+
+        for count in threads or (1,):
+            execute_stream(cells or CELLS, count, 60 * (minutes if minutes is not None else 2), out, Console())
+        return
     _check_providers(providers)
     plan = Plan(
         device=device,

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from fused_rnn import checks, functional, ops
 from fused_rnn.cells import CELLS
@@ -21,7 +22,10 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "rnn_relu": partial(functional.rnn, nonlinearity="relu"),
 }
 
+_PLAIN = (Tensor, nn.Parameter)
+
 State = Tensor | tuple[Tensor, Tensor]
+Quick = Callable[[Tensor, Tensor | None], Tensor | None]  # a step, or None for a call out of the ordinary
 
 
 class Stream:
@@ -89,7 +93,7 @@ class Stream:
         Raises ValueError naming x_t or out where shape, dtype or device do not fit; TypeError for what is no plain
             tensor; RuntimeError if a gradient is asked for, or a torch.func transform is under way.
         """
-        if self._quick is not None:
+        if self._quick is not None and not is_compiling():
             y = self._quick(x_t, out)
             if y is not None:
                 return y
@@ -103,7 +107,7 @@ class Stream:
             return out.copy_(y)
 
     def steps(self, x: Tensor) -> Tensor:
-        """A chunk of any number of steps: x [T, B, D] → y [T, B, P]; [B, T, D] → [B, T, P] if the module is batch_first.
+        """A chunk of any number of steps: x [T, B, D] → y [T, B, P]; if the module is batch_first, [B, T, ·] both.
 
         The same numbers as T calls of `step`. Raises as `step` does; RuntimeError for T = 0, as the module does.
         """
@@ -149,10 +153,8 @@ class Stream:
         if pair and not (isinstance(value, (tuple, list)) and len(value) == 2):
             raise TypeError(f"state: got {type(value).__name__}, expected a pair (h, c) of tensors")
         given = tuple(value) if pair else (value,)
-        for name, buffer, new in zip(("h", "c"), self._buffers().values(), given, strict=False):
-            like = torch.empty(0, dtype=self.dtype, device=self.device)
-            shape = tuple(buffer.shape)
-            checks.check_state(f"state ({name})", new, like, shape, "[L, B, P]" if name == "h" else "[L, B, H]")
+        for (name, buffer), new in zip(self._buffers().items(), given, strict=True):
+            self._check(f"state ({name})", new, tuple(buffer.shape), "[L, B, P]" if name == "h" else "[L, B, H]")
         with torch.no_grad():
             for buffer, new in zip(self._buffers().values(), given, strict=True):
                 buffer.copy_(new)
@@ -175,7 +177,10 @@ class Stream:
                 buffer.copy_(state[name])
 
     def refresh(self) -> None:
-        """Take the module's weights as they are now. The state stays. Raises ValueError if shape, dtype or device of any changed."""
+        """Take the module's weights as they are now; the state stays.
+
+        Raises ValueError if the shape, dtype or device of any has changed.
+        """
         flat = [w.detach() for w in self._read()]
         like = torch.empty(0, dtype=self.dtype, device=self.device)
         sizes = checks.check_weights(self._cell, like, flat, self.input_size, self.num_layers, 1)
@@ -199,11 +204,20 @@ class Stream:
     def _check(self, name: str, t: Tensor, shape: tuple[int, ...], letters: str) -> None:
         if checks.in_transform():
             raise RuntimeError("stream: a torch.func transform is under way, which a stream's state cannot follow")
-        checks.check_state(name, t, torch.empty(0, dtype=self.dtype, device=self.device), shape, letters)
-        if type(t) not in self._runner.takes:
-            raise TypeError(f"{name}: got a {type(t).__name__}, expected a plain tensor {letters}")
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{name}: got {type(t).__name__}, expected a tensor {letters}")
+        if t.shape != shape:
+            raise ValueError(
+                f"{name}: got {checks.shape_text(t.shape)}, expected {letters} = {checks.shape_text(shape)}"
+            )
+        if t.dtype != self.dtype or t.device != self.device:
+            raise ValueError(f"{name}: got {t.dtype} on {t.device}, expected {self.dtype} on {self.device}")
+        if not is_compiling() and (type(t) not in _PLAIN or t.layout is not torch.strided):
+            raise TypeError(f"{name}: got a {type(t).__name__} of {t.layout}, expected a plain tensor {letters}")
         if t.requires_grad and torch.is_grad_enabled():
-            raise RuntimeError(f"{name}: requires a gradient, which a stream has not; detach it, or use torch.no_grad()")
+            raise RuntimeError(
+                f"{name}: requires a gradient, which a stream has not; detach it, or use torch.no_grad()"
+            )
 
 
 def _again(
@@ -219,8 +233,7 @@ class _Runner(Protocol):
     """Runs the steps of a stream, whose state it is given."""
 
     sizes: tuple[int, int, int]  # H, P, weights a layer
-    takes: tuple[type, ...]  # the types of tensors that `run` reads
-    quick: Callable[[Tensor, Tensor | None], Tensor | None] | None  # a step, or None for a call out of the ordinary
+    quick: Quick | None
 
     def take(self, weights: Sequence[Tensor]) -> None:
         """Copy the weights."""
@@ -231,8 +244,6 @@ class _Runner(Protocol):
 
 class _Packed:
     """The CPU kernels on packed weights, all layers in one call."""
-
-    takes = (Tensor, nn.Parameter)
 
     def __init__(
         self,
@@ -255,11 +266,11 @@ class _Packed:
         )  # fmt: skip
         self._state = h, c  # whose memory the native stream works in
         like = torch.empty(batch, self._width, dtype=dtype)
-        self.quick = None if ops.quick_step is None else self._native.quick_step(like)
+        self.quick: Quick | None = None if ops.quick_step is None else self._native.quick_step(like)
 
     def take(self, weights: Sequence[Tensor]) -> None:
         for k, w in enumerate(weights):
-            if type(w) not in self.takes:
+            if type(w) not in _PLAIN:
                 raise TypeError(f"weights[{k}]: got a {type(w).__name__}, expected a plain tensor")
             if self._narrow == "int8" and not bool(w.isfinite().all()):
                 raise ValueError(f"weights[{k}]: got a value that is not finite, which int8 cannot hold")
@@ -271,6 +282,7 @@ class _Packed:
             layers.append([*own[:2], *biases, own[-1] if self._count in (3, 5) else 0])
         self._native.pack(layers)
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def run(self, x: Tensor) -> Tensor:
         x = x.detach().resolve_neg().contiguous()
         steps, batch, _ = x.shape
@@ -280,10 +292,12 @@ class _Packed:
 
 
 class _Buffered:
-    """Any backend, by `functional`. State and weights lie in buffers that are written in place, so that a captured CUDA graph finds them."""
+    """Any backend, by `functional`.
 
-    takes = (Tensor, nn.Parameter)
-    quick = None
+    State and weights lie in buffers that are written in place, so that a captured CUDA graph finds them.
+    """
+
+    quick: Quick | None = None
 
     def __init__(
         self,

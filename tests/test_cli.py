@@ -174,7 +174,7 @@ def test_the_example_trains_and_prints(capsys: pytest.CaptureFixture[str]) -> No
     assert "fused_rnn.LSTM" in printed
 
 
-@pytest.mark.parametrize("name", ["swap.py", "lengths_and_resets.py"])
+@pytest.mark.parametrize("name", ["swap.py", "lengths_and_resets.py", "streaming.py"])
 def test_the_short_examples_run(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     runpy.run_path(str(EXAMPLES / name), run_name="__main__")
     assert capsys.readouterr().out

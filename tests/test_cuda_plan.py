@@ -58,9 +58,7 @@ def test_every_plan_can_run(arch: str) -> None:
     for cell, dtype, hidden, batch, recurrences, backward in itertools.product(
         CELLS, DTYPES, hidden_sizes, (1, 8, 33, 256, 5000), (1, 2), (False, True)
     ):
-        plan = ask(
-            cell, batch, hidden, dtype=dtype, tf32=True, recurrences=recurrences, backward=backward, device=arch
-        )
+        plan = ask(cell, batch, hidden, dtype=dtype, tf32=True, recurrences=recurrences, backward=backward, device=arch)
         if plan.reason is None:
             persistent += 1
             assert_runs(plan, cell, batch, hidden, recurrences)

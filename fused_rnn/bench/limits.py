@@ -58,10 +58,10 @@ def measure_limits(dtype: str, device: str) -> Limits:
     n = 1024 if device == "cpu" else 8192
     a, b, out = (torch.randn(n, n, device=device, dtype=DTYPES[dtype]) for _ in range(3))
     flops = best_rate(2.0 * n**3, lambda: torch.mm(a, b, out=out), device, seconds=0.5)
-    return Limits(flops, tuple((size, _read_rate(size, device)) for size in BUFFER_BYTES))
+    return Limits(flops, tuple((size, read_rate(size, device)) for size in BUFFER_BYTES))
 
 
-def _read_rate(size: int, device: str) -> float:
+def read_rate(size: int, device: str) -> float:
     """Bytes per second of summing a buffer of this size.
 
     A small one is summed many times in one call, through a view of stride zero, so that the cost of the call does not

@@ -23,7 +23,7 @@ TITLES = {"torch": "torch.nn", "loop": "loop over torch cell", "cell": "torch.nn
 
 def baseline(point: Point) -> str:
     """The provider a point's speed-ups are counted against."""
-    return STEP_BASELINE if point.mode == "step" else BASELINE
+    return STEP_BASELINE if point.mode in ("step", "stream") else BASELINE
 
 
 class Call:

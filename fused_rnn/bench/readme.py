@@ -7,6 +7,7 @@ from pathlib import Path
 from fused_rnn.bench.grid import CELLS
 from fused_rnn.bench.providers import BASELINE, STEP_BASELINE
 from fused_rnn.bench.results import MEMORY, Results, geometric_mean, setting
+from fused_rnn.bench.stream import PREFIX, table
 from fused_rnn.bench.tables import EVEN, regions
 
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"  # of the CPU's tables
@@ -26,13 +27,15 @@ def update(readme: Path, directory: Path, provider: str) -> bool:
     begin, end = markers(provider)
     if begin not in text or end not in text:
         raise ValueError(f"{readme} must contain the lines {begin} and {end}")
-    files = sorted(path for path in directory.glob("*.json") if not path.name.startswith("quick-"))
+    files = sorted(path for path in directory.glob("*.json") if not path.name.startswith(("quick-", PREFIX)))
     if not files:
         raise FileNotFoundError(f"no result file in {directory}: run `python -m fused_rnn bench` first")
     loaded = [Results.load(path) for path in files]
     loaded.sort(key=lambda results: (results.runs[-1]["dtype"] != "fp32", results.runs[-1]["threads"]))
     parts = [section(results, provider) for results in loaded]
-    parts += [steps(loaded[0], provider), memory(loaded[0], provider)]
+    parts += [steps(loaded[0], provider)]
+    parts += [table(Results.load(path)) for path in sorted(directory.glob(f"{PREFIX}*.json"))]
+    parts += [memory(loaded[0], provider)]
     head, rest = text.split(begin, 1)
     tables = "\n\n".join(part for part in parts if part)
     updated = f"{head}{begin}\n{tables}\n{end}{rest.split(end, 1)[1]}"

@@ -1,8 +1,8 @@
 """Activations of float32 tiles, in three qualities. HOW: tl.constexpr says which.
 
-    "float32"  as good as the type: relatively accurate near zero too
-    "half"     for results that are rounded to 16 bits: absolutely accurate to 1e-7
-    "mufu"     the same on NVIDIA, by its tanh instruction: accurate to 5e-4, a fifth of the instructions
+"float32"  as good as the type: relatively accurate near zero too
+"half"     for results that are rounded to 16 bits: absolutely accurate to 1e-7
+"mufu"     the same on NVIDIA, by its tanh instruction: accurate to 5e-4, a fifth of the instructions
 """
 
 import triton
