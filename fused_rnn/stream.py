@@ -39,6 +39,13 @@ class Stream:
 
     A returned tensor is the caller's own; later steps leave it alone. One stream belongs to one thread at a time;
     several streams may run in several threads. A stream that is copied or pickled reads the weights anew.
+
+    Examples::
+
+        >>> stream = fused_rnn.GRU(10, 20).stream(batch_size=3)
+        >>> y_t = stream.step(torch.randn(3, 10))
+        >>> y = stream.steps(torch.randn(5, 3, 10))
+        >>> stream.reset(torch.tensor([False, True, False]))
     """
 
     def __init__(

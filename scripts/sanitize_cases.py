@@ -1,4 +1,4 @@
-"""Every case of tests/cases.py by the CPU kernels, with one thread and with three, with gradients and without.
+"""Every case of tests/cases.py by the CPU kernels, with one thread and three, with gradients, without, and as a stream.
 
 Nothing is compared, the sanitizers alone judge (scripts/sanitize.sh): the tests compare, with code compiled as it is
 installed, and spend nearly all their time on the reference loop.
@@ -6,14 +6,31 @@ installed, and spend nearly all their time on the reference loop.
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
-from cases import DTYPES, inputs, option_cases, shape_cases
+from cases import DTYPES, Case, inputs, option_cases, shape_cases
 from judge import by_backend, forward
 
+import fused_rnn
 from fused_rnn import _C
+
+
+def streamed(case: Case) -> list[torch.Tensor]:
+    """A stream of the case's sizes, with weights of every width it may have."""
+    kind = {"lstm": "LSTM", "gru": "GRU"}.get(case.cell, "RNN")
+    options: dict[str, Any] = {"num_layers": case.layers, "bias": case.bias, "dtype": case.dtype}
+    options |= {"proj_size": case.proj} if case.proj else {}
+    options |= {"nonlinearity": case.cell.removeprefix("rnn_")} if kind == "RNN" else {}
+    module = getattr(fused_rnn, kind)(case.D, case.H, **options)
+    x = torch.randn(case.T, case.B, case.D).to(case.dtype)
+    results = []
+    for weights in (None, "bf16", "int8") if case.dtype == torch.float32 else (None,):
+        stream = module.stream(case.B, weights=weights)
+        results += [stream.step(x[0], out=stream.step(x[0])), stream.steps(x)]
+    return results
 
 
 def main() -> None:
@@ -25,6 +42,7 @@ def main() -> None:
             results = [*by_backend(case, given, "cpu").values()]
             with torch.no_grad():
                 results += forward(case, given, "cpu")
+                results += streamed(case) if case.B else []
             assert all(bool(t.isfinite().all()) for t in results), case
     print(f"{_C.isa()}: {len(cases)} cases, no finding")
 

@@ -14,9 +14,10 @@ import torch
 from click.testing import CliRunner
 
 import fused_rnn
-from fused_rnn import info
+from fused_rnn import info, ops
 from fused_rnn.bench.grid import GRIDS, Grid
 from fused_rnn.bench.readme import BEGIN, END
+from fused_rnn.bench.results import Results
 from fused_rnn.cli import cli
 from fused_rnn.demo import char_lm, show
 from fused_rnn.dispatch import BACKENDS
@@ -71,6 +72,23 @@ def test_bench_writes_files_and_readme(tmp_path: Path, monkeypatch: pytest.Monke
     page.write_text(f"{BEGIN}\n{END}\n")
     assert "tables written" in run("bench", "--readme", str(page), *out)
     assert "**fp32, 1 thread**" in page.read_text()
+
+
+@pytest.mark.skipif(ops.MISSING is not None, reason=str(ops.MISSING))
+def test_bench_of_streams(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fused_rnn.bench.stream.SIZES", (8,))
+    out = ("--out", str(tmp_path))
+    printed = run("bench", "--stream", "--cell", "GRU", "--minutes", "0", *out)
+    assert "GRU H=8" in printed
+    results = Results.load(tmp_path / "stream-fp32-1t.json")
+    (point,) = {point for point, _, _ in results.rows}
+    assert set(results.speedups("stream")) == {point}
+    assert all(row.p50 for row in results.rows.values())
+    Results(results.runs).save(tmp_path / "fp32-1t.json")
+    page = tmp_path / "README.md"
+    page.write_text(f"{BEGIN}\n{END}\n")
+    run("bench", "--readme", str(page), *out)
+    assert f"| GRU, int8 weights | {results.value(point, 'stream int8'):.3g} (" in page.read_text()
 
 
 @pytest.mark.parametrize(
