@@ -4,7 +4,7 @@ Trains the demo's character model (two layers of 256) for some steps, then strea
 of the last layer's output against the stream of float32 weights, as the root of its mean square over that of the
 output and at its largest, and the loss of the model on that text.
 
-    python scripts/stream_accuracy.py [--steps 300] [--characters 20000]
+    python scripts/stream_accuracy.py [--steps 150] [--characters 20000]
 """
 
 import argparse
@@ -43,7 +43,7 @@ def rows(cell: str, steps: int, length: int) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--characters", type=int, default=20_000)
     arguments = parser.parse_args()
     print("| | weights | error, relative | largest error | loss, nats a character |\n|---|---|---|---|---|")

@@ -84,7 +84,7 @@ def test_bench_of_streams(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     (point,) = {point for point, _, _ in results.rows}
     assert set(results.speedups("stream")) == {point}
     assert all(row.p50 for row in results.rows.values())
-    Results(results.runs).save(tmp_path / "fp32-1t.json")
+    results.save(tmp_path / "fp32-1t.json")
     page = tmp_path / "README.md"
     page.write_text(f"{BEGIN}\n{END}\n")
     run("bench", "--readme", str(page), *out)

@@ -465,10 +465,10 @@ def test_mixins_and_keyword_arguments_pass_through(name: str) -> None:
 
 @pytest.mark.parametrize("name", MODULES)
 def test_a_subclass_may_use_names_that_torch_leaves_free(name: str) -> None:
-    """Only names that begin with _fused are ours, but for `backend` and `save`, which may be overridden too."""
+    """Only names that begin with _fused are ours, but for `backend`, `save`, `stream`, which may be overridden too."""
     ours, twin = MODULES[name]
     taken = set(dir(ours)) | set(vars(ours(5, 7)))
-    free = taken - set(dir(twin)) - set(vars(twin(5, 7))) - {"backend", "save", "__prepare_scriptable__"}
+    free = taken - set(dir(twin)) - set(vars(twin(5, 7))) - {"backend", "save", "stream", "__prepare_scriptable__"}
     assert all(key.startswith("_fused") for key in free)
 
     class Saving(ours):  # type: ignore[misc, valid-type]

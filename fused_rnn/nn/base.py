@@ -19,8 +19,8 @@ class Fused(nn.Module):
     """A module that takes the place of its twin, torch.nn's class of the same name.
 
     A call out of the ordinary goes to the twin's own forward, which raises torch's error for it, in the words of the
-    torch installed, or computes what only torch's operators can. All attributes but `backend` and `save` begin with
-    _fused, for users' subclasses have names of their own.
+    torch installed, or computes what only torch's operators can. All attributes but `backend`, `save` and `stream`
+    begin with _fused, for users' subclasses have names of their own.
     """
 
     _fused_twin: ClassVar[type[nn.Module]]
