@@ -79,7 +79,7 @@ def test_bench_of_streams(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr("fused_rnn.bench.stream.SIZES", (8,))
     out = ("--out", str(tmp_path))
     printed = run("bench", "--stream", "--cell", "GRU", "--minutes", "0", *out)
-    assert "GRU H=8" in printed
+    assert "GRU H=8 (µs)" in printed
     results = Results.load(tmp_path / "stream-fp32-1t.json")
     (point,) = {point for point, _, _ in results.rows}
     assert set(results.speedups("stream")) == {point}

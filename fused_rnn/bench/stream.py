@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 
 import fused_rnn
@@ -120,10 +119,9 @@ def execute(cells: Sequence[str], threads: int, budget_s: float, out: Path, cons
 
 
 def _print(console: Console, results: Results, point: Point) -> None:
-    line = Table.grid(padding=(0, 2))
     names = (STEP_BASELINE, BASELINE, "auto", *STREAMS, FLOOR)
-    line.add_row(f"{point.cell} H={point.H}", *(f"{name} {results.value(point, name):.4g} µs" for name in names))
-    console.print(line)
+    times = "  ".join(f"{name} {results.value(point, name):.4g}" for name in names)
+    console.print(f"{point.cell} H={point.H} (µs)  {times}", soft_wrap=True)
 
 
 def table(results: Results) -> str:
