@@ -183,8 +183,11 @@ class Calls:
         if key not in self.first:
             self.first[key] = (copy.deepcopy(module), _detached(args), _detached(kwargs))
 
-    def seconds(self, repeats: int = 15) -> tuple[float, float]:
-        """torch.nn's and our seconds for all calls, forward and, where there was a gradient, backward."""
+    def seconds(self, repeats: int = 9, together: int = 8) -> tuple[float, float]:
+        """torch.nn's and our seconds for all calls, forward and, where there was a gradient, backward.
+
+        Several calls go into one backward, whose start would else be much of what a single step takes.
+        """
         totals = [0.0, 0.0]
         for key, (module, args, kwargs) in self.first.items():
             pair = [module, fused_rnn.convert(copy.deepcopy(module))]
@@ -192,8 +195,8 @@ class Calls:
             for number in range(repeats):
                 for i in (0, 1) if number % 2 else (1, 0):
                     start = time.process_time()
-                    _call(pair[i], args, kwargs, grad=key[2], into_input=key[3])
-                    times[i].append(time.process_time() - start)
+                    _call(pair[i], args, kwargs, together, grad=key[2], into_input=key[3])
+                    times[i].append((time.process_time() - start) / together)
             for i in (0, 1):
                 totals[i] += self.counts[key] * median(times[i][2:])
         return totals[0], totals[1]
@@ -209,15 +212,16 @@ def _detached(value: Any) -> Any:
     return {key: _detached(v) for key, v in value.items()} if isinstance(value, dict) else value
 
 
-def _call(module: nn.Module, args: Any, kwargs: Any, grad: bool, into_input: bool) -> None:
+def _call(module: nn.Module, args: Any, kwargs: Any, times: int, grad: bool, into_input: bool) -> None:
     data = args[0].data if isinstance(args[0], PackedSequence) else args[0]
+    data.requires_grad_(into_input)
     with torch.set_grad_enabled(grad):
-        data.requires_grad_(into_input)
-        y, _ = module(*args, **kwargs)
-        if grad:
-            (y.data if isinstance(y, PackedSequence) else y).sum().backward()
-            module.zero_grad()
-            data.grad = None
+        ys = [module(*args, **kwargs)[0] for _ in range(times)]
+    if grad:
+        outputs = [y.data if isinstance(y, PackedSequence) else y for y in ys]
+        torch.autograd.backward(outputs, [torch.ones_like(y) for y in outputs])
+        module.zero_grad()
+        data.grad = None
 
 
 def compare(name: str, steps: int | None = None, repeats: int = 3) -> dict[str, Any]:
