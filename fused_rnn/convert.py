@@ -80,7 +80,8 @@ def to_torch(model: M) -> M:
     """Turn every module of ours in `model` into torch.nn's of the same name, in place.
 
     The inverse of :func:`convert`, for exporters and tools that look for torch.nn's classes. `backend` and `save` are
-    forgotten; lengths and reset have no place in torch.nn's forward.
+    forgotten; lengths and reset have no place in torch.nn's forward. A class that somebody derived from ours is left
+    as it is, with a UserWarning that names the module.
 
     Args:
         model: any module.
@@ -95,12 +96,19 @@ def to_torch(model: M) -> M:
         >>> type(fused_rnn.to_torch(fused_rnn.GRU(8, 16)))
         <class 'torch.nn.modules.rnn.GRU'>
     """
-    for _, module in _modules(model):
-        theirs = _theirs(type(module), is_parametrized(module))
+    for name, module in _modules(model):
+        kind = type(module)
+        theirs = _theirs(kind, is_parametrized(module))
         if theirs is not None:
             module.__class__ = theirs
             module.__dict__.pop("_fused_backend", None)
             module.__dict__.pop("_fused_save", None)
+        elif isinstance(module, Fused):
+            warnings.warn(
+                f"to_torch: {name or 'the model'} is a {kind.__module__}.{kind.__qualname__}, derived from fused_rnn's "
+                "class, and is left as it is",
+                stacklevel=2,
+            )
     return model
 
 
@@ -160,7 +168,7 @@ def _reparametrized(kind: type[nn.Module], base: type[nn.Module] | None) -> type
     if base is None:
         return None
     own = {key: value for key, value in vars(kind).items() if key not in ("__dict__", "__weakref__")}
-    return new_class(kind.__name__, (base,), exec_body=lambda namespace: namespace.update(own))
+    return _class(kind.__name__, (base,), own)
 
 
 class _Derived:
@@ -183,9 +191,15 @@ def _derived(kind: type[nn.Module]) -> type[nn.Module]:
     torch.nn's.
     """
     twin = next(twin for twin in _TO_OURS if issubclass(kind, twin))
-    both = new_class(twin.__name__, (_Derived, _TO_OURS[twin], twin))
+    both = _class(twin.__name__, (_Derived, _TO_OURS[twin], twin), {"__module__": __name__})
     own = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "_fused_from": kind}
-    return new_class(kind.__name__, (kind, both), exec_body=lambda namespace: namespace.update(own))
+    return _class(kind.__name__, (kind, both), own)
+
+
+def _class(name: str, bases: tuple[type, ...], own: dict[str, Any]) -> type[nn.Module]:
+    """A class made at run time, of whatever metaclass its bases have."""
+    made: type[nn.Module] = new_class(name, bases, exec_body=lambda namespace: namespace.update(own))
+    return made
 
 
 def _blank(kind: type[nn.Module]) -> nn.Module:
