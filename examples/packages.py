@@ -224,7 +224,7 @@ def _call(module: nn.Module, args: Any, kwargs: Any, times: int, grad: bool, int
         data.grad = None
 
 
-def compare(name: str, steps: int | None = None, repeats: int = 3) -> dict[str, Any]:
+def compare(name: str, steps: int | None = None, repeats: int = 5) -> dict[str, Any]:
     """Train both, taking turns; prints and returns what came out."""
     train, usual = PACKAGES[name]
     steps = steps or usual
@@ -240,7 +240,7 @@ def compare(name: str, steps: int | None = None, repeats: int = 3) -> dict[str, 
     theirs, ours = map(np.array, curves)
     difference = float(np.max(np.abs(ours - theirs) / np.maximum(np.abs(theirs), 1e-3)))
     whole, part = (median(times[0]), median(times[1])), calls.seconds()
-    print(f"{name} {version(name)}: {train.__doc__.splitlines()[0]}")
+    print(f"{name} {version(name)}: {train.__doc__.splitlines()[0]}", flush=True)
     print(f"  last loss    torch.nn {theirs[-1]:.6f}   fused_rnn {ours[-1]:.6f}   largest difference {difference:.1e}")
     for what, (a, b) in (("training", whole), ("recurrence", part)):
         print(f"  {what:<12} torch.nn {a:8.2f} s   fused_rnn {b:8.2f} s   {a / b:.2f}×")
@@ -259,7 +259,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("package", nargs="*", choices=[[], *PACKAGES], help="default: all")
     parser.add_argument("--steps", type=int, help="of training; default: some for each")
-    parser.add_argument("--repeats", type=int, default=3, help="trainings of each kind (default: 3)")
+    parser.add_argument("--repeats", type=int, default=5, help="trainings of each kind (default: 5)")
     parser.add_argument("--json", type=Path, help="where to write the figures")
     options = parser.parse_args()
     logging.disable(logging.WARNING)  # the packages' own
