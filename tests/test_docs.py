@@ -14,8 +14,6 @@ from typing import Any
 
 import pytest
 import torch
-from sybil import Sybil
-from sybil.parsers.myst import PythonCodeBlockParser, SkipParser
 
 import fused_rnn
 
@@ -52,8 +50,11 @@ def public(name: str) -> Any:
 @pytest.mark.parametrize("page", [ROOT / "README.md", *PAGES], ids=lambda page: page.stem)
 def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In order, in one namespace, in an empty folder; with prompts, what they print is compared."""
+    sybil = pytest.importorskip("sybil", reason="pip install '.[test]'")
+    myst = import_module("sybil.parsers.myst")
     monkeypatch.chdir(tmp_path)
-    document = Sybil([PythonCodeBlockParser(doctest_optionflags=FLAGS), SkipParser()]).parse(page)
+    parsers = [myst.PythonCodeBlockParser(doctest_optionflags=FLAGS), myst.SkipParser()]
+    document = sybil.Sybil(parsers).parse(page)
     if page.stem == "README":
         exec(README_NAMES, document.namespace)
     for example in document.examples():
