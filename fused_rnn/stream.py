@@ -40,8 +40,7 @@ class Stream:
     A returned tensor is the caller's own; later steps leave it alone. One stream belongs to one thread at a time;
     several streams may run in several threads. A stream that is copied or pickled reads the weights anew.
 
-    Examples::
-
+    Examples:
         >>> stream = fused_rnn.GRU(10, 20).stream(batch_size=3)
         >>> y_t = stream.step(torch.randn(3, 10))
         >>> y = stream.steps(torch.randn(5, 3, 10))
@@ -96,9 +95,14 @@ class Stream:
     def step(self, x_t: Tensor, *, out: Tensor | None = None) -> Tensor:
         """One step: x_t [B, D] → y_t [B, P], the last layer's output, of the module's dtype and device.
 
-        out: [B, P], where to put y_t, which saves its allocation. It is returned, and may be x_t itself.
-        Raises ValueError naming x_t or out where shape, dtype or device do not fit; TypeError for what is no plain
-            tensor; RuntimeError if a gradient is asked for, or a torch.func transform is under way.
+        Args:
+            x_t: [B, D], of the module's dtype and device.
+            out: [B, P], where to put y_t, which saves its allocation. It is returned, and may be x_t itself.
+
+        Raises:
+            ValueError: naming x_t or out where shape, dtype or device do not fit.
+            TypeError: for what is no plain tensor.
+            RuntimeError: if a gradient is asked for, or a torch.func transform is under way.
         """
         if self._quick is not None and not is_compiling():
             y = self._quick(x_t, out)
@@ -150,7 +154,7 @@ class Stream:
 
     @property
     def state(self) -> State:
-        """A copy of the state: h [L, B, P], for an LSTM (h, c [L, B, H]), of the module's dtype. Setting copies too."""
+        """A copy of the state, h [L, B, P], for an LSTM (h, c [L, B, H]), of the module's dtype. Setting copies too."""
         h = self._h.to(self.dtype, copy=True)
         return h if self._c is None else (h, self._c.to(self.dtype, copy=True))
 

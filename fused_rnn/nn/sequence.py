@@ -100,14 +100,20 @@ class Recurrent(Fused, nn.RNNBase):
     def stream(self, batch_size: int = 1, *, weights: str | None = None) -> Stream:
         """These layers for steps that arrive one by one: an object that holds the state and packed weights.
 
-        batch_size: how many sequences run side by side.
-        weights: None keeps the weights as they are and gives this module's numbers in eval mode; "bf16" or "int8"
-            (with a scale for each row) keeps the copy of a float32 module's weights in two bytes or one, on the CPU.
+        Args:
+            batch_size: how many sequences run side by side.
+            weights: None keeps the weights as they are and gives this module's numbers in eval mode; "bf16" or "int8"
+                (with a scale for each row) keeps the copy of a float32 module's weights in two bytes or one, on the
+                CPU.
 
-        Returns a :class:`fused_rnn.stream.Stream` on a copy of the weights, which only its `refresh()` renews.
-        Raises ValueError for a bidirectional module, whose other direction starts at the end of the sequence, and for
-        arguments that do not fit; RuntimeError in training mode with dropout, which a stream does not apply;
-        NotImplementedError for weights="bf16" or "int8" on another backend.
+        Returns:
+            A :class:`~fused_rnn.Stream` on a copy of the weights, which only its `refresh()` renews.
+
+        Raises:
+            ValueError: for a bidirectional module, whose other direction starts at the end of the sequence, and for
+                arguments that do not fit.
+            RuntimeError: in training mode with dropout, which a stream does not apply.
+            NotImplementedError: for weights="bf16" or "int8" on another backend.
         """
         if self.bidirectional:
             raise ValueError("bidirectional: got True, expected False: its other direction starts at the last step")
