@@ -193,7 +193,7 @@ def test_tests_that_hang_or_lose_the_gpu_cost_themselves_alone(
     file.write_text(TESTS)
     monkeypatch.setattr(gpu_tests, "LANES", {"kernels": ((str(file),), 2)})
     monkeypatch.setattr(gpu_tests, "SECONDS", 3)
-    monkeypatch.setattr(sys, "argv", ["gpu_tests.py", "--out", str(out), "--minutes", "1", "-W", "ignore"])
+    monkeypatch.setattr(sys, "argv", ["gpu_tests.py", "--out", str(out), "--minutes", "5", "-W", "ignore"])
     assert gpu_tests.main() == 1
     outcomes = {o.test.partition("::test_")[2]: o for o in gpu_tests.read(out)}
     assert {name: o.outcome for name, o in outcomes.items()} == {
@@ -230,7 +230,7 @@ def test_tests_that_cannot_be_collected_are_told(
     gpu_tests = _module("gpu_tests")
     (tmp_path / "test_broken.py").write_text("import a_package_that_is_not_there\n")
     monkeypatch.setattr(gpu_tests, "LANES", {"broken": ((str(tmp_path / "test_broken.py"),), 1)})
-    monkeypatch.setattr(sys, "argv", ["gpu_tests.py", "--out", str(tmp_path / "out"), "--minutes", "1"])
+    monkeypatch.setattr(sys, "argv", ["gpu_tests.py", "--out", str(tmp_path / "out"), "--minutes", "5"])
     assert gpu_tests.main() == 1
     assert capsys.readouterr().out.splitlines()[-1] == "0 passed, 0 failed, 0 skipped; not to their end: broken-0"
     assert "a_package_that_is_not_there" in (tmp_path / "out" / "broken-0.log").read_text()
