@@ -32,6 +32,7 @@ README_NAMES = """
 import torch, fused_rnn
 D, H, T, B = 3, 5, 7, 2
 x, h_0, lengths, reset = torch.randn(T, B, D), torch.randn(1, B, H), torch.tensor([7, 4]), torch.zeros(T, B).bool()
+x_t = x[0]
 model = torch.nn.Sequential(torch.nn.LSTM(D, H))
 somebody_elses_model = lambda: torch.nn.GRU(D, H)
 """
