@@ -5,7 +5,7 @@
 #   TORCH= VENV=path        an environment that exists, with its torch
 #   PYTEST_ARGS, BENCH_ARGS, DEMO_ARGS, CUBIN_ARGS, GPU_ARGS    handed on
 #   WHEEL_TORCH='torch==2.11.0 torch'       the torches (or pythons that have one) beside which make wheel-check tests the wheel
-#   FUSED_RNN_CUDA=auto|0|1, TORCH_CUDA_ARCH_LIST, MAX_JOBS    the CUDA kernels: see setup.py
+#   FUSED_RNN_CUDA=auto|0|1, FUSED_RNN_CUDA_DEBUG, TORCH_CUDA_ARCH_LIST, MAX_JOBS    the CUDA kernels: see setup.py
 #   OUT=build/gpu           where make gpu writes
 
 SHELL       := /bin/bash
@@ -26,7 +26,7 @@ PIP         := $(BIN)/python -m pip --disable-pip-version-check
 hash         = $(firstword $(shell $(1) | sha256sum))
 SOURCES     := $(sort $(shell find csrc -type f 2>/dev/null)) setup.py pyproject.toml
 ENV_STAMP   := $(VENV)/.env-$(call hash,echo '$(PYTHON)' '$(TORCH)')
-BUILD_STAMP := $(VENV)/.build-$(call hash,{ cat $(SOURCES); echo '$(FUSED_RNN_CUDA) $(TORCH_CUDA_ARCH_LIST)'; })
+BUILD_STAMP := $(VENV)/.build-$(call hash,{ cat $(SOURCES); echo '$(FUSED_RNN_CUDA) $(FUSED_RNN_CUDA_DEBUG) $(TORCH_CUDA_ARCH_LIST)'; })
 # extra-NAME: what pyproject.toml's extra of that name asks for is there
 EXTRA_STAMP  = $(VENV)/.extra-$(1)-$(call hash,cat pyproject.toml)
 

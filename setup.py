@@ -1,6 +1,7 @@
 """Builds fused_rnn._C: the CPU loops once per instruction set, the ops on LibTorch's stable ABI. And fused_rnn._cuda,
 the CUDA loops, if FUSED_RNN_CUDA=1, or with auto where nvcc is and torch is a CUDA build, GPU or not; the architectures
-are TORCH_CUDA_ARCH_LIST's. MAX_JOBS: compilers at a time."""
+are TORCH_CUDA_ARCH_LIST's. FUSED_RNN_CUDA_DEBUG=1: a CTA that waits 2 s for another one fails the kernel and says so,
+where it would hang the GPU. MAX_JOBS: compilers at a time."""
 
 from __future__ import annotations
 
@@ -42,6 +43,8 @@ NVCC = shutil.which("nvcc") or shutil.which("nvcc", path=os.environ.get("CUDA_HO
 WANTED = os.environ.get("FUSED_RNN_CUDA", "auto")
 ARCHITECTURES = os.environ.get("TORCH_CUDA_ARCH_LIST") or "8.0 8.6 8.9 9.0a 10.0 12.0+PTX"
 NVCC_FLAGS = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+if os.environ.get("FUSED_RNN_CUDA_DEBUG") == "1":
+    NVCC_FLAGS.append("-DFUSED_RNN_BOUNDED_SPINS")
 NUMBERS = ("bf16", "f16", "tf32", "ieee", "f64")
 
 
@@ -60,7 +63,8 @@ class Build(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         cuda = ext.name.endswith("_cuda")
-        place = Path(self.build_temp, re.sub(r"\W", "-", ARCHITECTURES)) if cuda else Path(self.build_temp)
+        own = re.sub(r"\W", "-", " ".join([ARCHITECTURES, *NVCC_FLAGS[5:]]))
+        place = Path(self.build_temp, own) if cuda else Path(self.build_temp)
 
         def compile_one(unit: tuple[str, str]) -> list[str]:
             source, number = unit

@@ -17,22 +17,32 @@ _KIB = 1024
 
 
 class Device(NamedTuple):
-    """What a plan depends on. arch: 90 for sm_90. shared: bytes that a CTA may have. max_cluster: 1 for no clusters."""
+    """What a plan depends on.
+
+    arch: 90 for sm_90.  shared: bytes that a CTA may have.  clusters: at place n - 1 how many clusters of n CTAs are
+    resident together, each CTA on a multiprocessor of its own; () for no clusters.
+    """
 
     arch: int
     multiprocessors: int
     shared: int
-    max_cluster: int
+    clusters: tuple[int, ...] = ()
 
 
-# A common part of each architecture, full-size: NVIDIA's data sheets and the CUDA C++ Programming Guide.
+def _clusters(largest: int, *gpcs: int) -> tuple[int, ...]:
+    """A cluster stays within a GPC. gpcs: multiprocessors of each. A GPU itself is asked how many it really has."""
+    return tuple(sum(gpc // size for gpc in gpcs) for size in range(1, largest + 1))
+
+
+# A common part of each architecture, full-size: NVIDIA's data sheets and the CUDA C++ Programming Guide. Which GPCs
+# lack how many multiprocessors differs from one GPU to the next: these are likely.
 DEVICES = {
-    "sm_80": Device(80, 108, 163 * _KIB, 1),  # A100
-    "sm_86": Device(86, 82, 99 * _KIB, 1),  # RTX 3090
-    "sm_89": Device(89, 128, 99 * _KIB, 1),  # RTX 4090
-    "sm_90": Device(90, 132, 227 * _KIB, 16),  # H100, H200
-    "sm_100": Device(100, 148, 227 * _KIB, 16),  # B200
-    "sm_120": Device(120, 170, 99 * _KIB, 8),  # RTX 5090
+    "sm_80": Device(80, 108, 163 * _KIB),  # A100
+    "sm_86": Device(86, 82, 99 * _KIB),  # RTX 3090
+    "sm_89": Device(89, 128, 99 * _KIB),  # RTX 4090
+    "sm_90": Device(90, 132, 227 * _KIB, _clusters(16, *6 * [16], *2 * [18])),  # H100, H200
+    "sm_100": Device(100, 148, 227 * _KIB, _clusters(16, *6 * [18], *2 * [20])),  # B200
+    "sm_120": Device(120, 170, 99 * _KIB, _clusters(8, *8 * [16], *3 * [14])),  # RTX 5090
 }
 
 
@@ -58,7 +68,7 @@ class Plan:
         units: hidden units of a member.
         rows: of the batch, for each team.
         warps: of a member, as groups of rows of the product × shares of its depth.
-        threads: of a member.
+        threads: of a member; those beyond its warps have cells, and no part in the product.
         shared: bytes of shared memory of a member.
         tiles: of the batch.
         tiles_at_once: how many of them run beside each other.
@@ -116,7 +126,7 @@ def read(native: Any, number: str, device: Device) -> Plan:
     )  # fmt: skip
 
 
-def _device(device: str | torch.device | tuple[int, int, int, int] | None) -> Device:
+def _device(device: str | torch.device | tuple[int, int, int, tuple[int, ...]] | None) -> Device:
     if isinstance(device, tuple):
         return Device(*device)
     if device is None and not torch.cuda.is_available():
@@ -127,13 +137,14 @@ def _device(device: str | torch.device | tuple[int, int, int, int] | None) -> De
     if where.type != "cuda":
         raise ValueError(
             f"device: got {device!r}, expected a CUDA device, one of {', '.join(DEVICES)}, "
-            "or (arch, multiprocessors, shared, max_cluster)"
+            "or (arch, multiprocessors, shared, clusters)"
         )
     properties = torch.cuda.get_device_properties(where)
     arch = 10 * properties.major + properties.minor
     likely = next(known for known in reversed(DEVICES.values()) if known.arch <= max(arch, 80))
     shared = getattr(properties, "shared_memory_per_block_optin", likely.shared)
-    return Device(arch, properties.multi_processor_count, shared, likely.max_cluster)
+    count = properties.multi_processor_count
+    return Device(arch, count, shared, tuple(n * count // likely.multiprocessors for n in likely.clusters))
 
 
 def plan(
@@ -145,7 +156,7 @@ def plan(
     tf32: bool | None = None,
     recurrences: int = 1,
     backward: bool = False,
-    device: str | torch.device | tuple[int, int, int, int] | None = None,
+    device: str | torch.device | tuple[int, int, int, tuple[int, ...]] | None = None,
     exchange: str | None = None,
     members: int = 0,
     rows: int = 0,
@@ -163,8 +174,8 @@ def plan(
         recurrences: R, 2 for a bidirectional layer.
         backward: the loop of the gradients instead of the forward one.
         device: "cuda:0", or an architecture ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120": a full-size part
-            of each), or (arch, multiprocessors, shared bytes a CTA, CTAs a cluster). None: the current GPU, or where
-            there is none "sm_90".
+            of each), or (arch, multiprocessors, shared bytes a CTA, clusters): at place n - 1 of the last, how many
+            clusters of n CTAs are resident together. None: the current GPU, or where there is none "sm_90".
         exchange: insist on "cta", "cluster" or "grid".
         members: insist on CTAs of a team.
         rows: insist on rows of the batch a team.

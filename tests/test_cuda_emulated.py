@@ -5,6 +5,7 @@ Loops alone, against float64 loops: what is around them (products over all steps
 
 from __future__ import annotations
 
+import functools
 import shutil
 import subprocess
 import sys
@@ -16,14 +17,19 @@ from cuda_emulated import build, cases, mistakes
 DRIVER = Path(build.__file__).parent / "drive.py"
 pytestmark = pytest.mark.skipif(shutil.which(build.CXX) is None, reason=f"no {build.CXX}")
 
-# Every cell in the 16-bit product and in plain float32; the other products where two cells differ most.
-SANITIZED = [
-    *((cell, number) for cell in build.CELLS for number in ("bf16", "ieee")),
-    ("lstm", "f16"),
-    ("gru", "tf32"),
-    ("gru", "f64"),
-]
+# Every cell in every number, and of these six with all of their tiles, not the smallest alone.
+SANITIZED = [(cell, number) for cell in build.CELLS for number in build.NUMBERS]
+ALL_TILES = {
+    *(("lstm", "bf16"), ("gru", "bf16"), ("rnn_tanh", "bf16")),
+    *(("gru", "tf32"), ("lstm", "ieee"), ("rnn_relu", "ieee")),
+}
+SMALLEST = {kernel for kernel in SANITIZED if kernel not in ALL_TILES and kernel[1] != "f64"}
 SEEDS = 2  # the cases share no schedule: each new one meets others
+
+
+@functools.cache
+def sanitized() -> list[cases.Case]:
+    return cases.pairwise(SANITIZED, SMALLEST, seed=1)
 
 
 def drive(flavour: str, library: Path, told: list[cases.Case], seeds: int, folder: Path, cut: str = "") -> str:
@@ -42,24 +48,34 @@ def drive(flavour: str, library: Path, told: list[cases.Case], seeds: int, folde
 
 @pytest.mark.parametrize("kernel", SANITIZED, ids="-".join)
 def test_address_and_undefined_behaviour(kernel: tuple[str, str], tmp_path: Path) -> None:
-    library = build.module("asan", build.Instance(*kernel))
-    told = [case for case in cases.pairwise(SANITIZED, seed=1) if (case.cell, case.number) == kernel]
+    library = build.module("asan", build.Instance(*kernel, smallest=kernel in SMALLEST))
+    told = [case for case in sanitized() if (case.cell, case.number) == kernel]
     assert told
     assert not (found := drive("asan", library, told, SEEDS, tmp_path)), found
 
 
-@pytest.mark.parametrize("cell", ["lstm", "gru"])
-def test_races(cell: str, tmp_path: Path) -> None:
-    library = build.module("races", build.Instance(cell, "bf16"))
-    told = cases.pairwise([(cell, "bf16")], seed=2, small=True)
+@pytest.mark.parametrize("kernel", [("lstm", "bf16"), ("gru", "bf16"), ("rnn_tanh", "tf32")], ids="-".join)
+def test_races(kernel: tuple[str, str], tmp_path: Path) -> None:
+    is_smallest = kernel in SMALLEST
+    library = build.module("races", build.Instance(*kernel, smallest=is_smallest))
+    told = cases.pairwise([kernel], {kernel} if is_smallest else set(), seed=2, small=True)
     assert not (found := drive("races", library, told, 1, tmp_path)), found
 
 
 def test_cases_are_many() -> None:
-    """Of every exchange and of every way to save, for the forward loop and the one backward."""
-    told = cases.pairwise(SANITIZED, seed=1)
-    for name, choices in {**cases.CHOICES, "H": (1, 3, 17, 130, 245)}.items():
-        assert {getattr(case, name) for case in told} >= set(choices), name
+    """Every cell and number meets every exchange, every length of a loop, and so on."""
+    told = sanitized()
+    for kernel in SANITIZED:
+        met = [case for case in told if (case.cell, case.number) == kernel]
+        for name in ("exchange", "T", "B", "directions", "lengths", "reset", "save", "every"):
+            choices = set(cases.CHOICES[name])
+            if kernel[1] == "f64" and name == "exchange":
+                choices = {"stepwise"}
+            if kernel[0].startswith("rnn") and name == "save":
+                choices -= {"recompute"}
+            assert {getattr(case, name) for case in met} >= choices, (kernel, name)
+    assert {case.H for case in told} >= set(cases.CHOICES["H"])
+    assert {case.rows for case in told} == {8, 16, 32}
 
 
 @pytest.mark.parametrize("cut", ["y", "h_n", "saved", "dgates"])

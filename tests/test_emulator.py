@@ -105,17 +105,34 @@ def test_the_instructions_are_those_meant(folder: Path, architecture: str) -> No
     ]
     cluster = [
         "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32",
-        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64",
+        "mbarrier.try_wait.parity.relaxed.cluster.shared::cta.b64",
+        "fence.acquire.sync_restrict::shared::cluster.cluster",
         "mbarrier.arrive.expect_tx.shared::cta.b64",
         "fence.mbarrier_init.release.cluster",
         "mapa.shared::cluster.u32",
-        "barrier.cluster.arrive.release.aligned",
+        "barrier.cluster.arrive.release",
     ]
     assert [line for line in wanted if line not in text] == []
     if architecture in ("80", "86", "89"):
         assert "mbarrier" not in text and "cluster" not in text
     else:
         assert [line for line in cluster if line not in text] == []
+    assert "globaltimer" not in text  # waits are bounded in a build for debugging alone
+
+
+@needs_nvcc
+def test_a_build_for_debugging_bounds_its_waits(folder: Path) -> None:
+    """FUSED_RNN_CUDA_DEBUG=1, as setup.py hands it on: a wait of 2 s ends in a message and an error."""
+    program = folder / "bounded.ptx"
+    done = call(
+        *["nvcc", "-x", "cu", "-std=c++17", "-I", ROOT / "csrc", "-Werror", "all-warnings", "-ptx", "-arch=sm_90a"],
+        *["-DFUSED_RNN_BOUNDED_SPINS", SOURCES / "primitives_test.cpp", "-o", program],
+    )
+    assert done.returncode == 0, done.stdout
+    text = program.read_text()
+    assert "globaltimer" in text
+    assert "__assertfail" in text
+    assert "FUSED_RNN_BOUNDED_SPINS" in (ROOT / "setup.py").read_text()
 
 
 @needs_nvcc

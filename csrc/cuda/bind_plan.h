@@ -1,6 +1,10 @@
 // The planner in Python: in the CUDA module and, so that it can be asked on any machine, in the CPU one.
 #pragma once
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <vector>
 
 #include "plan.h"
 
@@ -10,12 +14,20 @@ inline void bind_plan(pybind11::module_& m) {
   namespace py = pybind11;
   // Local to the module: two modules that are loaded together may both have them.
   py::class_<Device>(m, "Device", py::module_local())
-      .def(py::init([](int arch, int multiprocessors, int64_t shared, int max_cluster) { return Device{arch, multiprocessors, shared, max_cluster}; }),
-           py::arg("arch"), py::arg("multiprocessors"), py::arg("shared"), py::arg("max_cluster"))
+      .def(py::init([](int arch, int multiprocessors, int64_t shared, const std::vector<int>& clusters) {
+             Device device{arch, multiprocessors, shared};
+             if (clusters.size() > kLargestCluster)
+               throw py::value_error("clusters: got " + std::to_string(clusters.size()) + " sizes, expected at most " +
+                                     std::to_string(kLargestCluster));
+             std::copy(clusters.begin(), clusters.end(), device.clusters);
+             return device;
+           }),
+           py::arg("arch"), py::arg("multiprocessors"), py::arg("shared"), py::arg("clusters"))
       .def_readonly("arch", &Device::arch)
       .def_readonly("multiprocessors", &Device::multiprocessors)
       .def_readonly("shared", &Device::shared)
-      .def_readonly("max_cluster", &Device::max_cluster);
+      .def_property_readonly(
+          "clusters", [](const Device& d) { return py::tuple(py::cast(std::vector<int>(d.clusters, d.clusters + kLargestCluster))); });
   py::class_<Plan>(m, "Plan", py::module_local())
       .def_property_readonly("exchange", [](const Plan& p) { return int(p.team.exchange); })
       .def_property_readonly("members", [](const Plan& p) { return p.team.members; })
@@ -28,19 +40,23 @@ inline void bind_plan(pybind11::module_& m) {
       .def_readonly("tiles", &Plan::tiles)
       .def_readonly("tiles_at_once", &Plan::tiles_at_once)
       .def_readonly("waves", &Plan::waves)
-      .def_property_readonly("cycles", [](const Plan& p) {
-        py::dict parts;
-        parts["product"] = p.cycles.product;
-        parts["loads"] = p.cycles.loads;
-        parts["activations"] = p.cycles.activations;
-        parts["exchange"] = p.cycles.exchange;
-        return parts;
-      })
+      .def_property_readonly("cycles",
+                             [](const Plan& p) {
+                               py::dict parts;
+                               parts["product"] = p.cycles.product;
+                               parts["loads"] = p.cycles.loads;
+                               parts["activations"] = p.cycles.activations;
+                               parts["exchange"] = p.cycles.exchange;
+                               return parts;
+                             })
       .def_readonly("refusal", &Plan::refusal);
-  m.def("make_plan", [](int number, bool backward, int gates, int64_t B, int64_t H, int64_t R, const Device& device, int exchange, int members, int rows) {
-    return make_plan({NumberKind(number), backward, gates, B, H, R, exchange, members, rows}, device);
-  }, py::arg("number"), py::arg("backward"), py::arg("gates"), py::arg("B"), py::arg("H"), py::arg("R"), py::arg("device"), py::arg("exchange") = -1,
-     py::arg("members") = 0, py::arg("rows") = 0);
+  m.def(
+      "make_plan",
+      [](int number, bool backward, int gates, int64_t B, int64_t H, int64_t R, const Device& device, int exchange, int members, int rows) {
+        return make_plan({NumberKind(number), backward, gates, B, H, R, exchange, members, rows}, device);
+      },
+      py::arg("number"), py::arg("backward"), py::arg("gates"), py::arg("B"), py::arg("H"), py::arg("R"), py::arg("device"),
+      py::arg("exchange") = -1, py::arg("members") = 0, py::arg("rows") = 0);
 }
 
 }  // namespace fused_rnn::cuda

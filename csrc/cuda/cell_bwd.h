@@ -22,45 +22,48 @@ class BackwardCell {
   }
 
   // Asks for what `run` of this step reads from memory, as soon as the step after it has run: it arrives behind the exchange and
-  // the product.
+  // the product. All of it stays as it lay in memory until `run`: a conversion here would wait for it.
   FUSED_RNN_DEVICE void fetch(const BackwardLoop& p, const Walk& walk, int step) {
-    reaches_ = live_;
+    reaches_ = live();
     if (step < p.steps.step0) return;
     const int t = walk.time(step), local = t - walk.first_time;
     valid_ = at.valid(t);
-    live_ = at.live(p.steps, t);
     if (!valid_) return;
+    reset_ = at.reset(p.steps, t);
     const int i = at.in_step(p.steps, 1);
     const Storage* kept = static_cast<const Storage*>(p.saved) + steps_size(p.steps, local, Cell::saved) + at.in_step(p.steps, Cell::saved);
     FUSED_RNN_UNROLL
     for (int s = 0; s < Cell::saved; ++s) kept_[s] = kept[s * p.steps.H];
     if (p.dy) dy_ = static_cast<const Storage*>(p.dy)[steps_size(p.steps, t, 1) + i];
     const int64_t here = steps_size(p.steps, Cell::has_cell ? local : t, 1) + i;
-    if (kState) state_ = state(p, p.states, here);
-    if (!kBefore || !live_) return;
+    if (kState) state_.load(p, p.states, here);
+    if (!kBefore) return;
     const bool first = walk.starts(t, at.length) || (Cell::has_cell && step == p.steps.window0);
     const int64_t back = steps_size(p.steps, walk.backwards ? 1 : -1, 1);
-    before_ = first ? state(p, p.first_state, at.in_state(p.steps)) : state(p, p.states, here + back);
+    before_.load(p, first ? p.first_state : p.states, first ? at.in_state(p.steps) : here + back);
   }
   // What the step after the last one here left to it: for a loop that goes on where another one ended.
   FUSED_RNN_DEVICE void resume(const BackwardLoop& p, const Walk& walk) {
-    if (p.steps.step1 < p.steps.T) live_ = at.live(p.steps, walk.time(p.steps.step1));
+    if (p.steps.step1 >= p.steps.T) return;
+    const int t = walk.time(p.steps.step1);
+    valid_ = at.valid(t);
+    if (valid_) reset_ = at.reset(p.steps, t);
   }
 
   // product: dgates_{t+1} W_hh, the recurrent side; it counts only where the state entered that step.
   FUSED_RNN_DEVICE void add(Acc product) { dh_ += reaches_ ? product : Acc(0); }
-  FUSED_RNN_DEVICE void run() {
+  FUSED_RNN_DEVICE void run(const BackwardLoop& p) {
     FUSED_RNN_UNROLL
     for (int g = 0; g < kGradients; ++g) d_[g] = 0;
     if (!valid_) return;  // over, or not begun: gradients pass unchanged
     Acc kept[Cell::saved > 0 ? Cell::saved : 1];
     FUSED_RNN_UNROLL
     for (int s = 0; s < Cell::saved; ++s) kept[s] = widen(kept_[s]);
-    const Acc before = live_ ? before_ : Acc(0);
-    Acc dh = dh_ + widen(dy_), carry, h = state_, dc = dc_;
-    Cell::template backward<Math>(kept, before, state_, before, h, dh, dc, carry, d_);
-    dh_ = live_ ? carry : Acc(0);
-    if (Cell::has_cell) dc_ = live_ ? dc : Acc(0);
+    const Acc state = state_.value(p), before = live() ? before_.value(p) : Acc(0);
+    Acc dh = dh_ + widen(dy_), carry, h = state, dc = dc_;
+    Cell::template backward<Math>(kept, before, state, before, h, dh, dc, carry, d_);
+    dh_ = live() ? carry : Acc(0);
+    if (Cell::has_cell) dc_ = live() ? dc : Acc(0);
   }
 
   // Gradient g of the recurrent side, as it is stored and as the next product reads it.
@@ -81,15 +84,37 @@ class BackwardCell {
   }
 
  private:
-  FUSED_RNN_DEVICE static Acc state(const BackwardLoop& p, const void* from, int64_t i) {
-    return p.states_are_wide ? static_cast<const Acc*>(from)[i] : Acc(widen(static_cast<const Storage*>(from)[i]));
-  }
+  // A state as it lies in memory: in the accumulation type or, narrower, in the storage type.
+  class State {
+   public:
+    FUSED_RNN_DEVICE void load(const BackwardLoop& p, const void* from, int64_t i) {
+      if (p.states_are_wide) bits_ = static_cast<const Bits*>(from)[i];
+      else bits_ = static_cast<const StorageBits*>(from)[i];
+    }
+    FUSED_RNN_DEVICE Acc value(const BackwardLoop& p) const {
+      Acc wide;
+      Storage stored;
+      const StorageBits low = StorageBits(bits_);
+      memcpy(&wide, &bits_, sizeof(wide));
+      memcpy(&stored, &low, sizeof(stored));
+      return p.states_are_wide ? wide : Acc(widen(stored));
+    }
 
-  Acc dh_ = 0, dc_ = 0, state_ = 0, before_ = 0;
+   private:
+    using Bits = UnsignedOf<sizeof(Acc)>;
+    using StorageBits = UnsignedOf<sizeof(Storage)>;
+    Bits bits_ = 0;
+  };
+  // The state entered the step that was fetched.
+  FUSED_RNN_DEVICE bool live() const { return valid_ && reset_ == 0; }
+
+  Acc dh_ = 0, dc_ = 0;
+  State state_, before_;
   Acc d_[kGradients] = {};
   Storage dy_{}, kept_[Cell::saved > 0 ? Cell::saved : 1]{};
-  bool live_ = false, valid_ = false;
-  bool reaches_ = false;  // `live_` of the step that ran before, the one after in the recurrence's order
+  int32_t reset_ = 0;
+  bool valid_ = false;
+  bool reaches_ = false;  // `live()` of the step that ran before, the one after in the recurrence's order
 };
 
 }  // namespace fused_rnn::cuda

@@ -38,8 +38,9 @@ class ForwardCell {
       FUSED_RNN_UNROLL
       for (int g = 0; g < G; ++g) x_[g] = x[g * p.steps.H];
     }
-    live_ = step == p.steps.step0 ? at.live(p.steps, t) : next_live_;
-    next_live_ = step + 1 < p.steps.step1 && at.live(p.steps, walk.time(step + 1));
+    if (at.valid(t) && (step == p.steps.step0 ? at.reset(p.steps, t) : next_reset_) != 0) state_ = 0;
+    const int next = walk.time(step + 1);
+    next_reset_ = step + 1 < p.steps.step1 && at.valid(next) ? at.reset(p.steps, next) : 1;
   }
 
   // recurrent: h_{t-1} W_hh^T, zero where the state does not enter.
@@ -51,7 +52,7 @@ class ForwardCell {
       a[G - 1] = widen(x_[G - 1]);
       a[Cell::preactivations - 1] = recurrent[G - 1] + bias_;
     }
-    Acc state = live_ ? state_ : Acc(0), h;
+    Acc state = state_, h;
     if (Cell::has_cell) Cell::template forward<Math>(a, Acc(0), state, h, kept_);
     else Cell::template forward<Math>(a, state, state, h, kept_);
     if (!at.valid(walk.time(step))) return;
@@ -60,7 +61,7 @@ class ForwardCell {
   }
 
   // h as the product of the next step reads it.
-  FUSED_RNN_DEVICE Storage entering() const { return at.inside && next_live_ ? h_ : Storage{}; }
+  FUSED_RNN_DEVICE Storage entering() const { return next_reset_ == 0 ? h_ : Storage{}; }
 
   // h as it is; where the state does not enter the next step, the next step knows.
   FUSED_RNN_DEVICE Storage hidden() const { return h_; }
@@ -99,7 +100,7 @@ class ForwardCell {
   Acc state_ = 0, bias_ = 0;
   Acc kept_[Cell::saved > 0 ? Cell::saved : 1] = {};
   Storage h_{}, x_[G]{};
-  bool live_ = false, next_live_ = false;
+  int32_t next_reset_ = 1;  // 0 where the state enters the next step; nobody looks before it has arrived from memory
 };
 
 }  // namespace fused_rnn::cuda

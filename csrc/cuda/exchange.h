@@ -4,14 +4,25 @@
 // A member hands its slice of the next operand to `put`, cell by cell, and to `publish`, warp by warp; `arrive` ends its step, `wait` makes
 // the whole operand visible in its own shared memory.
 //
-//   cta      two copies of the operand, steps alternate between them; `arrive` is a barrier of the threads.
-//   cluster  likewise, and each 16-byte chunk goes by st.async into every peer's copy, where it counts towards the transaction count of an mbarrier,
-//            one for each of the two copies. A peer may write copy (s + 1) & 1 while this member is at step s, and then nobody here
-//            reads that copy any more: to publish at step s a peer has waited for step s, so for this member's publishing at s - 1,
-//            which came after a barrier of this member's threads behind its product of step s - 1.
-//   grid     the slice goes to global memory, where the operand lies twice; a thread counts the member in with release after a barrier of the
+//   cta      `arrive` is a barrier of the threads. One copy of the operand will do: the barrier between product and cells also ends
+//            the reading of the copy into which the cells put.
+//   cluster  two copies of the operand, steps alternate between them; each 16-byte chunk goes by st.async into every peer's copy, where it
+//   counts
+//            towards the transaction count of an mbarrier, one for each of the two copies.
+//            - Nothing is overwritten that is still read: a peer writes copy (s + 1) & 1 when it publishes at step s. By then it has
+//              waited for this member's publishing at s - 1, which came after a barrier of this member's threads behind its product of
+//              step s - 1, the last to read that copy; and its loads have returned, since sums made from them went into what was sent.
+//            - No phase is missed: for the phase after next to complete, peers need this member's publishing of the next step, which
+//              comes after all of its threads have seen this one. So a phase's parity is enough to wait for it.
+//            - Bytes may arrive before thread 0 expects them; the count then is negative for a while, and the phase still lacks its
+//            arrival.
+//            - st.async and the loads and stores here are of one proxy, the generic one: no fence.proxy.async is needed.
+//            - Nobody leaves while a store to its shared memory is on its way: all that is sent is waited for.
+//   grid     the slice goes to global memory, where the operand lies twice; a thread counts the member in with release after a barrier of
+//   the
 //            CTA, and waits with acquire until all have been counted; then the CTA copies the operand to its shared memory by cp.async,
-//            which reads L2, where other CTAs' writes are. The same argument shows that nobody reads what is overwritten.
+//            which reads L2, where other CTAs' writes are. The barriers make the other threads' writes and copies part of that order. The
+//            first argument above shows that nobody reads what is overwritten.
 #pragma once
 #include "primitives/barrier.h"
 #include "primitives/copy.h"
@@ -24,11 +35,13 @@ template <class Number, bool kBackward>
 class Exchange {
   using Operand = typename Number::Operand;
   static constexpr int kChunk = 16 / int(sizeof(Operand));  // elements of 16 bytes
-  static constexpr int kChunks = 32 / kChunk;               // of a warp's 32 cells
+  static constexpr int kChunks = 32 / kChunk;  // of a warp's 32 cells
+  static constexpr int kPeers = (kLargestCluster - 1 + kChunk - 1) / kChunk;  // that a lane sends a chunk to, at most
 
  public:
-  // operands: two of NB rows in shared memory, zero-filled; barriers: two in shared memory.
-  FUSED_RNN_DEVICE Exchange(const Team& team, const Workspace& workspace, Operand* operands, uint64_t* barriers, int team_index, int teams, int member)
+  // operands: one of NB rows in shared memory, cluster exchange two, zero-filled; barriers: two in shared memory.
+  FUSED_RNN_DEVICE Exchange(const Team& team, const Workspace& workspace, Operand* operands, uint64_t* barriers, int team_index, int teams,
+                            int member)
       : team_(team),
         operands_(operands),
         barriers_(barriers),
@@ -50,12 +63,13 @@ class Exchange {
     }
   }
 
-  // All of the CTA's own shared memory is ready; before anybody may write into a peer's.
+  // Both copies are cleared, the barriers are there: peers may write. Called behind a barrier of the threads.
+  FUSED_RNN_DEVICE void invite() const {
+    if (team_.exchange == ExchangeKind::cluster) cluster_arrive();
+  }
+  // So have all peers; and the first operand is whole.
   FUSED_RNN_DEVICE void open() const {
-    if (team_.exchange == ExchangeKind::cluster) {
-      cluster_arrive();
-      cluster_wait();
-    }
+    if (team_.exchange == ExchangeKind::cluster) cluster_wait();
     sync_threads();
   }
 
@@ -74,16 +88,26 @@ class Exchange {
     return b < team_.rows ? b * stride_ + mine % team_.units : -1;
   }
 
-  // The warp's cells have put their values, in columns from column0 on, and hand them to the team.
-  FUSED_RNN_DEVICE void publish(int chunk, int column0) const {
-    if (team_.exchange != ExchangeKind::cluster) return;
-    sync_warp();
-    if (chunk < 0) return;
+  // The warp's cells have put all that they have to put.
+  FUSED_RNN_DEVICE void publish() const {
+    if (team_.exchange == ExchangeKind::cluster) sync_warp();
+  }
+  // Then it hands 32 of them to the team, or of each of so many slices, `apart` from each other: columns from column0 on.
+  template <int kSlices>
+  FUSED_RNN_DEVICE void send(int chunk, int column0, int apart) const {
+    if (team_.exchange != ExchangeKind::cluster || chunk < 0) return;
     const Operand* own = copy(turn_ + 1) + chunk + column0;
-    const uint4 value = *reinterpret_cast<const uint4*>(own);
-    for (int i = lane() / kChunks; i < team_.members - 1; i += kChunk) {
-      const int apart = member_ + 1 + i, peer = apart < team_.members ? apart : apart - team_.members;
-      store_async(remote(own, unsigned(peer)), remote(&barriers_[(turn_ + 1) & 1], unsigned(peer)), value);
+    uint4 values[kSlices];
+    FUSED_RNN_UNROLL
+    for (int s = 0; s < kSlices; ++s) values[s] = *reinterpret_cast<const uint4*>(own + s * apart);
+    FUSED_RNN_UNROLL
+    for (int n = 0; n < kPeers; ++n) {
+      const int i = lane() / kChunks + n * kChunk, after = member_ + 1 + i;
+      if (i >= team_.members - 1) break;
+      const unsigned peer = unsigned(after < team_.members ? after : after - team_.members);
+      const Remote barrier = remote(&barriers_[(turn_ + 1) & 1], peer);
+      FUSED_RNN_UNROLL
+      for (int s = 0; s < kSlices; ++s) store_async(remote(own + s * apart, peer), barrier, values[s]);
     }
   }
 
@@ -103,12 +127,17 @@ class Exchange {
       if (threadIdx.x == 0) expect(turn_ & 1);
     } else if (team_.exchange == ExchangeKind::grid) {
       if (threadIdx.x == 0) {
-        while (load_acquire(arrived_) < uint32_t(turn_) * uint32_t(team_.members)) pause();
+        const Patience patience;
+        while (load_acquire(arrived_) < uint32_t(turn_) * uint32_t(team_.members)) {
+          patience.spend("2 s for the members of the team to be counted in");
+          pause();
+        }
       }
       sync_threads();
       for (int b = int(threadIdx.x) / 32; b < team_.rows; b += int(blockDim.x) / 32) {
         const Operand* from = global_ + (turn_ & 1) * copies_apart_ + int64_t(b) * team_.depth;
-        for (int column = lane() * kChunk; column < team_.depth; column += 32 * kChunk) copy_async16(current() + b * stride_ + column, from + column, true);
+        for (int column = lane() * kChunk; column < team_.depth; column += 32 * kChunk)
+          copy_async16(current() + b * stride_ + column, from + column, true);
       }
       copy_commit();
       copy_wait<0>();
@@ -116,17 +145,10 @@ class Exchange {
     }
   }
 
-  // Nobody leaves while a peer may still write into its shared memory.
-  FUSED_RNN_DEVICE void close() const {
-    if (team_.exchange == ExchangeKind::cluster) {
-      cluster_arrive();
-      cluster_wait();
-    }
-  }
-
  private:
-  // One is enough in shared memory where the two lie in global memory.
-  FUSED_RNN_DEVICE Operand* copy(int turn) const { return team_.exchange == ExchangeKind::grid ? operands_ : operands_ + (turn & 1) * team_.rows * stride_; }
+  FUSED_RNN_DEVICE Operand* copy(int turn) const {
+    return team_.exchange == ExchangeKind::cluster ? operands_ + (turn & 1) * team_.rows * stride_ : operands_;
+  }
   FUSED_RNN_DEVICE void expect(int copy) const { barrier_expect(&barriers_[copy], bytes_); }
 
   const Team& team_;

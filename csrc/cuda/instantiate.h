@@ -9,10 +9,18 @@
 namespace fused_rnn::cuda {
 
 template <NumberKind> struct ProductOf;
-template <> struct ProductOf<NumberKind::bf16> { using Type = Bf16Product; };
-template <> struct ProductOf<NumberKind::f16> { using Type = F16Product; };
-template <> struct ProductOf<NumberKind::tf32> { using Type = Tf32Product; };
-template <> struct ProductOf<NumberKind::ieee> { using Type = IeeeProduct; };
+template <> struct ProductOf<NumberKind::bf16> {
+  using Type = Bf16Product;
+};
+template <> struct ProductOf<NumberKind::f16> {
+  using Type = F16Product;
+};
+template <> struct ProductOf<NumberKind::tf32> {
+  using Type = Tf32Product;
+};
+template <> struct ProductOf<NumberKind::ieee> {
+  using Type = IeeeProduct;
+};
 
 template <class Formula, NumberKind kKind>
 Kernels kernels_of() {
@@ -21,8 +29,10 @@ Kernels kernels_of() {
   } else {
     using Number = typename ProductOf<kKind>::Type;
     constexpr int kMost = most_batch_tiles(kKind);  // kernels that the planner does not ask for are not made
-    return {{&persistent_fwd_kernel<Formula, Number, 1>, &persistent_fwd_kernel<Formula, Number, 2>, kMost < 4 ? nullptr : &persistent_fwd_kernel<Formula, Number, kMost>},
-            {&persistent_bwd_kernel<Formula, Number, 1>, &persistent_bwd_kernel<Formula, Number, 2>, kMost < 4 ? nullptr : &persistent_bwd_kernel<Formula, Number, kMost>},
+    return {{&persistent_fwd_kernel<Formula, Number, 1>, &persistent_fwd_kernel<Formula, Number, 2>,
+             kMost < 4 ? nullptr : &persistent_fwd_kernel<Formula, Number, kMost>},
+            {&persistent_bwd_kernel<Formula, Number, 1>, &persistent_bwd_kernel<Formula, Number, 2>,
+             kMost < 4 ? nullptr : &persistent_bwd_kernel<Formula, Number, kMost>},
             &pointwise_fwd_kernel<Formula, typename Number::Storage, typename Number::Math>,
             &pointwise_bwd_kernel<Formula, typename Number::Storage, typename Number::Math>};
   }

@@ -65,6 +65,31 @@ std::string launch_any(const void* kernel, const void* loop, const Shape& shape,
   return text("launch", cudaLaunchKernelExC(&config, kernel, arguments));
 }
 
+// The loops' kernels differ in registers and shared memory, but the planner gives a CTA a multiprocessor to itself; so does a kernel
+// that takes all of the shared memory, and by it the current device is asked.
+__global__ void __launch_bounds__(kThreads) alone_kernel() {}
+
+std::string count_clusters(Device& device) {
+  const void* kernel = reinterpret_cast<const void*>(&alone_kernel);
+  if (std::string error = permit(kernel, {0, kThreads, kLargestCluster, device.shared, false}); !error.empty()) return error;
+  for (int size = 1; size <= kLargestCluster; ++size) {
+    cudaLaunchAttribute attribute;
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim = {unsigned(size), 1, 1};
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(unsigned(size));
+    config.blockDim = dim3(kThreads);
+    config.dynamicSmemBytes = size_t(device.shared);
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+    int clusters = 0;
+    const cudaError_t asked = cudaOccupancyMaxActiveClusters(&clusters, kernel, &config);
+    if (asked != cudaSuccess) cudaGetLastError();  // the device has no clusters of this size
+    device.clusters[size - 1] = asked == cudaSuccess ? clusters : 0;
+  }
+  return {};
+}
+
 }  // namespace
 
 std::string launch(void (*kernel)(ForwardLoop), const ForwardLoop& loop, const Shape& shape, void* stream) {
@@ -78,16 +103,25 @@ std::string clear(uint32_t* arrived, int64_t count, void* stream) {
 }
 
 Device device_at(int index, std::string& error) {
-  int major = 0, minor = 0, multiprocessors = 0, shared = 0;
-  for (const auto& [attribute, value] : {std::pair{cudaDevAttrComputeCapabilityMajor, &major}, {cudaDevAttrComputeCapabilityMinor, &minor},
-                                         {cudaDevAttrMultiProcessorCount, &multiprocessors},
+  Device device;
+  int major = 0, minor = 0, shared = 0, current = 0;
+  for (const auto& [attribute, value] : {std::pair{cudaDevAttrComputeCapabilityMajor, &major},
+                                         {cudaDevAttrComputeCapabilityMinor, &minor},
+                                         {cudaDevAttrMultiProcessorCount, &device.multiprocessors},
                                          {cudaDevAttrMaxSharedMemoryPerBlockOptin, &shared}}) {
     error = text("cudaDeviceGetAttribute", cudaDeviceGetAttribute(value, attribute, index));
     if (!error.empty()) return {};
   }
-  const int arch = 10 * major + minor;
-  // 16 is beyond what is portable, and offered by the data-centre parts.
-  return {arch, multiprocessors, shared, major < 9 ? 1 : major == 12 ? 8 : 16};
+  device.arch = 10 * major + minor;
+  device.shared = shared;
+  if (major < 9) return device;
+  error = text("cudaGetDevice", cudaGetDevice(&current));
+  if (error.empty()) error = text("cudaSetDevice", cudaSetDevice(index));
+  if (!error.empty()) return {};
+  error = count_clusters(device);
+  const std::string back = text("cudaSetDevice", cudaSetDevice(current));
+  if (error.empty()) error = back;
+  return error.empty() ? device : Device{};
 }
 
 }  // namespace fused_rnn::cuda

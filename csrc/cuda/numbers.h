@@ -5,9 +5,11 @@
 //   kDepth                           depth of a block: 64 bytes of an operand's row
 //   kRegisters                       of a lane, for an m tile's weights of one block
 //   kSums                            of a lane, for an m tile times 8 rows of the batch
-//   load(q, weight)                  weight(row, k) of an m tile and block → its registers 4 q .. 4 q + 3
-//   multiply(sums, a, operand, stride)  sums += weights x 8 rows of the operand, for several m tiles
-//   row(i), column(i)                which row of the m tile and of the batch sum i of this lane belongs to
+//   row(q), depth(q)                 where the lane's weights begin that it keeps in registers 4 q .. 4 q + 3: 16 bytes along the depth
+//   round(v)                         4 registers of weights as the product reads them
+//   Fragment, read(operand, stride)  the lane's part of a block of the operand, 8 rows of the batch
+//   multiply(low, high, a, b)        low, high += weights times that, for several m tiles; two sums, or twice the same
+//   store(sums, to, stride)          to [8 rows of the batch, kRows]
 //   operand(v)                       v as the product reads it
 #pragma once
 #include "primitives/activations.h"
@@ -19,64 +21,52 @@ namespace fused_rnn::cuda {
 
 FUSED_RNN_DEVICE int lane() { return int(threadIdx.x) % 32; }
 
-// 16-bit numbers on tensor cores: two mma.m16n8k16 a block.
-template <class Half, NumberKind kHalf>
-struct HalfProduct {
-  static constexpr NumberKind kKind = kHalf;
-  using Math = Fast;
-  using Storage = Half;
-  using Operand = Half;
-  static constexpr int kRows = 16, kDepth = 32, kRegisters = 8, kSums = 4;
+// On tensor cores: two mma a block. Which row of W_hh is which row of an mma, and which of the 64 bytes of depth is which of its k, is
+// free as long as both operands agree. So lane 4 r + c has rows 2 r and 2 r + 1 of the weights and row r of the operand, of each the
+// 16 bytes from 16 c on: all of them one access of 16 bytes, to memory as well as to shared memory, and no ldmatrix.
+template <class Storage_, NumberKind kNumber, class Math_>
+struct TensorProduct {
+  static constexpr NumberKind kKind = kNumber;
+  using Math = Math_;
+  using Storage = Storage_;
+  using Operand = Storage;
+  static constexpr int kRows = 16, kDepth = 64 / int(sizeof(Storage)), kRegisters = 8, kSums = 4;
 
-  template <class Weight>
-  FUSED_RNN_DEVICE static uint4 load(int q, const Weight& weight) {
-    const int row = lane() / 4, k = lane() % 4 * 2 + 16 * q;
-    const auto pair = [&](int row, int k) { return uint32_t(weight(row, k).bits) | uint32_t(weight(row, k + 1).bits) << 16; };
-    return {pair(row, k), pair(row + 8, k), pair(row, k + 8), pair(row + 8, k + 8)};
+  FUSED_RNN_DEVICE static int row(int q) { return lane() / 4 * 2 + q; }
+  FUSED_RNN_DEVICE static int depth(int) { return lane() % 4 * (kDepth / 4); }
+  FUSED_RNN_DEVICE static uint4 round(uint4 v) {
+    if constexpr (kNumber != NumberKind::tf32) return v;
+    else return {to_tf32(as_float(v.x)), to_tf32(as_float(v.y)), to_tf32(as_float(v.z)), to_tf32(as_float(v.w))};
+  }
+  FUSED_RNN_DEVICE static Operand operand(Storage v) {
+    if constexpr (kNumber != NumberKind::tf32) return v;
+    else return as_float(to_tf32(v));
+  }
+
+  using Fragment = uint4;
+  FUSED_RNN_DEVICE static Fragment read(const Operand* operand, int stride) {
+    return *reinterpret_cast<const uint4*>(operand + lane() / 4 * stride + depth(0));
   }
   template <int MT>
-  FUSED_RNN_DEVICE static void multiply(float (&sums)[MT][kSums], const uint32_t (&a)[MT][kRegisters], const Half* operand, int stride) {
-    uint32_t b[4];
-    ldmatrix_x4(b, operand + lane() % 8 * stride + lane() / 8 * 8);
-    const uint32_t low[2] = {b[0], b[1]}, high[2] = {b[2], b[3]};
+  FUSED_RNN_DEVICE static void multiply(float (&low)[MT][kSums], float (&high)[MT][kSums], const uint32_t (&a)[MT][kRegisters],
+                                        const Fragment& b) {
     FUSED_RNN_UNROLL
-    for (int m = 0; m < MT; ++m) {
-      mma(sums[m], {a[m][0], a[m][1], a[m][2], a[m][3]}, low, Half{});
-      mma(sums[m], {a[m][4], a[m][5], a[m][6], a[m][7]}, high, Half{});
-    }
-  }
-  FUSED_RNN_DEVICE static int row(int i) { return lane() / 4 + 8 * (i >> 1); }
-  FUSED_RNN_DEVICE static int column(int i) { return lane() % 4 * 2 + (i & 1); }
-  FUSED_RNN_DEVICE static Half operand(Half v) { return v; }
-};
-
-// float32 rounded to TF32 on tensor cores: two mma.m16n8k8 a block.
-struct Tf32Product {
-  static constexpr NumberKind kKind = NumberKind::tf32;
-  using Math = Exact;
-  using Storage = float;
-  using Operand = float;
-  static constexpr int kRows = 16, kDepth = 16, kRegisters = 8, kSums = 4;
-
-  template <class Weight>
-  FUSED_RNN_DEVICE static uint4 load(int q, const Weight& weight) {
-    const int row = lane() / 4, k = lane() % 4 + 8 * q;
-    return {to_tf32(weight(row, k)), to_tf32(weight(row + 8, k)), to_tf32(weight(row, k + 4)), to_tf32(weight(row + 8, k + 4))};
-  }
-  template <int MT>
-  FUSED_RNN_DEVICE static void multiply(float (&sums)[MT][kSums], const uint32_t (&a)[MT][kRegisters], const float* operand, int stride) {
-    uint32_t b[4];
-    ldmatrix_x4(b, operand + lane() % 8 * stride + lane() / 8 * 4);  // a matrix row is 16 bytes: 4 floats, one a lane
-    const uint32_t low[2] = {b[0], b[1]}, high[2] = {b[2], b[3]};
+    for (int m = 0; m < MT; ++m) add(low[m], {a[m][0], a[m][4], a[m][1], a[m][5]}, {b.x, b.y});
     FUSED_RNN_UNROLL
-    for (int m = 0; m < MT; ++m) {
-      mma_tf32(sums[m], {a[m][0], a[m][1], a[m][2], a[m][3]}, low);
-      mma_tf32(sums[m], {a[m][4], a[m][5], a[m][6], a[m][7]}, high);
-    }
+    for (int m = 0; m < MT; ++m) add(high[m], {a[m][2], a[m][6], a[m][3], a[m][7]}, {b.z, b.w});
   }
-  FUSED_RNN_DEVICE static int row(int i) { return lane() / 4 + 8 * (i >> 1); }
-  FUSED_RNN_DEVICE static int column(int i) { return lane() % 4 * 2 + (i & 1); }
-  FUSED_RNN_DEVICE static float operand(float v) { return as_float(to_tf32(v)); }
+  // The lane has rows 2 r and 2 r + 1 of columns 2 c (sums 0 and 2) and 2 c + 1.
+  FUSED_RNN_DEVICE static void store(const float (&sums)[kSums], float* to, int stride) {
+    to += lane() % 4 * 2 * stride + row(0);
+    *reinterpret_cast<float2*>(to) = {sums[0], sums[2]};
+    *reinterpret_cast<float2*>(to + stride) = {sums[1], sums[3]};
+  }
+
+ private:
+  FUSED_RNN_DEVICE static void add(float (&sums)[kSums], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+    if constexpr (kNumber == NumberKind::tf32) mma_tf32(sums, a, b);
+    else mma(sums, a, b, Storage{});
+  }
 };
 
 // float32 as it is, by FMA: a lane has a row of the weights, and the operand is read by all lanes at once.
@@ -87,17 +77,24 @@ struct IeeeProduct {
   using Operand = float;
   static constexpr int kRows = 32, kDepth = 16, kRegisters = 16, kSums = 8;
 
-  template <class Weight>
-  FUSED_RNN_DEVICE static uint4 load(int q, const Weight& weight) {
-    return {as_bits(weight(lane(), 4 * q)), as_bits(weight(lane(), 4 * q + 1)), as_bits(weight(lane(), 4 * q + 2)), as_bits(weight(lane(), 4 * q + 3))};
-  }
+  FUSED_RNN_DEVICE static int row(int) { return lane(); }
+  FUSED_RNN_DEVICE static int depth(int q) { return 4 * q; }
+  FUSED_RNN_DEVICE static uint4 round(uint4 v) { return v; }
+  FUSED_RNN_DEVICE static float operand(float v) { return v; }
+
+  struct Fragment {
+    const float* operand;
+    int stride;
+  };
+  FUSED_RNN_DEVICE static Fragment read(const float* operand, int stride) { return {operand, stride}; }
   template <int MT>
-  FUSED_RNN_DEVICE static void multiply(float (&sums)[MT][kSums], const uint32_t (&a)[MT][kRegisters], const float* operand, int stride) {
+  FUSED_RNN_DEVICE static void multiply(float (&sums)[MT][kSums], float (&)[MT][kSums], const uint32_t (&a)[MT][kRegisters],
+                                        const Fragment& b) {
     FUSED_RNN_UNROLL
     for (int n = 0; n < 8; ++n) {
       FUSED_RNN_UNROLL
       for (int k = 0; k < kDepth; k += 4) {
-        const float4 h = *reinterpret_cast<const float4*>(operand + n * stride + k);
+        const float4 h = *reinterpret_cast<const float4*>(b.operand + n * b.stride + k);
         FUSED_RNN_UNROLL
         for (int m = 0; m < MT; ++m) {
           sums[m][n] += as_float(a[m][k]) * h.x;
@@ -108,12 +105,14 @@ struct IeeeProduct {
       }
     }
   }
-  FUSED_RNN_DEVICE static int row(int) { return lane(); }
-  FUSED_RNN_DEVICE static int column(int i) { return i; }
-  FUSED_RNN_DEVICE static float operand(float v) { return v; }
+  FUSED_RNN_DEVICE static void store(const float (&sums)[kSums], float* to, int stride) {
+    FUSED_RNN_UNROLL
+    for (int n = 0; n < kSums; ++n) to[n * stride + lane()] = sums[n];
+  }
 };
 
-using Bf16Product = HalfProduct<bf16, NumberKind::bf16>;
-using F16Product = HalfProduct<f16, NumberKind::f16>;
+using Bf16Product = TensorProduct<bf16, NumberKind::bf16, Fast>;
+using F16Product = TensorProduct<f16, NumberKind::f16, Fast>;
+using Tf32Product = TensorProduct<float, NumberKind::tf32, Exact>;
 
 }  // namespace fused_rnn::cuda

@@ -12,6 +12,8 @@ enum class ExchangeKind : int {
   grid      // any CTAs that are resident together: global memory and a counter
 };
 
+constexpr int kLargestCluster = 16;  // CTAs; 8 is what every device with clusters offers
+
 // How the products of a team are laid out: decided by plan.cpp, the same for all CTAs of a launch.
 struct Team {
   ExchangeKind exchange;

@@ -22,25 +22,29 @@ persistent_bwd_kernel(const FUSED_RNN_GRID_CONSTANT BackwardLoop p) {
   const int width = p.steps.H, padded = team.members * team.units;
 
   clear(operands, at.operands_count);
-  Exchange<Number, true> exchange(team, p.workspace, operands, shared_array<uint64_t>(at.barriers, at.barriers_count), me.team, me.teams, me.index);
+  Exchange<Number, true> exchange(team, p.workspace, operands, shared_array<uint64_t>(at.barriers, at.barriers_count), me.team, me.teams,
+                                  me.index);
   sync_threads();
+  exchange.invite();
 
-  // A loop that goes on where another one ended starts from the gradients that one left.
+  // A loop that goes on where another one ended starts from the gradients that one left: a warp a row.
   const bool resumes = p.steps.step1 < p.steps.T;
-  for (int i = int(threadIdx.x); resumes && i < team.rows * G * width; i += int(blockDim.x)) {
-    const int g = i / width % G, b = i / (G * width);
-    const Place place(p.steps, me.r, me.first_b + b, i % width);
+  for (int b = int(threadIdx.x) / 32; resumes && b < team.rows; b += int(blockDim.x) / 32) {
+    const Place place(p.steps, me.r, me.first_b + b, 0);
     const int t = walk.time(p.steps.step1);
-    if (place.valid(t))
-      exchange.current()[b * exchange.stride() + g * padded + place.u] =
-          Number::operand(static_cast<const Storage*>(p.dgates)[steps_size(p.steps, t, kGradients) + place.in_step(p.steps, kGradients) + (g + kGradients - G) * width]);
+    if (!place.valid(t)) continue;
+    const Storage* left = static_cast<const Storage*>(p.dgates) + steps_size(p.steps, t, kGradients) + place.in_step(p.steps, kGradients);
+    for (int g = 0; g < G; ++g) {
+      Operand* to = exchange.current() + b * exchange.stride() + g * padded;
+      const Storage* from = left + (g + kGradients - G) * width;
+      FUSED_RNN_UNROLL_BY(8)
+      for (int u = lane(); u < width; u += 32) to[u] = Number::operand(from[u]);
+    }
   }
 
   const Storage* w = static_cast<const Storage*>(p.w) + int64_t(me.r) * G * width * width;
-  const Product<Number, true, NT> product(team, shared_array<uint4>(at.weights, at.weights_count), [&](int row, int k) {
-    const int g = k / padded, from = k % padded, u = me.first_u + row;
-    return row < team.units && g < G && u < width && from < width ? w[(int64_t(g) * width + from) * width + u] : Storage{};
-  });
+  const Product<Number, true, NT> product(team, shared_array<uint4>(at.weights, at.weights_count),
+                                          BackwardWeights<Number>(w, G, width, padded, team.units, me.first_u));
 
   using Thread = BackwardCell<Cell, Storage, typename Number::Math>;
   const CellIndex index[kCellsPerThread] = {{team, 0}, {team, 1}};
@@ -53,6 +57,7 @@ persistent_bwd_kernel(const FUSED_RNN_GRID_CONSTANT BackwardLoop p) {
   }
   const int chunk[kCellsPerThread] = {exchange.chunk_of(index[0].cell - lane()), exchange.chunk_of(index[1].cell - lane())};
   exchange.open();
+
   const auto add = [&](int j) {
     float sum[1];
     product.sum(team, partial, index[j].u, 0, index[j].b, sum);
@@ -68,17 +73,16 @@ persistent_bwd_kernel(const FUSED_RNN_GRID_CONSTANT BackwardLoop p) {
     }
     FUSED_RNN_UNROLL
     for (int j = 0; j < kCellsPerThread; ++j) {
-      if (index[j].cell - lane() >= team.rows * team.units) break;  // the whole warp
-      if (index[j].inside) {
-        if (has_future) add(j);
-        cells[j].run();
-        FUSED_RNN_UNROLL
-        for (int g = 0; g < G; ++g)
-          exchange.put(index[j].b, g * padded + me.first_u + index[j].u, Number::operand(cells[j].recurrent(g)));
-      }
-      if (step == p.steps.step0 && !p.close) continue;  // nobody would wait for it
+      if (!index[j].inside) break;  // the whole warp: a member's cells are a multiple of 32
+      if (has_future) add(j);
+      cells[j].run(p);
       FUSED_RNN_UNROLL
-      for (int g = 0; g < G; ++g) exchange.publish(chunk[j], g * padded + me.first_u);
+      for (int g = 0; g < G; ++g) exchange.put(index[j].b, g * padded + me.first_u + index[j].u, Number::operand(cells[j].recurrent(g)));
+    }
+    if (step > p.steps.step0 || p.close) {  // else nobody would wait for it
+      exchange.publish();
+      FUSED_RNN_UNROLL
+      for (int j = 0; j < kCellsPerThread; ++j) exchange.template send<G>(chunk[j], me.first_u, padded);
     }
     exchange.arrive();
     FUSED_RNN_UNROLL
@@ -97,7 +101,6 @@ persistent_bwd_kernel(const FUSED_RNN_GRID_CONSTANT BackwardLoop p) {
   }
   FUSED_RNN_UNROLL
   for (int j = 0; j < kCellsPerThread; ++j) cells[j].finish(p);
-  exchange.close();
 }
 
 }  // namespace fused_rnn::cuda

@@ -20,22 +20,26 @@ persistent_fwd_kernel(const FUSED_RNN_GRID_CONSTANT ForwardLoop p) {
   float* partial = shared_array<float>(at.partial, at.partial_count);
 
   clear(operands, at.operands_count);
-  Exchange<Number, false> exchange(team, p.workspace, operands, shared_array<uint64_t>(at.barriers, at.barriers_count), me.team, me.teams, me.index);
+  Exchange<Number, false> exchange(team, p.workspace, operands, shared_array<uint64_t>(at.barriers, at.barriers_count), me.team, me.teams,
+                                   me.index);
   sync_threads();
+  exchange.invite();
 
-  // h0, where the state enters the first step.
   const int width = p.steps.H;
-  for (int i = int(threadIdx.x); i < team.rows * width; i += int(blockDim.x)) {
-    const Place place(p.steps, me.r, me.first_b + i / width, i % width);
-    if (place.live(p.steps, walk.time(p.steps.step0)))
-      exchange.current()[i / width * exchange.stride() + place.u] = Number::operand(static_cast<const Storage*>(p.h0)[place.in_state(p.steps)]);
+
+  // h0, where the state enters the first step: a warp a row.
+  for (int b = int(threadIdx.x) / 32; b < team.rows; b += int(blockDim.x) / 32) {
+    const Place place(p.steps, me.r, me.first_b + b, 0);
+    if (!place.live(p.steps, walk.time(p.steps.step0))) continue;
+    const Storage* h0 = static_cast<const Storage*>(p.h0) + place.in_state(p.steps);
+    Operand* to = exchange.current() + b * exchange.stride();
+    FUSED_RNN_UNROLL_BY(8)
+    for (int u = lane(); u < width; u += 32) to[u] = Number::operand(h0[u]);
   }
 
   const Storage* w = static_cast<const Storage*>(p.w) + int64_t(me.r) * G * width * width;
-  const Product<Number, false, NT> product(team, shared_array<uint4>(at.weights, at.weights_count), [&](int row, int k) {
-    const int g = row / team.units, u = me.first_u + row % team.units;
-    return g < G && u < width && k < width ? w[(int64_t(g) * width + u) * width + k] : Storage{};
-  });
+  const Product<Number, false, NT> product(team, shared_array<uint4>(at.weights, at.weights_count),
+                                           ForwardWeights<Number>(w, G, width, team.units, me.first_u));
 
   using Thread = ForwardCell<Cell, Storage, typename Number::Math>;
   const CellIndex index[kCellsPerThread] = {{team, 0}, {team, 1}};
@@ -52,14 +56,16 @@ persistent_fwd_kernel(const FUSED_RNN_GRID_CONSTANT ForwardLoop p) {
     sync_threads();
     FUSED_RNN_UNROLL
     for (int j = 0; j < kCellsPerThread; ++j) {
-      if (index[j].cell - lane() >= team.rows * team.units) break;  // the whole warp
-      if (index[j].inside) {
-        float recurrent[G];
-        product.sum(team, partial, index[j].u, team.units, index[j].b, recurrent);
-        cells[j].run(walk, step, recurrent);
-        exchange.put(index[j].b, me.first_u + index[j].u, Number::operand(cells[j].entering()));
-      }
-      if (step + 1 < p.steps.step1) exchange.publish(chunk[j], me.first_u);
+      if (!index[j].inside) break;  // the whole warp: a member's cells are a multiple of 32
+      float recurrent[G];
+      product.sum(team, partial, index[j].u, team.units, index[j].b, recurrent);
+      cells[j].run(walk, step, recurrent);
+      exchange.put(index[j].b, me.first_u + index[j].u, Number::operand(cells[j].entering()));
+    }
+    if (step + 1 < p.steps.step1) {
+      exchange.publish();
+      FUSED_RNN_UNROLL
+      for (int j = 0; j < kCellsPerThread; ++j) exchange.template send<1>(chunk[j], me.first_u, 0);
     }
     exchange.arrive();
     FUSED_RNN_UNROLL
@@ -70,7 +76,6 @@ persistent_fwd_kernel(const FUSED_RNN_GRID_CONSTANT ForwardLoop p) {
   }
   FUSED_RNN_UNROLL
   for (int j = 0; j < kCellsPerThread; ++j) cells[j].finish(p);
-  exchange.close();
 }
 
 }  // namespace fused_rnn::cuda

@@ -12,24 +12,30 @@ int ceil_div(int64_t a, int64_t b) { return int((a + b - 1) / b); }
 // Cycles by which each part was estimated, for an H100 at 1.7 GHz; estimates until they are measured on one.
 constexpr double kMma = 8;            // an mma.m16n8k16 (tf32: k8) in one of the four parts of a multiprocessor
 constexpr double kMmaLatency = 33;    // before the next one may add to its sums
+constexpr double kBlock = 12;         // of a warp, a block's loads and its branch beside the mma
 constexpr double kSharedBytes = 128;  // of shared memory a cycle
 constexpr double kBarrier = 40;       // of a CTA's threads, its skew included
 constexpr double kActivations = 16;   // transcendental results a cycle
 constexpr double kCellLatency = 150;  // of the longest chain of a cell
 constexpr double kClusterLatency = 400, kClusterBytes = 16;  // remote stores to the wait's end; bytes that arrive a cycle
-constexpr double kGridLatency = 2000, kGridBytes = 32;       // release to acquire through L2; bytes from L2 a cycle
+constexpr double kGridLatency = 2300, kGridBytes = 32;       // release to acquire through L2; bytes from L2 a cycle
 constexpr double kFma = 128;          // a cycle
+// A step without a team: what it takes to issue its product and its launch, and of the product operations a cycle and multiprocessor, and
+// bytes of W_hh a cycle from L2.
+constexpr double kIssue = 36000, kProductFlops = 2048, kL2Bytes = 2500;
 
 Cycles estimate(const Request& q, const Plan& plan) {
   const Tile t = tile(q.number, q.backward, plan.nt);
   const Team& team = plan.team;
-  const double warps = plan.threads / 32.0, fragments = double(team.warps_m) * t.mt * team.warps_k * team.blocks;
+  const double warps = team.warps_m * team.warps_k, fragments = warps * t.mt * team.blocks;
   const double rest = std::max(team.blocks - t.kr, 0) * warps * t.mt * t.registers * 128;
-  const double operand = warps * team.blocks * 64.0 * team.rows, cells = double(team.units) * team.rows;
+  // Without tensor cores a lane reads the whole of a block, 16 bytes at a time that all lanes share.
+  const double wavefronts = q.number == NumberKind::ieee ? 4.0 * team.rows : team.rows / 2.0;
+  const double operand = warps * team.blocks * wavefronts * kSharedBytes, cells = double(team.units) * team.rows;
   const double partial = 2.0 * team.warps_k * team.rows * team.warps_m * t.mt * t.rows * 4;
   Cycles c;
   if (q.number == NumberKind::ieee) c.product = fragments * t.rows * t.depth * team.rows / kFma;
-  else c.product = std::max(2 * fragments * plan.nt / 4 * kMma, 2.0 * team.blocks * kMmaLatency / (t.mt * plan.nt == 1 ? 2 : 1));
+  else c.product = std::max(2 * fragments * plan.nt / 4 * kMma, team.blocks * (kBlock + 2 * kMmaLatency / chains(t, plan.nt)));
   c.loads = (rest + operand + partial) / kSharedBytes;
   c.activations = kCellLatency + cells * (q.gates + 1) / kActivations + 2 * kBarrier;
   const double bytes = double(team.rows) * team.depth * t.size * (team.members - 1) / team.members;
@@ -38,23 +44,27 @@ Cycles estimate(const Request& q, const Plan& plan) {
   return c;
 }
 
-// The division of a CTA's warps that keeps most of its weights in registers; false if the team cannot be.
-bool lay_out(const Request& q, const Device& device, Plan& plan) {
+double without_a_team(const Request& q, const Device& device) {
+  const double weights = double(q.R) * q.gates * q.H * q.H;
+  const double rate = q.number == NumberKind::ieee ? 2 * kFma : q.number == NumberKind::tf32 ? kProductFlops / 2 : kProductFlops;
+  return kIssue + std::max(2 * weights * q.B / (rate * device.multiprocessors), weights * tile(q.number, false, 1).size / kL2Bytes);
+}
+
+// The division of a CTA's warps with so many shares of the depth; false if the team cannot be.
+bool lay_out(const Request& q, const Device& device, int shares, Plan& plan) {
   const Tile t = tile(q.number, q.backward, plan.nt);
   Team& team = plan.team;
   const int padded = team.members * team.units;
   team.depth = q.backward ? q.gates * padded : padded;
   team.warps_m = ceil_div(ceil_div(q.backward ? team.units : q.gates * team.units, t.rows), t.mt);
-  const int blocks = ceil_div(team.depth, t.depth), most = kThreads / 32 / team.warps_m;
-  if (most < 1) return false;
-  // As few warps as keep the weights in registers, and no fewer than the cells need.
-  const int for_weights = ceil_div(blocks, t.kr), for_cells = ceil_div(int64_t(team.units) * team.rows, 2 * 32 * team.warps_m);
-  team.warps_k = std::min(std::max(for_weights, for_cells), most);
-  team.blocks = ceil_div(blocks, team.warps_k);
-  plan.threads = team.warps_m * team.warps_k * 32;
-  if (int64_t(team.units) * team.rows > int64_t(kCellsPerThread) * plan.threads) return false;
+  const int blocks = ceil_div(team.depth, t.depth), most = kThreads / 32;
+  if (shares > blocks || team.warps_m * shares > most) return false;
+  team.blocks = ceil_div(blocks, shares);
+  team.warps_k = ceil_div(blocks, team.blocks);
+  if (team.warps_k != shares) return false;  // the same as with fewer
+  plan.threads = 32 * std::max(team.warps_m * team.warps_k, ceil_div(int64_t(team.units) * team.rows, kCellsPerThread * 32));
   plan.shared = shared_layout(team, t).total;
-  return plan.shared <= device.shared;
+  return plan.threads <= kThreads && plan.shared <= device.shared;
 }
 
 void consider(const Request& q, const Device& device, ExchangeKind exchange, int units, int nt, Plan& best) {
@@ -64,25 +74,27 @@ void consider(const Request& q, const Device& device, ExchangeKind exchange, int
   plan.team.units = units;
   plan.team.members = ceil_div(q.H, units);
   plan.team.rows = 8 * nt;
-  if (q.members && q.members != plan.team.members) return;
+  const int members = plan.team.members;
+  if (q.members && q.members != members) return;
   plan.tiles = ceil_div(q.B, plan.team.rows);
-  plan.tiles_at_once = int(device.multiprocessors / (plan.team.members * q.R));
-  const bool together = exchange == ExchangeKind::grid;  // all of a launch must be resident; others queue
-  if (together ? plan.tiles_at_once < 1 : plan.team.members > device.multiprocessors) return;
-  if (!lay_out(q, device, plan)) return;
-  plan.tiles_at_once = std::max(plan.tiles_at_once, 1);
-  plan.waves = std::max(ceil_div(int64_t(plan.tiles) * plan.team.members * q.R, device.multiprocessors),
-                        together ? ceil_div(plan.tiles, plan.tiles_at_once) : 1);
-  plan.cycles = estimate(q, plan);
-  if (!best.nt || plan.waves * plan.cycles.sum() < best.waves * best.cycles.sum()) best = plan;
+  // Teams that are resident together; all of a launch must be where they meet in global memory, others queue.
+  const int64_t teams = exchange == ExchangeKind::cluster ? device.clusters[members - 1] : device.multiprocessors / members;
+  const bool together = exchange == ExchangeKind::grid;
+  if (teams < (together ? q.R : 1)) return;
+  plan.tiles_at_once = int(std::max<int64_t>(teams / q.R, 1));
+  plan.waves = together ? ceil_div(plan.tiles, plan.tiles_at_once) : ceil_div(plan.tiles * q.R, teams);
+  for (int shares = 1; shares <= kThreads / 32; ++shares) {
+    if (!lay_out(q, device, shares, plan)) continue;
+    plan.cycles = estimate(q, plan);
+    if (!best.nt || plan.waves * plan.cycles.sum() < best.waves * best.cycles.sum()) best = plan;
+  }
 }
 
-// The cluster's size is a power of two, the grid's team any number.
 void consider_units(const Request& q, const Device& device, ExchangeKind exchange, int nt, Plan& best) {
   switch (exchange) {
     case ExchangeKind::cta: return consider(q, device, exchange, 16 * ceil_div(q.H, 16), nt, best);
     case ExchangeKind::cluster:
-      for (int members = 2; members <= device.max_cluster; members *= 2) {
+      for (int members = 2; members <= kLargestCluster; ++members) {
         const int units = 16 * ceil_div(q.H, 16 * int64_t(members));
         if (ceil_div(q.H, units) == members) consider(q, device, exchange, units, nt, best);
       }
@@ -92,14 +104,16 @@ void consider_units(const Request& q, const Device& device, ExchangeKind exchang
   }
 }
 
+bool insists(const Request& q) { return q.exchange >= 0 || q.members || q.rows; }
+
 std::string explain(const Request& q, const Device& device) {
   if (q.number == NumberKind::f64) return "float64 has no tensor-core product: it runs stepwise";
   if (device.arch < 80) return "sm_" + std::to_string(device.arch) + " is older than sm_80";
   const Tile t = tile(q.number, q.backward, 1);
   const int64_t weights = int64_t(q.gates) * q.H * q.H * t.size;
   return "W_hh of " + std::to_string(weights) + " bytes for each of " + std::to_string(q.R) + " recurrence(s) fits no team of " +
-         std::to_string(device.multiprocessors) + " multiprocessors with " + std::to_string(device.shared) + " bytes of shared memory each" +
-         (q.exchange >= 0 || q.members || q.rows ? ", with the exchange, members or rows that were asked for" : "");
+         std::to_string(device.multiprocessors) + " multiprocessors with " + std::to_string(device.shared) +
+         " bytes of shared memory each" + (insists(q) ? ", with the exchange, members or rows that were asked for" : "");
 }
 
 }  // namespace
@@ -115,6 +129,10 @@ Plan make_plan(const Request& q, const Device& device) {
     }
   }
   if (!best.nt) best.refusal = explain(q, device);
+  const double cycles = best.waves * best.cycles.sum(), otherwise = without_a_team(q, device);
+  if (best.nt && !insists(q) && cycles > otherwise)
+    best.refusal = "it is estimated to take " + std::to_string(int64_t(cycles)) + " cycles a step in " + std::to_string(best.waves) +
+                   " waves of teams, step by step " + std::to_string(int64_t(otherwise));
   return best;
 }
 

@@ -10,10 +10,12 @@
 namespace fused_rnn::cuda {
 
 struct Device {
-  int arch;             // 90 for sm_90
-  int multiprocessors;
-  int64_t shared;       // bytes of dynamic shared memory that a CTA may ask for
-  int max_cluster;      // CTAs of the largest cluster, 1 where there are none
+  int arch = 0;  // 90 for sm_90
+  int multiprocessors = 0;
+  int64_t shared = 0;  // bytes of dynamic shared memory that a CTA may ask for
+  // [n - 1]: how many clusters of n CTAs are resident together where each CTA has a multiprocessor to itself; 0 where there are none.
+  // A cluster stays within a GPC, and GPCs differ in size, from part to part and within one: clusters of 16 leave multiprocessors idle.
+  int clusters[kLargestCluster] = {};
 };
 
 struct Request {
@@ -36,12 +38,12 @@ struct Plan {
   Team team{};
   int nt = 0;
   int threads = 0;
-  int64_t shared = 0;    // bytes
-  int tiles = 0;         // of the batch, in all
-  int tiles_at_once = 0; // that fit beside each other, all R recurrences counted: of one launch of a grid exchange
-  Cycles cycles;         // of a step of one wave of teams
+  int64_t shared = 0;  // bytes
+  int tiles = 0;  // of the batch, in all
+  int tiles_at_once = 0;  // whose R teams are resident together; a launch of a grid exchange has no more
+  Cycles cycles;  // of a step of one wave of teams
   int waves = 0;
-  std::string refusal;   // empty, or why there is no plan
+  std::string refusal;  // empty, or why there is no plan
 };
 
 Plan make_plan(const Request& request, const Device& device);

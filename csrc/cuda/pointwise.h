@@ -63,7 +63,7 @@ pointwise_bwd_kernel(const FUSED_RNN_GRID_CONSTANT BackwardLoop p) {
   cell.fetch(p, walk, p.close ? -1 : p.steps.step0);
   cell.add(product);
   if (!p.close) {
-    cell.run();
+    cell.run(p);
     cell.store(p, walk, p.steps.step0);
   }
   cell.finish(p);

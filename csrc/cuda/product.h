@@ -1,70 +1,75 @@
 // The product of one step:  partial[share][row of the batch][row] = weights [rows x K] times the operand [NB x K].
 //
 // Warps stand in WM groups of MT m tiles; the WK warps of a group share the depth, and each leaves a sum of its own, which
-// the cells' threads add up. A warp's weights stay with it for all of time: the first KR blocks in registers, the rest in
-// shared memory in the order in which its lanes read them.
+// the cells' threads add up. Warps beyond WM x WK have cells only. A warp's weights stay with it for all of time: the first KR blocks in
+// registers, the rest in shared memory in the order in which its lanes read them.
 #pragma once
 #include "layout.h"
-#include "numbers.h"
 #include "primitives/barrier.h"
+#include "weights.h"
 
 namespace fused_rnn::cuda {
 
 template <class Number, bool kBackward, int NT>
 class Product {
   using Operand = typename Number::Operand;
+  using Fragment = typename Number::Fragment;
   static constexpr Tile kTile = tile(Number::kKind, kBackward, NT);
   static constexpr int MT = kTile.mt, KR = kTile.kr, kQuads = Number::kRegisters / 4;
-  // A product waits for the one before it that adds to the same sums: where a warp has but one m tile and 8 rows, two sets of sums halve
-  // that chain.
-  static constexpr int kChains = MT * NT == 1 && Number::kSums == 4 ? 2 : 1;
-  static_assert(kTile.rows == Number::kRows && kTile.depth == Number::kDepth && kTile.registers == Number::kRegisters, "tiles.h and numbers.h");
+  static constexpr int kChains = chains(kTile, NT);
+  // With one m tile and 8 rows, a block of the operand is also read while the one before it is multiplied. Elsewhere there is enough to do,
+  // and no register left.
+  static constexpr bool kAhead = Number::kSums == 4 && MT * NT == 1;
+  static_assert(kTile.rows == Number::kRows && kTile.depth == Number::kDepth && kTile.registers == Number::kRegisters,
+                "tiles.h and numbers.h");
 
  public:
-  // weight(row, k): the weight, or zero outside. rest: this CTA's shared memory for what the registers do not hold.
-  template <class Weight>
-  FUSED_RNN_DEVICE Product(const Team& team, uint4* rest, const Weight& weight)
+  // rest: this CTA's shared memory for what the registers do not hold.
+  template <class Weights>
+  FUSED_RNN_DEVICE Product(const Team& team, uint4* rest, const Weights& weights)
       : group_(int(threadIdx.x) / 32 % team.warps_m), share_(int(threadIdx.x) / 32 / team.warps_m) {
-    const int all = (team.depth + Number::kDepth - 1) / Number::kDepth;
+    const int all = share_ < team.warps_k ? (team.depth + Number::kDepth - 1) / Number::kDepth : 0;
     first_ = share_ * team.blocks;
     count_ = first_ + team.blocks <= all ? team.blocks : first_ < all ? all - first_ : 0;
     rest_ = rest + int(threadIdx.x) / 32 * shared_blocks(team, kTile) * (MT * kQuads * 32) + lane();
-    // By way of shared memory: loads straight into the registers would all be in flight at once, and spill.
-    FUSED_RNN_UNROLL
-    for (int i = 0; i < KR; ++i) {
-      fill(0, i, weight);
-      sync_warp();
-      fetch(held_[i], 0);
-      sync_warp();
-    }
-    for (int i = KR; i < count_; ++i) fill(i - KR, i, weight);
-    sync_warp();
+    if (count_ == 0) return;
+    if (weights.aligned) load(weights);
+    else fill(weights);
   }
 
   FUSED_RNN_DEVICE void run(const Team& team, const Operand* operand, float* partial) const {
+    if (share_ >= team.warps_k) return;
     const int stride = operand_stride(team.depth, kTile);
     operand += first_ * Number::kDepth;
     float sums[kChains][NT][MT][Number::kSums] = {};
+    Fragment b[NT];
+    if (kAhead && count_ > 0) read(b, operand, stride);
     FUSED_RNN_UNROLL
     for (int i = 0; i < KR; ++i) {
       if (i >= count_) break;
+      if (!kAhead) read(b, operand + i * Number::kDepth, stride);
+      Fragment next[NT];
+      if (kAhead && i + 1 < count_) read(next, operand + (i + 1) * Number::kDepth, stride);
+      multiply(i, sums, held_[i], b);
       FUSED_RNN_UNROLL
-      for (int n = 0; n < NT; ++n) Number::template multiply<MT>(sums[i % kChains][n], held_[i], operand + i * Number::kDepth + n * 8 * stride, stride);
+      for (int n = 0; kAhead && n < NT; ++n) b[n] = next[n];
     }
     for (int i = KR; i < count_; ++i) {
       uint32_t a[MT][Number::kRegisters];
       fetch(a, i - KR);
-      FUSED_RNN_UNROLL
-      for (int n = 0; n < NT; ++n) Number::template multiply<MT>(sums[0][n], a, operand + i * Number::kDepth + n * 8 * stride, stride);
+      read(b, operand + i * Number::kDepth, stride);
+      multiply(0, sums, a, b);
     }
     const int rows = partial_stride(team, kTile);
     float* out = partial + share_ * (8 * NT) * rows + group_ * (MT * Number::kRows);
     FUSED_RNN_UNROLL
-    for (int n = 0; n < NT; ++n)
+    for (int n = 0; n < NT; ++n) FUSED_RNN_UNROLL
+    for (int m = 0; m < MT; ++m) {
       FUSED_RNN_UNROLL
-      for (int m = 0; m < MT; ++m)
-        FUSED_RNN_UNROLL
-        for (int i = 0; i < Number::kSums; ++i) out[(n * 8 + Number::column(i)) * rows + m * Number::kRows + Number::row(i)] = whole(sums, n, m, i);
+      for (int chain = 1; chain < kChains; ++chain) FUSED_RNN_UNROLL
+      for (int i = 0; i < Number::kSums; ++i) sums[0][n][m][i] += sums[chain][n][m][i];
+      Number::store(sums[0][n][m], out + n * 8 * rows + m * Number::kRows, rows);
+    }
   }
 
   // The whole sums of so many rows, `apart` from each other, for a row of the batch; in the order of the shares, the same from run to
@@ -82,21 +87,61 @@ class Product {
   }
 
  private:
-  FUSED_RNN_DEVICE static float whole(const float (&sums)[kChains][NT][MT][Number::kSums], int n, int m, int i) {
-    float total = sums[0][n][m][i];
+  FUSED_RNN_DEVICE static void read(Fragment (&b)[NT], const Operand* operand, int stride) {
     FUSED_RNN_UNROLL
-    for (int chain = 1; chain < kChains; ++chain) total += sums[chain][n][m][i];
-    return total;
+    for (int n = 0; n < NT; ++n) b[n] = Number::read(operand + n * 8 * stride, stride);
   }
+  FUSED_RNN_DEVICE static void multiply(int block, float (&sums)[kChains][NT][MT][Number::kSums],
+                                        const uint32_t (&a)[MT][Number::kRegisters], const Fragment (&b)[NT]) {
+    FUSED_RNN_UNROLL
+    for (int n = 0; n < NT; ++n) Number::template multiply<MT>(sums[block * 2 % kChains][n], sums[(block * 2 + 1) % kChains][n], a, b[n]);
+  }
+
   FUSED_RNN_DEVICE uint4* place(int slot, int m, int quad) const { return rest_ + ((slot * MT + m) * kQuads + quad) * 32; }
-  // A block's fragments, each lane's own, into a slot of shared memory and out of it.
-  template <class Weight>
-  FUSED_RNN_DEVICE void fill(int slot, int block, const Weight& weight) const {
-    const int k0 = (first_ + block) * Number::kDepth;
+  FUSED_RNN_DEVICE int row0(int m) const { return (group_ * MT + m) * Number::kRows; }
+  FUSED_RNN_DEVICE int k0(int block) const { return (first_ + block) * Number::kDepth; }
+
+  // In whole vectors, all that the registers hold in flight at once: a launch waits for memory once, not once a block.
+  template <class Weights>
+  FUSED_RNN_DEVICE void load(const Weights& weights) {
+    FUSED_RNN_UNROLL
+    for (int i = 0; i < KR; ++i) {
+      FUSED_RNN_UNROLL
+      for (int m = 0; m < MT; ++m) weights.load(row0(m), k0(i), held_[i][m]);
+      if (i % 2) sync_warp();  // keeps the compiler from making the addresses of all blocks first, and spilling them
+    }
+    FUSED_RNN_UNROLL_BY(2)
+    for (int i = KR; i < count_; ++i) {
+      FUSED_RNN_UNROLL
+      for (int m = 0; m < MT; ++m) {
+        uint32_t a[Number::kRegisters];
+        weights.load(row0(m), k0(i), a);
+        FUSED_RNN_UNROLL
+        for (int q = 0; q < kQuads; ++q) *place(i - KR, m, q) = {a[4 * q], a[4 * q + 1], a[4 * q + 2], a[4 * q + 3]};
+      }
+    }
+    sync_warp();
+  }
+
+  // Weight by weight, by way of shared memory: loads of two bytes straight into the registers would need more of them than there are.
+  template <class Weights>
+  FUSED_RNN_DEVICE void fill(const Weights& weights) {
+    FUSED_RNN_UNROLL
+    for (int i = 0; i < KR; ++i) {
+      fill(0, i, weights);
+      sync_warp();
+      fetch(held_[i], 0);
+      sync_warp();
+    }
+    for (int i = KR; i < count_; ++i) fill(i - KR, i, weights);
+    sync_warp();
+  }
+  template <class Weights>
+  FUSED_RNN_DEVICE void fill(int slot, int block, const Weights& weights) const {
     FUSED_RNN_UNROLL_BY(1)
     for (int i = 0; i < MT * kQuads; ++i) {
-      const int m = i / kQuads, row0 = (group_ * MT + m) * Number::kRows;
-      *place(slot, m, i % kQuads) = Number::load(i % kQuads, [&](int row, int k) { return weight(row0 + row, k0 + k); });
+      const int m = i / kQuads, q = i % kQuads;
+      *place(slot, m, q) = weights.quad(row0(m) + Number::row(q), k0(block) + Number::depth(q));
     }
   }
   FUSED_RNN_DEVICE void fetch(uint32_t (&a)[MT][Number::kRegisters], int slot) const {

@@ -24,7 +24,9 @@ T* at(const py::dict& given, const char* name) {
   if (!given.contains(name) || given[name].is_none()) return nullptr;
   return reinterpret_cast<T*>(given[name].cast<uintptr_t>());
 }
-int64_t number(const py::dict& given, const char* name, int64_t otherwise = 0) { return given.contains(name) ? given[name].cast<int64_t>() : otherwise; }
+int64_t number(const py::dict& given, const char* name, int64_t otherwise = 0) {
+  return given.contains(name) ? given[name].cast<int64_t>() : otherwise;
+}
 
 Steps steps_of(const py::dict& given) {
   Steps s{};
@@ -84,18 +86,32 @@ void raise(const std::string& error) {
   if (!error.empty()) throw std::runtime_error("fused_rnn: " + error);
 }
 
+// Without Python's lock: other threads go on while the driver makes room in its queue.
+template <class Run>
+void run_unlocked(const Run& run) {
+  std::string error;
+  {
+    const py::gil_scoped_release unlocked;
+    error = run();
+  }
+  raise(error);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(FUSED_RNN_MODULE, m) {
   m.doc() = "The CUDA loops of fused_rnn: plans, and launches by address.";
   bind_plan(m);
   m.attr("ARCHITECTURES") = FUSED_RNN_ARCHITECTURES;
-  m.def("device", [](int index) {
-    std::string error;
-    const Device device = device_at(index, error);
-    raise(error);
-    return device;
-  }, py::arg("index"), "What the device of this number offers.");
+  m.def(
+      "device",
+      [](int index) {
+        std::string error;
+        const Device device = device_at(index, error);
+        raise(error);
+        return device;
+      },
+      py::arg("index"), "What the device of this number offers.");
 #if defined(FUSED_RNN_EMULATE)
   m.def("seed", [](uint64_t seed) { emulated_seed = seed; }, "The order in which the emulator's threads run.");
 #endif
@@ -104,15 +120,23 @@ PYBIND11_MODULE(FUSED_RNN_MODULE, m) {
     return bytes.arrived + bytes.operand;
   });
   m.def("forward", [](int cell, int kind, const Plan& plan, uintptr_t workspace, uintptr_t stream, const py::dict& given) {
-    raise(run_forward(Cell(cell), NumberKind(kind), forward_of(given), plan, reinterpret_cast<void*>(workspace), reinterpret_cast<void*>(stream)));
+    const ForwardLoop loop = forward_of(given);
+    run_unlocked([&] {
+      return run_forward(Cell(cell), NumberKind(kind), loop, plan, reinterpret_cast<void*>(workspace), reinterpret_cast<void*>(stream));
+    });
   });
   m.def("backward", [](int cell, int kind, const Plan& plan, uintptr_t workspace, uintptr_t stream, const py::dict& given) {
-    raise(run_backward(Cell(cell), NumberKind(kind), backward_of(given), plan, reinterpret_cast<void*>(workspace), reinterpret_cast<void*>(stream)));
+    const BackwardLoop loop = backward_of(given);
+    run_unlocked([&] {
+      return run_backward(Cell(cell), NumberKind(kind), loop, plan, reinterpret_cast<void*>(workspace), reinterpret_cast<void*>(stream));
+    });
   });
   m.def("pointwise_forward", [](int cell, int kind, uintptr_t stream, const py::dict& given) {
-    raise(run_pointwise(Cell(cell), NumberKind(kind), forward_of(given), reinterpret_cast<void*>(stream)));
+    const ForwardLoop loop = forward_of(given);
+    run_unlocked([&] { return run_pointwise(Cell(cell), NumberKind(kind), loop, reinterpret_cast<void*>(stream)); });
   });
   m.def("pointwise_backward", [](int cell, int kind, uintptr_t stream, const py::dict& given) {
-    raise(run_pointwise(Cell(cell), NumberKind(kind), backward_of(given), reinterpret_cast<void*>(stream)));
+    const BackwardLoop loop = backward_of(given);
+    run_unlocked([&] { return run_pointwise(Cell(cell), NumberKind(kind), loop, reinterpret_cast<void*>(stream)); });
   });
 }

@@ -10,7 +10,9 @@ namespace {
 
 constexpr int kCounterWords = 32;  // each team's counter has 128 bytes to itself
 
-int tiles_of_a_launch(const Plan& plan) { return plan.team.exchange == ExchangeKind::grid ? std::min(plan.tiles_at_once, plan.tiles) : plan.tiles; }
+int tiles_of_a_launch(const Plan& plan) {
+  return plan.team.exchange == ExchangeKind::grid ? std::min(plan.tiles_at_once, plan.tiles) : plan.tiles;
+}
 
 const char* kNotBuilt = "this build has no kernel for the problem";
 

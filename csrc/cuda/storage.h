@@ -13,9 +13,25 @@
 
 namespace fused_rnn::cuda {
 
-template <class Storage> struct AccumulatorOf { using type = float; };
-template <> struct AccumulatorOf<double> { using type = double; };
+template <class Storage> struct AccumulatorOf {
+  using type = float;
+};
+template <> struct AccumulatorOf<double> {
+  using type = double;
+};
 template <class Storage> using Accumulator = typename AccumulatorOf<Storage>::type;
+
+template <int kBytes> struct UnsignedOfBytes;
+template <> struct UnsignedOfBytes<2> {
+  using type = uint16_t;
+};
+template <> struct UnsignedOfBytes<4> {
+  using type = uint32_t;
+};
+template <> struct UnsignedOfBytes<8> {
+  using type = uint64_t;
+};
+template <int kBytes> using UnsignedOf = typename UnsignedOfBytes<kBytes>::type;
 
 template <class Storage> FUSED_RNN_DEVICE float widen(Storage v) { return to_float(v); }
 FUSED_RNN_DEVICE double widen(double v) { return v; }

@@ -26,10 +26,14 @@ constexpr int most_batch_tiles(NumberKind number) { return number == NumberKind:
 FUSED_RNN_HD constexpr Tile tile(NumberKind number, bool backward, int nt) {
   switch (number) {
     case NumberKind::bf16:
-    case NumberKind::f16: return backward ? Tile{1, nt == 4 ? 10 : nt == 2 ? 13 : 14, 16, 32, 8, 2} : Tile{2, nt == 4 ? 4 : 8, 16, 32, 8, 2};
-    case NumberKind::tf32: return backward ? Tile{1, nt == 4 ? 9 : nt == 2 ? 13 : 14, 16, 16, 8, 4} : Tile{2, nt == 4 ? 4 : 8, 16, 16, 8, 4};
+    case NumberKind::f16: return backward ? Tile{1, nt == 4 ? 10 : 13, 16, 32, 8, 2} : Tile{2, nt == 4 ? 4 : nt == 2 ? 6 : 8, 16, 32, 8, 2};
+    case NumberKind::tf32: return backward ? Tile{1, nt == 4 ? 9 : 13, 16, 16, 8, 4} : Tile{2, nt == 4 ? 4 : nt == 2 ? 6 : 8, 16, 16, 8, 4};
     default: return Tile{1, nt == 2 ? 1 : backward ? 2 : 3, 32, 16, 16, 4};
   }
 }
+
+// An mma waits for the one before it that adds to the same sums, some four times as long as it takes: where a warp has few m tiles and
+// rows, so many sets of sums take turns. An FMA lane has 8 sums, and each of them enough to do.
+FUSED_RNN_HD constexpr int chains(Tile t, int nt) { return t.registers != 8 || t.mt * nt >= 4 ? 1 : 4 / (t.mt * nt); }
 
 }  // namespace fused_rnn::cuda

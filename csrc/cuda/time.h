@@ -31,7 +31,9 @@ struct Place {
   FUSED_RNN_DEVICE int in_state(const Steps& s) const { return (r * s.B + b) * s.H + u; }
   // The sequence is alive at t, and its state enters t as it is.
   FUSED_RNN_DEVICE bool valid(int t) const { return t < length; }
-  FUSED_RNN_DEVICE bool live(const Steps& s, int t) const { return valid(t) && !(s.reset && s.reset[int64_t(t) * s.B + b]); }
+  FUSED_RNN_DEVICE bool live(const Steps& s, int t) const { return valid(t) && reset(s, t) == 0; }
+  // As it lies in memory, so that nobody waits for it who does not use it yet. For a valid t.
+  FUSED_RNN_DEVICE int32_t reset(const Steps& s, int t) const { return s.reset ? s.reset[int64_t(t) * s.B + b] : 0; }
 };
 
 // Elements of so many steps of an array with so many vectors of H.

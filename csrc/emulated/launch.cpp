@@ -3,6 +3,7 @@
 
 #include <cstring>
 #include <exception>
+#include <mutex>
 
 #include "../emulator/emulator.h"
 
@@ -14,6 +15,8 @@ namespace {
 
 template <class Loop>
 std::string emulate(void (*kernel)(Loop), const Loop& loop, const Shape& shape) {
+  static std::mutex one_at_a_time;  // callers do not hold Python's lock, and there is but one machine
+  const std::lock_guard<std::mutex> lock(one_at_a_time);
   try {
     emulator::launch(dim3{unsigned(shape.ctas), 1, 1}, dim3{unsigned(shape.threads), 1, 1}, unsigned(shape.cluster), size_t(shape.shared),
                      {emulated_seed, shape.cooperative}, [&] { kernel(loop); });
@@ -26,12 +29,18 @@ std::string emulate(void (*kernel)(Loop), const Loop& loop, const Shape& shape) 
 }  // namespace
 
 std::string launch(void (*kernel)(ForwardLoop), const ForwardLoop& loop, const Shape& shape, void*) { return emulate(kernel, loop, shape); }
-std::string launch(void (*kernel)(BackwardLoop), const BackwardLoop& loop, const Shape& shape, void*) { return emulate(kernel, loop, shape); }
+std::string launch(void (*kernel)(BackwardLoop), const BackwardLoop& loop, const Shape& shape, void*) {
+  return emulate(kernel, loop, shape);
+}
 std::string clear(uint32_t* arrived, int64_t count, void*) {
   memset(arrived, 0, size_t(count) * 4);
   return {};
 }
-// As large as an H100, so that every plan for one can be run.
-Device device_at(int, std::string&) { return {90, 132, 227 * 1024, 16}; }
+// As large as an H100, so that every plan for one can be run; clusters of any size.
+Device device_at(int, std::string&) {
+  Device device{90, 132, 227 * 1024};
+  for (int size = 1; size <= kLargestCluster; ++size) device.clusters[size - 1] = device.multiprocessors / size;
+  return device;
+}
 
 }  // namespace fused_rnn::cuda

@@ -52,7 +52,7 @@ def ask(device: int, kind: int, backward: bool, gates: int, batch: int, hidden: 
     """Likewise, to be read."""
     loops, name = module.loaded(), NUMBERS[kind]
     found = _device(loops, device)
-    facts = Device(found.arch, found.multiprocessors, found.shared, found.max_cluster)
+    facts = Device(found.arch, found.multiprocessors, found.shared, found.clusters)
     native = choose(device, kind, backward, gates, batch, hidden, recurrences)
     if native is not None or _forced.exchange == "stepwise":
         return Plan("stepwise", name, facts, reason="as asked for") if native is None else read(native, name, facts)

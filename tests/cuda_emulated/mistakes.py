@@ -19,6 +19,7 @@ CTA = Case("lstm", "bf16", "cta", 4, 3, 17)
 CLUSTER = Case("lstm", "bf16", "cluster 2", 7, 3, 17)
 CLUSTER_4 = Case("lstm", "bf16", "cluster 4", 4, 3, 50)
 GRID = Case("lstm", "bf16", "grid", 4, 3, 33)
+ALIGNED = Case("lstm", "bf16", "grid", 4, 3, 48)  # rows of W_hh are whole vectors
 RESET = CTA._replace(reset=True, T=7)
 WINDOWS = Case("gru", "bf16", "cta", 7, 3, 17, "fr", save="recompute")
 
@@ -37,6 +38,7 @@ class Mistake(NamedTuple):
 
 
 FWD, BWD, EXCHANGE, NUMBERS = "cuda/persistent_fwd.h", "cuda/persistent_bwd.h", "cuda/exchange.h", "cuda/numbers.h"
+WEIGHTS = "cuda/weights.h"
 WRONG = "error "
 
 MISTAKES: dict[str, Mistake] = {
@@ -54,22 +56,27 @@ MISTAKES: dict[str, Mistake] = {
         EXCHANGE, "void arrive() {\n    sync_threads();", "void arrive() {", "races", "RACE", (CTA,)
     ),
     "forward: h0 while the operand is being cleared": Mistake(
-        FWD, "  sync_threads();\n\n  // h0", "\n  // h0", "races", "RACE", (CTA,)
+        FWD, "  sync_threads();\n  exchange.invite();", "  exchange.invite();", "races", "RACE", (CTA,)
     ),
     "forward: no barrier before the first product": Mistake(
         EXCHANGE,
-        "    }\n    sync_threads();\n  }\n\n  FUSED_RNN_DEVICE Operand*",
-        "    }\n  }\n\n  FUSED_RNN_DEVICE Operand*",
+        "cluster_wait();\n    sync_threads();",
+        "cluster_wait();",
         "races",
         "RACE",
         (CTA,),
     ),
     "a warp sends before its lanes have put": Mistake(
-        EXCHANGE, "return;\n    sync_warp();", "return;", "races", "RACE", (CLUSTER,)
+        EXCHANGE, "ExchangeKind::cluster) sync_warp();", "ExchangeKind::cluster) (void)0;", "races", "RACE", (CLUSTER,)
     ),
     # ---- memory
     "cluster: one copy of the operand": Mistake(
-        EXCHANGE, "operands_ + (turn & 1) * team_.rows * stride_", "operands_", "races", "RACE", (CLUSTER,)
+        EXCHANGE,
+        "operands_ + (turn & 1) * team_.rows * stride_ : operands_",
+        "operands_ : operands_",
+        "races",
+        "RACE",
+        (CLUSTER,),
     ),
     "shared memory for one fragment too few": Mistake(
         "cuda/layout.h",
@@ -86,7 +93,7 @@ MISTAKES: dict[str, Mistake] = {
         "cuda/product.h",
         "stride = operand_stride(team.depth, kTile);",
         "stride = operand_stride(team.depth, kTile) + 1;",
-        "plain",
+        "asan",
         "misaligned",
         (CTA,),
     ),
@@ -94,13 +101,14 @@ MISTAKES: dict[str, Mistake] = {
         FWD, "clear(operands, at.operands_count);", "", "plain", WRONG, (CTA,)
     ),
     "forward: a row of W_hh past the end": Mistake(
-        FWD, "u < width && k < width ?", "u <= width && k < width ?", "asan", "AddressSanitizer", (CTA,)
+        WEIGHTS, "g < gates_ && u < width_ ?", "g < gates_ && u <= width_ ?", "asan", "AddressSanitizer", (CTA,)
     ),
     # ---- the cluster's exchange
     "cluster: peers are written to before they are ready": Mistake(
-        EXCHANGE,
-        "void open() const {\n    if (",
-        "void open() const {\n    if (false && ",
+        "cuda/primitives/barrier.h",
+        "cluster_arrive() { emulator::cluster_arrive(); }\n"
+        "FUSED_RNN_DEVICE void cluster_wait() { emulator::cluster_wait(); }",
+        "cluster_arrive() {}\nFUSED_RNN_DEVICE void cluster_wait() {}",
         "races",
         "RACE",
         (CLUSTER,),
@@ -132,22 +140,22 @@ MISTAKES: dict[str, Mistake] = {
     ),
     "cluster: one peer is left out": Mistake(
         EXCHANGE,
-        "i < team_.members - 1; i += kChunk",
-        "i < team_.members - 2; i += kChunk",
+        "if (i >= team_.members - 1) break;",
+        "if (i >= team_.members - 2) break;",
         "plain",
         "DEADLOCK",
         (CLUSTER_4,),
     ),
     "cluster: the peer after the one that is meant": Mistake(
         EXCHANGE,
-        "const int apart = member_ + 1 + i",
-        "const int apart = member_ + 2 + i",
+        "after = member_ + 1 + i",
+        "after = member_ + 2 + i",
         "plain",
         "FAILED",
         (CLUSTER_4,),
     ),
     "cluster: the last step is sent, though nobody waits for it": Mistake(
-        FWD, "if (step + 1 < p.steps.step1) exchange.publish", "exchange.publish", "plain", "on its way", (CLUSTER,)
+        FWD, "if (step + 1 < p.steps.step1) {", "if (true) {", "plain", "on its way", (CLUSTER,)
     ),
     # ---- the grid's exchange
     "grid: members are not counted in": Mistake(
@@ -170,7 +178,12 @@ MISTAKES: dict[str, Mistake] = {
         (GRID,),
     ),
     "grid: threads copy without waiting for the one that waits": Mistake(
-        EXCHANGE, "pause();\n      }\n      sync_threads();", "pause();\n      }", "races", "RACE", (GRID,)
+        EXCHANGE,
+        "pause();\n        }\n      }\n      sync_threads();",
+        "pause();\n        }\n      }",
+        "races",
+        "RACE",
+        (GRID,),
     ),
     "grid: copies are not waited for": Mistake(EXCHANGE, "      copy_wait<0>();\n", "", "plain", "FAILED", (GRID,)),
     "grid: threads do not wait for each other's copies": Mistake(
@@ -179,32 +192,38 @@ MISTAKES: dict[str, Mistake] = {
     # ---- which number is where
     "weights: two registers of a fragment change places": Mistake(
         NUMBERS,
-        "{pair(row, k), pair(row + 8, k), pair(row, k + 8), pair(row + 8, k + 8)}",
-        "{pair(row, k), pair(row, k + 8), pair(row + 8, k), pair(row + 8, k + 8)}",
+        "add(low[m], {a[m][0], a[m][4], a[m][1], a[m][5]}",
+        "add(low[m], {a[m][0], a[m][1], a[m][4], a[m][5]}",
         "plain",
         WRONG,
         (CTA,),
     ),
     "operand: the upper half of a block is the lower one again": Mistake(
         NUMBERS,
-        "lane() % 8 * stride + lane() / 8 * 8);",
-        "lane() % 8 * stride + lane() / 8 % 2 * 8);",
+        "high[m], {a[m][2], a[m][6], a[m][3], a[m][7]}, {b.z, b.w}",
+        "high[m], {a[m][2], a[m][6], a[m][3], a[m][7]}, {b.x, b.y}",
         "plain",
         WRONG,
         (CTA,),
     ),
+    "weights: a block's neighbours change places": Mistake(
+        WEIGHTS, "return found[i].of[n];", "return found[i].of[kRows - 1 - n];", "plain", WRONG, (ALIGNED,)
+    ),
+    "weights: 16 bytes from the row above": Mistake(
+        WEIGHTS, "at(row0 + Number::row(q))", "at(row0 + Number::row(0))", "plain", WRONG, (ALIGNED,)
+    ),
     "forward: gates in the wrong order": Mistake(
-        FWD, "const int g = row / team.units, ", "const int g = G - 1 - row / team.units, ", "plain", WRONG, (CTA,)
+        WEIGHTS, "const int g = row / units_, ", "const int g = gates_ - 1 - row / units_, ", "plain", WRONG, (CTA,)
     ),
     "backward: resumes from the input side's gradients": Mistake(
         BWD, "(g + kGradients - G) * width", "g * width", "plain", WRONG, (WINDOWS,)
     ),
     # ---- masks
     "a reset is not seen": Mistake(
-        "cuda/time.h", "s.reset && s.reset[", "s.reset && 0 * s.reset[", "plain", WRONG, (RESET,)
+        "cuda/time.h", "return s.reset ? s.reset[", "return s.reset ? 0 * s.reset[", "plain", WRONG, (RESET,)
     ),
     "forward: h enters the product in spite of a reset": Mistake(
-        "cuda/cell_fwd.h", "at.inside && next_live_ ? h_", "at.inside ? h_", "plain", WRONG, (RESET,)
+        "cuda/cell_fwd.h", "next_reset_ == 0 ? h_", "true ? h_", "plain", WRONG, (RESET,)
     ),
     "backward: a gradient passes a reset": Mistake(
         "cuda/cell_bwd.h", "dh_ += reaches_ ? product", "dh_ += true ? product", "plain", WRONG, (RESET,)

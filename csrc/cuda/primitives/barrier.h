@@ -1,7 +1,7 @@
 // Barriers of a warp, a CTA and a cluster; mbarriers; stores to the shared memory of another CTA of the cluster.
 // A device without clusters traps where it meets one of these: kernels ask kHasCluster before.
 #pragma once
-#include "platform.h"
+#include "patience.h"
 
 namespace fused_rnn::cuda {
 
@@ -47,8 +47,9 @@ FUSED_RNN_DEVICE unsigned cluster_rank() {
   return rank;
 }
 
-FUSED_RNN_DEVICE void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
-FUSED_RNN_DEVICE void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+// Not the .aligned forms: threads may come here from a branch, and it is once a launch.
+FUSED_RNN_DEVICE void cluster_arrive() { asm volatile("barrier.cluster.arrive.release;" ::: "memory"); }
+FUSED_RNN_DEVICE void cluster_wait() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
 
 // Where the CTA of that rank has what this CTA has at `own_shared`.
 FUSED_RNN_DEVICE Remote remote(const void* own_shared, unsigned rank) {
@@ -69,18 +70,32 @@ FUSED_RNN_DEVICE void barrier_expect(uint64_t* b, int bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(b)), "r"(bytes) : "memory");
 }
 
+#if __CUDACC_VER_MAJOR__ > 12 || (__CUDACC_VER_MAJOR__ == 12 && __CUDACC_VER_MINOR__ >= 8)
+#define FUSED_RNN_WAIT "mbarrier.try_wait.parity.relaxed.cluster.shared::cta.b64"
+#define FUSED_RNN_ACQUIRE "fence.acquire.sync_restrict::shared::cluster.cluster;"
+#else
+#define FUSED_RNN_WAIT "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64"
+#define FUSED_RNN_ACQUIRE ""
+#endif
+// The wait is at cluster scope, since the peers' stores complete the phase; what it acquires is restricted to shared memory, where
+// all of these stores are. An acquire of everything would also drop the L1 cache, each step (CCTL.IVALL in machine code). Compilers
+// before CUDA 12.8 do not know the restricted fence.
+FUSED_RNN_DEVICE bool barrier_complete(uint64_t* b, unsigned parity) {
+  uint32_t complete;
+  asm volatile("{\n.reg .pred complete;\n" FUSED_RNN_WAIT " complete, [%1], %2;\nselp.u32 %0, 1, 0, complete;\n}"
+               : "=r"(complete)
+               : "r"(shared_address(b)), "r"(parity)
+               : "memory");
+  return complete;
+}
+
 // Until the phase of that parity is complete; what was stored to its account is visible then.
 FUSED_RNN_DEVICE void barrier_wait(uint64_t* b, unsigned parity) {
-  asm volatile(
-      "{\n"
-      ".reg .pred complete;\n"
-      "AGAIN:\n"
-      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 complete, [%0], %1;\n"
-      "@!complete bra AGAIN;\n"
-      "}" ::"r"(shared_address(b)),
-      "r"(parity)
-      : "memory");
+  for (const Patience patience; !barrier_complete(b, parity);) patience.spend("2 s for the peers' slices of the operand");
+  asm volatile(FUSED_RNN_ACQUIRE ::: "memory");
 }
+#undef FUSED_RNN_WAIT
+#undef FUSED_RNN_ACQUIRE
 
 // 16 bytes to another CTA of the cluster; `barrier`, in the same CTA as the destination, is told when they are there.
 FUSED_RNN_DEVICE void store_async(Remote destination, Remote barrier, uint4 value) {
