@@ -92,8 +92,6 @@ def test_the_instructions_are_those_meant(folder: Path, architecture: str) -> No
         "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32",
         "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32",
         "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32",
-        "ldmatrix.sync.aligned.m8n8.x4.shared.b16",
-        "ldmatrix.sync.aligned.m8n8.x2.shared.b16",
         "cp.async.cg.shared.global",
         "cp.async.wait_group 1",
         "red.release.gpu.global.add.u32",

@@ -1,4 +1,4 @@
-// Tensor-core products and ldmatrix, in the fragment layouts of the PTX manual ("Matrix fragments for mma").
+// Tensor-core products, in the fragment layouts of the PTX manual ("Matrix fragments for mma").
 //
 // With group = lane / 4 and member = lane % 4, a lane holds
 //   a  of m16n8k16  rows group, group + 8 (registers 0, 2 and 1, 3); columns 2 member + {0, 1}, the same + 8 (registers
@@ -100,35 +100,6 @@ inline void mma_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[
     Tile<8> tile;
     gather_tf32(warp, tile);
     multiply(warp, tile);
-  });
-}
-
-// ---- ldmatrix: lane 8 i + r brings the address of row r of matrix i, and receives two neighbours of row lane / 4 of each matrix
-
-struct LoadArguments {
-  uint32_t* registers;
-  const void* row;
-};
-
-template <int kMatrices>
-inline void ldmatrix(uint32_t (&registers)[kMatrices], const void* row) {
-  static constexpr const char* kName = kMatrices == 4 ? "ldmatrix_x4" : "ldmatrix_x2";
-  {
-    Inside guard;
-    check_whole_warp(kName);
-    if (machine.current->lane < 8 * kMatrices) {  // the other lanes' addresses are ignored
-      check_shared(kName, row, kCopyBytes, kCopyBytes);
-      races::read(row, kCopyBytes);
-    }
-  }
-  LoadArguments arguments{registers, row};
-  collective(kName, &arguments, [](Warp& warp) FUSED_RNN_EMULATOR_RAW {
-    for (int matrix = 0; matrix < kMatrices; ++matrix)
-      for (int lane = 0; lane < kWarp; ++lane) {
-        const auto& source = *static_cast<const LoadArguments*>(warp.arguments[8 * matrix + lane / 4]);
-        const auto& target = *static_cast<const LoadArguments*>(warp.arguments[lane]);
-        __builtin_memcpy(&target.registers[matrix], static_cast<const char*>(source.row) + 4 * (lane % 4), 4);
-      }
   });
 }
 

@@ -191,41 +191,6 @@ TEST(mma_bf16) { check_product<Product16<bf16>>(16); }
 TEST(mma_f16) { check_product<Product16<f16>>(16); }
 TEST(mma_tf32_product) { check_product<Product8>(8); }
 
-// Operands by ldmatrix: a [16, 16] row by row, b [8, 16] stored column by column, rows 8 halves apart from contiguous.
-struct LoadedProduct {
-  static constexpr int kStride = 24;
-  static FUSED_RNN_DEVICE void body(const float* a, const float* b, float* d) {
-    f16* sa = shared_array<f16>(0, kRows * kStride);
-    f16* sb = shared_array<f16>(kRows * kStride * 2 + kSharedGap, kColumns * kStride);
-    for (int i = lane(); i < kRows * 16; i += 32) sa[i / 16 * kStride + i % 16] = from_float<f16>(a[i]);
-    for (int i = lane(); i < kColumns * 16; i += 32) sb[i / 16 * kStride + i % 16] = from_float<f16>(b[i % 16 * kColumns + i / 16]);
-    sync_warp();
-    uint32_t fa[4], fb[2];
-    ldmatrix_x4(fa, sa + lane() % 16 * kStride + lane() / 16 * 8);
-    ldmatrix_x2(fb, sb + lane() % 8 * kStride + lane() / 8 % 2 * 8);
-    float fd[4] = {0.5f, 0.5f, 0.5f, 0.5f};
-    mma(fd, fa, fb, f16{});
-    for (int i = 0; i < 4; ++i) d[d_row(i) * kColumns + d_column(i)] = fd[i];
-  }
-};
-
-TEST(ldmatrix_loads_fragments) {
-  Buffer<float> a(kRows * 16), b(16 * kColumns), d(kRows * kColumns);
-  std::mt19937 random(3);
-  for (size_t i = 0; i < a.size(); ++i) a[i] = float(int(random() % 31) - 15);
-  for (size_t i = 0; i < b.size(); ++i) b[i] = float(int(random() % 31) - 15);
-  const int shared = (kRows + kColumns) * LoadedProduct::kStride * 2 + kSharedGap;
-  for (int seed = 0; seed < harness::seeds; ++seed) {
-    launch<LoadedProduct>({1, 32, 1, shared}, seed, a.data(), b.data(), d.data());
-    for (int row = 0; row < kRows; ++row)
-      for (int column = 0; column < kColumns; ++column) {
-        float expected = 0.5f;
-        for (int k = 0; k < 16; ++k) expected += a[row * 16 + k] * b[k * kColumns + column];
-        REQUIRE(d[row * kColumns + column] == expected, row, column);
-      }
-  }
-}
-
 // ---- copies
 
 // Two groups under way; every third copy is not valid.

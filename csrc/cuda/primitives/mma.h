@@ -1,5 +1,5 @@
-// Products by tensor cores, d += a b in float32, and the loads that make their operands. All 32 lanes of a warp take
-// part. The fragment layouts are described in csrc/emulator/matrix.h.
+// Products by tensor cores, d += a b in float32. All 32 lanes of a warp take part. The fragment layouts are described in
+// csrc/emulator/matrix.h.
 #pragma once
 #include "types.h"
 
@@ -35,26 +35,6 @@ FUSED_RNN_DEVICE void mma_tf32(float (&d)[4], const uint32_t (&a)[4], const uint
   emulator::mma_tf32(d, a, b);
 #else
   FUSED_RNN_MMA("m16n8k8.row.col.f32.tf32.tf32.f32");
-#endif
-}
-
-// Four matrices of 8 rows of 16 bytes: lane i brings the address of row i % 8 of matrix i / 8.
-FUSED_RNN_DEVICE void ldmatrix_x4(uint32_t (&r)[4], const void* shared) {
-#if defined(FUSED_RNN_EMULATE)
-  emulator::ldmatrix(r, shared);
-#else
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(shared_address(shared)));
-#endif
-}
-
-// Two matrices: the addresses of lanes 16 to 31 are ignored.
-FUSED_RNN_DEVICE void ldmatrix_x2(uint32_t (&r)[2], const void* shared) {
-#if defined(FUSED_RNN_EMULATE)
-  emulator::ldmatrix(r, shared);
-#else
-  asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];" : "=r"(r[0]), "=r"(r[1]) : "r"(shared_address(shared)));
 #endif
 }
 
