@@ -24,7 +24,6 @@ class BackwardCell {
   // Asks for what `run` of this step reads from memory, as soon as the step after it has run: it arrives behind the exchange and
   // the product. All of it stays as it lay in memory until `run`: a conversion here would wait for it.
   FUSED_RNN_DEVICE void fetch(const BackwardLoop& p, const Walk& walk, int step) {
-    reaches_ = live();
     if (step < p.steps.step0) return;
     const int t = walk.time(step), local = t - walk.first_time;
     valid_ = at.valid(t);
@@ -45,14 +44,13 @@ class BackwardCell {
   // What the step after the last one here left to it: for a loop that goes on where another one ended.
   FUSED_RNN_DEVICE void resume(const BackwardLoop& p, const Walk& walk) {
     if (p.steps.step1 >= p.steps.T) return;
-    const int t = walk.time(p.steps.step1);
-    valid_ = at.valid(t);
-    if (valid_) reset_ = at.reset(p.steps, t);
+    reaches_ = at.live(p.steps, walk.time(p.steps.step1));
   }
 
   // product: dgates_{t+1} W_hh, the recurrent side; it counts only where the state entered that step.
   FUSED_RNN_DEVICE void add(Acc product) { dh_ += reaches_ ? product : Acc(0); }
   FUSED_RNN_DEVICE void run(const BackwardLoop& p) {
+    reaches_ = live();
     FUSED_RNN_UNROLL
     for (int g = 0; g < kGradients; ++g) d_[g] = 0;
     if (!valid_) return;  // over, or not begun: gradients pass unchanged
