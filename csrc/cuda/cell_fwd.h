@@ -38,14 +38,9 @@ class ForwardCell {
       FUSED_RNN_UNROLL
       for (int g = 0; g < G; ++g) x_[g] = x[g * p.steps.H];
     }
-    if (step == p.steps.step0 && at.valid(t) && at.reset(p.steps, t) != 0) state_ = 0;
+    if (at.valid(t) && (step == p.steps.step0 ? at.reset(p.steps, t) : next_reset_) != 0) state_ = 0;
     const int next = walk.time(step + 1);
     next_reset_ = step + 1 < p.steps.step1 && at.valid(next) ? at.reset(p.steps, next) : 1;
-  }
-
-  // Before the fetch of any cell: to look at one load waits for all that are under way.
-  FUSED_RNN_DEVICE void enter(const ForwardLoop& p, const Walk& walk, int step) {
-    if (step < p.steps.step1 && at.valid(walk.time(step)) && next_reset_ != 0) state_ = 0;
   }
 
   // recurrent: h_{t-1} W_hh^T, zero where the state does not enter.

@@ -71,10 +71,8 @@ persistent_fwd_kernel(const FUSED_RNN_GRID_CONSTANT ForwardLoop p) {
     FUSED_RNN_UNROLL
     for (int j = 0; j < kCellsPerThread; ++j) {
       cells[j].store(p, walk, step);
-      cells[j].enter(p, walk, step + 1);
+      cells[j].fetch(p, walk, step + 1);
     }
-    FUSED_RNN_UNROLL
-    for (int j = 0; j < kCellsPerThread; ++j) cells[j].fetch(p, walk, step + 1);
   }
   FUSED_RNN_UNROLL
   for (int j = 0; j < kCellsPerThread; ++j) cells[j].finish(p);

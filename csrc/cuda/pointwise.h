@@ -43,7 +43,6 @@ pointwise_fwd_kernel(const FUSED_RNN_GRID_CONSTANT ForwardLoop p) {
     for (int g = 0; g < G; ++g) recurrent[g] = live ? Acc(widen(given[g * p.steps.H])) : Acc(0);
     cell.run(walk, step, recurrent);
     cell.store(p, walk, step);
-    cell.enter(p, walk, step + 1);
     cell.fetch(p, walk, step + 1);
     if (p.workspace.operand) static_cast<Storage*>(p.workspace.operand)[cell.at.in_state(p.steps)] = cell.hidden();
   }

@@ -27,8 +27,8 @@ FUSED_RNN_HD constexpr Tile tile(NumberKind number, bool backward, int nt) {
   switch (number) {
     case NumberKind::bf16:
     case NumberKind::f16: return backward ? Tile{1, nt == 4 ? 10 : 13, 16, 32, 8, 2} : Tile{2, nt == 4 ? 4 : nt == 2 ? 6 : 8, 16, 32, 8, 2};
-    case NumberKind::tf32: return backward ? Tile{1, nt == 4 ? 9 : 13, 16, 16, 8, 4} : Tile{2, nt == 4 ? 4 : nt == 2 ? 6 : 8, 16, 16, 8, 4};
-    default: return Tile{1, nt == 2 ? 1 : backward ? 2 : 3, 32, 16, 16, 4};
+    case NumberKind::tf32: return backward ? Tile{1, nt == 4 ? 9 : 13, 16, 16, 8, 4} : Tile{2, nt == 4 ? 4 : nt == 2 ? 6 : 7, 16, 16, 8, 4};
+    default: return Tile{1, nt == 2 || backward ? 1 : 3, 32, 16, 16, 4};
   }
 }
 

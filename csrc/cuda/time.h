@@ -25,7 +25,8 @@ struct Place {
   int length;  // 0 outside
 
   FUSED_RNN_DEVICE Place(const Steps& s, int r, int b, int u) : r(r), b(b), u(u), inside(b < s.B && u < s.H) {
-    length = !inside ? 0 : s.lengths ? int(s.lengths[b]) : s.T;
+    const int given = inside && s.lengths ? int(s.lengths[b]) : s.T;
+    length = !inside ? 0 : given < s.T ? given : s.T;  // waits for the load here, once, and not in the loop
   }
   FUSED_RNN_DEVICE int in_step(const Steps& s, int vectors) const { return (b * s.R + r) * vectors * s.H + u; }
   FUSED_RNN_DEVICE int in_state(const Steps& s) const { return (r * s.B + b) * s.H + u; }
