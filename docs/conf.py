@@ -21,7 +21,6 @@ napoleon_use_rtype = False
 napoleon_custom_sections = [("Inputs", "params_style")]
 
 # Every reference of ours must lead somewhere. Those into torch and Python cannot be looked up without a network.
-suppress_warnings = ["toc.not_readable", "myst.xref_missing"]  # pages of topics that are still being written
 nitpicky = True
 nitpick_ignore_regex = [("py:.*", r"(torch|collections|typing|types)(\..*)?"), ("py:class", r"fused_rnn\.convert\.M")]
 
