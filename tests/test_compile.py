@@ -126,6 +126,30 @@ def test_cells_compile(name: str) -> None:
                 assert_close(fast(*args), ours(*args))
 
 
+@pytest.mark.parametrize("name", CELLS)
+def test_cells_take_any_batch(name: str) -> None:
+    ours, _ = make(name, 4, 6)
+    fast, counter = compiled(ours)
+    for batch in (3, 5, 2, 9):
+        x = torch.randn(batch, 4)
+        assert_close(fast(x), ours(x))
+        with torch.no_grad():
+            assert_close(fast(x), ours(x))
+    assert counter.frame_count <= 4  # with a gradient and without one: for the first batch, then for any
+
+
+@pytest.mark.parametrize("name", SEQUENCES)
+def test_a_packed_sequence_breaks_the_graph_and_nothing_else(name: str) -> None:
+    ours, _ = make(name, 4, 6, 2, bidirectional=True)
+    fast = torch.compile(ours, backend="aot_eager")
+    for lengths in ([5, 3, 2], [7, 7, 1]):
+        packed = nn.utils.rnn.pack_padded_sequence(torch.randn(7, 3, 4), torch.tensor(lengths))
+        got, expected = flatten(fast(packed)), flatten(ours(packed))
+        assert_close(got, expected)
+        parameters = list(ours.parameters())
+        assert_close(*(torch.autograd.grad(o[0].sum(), parameters, allow_unused=True) for o in (got, expected)))
+
+
 def test_a_model_around_them_compiles() -> None:
     """Inside another module's graph, with dropout's masks and parametrized weights."""
 
