@@ -68,6 +68,21 @@ def test_no_time_steps_is_torchs_error(backend: str | None) -> None:
         forward(case, inputs(case), backend)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("save", ["gates", "recompute"])
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_stands_past_a_sequences_end_shows_nowhere(backend: str, cell: str, save: str, dtype: torch.dtype) -> None:
+    case = Case(cell, T=40, bidirectional=True, lengths=True, save=save, dtype=dtype)
+    require(backend, case)
+    given = inputs(case)
+    assert given.lengths is not None
+    past = (torch.arange(case.T)[:, None] >= given.lengths)[..., None]
+    zero, nan = (by_backend(case, given._replace(x=given.x.masked_fill(past, v)), backend) for v in (0, torch.nan))
+    for name, value in zero.items():
+        assert torch.equal(nan[name], value), name
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("cell", CELLS)
 def test_strided_inputs(cell: str, backend: str) -> None:

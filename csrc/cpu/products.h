@@ -135,13 +135,15 @@ struct ProductsLoop {
     }
   }
 
+  bool active(int64_t t, int64_t b) const { return !p.lengths || t < p.lengths[b]; }
+
   // What h_{t-1} was for row (t, b): a row of `hidden`, of h0, or null for zero.
   const T* h_before(int r, int64_t t, int64_t b) const {
     const Weights& w = p.weights[r];
-    if (p.lengths && t >= p.lengths[b]) return nullptr;  // its dgates are zero
+    if (!active(t, b)) return nullptr;  // its dgates are zero
     if (p.reset && p.reset[t * p.B + b]) return nullptr;
     const int64_t before = t - w.direction;
-    if (before < 0 || before >= p.T || (p.lengths && before >= p.lengths[b])) return f.h0 ? (const T*)f.h0 + (r * p.B + b) * p.P : nullptr;
+    if (before < 0 || before >= p.T || !active(before, b)) return f.h0 ? (const T*)f.h0 + (r * p.B + b) * p.P : nullptr;
     return (const T*)f.hidden + ((before * p.B + b) * p.R + r) * p.P;
   }
 
@@ -160,7 +162,8 @@ struct ProductsLoop {
         if (input_gate(d) >= 0) left_x[count_x] = d * units, dw_x[count_x++] = input_gate(d) * p.H + u0;
         if (d < G) left_h[count_h] = d * units, dw_h[count_h++] = d * p.H + u0;
       }
-      for (int64_t k = 0; k < depth; ++k) m.row[k] = x + (k0 + k) * ld_x;
+      // Past a sequence's end x may be anything, and NaN times dgates' zeros is not zero.
+      for (int64_t k = 0; k < depth; ++k) m.row[k] = active(t0 + (k0 + k) / p.B, (k0 + k) % p.B) ? x + (k0 + k) * ld_x : nullptr;
       weight_gradient(m, (S*)f.dw_ih[r], p.D, depth, first, count_x, left_x, dw_x, units);
       for (int64_t k = 0; k < depth; ++k) m.row[k] = h_before(r, t0 + (k0 + k) / p.B, (k0 + k) % p.B);
       weight_gradient(m, (S*)f.dw_hh[r], p.P, depth, first, count_h, left_h, dw_h, units);

@@ -68,13 +68,13 @@ def stack(
     if lengths is None or batch == 0:
         y, *after = _STACKS[cell](x, states if cell == "lstm" else states[0], *tail, False)
     else:
-        # A pack holds no empty sequence: such a one runs one step, and its result is put aside below.
-        packed = pack_padded_sequence(x, lengths.clamp(min=1).cpu(), enforce_sorted=False)
+        # A pack holds no empty sequence: such a one runs one step, on zeros, and its result is put aside below.
+        empty = (lengths == 0).unsqueeze(-1)
+        packed = pack_padded_sequence(x.masked_fill(empty, 0), lengths.clamp(min=1).cpu(), enforce_sorted=False)
         assert packed.sorted_indices is not None and packed.unsorted_indices is not None
         ordered = [s.index_select(1, packed.sorted_indices) for s in states]
         data, *after = _STACKS[cell](packed.data, packed.batch_sizes, ordered if cell == "lstm" else ordered[0], *tail)
         y, _ = pad_packed_sequence(packed._replace(data=data), total_length=x.shape[0])
-        empty = (lengths == 0).unsqueeze(-1)
         y = y.masked_fill(empty, 0)
         after = [s.index_select(1, packed.unsorted_indices) for s in after]
         after = [torch.where(empty, old, new) for old, new in zip(states, after, strict=True)]

@@ -90,6 +90,9 @@ def _run_recurrence(
     w_ih, w_hh, b_ih, b_hh, w_hr = w
     assert w_ih is not None and w_hh is not None
     (steps, batch), hidden = x.shape[:2], w_hh.shape[0] // spec.gates
+    if lengths is not None:  # past a sequence's end x may be anything, and NaN times a zero gradient is not zero
+        past = torch.arange(steps, device=x.device).unsqueeze(-1) >= lengths
+        x = x.masked_fill(past.unsqueeze(-1), 0)
     gates_x = linear(x, w_ih, b_ih)
     if h is None:
         h = x.new_zeros(batch, w_hh.shape[1])
