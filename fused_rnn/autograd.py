@@ -39,29 +39,17 @@ def layer(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """(y, h_n, c_n or None) of one layer by its cell's Function."""
-    run: Callable[..., tuple[Tensor, ...]] = _run
+    run: Callable[..., Outputs] = _run
     if torch.compiler.is_compiling() and in_transform():
         _keep_from_dynamo()
         run = _untraced
-    outputs = run(cell, x, weights, h0, c0, lengths, reset, directions, save, keep_hidden, backend)
+    outputs = run(cell, x, h0, c0, lengths, reset, directions, save, keep_hidden, backend, *weights)
     return outputs[0], outputs[1], outputs[2] if cell == "lstm" else None
 
 
-def _run(
-    cell: str,
-    x: Tensor,
-    weights: Sequence[Tensor],
-    h0: Tensor | None,
-    c0: Tensor | None,
-    lengths: Tensor | None,
-    reset: Tensor | None,
-    directions: Sequence[int],
-    save: str,
-    keep_hidden: bool,
-    backend: str,
-) -> tuple[Tensor, ...]:
-    tail = (directions, save, keep_hidden, backend, *weights)
-    outputs: tuple[Tensor, ...]
+def _run(cell: str, x: Any, h0: Any, c0: Any, lengths: Any, reset: Any, *tail: Any) -> Outputs:
+    """All outputs of the cell's Function. tail: directions, save, keep_hidden, backend and the weights."""
+    outputs: Outputs
     if cell == "lstm":
         outputs = _apply(LSTMFunction, x, h0, c0, lengths, reset, *tail)
     elif cell == "gru":
@@ -79,7 +67,7 @@ def _apply(function: type[Function], *args: Any) -> Any:
     return super(Function, function).apply(*args)  # type: ignore[misc]
 
 
-def _untraced(*args: Any) -> tuple[Tensor, ...]:
+def _untraced(*args: Any) -> Outputs:
     return _run(*args)
 
 
@@ -105,7 +93,7 @@ def _vmap(
     directions, save, keep_hidden, backend, *weights = call
 
     def op(x, weights, h0, c0, lengths, reset, cell, directions, save, keep_hidden):  # type: ignore[no-untyped-def]
-        return list(_run(cell, x, weights, h0, c0, lengths, reset, directions, save, keep_hidden, backend))
+        return list(_run(cell, x, h0, c0, lengths, reset, directions, save, keep_hidden, backend, *weights))
 
     rule, every = vmap.rule(op, vmap.forward), (dims[0], list(weight_dims), *dims[1:], None, None, None, None)
     outputs, out_dims = rule(info, every, x, weights, *rest, cell, directions, save, keep_hidden)

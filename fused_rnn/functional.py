@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -156,6 +158,15 @@ def rnn(
         cell, x, weights, hx, None, num_layers, bidirectional, dropout, training, lengths, reset, save, backend
     )
     return y, h_n
+
+
+# The layers' function of each cell.
+LAYERS: dict[str, Callable[..., Any]] = {
+    "lstm": lstm,
+    "gru": gru,
+    "rnn_tanh": rnn,
+    "rnn_relu": partial(rnn, nonlinearity="relu"),
+}
 
 
 def lstm_cell(

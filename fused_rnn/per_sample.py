@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fused_rnn.cells import CELLS
+from fused_rnn.cells.sequence import entering, zero_past_end
 
 
 def supports(cell: str, weights: Sequence[Tensor], directions: Sequence[int], save: str) -> bool:
@@ -57,9 +58,7 @@ def backward(
         if need_dx:
             parts = [torch.matmul(d, weights[r * count]) for r, d in enumerate(each)]
             dx = torch.stack(parts, 2) if x.dim() == 4 else torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
-        if lengths is not None:  # past the end x may be anything, NaN too, which no zero in dgates undoes
-            past = torch.arange(steps, device=x.device).unsqueeze(1) >= lengths
-            x = x.masked_fill(past.view(steps, rows, *[1] * (x.dim() - 2)), 0)
+        x = zero_past_end(x, lengths)
         outputs = [dx, dh0, dc0]
         hidden = hidden.unflatten(2, (len(directions), -1))
         for r, d in enumerate(each):
@@ -67,7 +66,8 @@ def backward(
             if cell == "gru":  # its reset gate multiplies the recurrent side of the last gate
                 units = width // CELLS[cell].gates
                 recurrent = torch.cat([d[..., :-units], d[..., -units:] * saved[:, :, r, 0]], -1)
-            before = _entering(hidden[:, :, r], None if h0 is None else h0[r], lengths, reset, directions[r])
+            own = hidden[:, :, r]
+            before = entering(own, torch.zeros_like(own[0]) if h0 is None else h0[r], lengths, reset, directions[r])
             outputs += [_product(d, x if x.dim() == 3 else x[:, :, r], n), _product(recurrent, before, n)]
             if count == 4:
                 outputs += [_sum(d, n), _sum(recurrent, n)]
@@ -88,17 +88,3 @@ def _sum(d: Tensor, n: int) -> Tensor:
     each: Tensor = d.sum(0).unflatten(0, (n, -1))
     return each.sum(1)
 
-
-def _entering(
-    hidden: Tensor, h0: Tensor | None, lengths: Tensor | None, reset: Tensor | None, direction: int
-) -> Tensor:
-    """h_{t-1} as the product of step t saw it, [T, B, H]."""
-    first = torch.zeros_like(hidden[0]) if h0 is None else h0
-    if direction > 0:
-        before = torch.cat([first.unsqueeze(0), hidden[:-1]])
-    else:
-        before = torch.cat([hidden[1:], first.unsqueeze(0)])
-        if lengths is not None:
-            t = torch.arange(hidden.shape[0], device=hidden.device).unsqueeze(1)
-            before = torch.where((t == lengths - 1).unsqueeze(-1), first, before)
-    return before if reset is None else before.masked_fill(reset.unsqueeze(-1), 0)

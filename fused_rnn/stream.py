@@ -15,13 +15,6 @@ from fused_rnn.cells import CELLS
 
 NARROW = {None: 0, "bf16": 1, "int8": 2}  # csrc/params.h, Narrow
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}  # csrc/params.h, Dtype
-_FUNCTIONS: dict[str, Callable[..., Any]] = {
-    "lstm": functional.lstm,
-    "gru": functional.gru,
-    "rnn_tanh": functional.rnn,
-    "rnn_relu": partial(functional.rnn, nonlinearity="relu"),
-}
-
 _PLAIN = (Tensor, nn.Parameter)
 
 State = Tensor | tuple[Tensor, Tensor]
@@ -324,7 +317,7 @@ class _Buffered:
         self.sizes = sizes
         self._h, self._c = h, c
         self._weights: list[Tensor] = []
-        self._function = partial(_FUNCTIONS[cell], num_layers=h.size(0), backend=backend)
+        self._function = partial(functional.LAYERS[cell], num_layers=h.size(0), backend=backend)
 
     def take(self, weights: Sequence[Tensor]) -> None:
         if not self._weights:

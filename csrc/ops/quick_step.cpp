@@ -74,9 +74,8 @@ PyObject* quick_step(PyObject*, PyObject* const* args, Py_ssize_t count) {
   const int cell = int(PyLong_AsLong(args[5])), axis = int(PyLong_AsLong(args[6]));
   if (PyErr_Occurred()) return nullptr;
   if (cell < 0 || cell > 3 || axis > 1) Py_RETURN_NONE;
-  constexpr int gates[] = {4, 3, 1, 1};
-  const int G = gates[cell];
-  const bool lstm = cell == 0, sequence = axis >= 0, bias = PyObject_IsTrue(args[1]) == 1, zero = h_object == Py_None;
+  const int G = gates_of(Cell(cell));
+  const bool lstm = has_cell(Cell(cell)), sequence = axis >= 0, bias = PyObject_IsTrue(args[1]) == 1, zero = h_object == Py_None;
   if ((c_object != Py_None) != (lstm && !zero)) Py_RETURN_NONE;
   dlpack::Tensor x, h, c{}, w_ih, w_hh, b_ih{}, b_hh{}, w_hr{};
   if (sequence ? !read(x_object, x, 3, -1, -1, -1) : !read(x_object, x, 2, -1, -1)) Py_RETURN_NONE;

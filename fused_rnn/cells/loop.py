@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from fused_rnn.cells import CELLS, Spec
+from fused_rnn.cells.sequence import zero_past_end
 
 
 def without_autocast(x: Tensor) -> AbstractContextManager[None]:
@@ -57,6 +58,7 @@ def run_layer(
     if dtype in (torch.bfloat16, torch.float16):
         x, h0, c0 = x.float(), h0 if h0 is None else h0.float(), c0 if c0 is None else c0.float()
         weights = [w.float() for w in weights]
+    x = zero_past_end(x, lengths)
     ys, hs, cs = [], [], []
     for r, w in enumerate(weights_per_recurrence(weights, len(directions))):
         y, h, c = _run_recurrence(
@@ -90,9 +92,6 @@ def _run_recurrence(
     w_ih, w_hh, b_ih, b_hh, w_hr = w
     assert w_ih is not None and w_hh is not None
     (steps, batch), hidden = x.shape[:2], w_hh.shape[0] // spec.gates
-    if lengths is not None:  # past a sequence's end x may be anything, and NaN times a zero gradient is not zero
-        past = torch.arange(steps, device=x.device).unsqueeze(-1) >= lengths
-        x = x.masked_fill(past.unsqueeze(-1), 0)
     gates_x = linear(x, w_ih, b_ih)
     if h is None:
         h = x.new_zeros(batch, w_hh.shape[1])

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fused_rnn.cells.sequence import entering, zero_past_end
 from fused_rnn.layer.loops import Cell, Layer
 from fused_rnn.layer.weights import Weights
 
@@ -41,31 +42,6 @@ def input_product(x: Tensor, weights: Weights, cell: Cell, windows: Sequence[tup
 def window_of(direction: int, steps: int, first: int, last: int) -> tuple[int, int]:
     """Steps first .. last - 1 in the recurrence's order, as a range of time."""
     return (first, last) if direction > 0 else (steps - last, steps - first)
-
-
-def entering(layer: Layer, hidden: Tensor, h0: Tensor, r: int, first: int, last: int) -> Tensor:
-    """h_{t-1} as the product of step t saw it, for times first .. last - 1: [.., B, P]. hidden: [T, B, R, P]."""
-    backwards, steps = layer.directions[r] < 0, layer.steps
-    lead = h0[r].unsqueeze(0)
-    if backwards:
-        before = hidden[first + 1 : last + 1, :, r]
-        before = torch.cat([before, lead]) if last == steps else before.clone()
-        if layer.lengths is not None:
-            t = torch.arange(first, last, device=hidden.device).unsqueeze(1)
-            before = torch.where((t == layer.lengths - 1).unsqueeze(-1), lead, before)
-    else:
-        before = hidden[max(first - 1, 0) : last - 1, :, r]
-        before = torch.cat([lead, before]) if first == 0 else before.clone()
-    if layer.reset is not None:
-        before.masked_fill_((layer.reset[first:last] != 0).unsqueeze(-1), 0)
-    return before
-
-
-def past_end(layer: Layer, device: torch.device) -> Tensor | None:
-    """[T, B] bool: where a sequence is over; None where all are as long as T."""
-    if layer.lengths is None:
-        return None
-    return torch.arange(layer.steps, device=device).unsqueeze(1) >= layer.lengths
 
 
 def _last_gate(w: Tensor, cell: Cell, to_front: bool) -> Tensor:
@@ -105,9 +81,7 @@ def weight_gradients(
 ) -> list[list[Tensor]]:
     """Per recurrence [w_ih, w_hh] or [w_ih, w_hh, b_ih, b_hh]. No atomics: one product each. hidden: [T, B, R, P]."""
     cell, steps = layer.cell, layer.steps
-    past = past_end(layer, x.device)
-    if past is not None:  # there x may be anything, NaN too, which no zero in dgates undoes
-        x = x.masked_fill(past.view(*past.shape, *[1] * (x.dim() - 2)), 0)
+    x = zero_past_end(x, layer.lengths)
     outputs = []
     for r, direction in enumerate(layer.directions):
         input_side = dgates[:, :, r, : cell.gates].flatten(0, 1).flatten(1)
@@ -121,7 +95,7 @@ def weight_gradients(
             if h0 is not None:
                 dw_hh.addmm_(recurrent[0 if direction > 0 else steps - 1].t(), h_first[r])
         else:
-            before = entering(layer, hidden, h_first, r, 0, steps)
+            before = entering(hidden[:, :, r], h_first[r], layer.lengths, layer.reset, direction)
             dw_hh = torch.mm(recurrent.flatten(0, 1).t(), before.flatten(0, 1))
         outputs.append([dw_ih, dw_hh])
         if weights.b_ih:

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fused_rnn.cells.sequence import zero_past_end
 from fused_rnn.layer.loops import Layer, wide
-from fused_rnn.layer.products import past_end, recurrent_side
+from fused_rnn.layer.products import recurrent_side
 from fused_rnn.layer.weights import Weights
 
 
@@ -85,7 +86,7 @@ def gradients(
     layer: Layer, dy: Tensor | None, dh_n: Tensor | None, weights: Weights, dgates: Tensor, m: Tensor | None
 ) -> tuple[Tensor, list[Tensor]]:
     """dh0 [R, B, P], and dw_hr of each recurrence where m [T, B, R, H] is given. dy: [T, B, R, P], dh_n: [R, B, P]."""
-    dh0, dw_hr, past = [], [], past_end(layer, dgates.device)
+    dh0, dw_hr = [], []
     for r, w_hh in enumerate(weights.w_hh):
         # What step t sends back to the output that entered it.
         sent = torch.mm(recurrent_side(dgates, layer.cell, r).flatten(0, 1), w_hh).view(*dgates.shape[:2], -1)
@@ -102,7 +103,6 @@ def gradients(
             total[1:] += sent[:-1]
         if ending is not None:
             total[_last(layer, r)] += ending
-        if past is not None:
-            total.masked_fill_(past.unsqueeze(-1), 0)
+        total = zero_past_end(total, layer.lengths)
         dw_hr.append(torch.mm(total.flatten(0, 1).t(), m[:, :, r].flatten(0, 1)))
     return torch.stack(dh0), dw_hr

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fused_rnn.cells.sequence import entering
 from fused_rnn.layer import projection
 from fused_rnn.layer.loops import Layer, Loops, wide
-from fused_rnn.layer.products import entering, input_gradient, input_product, weight_gradients, window_of
+from fused_rnn.layer.products import input_gradient, input_product, weight_gradients, window_of
 from fused_rnn.layer.weights import Weights, aligned
 
 # Steps whose gates are made again at a time under save="recompute", and between which LSTM's c is kept.
@@ -148,8 +149,9 @@ def _backward_by_chunks(
         gx = input_product(x, weights, cell, windows, units)
         given = torch.empty_like(gx)
         for r, window in enumerate(windows):
-            before = entering(layer, hidden, h0, r, *window).flatten(0, 1)
-            given.view(-1, recurrences, cell.gates * units)[:, r] = torch.mm(before, weights.w_hh[r].t())
+            before = entering(hidden[:, :, r], h0[r], layer.lengths, layer.reset, layer.directions[r], *window)
+            product = torch.mm(before.flatten(0, 1), weights.w_hh[r].t())
+            given.view(-1, recurrences, cell.gates * units)[:, r] = product
         saved = x.new_empty(last - first, batch, recurrences, cell.stored, units)
         # c is kept wide here: it is made from a wide checkpoint and lives no longer than the chunk.
         cells = x.new_empty(*saved.shape[:3], units, dtype=wide(x.dtype)) if cell.has_c else None

@@ -30,13 +30,8 @@ from fused_rnn.nn.plain import (
 from fused_rnn.stream import Stream
 
 # torch.nn's forward goes by the mode too, and not by RNN's `nonlinearity`.
-_FUNCTIONS: dict[str, Callable[..., Any]] = {
-    "LSTM": functional.lstm,
-    "GRU": functional.gru,
-    "RNN_TANH": functional.rnn,
-    "RNN_RELU": partial(functional.rnn, nonlinearity="relu"),
-}
-_CODES = {mode: CELL_CODES[mode.lower()] for mode in _FUNCTIONS}
+_FUNCTIONS = {cell.upper(): function for cell, function in functional.LAYERS.items()}
+_CODES = {cell.upper(): code for cell, code in CELL_CODES.items()}
 
 # Methods of torch.nn's modules that a subclass may override to check its input otherwise.
 _CHECKS = (
