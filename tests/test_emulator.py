@@ -60,7 +60,7 @@ def names_of(name: str) -> list[str]:
 
 @needs_compiler
 @pytest.mark.parametrize("variant", COMPILE)
-@pytest.mark.parametrize("name", ["primitives_test", "machine_test"])
+@pytest.mark.parametrize("name", ["primitives_test", "machine_test", "exchange_test"])
 def test_program(folder: Path, name: str, variant: str) -> None:
     names = [test for test in names_of(name) if variant != "asan" or test not in ABORTING]
     done = call(build(folder, name, variant), *names)

@@ -19,7 +19,8 @@ DTYPES = {
 }  # fmt: skip
 SEQUENCES = ("inference", "training")
 MODES = (*SEQUENCES, "step")
-VARIANTS = ("plain", "layers", "bidirectional", "ragged")
+VARIANTS = ("plain", "layers", "bidirectional", "ragged", "lengths", "resets", "graph")
+RESETS = 0.01  # of all steps and sequences, in the variant of that name
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,9 @@ class Point:
 
     mode is "inference" (forward under no_grad), "training" (forward and backward, the gradient of the input
     included) or "step" (one call with T = 1 under no_grad, the state passed in).
-    variant is "plain", or one departure from it: "layers" (three), "bidirectional", "ragged" (a packed sequence).
+    variant is "plain", or one departure from it: "layers" (three), "bidirectional", "ragged" (a packed sequence),
+    "lengths" (the same lengths, of a padded batch), "resets" (to a zero state, of 1 % of all steps), "graph" (a call
+    without gradient, replayed as a CUDA graph).
     """
 
     cell: str
@@ -50,7 +53,7 @@ class Point:
     @property
     def lengths(self) -> list[int] | None:
         """Ragged lengths: evenly spread from T down to T/4, so half of the padded work on average is real."""
-        if self.variant != "ragged":
+        if self.variant not in ("ragged", "lengths"):
             return None
         return [max(1, self.T - (3 * self.T * b) // (4 * self.B)) for b in range(self.B)]
 
@@ -90,10 +93,13 @@ class Grid:
     ) -> Iterator[Point]:
         sequences = [mode for mode in modes if mode != "step"]
         for cell, mode, variant in product(cells, sequences, variants):
+            if variant == "graph" and mode == "training":
+                continue
             for T, B, H in product(self.T, self.B, self.H):
                 yield Point(cell, mode, dtype, T, B, H, variant)
-        for cell, H in product(cells, self.steps if "step" in modes else ()):
-            yield Point(cell, "step", dtype, 1, 1, H)
+        for cell, variant, H in product(cells, ("plain", "graph"), self.steps if "step" in modes else ()):
+            if variant in variants:
+                yield Point(cell, "step", dtype, 1, 1, H, variant)
 
 
 GRIDS = {
@@ -108,9 +114,18 @@ GRIDS = {
     ),
 }
 
-# The regions a result is summed up in, by geometric mean: one sequence at a time, small layers, large ones.
-REGIONS: dict[str, Callable[[Point], bool]] = {
-    "B=1, T≥32": lambda p: p.B == 1 and p.T >= 32,
-    "B≥8, H≤128": lambda p: p.B >= 8 and p.H <= 128,
-    "B≥8, H≥256": lambda p: p.B >= 8 and p.H >= 256,
+# The regions a result is summed up in, by geometric mean. On a CPU: one sequence at a time, small layers, large ones.
+# On a GPU: what the library is built for, what is larger, and what is shorter.
+REGIONS: dict[str, dict[str, Callable[[Point], bool]]] = {
+    "cpu": {
+        "B=1, T≥32": lambda p: p.B == 1 and p.T >= 32,
+        "B≥8, H≤128": lambda p: p.B >= 8 and p.H <= 128,
+        "B≥8, H≥256": lambda p: p.B >= 8 and p.H >= 256,
+    },
+    "cuda": {
+        "T≥128, B≤128, H≤1024": lambda p: p.T >= 128 and p.B <= 128 and p.H <= 1024,
+        "T≥128, B>128 or H>1024": lambda p: p.T >= 128 and (p.B > 128 or p.H > 1024),
+        "1<T<128": lambda p: 1 < p.T < 128,
+        "T=1": lambda p: p.T == 1,
+    },
 }

@@ -15,6 +15,7 @@ import torch
 
 import fused_rnn
 from fused_rnn import ops
+from fused_rnn.bench.cudnn import accepted_dtypes
 
 
 def cpu_model() -> str:
@@ -83,6 +84,7 @@ def describe(device: str) -> dict[str, Any]:
         facts |= {"driver": _driver(), "triton": _version("triton")}
         found = torch.cuda.get_device_properties(torch.cuda.current_device())
         facts |= {"capability": f"{found.major}.{found.minor}", "multiprocessors": found.multi_processor_count}
+        facts |= {"cudnn_dtypes": accepted_dtypes(), "clocks": _clocks()}
     return facts
 
 
@@ -94,7 +96,17 @@ def _version(package: str) -> str:
 
 
 def _driver() -> str:
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    return _nvidia_smi("driver_version")
+
+
+def _clocks() -> str:
+    """Of the multiprocessors and the memory, now and at most."""
+    return _nvidia_smi("clocks.sm,clocks.max.sm,clocks.mem,clocks.max.mem")
+
+
+def _nvidia_smi(query: str) -> str:
+    """What nvidia-smi says of the first GPU; "" where it is not there."""
+    command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     except FileNotFoundError:

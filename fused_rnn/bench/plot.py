@@ -22,7 +22,8 @@ MARKERS = ("o", "s", "^", "D")
 
 def plot(results: Results, provider: str, path: Path) -> None:
     """Write a PNG: inference above, training below, a column per cell; colour is B, marker is T, above 1 is faster."""
-    found = {point: speedup for point, speedup in results.speedups(provider).items() if point.mode in SEQUENCES}
+    every = results.speedups(provider).items()
+    found = {point: speedup for point, speedup in every if point.mode in SEQUENCES and point.variant == "plain"}
     if not found:
         return
     heights, batches, times = (sorted({getattr(p, axis) for p in found}) for axis in "HBT")

@@ -10,15 +10,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pack_padded_sequence
 
 import fused_rnn
+from fused_rnn.bench import variants
 from fused_rnn.bench.grid import DTYPES, Point
 
 BASELINE = "torch"
 STEP_BASELINE = "cell"
 # name → what the tables call it; any other name is a backend of fused_rnn, run alone
 TITLES = {"torch": "torch.nn", "loop": "loop over torch cell", "cell": "torch.nn cell", "auto": "fused_rnn, auto"}
+OTHERS = tuple(TITLES)  # every other provider is one of our backends, run alone
 
 
 def baseline(point: Point) -> str:
@@ -34,8 +35,9 @@ class Call:
     """
 
     def __init__(self, point: Point, module: nn.Module, forward: Callable[[], Tensor], x: Tensor, dy: Tensor) -> None:
-        self.training = point.mode == "training"
+        self.point, self.training = point, point.mode == "training"
         self.module, self.forward, self.x, self.dy = module, forward, x, dy
+        self.module.train(self.training)  # else cuDNN keeps what a backward would want
         self.parameters = list(module.parameters())
         self.y: Tensor | None = None
 
@@ -68,6 +70,35 @@ class Call:
         return [self.y.detach(), *(gradient for gradient in gradients if gradient is not None)]
 
 
+class GraphCall(Call):
+    """A call without gradient as a CUDA graph: captured when it first runs, replayed from then on."""
+
+    def __init__(self, call: Call) -> None:
+        super().__init__(call.point, call.module, call.forward, call.x, call.dy)
+        self.graph: torch.cuda.CUDAGraph | None = None
+
+    def prepare(self) -> None:
+        """Nothing: the outputs are the graph's own."""
+
+    def run(self) -> None:
+        if self.graph is None:
+            self._capture()
+        assert self.graph is not None
+        self.graph.replay()
+
+    @torch.no_grad()
+    def _capture(self) -> None:
+        aside = torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):
+            for _ in range(3):  # what is done once, by us and by cuDNN, is done before
+                self.forward()
+        torch.cuda.current_stream().wait_stream(aside)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.y = self.forward()
+
+
 class CellLoop(nn.Module):
     """What people write when a fused layer will not do: a Python loop over `torch.nn.<Kind>Cell`."""
 
@@ -85,8 +116,8 @@ class CellLoop(nn.Module):
 
 def supports(provider: str, point: Point) -> str | None:
     """None, or why this provider does not run this point."""
-    if provider in ("loop", "cell") and point.variant != "plain":
-        return "the loop over a cell has one layer, one direction and no lengths"
+    if provider in ("loop", "cell") and point.variant not in ("plain", "graph"):
+        return "the loop over a cell has one layer, one direction, no lengths and no resets"
     if (provider == "cell") != (point.mode == "step") and provider in ("cell", "loop"):
         return "the cell alone is compared in single steps, the loop in sequences"
     return None
@@ -97,6 +128,13 @@ def build(provider: str, point: Point, device: str = "cpu", **options: str) -> C
 
     options go to the modules of fused_rnn alone (`save="recompute"`).
     """
+    if point.variant == "graph" and device != "cuda":
+        raise ValueError(f"device: got {device!r} with the variant 'graph', expected 'cuda'")
+    call = _call(provider, point, device, options)
+    return GraphCall(call) if point.variant == "graph" else call
+
+
+def _call(provider: str, point: Point, device: str, options: dict[str, str]) -> Call:
     factory: dict[str, Any] = {"device": device, "dtype": DTYPES[point.dtype]}
     kwargs: dict[str, Any] = {"num_layers": point.layers, "bidirectional": point.directions == 2}
     torch.manual_seed(0)
@@ -119,16 +157,8 @@ def build(provider: str, point: Point, device: str = "cpu", **options: str) -> C
         backend = None if provider == "auto" else provider
         module = getattr(fused_rnn, point.cell)(point.H, point.H, backend=backend, **options, **kwargs, **factory)
         module.load_state_dict(reference.state_dict())
-    if point.lengths is None:
-        return Call(point, module, lambda: module(x, hx)[0], x, dy)
-    packed = torch.tensor(point.lengths)
-    rows = int(packed.sum())
-
-    def ragged() -> Tensor:
-        y: Tensor = module(pack_padded_sequence(x, packed), hx)[0].data
-        return y
-
-    return Call(point, module, ragged, x, dy.flatten(0, 1)[:rows])
+    forward = variants.forward(point, module, x, hx, ours=provider != BASELINE)
+    return Call(point, module, forward, x, variants.rows(point, dy))
 
 
 def _step(cell: nn.Module, x: Tensor, hx: Any) -> Callable[[], Tensor]:

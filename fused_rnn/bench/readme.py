@@ -75,7 +75,7 @@ def _losses(results: Results, provider: str) -> str:
 
 def steps(results: Results, provider: str) -> str:
     """One step, T = 1 and B = 1, in microseconds beside torch's cell."""
-    points = [point for point in results.speedups(provider) if point.mode == "step"]
+    points = [point for point in results.speedups(provider) if point.mode == "step" and point.variant == "plain"]
     if not points:
         return ""
     heights = sorted({point.H for point in points})

@@ -11,13 +11,15 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from fused_rnn.bench.goals import goal_table
 from fused_rnn.bench.grid import CELLS, GRIDS, MODES, Point
+from fused_rnn.bench.heat import heat_map, step_plot
 from fused_rnn.bench.limits import Limits, measure_limits
 from fused_rnn.bench.machine import describe
 from fused_rnn.bench.measure import Timing, float32_as, measure
 from fused_rnn.bench.memory import SIZES, peak_memory
 from fused_rnn.bench.plot import plot
-from fused_rnn.bench.providers import BASELINE, TITLES
+from fused_rnn.bench.providers import BASELINE, OTHERS
 from fused_rnn.bench.results import FLOOR, MEMORY, Results, Row, setting, time_row
 from fused_rnn.bench.tables import report
 from fused_rnn.dispatch import BACKENDS
@@ -27,7 +29,6 @@ PROVIDERS = {
     "cuda": ("torch", "cell", *(name for name in ("cuda", "triton") if name in BACKENDS), "auto"),
 }
 DEFAULT_DTYPES = {"cpu": ("fp32", "bf16"), "cuda": ("tf32", "bf16")}
-OTHERS = tuple(TITLES)  # every other provider is one of our backends, run alone
 SAVE_EVERY = 30.0  # seconds: who is killed, by a kernel that hangs for one, has lost no more than that
 
 
@@ -100,10 +101,15 @@ def _execute_one(plan: Plan, dtype: str, threads: int, console: Console) -> Path
         if results.rows:
             results.save(path)
     console.print(report(results))
+    if (table := goal_table(results)) is not None:
+        console.print(table)
     ours = [p for p in plan.providers if p not in OTHERS] or ["auto"]
     pictures = [path.with_suffix(".png"), *(path.with_name(f"{path.stem}-{p}.png") for p in ours[1:])]
     for provider, picture in zip(ours, pictures, strict=True):
         plot(results, provider, picture)
+        if plan.device == "cuda":
+            heat_map(results, provider, picture.with_stem(f"{picture.stem}-map"))
+            step_plot(results, provider, picture.with_stem(f"{picture.stem}-steps"))
     console.print(f"Written to {path} and {', '.join(picture.name for picture in pictures)}")
     return path
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
+from itertools import product
 
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from fused_rnn.bench.grid import CELLS, REGIONS, SEQUENCES, Point
+from fused_rnn.bench.cudnn import algorithm, gpu_of
+from fused_rnn.bench.grid import CELLS, REGIONS, SEQUENCES, VARIANTS, Point
 from fused_rnn.bench.providers import BASELINE, TITLES, baseline
 from fused_rnn.bench.results import FLOOR, MEMORY, TIME, Results, geometric_mean
 
@@ -26,32 +29,92 @@ def style(speedup: float) -> str:
 
 
 def regions(results: Results, provider: str) -> Iterator[tuple[str, str, dict[str, list[float]]]]:
-    """(mode, region, speed-ups by cell), for every mode and region that has any point."""
+    """(mode, region, speed-ups by cell), for every mode and region that has any point; of plain problems alone."""
+    if not results.runs:
+        return
+    plain = {point: value for point, value in results.speedups(provider).items() if point.variant == "plain"}
     for mode in SEQUENCES:
-        for name, contains in REGIONS.items():
-            found = results.speedups(provider, lambda p, m=mode, c=contains: p.mode == m and c(p))  # type: ignore[misc]
+        for name, contains in REGIONS[results.runs[-1]["device"]].items():
+            found = {point: value for point, value in plain.items() if point.mode == mode and contains(point)}
             cells = {cell: [value for point, value in found.items() if point.cell == cell] for cell in CELLS}
             if any(cells.values()):
                 yield mode, name, cells
 
 
+def _means(values: list[float]) -> Text:
+    if not values:
+        return Text("–", style="dim")
+    mean, worst = geometric_mean(values), min(values)
+    return Text.assemble((f"{mean:.2f}×", style(mean)), " (", (f"{worst:.2f}", style(worst)), ")")
+
+
 def region_table(results: Results, provider: str) -> Table:
     """Geometric means against torch.nn, the region's worst point behind."""
     table = Table(title=f"{title(provider)}: × torch.nn, by geometric mean (worst)", title_justify="left")
-    table.add_column("mode")
-    table.add_column("region")
+    for name in ("mode", "region"):
+        table.add_column(name)
     for cell in CELLS:
         table.add_column(cell, justify="right")
     for mode, region, cells in regions(results, provider):
-        columns = []
-        for values in cells.values():
-            if not values:
-                columns.append(Text("–", style="dim"))
-                continue
-            mean, worst = geometric_mean(values), min(values)
-            columns.append(Text.assemble((f"{mean:.2f}×", style(mean)), " (", (f"{worst:.2f}", style(worst)), ")"))
-        table.add_row(mode, region, *columns)
+        table.add_row(mode, region, *map(_means, cells.values()))
     return table
+
+
+def algorithm_table(results: Results, provider: str) -> Table | None:
+    """The same on a GPU, by the algorithm that PyTorch's rules have cuDNN run."""
+    run = results.runs[-1]
+    if run["device"] != "cuda":
+        return None
+    gpu = gpu_of(run)
+    found: dict[tuple[str, str], dict[str, list[float]]] = {}
+    for point, speedup in results.speedups(provider).items():
+        if point.mode in SEQUENCES:
+            cells = found.setdefault((point.mode, algorithm(point, gpu)), {cell: [] for cell in CELLS})
+            cells[point.cell].append(speedup)
+    table = Table(title=f"{title(provider)}: × torch.nn, by cuDNN's algorithm", title_justify="left")
+    for name in ("mode", "algorithm"):
+        table.add_column(name)
+    for cell in CELLS:
+        table.add_column(cell, justify="right")
+    for (mode, name), cells in sorted(found.items()):
+        table.add_row(mode, name, *map(_means, cells.values()))
+    return table if found else None
+
+
+def against_plain(results: Results, provider: str, variant: str) -> dict[Point, float]:
+    """A variant's time over that of the plain batch of the same size, at every point that has both."""
+    ratios = {}
+    for point in results.speedups(provider):
+        plain = results.value(replace(point, variant="plain"), provider)
+        own = results.value(point, provider)
+        if point.variant == variant and plain and own:
+            ratios[point] = own / plain
+    return ratios
+
+
+def variant_table(results: Results, provider: str) -> Table | None:
+    """What departs from a plain batch: × torch.nn; and the time as a multiple of the plain batch's, of both."""
+    what = "× torch.nn (worst); time over a plain batch's, ours | torch.nn's"
+    table = Table(title=f"{title(provider)}: {what}", title_justify="left")
+    for name in ("mode", "variant"):
+        table.add_column(name)
+    for cell in CELLS:
+        table.add_column(cell, justify="right")
+    speedups = results.speedups(provider)
+    for mode, variant in product(SEQUENCES, VARIANTS[1:]):
+        texts = []
+        for cell in CELLS:
+            here = [p for p in speedups if (p.cell, p.mode, p.variant) == (cell, mode, variant)]
+            text = _means([speedups[point] for point in here])
+            ours, theirs = (against_plain(results, name, variant) for name in (provider, BASELINE))
+            both = [p for p in here if p in ours and p in theirs]
+            if both:
+                means = (geometric_mean(ratios[p] for p in both) for ratios in (ours, theirs))
+                text.append("; " + " | ".join(f"{mean:.2f}" for mean in means))
+            texts.append(text)
+        if any(text.plain != "–" for text in texts):
+            table.add_row(mode, variant, *texts)
+    return table if table.row_count else None
 
 
 def point_table(results: Results, provider: str, cell: str, mode: str) -> Table | None:
@@ -97,8 +160,9 @@ def step_table(results: Results) -> Table | None:
     table.add_column("cell, H")
     for provider in columns:
         table.add_column(title(provider), justify="right")
-    for point in sorted(points, key=lambda p: (CELLS.index(p.cell), p.H)):
-        table.add_row(f"{point.cell} {point.H}", *(_entry(results, provider, point) for provider in columns))
+    for point in sorted(points, key=lambda p: (CELLS.index(p.cell), p.H, p.variant != "plain")):
+        name = f"{point.cell} {point.H}" + (" in a graph" if point.variant == "graph" else "")
+        table.add_row(name, *(_entry(results, provider, point) for provider in columns))
     return table
 
 
@@ -151,6 +215,7 @@ def report(results: Results) -> Group:
             parts += [point_table(results, provider, cell, mode) for cell in CELLS for mode in SEQUENCES]
     parts += [step_table(results), memory_table(results)]
     for provider in ours:
-        parts += [region_table(results, provider), losses(results, provider)]
+        parts += [region_table(results, provider), algorithm_table(results, provider)]
+        parts += [variant_table(results, provider), losses(results, provider)]
     parts.append(refusals(results))
     return Group(*(part for part in parts if part is not None))
