@@ -30,7 +30,7 @@ BUILD_STAMP := $(VENV)/.build-$(call hash,{ cat $(SOURCES); echo '$(FUSED_RNN_CU
 # extra-NAME: what pyproject.toml's extra of that name asks for is there
 EXTRA_STAMP  = $(VENV)/.extra-$(1)-$(call hash,cat pyproject.toml)
 
-.PHONY: help install dev demo test bench cubin cubin-triton cubin-cuda gpu gpu-build gpu-smoke gpu-test gpu-steps gpu-sanitize gpu-bench lint format sanitize docs wheel wheel-check clean
+.PHONY: help install dev demo test bench cubin cubin-triton cubin-cuda gpu gpu-build gpu-smoke gpu-test gpu-steps gpu-sanitize gpu-bench gpu-profile lint format sanitize docs wheel wheel-check clean
 
 help:
 	@echo 'make demo      train a character model with torch.nn and with fused_rnn, side by side'
@@ -38,8 +38,8 @@ help:
 	@echo 'make bench     measure against torch.nn and write benchmarks/results/'
 	@echo 'make cubin     compile every Triton and CUDA kernel, with no GPU: registers, spills, shared memory'
 	@echo '               (cubin-triton, cubin-cuda: one of them)'
-	@echo 'make gpu       on a machine with a GPU: build, first launches, tests, compute-sanitizer, bench into build/gpu'
-	@echo '               (gpu-build, gpu-smoke, gpu-test, gpu-steps, gpu-sanitize, gpu-bench: one of them; benchmarks/GPU.md)'
+	@echo 'make gpu       on a machine with a GPU: build, first launches, tests, sanitizers, bench, profile into build/gpu'
+	@echo '               (gpu-build, -smoke, -test, -steps, -sanitize, -bench, -profile: one of them; benchmarks/GPU.md)'
 	@echo 'make sanitize  the C++ core under AddressSanitizer and UBSan'
 	@echo 'make docs      the documentation, as a site in build/docs; a warning is an error'
 	@echo 'make wheel     dist/: sdist and wheel; make wheel-check: its links, and its tests beside other torches'
@@ -93,7 +93,7 @@ GPU_PYTHON = $(if $(wildcard $(BIN)/python),$(abspath $(BIN)/python),$(PYTHON))
 gpu:
 	$(GPU_PYTHON) scripts/gpu.py $(if $(OUT),--out '$(OUT)') $(GPU_ARGS)
 
-gpu-build gpu-smoke gpu-test gpu-steps gpu-sanitize gpu-bench:
+gpu-build gpu-smoke gpu-test gpu-steps gpu-sanitize gpu-bench gpu-profile:
 	$(GPU_PYTHON) scripts/gpu.py $(@:gpu-%=%) $(if $(OUT),--out '$(OUT)') $(GPU_ARGS)
 
 # The sdist, and the wheel from what is in it.

@@ -54,6 +54,7 @@ def info() -> None:
 @click.option(
     "--out", type=click.Path(path_type=Path), help="Folder of the results. [default: benchmarks/results/cpu or /GPU]"
 )
+@click.option("--choose", is_flag=True, help="Measure nothing: make the table backend=None goes by of a GPU's files.")
 @click.option(
     "--readme",
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
@@ -72,6 +73,7 @@ def bench(
     memory: bool,
     stream: bool,
     out: Path | None,
+    choose: bool,
     readme: Path | None,
 ) -> None:
     """Measure fused_rnn against torch.nn and a loop over cells, interleaved in one process.
@@ -84,6 +86,9 @@ def bench(
     out = out or folder(device)
     if readme is not None:
         _fill_readme(readme, out, device)
+        return
+    if choose:
+        _choose(out)
         return
     if device == "cuda" and not torch.cuda.is_available():
         raise click.ClickException("--device cuda: torch finds no GPU here (python -m fused_rnn info says more)")
@@ -127,6 +132,15 @@ def _check_providers(providers: tuple[str, ...]) -> None:
     for provider in providers:
         if provider not in known:
             raise click.BadParameter(f"got {provider!r}, expected one of {', '.join(known)}", param_hint="--provider")
+
+
+def _choose(out: Path) -> None:
+    from fused_rnn.bench.choose import write
+
+    try:
+        click.echo(f"Written to {write(out)}")
+    except (ValueError, FileNotFoundError) as error:
+        raise click.ClickException(str(error)) from error
 
 
 def _fill_readme(readme: Path, out: Path, device: str) -> None:

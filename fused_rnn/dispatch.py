@@ -7,7 +7,7 @@ from types import ModuleType
 
 import torch
 
-from fused_rnn import ops
+from fused_rnn import fastest, ops
 from fused_rnn.backends import cpu, reference
 from fused_rnn.backends import cuda as cuda_backend
 from fused_rnn.backends import torch as torch_backend
@@ -23,8 +23,7 @@ BACKENDS: dict[str, ModuleType] = {
 # torch takes 0.66 to 0.97 of our time. One core of an Intel Xeon with AMX, 2026-11.
 ONEDNN_HIDDEN = 512
 
-# Devices on which torch's own comes first, whatever the problem: no kernel of ours has been measured on a GPU yet.
-LEFT_TO_TORCH = ("cuda",)
+ON_A_GPU = ("cuda", "triton", "torch", "reference", "cpu")
 
 
 def _onednn_is_faster(problem: Problem) -> bool:
@@ -34,12 +33,31 @@ def _onednn_is_faster(problem: Problem) -> bool:
     return large_step and problem.cell != "lstm"
 
 
+def fastest_on_gpu(problem: Problem) -> str | None:
+    """What measured fastest on the current GPU for a plain batch of this size; None where nothing was measured.
+
+    cuDNN leaves the kernels that it does well with where there are lengths or a projection, and has none for a reset or
+    a transform: ours are faster there, whatever they are on a plain batch.
+    """
+    number = fastest.number_of(problem.dtype, problem.tf32)
+    rows = fastest.rows_of(fastest.key_of(problem.cell, number, problem.needs_grad, problem.single_step))
+    first = fastest.pick(rows, problem.hidden_size, problem.batch)
+    apart = problem.lengths or problem.reset or problem.transformed or problem.width != problem.hidden_size
+    return "cuda" if first == "torch" and apart else first
+
+
+def is_left_to_torch(problem: Problem) -> bool:
+    """Whether torch's own comes first on a GPU: where nothing was measured, and where it measured fastest."""
+    return problem.device == "cuda" and fastest_on_gpu(problem) in (None, "torch")
+
+
 def preference(problem: Problem) -> tuple[str, ...]:
     """The backends in the order in which to try them for this problem, fastest first. Never by T, but for T = 1."""
     if problem.device == "cpu" and _onednn_is_faster(problem):
         return ("torch", "cpu", "reference", "triton", "cuda")
-    if problem.device in LEFT_TO_TORCH:
-        return ("torch", "cuda", "triton", "reference", "cpu")
+    if problem.device == "cuda":
+        first = fastest_on_gpu(problem) or "torch"
+        return (first, *(name for name in ON_A_GPU if name != first))
     return ("cpu", "torch", "reference", "triton", "cuda")  # triton here is its interpreter, cuda its emulator
 
 

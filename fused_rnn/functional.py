@@ -13,6 +13,7 @@ from torch.autograd import forward_ad
 
 from fused_rnn import autograd, checks
 from fused_rnn.dispatch import resolve
+from fused_rnn.layer.precision import tf32_allowed
 from fused_rnn.problem import Problem
 
 SAVES = ("gates", "recompute")
@@ -314,7 +315,7 @@ def _stack(
     problem = Problem(
         cell, x.dtype, device, steps == 1, batch, input_size, hidden, width, num_layers, recurrences, count >= 4,
         needs_grad, _forward_ad(), save if needs_grad else "none", lengths is not None, reset is not None,
-        checks.in_transform(),
+        checks.in_transform(), device == "cuda" and tf32_allowed(),
     )  # fmt: skip
     chosen = resolve(problem, backend)
     if chosen.stack is not None:
@@ -381,6 +382,7 @@ def _step(
     problem = Problem(
         cell, x.dtype, device, True, batch, input_size, hidden, hidden, 1, 1, count == 4,
         keeps, _forward_ad(), "gates" if keeps else "none", False, False, checks.in_transform(),
+        device == "cuda" and tf32_allowed(),
     )  # fmt: skip
     chosen = resolve(problem, backend)
     if chosen.DIFFERENTIABLE or not needs_grad:

@@ -30,3 +30,4 @@ class Problem(NamedTuple):
     lengths: bool
     reset: bool
     transformed: bool = False  # a torch.func transform is under way
+    tf32: bool = False  # on a GPU: float32's products may round their operands to TF32

@@ -34,7 +34,7 @@ import gpu_tests
 
 ROOT = Path(__file__).parent.parent
 WORK = ROOT / "build" / "gpu-work"
-STAGES = ("build", "smoke", "test", "steps", "sanitize", "bench")
+STAGES = ("build", "smoke", "test", "steps", "sanitize", "bench", "profile")
 TOOLS = ("memcheck", "racecheck", "synccheck")
 KERNELS = "kns=fused_rnn"  # by a part of their names; torch's own kernels are not under test
 QUICK_BENCH = "--quick --dtype bf16 --dtype tf32 --no-memory --provider torch --provider cell --provider cuda"
@@ -140,6 +140,11 @@ def bench(work: Path, seconds: float) -> list[Result]:
     minutes = ["--minutes", f"{0.8 * seconds / 60 / dtypes:.2f}"] if "--minutes" not in chosen else []
     command = [sys.executable, "-m", "fused_rnn", "bench", "--device", "cuda", "--out", str(work / "bench")]
     return [run("bench", [*command, *minutes, *chosen], work, seconds, COLUMNS="200")]
+
+
+def profile(work: Path, seconds: float) -> list[Result]:
+    command = [sys.executable, "scripts/gpu_profile.py", "--results", str(work / "bench"), "--out", str(work)]
+    return [run("profile", [*command, "--minutes", f"{seconds / 60 - 0.3:.2f}"], work, seconds)]
 
 
 def table(results: list[Result]) -> str:

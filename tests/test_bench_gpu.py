@@ -13,9 +13,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from cases import Case
+from click.testing import CliRunner
 from rich.console import Console
 
-from fused_rnn.bench import exchange, limits
+from fused_rnn import dispatch, fastest
+from fused_rnn.bench import choose, exchange, limits
 from fused_rnn.bench.cudnn import NATIVE, PERSISTENT, SMALL, STANDARD, Gpu, accepted_dtypes, algorithm
 from fused_rnn.bench.goals import GOALS, goal_table, judged
 from fused_rnn.bench.grid import CELLS, DTYPES, GRIDS, REGIONS, SEQUENCES, VARIANTS, Grid, Point
@@ -26,6 +29,7 @@ from fused_rnn.bench.providers import GraphCall, baseline, build, supports
 from fused_rnn.bench.results import FLOOR, Results, Row, time_row
 from fused_rnn.bench.tables import against_plain, report
 from fused_rnn.bench.variants import resets
+from fused_rnn.cli import cli
 
 H200 = Gpu((9, 0), 132, ("fp32", "tf32", "fp16"))
 RUN = {
@@ -296,3 +300,60 @@ def test_the_exchange_program_compiles(architecture: str, tmp_path: Path) -> Non
     command = ["nvcc", *flags, "-cubin", str(exchange.SOURCE), "-o", str(tmp_path / "exchange.cubin")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+# --- the table by which the automatic choice goes
+
+
+def test_the_backend_that_loses_least_at_its_worst_is_chosen() -> None:
+    points = [Point("LSTM", "training", "bf16", T, 8, 64) for T in (32, 128)]
+    results = Results([dict(RUN)])
+    times = {"torch": (10, 20), "cuda": (8, 26), "triton": (11, 21), "auto": (1, 1)}
+    results.replace([row(p, name, values[n]) for n, p in enumerate(points) for name, values in times.items()])
+    assert choose.best(results, points) == "torch"  # loses 1.25 once, cuda 1.3, triton 1.375
+    assert choose.best(results, points[:1]) == "cuda"
+
+
+def test_sizes_between_go_with_the_nearest() -> None:
+    best = {
+        (64, 8): "cuda",
+        (64, 32): "cuda",
+        (256, 8): "cuda",
+        (256, 32): "torch",
+        (1024, 8): "cuda",
+        (1024, 32): "torch",
+    }
+    assert choose._rows(best) == ((128, ((None, "cuda"),)), (None, ((16, "cuda"), (None, "torch"))))
+    for (hidden, batch), name in best.items():
+        assert fastest.pick(choose._rows(best), hidden, batch) == name
+
+
+def test_a_table_is_written_and_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fastest, "FOLDER", tmp_path / "measured")
+    monkeypatch.setattr(fastest, "architecture", lambda: "sm_90")
+    fastest.table.cache_clear()
+    with pytest.raises(FileNotFoundError, match="no result file of a GPU"):
+        choose.write(tmp_path)
+    results = some_results()
+    slow = Point("GRU", "inference", "bf16", 1, 64, 512)
+    results.replace([row(slow, "torch", 1), row(slow, "cuda", 2), row(slow, "auto", 1)])
+    results.save(tmp_path / "bf16.json")
+    done = CliRunner().invoke(cli, ["bench", "--choose", "--device", "cuda", "--out", str(tmp_path)])
+    assert done.exit_code == 0, done.output
+    table = fastest.table("sm_90")
+    keys = {
+        fastest.key_of(cell.lower(), "bf16", training, step) for cell in CELLS for training in (0, 1) for step in (0, 1)
+    }
+    assert set(table) == keys
+    assert table["gru bf16 training step"] == ((None, ((None, "cuda"),)),)
+    rows = fastest.rows_of("gru bf16 inference step")
+    assert [fastest.pick(rows, 512, batch) for batch in (16, 64, 256)] == ["cuda", "torch", "cuda"]
+    assert fastest.pick(rows, 128, 64) == "cuda"
+    problem = Case("gru", B=64).problem(needs_grad=False)
+    problem = problem._replace(device="cuda", dtype=torch.bfloat16, hidden_size=512, width=512, single_step=True)
+    assert dispatch.preference(problem)[0] == "torch"
+    assert dispatch.preference(problem._replace(single_step=False))[0] == "cuda"
+    Results([{**RUN, "capability": "8.0"}], results.rows).save(tmp_path / "tf32.json")
+    with pytest.raises(ValueError, match="got results of sm_80, sm_90, expected those of one"):
+        choose.write(tmp_path)
+    fastest.table.cache_clear()

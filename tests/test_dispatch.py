@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from cases import Case, inputs
 from judge import forward, require
+from torch import Tensor
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import fused_rnn
-from fused_rnn import dispatch, ops
+from fused_rnn import dispatch, fastest, ops
 from fused_rnn.dispatch import BACKENDS, choose
+from fused_rnn.nn import base
+from fused_rnn.problem import Problem
 
 PROBLEM = Case("lstm").problem()
 
@@ -121,7 +126,7 @@ def test_nothing_depends_on_the_length() -> None:
 def twin_calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """The calls that torch.nn's own forward gets on a device that is left to torch: here the cpu, for want of a GPU."""
     calls: list[str] = []
-    monkeypatch.setattr(dispatch, "LEFT_TO_TORCH", ("cpu",))
+    monkeypatch.setattr(base, "ON_A_GPU", "cpu")
     dispatch._choose_cached.cache_clear()
     for cls in (fused_rnn.LSTM, fused_rnn.GRUCell):
 
@@ -157,3 +162,116 @@ def test_what_cudnn_cannot_do_is_kept_from_it(twin_calls: list[str]) -> None:
     lstm.save, lstm.backend = "gates", "cpu"
     lstm(x)
     assert twin_calls == []
+
+
+# --- on a GPU: by what was measured
+
+MEASURED = {
+    "lstm bf16 training sequence": [[256, [[None, "cuda"]]], [None, [[32, "cuda"], [96, "triton"], [None, "torch"]]]],
+    "rnn tf32 inference step": [[None, [[None, "torch"]]]],
+}
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """A table of a GPU that is not there."""
+    (tmp_path / "sm_90.json").write_text(json.dumps({"rows": MEASURED}))
+    monkeypatch.setattr(fastest, "FOLDER", tmp_path)
+    monkeypatch.setattr(fastest, "architecture", lambda: "sm_90")
+    fastest.table.cache_clear()
+    yield
+    fastest.table.cache_clear()
+
+
+def on_gpu(cell: str = "lstm", dtype: torch.dtype = torch.bfloat16, **changes: Any) -> Problem:
+    return Case(cell).problem(needs_grad=True)._replace(device="cuda", dtype=dtype, **changes)
+
+
+def test_where_nothing_was_measured_torch_is_first(measured: None) -> None:
+    for problem in (on_gpu("gru"), on_gpu(dtype=torch.float16), on_gpu(needs_grad=False), on_gpu(single_step=True)):
+        assert dispatch.preference(problem)[0] == "torch"
+        assert dispatch.is_left_to_torch(problem)
+    assert not dispatch.is_left_to_torch(Case("lstm").problem())
+
+
+@pytest.mark.parametrize(
+    ("hidden", "batch", "first"),
+    [(1, 1000, "cuda"), (256, 1000, "cuda"), (257, 32, "cuda"), (257, 33, "triton"), (9999, 97, "torch")],
+)
+def test_a_table_says_what_is_first(measured: None, hidden: int, batch: int, first: str) -> None:
+    problem = on_gpu(hidden_size=hidden, width=hidden, batch=batch)
+    assert dispatch.preference(problem)[0] == first
+    assert set(dispatch.preference(problem)) == set(BACKENDS)
+    assert dispatch.is_left_to_torch(problem) == (first == "torch")
+    for apart in ({"lengths": True}, {"reset": True}, {"transformed": True}, {"width": hidden + 1}):
+        assert not dispatch.is_left_to_torch(problem._replace(**apart))
+
+
+def test_a_float32_table_is_of_one_precision(measured: None) -> None:
+    problem = on_gpu("rnn_relu", torch.float32, needs_grad=False, single_step=True)
+    assert dispatch.fastest_on_gpu(problem) is None
+    assert dispatch.fastest_on_gpu(problem._replace(tf32=True)) == "torch"
+
+
+def test_no_table_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert fastest.architecture() == ""
+    assert fastest.table("") == {}
+    assert fastest.table("sm_1") == {}
+
+
+def test_a_compiled_caller_asks_only_what_differs(measured: None) -> None:
+    """Where one backend serves every batch, no size is specialised on; else there is one program for each backend."""
+    compiled = []
+
+    def count(graph: Any, _: Any) -> Any:
+        compiled.append(graph)
+        return graph
+
+    def which(x: Tensor, hidden: int) -> Tensor:
+        first = fastest.pick(fastest.rows_of("lstm bf16 training sequence"), hidden, x.shape[0])
+        return x * {"cuda": 1, "triton": 2, "torch": 3}[first]
+
+    torch._dynamo.reset()
+    run = torch.compile(which, backend=count, fullgraph=True, dynamic=True)
+    for hidden, expected in ((64, {3: 1, 50: 1, 500: 1}), (512, {3: 1, 20: 1, 50: 2, 80: 2, 500: 3, 1000: 3})):
+        compiled.clear()
+        for batch, factor in expected.items():
+            assert torch.equal(run(torch.ones(batch), hidden), torch.full((batch,), float(factor)))
+        assert len(compiled) == len(set(expected.values()))
+    torch._dynamo.reset()
+
+
+def test_modules_go_by_the_same_table(measured: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a module's call is taken for: the problem that functional would be asked about."""
+    asked: list[Problem] = []
+    monkeypatch.setattr(dispatch, "is_left_to_torch", lambda problem: asked.append(problem) or False)
+    monkeypatch.setattr(base, "ON_A_GPU", "cpu")
+    x = torch.randn(5, 2, 3)
+    gru = fused_rnn.GRU(3, 4, 2, bidirectional=True, bias=False)
+    gru(x)
+    fused_rnn.LSTM(3, 4, proj_size=2, batch_first=True)(x)
+    with torch.no_grad():
+        gru(pack_padded_sequence(x, [5, 3]))
+    fused_rnn.RNNCell(3, 4)(x[0])
+    fused_rnn.LSTM(3, 4)(x[:1, 0])
+    names = (
+        "cell",
+        "single_step",
+        "batch",
+        "hidden_size",
+        "width",
+        "layers",
+        "recurrences",
+        "bias",
+        "needs_grad",
+        "lengths",
+    )
+    found = [tuple(getattr(problem, name) for name in names) for problem in asked]
+    assert found == [
+        ("gru", False, 2, 4, 4, 2, 2, False, True, False),
+        ("lstm", False, 5, 4, 2, 1, 1, True, True, False),
+        ("gru", False, 2, 4, 4, 2, 2, False, False, True),
+        ("rnn_tanh", True, 2, 4, 4, 1, 1, True, True, False),
+        ("lstm", True, 1, 4, 4, 1, 1, True, True, False),
+    ]

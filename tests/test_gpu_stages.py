@@ -360,6 +360,49 @@ def sanitizer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(program.parent), prepend=":")
 
 
+@pytest.fixture
+def profiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """An ncu that profiles nothing, and fails for GRUs; it leaves its arguments in a file."""
+    program = tmp_path / "bin" / "ncu"
+    program.parent.mkdir()
+    program.write_text(
+        "#!/bin/sh\n"
+        'if [ "$1" = --import ]; then echo "pages of $(basename $2)"; exit; fi\n'
+        f'echo "$@" >> {tmp_path}/asked\n'
+        'case "$*" in *GRU*) exit 5;; esac\n'
+        'while [ "$1" != -o ]; do shift; done; echo report > "$2"\n'
+    )
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(program.parent), prepend=":")
+    return tmp_path
+
+
+def test_the_worst_points_are_profiled(
+    gpu: ModuleType, monkeypatch: pytest.MonkeyPatch, profiler: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from test_bench_gpu import row, some_results
+
+    from fused_rnn.bench.grid import Point
+
+    module, out = _module("gpu_profile"), gpu.WORK
+    results = some_results()
+    for cell, micros in (("LSTM", 400), ("GRU", 900), ("RNN", 200)):
+        point = Point(cell, "training", "bf16", 128, 64, 512)
+        results.replace([row(point, "torch", 300), row(point, "cuda", micros), row(point, "auto", 300)])
+    results.save(out / "bench" / "bf16.json")
+    monkeypatch.setattr(sys, "argv", ["gpu_profile.py", "--results", str(out / "bench"), "--out", str(out)])
+    assert module.main() == 1  # one of them failed
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == "0.33 of torch.nn's speed: GRU training bf16 T=128 B=64 H=512"
+    assert said[1].startswith("not profiled: ")
+    assert said[2:] == ["0.75 of torch.nn's speed: LSTM training bf16 T=128 B=64 H=512", "1 of 2 points profiled"]
+    pages = (out / "profile-1.txt").read_text()
+    assert pages == "LSTM training bf16 T=128 B=64 H=512\npages of profile-1.ncu-rep\n"
+    asked = (profiler / "asked").read_text()
+    assert "--clock-control none" in asked  # the clocks of a machine that others use, too
+    assert module.worst([results], "triton", 2) == []
+
+
 @pytest.mark.usefixtures("sanitizer")
 def test_sanitizers_say_what_they_found_and_how_far_they_came(gpu: ModuleType) -> None:
     found = {result.stage: (result.status, result.said) for result in gpu.sanitize(gpu.WORK, 60)}

@@ -39,6 +39,7 @@ ORDER = [
 # Small parts beside the chain: only names and checks of plain tensors.
 LEAVES = {
     "problem": set(),
+    "fastest": set(),
     "checks": {"cells"},
     "rerun": set(),
     "vmap": {"per_sample", "cells"},

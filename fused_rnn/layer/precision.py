@@ -13,6 +13,10 @@ def tf32_allowed() -> bool:
     return str(torch.backends.cudnn.rnn.fp32_precision) == "tf32"  # type: ignore[attr-defined]
 
 
+# What torch.compiler.assume_constant_result does, without the import of all of Dynamo that it costs.
+tf32_allowed._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 @contextmanager
 def as_in_cudnn() -> Iterator[None]:
     """torch.mm on a GPU follows cuDNN's switch, not its own: a layer is not to have one precision inside, one outside.

@@ -9,10 +9,16 @@ import torch
 from torch import Tensor, is_grad_enabled, nn
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
+from torch.nn.utils.rnn import PackedSequence
 
 from fused_rnn import dispatch
+from fused_rnn.cells import CELLS
 from fused_rnn.dispatch import BACKENDS
+from fused_rnn.layer.precision import tf32_allowed
 from fused_rnn.nn.plain import is_functorch, is_jit_tracing
+from fused_rnn.problem import Problem
+
+ON_A_GPU = "cuda"  # where the twin may be the faster one
 
 
 class Fused(nn.Module):
@@ -53,13 +59,37 @@ def known_backend(backend: str | None) -> str | None:
     return backend
 
 
-def prefers_twin(module: Fused, weights: Sequence[Tensor]) -> bool:
+def prefers_twin(module: Fused, weights: Sequence[Tensor], input: Tensor | PackedSequence) -> bool:
     """Whether the twin is to run a call that has no lengths and no reset."""
     backend, device = module._fused_backend, weights[0].device.type
     if backend is not None:
         # Under autocast on a CPU torch's classes have a rule each, and ours one for all.
         return backend == "torch" and not (device == "cpu" and torch.is_autocast_enabled("cpu"))
-    return is_jit_tracing() or (device in dispatch.LEFT_TO_TORCH and _twin_can(module))
+    return is_jit_tracing() or (device == ON_A_GPU and _twin_can(module) and _is_left(module, weights, input))
+
+
+def _is_left(module: Fused, weights: Sequence[Tensor], input: Tensor | PackedSequence) -> bool:
+    """Whether dispatch leaves a call on a GPU to torch."""
+    w_ih, w_hh = weights[:2]
+    hidden, width = int(module.hidden_size), w_hh.shape[1]  # type: ignore[arg-type]
+    cell = next(name for name, spec in CELLS.items() if spec.gates * hidden == w_hh.shape[0])
+    packed = isinstance(input, PackedSequence)
+    if isinstance(input, PackedSequence):
+        steps, batch = len(input.batch_sizes), int(input.batch_sizes[0])
+    elif hasattr(module, "num_layers"):
+        time = 1 if module.batch_first and input.dim() == 3 else 0
+        steps, batch = input.size(time), input.size(1 - time) if input.dim() == 3 else 1
+    else:
+        steps, batch = 1, input.size(0) if input.dim() == 2 else 1
+    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else w_ih.dtype
+    layers, recurrences = getattr(module, "num_layers", 1), 2 if getattr(module, "bidirectional", False) else 1
+    bias = len(weights) >= 4 * layers * recurrences
+    return dispatch.is_left_to_torch(
+        Problem(
+            cell, dtype, "cuda", steps == 1, batch, w_ih.shape[1], hidden, width, layers, recurrences, bias,
+            is_grad_enabled(), False, "gates", packed, False, False, tf32_allowed(),
+        )
+    )  # fmt: skip
 
 
 def _twin_can(module: Fused) -> bool:

@@ -81,7 +81,7 @@ def _run(module: Cell, function: Callable[..., Any], input: Any, hx: Any) -> Any
     """forward, of any call. function: functional.lstm_cell, gru_cell or rnn_cell."""
     weights, states, backend = _read_weights(module), module._fused_states, module._fused_backend
     plain = type(input) in PLAIN and are_plain(weights) and is_plain_hx(hx, states)
-    if not plain or prefers_twin(module, weights):
+    if not plain or prefers_twin(module, weights, input):
         return run_twin(module, input, hx)
     try:
         if input.dim() != 1:

@@ -188,7 +188,7 @@ def run(module: Recurrent, input: Any, hx: Any, lengths: Any, reset: Tensor | No
         raise ValueError("lengths: got some beside a PackedSequence, expected None: the input has its own")
     weights = read_weights(module)
     plain = type(input.data if packed else input) in PLAIN and are_plain(weights)
-    if not plain or not is_plain_hx(hx, module._fused_states) or (not extras and prefers_twin(module, weights)):
+    if not plain or not is_plain_hx(hx, module._fused_states) or (not extras and prefers_twin(module, weights, input)):
         return run_twin(module, input, hx, extras)
     try:
         if packed:
