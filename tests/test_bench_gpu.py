@@ -18,7 +18,7 @@ from click.testing import CliRunner
 from rich.console import Console
 
 from fused_rnn import dispatch, fastest
-from fused_rnn.bench import choose, exchange, limits
+from fused_rnn.bench import choose, exchange, limits, readme
 from fused_rnn.bench.cudnn import NATIVE, PERSISTENT, SMALL, STANDARD, Gpu, accepted_dtypes, algorithm
 from fused_rnn.bench.goals import GOALS, goal_table, judged
 from fused_rnn.bench.grid import CELLS, DTYPES, GRIDS, REGIONS, SEQUENCES, VARIANTS, Grid, Point
@@ -198,6 +198,16 @@ def test_the_report_names_algorithms_variants_and_goals() -> None:
     assert len(ratios) == len(CELLS) * len(SEQUENCES) * 4 * 4 * 5
     assert {round(r, 2) for r in ratios.values()} == {1.05}
     assert goal_table(Results([{**RUN, "device": "cpu"}])) is None
+
+
+def test_the_readme_shows_goals_that_are_not_met(tmp_path: Path) -> None:
+    page = tmp_path / "README.md"
+    page.write_text("\n".join(["before", *readme.markers("cuda"), "after"]))
+    some_results().save(tmp_path / "bf16.json")
+    assert readme.update(page, tmp_path, "cuda")
+    text = page.read_text()
+    assert "| bf16: 1 % resets over none, worst point | ≤ 1.1 | 1.3 | **not met** |" in text
+    assert "| inference, T≥128, B≤128, H≤1024 | 4.00× (4.00) |" in text
 
 
 def test_pictures(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from fused_rnn.bench.goals import judged
 from fused_rnn.bench.grid import CELLS
 from fused_rnn.bench.providers import BASELINE, STEP_BASELINE
 from fused_rnn.bench.results import MEMORY, Results, geometric_mean, setting
@@ -35,7 +36,7 @@ def update(readme: Path, directory: Path, provider: str) -> bool:
     parts = [section(results, provider) for results in loaded]
     parts += [steps(loaded[0], provider)]
     parts += [table(Results.load(path)) for path in sorted(directory.glob(f"{PREFIX}*.json"))]
-    parts += [memory(loaded[0], provider)]
+    parts += [memory(loaded[0], provider), goals(loaded, provider)]
     head, rest = text.split(begin, 1)
     tables = "\n\n".join(part for part in parts if part)
     updated = f"{head}{begin}\n{tables}\n{end}{rest.split(end, 1)[1]}"
@@ -90,6 +91,18 @@ def steps(results: Results, provider: str) -> str:
             entries.append(f"{theirs:.3g} → {ours:.3g} ({theirs / ours:.1f}×)" if theirs and ours else "–")
         lines.append(f"| {cell} | " + " | ".join(entries) + " |")
     return "\n".join(lines)
+
+
+def goals(loaded: list[Results], provider: str) -> str:
+    """What was promised of a GPU, of every file: the bar, what was measured, met or not."""
+    lines = []
+    for results in (results for results in loaded if results.runs[-1]["device"] == "cuda"):
+        for goal, value in judged(results, provider):
+            if value is not None:
+                bar = f"{'≤' if goal.at_most else '≥'} {goal.bar:g}"
+                verdict = "met" if goal.met(value) else "**not met**"
+                lines.append(f"| {setting(results.runs[-1])}: {goal.name} | {bar} | {value:.3g} | {verdict} |")
+    return "\n".join(["| goal | bar | measured | |", "|---|---|---|---|", *lines]) if lines else ""
 
 
 def memory(results: Results, provider: str) -> str:
