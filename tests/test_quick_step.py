@@ -192,3 +192,66 @@ def test_so_is_what_something_watches() -> None:
         with torch.autocast("cpu"):
             assert quick(*arguments) is None
         assert torch.vmap(lambda x: x if quick(*arguments) is None else x / 0)(torch.ones(2)).tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("steps", [1, 40])
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("given", [(True, False), (False, True), (True, True)])
+@pytest.mark.parametrize(("name", "projected"), [("LSTM", 0), ("LSTM", 7), ("GRU", 0), ("RNN", 0)])
+def test_lengths_and_resets(name: str, projected: int, given: tuple[bool, bool], batch: int, steps: int) -> None:
+    torch.manual_seed(0)
+    module = getattr(fused_rnn, name)(5, 18, **({"proj_size": projected} if projected else {}))
+    x, h = torch.randn(steps, batch, 5), torch.randn(1, batch, projected or 18)
+    c = torch.randn(1, batch, 18) if name == "LSTM" else None
+    lengths = torch.tensor([0, steps, steps // 2][-batch:]) if given[0] else None
+    reset = torch.rand(steps, batch) < 0.3 if given[1] else None
+    if reset is not None:
+        reset[0, -1] = True
+    cell = {"LSTM": "lstm", "GRU": "gru", "RNN": "rnn_tanh"}[name]
+    with torch.no_grad():
+        made = quick(module._parameters, True, x, h, c, CELLS[name], 0, lengths, reset)
+        expected = ops.forward(x, list(module.parameters()), h, c, lengths, reset, cell, [1], "none", False)
+        for a, b in zip(made, expected, strict=True):
+            assert torch.equal(a, b)
+        plain = quick(module._parameters, True, x, h, c, CELLS[name], 0, None, None)
+        assert not torch.equal(plain[0], made[0])
+        if batch == 1:
+            turned = [t if t is None else t.transpose(0, 1).contiguous() for t in (x, reset)]
+            first = quick(module._parameters, True, turned[0], h, c, CELLS[name], 1, lengths, turned[1])
+            assert torch.equal(first[0], made[0].transpose(0, 1))
+
+
+@pytest.mark.parametrize(
+    ("lengths", "reset"),
+    [
+        (torch.tensor([1, 2, 2]), None),  # T is 1
+        (torch.tensor([-1, 1, 1]), None),
+        (torch.tensor([1, 1]), None),
+        (torch.tensor([[1, 1, 1]]), None),
+        (torch.tensor([1, 1, 1], dtype=torch.int32), None),
+        (torch.tensor([1, 1, 1.0]), None),
+        ([1, 1, 1], None),
+        (torch.tensor([1, 0, 1, 0, 1, 0])[::2], None),
+        (None, torch.ones(3, 1, dtype=torch.bool)),
+        (None, torch.ones(1, 3, dtype=torch.uint8)),
+        (None, torch.ones(3, dtype=torch.bool)),
+        (None, torch.ones(1, 6, dtype=torch.bool)[:, ::2]),
+        (None, torch.ones(1, 3, dtype=torch.bool, device="meta")),
+        (None, True),
+    ],
+)
+def test_other_lengths_and_resets_are_left_alone(lengths: Any, reset: Any) -> None:
+    with torch.no_grad():
+        assert quick(*call("GRU")[1], None, None) is not None
+        assert quick(*call("GRU")[1], lengths, reset) is None
+        assert quick(*call("GRU", sequence=False)[1], torch.ones(3, dtype=torch.int64), None) is None
+
+
+def test_what_it_leaves_alone_is_refused_in_words() -> None:
+    module, (_, _, x, h, *_), _ = call("GRU")
+    with torch.no_grad():
+        with pytest.raises(ValueError, match="lengths: got values from 1 to 2, expected 0 to T = 1"):
+            module(x, h, lengths=torch.tensor([1, 2, 2]))
+        with pytest.raises(ValueError, match="reset: got torch.uint8, expected torch.bool"):
+            module(x, h, reset=torch.ones(1, 3, dtype=torch.uint8))
+        assert torch.equal(module(x, h, lengths=[1, 0, 1])[1], module(x, h, lengths=torch.tensor([1, 0, 1]))[1])

@@ -7,7 +7,7 @@ namespace fused_rnn::dlpack {
 
 constexpr uint32_t kMajor = 1, kMinor = 3;
 constexpr int32_t kCpu = 1;
-constexpr uint8_t kFloat = 2, kBfloat = 4;
+constexpr uint8_t kInt = 0, kFloat = 2, kBfloat = 4, kBool = 6;
 
 struct Tensor {  // DLTensor
   void* data;

@@ -19,24 +19,41 @@ PyObject* use_exchange(PyObject*, PyObject* const* args, Py_ssize_t count) {
   Py_RETURN_TRUE;
 }
 
-bool read(PyObject* object, dlpack::Tensor& t, int dims, int64_t s0, int64_t s1, int64_t s2) {
+namespace {
+
+// How many numbers it holds; 0 where it is not such a tensor.
+int64_t lent(PyObject* object, dlpack::Tensor& t, int dims, int64_t s0, int64_t s1, int64_t s2) {
   PyObject* const type = reinterpret_cast<PyObject*>(Py_TYPE(object));
-  if (type != tensor_type && type != parameter_type) return false;
+  if (type != tensor_type && type != parameter_type) return 0;
   if (exchange->tensor_from_object(object, &t) != 0) {
     PyErr_Clear();
-    return false;
+    return 0;
   }
-  const bool is_float = t.code == dlpack::kFloat || t.code == dlpack::kBfloat;
-  if (t.ndim != dims || !t.data || t.device_type != dlpack::kCpu || !is_float || t.lanes != 1) return false;
+  if (t.ndim != dims || !t.data || t.device_type != dlpack::kCpu || t.lanes != 1) return 0;
   const int64_t expected[3] = {s0, s1, s2};
   int64_t stride = 1;
   for (int i = dims - 1; i >= 0; --i) {
-    if (expected[i] >= 0 && t.shape[i] != expected[i]) return false;
-    if (t.shape[i] != 1 && t.strides && t.strides[i] != stride) return false;
+    if (expected[i] >= 0 && t.shape[i] != expected[i]) return 0;
+    if (t.shape[i] != 1 && t.strides && t.strides[i] != stride) return 0;
     stride *= t.shape[i];
   }
   t.data = static_cast<char*>(t.data) + t.byte_offset;
-  return stride > 1;  // a single number may be a lazy negation of another, which DLPack does not tell
+  return stride;
+}
+
+}  // namespace
+
+bool read(PyObject* object, dlpack::Tensor& t, int dims, int64_t s0, int64_t s1, int64_t s2) {
+  // A single number may be a lazy negation of another, which DLPack does not tell.
+  return lent(object, t, dims, s0, s1, s2) > 1 && (t.code == dlpack::kFloat || t.code == dlpack::kBfloat);
+}
+
+bool read_integers(PyObject* object, dlpack::Tensor& t, int64_t s0) {
+  return lent(object, t, 1, s0, 0, 0) > 0 && t.code == dlpack::kInt && t.bits == 64;
+}
+
+bool read_bools(PyObject* object, dlpack::Tensor& t, int64_t s0, int64_t s1) {
+  return lent(object, t, 2, s0, s1, 0) > 0 && t.code == dlpack::kBool && t.bits == 8;
 }
 
 }  // namespace fused_rnn::ops

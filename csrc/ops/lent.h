@@ -16,6 +16,9 @@ PyObject* use_exchange(PyObject* module, PyObject* const* args, Py_ssize_t count
 
 // A plain, contiguous float tensor on the CPU: `dims` sizes, all given (-1: any).
 bool read(PyObject* object, dlpack::Tensor& t, int dims, int64_t s0, int64_t s1 = 0, int64_t s2 = 0);
+// Likewise of int64, and of bool.
+bool read_integers(PyObject* object, dlpack::Tensor& t, int64_t s0);
+bool read_bools(PyObject* object, dlpack::Tensor& t, int64_t s0, int64_t s1);
 
 struct Owned {  // a reference that is given back
   PyObject* object = nullptr;

@@ -65,11 +65,19 @@ bool make_zero(PyObject* x, bool sequence, int64_t B, int64_t width, size_t elem
   return true;
 }
 
-// quick_step(parameters, bias, x, h, c, cell, axis): as the op fused_rnn::step on a cell's x of two dimensions, and as fused_rnn::forward
-// of one recurrence on a layer's three, in float32 or float64. parameters: a module's own, by name; bias: whether it has biases. axis: the
-// one that is time in an x of three dimensions, -1 in a cell. A tuple, or None.
+// Are all of them lengths of a sequence of T steps?
+bool within(const dlpack::Tensor& lengths, int64_t T) {
+  const auto* length = static_cast<const int64_t*>(lengths.data);
+  for (int64_t b = 0; b < lengths.shape[0]; ++b)
+    if (length[b] < 0 || length[b] > T) return false;
+  return true;
+}
+
+// quick_step(parameters, bias, x, h, c, cell, axis, [lengths, reset]): as the op fused_rnn::step on a cell's x of two dimensions, and as
+// fused_rnn::forward of one recurrence on a layer's three, in float32 or float64. parameters: a module's own, by name; bias: whether it has
+// biases. axis: the one that is time in an x of three dimensions, -1 in a cell. reset is laid out as x. A tuple, or None.
 PyObject* quick_step(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  if (count != 7 || !exchange || !PyDict_Check(args[0]) || aoti_torch_grad_mode_is_enabled()) Py_RETURN_NONE;
+  if ((count != 7 && count != 9) || !exchange || !PyDict_Check(args[0]) || aoti_torch_grad_mode_is_enabled()) Py_RETURN_NONE;
   PyObject *const x_object = args[2], *const h_object = args[3], *const c_object = args[4];
   const int cell = int(PyLong_AsLong(args[5])), axis = int(PyLong_AsLong(args[6]));
   if (PyErr_Occurred()) return nullptr;
@@ -77,10 +85,14 @@ PyObject* quick_step(PyObject*, PyObject* const* args, Py_ssize_t count) {
   const int G = gates_of(Cell(cell));
   const bool lstm = has_cell(Cell(cell)), sequence = axis >= 0, bias = PyObject_IsTrue(args[1]) == 1, zero = h_object == Py_None;
   if ((c_object != Py_None) != (lstm && !zero)) Py_RETURN_NONE;
-  dlpack::Tensor x, h, c{}, w_ih, w_hh, b_ih{}, b_hh{}, w_hr{};
+  const bool has_lengths = count == 9 && args[7] != Py_None, has_reset = count == 9 && args[8] != Py_None;
+  dlpack::Tensor x, h, c{}, w_ih, w_hh, b_ih{}, b_hh{}, w_hr{}, lengths{}, reset{};
   if (sequence ? !read(x_object, x, 3, -1, -1, -1) : !read(x_object, x, 2, -1, -1)) Py_RETURN_NONE;
   const int64_t T = sequence ? x.shape[axis] : 1, B = sequence ? x.shape[1 - axis] : x.shape[0], D = x.shape[x.ndim - 1];
   if (axis == 1 && B != 1) Py_RETURN_NONE;  // not in the order of time
+  if ((has_lengths || has_reset) && !sequence) Py_RETURN_NONE;
+  if (has_lengths && (!read_integers(args[7], lengths, B) || !within(lengths, T))) Py_RETURN_NONE;
+  if (has_reset && !read_bools(args[8], reset, x.shape[0], x.shape[1])) Py_RETURN_NONE;
   PyObject* weights[5];  // borrowed; null: not there, or computed
   for (int i = 0; i < 5; ++i) weights[i] = PyDict_GetItemWithError(args[0], names[sequence][i]);
   const bool projects = lstm && weights[4];
@@ -116,6 +128,8 @@ PyObject* quick_step(PyObject*, PyObject* const* args, Py_ssize_t count) {
     return nullptr;
   Forward f{};
   f.p = {Cell(cell), bits == 32 ? Dtype::f32 : Dtype::f64, T, B, D, H, P, 1, 0, T, &w, nullptr, nullptr, 1};
+  f.p.lengths = static_cast<const int64_t*>(lengths.data);
+  f.p.reset = static_cast<const uint8_t*>(reset.data);
   f.p.threads = threads_for(f.p);
   f.x = x.data;
   f.h_is_zero = zero;

@@ -120,10 +120,9 @@ class LSTM(Recurrent):
         reset: Tensor | None = None,
     ) -> tuple[Any, tuple[Tensor, Tensor]]:
         """Run the layers: output, (h_n, c_n). Shapes and errors stand in the class's docstring."""
-        if lengths is None and reset is None:
-            stepped = step(self, input, hx)
-            if stepped is not None:
-                return stepped[0], (stepped[1], stepped[2])
+        stepped = step(self, input, hx, lengths, reset)
+        if stepped is not None:
+            return stepped[0], (stepped[1], stepped[2])
         result: tuple[Any, tuple[Tensor, Tensor]] = run(self, input, hx, lengths, reset)
         return result
 
@@ -212,10 +211,9 @@ class GRU(Recurrent):
         reset: Tensor | None = None,
     ) -> tuple[Any, Tensor]:
         """Run the layers: output, h_n. Shapes and errors stand in the class's docstring."""
-        if lengths is None and reset is None:
-            stepped = step(self, input, hx)
-            if stepped is not None:
-                return stepped[0], stepped[1]
+        stepped = step(self, input, hx, lengths, reset)
+        if stepped is not None:
+            return stepped[0], stepped[1]
         result: tuple[Any, Tensor] = run(self, input, hx, lengths, reset)
         return result
 
@@ -303,9 +301,8 @@ class RNN(Recurrent):
         reset: Tensor | None = None,
     ) -> tuple[Any, Tensor]:
         """Run the layers: output, h_n. Shapes and errors stand in the class's docstring."""
-        if lengths is None and reset is None:
-            stepped = step(self, input, hx)
-            if stepped is not None:
-                return stepped[0], stepped[1]
+        stepped = step(self, input, hx, lengths, reset)
+        if stepped is not None:
+            return stepped[0], stepped[1]
         result: tuple[Any, Tensor] = run(self, input, hx, lengths, reset)
         return result

@@ -134,7 +134,7 @@ def known_save(save: str) -> str:
     return save
 
 
-def step(module: Recurrent, input: Any, hx: Any) -> Sequence[Tensor] | None:
+def step(module: Recurrent, input: Any, hx: Any, lengths: Any, reset: Any) -> Sequence[Tensor] | None:
     """y, h_n (and c_n) of a single layer without gradient, run as directly as can be; None where the call is another.
 
     Python is most of the time of a step or a short sequence: what the op checks is not checked here, and the weights
@@ -157,11 +157,13 @@ def step(module: Recurrent, input: Any, hx: Any) -> Sequence[Tensor] | None:
         h, c = hx
     time = 1 if module.batch_first else 0
     if QUICK_STEP is not None:
-        stepped = QUICK_STEP(module._parameters, module.bias, input, h, c, _CODES[module.mode], time)
+        stepped = QUICK_STEP(module._parameters, module.bias, input, h, c, _CODES[module.mode], time, lengths, reset)
         if stepped is not None:
             return stepped
     if (
-        type(input) is not Tensor
+        lengths is not None
+        or reset is not None
+        or type(input) is not Tensor
         or input.dim() != 3
         or input.size(time) != 1
         or not input.is_cpu
