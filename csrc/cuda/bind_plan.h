@@ -1,11 +1,9 @@
 // The planner in Python: in the CUDA module and, so that it can be asked on any machine, in the CPU one.
 #pragma once
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
 #include <algorithm>
 #include <vector>
 
+#include "../pybind.h"
 #include "plan.h"
 
 namespace fused_rnn::cuda {

@@ -1,7 +1,6 @@
 // The Python module of the CUDA loops: plans, and runs by address. fused_rnn/backends/cuda.py checks what it passes; the same source, built
 // over the emulator, is what the tests run on the CPU.
-#include <pybind11/pybind11.h>
-
+#include "../pybind.h"
 #include "bind_plan.h"
 #include "run.h"
 

@@ -1,8 +1,7 @@
 // The Python module fused_rnn._C. Importing it registers the ops (cpu.cpp); it says itself what was built and what runs.
-#include <pybind11/pybind11.h>
-
 #include "../cpu/isa.h"
 #include "../cuda/bind_plan.h"
+#include "../pybind.h"
 #include "layer.h"
 #include "quick_step.h"
 #include "stream.h"

@@ -1,7 +1,5 @@
 #include "stream.h"
 
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 
 #include <cstdlib>
@@ -10,6 +8,7 @@
 
 #include "../cpu/isa.h"
 #include "../cpu/team.h"
+#include "../pybind.h"
 #include "lent.h"
 #include "tensors.h"
 
