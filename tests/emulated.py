@@ -51,7 +51,7 @@ def _hash() -> str:
     parts = ("cells", "cuda", "emulated", "emulator")
     files = [p for part in parts for p in sorted((SOURCE / part).rglob("*")) if p.is_file()]
     text = hashlib.sha256(str((FLAGS, DEFINES, NUMBERS, PLAIN, torch.__version__, sysconfig.get_platform())).encode())
-    for path in [*files, SOURCE / "params.h"]:
+    for path in [*files, SOURCE / "params.h", SOURCE / "pybind.h"]:
         text.update(path.read_bytes())
     return text.hexdigest()[:16]
 
