@@ -1,0 +1,69 @@
+"""The extension modules for another machine's Python and torch, built here: a machine with a GPU is lent by the minute.
+
+    python scripts/gpu_prebuild.py --python PYTHON --torch FOLDER [--cuda 13.0] [--out build/prebuilt]
+
+PYTHON: an interpreter of that machine's version, with headers and setuptools 77; it needs no torch. FOLDER: of an
+installed torch of that machine's version, for any Python, whose headers and libraries are used. TORCH_CUDA_ARCH_LIST
+says for which GPUs, 9.0a if it is not set. There, before anything else: cp build/prebuilt/*.so fused_rnn/. What lies
+in build/prebuilt/debug is fused_rnn/_cuda as FUSED_RNN_CUDA_DEBUG=1 makes it, whose kernels fail where others hang.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+
+def stand_in(folder: Path, torch: Path, cuda: str) -> None:
+    """A package torch in this folder that has of the real one what setup.py asks for."""
+    package = folder / "torch"
+    package.mkdir()
+    (package / "__init__.py").write_text("from . import version\n")
+    (package / "version.py").write_text(f"cuda = {cuda!r}\n")
+    for part in ("include", "lib"):
+        (package / part).symlink_to(torch.resolve() / part)
+
+
+def build(python: str, torch: Path, cuda: str, out: Path, tree: Path = ROOT) -> list[Path]:
+    """The modules, below `out`."""
+    made = []
+    with tempfile.TemporaryDirectory() as folder:
+        stand_in(Path(folder), torch, cuda)
+        for place, debug in ((out, "0"), (out / "debug", "1")):
+            environment = {
+                "TORCH_CUDA_ARCH_LIST": "9.0a", **os.environ, "PYTHONPATH": folder, "FUSED_RNN_CUDA": "1",
+                "FUSED_RNN_CUDA_DEBUG": debug,
+            }  # fmt: skip
+            fresh = Path(folder, place.name)
+            command = [python, "setup.py", "build_ext", "-t", str(out / "objects"), "-b", str(fresh)]
+            subprocess.run(command, cwd=tree, env=environment, check=True)
+            place.mkdir(parents=True, exist_ok=True)
+            for module in (fresh / "fused_rnn").glob("_cuda.*" if debug == "1" else "_*"):
+                made.append(place / module.name)
+                shutil.copyfile(module, made[-1])
+    return made
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="gpu_prebuild", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--python", required=True)
+    parser.add_argument("--torch", type=Path, required=True, help="the folder of the package")
+    parser.add_argument("--cuda", default="13.0", help="of that torch")
+    parser.add_argument("--out", type=Path, default=ROOT / "build" / "prebuilt")
+    chosen = parser.parse_args()
+    if not (chosen.torch / "include").is_dir():
+        parser.error(f"--torch: got {chosen.torch}, expected a folder with torch's include and lib")
+    for module in build(chosen.python, chosen.torch, chosen.cuda, chosen.out.resolve()):
+        print(f"{module.stat().st_size / 2**20:5.1f} MiB  {module}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
