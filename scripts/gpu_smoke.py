@@ -3,9 +3,10 @@
     python scripts/gpu_smoke.py [cuda] [triton] [--seconds 40] [--at-once 8]
     python scripts/gpu_smoke.py --one 'cuda lstm bf16 grid'
 
-A kernel that hangs, that reads where it must not, or that computes something else is thus named, and the others go on:
-run by scripts/gpu.py. It is no test of accuracy: the bounds here only tell a number from garbage. Exits with 1 if one
-kernel failed.
+First of all what the CUDA kernels are made of, each instruction and barrier by itself: nvcc compiles
+tests/emulator/primitives_test.cpp. A kernel that hangs, that reads where it must not, or that computes something else
+is thus named, and the others go on: run by scripts/gpu.py. It is no test of accuracy: the bounds here only tell a
+number from garbage. Exits with 1 if one kernel failed.
 """
 
 from __future__ import annotations
@@ -14,14 +15,43 @@ import argparse
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))  # a checkout built in place, with nothing installed
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))  # a checkout built in place, with nothing installed
 
 # ‖ours - reference‖ / ‖reference‖ over all results, float64 by the same inputs.
 GARBAGE = {"bf16": 5e-2, "f16": 1e-2, "tf32": 1e-2, "ieee": 1e-4, "f64": 1e-9}
+PRIMITIVES = "cuda primitives"
+
+
+def primitives(seconds: float = 20.0) -> str:
+    """Compiles the test of the primitives and runs it; says which are not what the emulator takes them for."""
+    import torch
+
+    major, minor = torch.cuda.get_device_capability()
+    with tempfile.TemporaryDirectory() as folder:
+        program, source = Path(folder, "primitives"), ROOT / "tests" / "emulator" / "primitives_test.cpp"
+        target = f"-arch=sm_{major}{minor}" + "a" * (major == 9)
+        print("compiler", flush=True)
+        subprocess.run(
+            ["nvcc", "-x", "cu", "-std=c++17", "-I", ROOT / "csrc", target, source, "-o", program], check=True
+        )
+        print("program", flush=True)
+        try:
+            said = subprocess.run([program], capture_output=True, timeout=seconds, check=False).stdout
+            end = "" if said else "it said nothing"
+        except subprocess.TimeoutExpired as late:
+            said, end = late.stdout or b"", f"hung after {seconds:.0f} s"
+    lines = said.decode().splitlines()
+    held = [line.split()[1] for line in lines if line.startswith("ok")]
+    wrong = [line.removeprefix("FAILED").strip() for line in lines if line.startswith("FAILED")]
+    if wrong or end:
+        return "WRONG: " + "; ".join([*wrong, *[f"{end}, behind {held[-1] if held else 'the start'}"] * bool(end)])
+    return f"error none in {len(held)}"
 
 
 def one(name: str, device: str = "cuda") -> str:
@@ -67,6 +97,15 @@ def launched(command: list[str], seconds: float) -> str:
     return f"FAILED in {lines[-1]}: {why[0][:200] if why else f'exit status {done.returncode}'}"
 
 
+def first_product() -> float:
+    """Seconds. On a machine that has just started, libraries come from a cold disk: not on any kernel's time."""
+    import torch
+
+    began = time.monotonic()
+    torch.mm(*torch.ones(2, 64, 64, device="cuda", dtype=torch.bfloat16)).sum().item()
+    return time.monotonic() - began
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="gpu_smoke", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("backends", nargs="*", default=["cuda", "triton"], metavar="cuda|triton")
@@ -75,13 +114,15 @@ def main() -> int:
     parser.add_argument("--at-once", type=int, default=max(1, (os.cpu_count() or 2) // 2), help="processes")
     chosen = parser.parse_args()
     if chosen.one:
-        print(one(chosen.one))
+        print(primitives() if chosen.one == PRIMITIVES else one(chosen.one))
         return 0
     import gpu_cases as cases
     import torch
 
     clusters = torch.cuda.get_device_capability() >= (9, 0)
-    names = [str(kernel) for backend in chosen.backends for kernel in cases.kernels(backend, clusters)]
+    names = [PRIMITIVES] if "cuda" in chosen.backends else []
+    names += [str(kernel) for backend in chosen.backends for kernel in cases.kernels(backend, clusters)]
+    print(f"torch's first product took {first_product():.0f} s", flush=True)
     began, bad = time.monotonic(), []
     with ThreadPoolExecutor(chosen.at_once) as pool:
         outcomes = pool.map(lambda name: launched([sys.executable, __file__, "--one", name], chosen.seconds), names)

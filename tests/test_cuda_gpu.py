@@ -170,8 +170,10 @@ def test_tf32_obeys_torch() -> None:
 
 
 def test_what_the_planner_chooses_at_every_size() -> None:
-    """The sizes of the benchmark: no launch is refused, and its states are those of the stepwise loop."""
+    """The sizes of the benchmark, and clusters of 9, 12 and 14: no launch is refused, and its states are those of the
+    stepwise loop."""
     sizes = (("LSTM", 128, 8), ("LSTM", 512, 64), ("GRU", 768, 32), ("LSTM", 1024, 64), ("GRU", 2048, 8))
+    sizes += (("LSTM", 144, 8), ("GRU", 192, 8), ("LSTM", 650, 64))
     for cell, hidden, batch in sizes:
         net, x = network(cell, hidden), data(9, batch)
         results = train(net, x)

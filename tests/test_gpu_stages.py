@@ -305,6 +305,55 @@ def test_a_kernel_that_hangs_or_fails_is_named() -> None:
     assert launched("import os; os._exit(7)") == "FAILED in start: exit status 7"
 
 
+def test_the_stage_names_every_kernel_and_those_that_are_wrong(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    smoke = _module("gpu_smoke")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(smoke, "first_product", lambda: 12.0)
+    monkeypatch.setattr(sys, "argv", ["gpu_smoke.py", "--seconds", "7"])
+
+    def launched(command: list[str], seconds: float) -> str:
+        assert command[:3] == [sys.executable, smoke.__file__, "--one"] and seconds == 7
+        return "HUNG: still in forward after 7 s" if command[3] == "cuda gru tf32 grid" else "error 1e-3"
+
+    monkeypatch.setattr(smoke, "launched", launched)
+    assert smoke.main() == 1
+    first, primitives, *kernels, last = capsys.readouterr().out.splitlines()
+    assert first == "torch's first product took 12 s"
+    assert primitives.split() == ["cuda", "primitives", "error", "1e-3"]
+    assert "cuda gru tf32 grid               HUNG: still in forward after 7 s" in kernels
+    assert last.startswith(f"{len(kernels)} of {len(kernels) + 1} kernels ran")
+    assert last.endswith("; not cuda gru tf32 grid")
+
+
+@pytest.mark.parametrize(
+    ("program", "said"),
+    [
+        ("echo 'ok      mma_bf16'; echo 'ok      flags'", "error none in 2"),
+        ("echo 'ok      mma_bf16'; echo 'FAILED  flags: 1 3'; exit 1", "WRONG: flags: 1 3"),
+        ("echo 'ok      mma_bf16'; exec sleep 60", "WRONG: hung after 1 s, behind mma_bf16"),
+        ("exit 1", "WRONG: it said nothing, behind the start"),
+    ],
+    ids=["right", "wrong", "hung", "dead"],
+)
+def test_primitives_that_are_not_what_they_should_be(
+    program: str, said: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    compiler = tmp_path / "nvcc"  # writes that program, and keeps what it was asked
+    compiler.write_text(
+        f'#!/bin/sh\necho "$@" > {tmp_path}/asked\nfor made; do :; done\n'
+        f"cat > $made <<'END'\n#!/bin/sh\n{program}\nEND\nchmod +x $made\n"
+    )
+    compiler.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    assert _module("gpu_smoke").primitives(1.0) == said
+    asked = (tmp_path / "asked").read_text().split()
+    assert "-arch=sm_90a" in asked
+    assert Path(asked[-3]).exists()
+
+
 @pytest.mark.skipif(ops.MISSING is not None, reason=str(ops.MISSING))
 @pytest.mark.skipif(shutil.which("g++") is None, reason="the emulator is compiled by g++")
 @pytest.mark.timeout(1200)  # the first to need it builds the module, on a busy machine for minutes

@@ -83,20 +83,37 @@ inline void check(cudaError_t status) {
   if (status != cudaSuccess) throw std::runtime_error(cudaGetErrorString(status));
 }
 
+// Each has memory on the host and on the device, by plain allocations: all go up before a launch and come back after it.
+struct Mirror {
+  void *host, *device;
+  size_t bytes;
+};
+inline std::vector<Mirror>& mirrors() {
+  static std::vector<Mirror> all;
+  return all;
+}
+
 template <class T>
 struct Buffer {
-  explicit Buffer(size_t n) : count(n) {
-    check(cudaMallocManaged(&memory, n * sizeof(T)));
-    std::memset(static_cast<void*>(memory), 0, n * sizeof(T));
+  explicit Buffer(size_t n) : memory(n) {
+    check(cudaMalloc(&device, n * sizeof(T)));
+    mirrors().push_back({memory.data(), device, n * sizeof(T)});
   }
-  ~Buffer() { cudaFree(memory); }
+  ~Buffer() {
+    for (auto m = mirrors().begin(); m != mirrors().end(); ++m)
+      if (m->device == device) {
+        mirrors().erase(m);
+        break;
+      }
+    cudaFree(device);
+  }
   Buffer(const Buffer&) = delete;
   Buffer& operator=(const Buffer&) = delete;
-  T* data() { return memory; }
+  T* data() { return device; }  // for kernels
   T& operator[](size_t i) { return memory[i]; }
-  size_t size() const { return count; }
-  T* memory = nullptr;
-  size_t count;
+  size_t size() const { return memory.size(); }
+  std::vector<T> memory;
+  T* device = nullptr;
 };
 
 template <class Kernel, class... Arguments>
@@ -117,8 +134,10 @@ void launch(Shape shape, uint64_t, Arguments... arguments) {
   config.dynamicSmemBytes = size_t(shape.shared);
   config.attrs = attributes;
   config.numAttrs = shape.cluster > 1 ? 2 : 1;
+  for (const Mirror& m : mirrors()) check(cudaMemcpy(m.device, m.host, m.bytes, cudaMemcpyHostToDevice));
   check(cudaLaunchKernelEx(&config, entry<Kernel, Arguments...>, arguments...));
   check(cudaDeviceSynchronize());
+  for (const Mirror& m : mirrors()) check(cudaMemcpy(m.host, m.device, m.bytes, cudaMemcpyDeviceToHost));
 }
 
 inline bool has_cluster() {

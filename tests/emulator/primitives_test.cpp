@@ -263,7 +263,7 @@ TEST(stores_within_a_cluster) {
   if (!harness::has_cluster()) return;
   const int steps = 5;
   const unsigned threads = 8;
-  for (unsigned size : {1u, 2u, 4u, 8u}) {
+  for (unsigned size : {1u, 2u, 3u, 4u, 7u, 8u}) {
     std::vector<uint32_t> expected(2 * size);
     for (unsigned i = 0; i < 2 * size; ++i) expected[i] = i + 1;
     for (int step = 0; step < steps; ++step)
