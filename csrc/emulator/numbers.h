@@ -53,11 +53,11 @@ FUSED_RNN_EMULATOR_INLINE uint32_t float_to_tf32(float x) {
 // What a tensor core reads of a register that holds a TF32: it ignores the low bits, whatever they are.
 FUSED_RNN_EMULATOR_INLINE float tf32_to_float(uint32_t bits) { return float_of(bits & ~0x1fffu); }
 
-// A result that keeps 11 significant bits, as the hardware's tanh does.
-FUSED_RNN_EMULATOR_INLINE float to_11_bits(float x) {
-  if (std::isnan(x) || std::isinf(x)) return x;
-  const uint32_t u = bits_of(x);
-  return float_of((u + 0xfff + (u >> 13 & 1)) & ~0x1fffu);
+// As far from the true result as the hardware's tanh may be, 2^-11 of it, to one side or the other, but never beyond 1.
+FUSED_RNN_EMULATOR_INLINE float off_by_11_bits(float x) {
+  const uint32_t scattered = bits_of(x) * 2654435761u;
+  const float off = x * (scattered >> 31 ? 1 + 0x1p-11f : 1 - 0x1p-11f);
+  return off > 1 ? 1.0f : off < -1 ? -1.0f : off;
 }
 
 }  // namespace fused_rnn::emulator

@@ -31,7 +31,7 @@ FUSED_RNN_DEVICE float reciprocal_approx(float x) {
 
 FUSED_RNN_DEVICE float tanh_approx(float x) {
 #if defined(FUSED_RNN_EMULATE)
-  return emulator::to_11_bits(std::tanh(x));
+  return emulator::off_by_11_bits(std::tanh(x));
 #else
   float y;
   asm("tanh.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
