@@ -252,6 +252,6 @@ def test_what_it_leaves_alone_is_refused_in_words() -> None:
     with torch.no_grad():
         with pytest.raises(ValueError, match="lengths: got values from 1 to 2, expected 0 to T = 1"):
             module(x, h, lengths=torch.tensor([1, 2, 2]))
-        with pytest.raises(ValueError, match="reset: got torch.uint8, expected torch.bool"):
+        with pytest.raises(ValueError, match=r"reset: got torch\.uint8, expected torch\.bool"):
             module(x, h, reset=torch.ones(1, 3, dtype=torch.uint8))
         assert torch.equal(module(x, h, lengths=[1, 0, 1])[1], module(x, h, lengths=torch.tensor([1, 0, 1]))[1])
