@@ -83,6 +83,7 @@ struct BackwardLoop {
 
   // dh of panel j, rows [b0, b1): what came past the matrix, plus dgates W_hh, plus dy (t < 0: none). Panel `next` follows.
   void hidden_gradient(const Memory& m, int r, int64_t t, const A* gates, int64_t j, int64_t next, int64_t b0, int64_t b1) const {
+    if (b0 == b1) return;
     const int nv = vectors_of(j, out_vectors);
     S* dh = m.dh + b0 * dh_stride + j * kPanelVectors * L;
     if (f.dy && t >= 0)
@@ -181,6 +182,16 @@ struct BackwardLoop {
     for_packs<most>(j * kPanelVectors, j * kPanelVectors + vectors_of(j, unit_vectors), b0, b1, body);
   }
 
+  // Rows that were left out of a step: no gradient comes of them, nor goes on to the step before.
+  void rest(int r, int64_t t_row, A* gates, Rows rows) const {
+    for (int64_t b = rows.from; b < rows.to; ++b) {
+      const int64_t row = (t_row * p.B + b) * p.R + r;
+      memset((T*)f.dgates + row * DG * p.H, 0, size_t(DG * p.H) * sizeof(T));
+      if (project) memset((T*)f.unprojected + row * p.H, 0, size_t(p.H) * sizeof(T));
+      memset((void*)(gates + b * gate_stride), 0, size_t(gate_stride) * sizeof(A));
+    }
+  }
+
   void recurrence(const Memory& m, int r, const Share& s) const {
     const Weights& w = p.weights[r];
     Barrier barrier(m.barrier, s.size);
@@ -202,34 +213,37 @@ struct BackwardLoop {
 
     const A* in = nullptr;  // dgates of the step after this one
     A* out = m.gates[0];
+    int64_t after = b0;  // the rows that step had
     for (int64_t step = p.stop - 1; step >= p.start; --step) {
-      const int64_t t = time(w, step);
+      const int64_t t = time(w, step), end = live_end(p, t, b0, b1), reach = after > end ? after : end;
       const bool from_end = step & 1;  // every other step from the last panel: the caches still hold its weights
       if (project) {
         for (int64_t o = o0; o < o1; ++o) {
-          hidden_gradient(m, r, t, in, o, -1, b0, b1);
+          hidden_gradient(m, r, t, in, o, -1, b0, reach);
           release_projected(m, r, t, t - first_time(p, r), o, b0, b1);
         }
         if (split_units) barrier.wait(s.me);
       }
-      for (int64_t i = j0; i < j1; ++i) {
+      for (int64_t i = j0; i < j1 && reach > b0; ++i) {
         const int64_t j = from_end ? j0 + j1 - 1 - i : i;
-        if (project) {
+        if (project && end > b0) {
           S* dm = m.dm + b0 * unit_stride + j * kPanelVectors * L;
-          multiply_panel<Kind>(b1 - b0, vectors_of(j, unit_vectors),
+          multiply_panel<Kind>(end - b0, vectors_of(j, unit_vectors),
                                {m.out + b0 * out_stride, out_stride, m.w_hr + j * kPanelVectors * panel_size<Kind>(p.P, 1), p.P, m.zero, 0,
                                 dm, unit_stride});
-        } else {
+        } else if (!project) {
           const int64_t next = from_end ? j - 1 : j + 1;
-          hidden_gradient(m, r, t, in, j, next >= j0 && next < j1 ? next : -1, b0, b1);
+          hidden_gradient(m, r, t, in, j, next >= j0 && next < j1 ? next : -1, b0, reach);
         }
-        cell(m, r, step, out, j, b0, b1);
+        if (end > b0) cell(m, r, step, out, j, b0, end);
       }
+      if (end < b1) rest(r, t - first_time(p, r), out, Rows(s, end, b1));
+      after = end;
       if (split_units) barrier.wait(s.me);
       in = out;
       out = in == m.gates[0] ? m.gates[1] : m.gates[0];
     }
-    for (int64_t o = o0; o < o1 && f.need_dh; ++o) hidden_gradient(m, r, -1, in, o, -1, b0, b1);
+    for (int64_t o = o0; o < o1 && f.need_dh; ++o) hidden_gradient(m, r, -1, in, o, -1, b0, after);
     if (split_units) barrier.wait(s.me);
     for (int64_t b = part(p.B, s.me, s.size); b < part(p.B, s.me + 1, s.size); ++b) {
       memcpy((S*)f.dh + (r * p.B + b) * p.P, m.dh + b * dh_stride, size_t(p.P) * sizeof(S));

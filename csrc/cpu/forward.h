@@ -300,6 +300,24 @@ struct ForwardLoop {
     }
   }
 
+  // Rows that no longer run at this step, or do not yet, and were left out of it: zeros come out, the state stays.
+  void rest(int r, int64_t step, const A* h_in, A* h_out, Rows rows) const {
+    const Weights& w = p.weights[r];
+    const int64_t t = time(w, step), t_row = t - first_time(p, r), t_next = t + w.direction;
+    const bool last = step + 1 == p.T;
+    for (int64_t b = rows.from; b < rows.to; ++b) {
+      const auto clear = [&](void* base, int64_t time, int64_t width) {
+        if (base) memset((T*)base + ((time * p.B + b) * p.R + r) * width, 0, size_t(width) * sizeof(T));
+      };
+      clear(f.y, t, p.P);
+      clear(f.hidden, t, p.P);
+      if (SV) clear(f.saved, t_row, SV * p.H);
+      if (Cell::has_cell) clear(f.cells, t_row, p.H);
+      if (!last && cut(t_next, b)) memset((void*)(h_out + b * h_stride), 0, size_t(h_stride) * sizeof(A));
+      else memcpy((void*)(h_out + b * h_stride), h_in + b * h_stride, size_t(h_stride) * sizeof(A));
+    }
+  }
+
   void checkpoint(const Memory& m, int r, int64_t step, const A* h, int64_t b0, int64_t b1) const {
     const int64_t size = p.P + (Cell::has_cell ? p.H : 0);
     for (int64_t b = b0; b < b1; ++b) {
@@ -342,9 +360,10 @@ struct ForwardLoop {
     A* h_out = m.h[1];
     for (int64_t s0 = p.start; s0 < p.stop; s0 += chunk_steps) {
       const int64_t s1 = s0 + chunk_steps < p.stop ? s0 + chunk_steps : p.stop;
-      const Input in = stage_input(m, r, s.me, s0, s1, b0, b1);
+      const int64_t chunk_end = live_end(p, w.direction > 0 ? s0 : p.T - s1, b0, b1);  // at its earliest time
+      const Input in = stage_input(m, r, s.me, s0, s1, b0, chunk_end);
       const bool by_panel = s1 - s0 == 1;  // both products of a panel and its cells at once
-      for (int64_t j = j0; j < j1 && !by_panel; ++j) input(m, r, in, b0, j, j + 1 < j1 ? j + 1 : -1);
+      for (int64_t j = j0; j < j1 && !by_panel && in.rows; ++j) input(m, r, in, b0, j, j + 1 < j1 ? j + 1 : -1);
       for (int64_t step = s0; step < s1; ++step) {
         S* pre = m.pre + (w.direction > 0 ? step - s0 : s1 - 1 - step) * p.B * row;
         if (f.checkpoints && step % f.every == 0) {
@@ -352,20 +371,22 @@ struct ForwardLoop {
           if (split_units) barrier.wait(s.me);  // c of all units is read there, before this step changes it
         }
         const bool skip = step == p.start && f.h_is_zero, from_end = (step + turn) & 1;
-        for (int64_t i = 0; i < blocks; ++i) {
+        const int64_t end = live_end(p, time(w, step), b0, chunk_end);
+        for (int64_t i = 0; i < blocks && end > b0; ++i) {
           const int64_t ja = j0 + (from_end ? blocks - 1 - i : i) * at_once, jb = ja + at_once < j1 ? ja + at_once : j1;
           const int64_t after = from_end ? ja - 1 : jb, next = after >= j0 && after < j1 ? after : -1;
           S* c = pre + b0 * row;
           for (int64_t j = ja; j < jb; ++j) {
             if (by_panel) input(m, r, in, b0, j, next);
-            if (!skip) product(m, w, h_in + b0 * h_stride, h_stride, b1 - b0, false, j, next, c, row, c);
+            if (!skip) product(m, w, h_in + b0 * h_stride, h_stride, end - b0, false, j, next, c, row, c);
           }
-          cell(m, r, step, pre, h_in, h_out, ja * O::units, jb * O::units < unit_vectors ? jb * O::units : unit_vectors, b0, b1);
+          cell(m, r, step, pre, h_in, h_out, ja * O::units, jb * O::units < unit_vectors ? jb * O::units : unit_vectors, b0, end);
         }
         if (project_h) {
           if (split_units) barrier.wait(s.me);
-          project(m, r, step, h_in, h_out, v0, v1, b0, b1);
+          if (end > b0) project(m, r, step, h_in, h_out, v0, v1, b0, end);
         }
+        if (end < b1) rest(r, step, h_in, h_out, Rows(s, end, b1));
         if (split_units) barrier.wait(s.me);
         A* next = const_cast<A*>(h_in);
         h_in = h_out;

@@ -129,6 +129,20 @@ static ALWAYS_INLINE T* at(Base* base, int64_t n) {
 }
 static inline int64_t part(int64_t n, int64_t i, int64_t parts) { return n * i / parts; }
 
+// Of rows [b0, b1) those up to the last that runs at time t: what lies behind can be left out, which is most of it where the longest
+// sequences come first. Never more at a later time.
+static ALWAYS_INLINE int64_t live_end(const Problem& p, int64_t t, int64_t b0, int64_t b1) {
+  while (p.lengths && b1 > b0 && t >= p.lengths[b1 - 1]) --b1;
+  return b1;
+}
+// Rows [from, to), as one of a group's threads has them to do where these divide the units; else all of them.
+struct Rows {
+  int64_t from, to;
+  Rows(const Share& s, int64_t first, int64_t end)
+      : from(s.by_rows ? first : first + part(end - first, s.me, s.size)),
+        to(s.by_rows ? end : first + part(end - first, s.me + 1, s.size)) {}
+};
+
 // Small numbers cost x86 a hundred cycles each when they turn denormal: flushed to zero inside the loops, restored after.
 struct [[maybe_unused]] Region {
 #if defined(__x86_64__)

@@ -33,6 +33,7 @@ struct ProductsLoop {
     A *left, *panel, *w_ih, *dx_left;  // left: transposed dgates, [DG, units of this thread, kLd]
     S *zero, *dx_tile;
     const T** row;
+    int64_t* live;  // rows of this range that have a step, in order; only where some have none
   };
 
   ProductsLoop(const Products& products) : f(products), p(products.p), rows((products.p.stop - products.p.start) * products.p.B) {}
@@ -53,17 +54,33 @@ struct ProductsLoop {
       m.dx_left = own.take<A>(kDxRows * row_stride<Kind>(G * p.H));
     }
     m.row = own.take<const T*>(kDepth);
+    if (p.lengths) m.live = own.take<int64_t>(rows);
     return m;
   }
 
-  // left[i, k] = src[k, i] for i < n, k < depth; zero beyond depth up to what the kind multiplies at a time.
-  static void transpose_into(A* left, const T* src, int64_t ld, int64_t n, int64_t depth) {
+  // Rows of the range by their place among those that have a step: from the k-th on.
+  struct Chosen {
+    const int64_t* live;  // null: all have
+    int64_t k;
+    ALWAYS_INLINE int64_t operator[](int64_t i) const { return live ? live[k + i] : k + i; }
+  };
+  // Of recurrence r; how many there are.
+  int64_t choose(const Memory& m, int r) const {
+    if (!p.lengths) return rows;
+    int64_t n = 0;
+    for (int64_t k = 0; k < rows; ++k)
+      if (active(first_time(p, r) + k / p.B, k % p.B)) m.live[n++] = k;
+    return n;
+  }
+
+  // left[i, k] = src[row k, i] for i < n, k < depth; zero beyond depth up to what the kind multiplies at a time. src: row 0 of all.
+  static void transpose_into(A* left, const T* src, int64_t ld, const Chosen& row, int64_t n, int64_t depth) {
     const int64_t padded = round_up(depth, Kind::k_multiple);
     if constexpr (sizeof(A) == sizeof(S)) {
       for (int64_t k = 0; k < depth; k += L)
         for (int64_t i = 0; i < n; i += L) {
           Vec<S> r[L];
-          for (int l = 0; l < L; ++l) r[l] = k + l < depth ? load(src + (k + l) * ld + i, lanes_left(n, i, L)) : Vec<S>{};
+          for (int l = 0; l < L; ++l) r[l] = k + l < depth ? load(src + row[k + l] * ld + i, lanes_left(n, i, L)) : Vec<S>{};
           transpose<S>(r);
           for (int l = 0; l < L && i + l < n; ++l) store(left + (i + l) * kLd + k, r[l], lanes_left(depth, k, L));
         }
@@ -73,8 +90,8 @@ struct ProductsLoop {
           Vec<S> r[L];
           const int here = lanes_left(n, i, L);
           for (int l = 0; l < L; ++l) {
-            const T* row = src + (k + 2 * l) * ld + i;
-            r[l] = pairs(k + 2 * l < depth ? row : nullptr, k + 2 * l + 1 < depth ? row + ld : nullptr, here);
+            const auto at = [&](int64_t k) { return k < depth ? src + row[k] * ld + i : nullptr; };
+            r[l] = pairs(at(k + 2 * l), at(k + 2 * l + 1), here);
           }
           transpose<S>(r);
           const int64_t room = padded - k < 2 * L ? padded - k : 2 * L;
@@ -140,7 +157,6 @@ struct ProductsLoop {
   // What h_{t-1} was for row (t, b): a row of `hidden`, of h0, or null for zero.
   const T* h_before(int r, int64_t t, int64_t b) const {
     const Weights& w = p.weights[r];
-    if (!active(t, b)) return nullptr;  // its dgates are zero
     if (p.reset && p.reset[t * p.B + b]) return nullptr;
     const int64_t before = t - w.direction;
     if (before < 0 || before >= p.T || !active(before, b)) return f.h0 ? (const T*)f.h0 + (r * p.B + b) * p.P : nullptr;
@@ -152,20 +168,21 @@ struct ProductsLoop {
     const int64_t t0 = first_time(p, r), ld_x = f.x_per_recurrence ? p.R * p.D : p.D;
     const T* x = (const T*)f.x + t0 * p.B * ld_x + (f.x_per_recurrence ? r * p.D : 0);
     const int64_t ld = p.R * DG * p.H;
-    for (int64_t k0 = 0; k0 < rows; k0 += kDepth) {
-      const int64_t depth = rows - k0 < kDepth ? rows - k0 : kDepth;
+    const int64_t chosen = choose(m, r);
+    for (int64_t k0 = 0; k0 == 0 || k0 < chosen; k0 += kDepth) {
+      const Chosen row{m.live, k0};
+      const int64_t depth = chosen - k0 < kDepth ? chosen - k0 : kDepth;
       const bool first = f.first && k0 == 0;
       int64_t left_x[DG], dw_x[DG], left_h[DG], dw_h[DG];
       int count_x = 0, count_h = 0;
       for (int d = 0; d < DG; ++d) {
-        transpose_into(m.left + d * units * kLd, (const T*)f.dgates + k0 * ld + (r * DG + d) * p.H + u0, ld, units, depth);
+        transpose_into(m.left + d * units * kLd, (const T*)f.dgates + (r * DG + d) * p.H + u0, ld, row, units, depth);
         if (input_gate(d) >= 0) left_x[count_x] = d * units, dw_x[count_x++] = input_gate(d) * p.H + u0;
         if (d < G) left_h[count_h] = d * units, dw_h[count_h++] = d * p.H + u0;
       }
-      // Past a sequence's end x may be anything, and NaN times dgates' zeros is not zero.
-      for (int64_t k = 0; k < depth; ++k) m.row[k] = active(t0 + (k0 + k) / p.B, (k0 + k) % p.B) ? x + (k0 + k) * ld_x : nullptr;
+      for (int64_t k = 0; k < depth; ++k) m.row[k] = x + row[k] * ld_x;
       weight_gradient(m, (S*)f.dw_ih[r], p.D, depth, first, count_x, left_x, dw_x, units);
-      for (int64_t k = 0; k < depth; ++k) m.row[k] = h_before(r, t0 + (k0 + k) / p.B, (k0 + k) % p.B);
+      for (int64_t k = 0; k < depth; ++k) m.row[k] = h_before(r, t0 + row[k] / p.B, row[k] % p.B);
       weight_gradient(m, (S*)f.dw_hh[r], p.P, depth, first, count_h, left_h, dw_h, units);
       if (f.db_ih)
         for (int i = 0; i < count_x; ++i) bias_gradient(m, (S*)f.db_ih[r], depth, first, left_x[i], dw_x[i], units);
@@ -175,8 +192,8 @@ struct ProductsLoop {
       }
       if (f.dprojected) {
         const int64_t o0 = part(p.P, me, team), outs = part(p.P, me + 1, team) - o0, zero = 0;
-        transpose_into(m.left, (const T*)f.dprojected + (k0 * p.R + r) * p.P + o0, p.R * p.P, outs, depth);
-        for (int64_t k = 0; k < depth; ++k) m.row[k] = (const T*)f.unprojected + ((k0 + k) * p.R + r) * p.H;
+        transpose_into(m.left, (const T*)f.dprojected + r * p.P + o0, p.R * p.P, row, outs, depth);
+        for (int64_t k = 0; k < depth; ++k) m.row[k] = (const T*)f.unprojected + (row[k] * p.R + r) * p.H;
         weight_gradient(m, (S*)f.dw_hr[r], p.H, depth, first, 1, &zero, &o0, outs);
       }
     }
@@ -248,26 +265,29 @@ struct ProductsLoop {
     barrier.wait(me);
     const int64_t stride = row_stride<Kind>(G * p.H), ld = p.R * DG * p.H, ld_x = f.x_per_recurrence ? p.R * p.D : p.D;
     T* dx = (T*)f.dx + first_time(p, r) * p.B * ld_x + (f.x_per_recurrence ? r * p.D : 0);
-    const bool direct = DG == G && sizeof(A) == sizeof(T) && (G * p.H) % Kind::k_multiple == 0;
-    const int64_t end = part(rows, me + 1, team);
-    for (int64_t k0 = part(rows, me, team); k0 < end; k0 += kDxRows) {
+    const bool direct = DG == G && sizeof(A) == sizeof(T) && (G * p.H) % Kind::k_multiple == 0 && !p.lengths;
+    for (int64_t k = part(rows, me, team); k < part(rows, me + 1, team) && p.lengths && !f.add_dx; ++k)
+      if (!active(first_time(p, r) + k / p.B, k % p.B)) memset((void*)(dx + k * ld_x), 0, size_t(p.D) * sizeof(T));
+    const int64_t chosen = choose(m, r), end = part(chosen, me + 1, team);
+    for (int64_t k0 = part(chosen, me, team); k0 < end; k0 += kDxRows) {
+      const Chosen row{m.live, k0};
       const int64_t n = end - k0 < kDxRows ? end - k0 : kDxRows;
-      const T* dgates = (const T*)f.dgates + k0 * ld + r * DG * p.H;
+      const T* dgates = (const T*)f.dgates + r * DG * p.H;
       if (!direct)
         for (int64_t k = 0; k < n; ++k)
           for (int d = 0; d < DG; ++d)
             if (input_gate(d) >= 0)
-              convert_row(m.dx_left + k * stride + input_gate(d) * p.H, dgates + k * ld + d * p.H, p.H,
+              convert_row(m.dx_left + k * stride + input_gate(d) * p.H, dgates + row[k] * ld + d * p.H, p.H,
                           input_gate(d) + 1 == G ? stride - (G - 1) * p.H : p.H);
       for (int64_t j = 0; j < panels; ++j) {
         const int nv = vectors_of(j);
         multiply_panel<Kind>(n, nv,
-                             {direct ? (const A*)dgates : m.dx_left, direct ? ld : stride,
+                             {direct ? (const A*)(dgates + k0 * ld) : m.dx_left, direct ? ld : stride,
                               m.w_ih + j * kPanelVectors * panel_size<Kind>(G * p.H, 1), G * p.H, m.zero, 0, m.dx_tile, W});
         for (int64_t k = 0; k < n; ++k)
           for (int v = 0; v < nv; ++v) {
             const int64_t column = (j * kPanelVectors + v) * L;
-            T* out = dx + (k0 + k) * ld_x + column;
+            T* out = dx + row[k] * ld_x + column;
             Vec<S> sum = load(m.dx_tile + k * W + v * L);
             if (f.add_dx) sum += load(out, lanes_left(p.D, column, L));
             store(out, sum, lanes_left(p.D, column, L));
