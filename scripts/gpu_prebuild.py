@@ -1,4 +1,4 @@
-"""The extension modules for another machine's Python and torch, built here: a machine with a GPU is lent by the minute.
+"""The extension modules for another machine's Python and torch, built here: there, minutes are dear.
 
     python scripts/gpu_prebuild.py --python PYTHON --torch FOLDER [--cuda 13.0] [--out build/prebuilt]
 
