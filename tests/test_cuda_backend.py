@@ -14,7 +14,8 @@ import torch
 from cases import PROJECTIONS, Case, Inputs, inputs
 from cuda_cases import EXCHANGES, NUMBERS, Row, by_torch_in_tf32, case_of, rounded, rows, tf32
 from emulated import on_the_emulator
-from judge import by_backend, by_reference, by_torch, forward
+from judge import Results, by_backend, by_reference, by_torch, forward
+from nonfinite import assert_as_in_torch, with_nan, with_silence
 from tolerances import assert_as_good_as_torch
 from torch import Tensor
 
@@ -84,6 +85,22 @@ def test_gates_are_made_again_chunk_by_chunk(cell: str, exchange: str, monkeypat
     for seed, ends in enumerate(([5, 2, 3, 1], [0, 4, 5, 4])):
         given = inputs(case)._replace(lengths=torch.tensor(ends))
         check(case, "ieee", seed, given, **EXCHANGES[exchange])
+
+
+@pytest.mark.parametrize("exchange", ["cta", "cluster2", "grid", "stepwise"])
+@pytest.mark.parametrize("number", ["bf16", "ieee"])
+@pytest.mark.parametrize("cell", CELLS)
+def test_what_is_not_finite(cell: str, number: str, exchange: str) -> None:
+    def run(case: Case, given: Inputs) -> Results:
+        with on_the_emulator(**EXCHANGES[exchange]):
+            return by_backend(case, given, "cuda")
+
+    for case in (
+        Case(cell, T=4, D=5, bidirectional=True, dtype=NUMBERS[number]),
+        Case(cell, T=3, D=5, hx=False, save="recompute", dtype=NUMBERS[number]),
+    ):
+        for make in (with_silence, with_nan):
+            assert_as_in_torch(case, make(case), run)
 
 
 @pytest.mark.parametrize("rows_", [8, 16, 32])

@@ -30,7 +30,8 @@ def run(isa: str, program: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize("isa", NAMES[1:])
 def test_all_of_them_are_right(isa: str) -> None:
     """The first of the names is the one that all other tests run with."""
-    arguments = ["-q", "-p", "no:cacheprovider", "tests/test_functional.py", "-k", SELECTION]
+    files = ["tests/test_functional.py", "tests/test_nonfinite.py"]
+    arguments = ["-q", "-p", "no:cacheprovider", *files, "-k", f"{SELECTION} or test_an_infinity or test_no_size"]
     done = run(
         isa, f"import sys, pytest; from fused_rnn import _C; print(_C.isa()); sys.exit(pytest.main({arguments}))"
     )

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 from cases import Case, Inputs, inputs
-from judge import by_backend, forward
+from judge import Results, by_backend, forward
+from nonfinite import assert_as_in_torch, with_nan, with_silence
 from torch import Tensor
 from triton_cases import DEVICE, LOOPS, MARKS, here, quicker_interpreter, tf32
 
@@ -113,6 +114,21 @@ def test_padding_may_hold_anything() -> None:
     dirty = by_backend(case, given._replace(lengths=lengths, x=x), "triton")
     for name, value in clean.items():
         assert torch.equal(dirty[name], value), name
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of the interpreter
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("loop", LOOPS)
+@pytest.mark.parametrize("cell", CELLS)
+def test_what_is_not_finite(cell: str, loop: str, dtype: torch.dtype) -> None:
+    def run(case: Case, given: Inputs) -> Results:
+        with tiles.override(**LOOPS[loop]):
+            results = by_backend(case, here(given), "triton")
+        return {name: value.cpu() for name, value in results.items()}
+
+    case = Case(cell, T=3, D=5, hx=loop > "b", bidirectional=loop > "b", dtype=dtype)
+    for make in (with_silence, with_nan):
+        assert_as_in_torch(case, make(case), run)
 
 
 def test_an_input_per_recurrence() -> None:

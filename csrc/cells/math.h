@@ -4,7 +4,7 @@
 //   M::one                      the constant 1 of N's element type
 //   M::sigmoid(N), M::tanh(N)
 //   M::relu(N)                  max(x, 0); NaN stays NaN
-//   M::positive(N a, N b)       b where a > 0, else 0
+//   M::relu_gradient(N h, N dh)  dh, but 0 where h = relu(x) <= 0; as in torch, dh passes where h is NaN
 //
 // `Libm` is the plain scalar policy (the C library). The CPU backend brings its vector polynomials (cpu/vmath.h).
 #pragma once
@@ -24,7 +24,7 @@ struct Libm {
   static FUSED_RNN_HD Scalar sigmoid(Scalar x) { return one / (one + std::exp(-x)); }
   static FUSED_RNN_HD Scalar tanh(Scalar x) { return std::tanh(x); }
   static FUSED_RNN_HD Scalar relu(Scalar x) { return x < 0 ? Scalar(0) : x; }
-  static FUSED_RNN_HD Scalar positive(Scalar a, Scalar b) { return a > 0 ? b : Scalar(0); }
+  static FUSED_RNN_HD Scalar relu_gradient(Scalar h, Scalar dh) { return h <= 0 ? Scalar(0) : dh; }
 };
 
 }  // namespace fused_rnn

@@ -20,7 +20,7 @@ struct Rnn {
   template <class M, class N>
   static FUSED_RNN_HD void backward(const N (&)[1], const N& /*c_prev*/, const N& /*c*/, const N& /*h_prev*/, N& h, const N& dh, N& /*dc*/,
                                     N& carry, N (&d)[1]) {
-    d[0] = kRelu ? M::positive(h, dh) : N(dh * (M::one - h * h));
+    d[0] = kRelu ? M::relu_gradient(h, dh) : N(dh * (M::one - h * h));
     carry = N{};
   }
 };

@@ -110,8 +110,9 @@ struct BackwardLoop {
         S* dh = m.dh + b * dh_stride + v * L;
         const V d = on ? load(dh) : V{};
         if (on) store(dh, V{});
-        store(m.out + b * out_stride + v * L, d);
-        store((T*)f.dprojected + ((t_row * p.B + b) * p.R + r) * p.P + v * L, d, lanes_left(p.P, v * L, L));
+        const int n = lanes_left(p.P, v * L, L);
+        store(m.out + b * out_stride + v * L, zero_padded<Kind>(d, n));
+        store((T*)f.dprojected + ((t_row * p.B + b) * p.R + r) * p.P + v * L, d, n);
       }
   }
 

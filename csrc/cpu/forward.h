@@ -247,14 +247,14 @@ struct ForwardLoop {
         if (Cell::has_cell && on[e]) store(c_state + b * cell_stride + first, c.v[e]);
         V now = rounded<T>(h.v[e]);
         if (project) {
-          store(unprojected + b * unprojected_stride + first, now);
+          store(unprojected + b * unprojected_stride + first, zero_padded<Kind>(now, n));
         } else {
           V keep = now;
           if (!on[e]) keep = load(h_in + b * in_stride + first), now = V{};  // not running at this step: as it was
           if (y) store(y + out, now, n);
           if (hidden) store(hidden + out, now, n);
           if (zero_next[e]) keep = V{};
-          store(h_out + b * in_stride + first, keep);
+          store(h_out + b * in_stride + first, zero_padded<Kind>(keep, n));
         }
         if (saved) {
           T* const kept = saved + b * R * SV * H + first;
@@ -295,7 +295,7 @@ struct ForwardLoop {
         if (f.y) store((T*)f.y + out * p.P + v * L, h, n);
         if (f.hidden) store((T*)f.hidden + out * p.P + v * L, h, n);
         if (!last && cut(t_next, b)) keep = V{};
-        store(h_out + b * h_stride + v * L, keep);
+        store(h_out + b * h_stride + v * L, zero_padded<Kind>(keep, n));
       }
     }
   }

@@ -62,6 +62,14 @@ struct Bf16 {  // pairs of k, multiplied and added by one instruction
 template <class Kind>
 constexpr int kKindLanes = kLanes<typename Kind::Accumulator>;
 
+// v as a part of an operand's row that has n columns left. Kinds that multiply several k together read on into the padding, and a
+// column that is not there is zero only while nothing infinite has come by: 0 * inf is NaN.
+template <class Kind>
+static ALWAYS_INLINE Vec<typename Kind::Accumulator> zero_padded(Vec<typename Kind::Accumulator> v, int n) {
+  if constexpr (Kind::k_multiple == 1) return v;
+  else return first_lanes<typename Kind::Accumulator>(v, n);
+}
+
 constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
 // Elements of a packed panel of `vectors` vectors.
@@ -72,7 +80,7 @@ static ALWAYS_INLINE int64_t panel_size(int64_t k, int vectors) {
 
 template <class Kind>
 struct TileArgs {
-  const typename Kind::Operand* a;  // [rows, k rounded up to k_multiple], row stride lda; the padding holds finite values
+  const typename Kind::Operand* a;  // [rows, k rounded up to k_multiple], row stride lda; zero in the padding
   int64_t lda;
   const typename Kind::Weight* w;  // packed panel
   int64_t k;

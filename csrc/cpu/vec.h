@@ -223,6 +223,14 @@ static ALWAYS_INLINE void store(T* p, Vec<Acc<T>> v, int n) {
   for (int i = 0; i < n; ++i) p[i] = tmp[i];
 }
 
+// The first n lanes of v, zeros behind them.
+template <class S>
+static ALWAYS_INLINE Vec<S> first_lanes(Vec<S> v, int n) {
+  typename VectorOf<S>::I lane;
+  for (int i = 0; i < kLanes<S>; ++i) lane[i] = i;
+  return lane < n ? v : Vec<S>{};
+}
+
 // v as storage type T would hold it.
 template <class T>
 static ALWAYS_INLINE Vec<Acc<T>> rounded(Vec<Acc<T>> v) {

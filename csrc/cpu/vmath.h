@@ -166,8 +166,8 @@ struct Polynomial {
   static ALWAYS_INLINE P relu(const P& x) {
     return each<Scalar, N>([&](int i) { return x.v[i] < Vec<Scalar>{} ? Vec<Scalar>{} : x.v[i]; });
   }
-  static ALWAYS_INLINE P positive(const P& a, const P& b) {
-    return each<Scalar, N>([&](int i) { return a.v[i] > Vec<Scalar>{} ? b.v[i] : Vec<Scalar>{}; });
+  static ALWAYS_INLINE P relu_gradient(const P& h, const P& dh) {
+    return each<Scalar, N>([&](int i) { return h.v[i] <= Vec<Scalar>{} ? Vec<Scalar>{} : dh.v[i]; });
   }
 };
 

@@ -7,6 +7,7 @@ namespace fused_rnn::cuda {
 
 template <class Cell, class Storage, class Math>
 class BackwardCell {
+  static_assert(!(Cell::has_cell && (Cell::needs_h || Cell::needs_h_prev)), "one state is read: c, or h");
   using Acc = Accumulator<Storage>;
   static constexpr int G = Cell::gates, kGradients = Cell::gradients;
   static constexpr bool kState = Cell::has_cell || Cell::needs_h;        // reads the state of the step

@@ -8,6 +8,7 @@ namespace fused_rnn::cuda {
 
 template <class Cell, class Storage, class Math>
 class ForwardCell {
+  static_assert(!(Cell::has_cell && Cell::needs_h_prev), "one state is carried: c, or h in full precision");
   using Acc = Accumulator<Storage>;
   static constexpr int G = Cell::gates;
   static constexpr bool kSplit = Cell::preactivations != G;  // the last gate's two sides enter the cell apart

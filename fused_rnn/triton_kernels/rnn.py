@@ -26,4 +26,4 @@ def fwd_relu(x, h, bias, state, HOW: tl.constexpr):
 
 @triton.jit
 def bwd_relu(dh, dc, kept, h, h_before, HOW: tl.constexpr):
-    return (tl.where(h > 0, dh, 0.0),), tl.full(dh.shape, 0.0, dh.dtype), dc
+    return (tl.where(h <= 0, 0.0, dh),), tl.full(dh.shape, 0.0, dh.dtype), dc

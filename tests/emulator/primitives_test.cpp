@@ -6,6 +6,7 @@
 #include "cuda/primitives/mma.h"
 #include "cuda/primitives/types.h"
 #include "harness.h"
+#include <cfloat>
 
 using namespace fused_rnn::cuda;
 using harness::Buffer;
@@ -329,7 +330,7 @@ struct Activations {
     const unsigned i = blockIdx.x * blockDim.x + threadIdx.x;
     sigmoid[i] = Math::sigmoid(in[i]);
     tanh[i] = Math::tanh(in[i]);
-    relu[i] = Math::positive(in[i], Math::relu(in[i]));
+    relu[i] = Math::relu_gradient(in[i], Math::relu(in[i]));
   }
 };
 
@@ -342,15 +343,16 @@ void check_activations(double sigmoid_bound, bool sigmoid_relative, double tanh_
     const double size = std::exp2(-20 + 27.0 * double(i / 2) / double(n / 2));  // 1e-6 to 128, both signs
     in[i] = float(i % 2 ? -size : size);
   }
-  in[0] = 0, in[1] = NAN, in[2] = INFINITY, in[3] = -INFINITY;
+  in[0] = 0, in[1] = NAN, in[2] = INFINITY, in[3] = -INFINITY, in[4] = FLT_MAX, in[5] = -FLT_MAX;
   launch<Activations<Math>>({n / 256, 256}, 0, (const float*)in.data(), sigmoid.data(), tanh.data(), relu.data());
   double worst_sigmoid = 0, worst_tanh = 0;
   for (size_t i = 0; i < n; ++i) {
     const double x = in[i], s = 1 / (1 + std::exp(-x)), t = std::tanh(x);
     if (i == 1) {
-      REQUIRE(std::isnan(sigmoid[i]) && std::isnan(tanh[i]));
+      REQUIRE(std::isnan(sigmoid[i]) && std::isnan(tanh[i]) && std::isnan(relu[i]));
       continue;
     }
+    REQUIRE(!std::isnan(sigmoid[i]) && !std::isnan(tanh[i]), x);
     REQUIRE(relu[i] == (x > 0 ? in[i] : 0.0f), i);
     if (x >= -87) worst_sigmoid = std::fmax(worst_sigmoid, std::fabs(sigmoid[i] - s) / (sigmoid_relative ? s : 1));
     else REQUIRE(sigmoid[i] >= 0 && sigmoid[i] < 1e-3, i);

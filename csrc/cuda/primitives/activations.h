@@ -52,7 +52,7 @@ FUSED_RNN_DEVICE float multiply_add(float a, float b, float c) {
 struct Rectifier {
   static constexpr float one = 1;
   static FUSED_RNN_DEVICE float relu(float x) { return x < 0 ? 0.0f : x; }
-  static FUSED_RNN_DEVICE float positive(float a, float b) { return a > 0 ? b : 0.0f; }
+  static FUSED_RNN_DEVICE float relu_gradient(float h, float dh) { return h <= 0 ? 0.0f : dh; }
 };
 
 // For results that are stored in 16 bits: one instruction of about 11 bits a tanh, and so a sigmoid.
@@ -66,11 +66,11 @@ struct Exact : Rectifier {
   // 1 / (1 + exp(-x)). For large -x the product with log2(e) needs more bits than a float has: `rest` is what it lost.
   static FUSED_RNN_DEVICE float sigmoid(float x) {
     constexpr float kLog2e = 1.44269504f, kLog2eRest = 1.92596299e-8f, kLn2 = 0.693147181f;
-    const float z = x < -87.0f ? 87.0f : -x;  // beyond, the result would be subnormal
+    // Beyond, the result would be subnormal, or is 1, and products with an infinity are NaN.
+    const float z = x < -87.0f ? 87.0f : x > 87.0f ? -87.0f : -x;
     const float power = z * kLog2e;
     const float rest = multiply_add(z, kLog2eRest, multiply_add(z, kLog2e, -power));
     const float e = exp2_approx(power);
-    // e is 0 or more: with x large and positive, `rest` may be no number only where x is none
     return reciprocal_approx(1.0f + multiply_add(e, rest * kLn2, e));
   }
 
