@@ -87,8 +87,8 @@ struct Products {
   void* const* dw_ih;       // per recurrence, accumulation dtype, added to: [G H, D rounded up to whole vectors], or null: not wanted
   void* const* dw_hh;       // [G H, P rounded up]
   void* const* dw_hr;       // [P, H rounded up]
-  void* const* db_ih;       // [G H]
-  void* const* db_hh;       // [G H]
+  void* const* db_ih;       // [G H], in double
+  void* const* db_hh;       // [G H], in double
   void* dx;                 // [T, B, D] or [T, B, R, D], or null
   bool add_dx;              // dx is added to, not written
   bool first;               // dw_* and db_* hold nothing yet: written, not added to

@@ -17,6 +17,19 @@ constexpr int64_t kDxRows = 96;
 constexpr int64_t kFewRows = 16;   // up to here W_ih is not packed for dx
 constexpr int kRowsAtOnce = kTileRows > 4 ? 4 : 2;
 
+// A sum in double of vectors of either type.
+struct WideSum {
+  Vd part[2] = {};
+  ALWAYS_INLINE void add(Vd v) { part[0] += v; }
+  ALWAYS_INLINE void add(Vf v) {
+    typedef float Half __attribute__((vector_size(kVectorBytes / 2)));
+    Half half[2];
+    memcpy(half, &v, sizeof(v));
+    for (int i = 0; i < 2; ++i) part[i] += __builtin_convertvector(half[i], Vd);
+  }
+  ALWAYS_INLINE double operator[](int lane) const { return part[lane / kLanes<double>][lane % kLanes<double>]; }
+};
+
 template <class Kind, class T, class Cell>
 struct ProductsLoop {
   using A = typename Kind::Operand;
@@ -32,6 +45,7 @@ struct ProductsLoop {
     int64_t* barrier;
     A *left, *panel, *w_ih, *dx_left;  // left: transposed dgates, [DG, units of this thread, kLd]
     S *zero, *dx_tile;
+    double* sums;  // of the gradients of this thread's units
     const T** row;
     int64_t* live;  // rows of this range that have a step, in order; only where some have none
   };
@@ -49,6 +63,7 @@ struct ProductsLoop {
     m.left = own.take<A>((DG * units > outs ? DG * units : outs) * kLd);
     m.panel = own.take<A>(panel_size<Kind>(kDepth, kPanelVectors));
     m.zero = own.take<S>(W);
+    m.sums = own.take<double>(units);
     if (f.dx) {
       m.dx_tile = own.take<S>(kDxRows * W);
       m.dx_left = own.take<A>(kDxRows * row_stride<Kind>(G * p.H));
@@ -121,9 +136,7 @@ struct ProductsLoop {
   void weight_gradient(const Memory& m, S* dw, int64_t columns, int64_t depth, bool first, int count, const int64_t* left_row,
                        const int64_t* dw_row, int64_t n) const {
     const int64_t ld = round_up(columns, L);
-    bool any = false;
-    for (int64_t k = 0; k < depth && !any; ++k) any = m.row[k];
-    if (!any) {  // the first step from a zero state
+    if (depth == 0) {  // every sequence is empty
       for (int i = 0; i < count && first; ++i) memset((void*)(dw + dw_row[i] * ld), 0, size_t(n * ld) * sizeof(S));
       return;
     }
@@ -137,19 +150,24 @@ struct ProductsLoop {
     }
   }
 
-  void bias_gradient(const Memory& m, S* db, int64_t depth, bool first, int64_t left_row, int64_t db_row, int64_t n) const {
+  // sums[i] = sum over rows k of src[k, i], in double: a bias adds up every step of a sequence, however long.
+  static void column_sums(double* sums, const T* src, int64_t ld, const Chosen& row, int64_t n, int64_t depth) {
     for (int64_t i = 0; i < n; i += L) {
-      const int here = lanes_left(n, i, L);
-      Vec<S> rows[L];
-      for (int l = 0; l < L; ++l) {
-        rows[l] = Vec<S>{};
-        const A* a = m.left + (left_row + i + l) * kLd;
-        for (int64_t k = 0; k < depth && l < here; k += L) rows[l] += load(a + k, lanes_left(depth, k, L));
-      }
-      const Vec<S> total = sums<S>(rows);
-      S* out = db + db_row + i;
-      store(out, first ? total : load(out, here) + total, here);
+      WideSum sum;
+      for (int64_t k = 0; k < depth; ++k) sum.add(load(src + row[k] * ld + i, lanes_left(n, i, L)));
+      for (int l = 0; l < lanes_left(n, i, L); ++l) sums[i + l] = sum[l];
     }
+  }
+
+  // What weight_gradient makes of rows of zeros: 0 for each unit, NaN for one whose gradients (`sums` of them) are not all finite.
+  static void zero_gradient(S* dw, int64_t ld, bool first, const double* sums, int64_t n) {
+    if (first) memset((void*)dw, 0, size_t(n * ld) * sizeof(S));
+    for (int64_t i = 0; i < n; ++i)
+      for (int64_t c = 0; c < ld && sums[i] * 0 != 0; ++c) dw[i * ld + c] = S(sums[i] * 0);
+  }
+
+  static void accumulate(double* to, const double* from, int64_t n, bool first) {
+    for (int64_t i = 0; i < n; ++i) to[i] = first ? from[i] : to[i] + from[i];
   }
 
   bool active(int64_t t, int64_t b) const { return !p.lengths || t < p.lengths[b]; }
@@ -182,13 +200,17 @@ struct ProductsLoop {
       }
       for (int64_t k = 0; k < depth; ++k) m.row[k] = x + row[k] * ld_x;
       weight_gradient(m, (S*)f.dw_ih[r], p.D, depth, first, count_x, left_x, dw_x, units);
-      for (int64_t k = 0; k < depth; ++k) m.row[k] = h_before(r, t0 + row[k] / p.B, row[k] % p.B);
-      weight_gradient(m, (S*)f.dw_hh[r], p.P, depth, first, count_h, left_h, dw_h, units);
-      if (f.db_ih)
-        for (int i = 0; i < count_x; ++i) bias_gradient(m, (S*)f.db_ih[r], depth, first, left_x[i], dw_x[i], units);
-      for (int i = 0; i < count_h && f.db_hh; ++i) {
-        if (DG == G) memcpy((S*)f.db_hh[r] + dw_h[i], (const S*)f.db_ih[r] + dw_h[i], size_t(units) * sizeof(S));  // the same sums
-        else bias_gradient(m, (S*)f.db_hh[r], depth, first, left_h[i], dw_h[i], units);
+      bool from_zero = true;  // the first step without an initial state
+      for (int64_t k = 0; k < depth; ++k) {
+        m.row[k] = h_before(r, t0 + row[k] / p.B, row[k] % p.B);
+        from_zero = from_zero && !m.row[k];
+      }
+      if (!from_zero) weight_gradient(m, (S*)f.dw_hh[r], p.P, depth, first, count_h, left_h, dw_h, units);
+      for (int d = 0; d < DG && (f.db_ih || from_zero); ++d) {
+        column_sums(m.sums, (const T*)f.dgates + (r * DG + d) * p.H + u0, ld, row, units, depth);
+        if (from_zero && d < G) zero_gradient((S*)f.dw_hh[r] + dw_h[d] * round_up(p.P, L), round_up(p.P, L), first, m.sums, units);
+        if (f.db_ih && input_gate(d) >= 0) accumulate((double*)f.db_ih[r] + input_gate(d) * p.H + u0, m.sums, units, first);
+        if (f.db_ih && d < G) accumulate((double*)f.db_hh[r] + d * p.H + u0, m.sums, units, first);
       }
       if (f.dprojected) {
         const int64_t o0 = part(p.P, me, team), outs = part(p.P, me + 1, team) - o0, zero = 0;

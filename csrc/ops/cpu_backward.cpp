@@ -1,6 +1,7 @@
 // The backward of a layer on CPU tensors: range by range of steps from the end, so that the gradients of the gates are used while
 // they are in the cache and never fill memory over all of time. With save="recompute" a range first runs forward again from the
 // state kept at its start.
+#include <algorithm>
 #include <cstring>
 
 #include "../cpu/isa.h"
@@ -11,18 +12,21 @@ namespace {
 
 constexpr int64_t kRangeRows = 1024;  // rows of T x B in one range: enough to fill the weight gradients' products
 
-// A weight gradient in the accumulation dtype, its rows padded to whole vectors; itself the result where nothing differs.
+// A weight gradient in the accumulation dtype, its rows padded to whole vectors, or a bias's in double; itself the result where nothing
+// differs.
 struct Gradient {
   Tensor sum, result;
   Gradient(const Tensor& like, const Tensor& weight, int64_t pad) {
-    const int64_t columns = weight.dim() == 2 ? (weight.size(1) + pad - 1) / pad * pad : 1;
-    const Sizes sizes = weight.dim() == 2 ? Sizes{weight.size(0), columns} : sizes_of(weight);
-    sum = like.numel() ? empty(sizes, accumulation_type(like)) : zeros(sizes, accumulation_type(like));
+    const bool matrix = weight.dim() == 2;
+    const ScalarType type = matrix ? accumulation_type(like) : ScalarType::Double;
+    const Sizes sizes = matrix ? Sizes{weight.size(0), (weight.size(1) + pad - 1) / pad * pad} : sizes_of(weight);
+    sum = like.numel() ? empty(sizes, type) : zeros(sizes, type);
     result = weight;
   }
   void* data() const { return sum.mutable_data_ptr(); }
   Tensor finish() const {
-    if (result.dim() != 2 || sum.size(1) == result.size(1)) return converted(sum, result.scalar_type());
+    if (result.dim() != 2) return result.scalar_type() == ScalarType::Double ? sum : converted(in_float(), result.scalar_type());
+    if (sum.size(1) == result.size(1)) return converted(sum, result.scalar_type());
     const int64_t columns = result.size(1);
     const Tensor unpadded = empty({result.size(0), columns}, sum.scalar_type());
     const size_t bytes = sum.element_size();
@@ -31,6 +35,14 @@ struct Gradient {
     for (int64_t i = 0; i < result.size(0); ++i)
       memcpy(to + size_t(i * columns) * bytes, from + size_t(i * sum.size(1)) * bytes, size_t(columns) * bytes);
     return converted(unpadded, result.scalar_type());
+  }
+
+ private:
+  Tensor in_float() const {
+    const Tensor made = empty(sizes_of(sum), ScalarType::Float);
+    const auto* from = static_cast<const double*>(sum.const_data_ptr());
+    std::copy(from, from + sum.numel(), static_cast<float*>(made.mutable_data_ptr()));
+    return made;
   }
 };
 
