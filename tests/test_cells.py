@@ -91,7 +91,7 @@ def test_resets_past_the_end_mean_nothing() -> None:
         forward(case, given._replace(reset=None), "reference"),
         strict=True,
     ):
-        assert torch.equal(one, other)
+        assert_same_formula(one, other)  # not bitwise: torch.mm's bits may go by where its operands lie in memory
 
 
 @pytest.mark.parametrize("cell", CELLS)
