@@ -290,6 +290,8 @@ class RNN(Recurrent):
             modes = {"tanh": "RNN_TANH", "relu": "RNN_RELU"}
             if self.nonlinearity not in modes:
                 raise ValueError(f"Unknown nonlinearity '{self.nonlinearity}'. Select from 'tanh' or 'relu'.")
+            if isinstance(self, TorchRNN):  # whose own __init__ asks for it again
+                kwargs["nonlinearity"] = self.nonlinearity
             super().__init__(modes[self.nonlinearity], *args, backend=backend, save=save, **kwargs)
 
     def forward(
