@@ -69,10 +69,10 @@ def convert(model: M, *, backend: str | None = None, save: str = "gates", keep_c
         kind = type(module)
         try:
             ours = _ours(kind, is_parametrized(module), bool(keep_class))
-        except TypeError as error:  # a metaclass of the user's, for one that asks for keywords
+        except Exception as error:  # the user's metaclass or __init_subclass__, which may ask for keywords, or refuse
             warnings.warn(
-                f"convert: {name or 'the model'}, a {kind.__module__}.{kind.__qualname__}, is left as it is, for no class "
-                f"can be derived from its own: {error}",
+                f"convert: {name or 'the model'}, a {kind.__module__}.{kind.__qualname__}, has a class from which none "
+                f"can be derived, and is left as it is: {error}",
                 stacklevel=2,
             )
             continue
