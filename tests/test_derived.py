@@ -1,4 +1,4 @@
-"""Classes that users and other libraries derive from ours, and from torch.nn's before convert, by every way there is."""
+"""Classes that users and other libraries derive from ours, and from torch.nn's before convert, by whatever way."""
 
 from __future__ import annotations
 

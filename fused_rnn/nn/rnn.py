@@ -282,6 +282,9 @@ class RNN(Recurrent):
         def __init__(self, *args: Any, backend: str | None = None, save: str = "gates", **kwargs: Any) -> None:
             if "proj_size" in kwargs:
                 raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
+            if isinstance(self, TorchRNN):  # whose own __init__ comes next, and sees to the nonlinearity
+                super().__init__("", *args, backend=backend, save=save, **kwargs)
+                return
             if len(args) > 3:
                 self.nonlinearity = args[3]
                 args = args[:3] + args[4:]
@@ -290,8 +293,6 @@ class RNN(Recurrent):
             modes = {"tanh": "RNN_TANH", "relu": "RNN_RELU"}
             if self.nonlinearity not in modes:
                 raise ValueError(f"Unknown nonlinearity '{self.nonlinearity}'. Select from 'tanh' or 'relu'.")
-            if isinstance(self, TorchRNN):  # whose own __init__ asks for it again
-                kwargs["nonlinearity"] = self.nonlinearity
             super().__init__(modes[self.nonlinearity], *args, backend=backend, save=save, **kwargs)
 
     def forward(
