@@ -13,33 +13,43 @@ from typing import Any, ClassVar, TypeVar
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from fused_rnn.nn import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
+from fused_rnn.nn import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell, both
 from fused_rnn.nn.base import Fused, known_backend
-from fused_rnn.nn.sequence import Recurrent, known_save
+from fused_rnn.nn.sequence import Recurrent, known_save, overrides_checks
 
 M = TypeVar("M", bound=nn.Module)
 
 _OURS: tuple[type[Fused], ...] = (LSTM, GRU, RNN, LSTMCell, GRUCell, RNNCell)
-_TO_OURS: dict[type[nn.Module], type[Fused]] = {cls._fused_twin: cls for cls in _OURS}
+_BOTH: tuple[type[Fused], ...] = (both.LSTM, both.GRU, both.RNN, both.LSTMCell, both.GRUCell, both.RNNCell)
+# From torch.nn's class, by keep_class, and there from every class of the three kinds.
+_CLASSES: dict[bool, dict[type[nn.Module], type[Fused]]] = {
+    keep_class: {cls._fused_twin: cls for cls in classes} for keep_class, classes in ((False, _OURS), (True, _BOTH))
+}
+_TWINS: dict[type[nn.Module], type[nn.Module]] = {
+    cls: ours._fused_twin for ours in (*_OURS, *_BOTH) for cls in (ours, ours._fused_twin)
+}
 # What an instance may have of its own under a name that our classes need.
 _IN_THE_WAY = ("forward", "backend", "save")
 
 
-def convert(model: M, *, backend: str | None = None, save: str = "gates") -> M:
+def convert(model: M, *, backend: str | None = None, save: str = "gates", keep_class: bool = False) -> M:
     """Turn every torch.nn LSTM, GRU, RNN, LSTMCell, GRUCell and RNNCell in `model` into ours, in place.
 
     The modules stay the objects they are, in another class: parameters, buffers, hooks, parametrizations, names,
     train() or eval(), device, and whoever refers to them, an optimizer or DistributedDataParallel for one, know of no
-    change. `model` may itself be such a module. Ours are left as they are, and so are torch's quantized ones.
+    change. `model` may itself be such a module. torch's quantized modules are left as they are; of ours only the class
+    changes, where keep_class asks for another.
 
     A class derived from one of torch.nn's becomes one derived from that class and ours: its methods stay, it is still
     an instance of both, and its super().forward(...) is ours. Where the module itself holds a `forward`, a `backend`
-    or a `save`, it is left alone, with a UserWarning that names it.
+    or a `save`, or its class allows none to be derived from it, it is left alone, with a UserWarning that names it.
 
     Args:
         model: any module.
         backend: as the modules' argument of that name, for those that are turned.
         save: as the modules' argument of that name, for those that are turned.
+        keep_class: whether isinstance(m, torch.nn.LSTM) shall stay true, for code that asks. torch.compile breaks the
+            graph at such a module, unless it is a cell or torch._dynamo.config.allow_rnn is set.
 
     Returns:
         `model` itself.
@@ -57,8 +67,19 @@ def convert(model: M, *, backend: str | None = None, save: str = "gates") -> M:
     known_save(save)
     for name, module in _modules(model):
         kind = type(module)
-        ours = _ours(kind, is_parametrized(module))
+        try:
+            ours = _ours(kind, is_parametrized(module), bool(keep_class))
+        except Exception as error:  # the user's metaclass or __init_subclass__, which may ask for keywords, or refuse
+            warnings.warn(
+                f"convert: {name or 'the model'}, a {kind.__module__}.{kind.__qualname__}, has a class from which none "
+                f"can be derived, and is left as it is: {error}",
+                stacklevel=2,
+            )
+            continue
         if ours is None:
+            continue
+        if isinstance(module, Fused):
+            module.__class__ = ours  # type: ignore[assignment]
             continue
         own = [attribute for attribute in _IN_THE_WAY if attribute in vars(module)]
         if own:
@@ -113,11 +134,15 @@ def to_torch(model: M) -> M:
 
 
 @contextmanager
-def patch() -> Iterator[None]:
+def patch(*, keep_class: bool = False) -> Iterator[None]:
     """While it is open, torch.nn.LSTM, GRU, RNN and their cells are ours, for code that builds its own model.
 
     It changes the names in torch.nn, for the whole process: code that bound one before (`from torch.nn import LSTM`)
-    keeps torch's. What was built stays ours when it closes. May be nested.
+    keeps torch's. What was built stays ours when it closes, and so do classes derived from those names. May be nested.
+
+    Args:
+        keep_class: as :func:`convert`'s: what is built is an instance of torch.nn's own class, too, and so is known to
+            isinstance(m, torch.nn.LSTM) while it is open and after.
 
     Examples:
         >>> with fused_rnn.patch():
@@ -126,10 +151,11 @@ def patch() -> Iterator[None]:
         True
     """
     places = (nn, nn.modules, nn.modules.rnn)
-    before = [(place, cls.__name__, getattr(place, cls.__name__)) for place in places for cls in _OURS]
+    classes = {cls.__name__: cls for cls in _CLASSES[bool(keep_class)].values()}
+    before = [(place, name, getattr(place, name)) for place in places for name in classes]
     try:
         for place, name, _ in before:
-            setattr(place, name, next(cls for cls in _OURS if cls.__name__ == name))
+            setattr(place, name, classes[name])
         yield
     finally:
         for place, name, value in before:
@@ -142,24 +168,34 @@ def _modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
     return list(model.named_modules())
 
 
-def _ours(kind: type[nn.Module], parametrized: bool) -> type[nn.Module] | None:
-    """The class that stands for torch.nn's, or for one derived from it; None for any other."""
-    if kind in _TO_OURS:
-        return _TO_OURS[kind]
-    if parametrized:
-        return _reparametrized(kind, _ours(kind.__bases__[0], False))
-    if issubclass(kind, tuple(_TO_OURS)) and not issubclass(kind, Fused):
-        return _derived(kind)  # type: ignore[arg-type]  # a class is hashable
-    return None
+def _ours(kind: type[nn.Module], parametrized: bool, keep_class: bool) -> type[nn.Module] | None:
+    """The class that stands for one of torch.nn's, of ours, or derived from either; None for one that may stay."""
+    if kind in _TWINS:
+        cls = _CLASSES[keep_class][_TWINS[kind]]
+        return None if cls is kind else cls
+    if _is_reparametrized(kind, parametrized):
+        return _reparametrized(kind, _ours(kind.__bases__[0], False, keep_class))
+    if not issubclass(kind, Fused):
+        return _derived(kind) if issubclass(kind, tuple(_TWINS)) else None  # type: ignore[arg-type]  # is hashable
+    if keep_class:
+        return None if issubclass(kind, kind._fused_twin) else _derived(kind)  # type: ignore[arg-type]
+    origin = vars(kind).get("_fused_from")
+    return origin if origin is not None and issubclass(origin, Fused) else None
 
 
 def _theirs(kind: type[nn.Module], parametrized: bool) -> type[nn.Module] | None:
     """The inverse of _ours; None for a class that has no part in it, a user's derived from ours among them."""
-    if kind in _OURS:
-        return kind._fused_twin
-    if parametrized:
+    if kind in _TWINS:
+        return None if _TWINS[kind] is kind else _TWINS[kind]
+    if _is_reparametrized(kind, parametrized):
         return _reparametrized(kind, _theirs(kind.__bases__[0], False))
-    return vars(kind).get("_fused_from")
+    origin = vars(kind).get("_fused_from")
+    return None if origin is None or issubclass(origin, Fused) else origin
+
+
+def _is_reparametrized(kind: type[nn.Module], parametrized: bool) -> bool:
+    """Whether parametrize made the class, and nobody another of it since, as fully_shard does."""
+    return parametrized and len(kind.__bases__) == 1
 
 
 def _reparametrized(kind: type[nn.Module], base: type[nn.Module] | None) -> type[nn.Module] | None:
@@ -172,9 +208,19 @@ def _reparametrized(kind: type[nn.Module], base: type[nn.Module] | None) -> type
 
 
 class _Derived:
-    """What a class made by _derived has beside: it has no name to be pickled by, so its instances are by the user's."""
+    """What a class made by _derived has beside.
+
+    It has no name to be pickled by, so its instances are by the user's. And it is not the user who made it: his
+    __init_subclass__, which may ask for keywords, register or refuse a class, is not called where this comes first.
+    """
 
     _fused_from: ClassVar[type[nn.Module]]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        if "_fused_from" not in vars(cls):
+            super().__init_subclass__(**kwargs)
+        elif issubclass(cls, Recurrent):
+            cls._fused_checks = overrides_checks(cls)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         how = super().__reduce_ex__(protocol)
@@ -185,15 +231,21 @@ class _Derived:
 
 @cache
 def _derived(kind: type[nn.Module]) -> type[nn.Module]:
-    """A class over kind, a user's subclass of torch.nn's, in which our forward comes right before torch.nn's.
+    """A class over kind, a user's subclass of torch.nn's or ours, that is both, and in which our forward comes right
+    before torch.nn's.
 
     Every super() in the user's methods then finds ours: the order of bases is kind's up to torch.nn's class, ours, and
     torch.nn's.
     """
-    twin = next(twin for twin in _TO_OURS if issubclass(kind, twin))
-    both = _class(twin.__name__, (_Derived, _TO_OURS[twin], twin), {"__module__": __name__})
+    twin = next(_TWINS[cls] for cls in kind.__mro__ if cls in _TWINS)
     own = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "_fused_from": kind}
-    return _class(kind.__name__, (kind, both), own)
+    root: type = kind
+    while root.__base__ is not None and root.__base__.__dictoffset__:
+        root = root.__base__
+    # Python gives an object only a class of the same layout, which begins at the first base: with ABC or Generic, which
+    # have no __dict__, that must be kind.
+    first = (_Derived, kind) if root.__base__ is object else (kind, _Derived)
+    return _class(kind.__name__, (*first, _CLASSES[True][twin]), own)
 
 
 def _class(name: str, bases: tuple[type, ...], own: dict[str, Any]) -> type[nn.Module]:

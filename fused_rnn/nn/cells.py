@@ -42,7 +42,9 @@ _RNN: dict[str, tuple[int, Callable[..., Any]]] = {
 class Cell(Fused, nn.RNNCellBase):
     """Base of the cells: torch.nn.RNNCellBase, which owns the weights, with a forward of our own."""
 
-    def __init__(self, *args: Any, backend: str | None = None, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, num_chunks: int, backend: str | None = None, **kwargs: Any) -> None:
+        if not isinstance(self, self._fused_twin):
+            kwargs["num_chunks"] = num_chunks  # for RNNCellBase; torch's own class comes before it, and knows its gates
         super().__init__(*args, **kwargs)
         self._fused_backend = known_backend(backend)
 

@@ -58,7 +58,8 @@ class LSTM(Recurrent):
         NotImplementedError: with every backend's reason, where the backend asked for cannot run the call.
 
     Twice differentiable in input, hx and all weights. Under no_grad nothing is kept; train() and eval() decide of
-    dropout alone. An instance of torch.nn.RNNBase, not of torch.nn.LSTM, whose instances torch.compile refuses.
+    dropout alone. An instance of torch.nn.RNNBase, not of torch.nn.LSTM, whose instances torch.compile refuses; of both
+    with convert(model, keep_class=True).
     torch.jit.trace and torch.jit.script record torch's own operators.
 
     Source: Hochreiter & Schmidhuber 1997; gates i, f, g, o and both biases as in torch.nn.LSTM; projection:
@@ -282,6 +283,9 @@ class RNN(Recurrent):
         def __init__(self, *args: Any, backend: str | None = None, save: str = "gates", **kwargs: Any) -> None:
             if "proj_size" in kwargs:
                 raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
+            if isinstance(self, TorchRNN):  # whose own __init__ comes next, and sees to the nonlinearity
+                super().__init__("", *args, backend=backend, save=save, **kwargs)
+                return
             if len(args) > 3:
                 self.nonlinearity = args[3]
                 args = args[:3] + args[4:]

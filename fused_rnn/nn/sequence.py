@@ -67,21 +67,22 @@ class SequenceCall(Protocol[State]):
 class Recurrent(Fused, nn.RNNBase):
     """Base of LSTM, GRU and RNN: torch.nn.RNNBase, which owns the weights, with a forward of our own.
 
-    It is RNNBase and not torch.nn.LSTM because Dynamo refuses every instance of the latter.
+    It is RNNBase and not torch.nn.LSTM because Dynamo refuses every instance of the latter; both.py has those that are.
     """
 
     _fused_save: str = "gates"  # on the class too, as Fused._fused_backend is
     _fused_checks: ClassVar[bool] = False  # whether a subclass overrides any of _CHECKS
 
     def __init__(self, mode: str, *args: Any, backend: str | None = None, save: str = "gates", **kwargs: Any) -> None:
-        super().__init__(mode, *args, **kwargs)
+        if not isinstance(self, self._fused_twin):
+            args = (mode, *args)  # for RNNBase; torch's own class comes before it, and knows its mode
+        super().__init__(*args, **kwargs)
         self._fused_backend = known_backend(backend)
         self._fused_save = known_save(save)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        twin = cls._fused_twin
-        cls._fused_checks = any(getattr(cls, name, None) is not getattr(twin, name, None) for name in _CHECKS)
+        cls._fused_checks = overrides_checks(cls)
 
     @property
     def save(self) -> str:
@@ -125,6 +126,13 @@ class Recurrent(Fused, nn.RNNBase):
         extras = [f", backend={self._fused_backend!r}"] if self._fused_backend is not None else []
         extras += [f", save={self._fused_save!r}"] if self._fused_save != "gates" else []
         return super().extra_repr() + "".join(extras)
+
+
+def overrides_checks(cls: type[Recurrent]) -> bool:
+    """Whether a class, or one above it, has other checks than its twin. One without a twin, as a library may put
+    between ours, is none that anybody calls."""
+    twin = getattr(cls, "_fused_twin", cls)
+    return any(getattr(cls, name, None) is not getattr(twin, name, None) for name in _CHECKS)
 
 
 def known_save(save: str) -> str:
