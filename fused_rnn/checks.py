@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -110,8 +111,19 @@ def check_lengths(lengths: Tensor | Sequence[int], x: Tensor) -> Tensor:
     return lengths.to(device=x.device, dtype=torch.int64)
 
 
-def check_reset(reset: Tensor, x: Tensor) -> Tensor:
-    """reset, if it is [T, B] bool on x's device; raises ValueError."""
+def as_reset(reset: Any, device: torch.device) -> Tensor:
+    """reset as a tensor, of one or of a nest of lists; raises ValueError."""
+    if isinstance(reset, Tensor):
+        return reset
+    try:
+        return torch.as_tensor(reset, device=device)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"reset: got {type(reset).__name__}, expected [T, B] of bool ({error})") from None
+
+
+def check_reset(reset: Tensor | Sequence[Sequence[bool]], x: Tensor) -> Tensor:
+    """reset as a tensor, if it is [T, B] bool on x's device; raises ValueError."""
+    reset = as_reset(reset, x.device)
     if reset.dtype != torch.bool:
         raise ValueError(f"reset: got {reset.dtype}, expected torch.bool")
     if reset.shape != x.shape[:2]:

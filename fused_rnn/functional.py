@@ -30,7 +30,7 @@ def lstm(
     dropout: float = 0.0,
     training: bool = False,
     lengths: Tensor | Sequence[int] | None = None,
-    reset: Tensor | None = None,
+    reset: Tensor | Sequence[Sequence[bool]] | None = None,
     save: str = "gates",
     backend: str | None = None,
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
@@ -50,7 +50,7 @@ def lstm(
         lengths: [B] integers, any device, any order. Outputs at t ≥ lengths[b] are zero, the final state is that of the
             last valid step; the reverse direction starts there, as with a PackedSequence. On the CPU they must be
             0 … T.
-        reset: [T, B] bool. Where true, the state (h and c) that enters step t of sequence b is zero, in both
+        reset: [T, B] bool, a tensor or lists. Where true, the state (h and c) that enters step t of sequence b is zero, in both
             directions.
         save: what is kept for backward, if a gradient is needed: "gates" (fastest) or "recompute" (states now and
             then).
@@ -92,7 +92,7 @@ def gru(
     dropout: float = 0.0,
     training: bool = False,
     lengths: Tensor | Sequence[int] | None = None,
-    reset: Tensor | None = None,
+    reset: Tensor | Sequence[Sequence[bool]] | None = None,
     save: str = "gates",
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -132,7 +132,7 @@ def rnn(
     dropout: float = 0.0,
     training: bool = False,
     lengths: Tensor | Sequence[int] | None = None,
-    reset: Tensor | None = None,
+    reset: Tensor | Sequence[Sequence[bool]] | None = None,
     save: str = "gates",
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -290,7 +290,7 @@ def _stack(
     dropout: float,
     training: bool,
     lengths: Tensor | Sequence[int] | None,
-    reset: Tensor | None,
+    reset: Tensor | Sequence[Sequence[bool]] | None,
     save: str,
     backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -16,10 +16,9 @@ from torch.nn import LSTMCell as TorchLSTMCell
 from torch.nn import RNNCell as TorchRNNCell
 
 from fused_rnn import functional
-from fused_rnn.nn.base import Fused, known_backend, prefers_twin, refuse, run_twin
+from fused_rnn.nn.base import Fused, known_backend, prefers_twin
 from fused_rnn.nn.plain import (
     CELL_CODES,
-    PLAIN,
     QUICK_STEP,
     STEP,
     STEP_SIZE,
@@ -30,6 +29,7 @@ from fused_rnn.nn.plain import (
     is_plain_hx,
     is_tracing,
 )
+from fused_rnn.nn.twin import refuse, run_twin
 
 _WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")  # the latter two None where there is no bias
 _LSTM, _GRU = CELL_CODES["lstm"], CELL_CODES["gru"]
@@ -80,7 +80,7 @@ def _step(module: Cell, input: Any, h: Any, c: Any, code: int) -> Sequence[Tenso
 def _run(module: Cell, function: Callable[..., Any], input: Any, hx: Any) -> Any:
     """forward, of any call. function: functional.lstm_cell, gru_cell or rnn_cell."""
     weights, states, backend = _read_weights(module), module._fused_states, module._fused_backend
-    plain = type(input) in PLAIN and are_plain(weights) and is_plain_hx(hx, states)
+    plain = are_plain((input, *weights)) and is_plain_hx(hx, states)
     if not plain or prefers_twin(module, weights, input):
         return run_twin(module, input, hx)
     try:
@@ -138,6 +138,7 @@ class LSTMCell(Cell):
     """
 
     _fused_twin = TorchLSTMCell
+    _fused_cell = "lstm"
     _fused_states = 2
 
     def __init__(
@@ -195,6 +196,7 @@ class GRUCell(Cell):
     """
 
     _fused_twin = TorchGRUCell
+    _fused_cell = "gru"
 
     def __init__(
         self,
@@ -267,6 +269,10 @@ class RNNCell(Cell):
     if TYPE_CHECKING:
 
         def __call__(self, input: Tensor, hx: Tensor | None = None) -> Tensor: ...
+
+    @property
+    def _fused_cell(self) -> str:  # type: ignore[override]
+        return "rnn_relu" if self.nonlinearity == "relu" else "rnn_tanh"
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """One step: h'. Shapes and errors stand in the class's docstring."""

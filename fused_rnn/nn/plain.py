@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor, nn, strided
 
 # What changes the meaning of operators, and fused_rnn::step knows none of. Each is asked on every step, in 30 to 70 ns.
 from torch._C import _are_functorch_transforms_active as is_functorch
@@ -34,10 +35,10 @@ STEP_SIZE = 4096
 PLAIN = frozenset((Tensor, nn.Parameter, nn.Buffer, FakeTensor, FunctionalTensor))
 
 
-def are_plain(tensors: Iterable[object]) -> bool:
-    """Whether every one is a plain tensor."""
+def are_plain(tensors: Iterable[Any]) -> bool:
+    """Whether every one is a plain tensor: not a sparse one either, of which torch's operators know some."""
     for t in tensors:  # noqa: SIM110 - a generator would cost as much again, on every call
-        if type(t) not in PLAIN:
+        if type(t) not in PLAIN or t.layout is not strided:
             return False
     return True
 
@@ -47,7 +48,7 @@ def is_plain_hx(hx: object, states: int) -> bool:
     if hx is None:
         return True
     if states == 1:
-        return type(hx) in PLAIN
+        return are_plain((hx,))
     return isinstance(hx, (tuple, list)) and len(hx) == states and are_plain(hx)
 
 
