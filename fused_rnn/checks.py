@@ -36,9 +36,9 @@ def parse(cell: str, shapes: Shapes, input_size: int, num_layers: int, recurrenc
             f" for each of {num_layers} layer(s) × {recurrences} direction(s)"
         )
     projects = count in (3, 5)
-    rows, width = shapes[1] if len(shapes[1]) == 2 else (0, 0)
+    rows, width = shapes[1] if len(shapes[1]) == 2 else (0, 1)
     hidden = rows // spec.gates
-    if rows == 0 or rows != hidden * spec.gates or (width != hidden and not projects):
+    if rows != hidden * spec.gates or (width != hidden and not projects):
         raise ValueError(
             f"weights[1]: got {shape_text(shapes[1])},"
             f" expected w_hh [{spec.gates}·H, {'P' if projects else 'H'}] of a {cell}"

@@ -24,10 +24,8 @@ from fused_rnn.nn.plain import (
     STEP_SIZE,
     STEPPING,
     are_plain,
-    is_autocasting,
-    is_functorch,
+    is_ordinary_mode,
     is_plain_hx,
-    is_tracing,
 )
 from fused_rnn.nn.twin import refuse, run_twin
 
@@ -65,9 +63,7 @@ def _step(module: Cell, input: Any, h: Any, c: Any, code: int) -> Sequence[Tenso
         or input.dim() != 2
         or input.numel() > STEP_SIZE
         or not input.is_cpu
-        or is_tracing()
-        or is_autocasting()
-        or is_functorch()
+        or not is_ordinary_mode()
     ):
         return None
     try:

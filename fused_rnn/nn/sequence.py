@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from fused_rnn import checks, functional
 from fused_rnn.nn.base import Fused, known_backend, prefers_twin
-from fused_rnn.nn.packed import Layout
+from fused_rnn.nn.packed import Layout, is_unshared
 from fused_rnn.nn.plain import (
     CELL_CODES,
     QUICK_STEP,
@@ -21,10 +21,8 @@ from fused_rnn.nn.plain import (
     STEP_SIZE,
     STEPPING,
     are_plain,
-    is_autocasting,
-    is_functorch,
+    is_ordinary_mode,
     is_plain_hx,
-    is_tracing,
 )
 from fused_rnn.nn.twin import check_packed, refuse, run_twin
 from fused_rnn.stream import Stream
@@ -172,9 +170,7 @@ def step(module: Recurrent, input: Any, hx: Any, lengths: Any, reset: Any) -> Se
         or input.size(time) != 1
         or not input.is_cpu
         or input.numel() > STEP_SIZE
-        or is_tracing()
-        or is_autocasting()
-        or is_functorch()
+        or not is_ordinary_mode()
     ):
         return None
     try:
@@ -228,8 +224,11 @@ def _run_padded(
     if dims == 3:
         if not module.batch_first:
             return _run_layers(module, input, weights, hx, lengths, reset)
-        y, hx = _run_layers(module, input.transpose(0, 1), weights, hx, lengths, reset)
-        return y.transpose(0, 1), hx
+        # The loops read steps that lie one after the other: copied here, and not in them, backward has the copy, and the
+        # caller may write to the input.
+        x = input.transpose(0, 1).contiguous()
+        y, hx = _run_layers(module, x, weights, hx, lengths, reset)
+        return (y.transpose_(0, 1) if is_unshared(y, module._fused_backend) else y.transpose(0, 1)), hx
     if dims != 2:
         raise ValueError(f"input: got {dims} dimensions, expected two or three")
     hx = _map(module, lambda s: s.unsqueeze(1), hx)
@@ -261,7 +260,7 @@ def _run_packed(
         data, hx = _run_packed_dropout(module, data, layout, weights, hx, reset)
     else:
         y, hx = _run_layers(module, layout.pad(data), weights, hx, layout.lengths, reset)
-        data = layout.pack(y)
+        data = layout.pack(y, module._fused_backend)
     packed = PackedSequence(data, batch_sizes, sorted_indices, unsorted_indices)
     return packed, module.permute_hidden(hx, unsorted_indices)
 
@@ -280,7 +279,7 @@ def _run_packed_dropout(
         own = weights[layer * count : (layer + 1) * count]
         h_in = _map(module, lambda s, rows=rows: s[rows], hx)  # type: ignore[misc]
         y, final = _run_layers(module, layout.pad(data), own, h_in, layout.lengths, reset, num_layers=1)
-        data = layout.pack(y)
+        data = layout.pack(y, module._fused_backend)
         finals.append(final)
     if module._fused_states == 2:
         return data, tuple(torch.cat(states) for states in zip(*finals, strict=True))
