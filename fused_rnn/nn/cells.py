@@ -60,10 +60,10 @@ def _step(module: Cell, input: Any, h: Any, c: Any, code: int) -> Sequence[Tenso
             return stepped
     if (
         type(input) is not Tensor
+        or not is_ordinary_mode()  # before any size, of which torch.jit.trace keeps what becomes of it
         or input.dim() != 2
         or input.numel() > STEP_SIZE
         or not input.is_cpu
-        or not is_ordinary_mode()
     ):
         return None
     try:

@@ -166,11 +166,11 @@ def step(module: Recurrent, input: Any, hx: Any, lengths: Any, reset: Any) -> Se
         lengths is not None
         or reset is not None
         or type(input) is not Tensor
+        or not is_ordinary_mode()  # before any size, of which torch.jit.trace keeps what becomes of it
         or input.dim() != 3
         or input.size(time) != 1
         or not input.is_cpu
         or input.numel() > STEP_SIZE
-        or not is_ordinary_mode()
     ):
         return None
     try:
