@@ -51,8 +51,8 @@ def lstm(
         lengths: [B] integers, any device, any order. Outputs at t ≥ lengths[b] are zero, the final state is that of the
             last valid step; the reverse direction starts there, as with a PackedSequence. On the CPU they must be
             0 … T.
-        reset: [T, B] bool, a tensor or lists. Where true, the state (h and c) that enters step t of sequence b is zero, in both
-            directions.
+        reset: [T, B] bool, a tensor or lists. Where true, the state (h and c) that enters step t of sequence b is zero,
+            in both directions.
         save: what is kept for backward, if a gradient is needed: "gates" (fastest) or "recompute" (states now and
             then).
         backend: "cpu", "torch", "reference", "cuda", "triton", or None for what measured fastest.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from functools import partial
 from typing import Any
 
 import pytest
@@ -281,8 +282,12 @@ UNCHECKED: dict[str, tuple[Any, ...]] = {
         f"{kind}, hx of {what}": (input, (h(*size), h(*size)))
         for kind, input in (("packed", PACKED), ("equal lengths", EQUAL), ("unsorted", UNSORTED))
         for what, size in (
-            ("a smaller batch", (2, 2, 7)), ("a batch of one", (2, 1, 7)), ("fewer rows", (1, 3, 7)),
-            ("more rows", (3, 3, 7)), ("a smaller width", (2, 3, 6)), ("a larger width", (2, 3, 8)),
+            ("a smaller batch", (2, 2, 7)),
+            ("a batch of one", (2, 1, 7)),
+            ("fewer rows", (1, 3, 7)),
+            ("more rows", (3, 3, 7)),
+            ("a smaller width", (2, 3, 6)),
+            ("a larger width", (2, 3, 8)),
         )
     },
     "packed, hx of a larger batch": (PACKED, (h(2, 4, 7), h(2, 4, 7))),
@@ -333,14 +338,14 @@ def call_broken(module: Any, way: str, input: Any, hx: Any, grad: bool) -> None:
         data = input.data if isinstance(input, PackedSequence) else input
         data = data.as_subclass(Passed)
         input = input._replace(data=data) if isinstance(input, PackedSequence) else data
+    packed = isinstance(input, PackedSequence)
+
+    def run(data: Tensor) -> Any:
+        return module(input._replace(data=data) if packed else data, hx)
+
+    call = partial(torch.jit.trace, run, check_trace=False) if way == "traced" else run
     with torch.set_grad_enabled(grad), pytest.raises((ValueError, RuntimeError, IndexError, TypeError)):
-        if way == "traced":
-            run = (lambda data: module(input._replace(data=data), hx)) if isinstance(input, PackedSequence) else (
-                lambda data: module(data, hx)
-            )
-            torch.jit.trace(run, (input.data if isinstance(input, PackedSequence) else input,), check_trace=False)
-        else:
-            module(input, hx)
+        call(input.data if packed else input)
 
 
 @pytest.mark.usefixtures("no_kernel")

@@ -24,7 +24,9 @@ import fused_rnn
 from fused_rnn import ops
 
 quick: Any = ops.quick_step
-needs_quick = pytest.mark.skipif(quick is None, reason="the extension is not built, or this torch does not lend tensors")
+needs_quick = pytest.mark.skipif(
+    quick is None, reason="the extension is not built, or this torch does not lend tensors"
+)
 NAMES = ("LSTM", "GRU", "RNN", "LSTMCell", "GRUCell", "RNNCell")
 ONE_STEP = {"one step": 1, "a sequence": 4}
 

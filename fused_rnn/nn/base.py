@@ -85,8 +85,8 @@ def _is_left(module: Fused, weights: Sequence[Tensor], input: Tensor | PackedSeq
     bias = len(weights) >= 4 * layers * recurrences
     return dispatch.is_left_to_torch(
         Problem(
-            module._fused_cell, dtype, "cuda", steps == 1, batch, w_ih.shape[1], hidden, width, layers, recurrences, bias,
-            is_grad_enabled(), False, "gates", packed, False, False, tf32_allowed(),
+            module._fused_cell, dtype, "cuda", steps == 1, batch, w_ih.shape[1], hidden, width, layers, recurrences,
+            bias, is_grad_enabled(), False, "gates", packed, False, False, tf32_allowed(),
         )
     )  # fmt: skip
 

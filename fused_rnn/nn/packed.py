@@ -41,7 +41,7 @@ class Layout:
             return padded.flatten(0, 1).index_select(0, self.rows)
         steps, batch, width = padded.shape
         flat = torch.ops.aten._unsafe_view if is_unshared(padded, backend) else torch.reshape
-        return flat(padded, (steps * batch, width))  # type: ignore[no-any-return]
+        return flat(padded, (steps * batch, width))
 
 
 def is_unshared(result: Tensor, backend: str | None) -> bool:

@@ -54,11 +54,16 @@ class SequenceCall(Protocol[State]):
         hx: State | None = None,
         *,
         lengths: Tensor | Sequence[int] | None = None,
-        reset: Tensor | Sequence[Sequence[bool]] | Sequence[bool] | None = None,
+        reset: Tensor | Sequence[Any] | None = None,
     ) -> tuple[Tensor, State]: ...
     @overload
     def __call__(
-        self, input: PackedSequence, hx: State | None = None, *, lengths: None = None, reset: Tensor | None = None
+        self,
+        input: PackedSequence,
+        hx: State | None = None,
+        *,
+        lengths: None = None,
+        reset: Tensor | Sequence[Any] | None = None,
     ) -> tuple[PackedSequence, State]: ...
 
 
@@ -224,8 +229,8 @@ def _run_padded(
     if dims == 3:
         if not module.batch_first:
             return _run_layers(module, input, weights, hx, lengths, reset)
-        # The loops read steps that lie one after the other: copied here, and not in them, backward has the copy, and the
-        # caller may write to the input.
+        # The loops read steps that lie one after the other. Copied here, and not in each of them, it is the copy that
+        # backward has, and the caller may write to the input.
         x = input.transpose(0, 1).contiguous()
         y, hx = _run_layers(module, x, weights, hx, lengths, reset)
         return (y.transpose_(0, 1) if is_unshared(y, module._fused_backend) else y.transpose(0, 1)), hx
@@ -327,7 +332,9 @@ def _check_rows(module: Recurrent, hx: Any, batch: int) -> None:
     for name, state in zip(("h_0", "c_0"), hx if module._fused_states == 2 else (hx,), strict=False):
         if state.dim() != 3 or state.size(0) != rows or state.size(1) < batch:
             got = checks.shape_text(state.shape)
-            raise ValueError(f"{name}: got {got}, expected [L·R, B, {'P' if name == 'h_0' else 'H'}] with [{rows}, {batch}]")
+            raise ValueError(
+                f"{name}: got {got}, expected [L·R, B, {'P' if name == 'h_0' else 'H'}] with [{rows}, {batch}]"
+            )
 
 
 def _map(module: Recurrent, function: Callable[[Tensor], Tensor], hx: Any) -> Any:

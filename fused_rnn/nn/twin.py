@@ -159,11 +159,11 @@ def _untraced() -> Iterator[None]:
         yield
         return
     state = torch._C._get_tracing_state()
-    torch._C._set_tracing_state(None)
+    torch._C._set_tracing_state(None)  # type: ignore[attr-defined]
     try:
         yield
     finally:
-        torch._C._set_tracing_state(state)
+        torch._C._set_tracing_state(state)  # type: ignore[attr-defined]
 
 
 class _NothingToSay(Exception):
@@ -235,7 +235,7 @@ class _Kernels:
 
 
 def _stand_in(value: Any) -> Any:
-    """Zeros that take no memory, with the shape and dtype of a tensor, on the CPU, or on meta as it is; of a nest, too."""
+    """For a tensor, or each of a nest, zeros of its shape and dtype that take no memory, on the CPU, or on meta."""
     if isinstance(value, PackedSequence):
         indices = (None if i is None else i.cpu() for i in value[2:])
         return PackedSequence(_stand_in(value.data), value.batch_sizes, *indices)
