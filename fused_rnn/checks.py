@@ -60,15 +60,27 @@ def check_weights(
     cell: str, x: Tensor, weights: Sequence[Tensor], input_size: int, num_layers: int, recurrences: int
 ) -> tuple[int, int, int]:
     """What `parse` says of the weights, which have x's dtype and device. Raises ValueError."""
+    sizes = check_shapes(cell, weights, input_size, num_layers, recurrences)
+    check_dtypes(x, weights)
+    return sizes
+
+
+def check_shapes(
+    cell: str, weights: Sequence[Tensor], input_size: int, num_layers: int, recurrences: int
+) -> tuple[int, int, int]:
+    """What `parse` says of the weights. Raises ValueError."""
     shapes = tuple([w.shape for w in weights])
     # Dynamo's sizes may be symbolic, which no cache can hold.
     known = parse if torch.compiler.is_compiling() else _parse_cached
-    sizes = known(cell, shapes, input_size, num_layers, recurrences)
+    return known(cell, shapes, input_size, num_layers, recurrences)
+
+
+def check_dtypes(x: Tensor, weights: Sequence[Tensor]) -> None:
+    """Whether the weights have x's dtype and device. Raises ValueError."""
     dtype, device = x.dtype, x.device
     for k, w in enumerate(weights):
         if w.dtype != dtype or w.device != device:
             raise ValueError(f"weights[{k}]: got {w.dtype} on {w.device}, expected x's {dtype} on {device}")
-    return sizes
 
 
 def check_sequence(x: Tensor) -> tuple[int, int, int]:

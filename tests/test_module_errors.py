@@ -390,6 +390,15 @@ def test_what_torch_does_not_refuse_is_refused_in_our_words() -> None:
             ours(*UNCHECKED[case])
 
 
+@pytest.mark.parametrize("backend", [None, "torch", "reference"])
+def test_rows_of_equal_lengths_may_come_in_three_dimensions(backend: str | None) -> None:
+    """As they may to torch's LSTM, by whichever backend."""
+    given = PackedSequence(torch.randn(4, 3, 5), torch.tensor([3, 3, 3, 3]))
+    ours, twin = make("LSTM", 5, 7, extras={"backend": backend})
+    for a, b in zip(flatten(ours(given)), flatten(twin(given)), strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_dropout_takes_states_of_its_layers_alone() -> None:
     """Packed, in training, where the layers run one by one."""
     for name in SEQUENCES:

@@ -78,7 +78,7 @@ def _run(module: Cell, function: Callable[..., Any], input: Any, hx: Any) -> Any
     weights, states, backend = _read_weights(module), module._fused_states, module._fused_backend
     plain = are_plain((input, *weights)) and is_plain_hx(hx, states)
     if not plain or prefers_twin(module, weights, input):
-        return run_twin(module, input, hx)
+        return run_twin(module, weights, input, hx)
     try:
         if input.dim() != 1:
             return function(input, hx, weights, backend=backend)
@@ -89,7 +89,7 @@ def _run(module: Cell, function: Callable[..., Any], input: Any, hx: Any) -> Any
         h, c = function(x, batched, weights, backend=backend)
         return h.squeeze(0), c.squeeze(0)
     except ValueError as error:
-        return refuse(module, input, hx, error)
+        return refuse(module, weights, input, hx, error)
 
 
 def _read_weights(module: Cell) -> list[Tensor]:
@@ -273,7 +273,7 @@ class RNNCell(Cell):
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """One step: h'. Shapes and errors stand in the class's docstring."""
         if self.nonlinearity not in _RNN:  # torch.nn refuses it here, not in __init__
-            refused: Tensor = run_twin(self, input, hx)
+            refused: Tensor = run_twin(self, _read_weights(self), input, hx)
             return refused
         code, function = _RNN[self.nonlinearity]
         stepped = _step(self, input, hx, None, code)

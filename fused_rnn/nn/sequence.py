@@ -193,10 +193,12 @@ def run(module: Recurrent, input: Any, hx: Any, lengths: Any, reset: Any) -> Res
     packed = isinstance(input, PackedSequence)
     if packed and lengths is not None:
         raise ValueError("lengths: got some beside a PackedSequence, expected None: the input has its own")
+    if packed and module._fused_states == 2 and input.data.dim() == 3:  # torch's LSTM takes rows of equal lengths so
+        input = input._replace(data=input.data.flatten(0, 1))
     weights = read_weights(module)
     plain = are_plain((input.data if packed else input, *weights))
     if not plain or not is_plain_hx(hx, module._fused_states) or (not extras and prefers_twin(module, weights, input)):
-        return run_twin(module, input, hx, extras)
+        return run_twin(module, weights, input, hx, extras)
     try:
         if reset is not None:
             reset = _time_first(module, checks.as_reset(reset, weights[0].device), packed or input.dim() == 3)
@@ -204,7 +206,7 @@ def run(module: Recurrent, input: Any, hx: Any, lengths: Any, reset: Any) -> Res
             return _run_packed(module, input, hx, weights, reset)
         return _run_padded(module, input, hx, weights, lengths, reset)
     except ValueError as error:
-        return refuse(module, input, hx, error)
+        return refuse(module, weights, input, hx, error)
 
 
 def read_weights(module: Recurrent) -> list[Tensor]:
@@ -247,9 +249,6 @@ def _run_packed(
 ) -> Result:
     """forward of a packed batch, longest first. hx, given and returned, and reset are in the order before."""
     data, batch_sizes, sorted_indices, unsorted_indices = input
-    if module._fused_states == 2 and data.dim() == 3:  # torch's LSTM takes batches of equal lengths so
-        data = data.flatten(0, 1)
-        input = input._replace(data=data)
     check_packed(input)
     if hx is not None:
         _check_rows(module, hx, int(batch_sizes[0]))

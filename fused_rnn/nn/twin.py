@@ -6,7 +6,7 @@ that is too small. Torch's words for it come from the twin's own forward on stan
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FunctionType
 from typing import Any
@@ -21,16 +21,16 @@ from fused_rnn.nn.base import Fused
 from fused_rnn.nn.plain import is_autocasting, is_tracing
 
 
-def run_twin(module: Fused, input: Any, hx: Any, extras: bool = False) -> Any:
+def run_twin(module: Fused, weights: Sequence[Tensor], input: Any, hx: Any, extras: bool = False) -> Any:
     """The twin's result for a call on other than plain tensors, or its error. extras: lengths or reset were given.
 
     Raises NotImplementedError where the twin would have a result, but not the one that was asked for.
     """
     try:
         with _untraced():
-            check_call(module, input, hx)
+            check_call(module, weights, input, hx)
     except (TypeError, ValueError) as error:
-        refuse(module, input, hx, error)
+        refuse(module, weights, input, hx, error)
     if extras or module._fused_backend not in (None, "torch"):
         raise NotImplementedError(
             f"{type(module).__name__} with lengths, reset or backend={module._fused_backend!r} takes plain tensors "
@@ -40,15 +40,15 @@ def run_twin(module: Fused, input: Any, hx: Any, extras: bool = False) -> Any:
     return module._fused_twin.forward(module, input, hx)
 
 
-def refuse(module: Fused, input: Any, hx: Any, error: Exception) -> Any:
+def refuse(module: Fused, weights: Sequence[Tensor], input: Any, hx: Any, error: Exception) -> Any:
     """Raise what torch's module raises for an argument that we refused; where it would take it, our own error."""
     if not is_compiling():  # nothing here can be traced
         with _untraced():
-            _raise_in_torchs_words(module, input, hx)
+            _raise_in_torchs_words(module, weights, input, hx)
     raise error
 
 
-def check_call(module: Fused, input: Any, hx: Any) -> None:
+def check_call(module: Fused, weights: Sequence[Tensor], input: Any, hx: Any) -> None:
     """Whether a kernel may see a call: shapes, dtypes and devices fit together, whatever the tensors' types are.
 
     Raises TypeError for what is no tensor, ValueError for a tensor that does not fit.
@@ -57,7 +57,7 @@ def check_call(module: Fused, input: Any, hx: Any) -> None:
     if not isinstance(data, Tensor):
         raise TypeError(f"input: got {type(input).__name__}, expected a tensor")
     batch = _check_input(module, input)
-    hidden, width = _check_weights(module, data)
+    hidden, width = _check_weights(module, weights, data)
     if hx is None:
         return
     states = hx if module._fused_states == 2 else (hx,)
@@ -93,15 +93,14 @@ def check_packed(input: PackedSequence) -> None:
         raise ValueError(f"input.batch_sizes: got {got}, expected [T] of torch.int64 on the CPU")
     if is_compiling():
         return
-    for name, indices in (("sorted_indices", input.sorted_indices), ("unsorted_indices", input.unsorted_indices)):
-        if indices is not None and indices.shape != (int(sizes[0]),):
-            raise ValueError(f"input.{name}: got {checks.shape_text(indices.shape)}, expected [B] = [{int(sizes[0])}]")
-    grows = len(sizes) > 1 and bool((sizes[1:] > sizes[:-1]).any())
-    if grows or int(sizes[-1]) < 0 or int(sizes.sum()) != data.size(0):
+    counts = sizes.tolist()
+    if counts != sorted(counts, reverse=True) or counts[-1] < 0 or sum(counts) != data.size(0):
         raise ValueError(
-            f"input.batch_sizes: got {sizes.tolist()}, expected sizes that never grow and sum to {data.size(0)}, the "
-            f"rows of the data"
+            f"input.batch_sizes: got {counts}, expected sizes that never grow and sum to {data.size(0)}, the rows of data"
         )
+    for name, indices in (("sorted_indices", input.sorted_indices), ("unsorted_indices", input.unsorted_indices)):
+        if indices is not None and indices.shape != (counts[0],):
+            raise ValueError(f"input.{name}: got {checks.shape_text(indices.shape)}, expected [B] = [{counts[0]}]")
 
 
 def _rows(module: Any) -> int:
@@ -123,29 +122,17 @@ def _check_input(module: Any, input: Any) -> tuple[int, ...]:
     return (input.size(0 if unbatched == 1 or module.batch_first else 1),)
 
 
-def _check_weights(module: Any, data: Tensor) -> tuple[int, int]:
+def _check_weights(module: Any, weights: Sequence[Tensor], data: Tensor) -> tuple[int, int]:
     """(H, P) of weights that fit each other and the input."""
-    sizes = _parse_weights(module, data.size(-1))
-    for w in [] if is_autocasting() else _weights(module):  # autocast gives them its own dtype
-        if w.dtype != data.dtype or w.device != data.device:
-            raise ValueError(f"weights: got {w.dtype} on {w.device}, expected input's {data.dtype} on {data.device}")
+    sizes = _check_shapes(module, weights, data.size(-1))
+    if not is_autocasting():  # which gives them its own dtype
+        checks.check_dtypes(data, weights)
     return sizes
 
 
-def _parse_weights(module: Any, input_size: int) -> tuple[int, int]:
+def _check_shapes(module: Any, weights: Sequence[Tensor], input_size: int) -> tuple[int, int]:
     layers, recurrences = (1, 1) if isinstance(module, nn.RNNCellBase) else (module.num_layers, _directions(module))
-    shapes = tuple(w.shape for w in _weights(module))
-    return checks.parse(module._fused_cell, shapes, input_size, layers, recurrences)[:2]
-
-
-def _weights(module: Any) -> list[Tensor]:
-    """Those that the twin's forward would take."""
-    if isinstance(module, nn.RNNCellBase):
-        named = (getattr(module, name) for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"))
-        return [w for w in named if w is not None]
-    module._update_flat_weights()
-    flat: list[Tensor] = module._flat_weights
-    return flat
+    return checks.check_shapes(module._fused_cell, weights, input_size, layers, recurrences)[:2]
 
 
 def _directions(module: Any) -> int:
@@ -170,14 +157,14 @@ class _NothingToSay(Exception):
     """Torch's checks let a call pass."""
 
 
-def _raise_in_torchs_words(module: Any, input: Any, hx: Any) -> None:
+def _raise_in_torchs_words(module: Any, weights: Sequence[Tensor], input: Any, hx: Any) -> None:
     """Run the twin's forward on stand-ins, with another _VF at the point where its checks in Python end."""
     forward = module._fused_twin.forward
     if not isinstance(forward, FunctionType) or "_VF" not in forward.__globals__:  # somebody's own
         return
     if isinstance(input, PackedSequence) and input.data.dim() == 2:
         check_packed(input)  # nothing of torch's reads batch_sizes that are wrong
-    scope = {**forward.__globals__, "_VF": _Kernels(module, input)}
+    scope = {**forward.__globals__, "_VF": _Kernels(module, weights, input)}
     checks_alone = FunctionType(forward.__code__, scope, "forward", forward.__defaults__, forward.__closure__)
     try:
         with torch.no_grad():
@@ -189,8 +176,8 @@ def _raise_in_torchs_words(module: Any, input: Any, hx: Any) -> None:
 class _Kernels:
     """In the place of torch._VF: passes stand-ins on to it, for its words alone, where that is safe."""
 
-    def __init__(self, module: Any, input: Any) -> None:
-        self._module, self._input = module, input
+    def __init__(self, module: Any, weights: Sequence[Tensor], input: Any) -> None:
+        self._module, self._weights, self._input = module, weights, input
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         sizes = getattr(self._input, "batch_sizes", None)
@@ -210,7 +197,7 @@ class _Kernels:
         """
         module, packed = self._module, isinstance(self._input, PackedSequence)
         try:
-            hidden, width = _parse_weights(module, module.input_size)
+            hidden, width = _check_shapes(module, self._weights, module.input_size)
         except ValueError:
             return False
         if isinstance(module, nn.RNNCellBase):
