@@ -333,7 +333,7 @@ def _stack(
         (x, weights), input_size = _with_a_feature(x, weights, recurrences, count), 1
     # An exported program holds the op as inference wants it; fused_rnn.rerun has its gradient.
     needs_grad = _needs_grad(x, weights, h0, c0) and not torch.compiler.is_exporting()
-    if needs_grad and steps == num_layers == 1:
+    if needs_grad and num_layers == 1 and steps == 1:
         weights = _savable(weights, x, h0, c0)
     problem = Problem(
         cell, x.dtype, device, steps == 1, batch, input_size, hidden, width, num_layers, recurrences, count >= 4,

@@ -383,7 +383,7 @@ def test_what_torch_does_not_refuse_is_refused_in_our_words() -> None:
         ("equal lengths, hx of a larger width", r"h0: got \[2, 3, 8\], expected \[L·R, B, P\] = \[2, 3, 7\]"),
         ("packed, equal lengths, narrower", r"weights\[0\]: got \[28, 5\], expected \[28, 4\]"),
         ("hx of a narrower dtype", r"h0: got torch.float16 on cpu, expected x's torch.float32 on cpu"),
-        ("batch_sizes that grow", r"input.batch_sizes: got \[2, 3, 2\], expected sizes that never grow and sum to 7"),
+        ("batch_sizes that grow", r"input.batch_sizes: got \[2, 3, 2\], expected sizes that never grow"),
         ("batch_sizes of more rows", r"input.batch_sizes: got \[3, 3, 3\], expected"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -96,7 +96,7 @@ def check_packed(input: PackedSequence) -> None:
     counts = sizes.tolist()
     if counts != sorted(counts, reverse=True) or counts[-1] < 0 or sum(counts) != data.size(0):
         raise ValueError(
-            f"input.batch_sizes: got {counts}, expected sizes that never grow and sum to {data.size(0)}, the rows of data"
+            f"input.batch_sizes: got {counts}, expected sizes that never grow and sum to the data's {data.size(0)} rows"
         )
     for name, indices in (("sorted_indices", input.sorted_indices), ("unsorted_indices", input.unsorted_indices)):
         if indices is not None and indices.shape != (counts[0],):
