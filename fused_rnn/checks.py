@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,9 +36,9 @@ def parse(cell: str, shapes: Shapes, input_size: int, num_layers: int, recurrenc
             f" for each of {num_layers} layer(s) × {recurrences} direction(s)"
         )
     projects = count in (3, 5)
-    rows, width = shapes[1] if len(shapes[1]) == 2 else (0, 0)
+    rows, width = shapes[1] if len(shapes[1]) == 2 else (0, 1)
     hidden = rows // spec.gates
-    if rows == 0 or rows != hidden * spec.gates or (width != hidden and not projects):
+    if rows != hidden * spec.gates or (width != hidden and not projects):
         raise ValueError(
             f"weights[1]: got {shape_text(shapes[1])},"
             f" expected w_hh [{spec.gates}·H, {'P' if projects else 'H'}] of a {cell}"
@@ -59,15 +60,27 @@ def check_weights(
     cell: str, x: Tensor, weights: Sequence[Tensor], input_size: int, num_layers: int, recurrences: int
 ) -> tuple[int, int, int]:
     """What `parse` says of the weights, which have x's dtype and device. Raises ValueError."""
+    sizes = check_shapes(cell, weights, input_size, num_layers, recurrences)
+    check_dtypes(x, weights)
+    return sizes
+
+
+def check_shapes(
+    cell: str, weights: Sequence[Tensor], input_size: int, num_layers: int, recurrences: int
+) -> tuple[int, int, int]:
+    """What `parse` says of the weights. Raises ValueError."""
     shapes = tuple([w.shape for w in weights])
     # Dynamo's sizes may be symbolic, which no cache can hold.
     known = parse if torch.compiler.is_compiling() else _parse_cached
-    sizes = known(cell, shapes, input_size, num_layers, recurrences)
+    return known(cell, shapes, input_size, num_layers, recurrences)
+
+
+def check_dtypes(x: Tensor, weights: Sequence[Tensor]) -> None:
+    """Whether the weights have x's dtype and device. Raises ValueError."""
     dtype, device = x.dtype, x.device
     for k, w in enumerate(weights):
         if w.dtype != dtype or w.device != device:
             raise ValueError(f"weights[{k}]: got {w.dtype} on {w.device}, expected x's {dtype} on {device}")
-    return sizes
 
 
 def check_sequence(x: Tensor) -> tuple[int, int, int]:
@@ -110,8 +123,19 @@ def check_lengths(lengths: Tensor | Sequence[int], x: Tensor) -> Tensor:
     return lengths.to(device=x.device, dtype=torch.int64)
 
 
-def check_reset(reset: Tensor, x: Tensor) -> Tensor:
-    """reset, if it is [T, B] bool on x's device; raises ValueError."""
+def as_reset(reset: Any, device: torch.device) -> Tensor:
+    """reset as a tensor, of one or of a nest of lists; raises ValueError."""
+    if isinstance(reset, Tensor):
+        return reset
+    try:
+        return torch.as_tensor(reset, device=device)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"reset: got {type(reset).__name__}, expected [T, B] of bool ({error})") from None
+
+
+def check_reset(reset: Tensor | Sequence[Sequence[bool]], x: Tensor) -> Tensor:
+    """reset as a tensor, if it is [T, B] bool on x's device; raises ValueError."""
+    reset = as_reset(reset, x.device)
     if reset.dtype != torch.bool:
         raise ValueError(f"reset: got {reset.dtype}, expected torch.bool")
     if reset.shape != x.shape[:2]:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.nn.functional import pad
 
 from fused_rnn import autograd, checks
 from fused_rnn.dispatch import resolve
@@ -30,7 +31,7 @@ def lstm(
     dropout: float = 0.0,
     training: bool = False,
     lengths: Tensor | Sequence[int] | None = None,
-    reset: Tensor | None = None,
+    reset: Tensor | Sequence[Sequence[bool]] | None = None,
     save: str = "gates",
     backend: str | None = None,
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
@@ -50,8 +51,8 @@ def lstm(
         lengths: [B] integers, any device, any order. Outputs at t ≥ lengths[b] are zero, the final state is that of the
             last valid step; the reverse direction starts there, as with a PackedSequence. On the CPU they must be
             0 … T.
-        reset: [T, B] bool. Where true, the state (h and c) that enters step t of sequence b is zero, in both
-            directions.
+        reset: [T, B] bool, a tensor or lists. Where true, the state (h and c) that enters step t of sequence b is zero,
+            in both directions.
         save: what is kept for backward, if a gradient is needed: "gates" (fastest) or "recompute" (states now and
             then).
         backend: "cpu", "torch", "reference", "cuda", "triton", or None for what measured fastest.
@@ -92,7 +93,7 @@ def gru(
     dropout: float = 0.0,
     training: bool = False,
     lengths: Tensor | Sequence[int] | None = None,
-    reset: Tensor | None = None,
+    reset: Tensor | Sequence[Sequence[bool]] | None = None,
     save: str = "gates",
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -132,7 +133,7 @@ def rnn(
     dropout: float = 0.0,
     training: bool = False,
     lengths: Tensor | Sequence[int] | None = None,
-    reset: Tensor | None = None,
+    reset: Tensor | Sequence[Sequence[bool]] | None = None,
     save: str = "gates",
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -262,6 +263,16 @@ def _needs_grad(x: Tensor, weights: Sequence[Tensor], h0: Tensor | None, c0: Ten
     return checks.in_transform()
 
 
+def _savable(weights: Sequence[Tensor], *inputs: Tensor | None) -> Sequence[Tensor]:
+    """The weights of a single step. Made in inference mode they cannot be saved for backward, which where no input asks
+    for a gradient has no use for them: torch does not save them then, so our Functions get copies."""
+    if torch.compiler.is_compiling() or not weights[0].is_inference():
+        return weights
+    if any(t is not None and t.requires_grad for t in inputs):
+        return weights
+    return [w.clone() for w in weights]
+
+
 def _forward_ad() -> bool:
     return forward_ad._current_level >= 0
 
@@ -279,6 +290,14 @@ def _autocast(x: Tensor, weights: Sequence[Tensor], h0: Tensor | None, c0: Tenso
     return cast(x), [cast(w) for w in weights], cast(h0), cast(c0)
 
 
+def _with_a_feature(
+    x: Tensor, weights: Sequence[Tensor], recurrences: int, count: int
+) -> tuple[Tensor, Sequence[Tensor]]:
+    """Input of no features as one of a feature that is zero: no loop over time need know of it."""
+    first = range(0, recurrences * count, count)  # the w_ih of the first layer
+    return pad(x, (0, 1)), [pad(w, (0, 1)) if k in first else w for k, w in enumerate(weights)]
+
+
 def _stack(
     cell: str,
     x: Tensor,
@@ -290,7 +309,7 @@ def _stack(
     dropout: float,
     training: bool,
     lengths: Tensor | Sequence[int] | None,
-    reset: Tensor | None,
+    reset: Tensor | Sequence[Sequence[bool]] | None,
     save: str,
     backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -310,8 +329,12 @@ def _stack(
         lengths = checks.check_lengths(lengths, x)
     if reset is not None:
         reset = checks.check_reset(reset, x)
+    if input_size == 0:
+        (x, weights), input_size = _with_a_feature(x, weights, recurrences, count), 1
     # An exported program holds the op as inference wants it; fused_rnn.rerun has its gradient.
     needs_grad = _needs_grad(x, weights, h0, c0) and not torch.compiler.is_exporting()
+    if needs_grad and num_layers == 1 and steps == 1:
+        weights = _savable(weights, x, h0, c0)
     problem = Problem(
         cell, x.dtype, device, steps == 1, batch, input_size, hidden, width, num_layers, recurrences, count >= 4,
         needs_grad, _forward_ad(), save if needs_grad else "none", lengths is not None, reset is not None,
@@ -361,6 +384,13 @@ def _layer(
     return outputs[0], outputs[1], outputs[2] if cell == "lstm" else None
 
 
+def _first(state: Tensor) -> Tensor:
+    """state [1, B, H], which nobody else holds, as [B, H], and no view: detach_() works on it, as it does in torch."""
+    if torch.compiler.is_compiling() or checks.in_transform():
+        return state.squeeze(0)
+    return state.squeeze_(0)
+
+
 def _step(
     cell: str, x: Tensor, h: Tensor | None, c: Tensor | None, weights: Sequence[Tensor], backend: str | None
 ) -> Sequence[Tensor]:
@@ -377,8 +407,12 @@ def _step(
         checks.check_state("h", h, x, (batch, hidden), "[B, H]")
     if c is not None:
         checks.check_state("c", c, x, (batch, hidden), "[B, H]")
+    if input_size == 0:
+        (x, weights), input_size = _with_a_feature(x, weights, 1, count), 1
     needs_grad = _needs_grad(x, weights, h, c)
     keeps = needs_grad and not torch.compiler.is_exporting()  # as in _stack
+    if keeps:
+        weights = _savable(weights, x, h, c)
     problem = Problem(
         cell, x.dtype, device, True, batch, input_size, hidden, hidden, 1, 1, count == 4,
         keeps, _forward_ad(), "gates" if keeps else "none", False, False, checks.in_transform(),
@@ -390,4 +424,4 @@ def _step(
         return state
     h, c = (t if t is None else t.unsqueeze(0) for t in (h, c))
     _, h_n, c_n = _layer(chosen, problem, x.unsqueeze(0), weights, h, c, None, None, False)
-    return [h_n[0]] if c_n is None else [h_n[0], c_n[0]]
+    return [_first(s) for s in (h_n, c_n) if s is not None]

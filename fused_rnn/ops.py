@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from fused_rnn import rerun, vmap
 from fused_rnn.cells import CELLS
@@ -25,7 +26,7 @@ except ImportError as error:
     _C, MISSING = None, f"the compiled extension fused_rnn._C did not load ({error})"
 
 # The op fused_rnn::step takes the cell as a number: a string costs more to hand over than a small step takes.
-CODES = {name: code for code, name in enumerate(CELLS)}
+CODES = {"lstm": 0, "gru": 1, "rnn_tanh": 2, "rnn_relu": 3}  # csrc/params.h's Cell
 
 
 def _absent(*_: Any) -> list[Tensor]:
@@ -43,14 +44,19 @@ step: Callable[..., list[Tensor]] = _absent
 
 # A step past the dispatcher, where this torch lends its tensors to plain functions.
 quick_step: Callable[..., tuple[Tensor, ...] | None] | None = None
-# Each says whether something is on for which a step has to be seen as an op. Called on every step.
+# All that may watch a call, or change what operators mean, and that a step past the dispatcher would slip by: while any
+# of it is on, a step is the op. Each is called on every step, in some 30 ns. Beside them csrc/ops/lent.cpp asks for the
+# level of forward-mode differentiation, which a variable in Python alone tells, and for the callbacks of profilers.
+# A gradient, which is not asked for here, is what saved-tensor hooks, anomaly detection and checkpointing go with;
+# inference mode and deterministic filling are torch.empty's, by which results are made; tensor subclasses, conjugate,
+# negative, functional, batched, sparse and meta tensors are not read; Dynamo is asked for by the modules.
+# tests/test_watchers.py has one of each.
 _WATCHERS = (
     torch._C._are_functorch_transforms_active,
     torch._C._is_any_autocast_enabled,
-    torch._C._is_torch_function_mode_enabled,
+    torch._C._is_torch_function_mode_enabled,  # the default device is one
     torch._C._is_tracing,
-    torch._C._len_torch_dispatch_stack,
-    torch._C._autograd._profiler_enabled,
+    torch._C._len_torch_dispatch_stack,  # those of fake, functional and proxy tensors, too
 )
 
 
@@ -58,7 +64,7 @@ def _lends_tensors() -> bool:
     exchange = getattr(Tensor, "__dlpack_c_exchange_api__", None)
     if exchange is None or not _C.use_exchange(exchange, Tensor, nn.Parameter, torch.empty_like):
         return False
-    _C.watch_steps(_WATCHERS)
+    _C.watch_steps(_WATCHERS, vars(forward_ad))
     return True
 
 

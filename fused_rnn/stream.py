@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
 from fused_rnn import checks, functional, ops
@@ -218,6 +219,8 @@ class Stream:
             raise ValueError(f"{name}: got {t.dtype} on {t.device}, expected {self.dtype} on {self.device}")
         if not is_compiling() and (type(t) not in _PLAIN or t.layout is not torch.strided):
             raise TypeError(f"{name}: got a {type(t).__name__} of {t.layout}, expected a plain tensor {letters}")
+        if forward_ad._current_level >= 0 and forward_ad.unpack_dual(t).tangent is not None:
+            raise RuntimeError(f"{name}: carries a tangent of forward-mode differentiation, which a stream has not")
         if t.requires_grad and torch.is_grad_enabled():
             raise RuntimeError(
                 f"{name}: requires a gradient, which a stream has not; detach it, or use torch.no_grad()"

@@ -11,6 +11,7 @@ import torch
 import torch._dynamo
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pack_padded_sequence
 from twins import CELLS, MODULES, SEQUENCES, cast, flatten, make, states
 
 import fused_rnn
@@ -170,3 +171,26 @@ def test_a_step_that_overflows_is_skipped() -> None:
         changed.append(any(not torch.equal(p, q) for p, q in zip(module.parameters(), before, strict=True)))
     assert not changed[0] and changed[-1]
     assert all(bool(p.isfinite().all()) for p in module.parameters())
+
+
+@pytest.mark.parametrize("grad", [True, False], ids=["grad", "no_grad"])
+@pytest.mark.parametrize("backend", [None, "reference", "torch"])
+@pytest.mark.parametrize("name", MODULES)
+def test_a_float16_module_under_autocast_to_bfloat16(name: str, backend: str | None, grad: bool) -> None:
+    """Some of torch's operators refuse float16 there; no call of ours meets one, packed input included."""
+    module, args = problem(name, backend)
+    module, args = module.half(), cast(args, torch.float16)
+    by_hand = copy.deepcopy(module).bfloat16()
+    calls = [args]
+    if name in SEQUENCES:
+        calls.append((pack_padded_sequence(args[0], [5, 2, 1]), args[1]))
+        calls.append((pack_padded_sequence(args[0], [2, 5, 1], enforce_sorted=False), args[1]))
+    for call in calls:
+        with torch.set_grad_enabled(grad):
+            with torch.autocast("cpu", torch.bfloat16):
+                outputs = flatten(module(*call))
+            for one, other in zip(outputs, flatten(by_hand(*cast(call, torch.bfloat16))), strict=True):
+                assert torch.equal(one, other)
+        if grad:
+            sum(t.float().sum() for t in outputs if t.is_floating_point()).backward()
+            assert all(p.grad.dtype == torch.float16 and p.grad.isfinite().all() for p in module.parameters())

@@ -16,6 +16,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 import fused_rnn
 from fused_rnn import dispatch, fastest, ops
+from fused_rnn.cells import CELLS
 from fused_rnn.dispatch import BACKENDS, choose
 from fused_rnn.nn import base
 from fused_rnn.problem import Problem
@@ -275,3 +276,24 @@ def test_modules_go_by_the_same_table(measured: None, monkeypatch: pytest.Monkey
         ("rnn_tanh", True, 2, 4, 4, 1, 1, True, True, False),
         ("lstm", True, 1, 4, 4, 1, 1, True, True, False),
     ]
+
+
+def test_an_unknown_cell_is_refused_with_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By every backend for itself; also a cell that has a plain step, and no kernel yet."""
+    unknown = PROBLEM._replace(cell="mlstm")
+    for name, module in BACKENDS.items():
+        if module.supports(PROBLEM) is None:
+            expected = "it knows the cells lstm, gru, rnn_tanh, rnn_relu, not 'mlstm'"
+            assert module.supports(unknown) == expected, name
+    with pytest.raises(NotImplementedError, match="no backend can run this mlstm problem"):
+        choose(unknown)
+    monkeypatch.setitem(CELLS, "mlstm", CELLS["lstm"])
+    assert [name for name, module in BACKENDS.items() if module.supports(unknown) is None] == ["reference"]
+
+
+def test_every_backend_has_the_cells_that_it_says() -> None:
+    pytest.importorskip("triton")
+    from fused_rnn.triton_kernels import device
+    from fused_rnn.triton_kernels.cells import KERNELS
+
+    assert tuple(KERNELS) == device.CELLS

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from functools import partial
 from typing import Any
 
 import pytest
@@ -10,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 from twins import CELLS, MODULES, SEQUENCES, flatten, make
+
+from fused_rnn.dispatch import BACKENDS
 
 
 def outcome(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> tuple[type | None, Any]:
@@ -252,3 +255,209 @@ def test_wrong_lengths_and_resets(name: str) -> None:
         ours(PACKED, lengths=torch.tensor([4, 2, 1]))
     with pytest.raises(RuntimeError, match="must be equal to input_size"):  # torch's words for what is torch's
         ours(h(4, 3, 6), lengths=torch.tensor([1, 2, 3]))
+
+
+# Calls that torch's checks let pass, and its kernels answer with numbers read past a buffer, or not at all.
+def more_rows(module: nn.Module, name: str) -> None:
+    """A weight of one row too many."""
+    old = getattr(module, name)
+    setattr(module, name, nn.Parameter(torch.ones(old.shape[0] + 1, *old.shape[1:])))
+
+
+def packed(lengths: list[int], width: int = 5, sorted_: bool = True) -> PackedSequence:
+    return pack_padded_sequence(h(max(lengths), len(lengths), width), lengths, enforce_sorted=sorted_)
+
+
+def with_sizes(*sizes: int, dtype: torch.dtype = torch.int64) -> PackedSequence:
+    return PackedSequence(h(7, 5), torch.tensor(sizes, dtype=dtype))
+
+
+EQUAL = packed([4, 4, 4])
+# A pair stands for (h, c), and for h alone where there is no c.
+UNCHECKED: dict[str, tuple[Any, ...]] = {
+    "packed, wrong width": (packed([4, 2, 1], 6),),
+    "packed, equal lengths, wrong width": (packed([4, 4, 4], 6),),
+    "packed, equal lengths, narrower": (packed([4, 4, 4], 4),),
+    **{
+        f"{kind}, hx of {what}": (input, (h(*size), h(*size)))
+        for kind, input in (("packed", PACKED), ("equal lengths", EQUAL), ("unsorted", UNSORTED))
+        for what, size in (
+            ("a smaller batch", (2, 2, 7)),
+            ("a batch of one", (2, 1, 7)),
+            ("fewer rows", (1, 3, 7)),
+            ("more rows", (3, 3, 7)),
+            ("a smaller width", (2, 3, 6)),
+            ("a larger width", (2, 3, 8)),
+        )
+    },
+    "packed, hx of a larger batch": (PACKED, (h(2, 4, 7), h(2, 4, 7))),
+    "hx of a narrower dtype": (X, (h(2, 3, 7).half(), h(2, 3, 7).half())),
+    "equal lengths, hx of a narrower dtype": (EQUAL, (h(2, 3, 7).half(), h(2, 3, 7).half())),
+    "batch_sizes of fewer rows": (with_sizes(3, 2, 1),),
+    "batch_sizes of more rows": (with_sizes(3, 3, 3),),
+    "batch_sizes that grow": (with_sizes(2, 3, 2),),
+    "batch_sizes below zero": (with_sizes(5, 3, -1),),
+    "batch_sizes of another dtype": (with_sizes(3, 2, 2, dtype=torch.int32),),
+    "no batch_sizes": (PackedSequence(h(7, 5), torch.zeros(0, dtype=torch.int64)),),
+    "more indices than sequences": (PackedSequence(h(7, 5), torch.tensor([3, 2, 2]), torch.tensor([0, 2, 1, 3])),),
+}
+WAYS: dict[str, dict[str, Any]] = {
+    "by itself": {},
+    "torch": {"backend": "torch"},
+    "reference": {"backend": "reference"},
+    "traced": {},
+    "a subclass": {},
+}
+
+
+class Passed(Tensor):
+    """Of a type that only torch's own operators take."""
+
+
+def fail(*_: Any, **__: Any) -> None:
+    raise AssertionError("a kernel was reached")
+
+
+@pytest.fixture
+def no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's and ours, with the arguments that were given."""
+
+    class Kernels:
+        lstm = gru = rnn_tanh = rnn_relu = lstm_cell = gru_cell = rnn_tanh_cell = rnn_relu_cell = staticmethod(fail)
+
+    monkeypatch.setattr("torch.nn.modules.rnn._VF", Kernels)
+    for backend in BACKENDS.values():
+        for name in ("forward", "step"):
+            monkeypatch.setattr(backend, name, fail)
+    monkeypatch.setattr(BACKENDS["torch"], "stack", fail)
+
+
+def call_broken(module: Any, way: str, input: Any, hx: Any, grad: bool) -> None:
+    """Whatever the exception is, it is not that of `fail`."""
+    if way == "a subclass":
+        data = input.data if isinstance(input, PackedSequence) else input
+        data = data.as_subclass(Passed)
+        input = input._replace(data=data) if isinstance(input, PackedSequence) else data
+    packed = isinstance(input, PackedSequence)
+
+    def run(data: Tensor) -> Any:
+        return module(input._replace(data=data) if packed else data, hx)
+
+    call = partial(torch.jit.trace, run, check_trace=False) if way == "traced" else run
+    with torch.set_grad_enabled(grad), pytest.raises((ValueError, RuntimeError, IndexError, TypeError)):
+        call(input.data if packed else input)
+
+
+@pytest.mark.usefixtures("no_kernel")
+@pytest.mark.parametrize("grad", [True, False], ids=["grad", "no_grad"])
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("case", UNCHECKED)
+@pytest.mark.parametrize("name", SEQUENCES)
+def test_what_is_refused_reaches_no_kernel(name: str, case: str, way: str, grad: bool) -> None:
+    input, *rest = UNCHECKED[case]
+    hx = rest[0] if rest else None
+    for options in ({}, {"dropout": 0.5}):
+        ours, _ = make(name, 5, 7, 2, **options, extras=WAYS[way])
+        call_broken(ours, way, input, hx if name == "LSTM" or hx is None else hx[0], grad)
+
+
+@pytest.mark.usefixtures("no_kernel")
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", MODULES)
+def test_weights_of_a_wrong_size_reach_no_kernel(name: str, way: str) -> None:
+    for size in (7, 1):  # with one unit a row too many leaves torch's GRU a gate short
+        ours, _ = make(name, 5, size)
+        for weight in [key for key, _ in ours.named_parameters()]:
+            for input in [h(3, 5)] if name in CELLS else [X, X[:1], X[:, 0], PACKED, EQUAL]:
+                ours, _ = make(name, 5, size, extras=WAYS[way])
+                more_rows(ours, weight)
+                for grad in (True, False):
+                    call_broken(ours, way, input, None, grad)
+
+
+def test_what_torch_does_not_refuse_is_refused_in_our_words() -> None:
+    ours, _ = make("LSTM", 5, 7, 2)
+    for case, message in (
+        ("equal lengths, hx of a smaller batch", r"h_0: got \[2, 2, 7\], expected \[L·R, B, P\] with \[2, 3\]"),
+        ("packed, hx of fewer rows", r"h_0: got \[1, 3, 7\], expected \[L·R, B, P\] with \[2, 3\]"),
+        ("equal lengths, hx of a larger width", r"h0: got \[2, 3, 8\], expected \[L·R, B, P\] = \[2, 3, 7\]"),
+        ("packed, equal lengths, narrower", r"weights\[0\]: got \[28, 5\], expected \[28, 4\]"),
+        ("hx of a narrower dtype", r"h0: got torch.float16 on cpu, expected x's torch.float32 on cpu"),
+        ("batch_sizes that grow", r"input.batch_sizes: got \[2, 3, 2\], expected sizes that never grow"),
+        ("batch_sizes of more rows", r"input.batch_sizes: got \[3, 3, 3\], expected"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ours(*UNCHECKED[case])
+
+
+@pytest.mark.parametrize("backend", [None, "torch", "reference"])
+def test_rows_of_equal_lengths_may_come_in_three_dimensions(backend: str | None) -> None:
+    """As they may to torch's LSTM, by whichever backend."""
+    given = PackedSequence(torch.randn(4, 3, 5), torch.tensor([3, 3, 3, 3]))
+    ours, twin = make("LSTM", 5, 7, extras={"backend": backend})
+    for a, b in zip(flatten(ours(given)), flatten(twin(given)), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_dropout_takes_states_of_its_layers_alone() -> None:
+    """Packed, in training, where the layers run one by one."""
+    for name in SEQUENCES:
+        ours, twin = make(name, 5, 7, 2, dropout=0.5)
+        states = (h(4, 3, 7), h(4, 3, 7)) if name == "LSTM" else h(4, 3, 7)
+        with pytest.raises((ValueError, RuntimeError)) as refused:
+            ours(PACKED, states)
+        if name != "LSTM":  # whose twin reads the first two rows
+            with pytest.raises(RuntimeError) as expected:
+                twin(PACKED, states)
+            assert str(refused.value) == str(expected.value)
+
+
+SPARSE = {"coo": Tensor.to_sparse, "csr": Tensor.to_sparse_csr, "mkldnn": Tensor.to_mkldnn}
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support")
+@pytest.mark.parametrize("grad", [True, False], ids=["grad", "no_grad"])
+@pytest.mark.parametrize("layout", SPARSE)
+@pytest.mark.parametrize("name", MODULES)
+def test_sparse_tensors_meet_what_they_meet_in_torch(name: str, layout: str, grad: bool) -> None:
+    x, state = (h(3, 5), h(3, 7)) if name in CELLS else (h(4, 3, 5), h(1, 3, 7))
+    for which in ("input", "hx"):
+        try:
+            strange = SPARSE[layout](x if which == "input" else state)
+        except RuntimeError:  # a layout that has no three dimensions
+            continue
+        hx = strange if which == "hx" else state
+        given = (strange if which == "input" else x, (hx, hx) if "LSTM" in name else hx)
+        with torch.set_grad_enabled(grad):
+            (ours, got), (twin, expected) = (outcome(module, given, {}) for module in make(name, 5, 7))
+        assert ours == twin
+        if twin is not None:
+            assert got == expected
+        else:
+            torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("name", SEQUENCES)
+def test_a_reset_of_lists(name: str) -> None:
+    for batch_first in (False, True):
+        ours, _ = make(name, 5, 7, batch_first=batch_first)
+        x = torch.randn(3, 4, 5) if batch_first else torch.randn(4, 3, 5)
+        reset = torch.rand(x.shape[:2]) < 0.5
+        for grad in (True, False):
+            with torch.set_grad_enabled(grad):
+                expected = flatten(ours(x, lengths=torch.tensor([4, 2, 3]), reset=reset))
+                got = flatten(ours(x, lengths=[4, 2, 3], reset=reset.tolist()))
+                assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+                alone = torch.randn(4, 5), torch.tensor([True, False, True, False])
+                expected = flatten(ours(alone[0], reset=alone[1]))
+                got = flatten(ours(alone[0], reset=alone[1].tolist()))
+                assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+    for wrong, message in (
+        ([[True], [True, False]], "reset: got list, expected .*bool"),
+        ([[0, 1, 0, 1]] * 3, "reset: got torch.int64, expected torch.bool"),
+        ([[True] * 4] * 2, r"reset: got \[4, 2\], expected \[T, B\] = \[4, 3\]"),
+        ([True, False, True], r"reset: got \[3\], expected \[B, T\]"),
+        ("yes", "reset: got str"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ours(x, reset=wrong)

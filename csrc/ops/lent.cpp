@@ -1,5 +1,10 @@
 #include "lent.h"
 
+namespace at {
+// Not of the stable ABI, hence weak: where it is not there, every call takes the way on which callbacks are called.
+__attribute__((weak)) bool hasCallbacks();
+}  // namespace at
+
 namespace fused_rnn::ops {
 
 const dlpack::Exchange* exchange = nullptr;
@@ -17,6 +22,34 @@ PyObject* use_exchange(PyObject*, PyObject* const* args, Py_ssize_t count) {
   tensor_type = args[1], parameter_type = args[2], empty_like = args[3];
   exchange = api;
   Py_RETURN_TRUE;
+}
+
+namespace {
+
+PyObject *forward_ad_names, *current_level;
+
+}  // namespace
+
+void watch_forward_ad(PyObject* forward_ad) {
+  Py_INCREF(forward_ad);  // for good
+  forward_ad_names = forward_ad;
+  current_level = PyUnicode_InternFromString("_current_level");
+}
+
+bool has_tangents() {
+  PyObject* const level = forward_ad_names ? PyDict_GetItemWithError(forward_ad_names, current_level) : nullptr;
+  const bool off = level && PyLong_Check(level) && PyLong_AsLong(level) < 0;
+  PyErr_Clear();
+  return !off;
+}
+
+bool has_callbacks() { return !at::hasCallbacks || at::hasCallbacks(); }
+
+bool is_negative(PyObject* tensor) {
+  static PyObject* const name = PyUnicode_InternFromString("is_neg");
+  const Owned answer{PyObject_CallMethodNoArgs(tensor, name)};
+  PyErr_Clear();
+  return answer.object != Py_False;
 }
 
 namespace {

@@ -20,6 +20,14 @@ bool read(PyObject* object, dlpack::Tensor& t, int dims, int64_t s0, int64_t s1 
 bool read_integers(PyObject* object, dlpack::Tensor& t, int64_t s0);
 bool read_bools(PyObject* object, dlpack::Tensor& t, int64_t s0, int64_t s1);
 
+// What watches a call that the dispatcher does not see, in two nanoseconds. forward_ad: the names of torch.autograd.forward_ad, which keeps
+// its level there alone. Callbacks are those of profilers and tracers of executions, of this thread or of all.
+void watch_forward_ad(PyObject* forward_ad);
+bool has_tangents();
+bool has_callbacks();
+// Whether a tensor is a lazy negation of what its memory holds, which DLPack does not tell.
+bool is_negative(PyObject* tensor);
+
 struct Owned {  // a reference that is given back
   PyObject* object = nullptr;
   ~Owned() { Py_XDECREF(object); }

@@ -22,12 +22,15 @@ PyObject *new_empty, *watchers[kMostWatchers];
 PyObject* names[2][5];  // of the weights, in a cell and in a layer
 Py_ssize_t watching = 0;
 
-// watch_steps(watchers): functions that say whether something is on that a call of an op would not pass unnoticed.
-PyObject* watch_steps(PyObject*, PyObject* tuple) {
-  if (!PyTuple_Check(tuple) || PyTuple_GET_SIZE(tuple) > kMostWatchers) {
-    PyErr_SetString(PyExc_TypeError, "watch_steps: expected a tuple of at most 8 functions");
+// watch_steps(watchers, forward_ad): functions that say whether something is on that a call of an op would not pass unnoticed, and the
+// names of torch.autograd.forward_ad.
+PyObject* watch_steps(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  if (count != 2 || !PyTuple_Check(args[0]) || PyTuple_GET_SIZE(args[0]) > kMostWatchers || !PyDict_Check(args[1])) {
+    PyErr_SetString(PyExc_TypeError, "watch_steps: expected a tuple of at most 8 functions, and a dict");
     return nullptr;
   }
+  watch_forward_ad(args[1]);
+  PyObject* const tuple = args[0];
   Py_INCREF(tuple);  // for good
   watching = PyTuple_GET_SIZE(tuple);
   for (Py_ssize_t i = 0; i < watching; ++i) watchers[i] = PyTuple_GET_ITEM(tuple, i);
@@ -108,6 +111,8 @@ PyObject* quick_step(PyObject*, PyObject* const* args, Py_ssize_t count) {
   if ((bits != 32 && bits != 64) || w_ih.bits != bits || w_hh.bits != bits || (!zero && h.bits != bits) ||
       (!zero && lstm && c.bits != bits) || (bias && (b_ih.bits != bits || b_hh.bits != bits)) || (projects && w_hr.bits != bits))
     Py_RETURN_NONE;
+  if (has_tangents() || has_callbacks() || is_negative(x_object)) Py_RETURN_NONE;
+  if (!zero && (is_negative(h_object) || (lstm && is_negative(c_object)))) Py_RETURN_NONE;
   for (Py_ssize_t i = 0; i < watching; ++i) {
     const Owned answer{PyObject_CallNoArgs(watchers[i])};
     if (!answer.object) return nullptr;
@@ -159,7 +164,7 @@ PyObject* quick_step(PyObject*, PyObject* const* args, Py_ssize_t count) {
 PyMethodDef methods[] = {
     {"use_exchange", as_method(use_exchange), METH_FASTCALL,
      "Hand over torch.Tensor's DLPack exchange API; False if it is of another version."},
-    {"watch_steps", watch_steps, METH_O, "Hand over what says that a step has to be seen as an op."},
+    {"watch_steps", as_method(watch_steps), METH_FASTCALL, "Hand over what says that a step has to be seen as an op."},
     {"quick_step", as_method(quick_step), METH_FASTCALL, "A layer without gradient, or a single step, past the dispatcher; or None."},
     {nullptr, nullptr, 0, nullptr},
 };

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fused_rnn import ops
+from fused_rnn.cells import unknown
 from fused_rnn.rerun import without_gradient
 
 if TYPE_CHECKING:
@@ -28,6 +29,10 @@ def supports(problem: Problem) -> str | None:
         return f"it runs tensors on the cpu, these are on {problem.device}"
     if problem.dtype not in DTYPES:
         return f"it knows float32, float64, bfloat16 and float16, not {problem.dtype}"
+    if (reason := unknown(problem.cell, ops.CODES)) is not None:
+        return reason
+    if problem.hidden_size == 0:
+        return "it has no loop over no hidden units"
     if problem.forward_ad:
         return "it has no forward-mode derivative"
     return None

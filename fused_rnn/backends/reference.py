@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from fused_rnn.cells import CELLS
+from fused_rnn.cells import CELLS, unknown
 from fused_rnn.cells.gradient import backward_layer
 from fused_rnn.cells.loop import run_layer, without_autocast
 
@@ -21,6 +21,8 @@ stack = None  # functional runs the layers one by one
 
 def supports(problem: Problem) -> str | None:
     """None if this backend can run the problem, else the reason it cannot."""
+    if (reason := unknown(problem.cell, CELLS)) is not None:
+        return reason
     if problem.needs_grad and problem.save == "recompute":
         return "it keeps what autograd keeps; save='recompute' needs the cpu backend"
     return None
@@ -80,7 +82,7 @@ def step(x: Tensor, h: Tensor | None, c: Tensor | None, weights: Sequence[Tensor
     with without_autocast(x):
         h, c = (t if t is None else t.unsqueeze(0) for t in (h, c))
         _, h_n, c_n = run_layer(x.unsqueeze(0), weights, h, c, None, None, cell, (1,))
-    return [h_n[0]] if c_n is None else [h_n[0], c_n[0]]
+    return [s.squeeze(0).clone() for s in (h_n, c_n) if s is not None]  # no views, as those of other backends
 
 
 def describe(problem: Problem) -> str:

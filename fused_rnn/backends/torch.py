@@ -9,6 +9,8 @@ import torch
 from torch import _VF, Tensor
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
+from fused_rnn.cells import unknown
+
 if TYPE_CHECKING:
     from fused_rnn.problem import Problem
 
@@ -31,6 +33,8 @@ _STEPS: dict[str, Callable[..., Any]] = {
 
 def supports(problem: Problem) -> str | None:
     """None if this backend can run the problem, else the reason it cannot."""
+    if (reason := unknown(problem.cell, _STACKS)) is not None:
+        return reason
     if problem.reset:
         return "torch's kernels know no reset"
     if problem.needs_grad and problem.save == "recompute":

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fused_rnn.cells import CELLS
+from fused_rnn.cells import CELLS, unknown
 from fused_rnn.layer import op
 from fused_rnn.rerun import without_gradient
 from fused_rnn.triton_kernels import device as devices
@@ -38,6 +38,10 @@ def supports(problem: Problem) -> str | None:
         return reason
     if problem.dtype not in devices.DTYPES:
         return f"it knows float32, bfloat16 and float16, not {problem.dtype}"
+    if (reason := unknown(problem.cell, devices.CELLS)) is not None:
+        return reason
+    if problem.hidden_size == 0:
+        return "it has no loop over no hidden units"
     if problem.forward_ad:
         return "it has no forward-mode derivative"
     return _too_large(problem.batch, problem.recurrences, problem.hidden_size)

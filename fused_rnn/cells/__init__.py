@@ -3,8 +3,8 @@
 from fused_rnn.cells.gru import GRU
 from fused_rnn.cells.lstm import LSTM
 from fused_rnn.cells.rnn import RNN_RELU, RNN_TANH
-from fused_rnn.cells.spec import Spec
+from fused_rnn.cells.spec import Spec, unknown
 
 CELLS: dict[str, Spec] = {spec.name: spec for spec in (LSTM, GRU, RNN_TANH, RNN_RELU)}
 
-__all__ = ["CELLS", "Spec"]
+__all__ = ["CELLS", "Spec", "unknown"]

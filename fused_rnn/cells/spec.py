@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from torch import Tensor
@@ -24,3 +24,8 @@ class Spec(NamedTuple):
     stored: int
     has_c: bool
     step: Step
+
+
+def unknown(cell: str, known: Iterable[str]) -> str | None:
+    """Why a backend with kernels for these cells cannot run this one; None where it can."""
+    return None if cell in known else f"it knows the cells {', '.join(known)}, not {cell!r}"

@@ -12,7 +12,6 @@ from torch.compiler import is_compiling
 from torch.nn.utils.rnn import PackedSequence
 
 from fused_rnn import dispatch
-from fused_rnn.cells import CELLS
 from fused_rnn.dispatch import BACKENDS
 from fused_rnn.layer.precision import tf32_allowed
 from fused_rnn.nn.plain import is_functorch, is_jit_tracing
@@ -30,6 +29,7 @@ class Fused(nn.Module):
     """
 
     _fused_twin: ClassVar[type[nn.Module]]
+    _fused_cell: str  # its name in cells.CELLS
     _fused_states: ClassVar[int] = 1  # how many states a step has: h, or h and c
     # On the class too, for modules whose state was saved by torch.nn, which has no such attribute.
     _fused_backend: str | None = None
@@ -72,7 +72,6 @@ def _is_left(module: Fused, weights: Sequence[Tensor], input: Tensor | PackedSeq
     """Whether dispatch leaves a call on a GPU to torch."""
     w_ih, w_hh = weights[:2]
     hidden, width = int(module.hidden_size), w_hh.shape[1]  # type: ignore[arg-type]
-    cell = next(name for name, spec in CELLS.items() if spec.gates * hidden == w_hh.shape[0])
     packed = isinstance(input, PackedSequence)
     if isinstance(input, PackedSequence):
         steps, batch = len(input.batch_sizes), int(input.batch_sizes[0])
@@ -86,8 +85,8 @@ def _is_left(module: Fused, weights: Sequence[Tensor], input: Tensor | PackedSeq
     bias = len(weights) >= 4 * layers * recurrences
     return dispatch.is_left_to_torch(
         Problem(
-            cell, dtype, "cuda", steps == 1, batch, w_ih.shape[1], hidden, width, layers, recurrences, bias,
-            is_grad_enabled(), False, "gates", packed, False, False, tf32_allowed(),
+            module._fused_cell, dtype, "cuda", steps == 1, batch, w_ih.shape[1], hidden, width, layers, recurrences,
+            bias, is_grad_enabled(), False, "gates", packed, False, False, tf32_allowed(),
         )
     )  # fmt: skip
 
@@ -101,29 +100,3 @@ def _twin_can(module: Fused) -> bool:
     if is_compiling() or is_functorch() or forward_ad._current_level >= 0:
         return False
     return not is_grad_enabled() or (module.training and getattr(module, "_fused_save", "gates") == "gates")
-
-
-def run_twin(module: Fused, input: Any, hx: Any, extras: bool = False) -> Any:
-    """The twin's result for a call on other than plain tensors, or its error. extras: lengths or reset were given.
-
-    Raises NotImplementedError where the twin has a result, but not the one that was asked for.
-    """
-    result = module._fused_twin.forward(module, input, hx)
-    if extras or module._fused_backend not in (None, "torch"):
-        raise NotImplementedError(
-            f"{type(module).__name__} with lengths, reset or backend={module._fused_backend!r} takes plain tensors "
-            f"alone, got an input of type {type(input).__name__} and parameters of "
-            f"type {', '.join({type(p).__name__ for p in module.parameters()})}"
-        )
-    return result
-
-
-def refuse(module: Fused, input: Any, hx: Any, error: ValueError, extras: bool = False) -> Any:
-    """Where functional refused an argument: torch's modules do that in words, and with exceptions, of their own.
-
-    Raises the twin's exception, or else, if something that only we have was asked for, functional's.
-    """
-    result = module._fused_twin.forward(module, input, hx)
-    if extras or module._fused_backend is not None:
-        raise error
-    return result

@@ -16,20 +16,18 @@ from torch.nn import LSTMCell as TorchLSTMCell
 from torch.nn import RNNCell as TorchRNNCell
 
 from fused_rnn import functional
-from fused_rnn.nn.base import Fused, known_backend, prefers_twin, refuse, run_twin
+from fused_rnn.nn.base import Fused, known_backend, prefers_twin
 from fused_rnn.nn.plain import (
     CELL_CODES,
-    PLAIN,
     QUICK_STEP,
     STEP,
     STEP_SIZE,
     STEPPING,
     are_plain,
-    is_autocasting,
-    is_functorch,
+    is_ordinary_mode,
     is_plain_hx,
-    is_tracing,
 )
+from fused_rnn.nn.twin import refuse, run_twin
 
 _WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")  # the latter two None where there is no bias
 _LSTM, _GRU = CELL_CODES["lstm"], CELL_CODES["gru"]
@@ -64,12 +62,10 @@ def _step(module: Cell, input: Any, h: Any, c: Any, code: int) -> Sequence[Tenso
             return stepped
     if (
         type(input) is not Tensor
+        or not is_ordinary_mode()  # before any size, of which torch.jit.trace keeps what becomes of it
         or input.dim() != 2
         or input.numel() > STEP_SIZE
         or not input.is_cpu
-        or is_tracing()
-        or is_autocasting()
-        or is_functorch()
     ):
         return None
     try:
@@ -82,9 +78,9 @@ def _step(module: Cell, input: Any, h: Any, c: Any, code: int) -> Sequence[Tenso
 def _run(module: Cell, function: Callable[..., Any], input: Any, hx: Any) -> Any:
     """forward, of any call. function: functional.lstm_cell, gru_cell or rnn_cell."""
     weights, states, backend = _read_weights(module), module._fused_states, module._fused_backend
-    plain = type(input) in PLAIN and are_plain(weights) and is_plain_hx(hx, states)
+    plain = are_plain((input, *weights)) and is_plain_hx(hx, states)
     if not plain or prefers_twin(module, weights, input):
-        return run_twin(module, input, hx)
+        return run_twin(module, weights, input, hx)
     try:
         if input.dim() != 1:
             return function(input, hx, weights, backend=backend)
@@ -95,7 +91,7 @@ def _run(module: Cell, function: Callable[..., Any], input: Any, hx: Any) -> Any
         h, c = function(x, batched, weights, backend=backend)
         return h.squeeze(0), c.squeeze(0)
     except ValueError as error:
-        return refuse(module, input, hx, error)
+        return refuse(module, weights, input, hx, error)
 
 
 def _read_weights(module: Cell) -> list[Tensor]:
@@ -140,6 +136,7 @@ class LSTMCell(Cell):
     """
 
     _fused_twin = TorchLSTMCell
+    _fused_cell = "lstm"
     _fused_states = 2
 
     def __init__(
@@ -197,6 +194,7 @@ class GRUCell(Cell):
     """
 
     _fused_twin = TorchGRUCell
+    _fused_cell = "gru"
 
     def __init__(
         self,
@@ -270,10 +268,14 @@ class RNNCell(Cell):
 
         def __call__(self, input: Tensor, hx: Tensor | None = None) -> Tensor: ...
 
+    @property
+    def _fused_cell(self) -> str:  # type: ignore[override]
+        return "rnn_relu" if self.nonlinearity == "relu" else "rnn_tanh"
+
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """One step: h'. Shapes and errors stand in the class's docstring."""
         if self.nonlinearity not in _RNN:  # torch.nn refuses it here, not in __init__
-            refused: Tensor = run_twin(self, input, hx)
+            refused: Tensor = run_twin(self, _read_weights(self), input, hx)
             return refused
         code, function = _RNN[self.nonlinearity]
         stepped = _step(self, input, hx, None, code)

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
+from torch.compiler import is_compiling
+
+from fused_rnn.cells.loop import without_autocast
+from fused_rnn.nn.plain import is_functorch
 
 
 class Layout:
@@ -26,10 +31,25 @@ class Layout:
     def pad(self, data: Tensor) -> Tensor:
         """data [sum of lengths, D] → [T, B, D], zero past each sequence's end. Differentiable."""
         if self.lengths is not None:
-            data = data.new_zeros(self.steps * self.batch, data.size(1)).index_copy(0, self.rows, data)
+            with without_autocast(data):  # under which index_copy knows not all dtypes
+                data = data.new_zeros(self.steps * self.batch, data.size(1)).index_copy(0, self.rows, data)
         return data.view(self.steps, self.batch, data.size(1))
 
-    def pack(self, padded: Tensor) -> Tensor:
-        """padded [T, B, P] → [sum of lengths, P]. Differentiable."""
-        flat = padded.flatten(0, 1)
-        return flat if self.lengths is None else flat.index_select(0, self.rows)
+    def pack(self, padded: Tensor, backend: str | None) -> Tensor:
+        """padded [T, B, P], a result of this backend → [sum of lengths, P]. Differentiable."""
+        if self.lengths is not None:
+            return padded.flatten(0, 1).index_select(0, self.rows)
+        steps, batch, width = padded.shape
+        flat = torch.ops.aten._unsafe_view if is_unshared(padded, backend) else torch.reshape
+        return flat(padded, (steps * batch, width))
+
+
+def is_unshared(result: Tensor, backend: str | None) -> bool:
+    """Whether nobody but the caller will hold a result of the layers: then it may get another shape without becoming a
+    view, on which detach_() and the like would fail, as they do not on torch's.
+
+    Our Functions keep a copy for backward, and the reference stacks its steps; torch's kernels may keep the result.
+    """
+    if is_compiling() or is_functorch():
+        return False
+    return not result.requires_grad or backend == "reference" or isinstance(result.grad_fn, BackwardCFunction)

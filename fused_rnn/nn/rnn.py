@@ -45,8 +45,8 @@ class LSTM(Recurrent):
         lengths: [B] integers on any device, in any order, [] for unbatched input. Past its length a sequence's output
             is zero; its final state is that of its last valid step, where the reverse direction starts, as with a
             PackedSequence. Keyword only.
-        reset: [T, B] bool, [B, T] if batch_first, [T] for unbatched input. Where true, the state entering the step is
-            zero. Keyword only.
+        reset: [T, B] bool, [B, T] if batch_first, [T] for unbatched input, a tensor or lists. Where true, the state
+            entering the step is zero. Keyword only.
 
     Returns:
         output, (h_n, c_n): output [T, B, R·P], [B, T, R·P], [T, R·P] or a PackedSequence, as the input was;
@@ -118,7 +118,7 @@ class LSTM(Recurrent):
         hx: tuple[Tensor, Tensor] | None = None,
         *,
         lengths: Tensor | Sequence[int] | None = None,
-        reset: Tensor | None = None,
+        reset: Tensor | Sequence[Any] | None = None,
     ) -> tuple[Any, tuple[Tensor, Tensor]]:
         """Run the layers: output, (h_n, c_n). Shapes and errors stand in the class's docstring."""
         stepped = step(self, input, hx, lengths, reset)
@@ -209,7 +209,7 @@ class GRU(Recurrent):
         hx: Tensor | None = None,
         *,
         lengths: Tensor | Sequence[int] | None = None,
-        reset: Tensor | None = None,
+        reset: Tensor | Sequence[Any] | None = None,
     ) -> tuple[Any, Tensor]:
         """Run the layers: output, h_n. Shapes and errors stand in the class's docstring."""
         stepped = step(self, input, hx, lengths, reset)
@@ -302,7 +302,7 @@ class RNN(Recurrent):
         hx: Tensor | None = None,
         *,
         lengths: Tensor | Sequence[int] | None = None,
-        reset: Tensor | None = None,
+        reset: Tensor | Sequence[Any] | None = None,
     ) -> tuple[Any, Tensor]:
         """Run the layers: output, h_n. Shapes and errors stand in the class's docstring."""
         stepped = step(self, input, hx, lengths, reset)

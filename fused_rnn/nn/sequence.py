@@ -11,22 +11,20 @@ from torch import Tensor, is_grad_enabled, nn
 from torch.compiler import is_compiling
 from torch.nn.utils.rnn import PackedSequence
 
-from fused_rnn import functional
-from fused_rnn.nn.base import Fused, known_backend, prefers_twin, refuse, run_twin
-from fused_rnn.nn.packed import Layout
+from fused_rnn import checks, functional
+from fused_rnn.nn.base import Fused, known_backend, prefers_twin
+from fused_rnn.nn.packed import Layout, is_unshared
 from fused_rnn.nn.plain import (
     CELL_CODES,
-    PLAIN,
     QUICK_STEP,
     STEP,
     STEP_SIZE,
     STEPPING,
     are_plain,
-    is_autocasting,
-    is_functorch,
+    is_ordinary_mode,
     is_plain_hx,
-    is_tracing,
 )
+from fused_rnn.nn.twin import check_packed, refuse, run_twin
 from fused_rnn.stream import Stream
 
 # torch.nn's forward goes by the mode too, and not by RNN's `nonlinearity`.
@@ -56,11 +54,16 @@ class SequenceCall(Protocol[State]):
         hx: State | None = None,
         *,
         lengths: Tensor | Sequence[int] | None = None,
-        reset: Tensor | None = None,
+        reset: Tensor | Sequence[Any] | None = None,
     ) -> tuple[Tensor, State]: ...
     @overload
     def __call__(
-        self, input: PackedSequence, hx: State | None = None, *, lengths: None = None, reset: Tensor | None = None
+        self,
+        input: PackedSequence,
+        hx: State | None = None,
+        *,
+        lengths: None = None,
+        reset: Tensor | Sequence[Any] | None = None,
     ) -> tuple[PackedSequence, State]: ...
 
 
@@ -83,6 +86,10 @@ class Recurrent(Fused, nn.RNNBase):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         cls._fused_checks = overrides_checks(cls)
+
+    @property
+    def _fused_cell(self) -> str:  # type: ignore[override]
+        return self.mode.lower()
 
     @property
     def save(self) -> str:
@@ -172,13 +179,11 @@ def step(module: Recurrent, input: Any, hx: Any, lengths: Any, reset: Any) -> Se
         lengths is not None
         or reset is not None
         or type(input) is not Tensor
+        or not is_ordinary_mode()  # before any size, of which torch.jit.trace keeps what becomes of it
         or input.dim() != 3
         or input.size(time) != 1
         or not input.is_cpu
         or input.numel() > STEP_SIZE
-        or is_tracing()
-        or is_autocasting()
-        or is_functorch()
     ):
         return None
     try:
@@ -190,22 +195,26 @@ def step(module: Recurrent, input: Any, hx: Any, lengths: Any, reset: Any) -> Se
         return None  # a computed weight, or an input that the op refuses, as the slow way will in torch's words
 
 
-def run(module: Recurrent, input: Any, hx: Any, lengths: Any, reset: Tensor | None) -> Result:
+def run(module: Recurrent, input: Any, hx: Any, lengths: Any, reset: Any) -> Result:
     """forward, of any call."""
     extras = lengths is not None or reset is not None
     packed = isinstance(input, PackedSequence)
     if packed and lengths is not None:
         raise ValueError("lengths: got some beside a PackedSequence, expected None: the input has its own")
+    if packed and module._fused_states == 2 and input.data.dim() == 3:  # torch's LSTM takes rows of equal lengths so
+        input = input._replace(data=input.data.flatten(0, 1))
     weights = read_weights(module)
-    plain = type(input.data if packed else input) in PLAIN and are_plain(weights)
+    plain = are_plain((input.data if packed else input, *weights))
     if not plain or not is_plain_hx(hx, module._fused_states) or (not extras and prefers_twin(module, weights, input)):
-        return run_twin(module, input, hx, extras)
+        return run_twin(module, weights, input, hx, extras)
     try:
+        if reset is not None:
+            reset = _time_first(module, checks.as_reset(reset, weights[0].device), packed or input.dim() == 3)
         if packed:
             return _run_packed(module, input, hx, weights, reset)
         return _run_padded(module, input, hx, weights, lengths, reset)
     except ValueError as error:
-        return refuse(module, input, hx, error, extras)
+        return refuse(module, weights, input, hx, error)
 
 
 def read_weights(module: Recurrent) -> list[Tensor]:
@@ -230,14 +239,15 @@ def _run_padded(
     if dims == 3:
         if not module.batch_first:
             return _run_layers(module, input, weights, hx, lengths, reset)
-        reset = None if reset is None else reset.transpose(0, 1)
-        y, hx = _run_layers(module, input.transpose(0, 1), weights, hx, lengths, reset)
-        return y.transpose(0, 1), hx
+        # The loops read steps that lie one after the other. Copied here, and not in each of them, it is the copy that
+        # backward has, and the caller may write to the input.
+        x = input.transpose(0, 1).contiguous()
+        y, hx = _run_layers(module, x, weights, hx, lengths, reset)
+        return (y.transpose_(0, 1) if is_unshared(y, module._fused_backend) else y.transpose(0, 1)), hx
     if dims != 2:
         raise ValueError(f"input: got {dims} dimensions, expected two or three")
     hx = _map(module, lambda s: s.unsqueeze(1), hx)
     lengths = None if lengths is None else torch.as_tensor(lengths).reshape(1)
-    reset = None if reset is None else reset.unsqueeze(-1)
     y, hx = _run_layers(module, input.unsqueeze(1), weights, hx, lengths, reset)
     return y.squeeze(1), _map(module, lambda s: s.squeeze(1), hx)
 
@@ -247,21 +257,22 @@ def _run_packed(
 ) -> Result:
     """forward of a packed batch, longest first. hx, given and returned, and reset are in the order before."""
     data, batch_sizes, sorted_indices, unsorted_indices = input
+    check_packed(input)
     if hx is not None:
+        _check_rows(module, hx, int(batch_sizes[0]))
         hx = module.permute_hidden(hx, sorted_indices)
     if module._fused_checks:
         _check(module, data, hx, batch_sizes)
-    if data.dim() != 2:
-        raise ValueError(f"input: got packed data of {data.dim()} dimensions, expected two")
     layout = Layout(batch_sizes, data.device)
-    if reset is not None:
-        reset = reset.transpose(0, 1) if module.batch_first else reset
-        reset = reset if sorted_indices is None else reset.index_select(1, sorted_indices)
+    if reset is not None and sorted_indices is not None:
+        if reset.size(1) != layout.batch:
+            raise ValueError(f"reset: got {reset.size(1)} sequences, expected B = {layout.batch}")
+        reset = reset.index_select(1, sorted_indices)
     if module.dropout and module.training and module.num_layers > 1:
         data, hx = _run_packed_dropout(module, data, layout, weights, hx, reset)
     else:
         y, hx = _run_layers(module, layout.pad(data), weights, hx, layout.lengths, reset)
-        data = layout.pack(y)
+        data = layout.pack(y, module._fused_backend)
     packed = PackedSequence(data, batch_sizes, sorted_indices, unsorted_indices)
     return packed, module.permute_hidden(hx, unsorted_indices)
 
@@ -280,7 +291,7 @@ def _run_packed_dropout(
         own = weights[layer * count : (layer + 1) * count]
         h_in = _map(module, lambda s, rows=rows: s[rows], hx)  # type: ignore[misc]
         y, final = _run_layers(module, layout.pad(data), own, h_in, layout.lengths, reset, num_layers=1)
-        data = layout.pack(y)
+        data = layout.pack(y, module._fused_backend)
         finals.append(final)
     if module._fused_states == 2:
         return data, tuple(torch.cat(states) for states in zip(*finals, strict=True))
@@ -310,6 +321,27 @@ def _run_layers(
         save=module._fused_save,
         backend=module._fused_backend,
     )
+
+
+def _time_first(module: Recurrent, reset: Tensor, batched: bool) -> Tensor:
+    """reset as [T, B]."""
+    if reset.dim() != (2 if batched else 1):
+        expected = ("[B, T]" if module.batch_first else "[T, B]") if batched else "[T]"
+        raise ValueError(f"reset: got {checks.shape_text(reset.shape)}, expected {expected}")
+    if not batched:
+        return reset.unsqueeze(-1)
+    return reset.transpose(0, 1) if module.batch_first else reset
+
+
+def _check_rows(module: Recurrent, hx: Any, batch: int) -> None:
+    """Whether states may be put into a packed batch's order, and taken apart by layers. Raises ValueError."""
+    rows = module.num_layers * (2 if module.bidirectional else 1)
+    for name, state in zip(("h_0", "c_0"), hx if module._fused_states == 2 else (hx,), strict=False):
+        if state.dim() != 3 or state.size(0) != rows or state.size(1) < batch:
+            got = checks.shape_text(state.shape)
+            raise ValueError(
+                f"{name}: got {got}, expected [L·R, B, {'P' if name == 'h_0' else 'H'}] with [{rows}, {batch}]"
+            )
 
 
 def _map(module: Recurrent, function: Callable[[Tensor], Tensor], hx: Any) -> Any:

@@ -13,6 +13,7 @@ from torch import Tensor
 from fused_rnn.layer.precision import tf32_allowed
 from fused_rnn.triton_kernels.tiles import ARCHITECTURES, INTERPRETER, KIB, Device
 
+CELLS = ("lstm", "gru", "rnn_tanh", "rnn_relu")  # cells.KERNELS, which needs Triton
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 OLDEST = (8, 0)  # compute capability: 16-bit and TF32 tensor cores, asynchronous copies
 
