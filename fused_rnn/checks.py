@@ -60,9 +60,13 @@ def check_weights(
 ) -> tuple[int, int, int]:
     """What `parse` says of the weights, which have x's dtype and device. Raises ValueError."""
     shapes = tuple([w.shape for w in weights])
-    # Dynamo's sizes may be symbolic, which no cache can hold.
-    known = parse if torch.compiler.is_compiling() else _parse_cached
-    sizes = known(cell, shapes, input_size, num_layers, recurrences)
+    if torch.compiler.is_compiling():  # the cache is not to be traced
+        sizes = parse(cell, shapes, input_size, num_layers, recurrences)
+    else:
+        try:
+            sizes = _parse_cached(cell, shapes, input_size, num_layers, recurrences)
+        except TypeError:  # symbolic sizes (make_fx), which no cache can hold
+            sizes = parse(cell, shapes, input_size, num_layers, recurrences)
     dtype, device = x.dtype, x.device
     for k, w in enumerate(weights):
         if w.dtype != dtype or w.device != device:
@@ -97,7 +101,7 @@ def check_lengths(lengths: Tensor | Sequence[int], x: Tensor) -> Tensor:
     one out of 0 … T.
     """
     if not isinstance(lengths, Tensor):
-        lengths = torch.as_tensor(lengths)
+        lengths = torch.as_tensor(lengths, device="cpu")
     steps, batch = x.shape[:2]
     if lengths.dtype not in INTEGERS:
         raise ValueError(f"lengths: got {lengths.dtype}, expected an integer dtype")

@@ -228,7 +228,8 @@ def _run_padded(
     if dims != 2:
         raise ValueError(f"input: got {dims} dimensions, expected two or three")
     hx = _map(module, lambda s: s.unsqueeze(1), hx)
-    lengths = None if lengths is None else torch.as_tensor(lengths).reshape(1)
+    if lengths is not None:
+        lengths = (lengths if isinstance(lengths, Tensor) else torch.as_tensor(lengths, device="cpu")).reshape(1)
     reset = None if reset is None else reset.unsqueeze(-1)
     y, hx = _run_layers(module, input.unsqueeze(1), weights, hx, lengths, reset)
     return y.squeeze(1), _map(module, lambda s: s.squeeze(1), hx)
