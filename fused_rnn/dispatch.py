@@ -89,5 +89,10 @@ _choose_cached = lru_cache(maxsize=4096)(choose)
 
 
 def resolve(problem: Problem, backend: str | None) -> ModuleType:
-    """`choose`, remembered; traced by Dynamo without the cache, whose keys cannot hold symbolic sizes."""
-    return choose(problem, backend) if torch.compiler.is_compiling() else _choose_cached(problem, backend)
+    """`choose`, remembered, but for symbolic sizes (Dynamo's, make_fx's), which no cache can hold."""
+    if torch.compiler.is_compiling():
+        return choose(problem, backend)
+    try:
+        return _choose_cached(problem, backend)
+    except TypeError:
+        return choose(problem, backend)

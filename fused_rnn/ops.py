@@ -153,6 +153,7 @@ def _step_fake(
     return outputs + [after(h, width)] + ([after(c, hidden)] if spec.has_c else [])
 
 
+_library = torch.library.Library("fused_rnn", "FRAGMENT")  # what is registered through it lives as long
 if _C is not None:
     forward = torch.ops.fused_rnn.forward.default
     backward = torch.ops.fused_rnn.backward.default
@@ -162,6 +163,6 @@ if _C is not None:
     torch.library.register_fake("fused_rnn::backward", _backward_fake)
     torch.library.register_fake("fused_rnn::step", _step_fake)
     rerun.register("fused_rnn::forward", forward, backward)
-    torch.library.register_vmap("fused_rnn::forward", vmap.rule(forward, vmap.forward))
-    torch.library.register_vmap("fused_rnn::backward", vmap.rule(backward, vmap.backward))
-    torch.library.register_vmap("fused_rnn::step", vmap.rule(step, vmap.step))
+    vmap.register("fused_rnn::forward", forward, vmap.forward, _library)
+    vmap.register("fused_rnn::backward", backward, vmap.backward, _library)
+    vmap.register("fused_rnn::step", step, vmap.step, _library)

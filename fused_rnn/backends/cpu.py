@@ -30,6 +30,8 @@ def supports(problem: Problem) -> str | None:
         return f"it knows float32, float64, bfloat16 and float16, not {problem.dtype}"
     if problem.forward_ad:
         return "it has no forward-mode derivative"
+    if problem.functionalized:
+        return "torch.func.functionalize has no rule for its gradient"
     return None
 
 

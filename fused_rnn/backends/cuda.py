@@ -35,6 +35,8 @@ def supports(problem: Problem) -> str | None:
         return f"it knows float32, float64, bfloat16 and float16, not {problem.dtype}"
     if problem.forward_ad:
         return "it has no forward-mode derivative"
+    if problem.functionalized:
+        return "torch.func.functionalize has no rule for its gradient"
     step = problem.batch * problem.recurrences * problem.hidden_size * _WIDEST
     if step >= _LIMIT:
         return f"B·R·H·{_WIDEST} = {step} is beyond the 2^31 that its kernels can address in a step"

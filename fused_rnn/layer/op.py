@@ -248,7 +248,7 @@ def define(name: str, make: Make, keys: Sequence[str] = ("CUDA",)) -> tuple[Any,
         for key in keys:
             _library.impl(f"{name}_{kind}", function, key)
         torch.library.register_fake(qualified, fake, lib=_library)
-        torch.library.register_vmap(qualified, vmap.rule(op, fold), lib=_library)
+        vmap.register(qualified, op, fold, _library)
         ops.append(op)
     rerun.register(f"fused_rnn::{name}_forward", ops[0], ops[1], _library)
     return ops[0], ops[1]

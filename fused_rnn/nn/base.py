@@ -65,6 +65,7 @@ def prefers_twin(module: Fused, weights: Sequence[Tensor], input: Tensor | Packe
     if backend is not None:
         # Under autocast on a CPU torch's classes have a rule each, and ours one for all.
         return backend == "torch" and not (device == "cpu" and torch.is_autocast_enabled("cpu"))
+    # A trace shall find torch's own operators, which any runtime and the ONNX exporter know.
     return is_jit_tracing() or (device == ON_A_GPU and _twin_can(module) and _is_left(module, weights, input))
 
 

@@ -12,10 +12,10 @@ from torch._C import _is_any_autocast_enabled as is_autocasting
 from torch._C import _is_tracing as is_tracing
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
-from torch.compiler import is_compiling
 
 from fused_rnn import ops
 from fused_rnn.cells import CELLS
+from fused_rnn.rerun import is_jit_tracing
 
 # The op for a single step, None where the extension is not built, and its number for each cell. It is the builtin under
 # OpOverload.__call__: a frame of Python less, 0.25 µs of 4.
@@ -49,12 +49,6 @@ def is_plain_hx(hx: object, states: int) -> bool:
     if states == 1:
         return type(hx) in PLAIN
     return isinstance(hx, (tuple, list)) and len(hx) == states and are_plain(hx)
-
-
-def is_jit_tracing() -> bool:
-    """Whether torch.jit.trace is recording. It shall find torch's own operators, whose gradient it can save, which any
-    runtime and the ONNX exporter know, and which take any length."""
-    return not is_compiling() and is_tracing()
 
 
 __all__ = [
