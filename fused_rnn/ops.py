@@ -1,4 +1,4 @@
-"""The compiled ops, if they were built: handles, fake kernels, vmap rules, the gradient of an op by itself.
+"""The compiled ops, if they were built: handles, fake kernels, vmap rules, operations, the gradient of an op alone.
 
 Importing the pybind11 module `fused_rnn._C` registers them. Without it the package still imports, and MISSING says why
 the `cpu` backend is unavailable.
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fused_rnn import rerun, vmap
+from fused_rnn import flops, rerun, vmap
 from fused_rnn.cells import CELLS
 
 _C: Any
@@ -166,3 +166,6 @@ if _C is not None:
     vmap.register("fused_rnn::forward", forward, vmap.forward, _library)
     vmap.register("fused_rnn::backward", backward, vmap.backward, _library)
     vmap.register("fused_rnn::step", step, vmap.step, _library)
+    flops.register(torch.ops.fused_rnn.forward, flops.forward)
+    flops.register(torch.ops.fused_rnn.backward, flops.backward)
+    flops.register(torch.ops.fused_rnn.step, flops.step)
