@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fused_rnn import flops, rerun, vmap
+from fused_rnn import flops, onnx, rerun, vmap
 from fused_rnn.cells import CELLS
 
 _C: Any
@@ -166,6 +166,8 @@ if _C is not None:
     vmap.register("fused_rnn::forward", forward, vmap.forward, _library)
     vmap.register("fused_rnn::backward", backward, vmap.backward, _library)
     vmap.register("fused_rnn::step", step, vmap.step, _library)
+    onnx.register(forward, _forward_fake, onnx.forward)
+    onnx.register(step, _step_fake, onnx.step)
     flops.register(torch.ops.fused_rnn.forward, flops.forward)
     flops.register(torch.ops.fused_rnn.backward, flops.backward)
     flops.register(torch.ops.fused_rnn.step, flops.step)

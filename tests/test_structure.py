@@ -20,7 +20,6 @@ TOOLS = ["__main__", "cli", "demo", "info", "bench"]
 ORDER = [
     *TOOLS,
     "convert",
-    "onnx",
     "nn",
     "stream",
     "functional",
@@ -33,6 +32,7 @@ ORDER = [
     "layer",
     "ops",
     "flops",
+    "onnx",
     "rerun",
     "vmap",
     "per_sample",
@@ -44,6 +44,7 @@ LEAVES = {
     "fastest": set(),
     "checks": {"cells"},
     "flops": set(),
+    "onnx": {"cells"},
     "rerun": set(),
     "vmap": {"per_sample", "cells"},
     "per_sample": {"cells"},

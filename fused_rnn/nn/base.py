@@ -52,6 +52,11 @@ class Fused(nn.Module):
         return twin
 
 
+def overrides_forward(cls: type[Fused]) -> bool:
+    """Whether a class has a forward of the user's, and not ours."""
+    return not cls.forward.__module__.startswith("fused_rnn.")
+
+
 def known_backend(backend: str | None) -> str | None:
     """backend, if there is one of this name, or it is None; raises ValueError."""
     if backend is not None and backend not in BACKENDS:

@@ -12,7 +12,7 @@ from torch.compiler import is_compiling
 from torch.nn.utils.rnn import PackedSequence
 
 from fused_rnn import functional
-from fused_rnn.nn.base import Fused, known_backend, prefers_twin, refuse, run_twin
+from fused_rnn.nn.base import Fused, known_backend, overrides_forward, prefers_twin, refuse, run_twin
 from fused_rnn.nn.packed import Layout
 from fused_rnn.nn.plain import (
     CELL_CODES,
@@ -91,6 +91,13 @@ class Recurrent(Fused, nn.RNNBase):
     @save.setter
     def save(self, value: str) -> None:
         self._fused_save = known_save(value)
+
+    def _slow_forward(self, *input: Any, **kwargs: Any) -> Any:
+        """torch.nn.Module's, of a call under torch.jit.trace. The older ONNX exporter hands every argument's default
+        over by position, lengths and reset among them."""
+        if not overrides_forward(type(self)) and all(value is None for value in input[2:]):
+            input = input[:2]
+        return super()._slow_forward(*input, **kwargs)  # type: ignore[no-untyped-call]
 
     def stream(self, batch_size: int = 1, *, weights: str | None = None) -> Stream:
         """These layers for steps that arrive one by one: an object that holds the state and packed weights.
