@@ -3,9 +3,9 @@
     torch.onnx.export(model, args, "model.onnx")
 
 Every layer, both its directions, becomes one node, and so does a cell: any number of layers, with or without biases,
-batch_first, initial states, `lengths` (ONNX's sequence_lens), projections; T and B may be dynamic. The dtype is float32 in
-practice: onnxruntime's kernels on a CPU know no other. Inference only. At export `reset` and an ensemble, for which the
-nodes have no place, raise NotImplementedError, which torch.onnx reports as the cause of its own error.
+batch_first, initial states, `lengths` (ONNX's sequence_lens), projections; T and B may be dynamic. The dtype is float32
+in practice: onnxruntime's kernels on a CPU know no other. Inference only. At export `reset` and an ensemble, for which
+the nodes have no place, raise NotImplementedError, which torch.onnx reports as the cause of its own error.
 
 The exporter asks torch's table of decompositions about every op that it has no translation for. What stands there for
 ours says NotImplemented, the op shall stay as it is, to everybody but that exporter.
@@ -119,7 +119,6 @@ def _layer(
     if h0 is not None:
         entered = [_at_first_step(x, h, lengths, direction) for h, direction in zip(h0, directions, strict=True)]
         x = torch.cat([x, *entered], -1)
-    width = each[0][1].shape[1]
     inner = []
     for r, (w_ih, w_hh, b_ih, b_hh, w) in enumerate(each):
         if h0 is not None:

@@ -13,6 +13,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 from twins import CELLS, MODULES, SEQUENCES, flatten, make, outputs_and_gradients, states
 
+import fused_rnn
 from fused_rnn import ops
 
 pytestmark = [
@@ -243,6 +244,28 @@ def test_torchscript(name: str, kind: str) -> None:
     assert_close(scripted(example), ours(example))
 
 
+@pytest.mark.parametrize("converted", [False, True])
+@pytest.mark.parametrize("name", CELLS)
+def test_scripted_subclass_of_a_cell(name: str, converted: bool) -> None:
+    """It overrides no forward: the twin's is compiled, with what the subclass brings along."""
+
+    class Scaled(CELLS[name][converted]):  # type: ignore[misc]
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            self.scale = 3
+
+        @torch.jit.export
+        def scaled(self, x: Tensor) -> Tensor:
+            return self.scale * x
+
+    ours = fused_rnn.convert(Scaled(4, 6)) if converted else Scaled(4, 6)
+    loaded, x = saved_and_loaded(torch.jit.script(ours)), torch.randn(3, 4)
+    assert loaded.original_name == "Scaled"
+    assert_close(loaded(x), ours(x))
+    assert_close(loaded.scaled(x), 3 * x)
+    assert "forward" not in vars(ours)
+
+
 class Around(nn.Module):
     """A trace is made of a positional call."""
 
@@ -257,7 +280,7 @@ class Around(nn.Module):
 @pytest.mark.skipif(ops.MISSING is not None, reason=f"a trace holds the cpu backend's ops: {ops.MISSING}")
 @pytest.mark.parametrize(
     ("name", "backend", "extras"),
-    [(name, "cpu", False) for name in MODULES] + [(name, backend, True) for name in SEQUENCES for backend in (None, "cpu")],
+    [(name, "cpu", False) for name in MODULES] + [(name, kind, True) for name in SEQUENCES for kind in (None, "cpu")],
 )
 def test_a_trace_of_our_op(name: str, backend: str | None, extras: bool) -> None:
     """Of a backend by name, and of what torch's operators cannot: it takes any length, has a gradient, can be saved."""

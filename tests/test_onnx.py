@@ -214,7 +214,7 @@ def test_a_reset_is_refused() -> None:
 
 def test_an_ensemble_is_refused() -> None:
     x, w = torch.empty(5, 3, 4), [torch.empty(24, 4), torch.empty(24, 6)]
-    with pytest.raises(NotImplementedError, match=r"directions: got \[1, 1, 1\], expected \[1\] or \[-1\] or \[1, -1\]"):
+    with pytest.raises(NotImplementedError, match=r"directions: got \[1, 1, 1\], expected \[1\] or \[-1\] or \[1, "):
         fused_rnn.onnx._layer(x, w * 3, None, None, None, None, "lstm", [1, 1, 1], "none", False)
 
 

@@ -227,7 +227,7 @@ def _implement(make: Make) -> tuple[Callable[..., list[Tensor]], Callable[..., l
 
 
 def define(name: str, make: Make, keys: Sequence[str] = ("CUDA",)) -> tuple[Any, Any]:
-    """Register both ops for these dispatch keys, their fake kernels, vmap rules, operations and gradient; returns them."""
+    """Register both ops for these dispatch keys, and what torch asks about them; returns them."""
     tags = (torch.Tag.pt2_compliant_tag,)
     _library.define(
         f"{name}_forward({_INPUTS}, str cell, int[] directions, str save, bool keep_hidden) -> Tensor[]", tags=tags

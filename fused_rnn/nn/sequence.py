@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Protocol, TypeVar, overload
 
 import torch
 from torch import Tensor, is_grad_enabled, nn
+from torch._jit_internal import unused
 from torch.compiler import is_compiling
 from torch.nn.utils.rnn import PackedSequence
 
@@ -84,6 +85,7 @@ class Recurrent(Fused, nn.RNNBase):
         cls._fused_checks = any(getattr(cls, name, None) is not getattr(twin, name, None) for name in _CHECKS)
 
     @property
+    @unused
     def save(self) -> str:
         """What training keeps for backward, "gates" or "recompute". Setting another raises ValueError."""
         return self._fused_save
