@@ -63,7 +63,7 @@ def check_weights(
 ) -> tuple[int, int, int]:
     """What `parse` says of the weights, which have x's dtype and device. Raises ValueError."""
     shapes = tuple([w.shape for w in weights])
-    if torch.compiler.is_compiling():  # the cache is not to be traced
+    if torch.compiler.is_compiling() or torch._C._is_tracing():  # the cache is not to be traced, nor to keep what is
         sizes = parse(cell, shapes, input_size, num_layers, recurrences)
     else:
         try:

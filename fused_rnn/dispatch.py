@@ -89,8 +89,8 @@ _choose_cached = lru_cache(maxsize=4096)(choose)
 
 
 def resolve(problem: Problem, backend: str | None) -> ModuleType:
-    """`choose`, remembered, but for symbolic sizes (Dynamo's, make_fx's), which no cache can hold."""
-    if torch.compiler.is_compiling():
+    """`choose`, remembered, but for sizes that are traced or symbolic (make_fx), which no cache can hold."""
+    if torch.compiler.is_compiling() or torch._C._is_tracing():
         return choose(problem, backend)
     try:
         return _choose_cached(problem, backend)

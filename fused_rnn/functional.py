@@ -273,7 +273,7 @@ _forward_ad._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as c
 def _functionalizes_gradient() -> bool:
     """Whether functionalize is under way together with grad, vjp or the like of torch.func: ops that are registered
     with a gradient have none in these."""
-    if not checks.in_transform() or not functionalizes():
+    if not functionalizes():
         return False
     kinds = torch._C._functorch.TransformType
     levels = torch._C._functorch.get_interpreter_stack() or ()
@@ -323,11 +323,11 @@ def _stack(
         reset = checks.check_reset(reset, x)
     # An exported program holds the op as inference wants it; fused_rnn.rerun has its gradient.
     needs_grad = _needs_grad(x, weights, h0, c0)
-    keeps = needs_grad and not stands_alone()
+    keeps, transformed = needs_grad and not stands_alone(), checks.in_transform()
     problem = Problem(
         cell, x.dtype, device, steps == 1, batch, input_size, hidden, width, num_layers, recurrences, count >= 4,
         keeps, _forward_ad(), save if keeps else "none", lengths is not None, reset is not None,
-        checks.in_transform(), device == "cuda" and tf32_allowed(), needs_grad and _functionalizes_gradient(),
+        transformed, device == "cuda" and tf32_allowed(), transformed and needs_grad and _functionalizes_gradient(),
     )  # fmt: skip
     chosen = resolve(problem, backend)
     if chosen.stack is not None:
@@ -390,11 +390,11 @@ def _step(
     if c is not None:
         checks.check_state("c", c, x, (batch, hidden), "[B, H]")
     needs_grad = _needs_grad(x, weights, h, c)
-    keeps = needs_grad and not stands_alone()  # as in _stack
+    keeps, transformed = needs_grad and not stands_alone(), checks.in_transform()  # as in _stack
     problem = Problem(
         cell, x.dtype, device, True, batch, input_size, hidden, hidden, 1, 1, count == 4,
-        keeps, _forward_ad(), "gates" if keeps else "none", False, False, checks.in_transform(),
-        device == "cuda" and tf32_allowed(), needs_grad and _functionalizes_gradient(),
+        keeps, _forward_ad(), "gates" if keeps else "none", False, False, transformed,
+        device == "cuda" and tf32_allowed(), transformed and needs_grad and _functionalizes_gradient(),
     )  # fmt: skip
     chosen = resolve(problem, backend)
     # A trace, which is checked without gradients, is to be the same with and without: the op of one step has none.

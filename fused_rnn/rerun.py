@@ -60,14 +60,16 @@ def is_jit_tracing() -> bool:
 
 def stands_alone() -> bool:
     """Whether a layer that needs a gradient is to be the op by itself: where a Function cannot be recorded."""
-    if torch.compiler.is_compiling():
-        return torch.compiler.is_exporting()
-    return is_jit_tracing() or (torch._C._are_functorch_transforms_active() and functionalizes())
+    return torch.compiler.is_exporting() if torch.compiler.is_compiling() else _is_recorded()
+
+
+def _is_recorded() -> bool:
+    return torch._C._is_tracing() or (torch._C._are_functorch_transforms_active() and functionalizes())
 
 
 def without_gradient(op: Op, *args: Any) -> list[Tensor]:
     """op(*args) past the gradient above, which takes 15 µs to find that nobody asks for it. A trace has to see it."""
-    if torch.compiler.is_compiling() or stands_alone():
+    if torch.compiler.is_compiling() or _is_recorded():
         return op(*args)
     with torch._C._AutoDispatchBelowAutograd():
         return op(*args)
