@@ -11,9 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from fused_rnn.cells import CELLS
 
+# The modes of make_fx, torch.export and AOTAutograd: no value is to be read under them.
+_RECORDERS = (torch._C._TorchDispatchModeKey.PROXY, torch._C._TorchDispatchModeKey.FAKE)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 Shapes = tuple[torch.Size, ...]
@@ -70,9 +73,12 @@ def check_shapes(
 ) -> tuple[int, int, int]:
     """What `parse` says of the weights. Raises ValueError."""
     shapes = tuple([w.shape for w in weights])
-    # Dynamo's sizes may be symbolic, which no cache can hold.
-    known = parse if torch.compiler.is_compiling() else _parse_cached
-    return known(cell, shapes, input_size, num_layers, recurrences)
+    if torch.compiler.is_compiling() or torch._C._is_tracing():  # the cache is not to be traced, nor to keep what is
+        return parse(cell, shapes, input_size, num_layers, recurrences)
+    try:
+        return _parse_cached(cell, shapes, input_size, num_layers, recurrences)
+    except TypeError:  # symbolic sizes (make_fx), which no cache can hold
+        return parse(cell, shapes, input_size, num_layers, recurrences)
 
 
 def check_dtypes(x: Tensor, weights: Sequence[Tensor]) -> None:
@@ -110,17 +116,26 @@ def check_lengths(lengths: Tensor | Sequence[int], x: Tensor) -> Tensor:
     one out of 0 … T.
     """
     if not isinstance(lengths, Tensor):
-        lengths = torch.as_tensor(lengths)
+        lengths = torch.as_tensor(lengths, device="cpu")
     steps, batch = x.shape[:2]
     if lengths.dtype not in INTEGERS:
         raise ValueError(f"lengths: got {lengths.dtype}, expected an integer dtype")
     if lengths.shape != (batch,):
         raise ValueError(f"lengths: got {shape_text(lengths.shape)}, expected [B] = [{batch}]")
-    if lengths.device.type == "cpu" and batch and not torch.compiler.is_compiling() and not in_transform():
+    if batch and _can_be_read(lengths):
         low, high = (int(end) for end in torch.aminmax(lengths))
         if low < 0 or high > steps:
             raise ValueError(f"lengths: got values from {low} to {high}, expected 0 to T = {steps}")
     return lengths.to(device=x.device, dtype=torch.int64)
+
+
+def _can_be_read(t: Tensor) -> bool:
+    """Whether t has values, at once, that nothing is recording."""
+    if t.device.type != "cpu" or torch.compiler.is_compiling() or in_transform() or torch._C._is_tracing():
+        return False
+    if torch._C._len_torch_dispatch_stack() and any(map(torch._C._get_dispatch_mode, _RECORDERS)):
+        return False
+    return type(t) is not FakeTensor and not torch._C._functorch.is_legacy_batchedtensor(t)
 
 
 def as_reset(reset: Any, device: torch.device) -> Tensor:

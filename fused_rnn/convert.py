@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from fused_rnn.nn import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell, both
-from fused_rnn.nn.base import Fused, known_backend
+from fused_rnn.nn.base import Fused, known_backend, mark_leaf, unmark_leaf
 from fused_rnn.nn.sequence import Recurrent, known_save, overrides_checks
 
 M = TypeVar("M", bound=nn.Module)
@@ -90,6 +90,7 @@ def convert(model: M, *, backend: str | None = None, save: str = "gates", keep_c
             )
             continue
         module.__class__ = ours
+        mark_leaf(module)
         if backend is not None:
             module._fused_backend = backend  # type: ignore[assignment]
         if save != "gates" and isinstance(module, Recurrent):
@@ -122,6 +123,7 @@ def to_torch(model: M) -> M:
         theirs = _theirs(kind, is_parametrized(module))
         if theirs is not None:
             module.__class__ = theirs
+            unmark_leaf(module)
             module.__dict__.pop("_fused_backend", None)
             module.__dict__.pop("_fused_save", None)
         elif isinstance(module, Fused):

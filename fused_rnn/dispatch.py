@@ -89,5 +89,10 @@ _choose_cached = lru_cache(maxsize=4096)(choose)
 
 
 def resolve(problem: Problem, backend: str | None) -> ModuleType:
-    """`choose`, remembered; traced by Dynamo without the cache, whose keys cannot hold symbolic sizes."""
-    return choose(problem, backend) if torch.compiler.is_compiling() else _choose_cached(problem, backend)
+    """`choose`, remembered, but for sizes that are traced or symbolic (make_fx), which no cache can hold."""
+    if torch.compiler.is_compiling() or torch._C._is_tracing():
+        return choose(problem, backend)
+    try:
+        return _choose_cached(problem, backend)
+    except TypeError:
+        return choose(problem, backend)

@@ -16,6 +16,7 @@ from fused_rnn import autograd, checks
 from fused_rnn.dispatch import resolve
 from fused_rnn.layer.precision import tf32_allowed
 from fused_rnn.problem import Problem
+from fused_rnn.rerun import functionalizes, is_jit_tracing, stands_alone
 
 SAVES = ("gates", "recompute")
 _DIRECTIONS = {1: (1,), 2: (1, -1)}
@@ -280,6 +281,16 @@ def _forward_ad() -> bool:
 _forward_ad._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as checks.in_transform
 
 
+def _functionalizes_gradient() -> bool:
+    """Whether functionalize is under way together with grad, vjp or the like of torch.func: ops that are registered
+    with a gradient have none in these."""
+    if not functionalizes():
+        return False
+    kinds = torch._C._functorch.TransformType
+    levels = torch._C._functorch.get_interpreter_stack() or ()
+    return any(level.key() in (kinds.Grad, kinds.Jvp) for level in levels)
+
+
 def _autocast(x: Tensor, weights: Sequence[Tensor], h0: Tensor | None, c0: Tensor | None):  # type: ignore[no-untyped-def]
     """The rule of autocast's own list for lstm_cell and the like: floating tensors, but for float64, take its dtype."""
     dtype = torch.get_autocast_dtype(x.device.type)
@@ -332,13 +343,14 @@ def _stack(
     if input_size == 0:
         (x, weights), input_size = _with_a_feature(x, weights, recurrences, count), 1
     # An exported program holds the op as inference wants it; fused_rnn.rerun has its gradient.
-    needs_grad = _needs_grad(x, weights, h0, c0) and not torch.compiler.is_exporting()
-    if needs_grad and num_layers == 1 and steps == 1:
+    needs_grad = _needs_grad(x, weights, h0, c0)
+    keeps, transformed = needs_grad and not stands_alone(), checks.in_transform()
+    if keeps and num_layers == 1 and steps == 1:
         weights = _savable(weights, x, h0, c0)
     problem = Problem(
         cell, x.dtype, device, steps == 1, batch, input_size, hidden, width, num_layers, recurrences, count >= 4,
-        needs_grad, _forward_ad(), save if needs_grad else "none", lengths is not None, reset is not None,
-        checks.in_transform(), device == "cuda" and tf32_allowed(),
+        keeps, _forward_ad(), save if keeps else "none", lengths is not None, reset is not None,
+        transformed, device == "cuda" and tf32_allowed(), transformed and needs_grad and _functionalizes_gradient(),
     )  # fmt: skip
     chosen = resolve(problem, backend)
     if chosen.stack is not None:
@@ -410,16 +422,17 @@ def _step(
     if input_size == 0:
         (x, weights), input_size = _with_a_feature(x, weights, 1, count), 1
     needs_grad = _needs_grad(x, weights, h, c)
-    keeps = needs_grad and not torch.compiler.is_exporting()  # as in _stack
+    keeps, transformed = needs_grad and not stands_alone(), checks.in_transform()  # as in _stack
     if keeps:
         weights = _savable(weights, x, h, c)
     problem = Problem(
         cell, x.dtype, device, True, batch, input_size, hidden, hidden, 1, 1, count == 4,
-        keeps, _forward_ad(), "gates" if keeps else "none", False, False, checks.in_transform(),
-        device == "cuda" and tf32_allowed(),
+        keeps, _forward_ad(), "gates" if keeps else "none", False, False, transformed,
+        device == "cuda" and tf32_allowed(), transformed and needs_grad and _functionalizes_gradient(),
     )  # fmt: skip
     chosen = resolve(problem, backend)
-    if chosen.DIFFERENTIABLE or not needs_grad:
+    # A trace, which is checked without gradients, is to be the same with and without: the op of one step has none.
+    if chosen.DIFFERENTIABLE or not (needs_grad or is_jit_tracing()):
         state: Sequence[Tensor] = chosen.step(x, h, c, weights, cell)
         return state
     h, c = (t if t is None else t.unsqueeze(0) for t in (h, c))

@@ -1,19 +1,31 @@
 """Export to ONNX: our ops as ONNX's own LSTM, GRU and RNN nodes, which its runtimes have kernels for.
 
-    torch.onnx.export(model, args, dynamo=True, custom_translation_table=fused_rnn.onnx.translations())
+    torch.onnx.export(model, args, "model.onnx")
 
-Not imported with the package: it needs onnx and onnxscript, as torch.onnx.export itself does.
+Every layer, both its directions, becomes one node, and so does a cell: any number of layers, with or without biases,
+batch_first, initial states, `lengths` (ONNX's sequence_lens), projections; T and B may be dynamic. The dtype is float32
+in practice: onnxruntime's kernels on a CPU know no other. Inference only. At export `reset` and an ensemble, for which
+the nodes have no place, raise NotImplementedError, which torch.onnx reports as the cause of its own error.
+
+The exporter asks torch's table of decompositions about every op that it has no translation for. What stands there for
+ours says NotImplemented, the op shall stay as it is, to everybody but that exporter.
+
+Source: onnx.ai/onnx/operators: LSTM, GRU and RNN of opset 14.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
+from math import prod
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch._decomp import register_decomposition
 
-from fused_rnn import ops
 from fused_rnn.cells import CELLS
+from fused_rnn.cells.loop import weights_per_recurrence
 
 # ONNX's node for a cell, which of our gates stands in each of its places, and its other attributes.
 _NODES: dict[str, tuple[str, tuple[int, ...], dict[str, Any]]] = {
@@ -22,114 +34,147 @@ _NODES: dict[str, tuple[str, tuple[int, ...], dict[str, Any]]] = {
     "rnn_tanh": ("RNN", (0,), {"activations": ["Tanh"]}),
     "rnn_relu": ("RNN", (0,), {"activations": ["Relu"]}),
 }
-_DIRECTIONS = {(1,): "forward", (1, -1): "bidirectional"}
-_INT32 = 6  # onnx.TensorProto.INT32, the type of sequence_lens
-
-Table = dict[Callable[..., Any], Callable[..., Any]]
+_DIRECTIONS = {(1,): "forward", (-1,): "reverse", (1, -1): "bidirectional"}
 
 
-def translations() -> Table:
-    """The custom_translation_table with which torch.onnx.export(..., dynamo=True) exports our modules.
+def register(op: Any, fake: Callable[..., list[Tensor]], decomposition: Callable[..., Any]) -> None:
+    """Have the exporter replace `op` by what decomposition(*args) does. fake: the op's fake kernel, which fake tensors
+    would otherwise take the decomposition for."""
+    register_decomposition(op, type="meta", unsafe=True)(fake)
+    register_decomposition(op, unsafe=True)(decomposition)
 
-    Every layer, both its directions, becomes one LSTM, GRU or RNN node, and so does a cell: any number of layers, with
-    or without biases, batch_first, initial states, `lengths` (ONNX's sequence_lens); T and B may be dynamic. The dtype
-    is float32 in practice: onnxruntime's kernels on a CPU know no other. Inference only.
 
-    Raises:
-        ImportError: without onnxscript.
-        NotImplementedError: without the compiled extension, whose ops these are. At export `reset`, a projection and
-            an ensemble, for which ONNX's nodes have no place, raise it, too; torch.onnx reports it as the cause of its
-            own error.
-
-    Source: onnx.ai/onnx/operators: LSTM, GRU and RNN of opset 14.
+def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
+    """A custom_translation_table for torch.onnx.export, which needs none any more: it is empty.
 
     Examples:
         >>> import fused_rnn.onnx
-        >>> table = fused_rnn.onnx.translations()
-        >>> sorted(str(op) for op in table)
-        ['fused_rnn.forward.default', 'fused_rnn.step.default']
+        >>> fused_rnn.onnx.translations()
+        {}
     """
-    import onnxscript
+    return {}
 
-    if ops.MISSING is not None:
-        raise NotImplementedError(ops.MISSING)
-    op: Any = onnxscript.opset18
-    names = list(ops.CODES)
 
-    # As in the ops' schemas, by position.
-    def forward(*args: Any) -> tuple[Any, ...]:
-        x, weights, h0, c0, lengths, reset, cell, directions, *_ = args
-        return _layer(op, x, weights, h0, c0, lengths, reset, cell, directions)
+def _is_exporting() -> bool:
+    return "torch.onnx" in sys.modules and torch.onnx.is_in_onnx_export()
 
-    def step(*args: Any) -> tuple[Any, ...]:
-        x, h, c, *weights, code = args
-        time = op.Constant(value_ints=[0])
-        x, h, c = (t if t is None else op.Unsqueeze(t, time) for t in (x, h, c))
-        weights = [w for w in weights if w is not None]
-        states = _layer(op, x, weights, h, c, None, None, names[code], [1])[1:]
-        return tuple(op.Squeeze(state, time) for state in states)
 
-    return {torch.ops.fused_rnn.forward.default: forward, torch.ops.fused_rnn.step.default: step}
+def forward(*args: Any) -> Any:
+    """fused_rnn::forward by ONNX's node."""
+    return _layer(*args) if _is_exporting() else NotImplemented
+
+
+def step(
+    x: Tensor,
+    h: Tensor | None,
+    c: Tensor | None,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+    w_hr: Tensor | None,
+    cell: int,
+) -> Any:
+    """fused_rnn::step by ONNX's node."""
+    if not _is_exporting():
+        return NotImplemented
+    leading = x.shape[:-1]
+    h0, c0 = (None if t is None else t.reshape(1, -1, t.shape[-1]) for t in (h, c))
+    weights = [w for w in (w_ih, w_hh, b_ih, b_hh, w_hr) if w is not None]
+    sequence = x.reshape(1, prod(leading), x.shape[-1])
+    y, *after = _layer(sequence, weights, h0, c0, None, None, list(CELLS)[cell], [1], "none", False)
+    if len(leading) == 1:
+        return [state.squeeze(0) for state in after]
+    return [y.reshape(*leading, y.shape[-1]), *after]
 
 
 def _layer(
-    op: Any,
-    x: Any,
-    weights: Sequence[Any],
-    h0: Any,
-    c0: Any,
-    lengths: Any,
-    reset: Any,
+    x: Tensor,
+    weights: Sequence[Tensor],
+    h0: Tensor | None,
+    c0: Tensor | None,
+    lengths: Tensor | None,
+    reset: Tensor | None,
     cell: str,
     directions: Sequence[int],
-) -> tuple[Any, ...]:
-    """One layer as one node: (y [T, B, R·H], h_n), of an LSTM c_n, too. op: an opset of onnxscript's."""
-    name, order, attributes = _NODES[cell]
-    recurrences = len(directions)
-    count = len(weights) // recurrences
+    save: str,
+    keep_hidden: bool,
+) -> list[Tensor]:
+    name, recurrences = _NODES[cell][0], len(directions)
     if reset is not None:
         raise NotImplementedError(f"reset: got a tensor, expected None: ONNX's {name} forgets nothing in a sequence")
-    if count in (3, 5):
-        raise NotImplementedError(f"proj_size: got a projection, expected none: ONNX's {name} has none")
-    if tuple(directions) not in _DIRECTIONS or len(x.shape) != 3:
+    if tuple(directions) not in _DIRECTIONS or x.dim() != 3:
         raise NotImplementedError(
             f"directions: got {list(directions)}, expected {' or '.join(str(list(d)) for d in _DIRECTIONS)}"
             f" on one input: ONNX's {name} runs no ensemble"
         )
+    if save != "none":
+        raise NotImplementedError(f"save: got {save!r}, expected 'none': ONNX's {name} keeps nothing for a backward")
+    each: list[list[Any]] = weights_per_recurrence(weights, recurrences)
+    w_hr = [w[-1] for w in each if w[-1] is not None]
+    if not w_hr:
+        return _node(x, each, h0, c0, lengths, cell, directions)
+    # A projection is none of ONNX's: its state is m, before the projection, and what it multiplies m by is W_hh W_hr.
+    # That m_0 is not known, but h_0 = W_hr m_0 is: W_hh h_0 comes in as a further input, at the first step.
+    if h0 is not None:
+        entered = [_at_first_step(x, h, lengths, direction) for h, direction in zip(h0, directions, strict=True)]
+        x = torch.cat([x, *entered], -1)
+    inner = []
+    for r, (w_ih, w_hh, b_ih, b_hh, w) in enumerate(each):
+        if h0 is not None:
+            zeros = torch.zeros_like(w_hh)
+            w_ih = torch.cat([w_ih, *(w_hh if r == other else zeros for other in range(recurrences))], -1)
+        inner.append((w_ih, w_hh @ w, b_ih, b_hh, None))
+    m, m_n, c_n = _node(x, inner, None, c0, lengths, cell, directions)
+    hidden = m.shape[-1] // recurrences
+    y = torch.cat([m.narrow(-1, r * hidden, hidden) @ w.t() for r, w in enumerate(w_hr)], -1)
+    h_n = torch.stack([m_n[r] @ w.t() for r, w in enumerate(w_hr)])
+    if lengths is not None and h0 is not None:
+        h_n = torch.where((lengths == 0).reshape(1, -1, 1), h0, h_n)
+    return [y, h_n, c_n]
 
-    def stacked(kind: int) -> Any:
+
+def _at_first_step(x: Tensor, h: Tensor, lengths: Tensor | None, direction: int) -> Tensor:
+    """h [B, P] at the step where a direction begins, zeros elsewhere: [T, B, P]."""
+    t = torch.arange(x.shape[0], device=x.device).reshape(-1, 1)
+    first = 0 if direction > 0 else x.shape[0] - 1 if lengths is None else lengths - 1
+    return (t == first).unsqueeze(-1).to(h.dtype) * h
+
+
+def _node(
+    x: Tensor,
+    weights: Sequence[Sequence[Any]],
+    h0: Tensor | None,
+    c0: Tensor | None,
+    lengths: Tensor | None,
+    cell: str,
+    directions: Sequence[int],
+) -> list[Tensor]:
+    """One layer without a projection: [y [T, B, R·H], h_n] and of an LSTM c_n."""
+    name, order, attributes = _NODES[cell]
+    (steps, batch), recurrences, states = x.shape[:2], len(directions), 1 + CELLS[cell].has_c
+    hidden = weights[0][1].shape[1]
+
+    def stacked(kind: int) -> Tensor:
         """One kind of the weights, [R, ...], its gates in ONNX's order."""
-        first = op.Constant(value_ints=[0])
-        own = [_reordered(op, weights[r * count + kind], order) for r in range(recurrences)]
-        return _joined(op, [op.Unsqueeze(w, first) for w in own], 0)
+        each = [[w[kind].narrow(0, gate * hidden, hidden) for gate in order] for w in weights]
+        # No split, of several results, and no view of all: the exporter's optimiser folds these into the weights.
+        return torch.cat([torch.cat(gates).unsqueeze(0) for gates in each])
 
+    biases = None if weights[0][2] is None else torch.cat([stacked(2), stacked(3)], 1)
+    given = [h0, c0][:states]
     if "activations" in attributes:
         attributes = {"activations": attributes["activations"] * recurrences}
-    y, *after = getattr(op, name)(
-        x,
-        stacked(0),
-        stacked(1),
-        _joined(op, [stacked(2), stacked(3)], 1) if count >= 4 else None,
-        None if lengths is None else op.Cast(lengths, to=_INT32),
-        *((h0, c0) if CELLS[cell].has_c else (h0,)),
-        hidden_size=weights[1].shape[1],
-        direction=_DIRECTIONS[tuple(directions)],
-        **attributes,
+    outputs = torch.onnx.ops.symbolic_multi_out(
+        name,
+        [x, stacked(0), stacked(1), biases, None if lengths is None else lengths.to(torch.int32), *given],
+        {"hidden_size": hidden, "direction": _DIRECTIONS[tuple(directions)], **attributes},
+        dtypes=[x.dtype] * (1 + states),
+        shapes=[(steps, recurrences, batch, hidden), *[(recurrences, batch, hidden)] * states],
     )
-    # [T, R, B, H] → [T, B, R·H]
-    y = op.Reshape(op.Transpose(y, perm=[0, 2, 1, 3]), op.Constant(value_ints=[0, 0, -1]))
-    return (y, *after)
-
-
-def _joined(op: Any, parts: Sequence[Any], axis: int) -> Any:
-    return parts[0] if len(parts) == 1 else op.Concat(*parts, axis=axis)
-
-
-def _reordered(op: Any, weight: Any, order: Sequence[int]) -> Any:
-    """A weight or bias of G·H rows, its gates in this order."""
-    if len(order) == 1:
-        return weight
-    hidden = weight.shape[0] // len(order)
-    rows = [gate * hidden + unit for gate in order for unit in range(hidden)]
-    # One node with one result: the exporter's optimiser folds it into the weight, as it does no Split.
-    return op.Gather(weight, op.Constant(value_ints=rows), axis=0)
+    y, *after = (t if t.device == x.device else t.to(x.device) for t in outputs)  # symbolic ops are the CPU's
+    if lengths is not None:
+        # Of a sequence of no steps onnxruntime returns zeros.
+        none = (lengths == 0).reshape(1, -1, 1)
+        after = [a if s is None else torch.where(none, s, a) for a, s in zip(after, given, strict=True)]
+    return [torch.cat([y[:, r] for r in range(recurrences)], -1), *after]

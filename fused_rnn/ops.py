@@ -1,4 +1,4 @@
-"""The compiled ops, if they were built: handles, fake kernels, vmap rules, the gradient of an op by itself.
+"""The compiled ops, if they were built: handles, fake kernels, vmap rules, operations, the gradient of an op alone.
 
 Importing the pybind11 module `fused_rnn._C` registers them. Without it the package still imports, and MISSING says why
 the `cpu` backend is unavailable.
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from fused_rnn import rerun, vmap
+from fused_rnn import flops, onnx, rerun, vmap
 from fused_rnn.cells import CELLS
 
 _C: Any
@@ -159,6 +159,7 @@ def _step_fake(
     return outputs + [after(h, width)] + ([after(c, hidden)] if spec.has_c else [])
 
 
+_library = torch.library.Library("fused_rnn", "FRAGMENT")  # what is registered through it lives as long
 if _C is not None:
     forward = torch.ops.fused_rnn.forward.default
     backward = torch.ops.fused_rnn.backward.default
@@ -168,6 +169,11 @@ if _C is not None:
     torch.library.register_fake("fused_rnn::backward", _backward_fake)
     torch.library.register_fake("fused_rnn::step", _step_fake)
     rerun.register("fused_rnn::forward", forward, backward)
-    torch.library.register_vmap("fused_rnn::forward", vmap.rule(forward, vmap.forward))
-    torch.library.register_vmap("fused_rnn::backward", vmap.rule(backward, vmap.backward))
-    torch.library.register_vmap("fused_rnn::step", vmap.rule(step, vmap.step))
+    vmap.register("fused_rnn::forward", forward, vmap.forward, _library)
+    vmap.register("fused_rnn::backward", backward, vmap.backward, _library)
+    vmap.register("fused_rnn::step", step, vmap.step, _library)
+    onnx.register(forward, _forward_fake, onnx.forward)
+    onnx.register(step, _step_fake, onnx.step)
+    flops.register(torch.ops.fused_rnn.forward, flops.forward)
+    flops.register(torch.ops.fused_rnn.backward, flops.backward)
+    flops.register(torch.ops.fused_rnn.step, flops.step)

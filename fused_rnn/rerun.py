@@ -1,8 +1,8 @@
 """The gradient of a forward op by itself: the layer runs again, this time keeping its gates, and then backward.
 
-The modules never need it: fused_rnn.autograd's Functions call the ops and keep what backward reads. An exported program
-(torch.export) holds the op alone, with nothing kept, as inference wants it; without this, training it would leave out
-every gradient that has to pass the op.
+The modules do not need it: fused_rnn.autograd's Functions call the ops and keep what backward reads. What torch.export
+and torch.jit.trace make holds the op alone, with nothing kept, as inference wants it, and so does what functionalize
+runs; without this, training it would leave out every gradient that has to pass the op.
 """
 
 from __future__ import annotations
@@ -44,9 +44,32 @@ def register(name: str, forward: Op, backward: Op, library: torch.library.Librar
     torch.library.register_autograd(name, pull, setup_context=setup_context, lib=library)
 
 
+def functionalizes() -> bool:
+    """Whether torch.func.functionalize is under way. It has no rule for autograd's Functions, whosever they are."""
+    levels = torch._C._functorch.get_interpreter_stack() or ()
+    return any(level.key() == torch._C._functorch.TransformType.Functionalize for level in levels)
+
+
+functionalizes._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as checks.in_transform
+
+
+def is_jit_tracing() -> bool:
+    """Whether torch.jit.trace is recording."""
+    return not torch.compiler.is_compiling() and torch._C._is_tracing()
+
+
+def stands_alone() -> bool:
+    """Whether a layer that needs a gradient is to be the op by itself: where a Function cannot be recorded."""
+    return torch.compiler.is_exporting() if torch.compiler.is_compiling() else _is_recorded()
+
+
+def _is_recorded() -> bool:
+    return torch._C._is_tracing() or (torch._C._are_functorch_transforms_active() and functionalizes())
+
+
 def without_gradient(op: Op, *args: Any) -> list[Tensor]:
     """op(*args) past the gradient above, which takes 15 µs to find that nobody asks for it. A trace has to see it."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or _is_recorded():
         return op(*args)
     with torch._C._AutoDispatchBelowAutograd():
         return op(*args)

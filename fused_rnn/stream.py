@@ -272,7 +272,7 @@ class _Packed:
             self._count in (3, 5), h.data_ptr(), 0 if c is None else c.data_ptr(),
         )  # fmt: skip
         self._state = h, c  # whose memory the native stream works in
-        like = torch.empty(batch, self._width, dtype=dtype)
+        like = torch.empty(batch, self._width, dtype=dtype, device=h.device)
         self.quick: Quick | None = None if ops.quick_step is None else self._native.quick_step(like)
 
     def take(self, weights: Sequence[Tensor]) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from fused_rnn import per_sample
 from fused_rnn.cells import CELLS
@@ -28,6 +29,46 @@ def rule(op: Callable[..., list[Tensor]], fold: Callable[..., Result | None]) ->
         return _loop(op, info.batch_size, in_dims, args) if result is None else result
 
     return vmap_rule
+
+
+def register(
+    name: str,
+    op: Callable[..., list[Tensor]],
+    fold: Callable[..., Result | None],
+    library: torch.library.Library,
+) -> None:
+    """Give `op`, registered as `name`, its rule, for torch.func.vmap and for torch's older vmap."""
+    torch.library.register_vmap(name, rule(op, fold), lib=library)
+
+    def older(*args: Any) -> list[Tensor]:
+        innermost = torch._C._vmapmode_increment_nesting() - 1
+        torch._C._vmapmode_decrement_nesting()
+        mapped, levels = op, []
+        for level in range(innermost, 0, -1):
+            args, dims = _without(args, level)
+            if any(d is not None for d in tree_leaves(dims)):
+                mapped = torch.func.vmap(mapped, dims)
+                levels.append(level)
+        outputs = mapped(*args)
+        for level in reversed(levels):
+            outputs = [torch._add_batch_dim(t, 0, level) for t in outputs]
+        return outputs
+
+    # What grad(is_grads_batched=True), jacobian(vectorize=True) and gradcheck(check_batched_grad=True) use. It wraps
+    # tensors in another way, and its fallback takes no op that returns a list.
+    library.impl(name.partition("::")[2], older, "Batched")
+
+
+def _without(args: Any, level: int) -> tuple[Any, Any]:
+    """An op's arguments without the older vmap's wrapper of this level, and where they are mapped: at 0, or None."""
+    if isinstance(args, (list, tuple)):
+        pairs = [_without(arg, level) for arg in args]
+        return type(args)(value for value, _ in pairs), type(args)(dim for _, dim in pairs)
+    if not isinstance(args, Tensor) or not torch._C._functorch.is_legacy_batchedtensor(args):
+        return args, None
+    # Where it is not mapped at this level, it is expanded to the size given.
+    none, one = (torch._remove_batch_dim(args, level, size, 0) for size in (0, 1))
+    return (none, 0) if none.shape[0] == one.shape[0] else (args, None)
 
 
 def _loop(op: Callable[..., list[Tensor]], n: int, dims: Dims, args: Sequence[Any]) -> Result:

@@ -13,6 +13,9 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 from twins import CELLS, MODULES, SEQUENCES, flatten, make, outputs_and_gradients, states
 
+import fused_rnn
+from fused_rnn import ops
+
 pytestmark = [
     pytest.mark.compile,
     # torch's own, from what it calls inside
@@ -239,6 +242,68 @@ def test_torchscript(name: str, kind: str) -> None:
         assert_close(*grads)
     next(ours.parameters()).data.zero_()  # torch.jit.script and trace share the weights with the module
     assert_close(scripted(example), ours(example))
+
+
+@pytest.mark.parametrize("converted", [False, True])
+@pytest.mark.parametrize("name", CELLS)
+def test_scripted_subclass_of_a_cell(name: str, converted: bool) -> None:
+    """It overrides no forward: the twin's is compiled, with what the subclass brings along."""
+
+    class Scaled(CELLS[name][converted]):  # type: ignore[misc]
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            self.scale = 3
+
+        @torch.jit.export
+        def scaled(self, x: Tensor) -> Tensor:
+            return self.scale * x
+
+    ours = fused_rnn.convert(Scaled(4, 6)) if converted else Scaled(4, 6)
+    loaded, x = saved_and_loaded(torch.jit.script(ours)), torch.randn(3, 4)
+    assert loaded.original_name == "Scaled"
+    assert_close(loaded(x), ours(x))
+    assert_close(loaded.scaled(x), 3 * x)
+    assert "forward" not in vars(ours)
+
+
+class Around(nn.Module):
+    """A trace is made of a positional call."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor, lengths: Tensor, reset: Tensor) -> Any:
+        return self.inner(x, lengths=lengths, reset=reset)
+
+
+@pytest.mark.skipif(ops.MISSING is not None, reason=f"a trace holds the cpu backend's ops: {ops.MISSING}")
+@pytest.mark.parametrize(
+    ("name", "backend", "extras"),
+    [(name, "cpu", False) for name in MODULES] + [(name, kind, True) for name in SEQUENCES for kind in (None, "cpu")],
+)
+def test_a_trace_of_our_op(name: str, backend: str | None, extras: bool) -> None:
+    """Of a backend by name, and of what torch's operators cannot: it takes any length, has a gradient, can be saved."""
+    options = {} if name in CELLS else {"num_layers": 2, "bidirectional": True}
+    inner, _ = make(name, 4, 6, extras={"backend": backend}, **options)
+    ours = Around(inner) if extras else inner
+
+    def arguments(size: int) -> tuple[Tensor, ...]:
+        x = torch.randn(size, 4) if name in CELLS else torch.randn(size, 3, 4)
+        return (x, torch.randint(1, size + 1, (3,)), torch.rand(size, 3) < 0.3) if extras else (x,)
+
+    traced = torch.jit.trace(ours, arguments(5))  # which traces again, without gradients, and compares
+    assert "fused_rnn::forward" in str(traced.inlined_graph)
+    loaded = saved_and_loaded(traced)
+    for size in (2, 33):
+        args = arguments(size)
+        got, expected = flatten(loaded(*args)), flatten(ours(*args))
+        assert_close(got, expected)
+        grads = [
+            torch.autograd.grad(sum(t.square().sum() for t in outputs), list(module.parameters()))
+            for outputs, module in ((got, loaded), (expected, ours))
+        ]
+        assert_close(*grads)
 
 
 @pytest.mark.parametrize("grad", [True, False])

@@ -1,14 +1,15 @@
-"""Export to ONNX, checked in onnxruntime: directly to ONNX's LSTM, GRU and RNN nodes, and by way of torch.nn's."""
+"""Export to ONNX by default arguments, to ONNX's own LSTM, GRU and RNN nodes, checked in onnxruntime."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch._dynamo
 from torch import Tensor, nn
-from twins import CELLS, SEQUENCES, flatten, make, states
+from twins import CELLS, MODULES, SEQUENCES, flatten, make, states
 
 import fused_rnn
 
@@ -21,11 +22,14 @@ pytestmark = [
     pytest.mark.compile,
     # torch's own, and its exporter's optimiser's
     pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning"),
+    pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning"),
 ]
 
 T, B = torch.export.Dim("T", min=2), torch.export.Dim("B", min=2)
 OPTIONS: list[tuple[str, dict[str, Any]]] = [
     ("LSTM", {"num_layers": 2, "bidirectional": True, "batch_first": True}),
+    ("LSTM", {"num_layers": 2, "bidirectional": True, "proj_size": 3}),
+    ("LSTM", {"proj_size": 3, "bias": False}),
     ("GRU", {"num_layers": 2, "bias": False}),
     ("RNN", {"nonlinearity": "relu", "bidirectional": True}),
 ]
@@ -36,11 +40,8 @@ def _fresh_compiler() -> None:
     torch._dynamo.reset()
 
 
-def exported(model: nn.Module, args: tuple[Any, ...], translate: bool = True, **options: Any) -> torch.onnx.ONNXProgram:
-    table = fused_rnn.onnx.translations() if translate else None
-    program = torch.onnx.export(
-        model.eval(), args, dynamo=True, verbose=False, custom_translation_table=table, **options
-    )
+def exported(model: nn.Module, args: tuple[Any, ...], **options: Any) -> torch.onnx.ONNXProgram:
+    program = torch.onnx.export(model.eval(), args, verbose=False, **options)
     assert program is not None
     return program
 
@@ -62,7 +63,12 @@ def check(program: torch.onnx.ONNXProgram, model: nn.Module, *args: Any) -> None
         torch.testing.assert_close(torch.from_numpy(one), other, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize(("name", "options"), OPTIONS, ids=["LSTM", "GRU", "RNN"])
+def name_of(value: Any) -> str | None:
+    """A test's name for a set of options."""
+    return "-".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else None
+
+
+@pytest.mark.parametrize(("name", "options"), OPTIONS, ids=name_of)
 def test_layers_become_nodes_of_any_length_and_batch(name: str, options: dict[str, Any]) -> None:
     model, _ = make(name, 4, 6, **options)
     time, batch = (1, 0) if model.batch_first else (0, 1)
@@ -84,24 +90,38 @@ class Ragged(nn.Module):
         return self.inner(x, hx, lengths=lengths)
 
 
-@pytest.mark.parametrize("name", SEQUENCES)
-def test_states_and_lengths(name: str) -> None:
-    model = Ragged(make(name, 4, 6, 2, bidirectional=True)[0])
+@pytest.mark.parametrize(
+    ("name", "options"), [*((name, {}) for name in SEQUENCES), ("LSTM", {"proj_size": 3})], ids=name_of
+)
+def test_states_and_lengths(name: str, options: dict[str, Any]) -> None:
+    model = Ragged(make(name, 4, 6, 2, bidirectional=True, **options)[0])
     two = name == "LSTM"
     shapes = ({0: T, 1: B}, ({1: B}, {1: B}) if two else {1: B}, {0: B})
     args = (torch.randn(5, 3, 4), states(model.inner, 3), torch.tensor([2, 5, 1]))
     program = exported(model, args, dynamic_shapes=shapes)
     check(program, model, *args)
     check(program, model, torch.randn(9, 2, 4), states(model.inner, 2), torch.tensor([9, 4]))
+    check(program, model, torch.randn(7, 4, 4), states(model.inner, 4), torch.tensor([0, 7, 1, 0]))
 
 
+def test_states_alone_with_a_projection() -> None:
+    """Of no place in ONNX's node: it comes in with the first step of each direction."""
+    model = make("LSTM", 4, 6, 2, bidirectional=True, proj_size=3)[0]
+    state = {1: B}
+    program = exported(model, (torch.randn(5, 3, 4), states(model, 3)), dynamic_shapes=({0: T, 1: B}, (state, state)))
+    check(program, model, torch.randn(9, 2, 4), states(model, 2))
+
+
+@pytest.mark.parametrize("grad", [True, False])
 @pytest.mark.parametrize("name", CELLS)
-def test_cells(name: str) -> None:
+def test_cells(name: str, grad: bool) -> None:
+    """Without gradients the program holds the op of one step, with them that of a layer."""
     model, _ = make(name, 4, 6)
     h = torch.randn(3, 6)
     args = (torch.randn(3, 4), (h, torch.randn(3, 6)) if name == "LSTMCell" else h)
     shapes = ({0: B}, ({0: B}, {0: B}) if name == "LSTMCell" else {0: B})
-    program = exported(model, args, dynamic_shapes=shapes)
+    with torch.set_grad_enabled(grad):
+        program = exported(model, args, dynamic_shapes=shapes)
     assert name.removesuffix("Cell") in nodes(program)
     check(program, model, *args)
     check(program, model, *torch.utils._pytree.tree_map(lambda t: torch.randn(7, t.shape[1]), args))
@@ -123,11 +143,59 @@ def test_a_model_around_it() -> None:
     check(program, model, torch.randint(11, (2, 9)))
 
 
+@pytest.mark.parametrize("name", MODULES)
+def test_as_small_as_it_gets(name: str) -> None:
+    """One static length, unbatched input, no states; and the program that torch.export made before."""
+    model, _ = make(name, 4, 6)
+    x = torch.randn(4) if name in CELLS else torch.randn(5, 4)
+    check(exported(model, (x,)), model, x)
+    before = torch.export.export(model.eval(), (x,))
+    program = torch.onnx.export(before, verbose=False)
+    assert program is not None
+    check(program, model, x)
+    assert "fused_rnn" in str(before.graph) and "fused_rnn" in str(before.run_decompositions().graph)
+
+
+def test_the_op_stays_an_op_for_all_others() -> None:
+    """Whoever asks torch's whole table of decompositions, fake tensors among them."""
+    model, _ = make("GRU", 4, 6)
+    program = torch.export.export(model, (torch.randn(5, 3, 4),), dynamic_shapes=({0: T, 1: B},))
+    decomposed = program.run_decompositions(dict(torch._decomp.decomposition_table))
+    assert "torch.ops.fused_rnn.forward.default" in decomposed.graph_module.code
+    x = torch.randn(9, 2, 4)
+    torch.testing.assert_close(decomposed.module()(x), model(x))
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_by_torchscript(name: str, tmp_path: Path) -> None:
+    """The older exporter traces, and finds torch's own operators."""
+    model, _ = make(name, 4, 6)
+    args = (torch.randn(3, 4),) if name in CELLS else (torch.randn(5, 3, 4),)
+    axes = {"x": {0: "B"}} if name in CELLS else {"x": {0: "T", 1: "B"}}
+    path = str(tmp_path / "model.onnx")
+    torch.onnx.export(model.eval(), args, path, dynamo=False, input_names=["x"], dynamic_axes=axes)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    x = torch.randn(7, 4) if name in CELLS else torch.randn(9, 3, 4)
+    with torch.no_grad():
+        for one, other in zip(session.run(None, {"x": x.numpy()}), flatten(model(x)), strict=True):
+            torch.testing.assert_close(torch.from_numpy(one), other, rtol=1e-5, atol=1e-6)
+
+
 def test_by_way_of_torchs_modules() -> None:
-    """For the one length traced: torch's own exporter takes it for a constant."""
     model = fused_rnn.to_torch(make("GRU", 4, 6, 2, bidirectional=True)[0])
-    program = exported(model, (torch.randn(5, 3, 4),), translate=False)
+    program = exported(model, (torch.randn(5, 3, 4),))
     check(program, model, torch.randn(5, 3, 4))
+
+
+def test_an_empty_table_is_as_good_as_none() -> None:
+    model, _ = make("LSTM", 4, 6)
+    program = exported(model, (torch.randn(5, 3, 4),), custom_translation_table=fused_rnn.onnx.translations())
+    assert nodes(program).count("LSTM") == 1
+
+
+def causes(error: BaseException | None) -> str:
+    """What an error says, and all that it comes from."""
+    return "" if error is None else f"{error}\n{causes(error.__cause__ or error.__context__)}"
 
 
 def test_a_reset_is_refused() -> None:
@@ -141,24 +209,13 @@ def test_a_reset_is_refused() -> None:
 
     with pytest.raises(torch.onnx.OnnxExporterError) as raised:
         exported(Reset(), (torch.randn(5, 3, 4), torch.zeros(5, 3, dtype=torch.bool)))
-    cause: BaseException | None = raised.value
-    while cause is not None and not isinstance(cause, NotImplementedError):
-        cause = cause.__cause__
-    assert "reset: got a tensor, expected None" in str(cause)
+    assert "reset: got a tensor, expected None" in causes(raised.value)
 
 
-def test_a_projection_and_an_ensemble_are_refused() -> None:
-    forward = fused_rnn.onnx.translations()[torch.ops.fused_rnn.forward.default]
+def test_an_ensemble_is_refused() -> None:
     x, w = torch.empty(5, 3, 4), [torch.empty(24, 4), torch.empty(24, 6)]
-    with pytest.raises(NotImplementedError, match="proj_size: got a projection, expected none"):
-        forward(x, [*w, torch.empty(3, 6)], None, None, None, None, "lstm", [1], "none", False)
-    with pytest.raises(NotImplementedError, match=r"directions: got \[1, 1, 1\], expected \[1\] or \[1, -1\]"):
-        forward(x, w * 3, None, None, None, None, "lstm", [1, 1, 1], "none", False)
-
-
-def test_without_translations_the_exporter_names_the_op() -> None:
-    with pytest.raises(torch.onnx.OnnxExporterError, match="fused_rnn"):
-        exported(make("GRU", 4, 6)[0], (torch.randn(5, 3, 4),), translate=False)
+    with pytest.raises(NotImplementedError, match=r"directions: got \[1, 1, 1\], expected \[1\] or \[-1\] or \[1, "):
+        fused_rnn.onnx._layer(x, w * 3, None, None, None, None, "lstm", [1, 1, 1], "none", False)
 
 
 def test_every_cell_has_a_node() -> None:

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from torch.utils._device import _device_constructors
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "fused_rnn"
@@ -19,7 +20,6 @@ TOOLS = ["__main__", "cli", "demo", "info", "bench"]
 ORDER = [
     *TOOLS,
     "convert",
-    "onnx",
     "nn",
     "stream",
     "functional",
@@ -31,6 +31,8 @@ ORDER = [
     "plan",
     "layer",
     "ops",
+    "flops",
+    "onnx",
     "rerun",
     "vmap",
     "per_sample",
@@ -41,6 +43,8 @@ LEAVES = {
     "problem": set(),
     "fastest": set(),
     "checks": {"cells"},
+    "flops": set(),
+    "onnx": {"cells"},
     "rerun": set(),
     "vmap": {"per_sample", "cells"},
     "per_sample": {"cells"},
@@ -112,6 +116,19 @@ def test_cells_import_torch_alone() -> None:
                 assert top in {"torch", *sys.stdlib_module_names} or name.startswith("fused_rnn.cells"), (
                     f"{path}: {name}"
                 )
+
+
+def test_every_factory_call_names_its_device() -> None:
+    """What torch makes without one lands on torch.set_default_device's, wherever the user's tensors are."""
+    factories = {function.__name__ for function in _device_constructors()}
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module == "torch":
+                assert not factories & {alias.name for alias in node.names}, f"{path}: call it by torch's name"
+            if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
+                continue
+            made = node.func.attr in factories and ast.unparse(node.func.value) == "torch"
+            assert not made or {"device", None} & {k.arg for k in node.keywords}, f"{path}:{node.lineno}"
 
 
 def test_torch_headers_only_in_ops() -> None:

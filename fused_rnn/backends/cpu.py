@@ -35,6 +35,8 @@ def supports(problem: Problem) -> str | None:
         return "it has no loop over no hidden units"
     if problem.forward_ad:
         return "it has no forward-mode derivative"
+    if problem.functionalized:
+        return "torch.func.functionalize has no rule for its gradient"
     return None
 
 

@@ -39,6 +39,8 @@ def supports(problem: Problem) -> str | None:
         return "it has no loop over no hidden units"
     if problem.forward_ad:
         return "it has no forward-mode derivative"
+    if problem.functionalized:
+        return "torch.func.functionalize has no rule for its gradient"
     step = problem.batch * problem.recurrences * problem.hidden_size * _WIDEST
     if step >= _LIMIT:
         return f"B·R·H·{_WIDEST} = {step} is beyond the 2^31 that its kernels can address in a step"

@@ -38,12 +38,12 @@ Call = Callable[[], Tensor]
 def build(cell: str, H: int) -> dict[str, Call]:
     """Every provider's call: the same weights, input and state, which the streams advance."""
     torch.manual_seed(0)
-    module, step = getattr(nn, cell)(H, H), getattr(nn, f"{cell}Cell")(H, H)
+    module, step = getattr(nn, cell)(H, H, device="cpu"), getattr(nn, f"{cell}Cell")(H, H, device="cpu")
     step.load_state_dict({name.removesuffix("_l0"): value for name, value in module.state_dict().items()})
-    ours = getattr(fused_rnn, cell)(H, H)
+    ours = getattr(fused_rnn, cell)(H, H, device="cpu")
     ours.load_state_dict(module.state_dict())
-    x = torch.randn(1, H)
-    h, c = torch.zeros(1, H), torch.zeros(1, H)
+    x = torch.randn(1, H, device="cpu")
+    h, c = torch.zeros(2, 1, H, device="cpu").unbind(0)
     hx: Any = (h, c) if cell == "LSTM" else h
     whole: Any = (h[None], c[None]) if cell == "LSTM" else h[None]
     sequence = x[None]

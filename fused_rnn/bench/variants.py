@@ -37,16 +37,16 @@ def rows(point: Point, y: Tensor) -> Tensor:
 def resets(point: Point) -> Tensor:
     """[T, B] bool: the same at a point every time."""
     generator = torch.Generator().manual_seed(point.T * point.B)
-    return torch.rand(point.T, point.B, generator=generator) < RESETS
+    return torch.rand(point.T, point.B, generator=generator, device="cpu") < RESETS
 
 
 def _packed(point: Point, module: nn.Module, x: Tensor, hx: Any) -> Forward:
-    lengths = torch.tensor(point.lengths)
+    lengths = torch.tensor(point.lengths, device="cpu")
     return lambda: module(pack_padded_sequence(x, lengths), hx)[0].data
 
 
 def _padded(point: Point, module: nn.Module, x: Tensor, hx: Any) -> Forward:
-    lengths = torch.tensor(point.lengths)
+    lengths = torch.tensor(point.lengths, device="cpu")
     return lambda: pad_packed_sequence(module(pack_padded_sequence(x, lengths), hx)[0], total_length=point.T)[0]
 
 

@@ -55,7 +55,7 @@ class Characters:
         return len(self.symbols)
 
     def encode(self, text: str) -> Tensor:
-        return torch.tensor([self.index[symbol] for symbol in text])
+        return torch.tensor([self.index[symbol] for symbol in text], device="cpu")
 
     def decode(self, codes: Tensor) -> str:
         return "".join(self.symbols[code] for code in codes.tolist())
@@ -70,9 +70,9 @@ class CharLM(nn.Module):
 
     def __init__(self, rnn: type[nn.Module], symbols: int) -> None:
         super().__init__()
-        self.embed = nn.Embedding(symbols, HIDDEN)
-        self.rnn = rnn(HIDDEN, HIDDEN, num_layers=LAYERS)
-        self.head = nn.Linear(HIDDEN, symbols)
+        self.embed = nn.Embedding(symbols, HIDDEN, device="cpu")
+        self.rnn = rnn(HIDDEN, HIDDEN, num_layers=LAYERS, device="cpu")
+        self.head = nn.Linear(HIDDEN, symbols, device="cpu")
 
     def forward(self, text: Tensor, state: Any = None) -> tuple[Tensor, Any]:
         y, state = self.rnn(self.embed(text), state)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_rnn import rerun, vmap
+from fused_rnn import flops, onnx, rerun, vmap
 from fused_rnn.layer import precision, run
 from fused_rnn.layer.loops import CELLS, Cell, Layer, Loops, wide
 from fused_rnn.layer.weights import Weights, aligned
@@ -227,7 +227,7 @@ def _implement(make: Make) -> tuple[Callable[..., list[Tensor]], Callable[..., l
 
 
 def define(name: str, make: Make, keys: Sequence[str] = ("CUDA",)) -> tuple[Any, Any]:
-    """Register both ops for these dispatch keys, their fake kernels, vmap rules and gradient; returns them."""
+    """Register both ops for these dispatch keys, and what torch asks about them; returns them."""
     tags = (torch.Tag.pt2_compliant_tag,)
     _library.define(
         f"{name}_forward({_INPUTS}, str cell, int[] directions, str save, bool keep_hidden) -> Tensor[]", tags=tags
@@ -237,19 +237,21 @@ def define(name: str, make: Make, keys: Sequence[str] = ("CUDA",)) -> tuple[Any,
         " str cell, int[] directions, str save, bool need_dx, bool need_dw) -> Tensor[]",
         tags=tags,
     )
-    kinds: list[tuple[str, Any, Any]] = [
-        ("forward", _forward_fake, vmap.forward),
-        ("backward", _backward_fake, vmap.backward),
+    kinds: list[tuple[str, Any, Any, Any]] = [
+        ("forward", _forward_fake, vmap.forward, flops.forward),
+        ("backward", _backward_fake, vmap.backward, flops.backward),
     ]
     ops = []
-    for (kind, fake, fold), function in zip(kinds, _implement(make), strict=True):
+    for (kind, fake, fold, formula), function in zip(kinds, _implement(make), strict=True):
         qualified, op = f"fused_rnn::{name}_{kind}", getattr(torch.ops.fused_rnn, f"{name}_{kind}").default
         # torch.library.custom_op's wrapper would cost more a call.
         for key in keys:
             _library.impl(f"{name}_{kind}", function, key)
         torch.library.register_fake(qualified, fake, lib=_library)
-        torch.library.register_vmap(qualified, vmap.rule(op, fold), lib=_library)
+        vmap.register(qualified, op, fold, _library)
+        flops.register(op.overloadpacket, formula)
         ops.append(op)
+    onnx.register(ops[0], _forward_fake, onnx.forward)
     rerun.register(f"fused_rnn::{name}_forward", ops[0], ops[1], _library)
     return ops[0], ops[1]
 

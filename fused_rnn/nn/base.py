@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import MethodType
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, is_grad_enabled, nn
+from torch._jit_internal import unused
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 from torch.nn.utils.rnn import PackedSequence
@@ -34,7 +36,14 @@ class Fused(nn.Module):
     # On the class too, for modules whose state was saved by torch.nn, which has no such attribute.
     _fused_backend: str | None = None
 
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """However it is made: by its class, by copy, or unpickled."""
+        module = super().__new__(cls)
+        mark_leaf(module)
+        return module
+
     @property
+    @unused  # no part of what torch.jit.script makes
     def backend(self) -> str | None:
         """The backend's name, or None for the one that measured fastest. Setting an unknown one raises ValueError."""
         return self._fused_backend
@@ -44,12 +53,44 @@ class Fused(nn.Module):
         self._fused_backend = known_backend(value)
 
     def __prepare_scriptable__(self) -> Any:
-        """torch.jit.script compiles the twin in this module's place, on the same weights."""
-        if "_fused_twin" not in vars(type(self)):  # a class of the user's: his own forward is to be scripted
+        """torch.jit.script compiles the twin in this module's place, on the same weights. Of a class of the user's it
+        compiles an instance with the twin's forward, or, where it has a forward of its own, the module itself."""
+        kind = type(self)
+        if overrides_forward(kind):
             return self
-        twin = self._fused_twin.__new__(self._fused_twin)
+        theirs = self._fused_twin if "_fused_twin" in vars(kind) else kind
+        twin = theirs.__new__(theirs)
         twin.__setstate__({key: value for key, value in vars(self).items() if not key.startswith("_fused")})
+        unmark_leaf(twin)
+        if theirs is kind:
+            twin.__dict__["forward"] = MethodType(self._fused_twin.forward, twin)
         return twin
+
+
+def overrides_forward(cls: type[Fused]) -> bool:
+    """Whether a class has a forward of the user's, and not ours."""
+    owner = next(base for base in cls.__mro__ if "forward" in vars(base))
+    return "_fused_twin" not in vars(owner)
+
+
+# What an instance has in the place of its class's __module__. torch.fx's tracers take a module for a leaf, and so for a
+# call_module in their graphs, where m.__module__ starts with "torch.nn". Dynamo guards nothing of torch's own modules,
+# but asks for "torch.nn.modules". pickle, repr and whoever asks type(m) see the class's.
+_LEAF = {"__module__": "torch.nn"}
+
+
+def mark_leaf(module: nn.Module) -> None:
+    """Have torch.fx take a module of ours for a leaf, as it does its twin. Not one whose forward is the user's."""
+    if overrides_forward(type(module)):  # type: ignore[arg-type]
+        unmark_leaf(module)
+    else:
+        module.__dict__.update(_LEAF)
+
+
+def unmark_leaf(module: nn.Module) -> None:
+    """The inverse, for a module that is ours no longer."""
+    for key in _LEAF:
+        module.__dict__.pop(key, None)
 
 
 def known_backend(backend: str | None) -> str | None:
@@ -65,6 +106,7 @@ def prefers_twin(module: Fused, weights: Sequence[Tensor], input: Tensor | Packe
     if backend is not None:
         # Under autocast on a CPU torch's classes have a rule each, and ours one for all.
         return backend == "torch" and not (device == "cpu" and torch.is_autocast_enabled("cpu"))
+    # A trace shall find torch's own operators, which any runtime and the ONNX exporter know.
     return is_jit_tracing() or (device == ON_A_GPU and _twin_can(module) and _is_left(module, weights, input))
 
 

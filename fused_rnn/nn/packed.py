@@ -24,7 +24,7 @@ class Layout:
         self.batch: int = int(batch_sizes[0])
         self.lengths: Tensor | None = None
         if int(batch_sizes[-1]) != self.batch:
-            valid = torch.arange(self.batch) < batch_sizes.unsqueeze(1)  # [T, B]
+            valid = torch.arange(self.batch, device=batch_sizes.device) < batch_sizes.unsqueeze(1)  # [T, B]
             self.lengths = valid.sum(0)
             self.rows: Tensor = valid.flatten().nonzero().squeeze(1).to(device)
 

@@ -15,9 +15,9 @@ from torch._C import _is_tracing as is_tracing
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
-from torch.compiler import is_compiling
 
 from fused_rnn import ops
+from fused_rnn.rerun import is_jit_tracing
 
 # The op for a single step, None where the extension is not built, and its number for each cell. It is the builtin under
 # OpOverload.__call__: a frame of Python less, 0.25 µs of 4.
@@ -56,12 +56,6 @@ def is_plain_hx(hx: object, states: int) -> bool:
 def is_ordinary_mode() -> bool:
     """Whether nothing is on that fused_rnn::step knows nothing of: tracing, autocast, a transform, forward-mode AD."""
     return not (is_tracing() or is_autocasting() or is_functorch() or forward_ad._current_level >= 0)
-
-
-def is_jit_tracing() -> bool:
-    """Whether torch.jit.trace is recording. It shall find torch's own operators, whose gradient it can save, which any
-    runtime and the ONNX exporter know, and which take any length."""
-    return not is_compiling() and is_tracing()
 
 
 __all__ = [

@@ -8,11 +8,12 @@ from typing import Any, ClassVar, Protocol, TypeVar, overload
 
 import torch
 from torch import Tensor, is_grad_enabled, nn
+from torch._jit_internal import unused
 from torch.compiler import is_compiling
 from torch.nn.utils.rnn import PackedSequence
 
 from fused_rnn import checks, functional
-from fused_rnn.nn.base import Fused, known_backend, prefers_twin
+from fused_rnn.nn.base import Fused, known_backend, overrides_forward, prefers_twin
 from fused_rnn.nn.packed import Layout, is_unshared
 from fused_rnn.nn.plain import (
     CELL_CODES,
@@ -92,6 +93,7 @@ class Recurrent(Fused, nn.RNNBase):
         return self.mode.lower()
 
     @property
+    @unused
     def save(self) -> str:
         """What training keeps for backward, "gates" or "recompute". Setting another raises ValueError."""
         return self._fused_save
@@ -99,6 +101,13 @@ class Recurrent(Fused, nn.RNNBase):
     @save.setter
     def save(self, value: str) -> None:
         self._fused_save = known_save(value)
+
+    def _slow_forward(self, *input: Any, **kwargs: Any) -> Any:
+        """torch.nn.Module's, of a call under torch.jit.trace. The older ONNX exporter hands every argument's default
+        over by position, lengths and reset among them."""
+        if not overrides_forward(type(self)) and all(value is None for value in input[2:]):
+            input = input[:2]
+        return super()._slow_forward(*input, **kwargs)  # type: ignore[no-untyped-call]
 
     def stream(self, batch_size: int = 1, *, weights: str | None = None) -> Stream:
         """These layers for steps that arrive one by one: an object that holds the state and packed weights.
@@ -247,7 +256,8 @@ def _run_padded(
     if dims != 2:
         raise ValueError(f"input: got {dims} dimensions, expected two or three")
     hx = _map(module, lambda s: s.unsqueeze(1), hx)
-    lengths = None if lengths is None else torch.as_tensor(lengths).reshape(1)
+    if lengths is not None:
+        lengths = (lengths if isinstance(lengths, Tensor) else torch.as_tensor(lengths, device="cpu")).reshape(1)
     y, hx = _run_layers(module, input.unsqueeze(1), weights, hx, lengths, reset)
     return y.squeeze(1), _map(module, lambda s: s.squeeze(1), hx)
 
