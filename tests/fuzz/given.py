@@ -27,7 +27,6 @@ class Given(NamedTuple):
     batch_sizes: Tensor | None  # of packed input
     order: Tensor | None  # of unsorted packed input: sorted_indices
     reset: Tensor | None
-    random: torch.Generator
 
     def to(self, dtype: torch.dtype) -> Given:
         """All floating tensors rounded to dtype."""
@@ -53,21 +52,26 @@ def view(base: Tensor, memory: str, shape: tuple[int, ...]) -> Tensor:
     return base.expand(shape) if memory == "expanded" else base
 
 
-def draw(call: Call) -> Given:
-    """In the call's dtype; what the sums are over never overflows."""
-    random = torch.Generator().manual_seed(zlib.crc32(f"{call.seed}:{call.index}".encode()))
+def draw(call: Call, again: int = 0) -> Given:
+    """In the call's dtype; what the sums are over never overflows. again: other values, of the same lengths."""
+    random = _generator(call, 0)
     lengths, batch_sizes, order = _lengths(call, random)
+    time_batch = (call.B, call.T) if call.batch_first else (call.T, call.B)
+    reset = torch.rand(time_batch, generator=random) < 0.2 if call.reset else None
+    random = _generator(call, 1 + again)
     x = _normal(random, _mapped(call, base_shape(x_shape(call, batch_sizes), call.memory)))
     hx = [_normal(random, base_shape(shape, call.hx)) for shape in hx_shapes(call)] if call.hx != "none" else []
     weights = [_uniform(random, shape, call.H) for shape in weight_shapes(call)]
     if call.cell == "rnn_relu" and call.dtype != "float64":
         x, hx, weights = _far_from_the_kink(x, hx, weights)
     x, hx, weights = _with_special(call, random, x, hx, weights)
-    time_batch = (call.B, call.T) if call.batch_first else (call.T, call.B)
-    reset = torch.rand(time_batch, generator=random) < 0.2 if call.reset else None
     if call.special == "past_end" and lengths is not None:
         x = _nan_past_end(call, x, lengths)
-    return Given(x, hx, weights, lengths, batch_sizes, order, reset, random).to(getattr(torch, call.dtype))
+    return Given(x, hx, weights, lengths, batch_sizes, order, reset).to(getattr(torch, call.dtype))
+
+
+def _generator(call: Call, stream: int) -> torch.Generator:
+    return torch.Generator().manual_seed(zlib.crc32(f"{call.seed}:{call.index}:{stream}".encode()))
 
 
 def x_shape(call: Call, batch_sizes: Tensor | None = None) -> tuple[int, ...]:

@@ -22,6 +22,7 @@ def work(seed: int, plant: str | None, answers: TextIO) -> None:
     from .check import check
 
     torch.set_num_threads(1)
+    torch.backends.cudnn.allow_tf32 = False  # in the emulator too: torch's float32 here is float32
     with ExitStack() as emulating:
         if plant is not None:
             plants.plant(plant)
