@@ -5,6 +5,7 @@ A process that gets through prints "ok"; an assertion, a crash or a hang keeps i
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import os
 import resource
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tolerances import assert_same_formula
 from torch import Tensor
 from torch.nn.utils.rnn import pack_padded_sequence
 
@@ -86,7 +88,8 @@ def tensors_that_do_not_fit() -> None:
         for cls in (fused_rnn.LSTM, fused_rnn.GRU, fused_rnn.RNN):
             module, small = cls(8, 64, num_layers=2), torch.randn(5, 40, 8)
             expected = [outcome(module, small), outcome(module, small, grad=False)]
-            large = torch.randn(2000, 40, 8)
+            large = torch.randn(1000, 40, 8)
+            outcome(module, large[:200])  # OpenMP's threads are there: libgomp ends a process in which it cannot start one
             with memory_limit(8 * MIB):
                 for grad in (True, False):
                     assert_fails_for_memory(lambda m=module, x=large, g=grad: outcome(m, x, g))
@@ -286,23 +289,22 @@ def a_child_that_may_start_no_thread() -> None:
 
 @fault
 def a_million_steps() -> None:
-    """One call over 2**20 steps is the calls on its parts, forward and backward; also where the state never forgets."""
-    torch.set_num_threads(2)
+    """One call over 2**20 steps is the calls on its parts, forward and backward."""
+    torch.set_num_threads(1)
     steps, parts = 1 << 20, 64
-    for cls in (fused_rnn.LSTM, fused_rnn.GRU, fused_rnn.RNN):
-        for save in ("gates", "recompute"):
-            module = cls(1, 3, dtype=torch.float64, save=save)
-            x = torch.randn(steps, 1, 1, dtype=torch.float64).requires_grad_()
-            y, _ = module(x)
-            names = [x, *module.parameters()]
-            whole = [y.detach(), *torch.autograd.grad(y.sum(), names)]
-            hx, ys = None, []
-            for part in x.chunk(parts):
-                y, hx = module(part, hx)
-                ys.append(y)
-            y = torch.cat(ys)
-            for a, b in zip(whole, [y.detach(), *torch.autograd.grad(y.sum(), names)], strict=True):
-                assert float((a - b).abs().max()) <= 1e-11 * float(b.abs().max()), cls.__name__
+    for cls, save in ((fused_rnn.LSTM, "gates"), (fused_rnn.GRU, "recompute")):
+        module = cls(1, 3, dtype=torch.float64, save=save)
+        x = torch.randn(steps, 1, 1, dtype=torch.float64).requires_grad_()
+        y, _ = module(x)
+        names = [x, *module.parameters()]
+        whole = [y.detach(), *torch.autograd.grad(y.sum(), names)]
+        hx, ys = None, []
+        for part in x.chunk(parts):
+            y, hx = module(part, hx)
+            ys.append(y)
+        y = torch.cat(ys)
+        for a, b in zip(whole, [y.detach(), *torch.autograd.grad(y.sum(), names)], strict=True):
+            assert_same_formula(a, b)
 
 
 @fault
@@ -327,17 +329,27 @@ def resident() -> int:
     return statm(1)
 
 
+def in_use() -> int:
+    """Bytes that malloc has handed out from its heap and that were not given back; 0 where the C library does not tell."""
+    gc.collect()
+    told = getattr(ctypes.CDLL(None), "mallinfo2", None)
+    if told is None:
+        return 0
+    told.restype = ctypes.c_size_t * 10
+    return int(told()[7])
+
+
 @fault
 def ten_thousand_calls() -> None:
     """Memory stays flat: in inference, in training, packed, by streams, and of calls that are refused."""
     torch.set_num_threads(1)
-    # What is left is allocators' slack, and the caches of sizes, which hold some thousand small entries at most.
-    most = 4 * MIB
+    # Of memory that is handed out, the caches of sizes; of pages, the allocators' slack. A leak of 32 bytes a call shows.
+    most_in_use, most = 300 << 10, 4 * MIB
     for cls in (fused_rnn.LSTM, fused_rnn.GRU):
-        module = cls(16, 24, num_layers=2)
-        single = cls(16, 24)
+        module = cls(8, 12, num_layers=2)
+        single = cls(8, 12)
         stream = module.stream(4)
-        x = torch.randn(12, 4, 16)
+        x = torch.randn(12, 4, 8)
         packed = pack_padded_sequence(x, [12, 7, 7, 2])
 
         def refused(module: Any = module, x: Tensor = x) -> None:
@@ -360,11 +372,12 @@ def ten_thousand_calls() -> None:
         for name, call in kinds.items():
             for _ in range(500):
                 call()
-            before = resident()
-            for _ in range(10_000 if name in ("inference", "training", "stream") else 2_000):
+            before, used = resident(), in_use()
+            for _ in range(10_000):
                 call()
-            grown = resident() - before
+            grown, kept = resident() - before, in_use() - used
             assert grown < most, f"{cls.__name__}, {name}: grown by {grown / MIB:.1f} MiB"
+            assert kept < most_in_use, f"{cls.__name__}, {name}: {kept} bytes more are in use"
 
 
 if __name__ == "__main__":

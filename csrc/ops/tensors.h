@@ -6,6 +6,7 @@
 
 #include <array>
 #include <cstring>
+#include <exception>
 #include <optional>
 #include <string>
 #include <vector>
@@ -94,6 +95,17 @@ inline void check_sizes(const char* name, const Tensor& t, const Sizes& expected
   bool same = t.dim() == int64_t(expected.size());
   for (size_t i = 0; same && i < expected.size(); ++i) same = t.size(int64_t(i)) == expected[i];
   STD_TORCH_CHECK(same, "fused_rnn: ", name, " has shape ", text(sizes_of(t)), ", expected ", text(expected));
+}
+
+// An op's argument of type str, which is given away with its handle: torch's own conversion leaks a string at every call (2.13).
+inline std::string taken(StringHandle handle) {
+  size_t length = 0;
+  const char* data = nullptr;
+  TORCH_ERROR_CODE_CHECK(torch_string_length(handle, &length));
+  TORCH_ERROR_CODE_CHECK(torch_string_c_str(handle, &data));
+  const std::string text(data, length);
+  TORCH_ERROR_CODE_CHECK(torch_delete_string(handle));
+  return text;
 }
 
 inline Cell cell_of(const std::string& name) {
