@@ -32,8 +32,8 @@ def test_fault(name: str) -> None:
     if available() < NEEDS.get(name, 1):
         pytest.skip(f"needs {NEEDS[name]} GiB of memory")
     quiet = {**os.environ, "PYTHONWARNINGS": "ignore", "OMP_WAIT_POLICY": "passive"}
-    done = subprocess.run(
-        [sys.executable, str(PROGRAM), name], cwd=PROGRAM.parent.parent, env={**quiet, "PYTHONPATH": str(PROGRAM.parent.parent)},
-        capture_output=True, text=True, timeout=500, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0 and done.stdout.endswith("ok\n"), f"exit status {done.returncode}\n{done.stdout}{done.stderr}"
+    quiet["PYTHONPATH"] = str(PROGRAM.parent.parent)
+    command = [sys.executable, str(PROGRAM), name]
+    done = subprocess.run(command, env=quiet, capture_output=True, text=True, timeout=500, check=False)
+    told = f"exit status {done.returncode}\n{done.stdout}{done.stderr}"
+    assert done.returncode == 0 and done.stdout.endswith("ok\n"), told

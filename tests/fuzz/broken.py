@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import PackedSequence
 from fused_rnn import functional
 
 from .generate import Call
-from .given import hx_shapes, view, x_shape
+from .given import hx_shapes
 from .run import Subject, call_functional
 
 Break = Callable[[Subject], Any]
@@ -25,10 +25,14 @@ EVERY = SEQUENCES + STEPS
 OWNING = ("module", "cell")
 
 
+def add(name: str, function: Break, kinds: tuple[str, ...], when: Callable[[Call], bool] = lambda call: True) -> None:
+    """function runs a call of these kinds with something wrong."""
+    BREAKS[name], _KINDS[name] = function, (kinds, when)
+
+
 def breaks(*kinds: str, when: Callable[[Call], bool] = lambda call: True) -> Callable[[Break], Break]:
     def register(function: Break) -> Break:
-        BREAKS[function.__name__.strip("_")] = function
-        _KINDS[function.__name__.strip("_")] = (kinds, when)
+        add(function.__name__.strip("_"), function, kinds, when)
         return function
 
     return register
@@ -60,12 +64,12 @@ def _with_hx(subject: Subject, change: Callable[[Tensor], Any], which: int | Non
     """The call, its states changed, or the one of this number; they are zeros where the call has none."""
     given = subject.given
     data, hx = subject.arguments(given.x, given.hx)
-    states = list(_zeros(subject) if hx is None else hx if isinstance(hx, tuple) else (hx,))
+    states = list(zeros(subject) if hx is None else hx if isinstance(hx, tuple) else (hx,))
     states = [change(h) if which in (None, k) else h for k, h in enumerate(states)]
     return _call(subject, data, tuple(states) if subject.call.has_c else states[0])
 
 
-def _zeros(subject: Subject) -> list[Tensor]:
+def zeros(subject: Subject) -> list[Tensor]:
     return [torch.zeros(shape, dtype=subject.given.x.dtype) for shape in hx_shapes(subject.call)]
 
 
@@ -91,13 +95,14 @@ def _batched(call: Call) -> bool:
     return call.form != "unbatched"
 
 
-def _other_dtype(dtype: torch.dtype) -> torch.dtype:
+def other_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype == torch.float64 else torch.float64
 
 
-def _grown(t: Tensor, dim: int) -> Tensor:
+def grown(t: Tensor, dim: int) -> Tensor:
     """One larger there."""
-    return torch.cat([t, t.narrow(dim, 0, 1)], dim) if t.size(dim) else t.new_zeros(*t.shape[:dim], 1, *t.shape[dim + 1 :])
+    first = t.narrow(dim, 0, 1) if t.size(dim) else t.new_zeros(*t.shape[:dim], 1, *t.shape[dim + 1 :])
+    return torch.cat([t, first], dim)
 
 
 # ---- the input
@@ -105,7 +110,7 @@ def _grown(t: Tensor, dim: int) -> Tensor:
 
 @breaks(*EVERY)
 def _input_too_wide(subject: Subject) -> Any:
-    return _with_input(subject, lambda x: _grown(x, x.dim() - 1))
+    return _with_input(subject, lambda x: grown(x, x.dim() - 1))
 
 
 @breaks(*EVERY, when=lambda call: call.D > 1)
@@ -130,7 +135,7 @@ def _input_1d(subject: Subject) -> Any:
 
 @breaks(*EVERY, when=lambda call: not call.autocast)
 def _input_of_another_dtype(subject: Subject) -> Any:
-    return _with_input(subject, lambda x: x.to(_other_dtype(x.dtype)))
+    return _with_input(subject, lambda x: x.to(other_dtype(x.dtype)))
 
 
 @breaks(*EVERY)
@@ -211,7 +216,7 @@ def _order_out_of_range(subject: Subject) -> Any:
 
 
 def _hx_zeros(subject: Subject) -> Any:
-    states = _zeros(subject)
+    states = zeros(subject)
     return tuple(states) if subject.call.has_c else states[0]
 
 
@@ -226,22 +231,22 @@ def _lengths_beside_packed(subject: Subject) -> Any:
 
 @breaks(*EVERY)
 def _hx_too_wide(subject: Subject) -> Any:
-    return _with_hx(subject, lambda h: _grown(h, h.dim() - 1))
+    return _with_hx(subject, lambda h: grown(h, h.dim() - 1))
 
 
 @breaks(*EVERY, when=lambda call: call.has_c)
 def _c_too_wide(subject: Subject) -> Any:
-    return _with_hx(subject, lambda h: _grown(h, h.dim() - 1), which=1)
+    return _with_hx(subject, lambda h: grown(h, h.dim() - 1), which=1)
 
 
 @breaks(*EVERY, when=_batched)
 def _hx_of_a_larger_batch(subject: Subject) -> Any:
-    return _with_hx(subject, lambda h: _grown(h, h.dim() - 2))
+    return _with_hx(subject, lambda h: grown(h, h.dim() - 2))
 
 
 @breaks(*EVERY, when=lambda call: _batched(call) and call.has_c)
 def _c_of_a_larger_batch(subject: Subject) -> Any:
-    return _with_hx(subject, lambda h: _grown(h, h.dim() - 2), which=1)
+    return _with_hx(subject, lambda h: grown(h, h.dim() - 2), which=1)
 
 
 @breaks(*EVERY, when=lambda call: _batched(call) and call.B > 0)
@@ -251,12 +256,12 @@ def _hx_of_a_smaller_batch(subject: Subject) -> Any:
 
 @breaks(*SEQUENCES)
 def _hx_of_more_layers(subject: Subject) -> Any:
-    return _with_hx(subject, lambda h: _grown(h, 0))
+    return _with_hx(subject, lambda h: grown(h, 0))
 
 
 @breaks(*SEQUENCES, when=lambda call: call.has_c)
 def _c_of_more_layers(subject: Subject) -> Any:
-    return _with_hx(subject, lambda h: _grown(h, 0), which=1)
+    return _with_hx(subject, lambda h: grown(h, 0), which=1)
 
 
 @breaks(*SEQUENCES, when=lambda call: call.layers * call.R > 1)
@@ -271,7 +276,7 @@ def _hx_of_another_rank(subject: Subject) -> Any:
 
 @breaks(*EVERY, when=lambda call: not call.autocast)
 def _hx_of_another_dtype(subject: Subject) -> Any:
-    return _with_hx(subject, lambda h: h.to(_other_dtype(h.dtype)))
+    return _with_hx(subject, lambda h: h.to(other_dtype(h.dtype)))
 
 
 @breaks(*EVERY)
@@ -292,26 +297,26 @@ def _hx_a_number(subject: Subject) -> Any:
 @breaks(*EVERY, when=lambda call: call.has_c)
 def _hx_a_tensor(subject: Subject) -> Any:
     given = subject.given
-    return _call(subject, subject.arguments(given.x, given.hx)[0], torch.stack(_zeros(subject)))
+    return _call(subject, subject.arguments(given.x, given.hx)[0], torch.stack(zeros(subject)))
 
 
 @breaks(*EVERY, when=lambda call: not call.has_c)
 def _hx_a_pair(subject: Subject) -> Any:
     given = subject.given
-    return _call(subject, subject.arguments(given.x, given.hx)[0], tuple(_zeros(subject) * 2))
+    return _call(subject, subject.arguments(given.x, given.hx)[0], tuple(zeros(subject) * 2))
 
 
 @breaks(*EVERY, when=lambda call: call.has_c and _batched(call))  # of unbatched input torch looks at the first two
 def _hx_of_three(subject: Subject) -> Any:
     given = subject.given
-    return _call(subject, subject.arguments(given.x, given.hx)[0], tuple([*_zeros(subject), _zeros(subject)[0]]))
+    return _call(subject, subject.arguments(given.x, given.hx)[0], (*zeros(subject), zeros(subject)[0]))
 
 
 # ---- weights changed under a module, or of a function
 
 
 @contextmanager
-def _changed(subject: Subject, which: int, change: Callable[[Tensor], Any]) -> Iterator[list[Any]]:
+def changed(subject: Subject, which: int, change: Callable[[Tensor], Any]) -> Iterator[list[Any]]:
     """One weight replaced; put back afterwards."""
     weights: list[Any] = list(subject.given.weights)
     which %= len(weights)
@@ -331,7 +336,7 @@ def _changed(subject: Subject, which: int, change: Callable[[Tensor], Any]) -> I
 def _with_weight(subject: Subject, which: int, change: Callable[[Tensor], Any]) -> Any:
     given = subject.given
     data, hx = subject.arguments(given.x, given.hx)
-    with _changed(subject, which, change) as weights:
+    with changed(subject, which, change) as weights:
         if subject.module is None:
             return call_functional(subject.call, given, data, hx, weights)
         return _call(subject, data, hx)
@@ -339,7 +344,7 @@ def _with_weight(subject: Subject, which: int, change: Callable[[Tensor], Any]) 
 
 @breaks(*EVERY)
 def _w_hh_of_more_rows(subject: Subject) -> Any:
-    return _with_weight(subject, 1, lambda w: _grown(w, 0))
+    return _with_weight(subject, 1, lambda w: grown(w, 0))
 
 
 @breaks(*EVERY)
@@ -349,22 +354,22 @@ def _w_hh_of_fewer_rows(subject: Subject) -> Any:
 
 @breaks(*EVERY)
 def _w_hh_of_more_columns(subject: Subject) -> Any:
-    return _with_weight(subject, 1, lambda w: _grown(w, 1))
+    return _with_weight(subject, 1, lambda w: grown(w, 1))
 
 
 @breaks(*EVERY)
 def _w_ih_of_more_rows(subject: Subject) -> Any:
-    return _with_weight(subject, 0, lambda w: _grown(w, 0))
+    return _with_weight(subject, 0, lambda w: grown(w, 0))
 
 
 @breaks(*EVERY)
 def _w_ih_of_more_columns(subject: Subject) -> Any:
-    return _with_weight(subject, 0, lambda w: _grown(w, 1))
+    return _with_weight(subject, 0, lambda w: grown(w, 1))
 
 
 @breaks(*EVERY)
 def _last_weight_longer(subject: Subject) -> Any:
-    return _with_weight(subject, -1, lambda w: _grown(w, 0))
+    return _with_weight(subject, -1, lambda w: grown(w, 0))
 
 
 @breaks(*EVERY, when=lambda call: call.bias)
@@ -374,7 +379,7 @@ def _bias_shorter(subject: Subject) -> Any:
 
 @breaks(*EVERY, when=lambda call: not call.autocast)
 def _weight_of_another_dtype(subject: Subject) -> Any:
-    return _with_weight(subject, 1, lambda w: w.to(_other_dtype(w.dtype)))
+    return _with_weight(subject, 1, lambda w: w.to(other_dtype(w.dtype)))
 
 
 @breaks(*EVERY)
@@ -480,13 +485,13 @@ def _reset(subject: Subject, **options: Any) -> Tensor:
 @breaks(*SEQUENCES, when=_plain)
 def _reset_too_long(subject: Subject) -> Any:
     reset = _reset(subject)
-    return _with_extras(subject, reset=_grown(reset, 1 if subject.call.batch_first else 0))
+    return _with_extras(subject, reset=grown(reset, 1 if subject.call.batch_first else 0))
 
 
 @breaks(*SEQUENCES, when=_plain)
 def _reset_of_another_batch(subject: Subject) -> Any:
     reset = _reset(subject)
-    return _with_extras(subject, reset=_grown(reset, 0 if subject.call.batch_first else 1))
+    return _with_extras(subject, reset=grown(reset, 0 if subject.call.batch_first else 1))
 
 
 @breaks(*SEQUENCES, when=lambda call: _plain(call) and call.T != call.B)
@@ -573,108 +578,3 @@ def _stream_of_two_directions(subject: Subject) -> Any:
 @breaks("module", when=lambda call: not call.bidirectional)
 def _stream_of_no_batch(subject: Subject) -> Any:
     return subject.module.eval().stream(0)
-
-
-# ---- streams
-
-
-def _step(subject: Subject) -> Tensor:
-    call, given = subject.call, subject.given
-    x = view(given.x, call.memory, x_shape(call))
-    return x.select(1 if call.batch_first else 0, 0)
-
-
-def _stepping(change: Callable[[Tensor], Any]) -> Break:
-    return lambda subject: subject.stream.step(change(_step(subject)))
-
-
-STEPPINGS: dict[str, Callable[[Tensor], Any]] = {
-    "step_too_wide": lambda x: _grown(x, 1),
-    "step_of_a_larger_batch": lambda x: _grown(x, 0),
-    "step_of_no_batch": lambda x: x[:0],
-    "step_1d": lambda x: x[0],
-    "step_3d": lambda x: x.unsqueeze(0),
-    "step_of_another_dtype": lambda x: x.to(_other_dtype(x.dtype)),
-    "step_of_integers": lambda x: x.isnan().long(),
-    "step_on_meta": lambda x: x.to("meta"),
-    "step_a_list": lambda x: x.tolist(),
-    "step_sparse": lambda x: x.contiguous().to_sparse(),
-}
-for _name, _change in STEPPINGS.items():
-    BREAKS[_name] = _stepping(_change)
-    _KINDS[_name] = (("stream",), lambda call: True)
-
-
-@breaks("stream")
-def _step_that_wants_a_gradient(subject: Subject) -> Any:
-    with torch.inference_mode(False), torch.enable_grad():
-        return subject.stream.step(_step(subject).detach().clone().requires_grad_())
-
-
-@breaks("stream")
-def _steps_of_none(subject: Subject) -> Any:
-    x = _step(subject).unsqueeze(1 if subject.call.batch_first else 0)
-    return subject.stream.steps(x.narrow(1 if subject.call.batch_first else 0, 0, 0))
-
-
-@breaks("stream")
-def _out_too_wide(subject: Subject) -> Any:
-    x = _step(subject)
-    return subject.stream.step(x, out=x.new_empty(subject.call.B, subject.call.P + 1))
-
-
-@breaks("stream")
-def _out_of_another_dtype(subject: Subject) -> Any:
-    x = _step(subject)
-    return subject.stream.step(x, out=x.new_empty(subject.call.B, subject.call.P, dtype=_other_dtype(x.dtype)))
-
-
-@breaks("stream")
-def _mask_of_another_batch(subject: Subject) -> Any:
-    return subject.stream.reset(torch.zeros(subject.call.B + 1, dtype=torch.bool)) or "done"
-
-
-@breaks("stream")
-def _mask_of_integers(subject: Subject) -> Any:
-    return subject.stream.reset(torch.zeros(subject.call.B, dtype=torch.int64)) or "done"
-
-
-@breaks("stream")
-def _state_too_wide(subject: Subject) -> Any:
-    states = [_grown(h, 2) for h in _zeros(subject)]
-    subject.stream.state = tuple(states) if subject.call.has_c else states[0]
-    return "set"
-
-
-@breaks("stream")
-def _state_a_number(subject: Subject) -> Any:
-    subject.stream.state = 1.0
-    return "set"
-
-
-@breaks("stream")
-def _state_dict_of_other_names(subject: Subject) -> Any:
-    return subject.stream.load_state_dict({"g": torch.zeros(1)}) or "done"
-
-
-@breaks("stream")
-def _state_dict_of_other_shapes(subject: Subject) -> Any:
-    state = subject.stream.state_dict()
-    return subject.stream.load_state_dict(state | {"h": _grown(state["h"], 1)}) or "done"
-
-
-@breaks("stream")
-def _refresh_of_other_weights(subject: Subject) -> Any:
-    with _changed(subject, 1, lambda w: _grown(w, 0)):
-        return subject.stream.refresh() or "done"
-
-
-@breaks("stream")
-def _refresh_of_another_dtype(subject: Subject) -> Any:
-    with _changed(subject, 0, lambda w: w.to(_other_dtype(w.dtype))):
-        return subject.stream.refresh() or "done"
-
-
-@breaks("stream")
-def _unknown_narrow_weights(subject: Subject) -> Any:
-    return subject.module.stream(1, weights="int4")

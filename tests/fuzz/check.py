@@ -9,12 +9,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .broken import run_broken
+from .broken_streams import run_broken
 from .generate import Call
 from .given import Given, draw
 from .run import Results, Subject, by_torch, effective, run, surroundings
 from .verdict import excess, same_bits, strange
-
 
 DRAWS = 8
 
@@ -114,7 +113,9 @@ def _of_many_draws(call: Call, first: tuple[Results, Results, Results]) -> list[
         torchs = by_torch(call, given, wide=False)[0]
         wide = torchs if effective(call) == torch.float64 else by_torch(call, given, wide=True)[0]
         each.append((ours, torchs, wide))
-    return [{name: torch.stack([results[name] for results in side]) for name in side[0]} for side in zip(*each)]
+    return [
+        {name: torch.stack([results[name] for results in side]) for name in side[0]} for side in zip(*each, strict=True)
+    ]
 
 
 def _broken(call: Call) -> Outcome:

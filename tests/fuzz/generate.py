@@ -100,7 +100,8 @@ def _sizes(dice: _Dice, kind: str) -> dict[str, int]:
     if large == "empty":
         sizes["B"] = 0
     elif large != "none":
-        sizes[large] = dice.choice({"T": (33, 65, 257), "B": (17, 33, 66), "D": (65, 130), "H": (64, 65, 97, 130)}[large])
+        beyond = {"T": (33, 65, 257), "B": (17, 33, 66), "D": (65, 130), "H": (64, 65, 97, 130)}
+        sizes[large] = dice.choice(beyond[large])
     if kind in ("cell", "functional_cell"):
         sizes["T"] = 1
     if kind == "stream":
@@ -136,9 +137,9 @@ def _form(dice: _Dice, kind: str, B: int, layers: int) -> dict[str, Any]:
         options["lengths"] = dice.pick(none=0.65, tensor=0.2, int32=0.08, list=0.07)
         options["reset"] = dice.chance(0.2)
     # Beside lengths the masks are drawn for padded rows here, and for packed ones by torch; and torch knows no reset.
-    if kind in ("module", "functional") and layers > 1 and not options.get("reset"):
-        if options.get("lengths", "none") == "none" and dice.chance(0.2):
-            options["dropout"] = dice.choice((0.5, 0.2, 1.0))
+    extras = options.get("reset") or options.get("lengths", "none") != "none"
+    if kind in ("module", "functional") and layers > 1 and not extras and dice.chance(0.2):
+        options["dropout"] = dice.choice((0.5, 0.2, 1.0))
     return options
 
 
@@ -152,7 +153,9 @@ def _mode(dice: _Dice, kind: str, chosen: dict[str, Any]) -> dict[str, Any]:
     if kind == "stream":
         return {"mode": dice.pick(no_grad=0.5, inference=0.2, grad=0.3), "wants": "none"}
     options: dict[str, Any] = {
-        "mode": dice.pick(grad=0.45, eval=0.1, twice=0.05, no_grad=0.22, inference=0.1, forward_ad=0.05, forward_ad_no_grad=0.03),
+        "mode": dice.pick(
+            grad=0.45, eval=0.1, twice=0.05, no_grad=0.22, inference=0.1, forward_ad=0.05, forward_ad_no_grad=0.03
+        ),
         "wants": dice.pick(all=0.6, none=0.1, x=0.1, hx=0.1, weights=0.1),
         "autocast": dice.chance(0.08),
     }
@@ -171,7 +174,8 @@ def _mode(dice: _Dice, kind: str, chosen: dict[str, Any]) -> dict[str, Any]:
 def _special(dice: _Dice, chosen: dict[str, Any]) -> dict[str, Any]:
     """Values that are no ordinary numbers.
 
-    Beside lengths not in hx: what judges goes on past a sequence's end and selects, whose gradient is 0 * inf there.
+    Beside lengths in x alone: what judges goes on past a sequence's end and selects, whose gradient is 0 * inf there,
+    as is that of any product of a row of zeros with such a weight.
     Beside a reset or in a second derivative inf and NaN have no comparison: torch has no reset, so that the tests' loop
     over its cells multiplies by zero; and of a second derivative torch's own formulas are several.
     """
@@ -183,7 +187,7 @@ def _special(dice: _Dice, chosen: dict[str, Any]) -> dict[str, Any]:
     }
     if options["target"] == "hx" and chosen["hx"] == "none":
         options["target"] = "x"
-    if chosen.get("lengths", "none") != "none" and (options["target"] == "hx" or dice.chance(0.5)):
+    if chosen.get("lengths", "none") != "none" and (options["target"] != "x" or dice.chance(0.5)):
         options = {"special": "past_end"}
     if chosen["cell"] == "rnn_relu" and options["special"] == "denormal":
         options["special"] = "zeros"  # which is what ours takes them for; at a relu's kink that decides on its gradient
@@ -204,7 +208,7 @@ def _slow(dice: _Dice, kind: str, call: dict[str, Any]) -> dict[str, Any]:
 
 def generate(seed: int, index: int) -> Call:
     """The call of this number."""
-    from .broken import choices
+    from .broken_streams import choices
 
     dice = _Dice(f"{seed}:{index}")
     kind = dice.pick(module=0.5, cell=0.17, functional=0.15, functional_cell=0.06, stream=0.12)

@@ -17,7 +17,7 @@ PLANTS = ("wrong", "crash", "hang", "accepted")
 def plant(name: str) -> None:
     """From now on the reference backend is wrong, crashes or hangs; or lengths of any value are accepted."""
     if name == "accepted":
-        checks.check_lengths = lambda lengths, x: torch.as_tensor(lengths).reshape(-1)[:1].expand(x.shape[1]).clamp(0, 1)
+        checks.check_lengths = lambda lengths, x: torch.as_tensor(lengths).flatten()[:1].expand(x.shape[1]).clamp(0, 1)
         return
     forward = reference.forward
 

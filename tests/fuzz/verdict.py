@@ -9,8 +9,8 @@ from torch import Tensor
 from .generate import Call
 from .run import Results
 
-# The loops take denormal numbers for zero (csrc/cpu/layout.h), as products of bfloat16 pairs do by their definition; up to
-# so many of them are lost in a sum. float16, whose denormals are float32's ordinary numbers, keeps its own.
+# The loops take denormal numbers for zero (csrc/cpu/layout.h), as products of bfloat16 pairs do by their definition; up
+# to so many of them are lost in a sum. float16, whose denormals are float32's ordinary numbers, keeps its own.
 FLUSHED = 2.0**14
 
 
@@ -49,8 +49,8 @@ def excess(ours: Results, torchs: Results, wide: Results) -> str | None:
         mine, theirs, exact = mine[numbers], theirs[numbers], exact[numbers]
         made, may = tolerances.error(mine, exact), allowed(theirs, exact)
         if not made <= may:
-            scale = f"{exact.abs().max():.3g}"
-            return f"{name}: error {made:.3g}, allowed {may:.3g}, torch {tolerances.error(theirs, exact):.3g}, scale {scale}"
+            own, scale = tolerances.error(theirs, exact), float(exact.abs().max())
+            return f"{name}: error {made:.3g}, allowed {may:.3g}, torch {own:.3g}, scale {scale:.3g}"
     return None
 
 
@@ -64,8 +64,8 @@ def _agreed(torchs: Tensor, wide: Tensor) -> Tensor:
 
 
 def _is_of_absent_state(call: Call, name: str) -> bool:
-    """Whether it is a gradient of W_hh in a call without h_0: its first step multiplies by zeros that nobody gave, which
-    ours leaves out; a NaN or an inf of that step is in the other gradients, and here in torch's alone."""
+    """Whether it is a gradient of W_hh in a call without h_0: its first step multiplies by zeros that nobody gave,
+    which ours leaves out; a NaN or an inf of that step is in the other gradients, and here in torch's alone."""
     if call.hx != "none" or not name.startswith("dweights["):
         return False
     count = 2 + 2 * call.bias + bool(call.proj)
