@@ -45,7 +45,7 @@ def test_what_is_planted_is_found(plant: str) -> None:
     assert "1 calls, 1 findings" in printed
     again = line.split("  #")[0].split()[3:]
     status, printed = fuzz(*again, "--timeout", planted[-1])
-    assert status == 1 and printed.splitlines()[-1] == line
+    assert status == 1 and line in printed.splitlines()
     status, printed = fuzz("--repeat", f"{SEED}:{index}")
     assert status == 0, printed
 
@@ -55,7 +55,7 @@ def _meets(plant: str, index: int) -> bool:
     call = generate(SEED, index)
     if plant == "accepted":
         return call.broken == "lengths_too_long" and call.dtype == "float32" and call.special == "none"
-    plain = call.mode == "no_grad" and call.kind == "functional" and call.broken is None and call.special == "none"
+    plain = call.mode == "no_grad" and call.kind in ("functional", "module") and call.broken is None and call.special == "none"
     numbers = call.dtype == "float32" and call.cell == "gru" and call.B > 0 and not call.autocast
     judged = call.lengths == "none" and not call.reset  # by torch alone, and not by the faulty backend itself
     return plain and numbers and judged and call.backend == "reference"
