@@ -252,3 +252,10 @@ def test_wrong_lengths_and_resets(name: str) -> None:
         ours(PACKED, lengths=torch.tensor([4, 2, 1]))
     with pytest.raises(RuntimeError, match="must be equal to input_size"):  # torch's words for what is torch's
         ours(h(4, 3, 6), lengths=torch.tensor([1, 2, 3]))
+
+
+def test_no_lengths_of_no_sequences() -> None:
+    """An empty list, of which torch makes floats, is as many lengths as an empty batch has."""
+    ours, _ = make("GRU", 5, 7)
+    y, h_n = ours(h(4, 0, 5), lengths=[])
+    assert (y.shape, h_n.shape) == ((4, 0, 7), (1, 0, 7))
