@@ -3,7 +3,7 @@
 #   TORCH=torch==2.12.0     another torch (any pip requirement, options included)
 #   TORCH=                  the torch that PYTHON already has
 #   TORCH= VENV=path        an environment that exists, with its torch
-#   PYTEST_ARGS, BENCH_ARGS, DEMO_ARGS, CUBIN_ARGS, GPU_ARGS    handed on
+#   PYTEST_ARGS, BENCH_ARGS, DEMO_ARGS, CUBIN_ARGS, GPU_ARGS, FUZZ_ARGS    handed on
 #   WHEEL_TORCH='torch==2.11.0 torch'       the torches (or pythons that have one) beside which make wheel-check tests the wheel
 #   FUSED_RNN_CUDA=auto|0|1, FUSED_RNN_CUDA_DEBUG, TORCH_CUDA_ARCH_LIST, MAX_JOBS    the CUDA kernels: see setup.py
 #   OUT=build/gpu           where make gpu writes
@@ -16,6 +16,7 @@ PYTEST_ARGS ?=
 BENCH_ARGS  ?=
 DEMO_ARGS   ?=
 CUBIN_ARGS  ?=
+FUZZ_ARGS   ?=
 GPU_ARGS    ?=
 WHEEL_TORCH ?= torch==2.11.0 torch
 BIN         := $(VENV)/bin
@@ -30,11 +31,12 @@ BUILD_STAMP := $(VENV)/.build-$(call hash,{ cat $(SOURCES); echo '$(FUSED_RNN_CU
 # extra-NAME: what pyproject.toml's extra of that name asks for is there
 EXTRA_STAMP  = $(VENV)/.extra-$(1)-$(call hash,cat pyproject.toml)
 
-.PHONY: help install dev demo test bench cubin cubin-triton cubin-cuda gpu gpu-build gpu-smoke gpu-test gpu-steps gpu-sanitize gpu-bench gpu-profile lint format sanitize docs wheel wheel-check clean
+.PHONY: help install dev demo test fuzz bench cubin cubin-triton cubin-cuda gpu gpu-build gpu-smoke gpu-test gpu-steps gpu-sanitize gpu-bench gpu-profile lint format sanitize docs wheel wheel-check clean
 
 help:
 	@echo 'make demo      train a character model with torch.nn and with fused_rnn, side by side'
 	@echo 'make test      run the tests'
+	@echo 'make fuzz      random calls, valid and broken, beside torch.nn; FUZZ_ARGS="--seconds 3600 --seed 1"'
 	@echo 'make bench     measure against torch.nn and write benchmarks/results/'
 	@echo 'make cubin     compile every Triton and CUDA kernel, with no GPU: registers, spills, shared memory'
 	@echo '               (cubin-triton, cubin-cuda: one of them)'
@@ -74,6 +76,9 @@ demo: $(BUILD_STAMP)
 
 test: $(BUILD_STAMP)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+fuzz: $(BUILD_STAMP)
+	$(BIN)/python -m tests.fuzz $(FUZZ_ARGS)
 
 bench: $(BUILD_STAMP)
 	$(BIN)/python -m fused_rnn bench $(BENCH_ARGS)

@@ -117,6 +117,7 @@ def check_lengths(lengths: Tensor | Sequence[int], x: Tensor) -> Tensor:
     """
     if not isinstance(lengths, Tensor):
         lengths = torch.as_tensor(lengths, device="cpu")
+        lengths = lengths if lengths.numel() else lengths.long()  # of no numbers torch makes floats
     steps, batch = x.shape[:2]
     if lengths.dtype not in INTEGERS:
         raise ValueError(f"lengths: got {lengths.dtype}, expected an integer dtype")

@@ -80,6 +80,7 @@ def convert(model: M, *, backend: str | None = None, save: str = "gates", keep_c
             continue
         if isinstance(module, Fused):
             module.__class__ = ours  # type: ignore[assignment]
+            mark_leaf(module)
             continue
         own = [attribute for attribute in _IN_THE_WAY if attribute in vars(module)]
         if own:

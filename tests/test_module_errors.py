@@ -461,3 +461,8 @@ def test_a_reset_of_lists(name: str) -> None:
     ):
         with pytest.raises(ValueError, match=message):
             ours(x, reset=wrong)
+def test_no_lengths_of_no_sequences() -> None:
+    """An empty list, of which torch makes floats, is as many lengths as an empty batch has."""
+    ours, _ = make("GRU", 5, 7)
+    y, h_n = ours(h(4, 0, 5), lengths=[])
+    assert (y.shape, h_n.shape) == ((4, 0, 7), (1, 0, 7))

@@ -2,8 +2,11 @@
 
 #include <sched.h>
 
+#include <condition_variable>
 #include <cstdlib>
+#include <exception>
 #include <memory>
+#include <mutex>
 #include <thread>
 #include <vector>
 #if defined(_OPENMP)
@@ -52,6 +55,32 @@ void pause() {
 #endif
 }
 
+// Nobody begins before all have been started, for the team is only as large as the system allows.
+void run_plain_threads(int threads, void (*body)(void*, int, int), void* context) {
+  std::mutex mutex;
+  std::condition_variable started;
+  int size = 0;
+  std::vector<std::thread> others;
+  try {
+    others.reserve(size_t(threads - 1));
+    for (int me = 1; me < threads; ++me)
+      others.emplace_back([&, me] {
+        std::unique_lock<std::mutex> lock(mutex);
+        started.wait(lock, [&] { return size > 0; });
+        lock.unlock();
+        body(context, me, size);
+      });
+  } catch (const std::exception&) {  // no memory, or too many threads
+  }
+  {
+    const std::lock_guard<std::mutex> lock(mutex);
+    size = 1 + int(others.size());
+  }
+  started.notify_all();
+  body(context, 0, size);
+  for (auto& t : others) t.join();
+}
+
 }  // namespace
 
 void run_team(int threads, void (*body)(void*, int, int), void* context) {
@@ -64,10 +93,7 @@ void run_team(int threads, void (*body)(void*, int, int), void* context) {
     return;
   }
 #endif
-  std::vector<std::thread> others;
-  for (int i = 1; i < threads; ++i) others.emplace_back(body, context, i, threads);
-  body(context, 0, threads);
-  for (auto& t : others) t.join();
+  run_plain_threads(threads, body, context);
 }
 
 void* pages(size_t bytes) { return allocate(bytes, kHugePage / 2); }

@@ -4,7 +4,7 @@
 // exp(k x) = 2^n exp(k r), n = round(k x / ln 2), |k r| <= ln 2 / 2. From s = 2^n and v = expm1(k r):
 //   1 + exp(k x) = (s + 1) + s v: one rounding, since s + 1 is exact wherever the 1 matters
 //
-//   sigmoid(x)   = 1 / (1 + exp(-x))
+//   sigmoid(x)   = 1 / (1 + exp(-x)), in a Region exactly 0 from where it would be denormal on: exp must not overflow
 //
 //   tanh(|x|)    = 1 - 2 / (1 + exp(2 |x|)) from |x| = 0.55 on, an odd polynomial below
 //
@@ -118,12 +118,12 @@ static ALWAYS_INLINE void expm1_parts(const Pack<double, N>& x, Pack<double, N>&
 
 template <int N>
 static ALWAYS_INLINE Pack<float, N> sigmoid_of(const Pack<float, N>& x) {
-  return 1.0f / one_plus_exp<-1>(at_most(87.0f, at_least(-87.0f, x)));
+  return 1.0f / one_plus_exp<-1>(at_most(88.0f, at_least(-88.0f, x)));
 }
 template <int N>
 static ALWAYS_INLINE Pack<double, N> sigmoid_of(const Pack<double, N>& x) {
   Pack<double, N> r, w, s;
-  expm1_parts(at_most(708.0, at_least(-708.0, -x)), r, w, s);
+  expm1_parts(at_most(709.0, at_least(-709.0, -x)), r, w, s);
   return 1.0 / (1.0 + ((r + w) * s + s));
 }
 

@@ -6,12 +6,15 @@ namespace fused_rnn::ops {
 
 std::vector<Tensor> cpu_backward(MaybeTensor dy, MaybeTensor dh_n, MaybeTensor dc_n, Tensor x, std::vector<Tensor> weights, MaybeTensor h0,
                                  MaybeTensor c0, MaybeTensor lengths, MaybeTensor reset, Tensor hidden, Tensor saved, Tensor cells,
-                                 std::string cell, std::vector<int64_t> directions, std::string save, bool need_dx, bool need_dw);
+                                 StringHandle cell_name, std::vector<int64_t> directions, StringHandle save_name, bool need_dx,
+                                 bool need_dw);
 
 namespace {
 
 std::vector<Tensor> cpu_forward(Tensor x, std::vector<Tensor> weights, MaybeTensor h0, MaybeTensor c0, MaybeTensor lengths,
-                                MaybeTensor reset, std::string cell, std::vector<int64_t> directions, std::string save, bool keep_hidden) {
+                                MaybeTensor reset, StringHandle cell_name, std::vector<int64_t> directions, StringHandle save_name,
+                                bool keep_hidden) {
+  const std::string cell = taken(cell_name), save = taken(save_name);
   const bool keep_gates = save == "gates", recompute = save == "recompute";
   STD_TORCH_CHECK(keep_gates || recompute || save == "none", "fused_rnn: save is '", save, "', expected none, gates or recompute");
   const Layer layer(x, weights, h0, c0, lengths, reset, cell_of(cell), directions);

@@ -50,7 +50,9 @@ struct Gradient {
 
 std::vector<Tensor> cpu_backward(MaybeTensor dy, MaybeTensor dh_n, MaybeTensor dc_n, Tensor x, std::vector<Tensor> weights, MaybeTensor h0,
                                  MaybeTensor c0, MaybeTensor lengths, MaybeTensor reset, Tensor hidden, Tensor saved, Tensor cells,
-                                 std::string cell, std::vector<int64_t> directions, std::string save, bool need_dx, bool need_dw) {
+                                 StringHandle cell_name, std::vector<int64_t> directions, StringHandle save_name, bool need_dx,
+                                 bool need_dw) {
+  const std::string cell = taken(cell_name), save = taken(save_name);
   const bool recompute = save == "recompute";
   STD_TORCH_CHECK(recompute || save == "gates", "fused_rnn: save is '", save, "', expected gates or recompute");
   const Layer layer(x, weights, h0, c0, lengths, reset, cell_of(cell), directions);

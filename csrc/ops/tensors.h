@@ -6,6 +6,7 @@
 
 #include <array>
 #include <cstring>
+#include <exception>
 #include <optional>
 #include <string>
 #include <vector>
@@ -58,12 +59,20 @@ inline Tensor empty(const Sizes& sizes, ScalarType type) {
   int64_t stride = 1;
   for (size_t i = sizes.size(); i-- > 0; stride *= sizes[i] > 0 ? sizes[i] : 1) strides[i] = stride;
   AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(), torch_dtype(type),
-                                                  aoti_torch_device_type_cpu(), 0, &handle));
+  const auto failed = aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(), torch_dtype(type),
+                                               aoti_torch_device_type_cpu(), 0, &handle);
+  STD_TORCH_CHECK(!failed, "fused_rnn: not enough memory for a tensor ", text(sizes));
   return Tensor(handle);
 }
 inline Tensor empty(const Tensor& like, const Sizes& sizes) { return empty(sizes, like.scalar_type()); }
-inline Tensor as_contiguous(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+inline Tensor as_contiguous(const Tensor& t) {
+  if (t.is_contiguous()) return t;
+  try {
+    return torch::stable::contiguous(t);
+  } catch (const std::exception&) {
+    STD_TORCH_CHECK(false, "fused_rnn: not enough memory for a contiguous copy of a tensor ", text(sizes_of(t)));
+  }
+}
 
 // Zeros, and conversions between a 16-bit dtype and float, by loops of our own: torch's run on its OpenMP threads, for which a
 // forked child waits forever.
@@ -86,6 +95,17 @@ inline void check_sizes(const char* name, const Tensor& t, const Sizes& expected
   bool same = t.dim() == int64_t(expected.size());
   for (size_t i = 0; same && i < expected.size(); ++i) same = t.size(int64_t(i)) == expected[i];
   STD_TORCH_CHECK(same, "fused_rnn: ", name, " has shape ", text(sizes_of(t)), ", expected ", text(expected));
+}
+
+// An op's argument of type str, which is given away with its handle: torch's own conversion leaks a string at every call (2.13).
+inline std::string taken(StringHandle handle) {
+  size_t length = 0;
+  const char* data = nullptr;
+  TORCH_ERROR_CODE_CHECK(torch_string_length(handle, &length));
+  TORCH_ERROR_CODE_CHECK(torch_string_c_str(handle, &data));
+  const std::string text(data, length);
+  TORCH_ERROR_CODE_CHECK(torch_delete_string(handle));
+  return text;
 }
 
 inline Cell cell_of(const std::string& name) {
