@@ -356,7 +356,8 @@ static ALWAYS_INLINE void multiply_tile(int rows, int vectors, const TileArgs<Ki
 // more there is time to fetch it while this one is used.
 constexpr int64_t kSumBlock = 256;
 template <class Kind>
-static ALWAYS_INLINE void multiply_panel(int64_t rows, int vectors, TileArgs<Kind> t, int64_t ahead_bytes = 0) {
+static ALWAYS_INLINE void multiply_panel(int64_t rows, int vectors, TileArgs<Kind> t, int64_t ahead_bytes = 0,
+                                         int64_t block = kSumBlock) {
   const int64_t tiles = (rows + Kind::tile_rows - 1) / Kind::tile_rows;
   const TileArgs<Kind> all = t;
   const int64_t steps = (t.k + Kind::k_group - 1) / Kind::k_group;
@@ -366,10 +367,10 @@ static ALWAYS_INLINE void multiply_panel(int64_t rows, int vectors, TileArgs<Kin
     t.init = all.init + first * all.ldi;
     t.ldi = all.ldi;
     t.c = all.c + first * all.ldc;
-    for (int64_t k = 0; k < all.k; k += kSumBlock) {
+    for (int64_t k = 0; k < all.k; k += block) {
       t.a = all.a + first * all.lda + k;
       t.w = all.w + k * vectors * kKindLanes<Kind>;
-      t.k = all.k - k < kSumBlock ? all.k - k : kSumBlock;
+      t.k = all.k - k < block ? all.k - k : block;
       const int64_t offset = (q * steps + k / Kind::k_group) * lines * 64, amount = (t.k + Kind::k_group - 1) / Kind::k_group * lines * 64;
       t.ahead_lines = lines && offset + amount <= ahead_bytes ? lines : 0;
       t.ahead = all.ahead + offset;

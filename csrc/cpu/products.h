@@ -13,6 +13,9 @@ namespace FUSED_RNN_ISA {
 using fused_rnn::Products;
 
 constexpr int64_t kDepth = 512;    // rows k multiplied at a time: a tile of dgates and a panel of `in` fit L1 and L2
+// A sum over all steps and sequences cancels more than one over units does: shorter blocks than kSumBlock, where a sum has all bits.
+template <class Kind>
+constexpr int64_t kGradientBlock = Kind::k_group == 1 ? 64 : kSumBlock;
 constexpr int64_t kDxRows = 96;
 constexpr int64_t kFewRows = 16;   // up to here W_ih is not packed for dx
 constexpr int kRowsAtOnce = kTileRows > 4 ? 4 : 2;
@@ -145,7 +148,8 @@ struct ProductsLoop {
       pack_panel(m.panel, m.row, depth, column, columns, nv);
       for (int i = 0; i < count; ++i) {
         S* c = dw + dw_row[i] * ld + column;
-        multiply_panel<Kind>(n, nv, {m.left + left_row[i] * kLd, kLd, m.panel, depth, first ? m.zero : c, first ? 0 : ld, c, ld});
+        multiply_panel<Kind>(n, nv, {m.left + left_row[i] * kLd, kLd, m.panel, depth, first ? m.zero : c, first ? 0 : ld, c, ld}, 0,
+                             kGradientBlock<Kind>);
       }
     }
   }

@@ -1,5 +1,6 @@
 // 16-bit numbers and TF32, in bits: rounding to the nearest even number (TF32: ties away from zero), NaN stays NaN.
 #pragma once
+#include <cfloat>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -52,6 +53,9 @@ FUSED_RNN_EMULATOR_INLINE uint32_t float_to_tf32(float x) {
 
 // What a tensor core reads of a register that holds a TF32: it ignores the low bits, whatever they are.
 FUSED_RNN_EMULATOR_INLINE float tf32_to_float(uint32_t bits) { return float_of(bits & ~0x1fffu); }
+
+// As an instruction with .ftz leaves it.
+FUSED_RNN_EMULATOR_INLINE float flushed(float x) { return x < FLT_MIN && x > -FLT_MIN ? 0.0f * x : x; }
 
 // As far from the true result as the hardware's tanh may be, 2^-11 of it, to one side or the other, but never beyond 1.
 FUSED_RNN_EMULATOR_INLINE float off_by_11_bits(float x) {

@@ -59,14 +59,15 @@ def enter(layer: Layer, gx: Tensor, h0: Tensor, weights: Weights) -> None:
 
 
 def leave(layer: Layer, m: Tensor, h0: Tensor | None, weights: Weights) -> tuple[Tensor, Tensor]:
-    """y [T, B, R, P] and h_n [R, B, P] from m [T, B, R, H]."""
+    """y [T, B, R·P] and h_n [R, B, P] from m [T, B, R, H]."""
     recurrences, width = layer.recurrences, weights.w_hr[0].shape[0]
-    y = m.new_empty(*m.shape[:3], width)
+    whole = m.new_empty(*m.shape[:2], recurrences * width)
+    y = whole.view(*m.shape[:3], width)
     h_n = m.new_empty(recurrences, layer.batch, width)
     for r, w_hr in enumerate(weights.w_hr):
         y[:, :, r] = torch.mm(m[:, :, r].flatten(0, 1), w_hr.t()).view(*m.shape[:2], width)
         h_n[r] = _where_empty(layer, None if h0 is None else h0[r], y[:, :, r][_last(layer, r)])
-    return y, h_n
+    return whole, h_n
 
 
 def pull(dy: Tensor, weights: Weights) -> Tensor:

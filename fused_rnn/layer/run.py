@@ -48,7 +48,8 @@ def forward(
         projection.enter(layer, gx, h0, weights)
     h_first = _states(layer, None if weights.w_hr else h0, x, hidden)
     state = _wide(layer, c0 if cell.has_c else h0, x) if cell.has_state else None
-    y = x.new_empty(steps, batch, recurrences, hidden)
+    y = x.new_empty(steps, batch, recurrences * hidden)  # as it leaves: a view may not be changed in place
+    m = y.view(steps, batch, recurrences, hidden)
     h_n = torch.empty_like(h_first)
     saved = x.new_empty(steps, batch, recurrences, cell.stored, hidden) if gates else None
     cells = x.new_empty(steps, batch, recurrences, hidden) if gates and cell.has_c else None
@@ -57,12 +58,11 @@ def forward(
         # Rows that no step fills are zero, so that equal calls give equal results.
         checkpoints = x.new_zeros(checkpoint_rows(steps), recurrences, batch, hidden, dtype=wide(x.dtype))
     loops.forward(
-        gx=gx, w=weights.recurrent(cell), bias=weights.hidden_bias(cell), h0=h_first, state=state, y=y, h_n=h_n,
+        gx=gx, w=weights.recurrent(cell), bias=weights.hidden_bias(cell), h0=h_first, state=state, y=m, h_n=h_n,
         saved=saved, cells=cells, checkpoints=checkpoints, every=CHECKPOINT_EVERY,
     )  # fmt: skip
     if weights.w_hr:
-        y, h_n = projection.leave(layer, y, h0, weights)
-    y = y.view(steps, batch, -1)
+        y, h_n = projection.leave(layer, m, h0, weights)
     outputs = [y, h_n]
     if cell.has_c and state is not None:
         outputs.append(state.to(x.dtype, copy=True))

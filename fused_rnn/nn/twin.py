@@ -65,19 +65,14 @@ def check_call(module: Fused, weights: Sequence[Tensor], input: Any, hx: Any) ->
         raise TypeError(f"hx: got {type(hx).__name__}, expected a pair (h_0, c_0) of tensors")
     rows = () if isinstance(module, nn.RNNCellBase) else (_rows(module),)
     for name, state, size in zip(("h_0", "c_0"), states, (width, hidden), strict=False):
-        check_state(name, state, data, (*rows, *batch, size), getattr(input, "sorted_indices", None))
+        check_state(name, state, data, (*rows, *batch, size))
 
 
-def check_state(
-    name: str, state: Any, data: Tensor, shape: tuple[int, ...], sorted_indices: Tensor | None = None
-) -> None:
-    """A state of this shape; of at least this batch where it is to be put into a packed sequence's order."""
+def check_state(name: str, state: Any, data: Tensor, shape: tuple[int, ...]) -> None:
+    """A state of this shape, and of the data's dtype and device. Raises TypeError, ValueError."""
     if not isinstance(state, Tensor):
         raise TypeError(f"{name}: got {type(state).__name__}, expected a tensor")
-    fits = state.shape == shape
-    if sorted_indices is not None and state.dim() == 3:
-        fits = state.size(1) >= shape[1] and (state.size(0), state.size(2)) == (shape[0], shape[2])
-    if not fits:
+    if state.shape != shape:
         raise ValueError(f"{name}: got {checks.shape_text(state.shape)}, expected {checks.shape_text(shape)}")
     if (state.dtype != data.dtype and not is_autocasting()) or state.device != data.device:
         raise ValueError(f"{name}: got {state.dtype} on {state.device}, expected input's {data.dtype} on {data.device}")
@@ -206,7 +201,7 @@ class _Kernels:
         if packed:
             sizes = args[1]
             ragged = args[0].dim() == 2 and bool(sizes[0] != sizes[-1])
-            return ragged and all(state.size(0) == _rows(module) for state in states)
+            return ragged and all(state.dim() == 3 and state.size(0) == _rows(module) for state in states)
         if not isinstance(args[1], tuple) and module._fused_states == 2:  # no pair: not read at all
             return True
         x = args[0]

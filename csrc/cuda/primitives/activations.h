@@ -11,7 +11,7 @@ namespace fused_rnn::cuda {
 
 FUSED_RNN_DEVICE float exp2_approx(float x) {
 #if defined(FUSED_RNN_EMULATE)
-  return std::exp2(x);
+  return emulator::flushed(std::exp2(x));
 #else
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -21,7 +21,7 @@ FUSED_RNN_DEVICE float exp2_approx(float x) {
 
 FUSED_RNN_DEVICE float reciprocal_approx(float x) {
 #if defined(FUSED_RNN_EMULATE)
-  return 1.0f / x;
+  return emulator::flushed(1.0f / x);
 #else
   float y;
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -31,7 +31,7 @@ FUSED_RNN_DEVICE float reciprocal_approx(float x) {
 
 FUSED_RNN_DEVICE float tanh_approx(float x) {
 #if defined(FUSED_RNN_EMULATE)
-  return emulator::off_by_11_bits(std::tanh(x));
+  return std::isinf(x) ? std::copysign(1.0f, x) : emulator::off_by_11_bits(std::tanh(x));
 #else
   float y;
   asm("tanh.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -66,8 +66,8 @@ struct Exact : Rectifier {
   // 1 / (1 + exp(-x)). For large -x the product with log2(e) needs more bits than a float has: `rest` is what it lost.
   static FUSED_RNN_DEVICE float sigmoid(float x) {
     constexpr float kLog2e = 1.44269504f, kLog2eRest = 1.92596299e-8f, kLn2 = 0.693147181f;
-    // Beyond, the result would be subnormal, or is 1, and products with an infinity are NaN.
-    const float z = x < -87.0f ? 87.0f : x > 87.0f ? -87.0f : -x;
+    // Beyond, the result is 0, what is subnormal being flushed, or 1; a product with an infinity would be NaN.
+    const float z = x < -88.0f ? 88.0f : x > 88.0f ? -88.0f : -x;
     const float power = z * kLog2e;
     const float rest = multiply_add(z, kLog2eRest, multiply_add(z, kLog2e, -power));
     const float e = exp2_approx(power);
