@@ -161,6 +161,13 @@ def check_reset(reset: Tensor | Sequence[Sequence[bool]], x: Tensor) -> Tensor:
     return reset
 
 
+def is_as_it_seems(t: Tensor) -> bool:
+    """Whether t has the dimensions that it shows, none traced and none mapped over: its shape may be changed in place."""
+    if torch.compiler.is_compiling() or in_transform():
+        return False
+    return not torch._C._functorch.is_legacy_batchedtensor(t)
+
+
 def in_transform() -> bool:
     """Whether a torch.func transform (vmap, grad, …) is under way: tensors may be wrapped, their values unreadable."""
     active: bool = torch._C._are_functorch_transforms_active()

@@ -398,9 +398,7 @@ def _layer(
 
 def _first(state: Tensor) -> Tensor:
     """state [1, B, H], which nobody else holds, as [B, H], and no view: detach_() works on it, as it does in torch."""
-    if torch.compiler.is_compiling() or checks.in_transform():
-        return state.squeeze(0)
-    return state.squeeze_(0)
+    return state.squeeze_(0) if checks.is_as_it_seems(state) else state.squeeze(0)
 
 
 def _step(

@@ -48,7 +48,7 @@ MISTAKES: dict[str, tuple[str, str, str, Case, tuple[str, ...]]] = {
         ("c",),
     ),
     "gru: no bias inside": ("gru", "hn = h[2] + bias", "hn = h[2]", Case("gru"), ("c",)),
-    "rnn: relu's gradient at a negative": ("rnn", "(tl.where(h > 0, dh, 0.0),)", "(dh,)", Case("rnn_relu"), ("c",)),
+    "rnn: relu's gradient at a negative": ("rnn", "(tl.where(h <= 0, 0.0, dh),)", "(dh,)", Case("rnn_relu"), ("c",)),
     "forward: resets ignored": (
         "forward",
         "live = valid & (tl.load(reset",

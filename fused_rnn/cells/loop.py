@@ -100,22 +100,24 @@ def _run_recurrence(
     outputs: list[Tensor] = []
     for t in range(steps) if direction > 0 else range(steps - 1, -1, -1):
         h_in, c_in = h, c
-        if reset is not None:
-            h_in = h.masked_fill(reset[t].unsqueeze(-1), 0)
-            c_in = None if c is None else c.masked_fill(reset[t].unsqueeze(-1), 0)
+        over = None if lengths is None else (t >= lengths).unsqueeze(-1)
+        # What stands still enters no step: the gradient of zero that comes back, times a NaN in it, would be one.
+        for gone in (over, None if reset is None else reset[t].unsqueeze(-1)):
+            if gone is not None:
+                h_in = h_in.masked_fill(gone, 0)
+                c_in = None if c_in is None else c_in.masked_fill(gone, 0)
         h_new, c_new = spec.step(gates_x[t], linear(h_in, w_hh, b_hh), h_in, c_in)
         if w_hr is not None:
             h_new = linear(h_new, w_hr)
-        if lengths is None:
+        if over is None:
             h, c = h_new, c_new
             outputs.append(h)
         else:
             # Past its end a sequence's state stands still. A reverse loop meets those steps first, and so enters the
             # last valid one with h0.
-            valid = (t < lengths).unsqueeze(-1)
-            h = torch.where(valid, h_new, h)
-            c = None if c is None or c_new is None else torch.where(valid, c_new, c)
-            outputs.append(h_new.masked_fill(~valid, 0))
+            h = torch.where(over, h, h_new)
+            c = None if c is None or c_new is None else torch.where(over, c, c_new)
+            outputs.append(h_new.masked_fill(over, 0))
     if direction < 0:
         outputs.reverse()
     return torch.stack(outputs), h, c

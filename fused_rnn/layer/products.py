@@ -78,7 +78,7 @@ def recurrent_side(dgates: Tensor, cell: Cell, r: int) -> Tensor:
 
 
 def weight_gradients(
-    layer: Layer, x: Tensor, weights: Weights, h0: Tensor | None, h_first: Tensor, hidden: Tensor, dgates: Tensor
+    layer: Layer, x: Tensor, weights: Weights, h_first: Tensor, hidden: Tensor, dgates: Tensor
 ) -> list[list[Tensor]]:
     """Per recurrence [w_ih, w_hh] or [w_ih, w_hh, b_ih, b_hh]. No atomics: one product each. hidden: [T, B, R, P]."""
     cell, steps = layer.cell, layer.steps
@@ -88,8 +88,7 @@ def weight_gradients(
         input_side = dgates[:, :, r, : cell.gates].flatten(0, 1).flatten(1)
         recurrent = recurrent_side(dgates, cell, r)
         dw_ih = _last_gate(torch.mm(input_side.t(), _rows(x, r, 0, steps)), cell, to_front=False)
-        plain = layer.reset is None and (h0 is None or layer.lengths is None or direction > 0)
-        if plain:
+        if layer.reset is None and layer.lengths is None:
             # h_{t-1} is y one step off, not a copy; what is left is the first step, which saw h0, or zeros: NaN times those
             # is NaN.
             later, before = (recurrent[1:], hidden[:-1, :, r]) if direction > 0 else (recurrent[:-1], hidden[1:, :, r])
@@ -97,6 +96,7 @@ def weight_gradients(
             dw_hh.addmm_(recurrent[0 if direction > 0 else steps - 1].t(), h_first[r])
         else:
             before = entering(hidden[:, :, r], h_first[r], layer.lengths, layer.reset, direction)
+            before = zero_past_end(before, layer.lengths)  # where gradients are 0, and NaN times that is NaN
             dw_hh = torch.mm(recurrent.flatten(0, 1).t(), before.flatten(0, 1))
         outputs.append([dw_ih, dw_hh])
         if weights.b_ih:

@@ -121,7 +121,7 @@ def backward(
     dc0 = x.new_empty(0) if c0 is None or dc is None else dc.to(x.dtype, copy=True)
     outputs = [input_gradient(x, weights, cell, dgates) if need_dx else x.new_empty(0), dh0, dc0]
     if need_dw:
-        for r, each in enumerate(weight_gradients(layer, x, weights, h0, h_first, hidden, dgates)):
+        for r, each in enumerate(weight_gradients(layer, x, weights, h_first, hidden, dgates)):
             outputs += [*each, *dw_hr[r : r + 1]]
     return outputs
 
