@@ -162,7 +162,7 @@ def check_reset(reset: Tensor | Sequence[Sequence[bool]], x: Tensor) -> Tensor:
 
 
 def is_as_it_seems(t: Tensor) -> bool:
-    """Whether t has the dimensions that it shows, none traced and none mapped over: its shape may be changed in place."""
+    """Whether t has the dimensions that it shows, none traced and none mapped over: they may be changed in place."""
     if torch.compiler.is_compiling() or in_transform():
         return False
     return not torch._C._functorch.is_legacy_batchedtensor(t)

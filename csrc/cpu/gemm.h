@@ -356,8 +356,7 @@ static ALWAYS_INLINE void multiply_tile(int rows, int vectors, const TileArgs<Ki
 // more there is time to fetch it while this one is used.
 constexpr int64_t kSumBlock = 256;
 template <class Kind>
-static ALWAYS_INLINE void multiply_panel(int64_t rows, int vectors, TileArgs<Kind> t, int64_t ahead_bytes = 0,
-                                         int64_t block = kSumBlock) {
+static ALWAYS_INLINE void multiply_panel(int64_t rows, int vectors, TileArgs<Kind> t, int64_t ahead_bytes = 0, int64_t block = kSumBlock) {
   const int64_t tiles = (rows + Kind::tile_rows - 1) / Kind::tile_rows;
   const TileArgs<Kind> all = t;
   const int64_t steps = (t.k + Kind::k_group - 1) / Kind::k_group;

@@ -89,8 +89,8 @@ def weight_gradients(
         recurrent = recurrent_side(dgates, cell, r)
         dw_ih = _last_gate(torch.mm(input_side.t(), _rows(x, r, 0, steps)), cell, to_front=False)
         if layer.reset is None and layer.lengths is None:
-            # h_{t-1} is y one step off, not a copy; what is left is the first step, which saw h0, or zeros: NaN times those
-            # is NaN.
+            # h_{t-1} is y one step off, not a copy; what is left is the first step, which saw h0, or zeros: a NaN times
+            # those is NaN.
             later, before = (recurrent[1:], hidden[:-1, :, r]) if direction > 0 else (recurrent[:-1], hidden[1:, :, r])
             dw_hh = torch.mm(later.flatten(0, 1).t(), before.flatten(0, 1))
             dw_hh.addmm_(recurrent[0 if direction > 0 else steps - 1].t(), h_first[r])

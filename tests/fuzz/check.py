@@ -94,8 +94,8 @@ def _judged(call: Call, given: Given, ours: Results, told: str) -> Outcome:
     alike = call.kind != "stream" and given.lengths is None and given.reset is None and not call.autocast
     if alike and told != theirs:
         return Outcome("structure", f"{told}, torch {theirs}")
-    wrong = strange(call, ours, torchs, wide) or excess(ours, torchs, wide)
-    if wrong and excess(*_of_many_draws(call, (ours, torchs, wide))) is None and not strange(call, ours, torchs, wide):
+    wrong = strange(ours, torchs, wide) or excess(ours, torchs, wide)
+    if wrong and excess(*_of_many_draws(call, (ours, torchs, wide))) is None and not strange(ours, torchs, wide):
         return Outcome("right", f"by luck: {wrong}")
     return Outcome("wrong", wrong) if wrong else Outcome("right")
 
