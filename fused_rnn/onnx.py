@@ -44,17 +44,6 @@ def register(op: Any, fake: Callable[..., list[Tensor]], decomposition: Callable
     register_decomposition(op, unsafe=True)(decomposition)
 
 
-def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
-    """A custom_translation_table for torch.onnx.export, which needs none any more: it is empty.
-
-    Examples:
-        >>> import fused_rnn.onnx
-        >>> fused_rnn.onnx.translations()
-        {}
-    """
-    return {}
-
-
 def _is_exporting() -> bool:
     return "torch.onnx" in sys.modules and torch.onnx.is_in_onnx_export()
 

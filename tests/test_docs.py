@@ -25,7 +25,7 @@ FUNCTIONS = [
     for name, value in vars(fused_rnn.functional).items()
     if inspect.isfunction(value) and value.__module__ == "fused_rnn.functional" and not name.startswith("_")
 ]
-PUBLIC = [name for name in fused_rnn.__all__ if name != "functional"] + FUNCTIONS + ["onnx.translations"]
+PUBLIC = [name for name in fused_rnn.__all__ if name != "functional"] + FUNCTIONS
 
 # What the README's blocks leave open, for they are there to be read.
 README_NAMES = """
@@ -39,9 +39,6 @@ somebody_elses_model = lambda: torch.nn.GRU(D, H)
 
 
 def public(name: str) -> Any:
-    if name.startswith("onnx."):  # not imported with the package
-        pytest.importorskip("onnxscript", reason="pip install '.[onnx]'")
-        import_module("fused_rnn.onnx")
     value: Any = fused_rnn
     for part in name.split("."):
         value = getattr(value, part)

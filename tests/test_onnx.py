@@ -187,12 +187,6 @@ def test_by_way_of_torchs_modules() -> None:
     check(program, model, torch.randn(5, 3, 4))
 
 
-def test_an_empty_table_is_as_good_as_none() -> None:
-    model, _ = make("LSTM", 4, 6)
-    program = exported(model, (torch.randn(5, 3, 4),), custom_translation_table=fused_rnn.onnx.translations())
-    assert nodes(program).count("LSTM") == 1
-
-
 def causes(error: BaseException | None) -> str:
     """What an error says, and all that it comes from."""
     return "" if error is None else f"{error}\n{causes(error.__cause__ or error.__context__)}"
