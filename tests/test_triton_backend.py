@@ -131,6 +131,15 @@ def test_what_is_not_finite(cell: str, loop: str, dtype: torch.dtype) -> None:
         assert_as_in_torch(case, make(case), run)
 
 
+def test_results_are_no_views() -> None:
+    """They may be changed in place, as torch's."""
+    for module in (fused_rnn.GRU(4, 5, batch_first=True), fused_rnn.LSTM(4, 5, proj_size=2, bidirectional=True)):
+        module.to(DEVICE).backend = "triton"
+        y, _ = module(torch.randn(2, 3, 4, device=DEVICE))
+        y.mul_(2).sum().backward()
+        assert not y._is_view() and all(p.grad is not None for p in module.parameters())
+
+
 def test_an_input_per_recurrence() -> None:
     case = Case("gru", T=3, bidirectional=True)
     given = here(inputs(case))
