@@ -105,12 +105,12 @@ def test_what_is_not_finite(cell: str, number: str, exchange: str) -> None:
 
 def test_results_are_no_views() -> None:
     """They may be changed in place, as torch's."""
-    for module in (fused_rnn.GRU(4, 5, batch_first=True), fused_rnn.LSTM(4, 5, proj_size=2, bidirectional=True)):
-        module.backend = "cuda"
+    for model in (fused_rnn.GRU(4, 5, batch_first=True), fused_rnn.LSTM(4, 5, proj_size=2, bidirectional=True)):
+        model.backend = "cuda"
         with on_the_emulator():
-            y, _ = module(torch.randn(2, 3, 4))
+            y, _ = model(torch.randn(2, 3, 4))
             y.mul_(2).sum().backward()
-        assert not y._is_view() and all(p.grad is not None for p in module.parameters())
+        assert not y._is_view() and all(p.grad is not None for p in model.parameters())
 
 
 @pytest.mark.parametrize("rows_", [8, 16, 32])
