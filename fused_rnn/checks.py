@@ -144,9 +144,10 @@ def as_reset(reset: Any, device: torch.device) -> Tensor:
     if isinstance(reset, Tensor):
         return reset
     try:
-        return torch.as_tensor(reset, device=device)
-    except (TypeError, ValueError, RuntimeError) as error:
+        made = torch.as_tensor(reset, device=device)
+    except (TypeError, ValueError) as error:
         raise ValueError(f"reset: got {type(reset).__name__}, expected [T, B] of bool ({error})") from None
+    return made if made.numel() else made.bool()  # of no numbers torch makes floats
 
 
 def check_reset(reset: Tensor | Sequence[Sequence[bool]], x: Tensor) -> Tensor:

@@ -9,8 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from importlib.abc import MetaPathFinder
-from importlib.machinery import ModuleSpec
-from importlib.util import find_spec
+from importlib.machinery import ModuleSpec, PathFinder
 from math import prod
 from types import ModuleType
 from typing import Any
@@ -89,8 +88,7 @@ class _WhenImported(MetaPathFinder):
     def find_spec(self, name: str, path: Any, target: ModuleType | None = None) -> ModuleSpec | None:
         if name != _COUNTER:
             return None
-        sys.meta_path.remove(self)
-        spec = find_spec(name)
+        spec = PathFinder.find_spec(name, path, target)
         if spec is not None and spec.loader is not None:
             run = spec.loader.exec_module
 
@@ -108,10 +106,9 @@ _later = _WhenImported()
 
 def register(packet: Any, formula: Formula) -> None:
     """Count torch.ops.fused_rnn.<op> by this formula, of its arguments with shapes in the place of tensors."""
-    counter = sys.modules.get(_COUNTER)
-    if counter is not None:
-        counter.register_flop_formula(packet)(formula)
-        return
+    add = getattr(sys.modules.get(_COUNTER), "register_flop_formula", None)
+    if add is not None:
+        add(packet)(formula)
     if _later not in sys.meta_path:
         sys.meta_path.insert(0, _later)
     _later.formulas[packet] = formula

@@ -118,7 +118,8 @@ class Reader:
         found |= {name: self.tensor(like, wide) for name, like in zip(states, given.hx, strict=True)}
         found |= {"dx": self.tensor(given.x, case.dtype)}
         found |= {f"d{name[0]}0": self.tensor(like, wide) for name, like in zip(states, given.hx, strict=True)}
-        return found | {f"dweights[{k}]": self.tensor(w, wide) for k, w in enumerate(given.weights)}
+        kinds = [torch.float64 if w.dim() == 1 else wide for w in given.weights]
+        return found | {f"dweights[{k}]": self.tensor(w, kinds[k]) for k, w in enumerate(given.weights)}
 
 
 def test_same_numbers(objects: list[Path], tmp_path: Path) -> None:

@@ -320,6 +320,18 @@ class Pickled(nn.LSTM):
         return (*how[:2], {**how[2], "note": "saved"}, *how[3:])
 
 
+def test_a_mixin_behind_that_is_made_of_arguments() -> None:
+    class Mixin:
+        def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+            made = super().__new__(cls)
+            made.__dict__["made_of"] = args
+            return made
+
+    for name in NAMES:
+        module = type("Both", (getattr(fused_rnn, name), Mixin), {})(3, 4)
+        assert module.made_of == (3, 4)
+
+
 def test_a_way_to_pickle_of_the_users() -> None:
     module = fused_rnn.convert(Pickled(3, 4))
     loaded = pickle.loads(pickle.dumps(module))

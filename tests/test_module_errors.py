@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import warnings
+from collections import namedtuple
 from functools import partial
 from typing import Any
 
@@ -464,5 +466,17 @@ def test_a_reset_of_lists(name: str) -> None:
 def test_no_lengths_of_no_sequences() -> None:
     """An empty list, of which torch makes floats, is as many lengths as an empty batch has."""
     ours, _ = make("GRU", 5, 7)
-    y, h_n = ours(h(4, 0, 5), lengths=[])
+    y, h_n = ours(h(4, 0, 5), lengths=[], reset=[[]] * 4)
     assert (y.shape, h_n.shape) == ((4, 0, 7), (1, 0, 7))
+
+
+def test_a_named_pair_of_states() -> None:
+    states = namedtuple("states", "h c")
+    ours, twin = make("LSTM", 5, 7)
+    with pytest.raises(RuntimeError) as theirs:
+        twin(X, states(h(1, 3, 6), h(1, 3, 7)))
+    with pytest.raises(RuntimeError, match=re.escape(str(theirs.value))):
+        ours(X, states(h(1, 3, 6), h(1, 3, 7)))
+    right = h(1, 3, 7), h(1, 3, 7)
+    for one, other in zip(flatten(ours(X, states(*right))), flatten(twin(X, right)), strict=True):
+        torch.testing.assert_close(one, other)

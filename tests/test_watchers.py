@@ -266,6 +266,21 @@ def test_strange_tensors_are_what_they_stand_for(name: str) -> None:
                 torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_weights_and_buffers_that_stand_for_something_else(name: str) -> None:
+    module, x = call(name)
+    with torch.no_grad():
+        expected = flatten(module(x))
+        for key, weight in list(module.named_parameters()):
+            setattr(module, key, nn.Parameter(torch._neg_view(-weight)))
+            for a, b in zip(flatten(module(x)), expected, strict=True):
+                torch.testing.assert_close(a, b)
+            setattr(module, key, weight)
+        if hasattr(module, "stream"):
+            y, out = module.stream(3).step(x[0]), torch._neg_view(torch.zeros_like(expected[0][0]))
+            torch.testing.assert_close(module.stream(3).step(x[0], out=out), y)
+
+
 def test_a_stream_takes_no_tangents() -> None:
     module, x = call("GRU")
     stream = module.stream(3)  # type: ignore[operator]

@@ -4,7 +4,8 @@
 // exp(k x) = 2^n exp(k r), n = round(k x / ln 2), |k r| <= ln 2 / 2. From s = 2^n and v = expm1(k r):
 //   1 + exp(k x) = (s + 1) + s v: one rounding, since s + 1 is exact wherever the 1 matters
 //
-//   sigmoid(x)   = 1 / (1 + exp(-x)), in a Region exactly 0 from where it would be denormal on: exp must not overflow
+//   sigmoid(x)   = 1 / (1 + exp(-x)): exp must not overflow. Where a Region flushes
+//                  denormal numbers (layout.h), it is 0 from -88 on
 //
 //   tanh(|x|)    = 1 - 2 / (1 + exp(2 |x|)) from |x| = 0.55 on, an odd polynomial below
 //

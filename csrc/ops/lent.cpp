@@ -45,14 +45,15 @@ bool has_tangents() {
 
 bool has_callbacks() { return !at::hasCallbacks || at::hasCallbacks(); }
 
+namespace {
+
+// Whether a tensor is a lazy negation of what its memory holds, which DLPack does not tell.
 bool is_negative(PyObject* tensor) {
   static PyObject* const name = PyUnicode_InternFromString("is_neg");
   const Owned answer{PyObject_CallMethodNoArgs(tensor, name)};
   PyErr_Clear();
   return answer.object != Py_False;
 }
-
-namespace {
 
 // How many numbers it holds; 0 where it is not such a tensor.
 int64_t lent(PyObject* object, dlpack::Tensor& t, int dims, int64_t s0, int64_t s1, int64_t s2) {
@@ -70,6 +71,7 @@ int64_t lent(PyObject* object, dlpack::Tensor& t, int dims, int64_t s0, int64_t 
     if (t.shape[i] != 1 && t.strides && t.strides[i] != stride) return 0;
     stride *= t.shape[i];
   }
+  if (is_negative(object)) return 0;
   t.data = static_cast<char*>(t.data) + t.byte_offset;
   return stride;
 }
@@ -77,8 +79,7 @@ int64_t lent(PyObject* object, dlpack::Tensor& t, int dims, int64_t s0, int64_t 
 }  // namespace
 
 bool read(PyObject* object, dlpack::Tensor& t, int dims, int64_t s0, int64_t s1, int64_t s2) {
-  // A single number may be a lazy negation of another, which DLPack does not tell.
-  return lent(object, t, dims, s0, s1, s2) > 1 && (t.code == dlpack::kFloat || t.code == dlpack::kBfloat);
+  return lent(object, t, dims, s0, s1, s2) > 0 && (t.code == dlpack::kFloat || t.code == dlpack::kBfloat);
 }
 
 bool read_integers(PyObject* object, dlpack::Tensor& t, int64_t s0) {

@@ -25,8 +25,6 @@ bool read_bools(PyObject* object, dlpack::Tensor& t, int64_t s0, int64_t s1);
 void watch_forward_ad(PyObject* forward_ad);
 bool has_tangents();
 bool has_callbacks();
-// Whether a tensor is a lazy negation of what its memory holds, which DLPack does not tell.
-bool is_negative(PyObject* tensor);
 
 struct Owned {  // a reference that is given back
   PyObject* object = nullptr;

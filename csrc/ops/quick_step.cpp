@@ -111,8 +111,7 @@ PyObject* quick_step(PyObject*, PyObject* const* args, Py_ssize_t count) {
   if ((bits != 32 && bits != 64) || w_ih.bits != bits || w_hh.bits != bits || (!zero && h.bits != bits) ||
       (!zero && lstm && c.bits != bits) || (bias && (b_ih.bits != bits || b_hh.bits != bits)) || (projects && w_hr.bits != bits))
     Py_RETURN_NONE;
-  if (has_tangents() || has_callbacks() || is_negative(x_object)) Py_RETURN_NONE;
-  if (!zero && (is_negative(h_object) || (lstm && is_negative(c_object)))) Py_RETURN_NONE;
+  if (has_tangents() || has_callbacks()) Py_RETURN_NONE;
   for (Py_ssize_t i = 0; i < watching; ++i) {
     const Owned answer{PyObject_CallNoArgs(watchers[i])};
     if (!answer.object) return nullptr;

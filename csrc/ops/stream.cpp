@@ -118,7 +118,7 @@ PyObject* step(PyObject* self, PyObject* const* args, Py_ssize_t count) {
     return read(object, t, 2, p.B, width) && t.code == s->code && t.bits == s->bits;
   };
   dlpack::Tensor x, y;
-  if (!ordinary(args[0], x, p.D) || has_tangents() || is_negative(args[0])) Py_RETURN_NONE;
+  if (!ordinary(args[0], x, p.D) || has_tangents()) Py_RETURN_NONE;
   if (aoti_torch_grad_mode_is_enabled()) {
     const int wants = wants_gradient(args[0]);
     if (wants < 0) return nullptr;

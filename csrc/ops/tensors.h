@@ -69,8 +69,8 @@ inline Tensor as_contiguous(const Tensor& t) {
   if (t.is_contiguous()) return t;
   try {
     return torch::stable::contiguous(t);
-  } catch (const std::exception&) {
-    STD_TORCH_CHECK(false, "fused_rnn: not enough memory for a contiguous copy of a tensor ", text(sizes_of(t)));
+  } catch (const std::exception& error) {
+    STD_TORCH_CHECK(false, "fused_rnn: no contiguous copy of a tensor ", text(sizes_of(t)), ", for want of memory: ", error.what());
   }
 }
 

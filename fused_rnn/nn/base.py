@@ -38,7 +38,8 @@ class Fused(nn.Module):
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         """However it is made: by its class, by copy, or unpickled."""
-        module = super().__new__(cls)
+        make = super().__new__
+        module = make(cls) if make is object.__new__ else make(cls, *args, **kwargs)  # a mixin's may take some
         mark_leaf(module)
         return module
 

@@ -222,7 +222,8 @@ def _stand_in(value: Any) -> Any:
         indices = (None if i is None else i.cpu() for i in value[2:])
         return PackedSequence(_stand_in(value.data), value.batch_sizes, *indices)
     if isinstance(value, (tuple, list)):
-        return type(value)(_stand_in(part) for part in value)
+        parts = [_stand_in(part) for part in value]
+        return parts if isinstance(value, list) else tuple(parts)
     if not isinstance(value, Tensor):
         return value
     if value.layout is not torch.strided or value.is_quantized:

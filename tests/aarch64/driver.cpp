@@ -39,17 +39,18 @@ Bytes widened(const Bytes& narrow, int64_t n, Dtype d) {
   return wide;
 }
 
-// A weight's or, with columns = 0, a bias's gradient in the accumulation dtype; a weight's rows are rounded up to whole vectors.
+// A weight's gradient in the accumulation dtype, its rows rounded up to whole vectors, or, with columns = 0, a bias's in double.
 struct Gradient {
   int64_t rows, columns, stride;
+  Dtype type;
   Bytes data;
-  Gradient(int64_t rows, int64_t width, Dtype wide) : rows(rows), columns(width ? width : 1) {
-    const int64_t pad = width ? cpu::kernels().products_pad / size_of(wide) : 1;
+  Gradient(int64_t rows, int64_t width, Dtype wide) : rows(rows), columns(width ? width : 1), type(width ? wide : Dtype::f64) {
+    const int64_t pad = width ? cpu::kernels().products_pad / size_of(type) : 1;
     stride = (columns + pad - 1) / pad * pad;
-    data = room(rows * stride, wide);
+    data = room(rows * stride, type);
   }
-  void write_to_file(Dtype wide) const {
-    for (int64_t i = 0; i < rows; ++i) write(data.data() + i * stride * size_of(wide), columns * size_of(wide));
+  void write_to_file() const {
+    for (int64_t i = 0; i < rows; ++i) write(data.data() + i * stride * size_of(type), columns * size_of(type));
   }
 };
 
@@ -125,7 +126,7 @@ void run(const Header& k) {
   if (lstm) write(dc.data(), c_size * size_of(wide));
   for (int64_t r = 0; r < k.R; ++r)
     for (size_t i = 0; i < 5; ++i)
-      if (i < 2 || (i < 4 && k.bias) || (i == 4 && projects)) gradients[i][size_t(r)].write_to_file(wide);
+      if (i < 2 || (i < 4 && k.bias) || (i == 4 && projects)) gradients[i][size_t(r)].write_to_file();
 }
 
 }  // namespace

@@ -15,7 +15,7 @@ from .given import Given, draw
 from .run import Results, Subject, by_torch, effective, run, surroundings
 from .verdict import excess, same_bits, strange
 
-DRAWS = 8
+DRAWS = 32
 
 
 class Outcome(NamedTuple):
