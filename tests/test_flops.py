@@ -113,7 +113,7 @@ def test_an_ensemble() -> None:
 
 @pytest.mark.parametrize("first", ["torch.utils.flop_counter", "fused_rnn"])
 def test_whichever_is_imported_first(first: str) -> None:
-    """And ours alone imports neither torch's counter nor, with it, Triton; who only looks where it is changes nothing."""
+    """Ours alone imports neither torch's counter nor, with it, Triton; who only looks where it is changes nothing."""
     program = f"""
 import importlib.util, sys, torch
 import {first}

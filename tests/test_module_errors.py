@@ -293,6 +293,7 @@ UNCHECKED: dict[str, tuple[Any, ...]] = {
         )
     },
     "packed, hx of a larger batch": (PACKED, (h(2, 4, 7), h(2, 4, 7))),
+    "packed, hx of four dimensions": (PACKED, (h(2, 1, 3, 7), h(2, 1, 3, 7))),
     "hx of a narrower dtype": (X, (h(2, 3, 7).half(), h(2, 3, 7).half())),
     "equal lengths, hx of a narrower dtype": (EQUAL, (h(2, 3, 7).half(), h(2, 3, 7).half())),
     "batch_sizes of fewer rows": (with_sizes(3, 2, 1),),

@@ -347,7 +347,7 @@ def _check_rows(module: Recurrent, hx: Any, batch: int) -> None:
     """Whether states may be put into a packed batch's order, and taken apart by layers. Raises ValueError."""
     rows = module.num_layers * (2 if module.bidirectional else 1)
     for name, state in zip(("h_0", "c_0"), hx if module._fused_states == 2 else (hx,), strict=False):
-        if state.dim() != 3 or state.size(0) != rows or state.size(1) != batch:
+        if state.dim() != 3 or state.size(0) != rows or state.size(1) < batch:
             got = checks.shape_text(state.shape)
             raise ValueError(
                 f"{name}: got {got}, expected [L·R, B, {'P' if name == 'h_0' else 'H'}] with [{rows}, {batch}]"

@@ -65,14 +65,20 @@ def check_call(module: Fused, weights: Sequence[Tensor], input: Any, hx: Any) ->
         raise TypeError(f"hx: got {type(hx).__name__}, expected a pair (h_0, c_0) of tensors")
     rows = () if isinstance(module, nn.RNNCellBase) else (_rows(module),)
     for name, state, size in zip(("h_0", "c_0"), states, (width, hidden), strict=False):
-        check_state(name, state, data, (*rows, *batch, size))
+        check_state(name, state, data, (*rows, *batch, size), getattr(input, "sorted_indices", None))
 
 
-def check_state(name: str, state: Any, data: Tensor, shape: tuple[int, ...]) -> None:
-    """A state of this shape, and of the data's dtype and device. Raises TypeError, ValueError."""
+def check_state(
+    name: str, state: Any, data: Tensor, shape: tuple[int, ...], sorted_indices: Tensor | None = None
+) -> None:
+    """A state of this shape; of at least this batch where it is to be put into a packed sequence's order, which chooses
+    from it as in torch."""
     if not isinstance(state, Tensor):
         raise TypeError(f"{name}: got {type(state).__name__}, expected a tensor")
-    if state.shape != shape:
+    fits = state.shape == shape
+    if sorted_indices is not None and state.dim() == 3:
+        fits = state.size(1) >= shape[1] and (state.size(0), state.size(2)) == (shape[0], shape[2])
+    if not fits:
         raise ValueError(f"{name}: got {checks.shape_text(state.shape)}, expected {checks.shape_text(shape)}")
     if (state.dtype != data.dtype and not is_autocasting()) or state.device != data.device:
         raise ValueError(f"{name}: got {state.dtype} on {state.device}, expected input's {data.dtype} on {data.device}")
@@ -188,7 +194,8 @@ class _Kernels:
         """Whether what is wrong in this call is what the kernel's operators check.
 
         Of weights that do not fit each other it takes parts that there are not, of states rows that there are not, and
-        oneDNN, which runs an LSTM on batches of equal lengths, reads states as if they had the input's dtype and sizes.
+        states of four dimensions crash it; oneDNN, which runs an LSTM on batches of equal lengths, reads states as if
+        they had the input's dtype and sizes.
         """
         module, packed = self._module, isinstance(self._input, PackedSequence)
         try:
@@ -201,7 +208,7 @@ class _Kernels:
         if packed:
             sizes = args[1]
             ragged = args[0].dim() == 2 and bool(sizes[0] != sizes[-1])
-            return ragged and all(state.dim() == 3 and state.size(0) == _rows(module) for state in states)
+            return ragged and all(state.dim() < 4 and state.size(0) == _rows(module) for state in states)
         if not isinstance(args[1], tuple) and module._fused_states == 2:  # no pair: not read at all
             return True
         x = args[0]

@@ -239,12 +239,13 @@ def _c_too_wide(subject: Subject) -> Any:
     return _with_hx(subject, lambda h: grown(h, h.dim() - 1), which=1)
 
 
-@breaks(*EVERY, when=_batched)
+# From a larger batch the order of an unsorted pack chooses, in torch too.
+@breaks(*EVERY, when=lambda call: _batched(call) and call.form != "unsorted")
 def _hx_of_a_larger_batch(subject: Subject) -> Any:
     return _with_hx(subject, lambda h: grown(h, h.dim() - 2))
 
 
-@breaks(*EVERY, when=lambda call: _batched(call) and call.has_c)
+@breaks(*EVERY, when=lambda call: _batched(call) and call.has_c and call.form != "unsorted")
 def _c_of_a_larger_batch(subject: Subject) -> Any:
     return _with_hx(subject, lambda h: grown(h, h.dim() - 2), which=1)
 
