@@ -203,6 +203,8 @@ def _slow(dice: _Dice, kind: str, call: dict[str, Any]) -> dict[str, Any]:
     call |= {"layers": 1, "proj": min(call.get("proj", 0), max(0, call["H"] - 1)), "dropout": 0.0, "again": False}
     if call.get("mode") == "twice":
         call["mode"] = "grad"
+    if call["backend"] == "cuda" and call["dtype"] == "float16" and call.get("special") == "large":
+        call["special"] = "none"  # a saturated gate may be off by tanh.approx's 2^-11, its ulp; times a large number, it shows
     return call
 
 
