@@ -204,7 +204,7 @@ def _slow(dice: _Dice, kind: str, call: dict[str, Any]) -> dict[str, Any]:
     if call.get("mode") == "twice":
         call["mode"] = "grad"
     if call["backend"] == "cuda" and call["dtype"] == "float16" and call.get("special") == "large":
-        call["special"] = "none"  # a saturated gate may be off by tanh.approx's 2^-11, its ulp; times a large number, it shows
+        call["special"] = "none"  # a saturated gate may be off by tanh.approx's 2^-11, its ulp, times a large number
     return call
 
 
