@@ -94,14 +94,16 @@ def _judged(call: Call, given: Given, ours: Results, told: str) -> Outcome:
     alike = call.kind != "stream" and given.lengths is None and given.reset is None and not call.autocast
     if alike and told != theirs:
         return Outcome("structure", f"{told}, torch {theirs}")
-    wrong = strange(ours, torchs, wide) or excess(ours, torchs, wide)
-    if wrong and excess(*_of_many_draws(call, (ours, torchs, wide))) is None and not strange(ours, torchs, wide):
-        return Outcome("right", f"by luck: {wrong}")
-    return Outcome("wrong", wrong) if wrong else Outcome("right")
+    if wrong := strange(ours, torchs, wide):
+        return Outcome("wrong", wrong)
+    over = excess(ours, torchs, wide)
+    if over and (still := excess(*_of_many_draws(call, (ours, torchs, wide), list(over)))):
+        return Outcome("wrong", " / ".join([*over.values(), "of all draws", *still.values()]))
+    return Outcome("right", " / ".join(f"by luck: {line}" for line in over.values()))
 
 
-def _of_many_draws(call: Call, first: tuple[Results, Results, Results]) -> list[Results]:
-    """The three results of this call and of others like it, with other values, as one tensor a name.
+def _of_many_draws(call: Call, first: tuple[Results, Results, Results], names: list[str]) -> list[Results]:
+    """These of the three results of this call and of others like it, with other values, as one tensor a name.
 
     One draw is little to judge by where a tensor is small: of a sum that cancels to nearly nothing either side's error
     is large, or is not, by luck.
@@ -113,9 +115,7 @@ def _of_many_draws(call: Call, first: tuple[Results, Results, Results]) -> list[
         torchs = by_torch(call, given, wide=False)[0]
         wide = torchs if effective(call) == torch.float64 else by_torch(call, given, wide=True)[0]
         each.append((ours, torchs, wide))
-    return [
-        {name: torch.stack([results[name] for results in side]) for name in side[0]} for side in zip(*each, strict=True)
-    ]
+    return [{name: torch.stack([results[name] for results in side]) for name in names} for side in zip(*each, strict=True)]
 
 
 def _broken(call: Call) -> Outcome:

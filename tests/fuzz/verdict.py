@@ -36,8 +36,9 @@ def strange(ours: Results, torchs: Results, wide: Results) -> str | None:
     return None
 
 
-def excess(ours: Results, torchs: Results, wide: Results) -> str | None:
-    """The first result whose error is larger than it may be, in a line."""
+def excess(ours: Results, torchs: Results, wide: Results) -> dict[str, str]:
+    """The results whose error is larger than it may be, each with a line about it."""
+    found = {}
     for name, mine in ours.items():
         theirs, exact = torchs[name], wide[name]
         if not mine.is_floating_point():
@@ -47,8 +48,8 @@ def excess(ours: Results, torchs: Results, wide: Results) -> str | None:
         made, may = tolerances.error(mine, exact), allowed(mine, theirs, exact)
         if not made <= may:
             own, scale = tolerances.error(theirs, exact), float(exact.abs().max())
-            return f"{name}: error {made:.3g}, allowed {may:.3g}, torch {own:.3g}, scale {scale:.3g}"
-    return None
+            found[name] = f"{name}: error {made:.3g}, allowed {may:.3g}, torch {own:.3g}, scale {scale:.3g}"
+    return found
 
 
 def _agreed(torchs: Tensor, wide: Tensor) -> Tensor:
