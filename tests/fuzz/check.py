@@ -115,7 +115,8 @@ def _of_many_draws(call: Call, first: tuple[Results, Results, Results], names: l
         torchs = by_torch(call, given, wide=False)[0]
         wide = torchs if effective(call) == torch.float64 else by_torch(call, given, wide=True)[0]
         each.append((ours, torchs, wide))
-    return [{name: torch.stack([results[name] for results in side]) for name in names} for side in zip(*each, strict=True)]
+    sides = zip(*each, strict=True)
+    return [{name: torch.stack([results[name] for results in side]) for name in names} for side in sides]
 
 
 def _broken(call: Call) -> Outcome:
