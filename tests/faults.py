@@ -147,6 +147,7 @@ def a_huge_request() -> None:
 @fault
 def ctrl_c() -> None:
     """A long call runs to its end; then comes KeyboardInterrupt, and the module is as before."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background processes ignore
     torch.set_num_threads(2)
     for cls in (fused_rnn.LSTM, fused_rnn.GRU):
         module = cls(64, 64)
