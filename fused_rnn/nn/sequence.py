@@ -25,7 +25,7 @@ from fused_rnn.nn.plain import (
     is_ordinary_mode,
     is_plain_hx,
 )
-from fused_rnn.nn.twin import check_packed, refuse, run_twin
+from fused_rnn.nn.twin import check_packed, refuse, run_twin, state_rows
 from fused_rnn.stream import Stream
 
 # torch.nn's forward goes by the mode too, and not by RNN's `nonlinearity`.
@@ -345,7 +345,7 @@ def _time_first(module: Recurrent, reset: Tensor, batched: bool) -> Tensor:
 
 def _check_rows(module: Recurrent, hx: Any, batch: int) -> None:
     """Whether states may be put into a packed batch's order, and taken apart by layers. Raises ValueError."""
-    rows = module.num_layers * (2 if module.bidirectional else 1)
+    rows = state_rows(module)
     for name, state in zip(("h_0", "c_0"), hx if module._fused_states == 2 else (hx,), strict=False):
         if state.dim() != 3 or state.size(0) != rows or state.size(1) < batch:
             got = checks.shape_text(state.shape)

@@ -63,7 +63,7 @@ def check_call(module: Fused, weights: Sequence[Tensor], input: Any, hx: Any) ->
     states = hx if module._fused_states == 2 else (hx,)
     if isinstance(states, Tensor) or len(states) != module._fused_states:
         raise TypeError(f"hx: got {type(hx).__name__}, expected a pair (h_0, c_0) of tensors")
-    rows = () if isinstance(module, nn.RNNCellBase) else (_rows(module),)
+    rows = () if isinstance(module, nn.RNNCellBase) else (state_rows(module),)
     for name, state, size in zip(("h_0", "c_0"), states, (width, hidden), strict=False):
         check_state(name, state, data, (*rows, *batch, size), getattr(input, "sorted_indices", None))
 
@@ -104,7 +104,8 @@ def check_packed(input: PackedSequence) -> None:
             raise ValueError(f"input.{name}: got {checks.shape_text(indices.shape)}, expected [B] = [{counts[0]}]")
 
 
-def _rows(module: Any) -> int:
+def state_rows(module: Any) -> int:
+    """L·R, the rows of a state."""
     return int(module.num_layers) * _directions(module)
 
 
@@ -208,11 +209,11 @@ class _Kernels:
         if packed:
             sizes = args[1]
             ragged = args[0].dim() == 2 and bool(sizes[0] != sizes[-1])
-            return ragged and all(state.dim() < 4 and state.size(0) == _rows(module) for state in states)
+            return ragged and all(state.dim() < 4 and state.size(0) == state_rows(module) for state in states)
         if not isinstance(args[1], tuple) and module._fused_states == 2:  # no pair: not read at all
             return True
         x = args[0]
-        shapes = [(_rows(module), x.size(0 if module.batch_first else 1), size) for size in (width, hidden)]
+        shapes = [(state_rows(module), x.size(0 if module.batch_first else 1), size) for size in (width, hidden)]
         return all(state.shape in shapes and state.element_size() >= x.element_size() for state in states)
 
     def _shortened(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
