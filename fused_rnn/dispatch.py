@@ -7,7 +7,7 @@ from types import ModuleType
 
 import torch
 
-from fused_rnn import fastest, ops
+from fused_rnn import fastest, onnx, ops
 from fused_rnn.backends import cpu, reference
 from fused_rnn.backends import cuda as cuda_backend
 from fused_rnn.backends import torch as torch_backend
@@ -89,7 +89,15 @@ _choose_cached = lru_cache(maxsize=4096)(choose)
 
 
 def resolve(problem: Problem, backend: str | None) -> ModuleType:
-    """`choose`, remembered, but for sizes that are traced or symbolic (make_fx), which no cache can hold."""
+    """`choose`, remembered, but for sizes that are traced or symbolic (make_fx), which no cache can hold.
+
+    While torch.onnx exports, the ops of the chosen backend become ONNX's nodes.
+    """
+    chosen = _resolve(problem, backend)
+    return onnx if onnx.is_exporting() and not chosen.DIFFERENTIABLE else chosen
+
+
+def _resolve(problem: Problem, backend: str | None) -> ModuleType:
     if torch.compiler.is_compiling() or torch._C._is_tracing():
         return choose(problem, backend)
     try:

@@ -7,22 +7,19 @@ batch_first, initial states, `lengths` (ONNX's sequence_lens), projections; T an
 in practice: onnxruntime's kernels on a CPU know no other. Inference only. At export `reset` and an ensemble, for which
 the nodes have no place, raise NotImplementedError, which torch.onnx reports as the cause of its own error.
 
-The exporter asks torch's table of decompositions about every op that it has no translation for. What stands there for
-ours says NotImplemented, the op shall stay as it is, to everybody but that exporter.
+A program that torch.export made before has our ops in it: `decompositions` says what they become.
 
 Source: onnx.ai/onnx/operators: LSTM, GRU and RNN of opset 14.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._decomp import register_decomposition
 
 from fused_rnn.cells import CELLS
 from fused_rnn.cells.loop import weights_per_recurrence
@@ -37,23 +34,30 @@ _NODES: dict[str, tuple[str, tuple[int, ...], dict[str, Any]]] = {
 _DIRECTIONS = {(1,): "forward", (-1,): "reverse", (1, -1): "bidirectional"}
 
 
-def register(op: Any, fake: Callable[..., list[Tensor]], decomposition: Callable[..., Any]) -> None:
-    """Have the exporter replace `op` by what decomposition(*args) does. fake: the op's fake kernel, which fake tensors
-    would otherwise take the decomposition for."""
-    register_decomposition(op, type="meta", unsafe=True)(fake)
-    register_decomposition(op, unsafe=True)(decomposition)
+NAME = "onnx"
+DIFFERENTIABLE = False
+stack = None
 
 
-def _is_exporting() -> bool:
-    return "torch.onnx" in sys.modules and torch.onnx.is_in_onnx_export()
+def is_exporting() -> bool:
+    """Whether torch.onnx is making a model, by either of its exporters."""
+    return torch.onnx.is_in_onnx_export()
 
 
-def forward(*args: Any) -> Any:
-    """fused_rnn::forward by ONNX's node."""
-    return _layer(*args) if _is_exporting() else NotImplemented
+is_exporting._dynamo_marked_constant = True  # type: ignore[attr-defined]  # Dynamo takes torch's own for False
 
 
-def step(
+def decompositions() -> dict[Any, Callable[..., Any]]:
+    """Our ops by ONNX's nodes, for a program of torch.export's:
+
+        torch.onnx.export(program.run_decompositions(fused_rnn.onnx.decompositions()))
+    """
+    layers = ("forward", *(f"{backend}_forward" for backend in ("cuda", "triton")))
+    table: dict[Any, Callable[..., Any]] = {getattr(torch.ops.fused_rnn, name).default: forward for name in layers}
+    return {**table, torch.ops.fused_rnn.step.default: _step_op}
+
+
+def _step_op(
     x: Tensor,
     h: Tensor | None,
     c: Tensor | None,
@@ -63,21 +67,31 @@ def step(
     b_hh: Tensor | None,
     w_hr: Tensor | None,
     cell: int,
-) -> Any:
+) -> list[Tensor]:
     """fused_rnn::step by ONNX's node."""
-    if not _is_exporting():
-        return NotImplemented
     leading = x.shape[:-1]
-    h0, c0 = (None if t is None else t.reshape(1, -1, t.shape[-1]) for t in (h, c))
     weights = [w for w in (w_ih, w_hh, b_ih, b_hh, w_hr) if w is not None]
-    sequence = x.reshape(1, prod(leading), x.shape[-1])
-    y, *after = _layer(sequence, weights, h0, c0, None, None, list(CELLS)[cell], [1], "none", False)
+    h, c = (None if t is None else t.reshape(-1, t.shape[-1]) for t in (h, c))
+    y, *after = _sequence(x.reshape(1, prod(leading), x.shape[-1]), h, c, weights, list(CELLS)[cell])
     if len(leading) == 1:
         return [state.squeeze(0) for state in after]
     return [y.reshape(*leading, y.shape[-1]), *after]
 
 
-def _layer(
+def step(x: Tensor, h: Tensor | None, c: Tensor | None, weights: Sequence[Tensor], cell: str) -> list[Tensor]:
+    """One step, as of any backend, by ONNX's node."""
+    return [state.squeeze(0) for state in _sequence(x.unsqueeze(0), h, c, weights, cell)[1:]]
+
+
+def _sequence(
+    x: Tensor, h: Tensor | None, c: Tensor | None, weights: Sequence[Tensor], cell: str
+) -> list[Tensor]:
+    """x [1, B, D], h [B, P], c [B, H] → y and the states after it."""
+    h0, c0 = (None if t is None else t.unsqueeze(0) for t in (h, c))
+    return forward(x, weights, h0, c0, None, None, cell, [1], "none", False)
+
+
+def forward(
     x: Tensor,
     weights: Sequence[Tensor],
     h0: Tensor | None,
@@ -89,6 +103,7 @@ def _layer(
     save: str,
     keep_hidden: bool,
 ) -> list[Tensor]:
+    """One layer by ONNX's node; arguments and result as those of the op fused_rnn::forward."""
     name, recurrences = _NODES[cell][0], len(directions)
     if reset is not None:
         raise NotImplementedError(f"reset: got a tensor, expected None: ONNX's {name} forgets nothing in a sequence")

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from fused_rnn import flops, onnx, rerun, vmap
+from fused_rnn import flops, rerun, vmap
 from fused_rnn.cells import CELLS
 
 _C: Any
@@ -172,8 +172,6 @@ if _C is not None:
     vmap.register("fused_rnn::forward", forward, vmap.forward, _library)
     vmap.register("fused_rnn::backward", backward, vmap.backward, _library)
     vmap.register("fused_rnn::step", step, vmap.step, _library)
-    onnx.register(forward, _forward_fake, onnx.forward)
-    onnx.register(step, _step_fake, onnx.step)
     flops.register(torch.ops.fused_rnn.forward, flops.forward)
     flops.register(torch.ops.fused_rnn.backward, flops.backward)
     flops.register(torch.ops.fused_rnn.step, flops.step)

@@ -150,16 +150,17 @@ def test_as_small_as_it_gets(name: str) -> None:
     x = torch.randn(4) if name in CELLS else torch.randn(5, 4)
     check(exported(model, (x,)), model, x)
     before = torch.export.export(model.eval(), (x,))
-    program = torch.onnx.export(before, verbose=False)
+    assert "fused_rnn" in str(before.graph) and "fused_rnn" in str(before.run_decompositions().graph)
+    program = torch.onnx.export(before.run_decompositions(fused_rnn.onnx.decompositions()), verbose=False)
     assert program is not None
     check(program, model, x)
-    assert "fused_rnn" in str(before.graph) and "fused_rnn" in str(before.run_decompositions().graph)
 
 
 def test_the_op_stays_an_op_for_all_others() -> None:
     """Whoever asks torch's whole table of decompositions, fake tensors among them."""
     model, _ = make("GRU", 4, 6)
     program = torch.export.export(model, (torch.randn(5, 3, 4),), dynamic_shapes=({0: T, 1: B},))
+    assert not torch._decomp.get_decompositions(list(fused_rnn.onnx.decompositions()))  # Inductor would want it used
     decomposed = program.run_decompositions(dict(torch._decomp.decomposition_table))
     assert "torch.ops.fused_rnn.forward.default" in decomposed.graph_module.code
     x = torch.randn(9, 2, 4)
@@ -209,7 +210,7 @@ def test_a_reset_is_refused() -> None:
 def test_an_ensemble_is_refused() -> None:
     x, w = torch.empty(5, 3, 4), [torch.empty(24, 4), torch.empty(24, 6)]
     with pytest.raises(NotImplementedError, match=r"directions: got \[1, 1, 1\], expected \[1\] or \[-1\] or \[1, "):
-        fused_rnn.onnx._layer(x, w * 3, None, None, None, None, "lstm", [1, 1, 1], "none", False)
+        fused_rnn.onnx.forward(x, w * 3, None, None, None, None, "lstm", [1, 1, 1], "none", False)
 
 
 def test_every_cell_has_a_node() -> None:

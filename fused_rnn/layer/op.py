@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_rnn import flops, onnx, rerun, vmap
+from fused_rnn import flops, rerun, vmap
 from fused_rnn.layer import precision, run
 from fused_rnn.layer.loops import CELLS, Cell, Layer, Loops, wide
 from fused_rnn.layer.weights import Weights, aligned
@@ -251,7 +251,6 @@ def define(name: str, make: Make, keys: Sequence[str] = ("CUDA",)) -> tuple[Any,
         vmap.register(qualified, op, fold, _library)
         flops.register(op.overloadpacket, formula)
         ops.append(op)
-    onnx.register(ops[0], _forward_fake, onnx.forward)
     rerun.register(f"fused_rnn::{name}_forward", ops[0], ops[1], _library)
     return ops[0], ops[1]
 
