@@ -1,4 +1,5 @@
-// Measures the exchanges of exchange.h on a GPU: a line of JSON each, {"kind", "members", "seconds"} of a round.
+// Measures the exchanges of exchange.h on a GPU: a line of JSON each, {"kind", "members", "seconds"} of a round;
+// of slices also "bytes", of a member to each peer, and "peers", that a warp's store goes to.
 //
 //   nvcc -std=c++17 -O3 --expt-relaxed-constexpr -arch=sm_90a benchmarks/exchange.cu -o exchange && ./exchange
 //
@@ -37,8 +38,9 @@ double seconds(const Exchange& p, int shared) {
   config.dynamicSmemBytes = size_t(shared);
   config.attrs = &attribute;
   config.numAttrs = p.kind == cta ? 0 : 1;
-  attribute.id = p.kind == cluster ? cudaLaunchAttributeClusterDimension : cudaLaunchAttributeCooperative;
-  if (p.kind == cluster) attribute.val.clusterDim = {unsigned(p.members), 1, 1};
+  const bool clusters = p.kind == cluster || p.kind == slices;
+  attribute.id = clusters ? cudaLaunchAttributeClusterDimension : cudaLaunchAttributeCooperative;
+  if (clusters) attribute.val.clusterDim = {unsigned(p.members), 1, 1};
   else attribute.val.cooperative = 1;
   cudaEvent_t begin, end;
   check(cudaEventCreate(&begin), "cudaEventCreate");
@@ -79,7 +81,9 @@ void measure(const char* name, Exchange p, int members, int shared) {
       std::exit(1);
     }
   }
-  std::printf("{\"kind\": \"%s\", \"members\": %d, \"seconds\": %.4g}\n", name, members, (best[1] - best[0]) / (kLong - kShort));
+  std::printf("{\"kind\": \"%s\", \"members\": %d, \"seconds\": %.4g", name, members, (best[1] - best[0]) / (kLong - kShort));
+  if (p.kind == slices) std::printf(", \"bytes\": %d, \"peers\": %d", p.bytes, p.peers);
+  std::printf("}\n");
   std::fflush(stdout);
 }
 
@@ -102,6 +106,10 @@ int main() {
   if (major >= 9) {
     check(cudaFuncSetAttribute(rounds_kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1), "a cluster of more than 8");
     for (const int members : {2, 4, 8, 16}) measure("cluster", p, members, shared);
+    p.kind = slices;
+    for (const int members : {2, 4, 8, 16})
+      for (p.bytes = 512; p.bytes <= kLargestSlice; p.bytes *= 2)
+        for (p.peers = 1; p.peers <= 8; p.peers *= 8) measure("slices", p, members, shared);
   }
   for (const Kind kind : {grid, flags}) {
     p.kind = kind;

@@ -11,12 +11,13 @@ struct Rounds {
   static FUSED_RNN_DEVICE void body(Exchange p) { run(p); }
 };
 
-void check(Kind kind, int members, int rounds) {
+void check(Kind kind, int members, int rounds, int bytes = 0, int peers = 1) {
   for (int seed = 0; seed < harness::seeds; ++seed) {
     Buffer<uint32_t> counters(kCounters), global(kGlobalWords), result(kMost * kWarp);
-    const Exchange p{kind, members, rounds, counters.data(), global.data(), result.data()};
-    const unsigned size = kind == cluster ? unsigned(members) : 1;
-    harness::launch<Rounds>({unsigned(ctas(p)), unsigned(threads(p)), size, kShared, kind == grid || kind == flags}, uint64_t(seed), p);
+    const Exchange p{kind, members, rounds, counters.data(), global.data(), result.data(), bytes, peers};
+    const unsigned size = kind == cluster || kind == slices ? unsigned(members) : 1;
+    const int shared = kind == slices ? slices_shared(p) : kShared;
+    harness::launch<Rounds>({unsigned(ctas(p)), unsigned(threads(p)), size, shared, kind == grid || kind == flags}, uint64_t(seed), p);
     for (int rank = 0; rank < members; ++rank)
       for (int lane = 0; lane < kWarp; ++lane) {
         const uint32_t got = result[size_t(rank * kWarp + lane)], wanted = expected(p, rank, lane);
@@ -33,6 +34,11 @@ TEST(warps_of_a_cta) {
 TEST(members_of_a_cluster) {
   if (!harness::has_cluster()) return;
   for (const int members : {2, 3, 8}) check(cluster, members, 6);
+}
+TEST(slices_of_a_cluster) {
+  if (!harness::has_cluster()) return;
+  for (const int members : {2, 3, 8})
+    for (const int peers : {1, 8}) check(slices, members, 4, 1024, peers);
 }
 TEST(members_of_a_grid) {
   for (const int members : {1, 2, 5, 40}) check(grid, members, 4);
