@@ -3,10 +3,10 @@
 #   TORCH=torch==2.12.0     another torch (any pip requirement, options included)
 #   TORCH=                  the torch that PYTHON already has
 #   TORCH= VENV=path        an environment that exists, with its torch
-#   PYTEST_ARGS, BENCH_ARGS, DEMO_ARGS, CUBIN_ARGS, GPU_ARGS, FUZZ_ARGS    handed on
+#   PYTEST_ARGS, BENCH_ARGS, DEMO_ARGS, CUBIN_ARGS, GPU_ARGS, PACK_ARGS, FUZZ_ARGS    handed on
 #   WHEEL_TORCH='torch==2.11.0 torch'       the torches (or pythons that have one) beside which make wheel-check tests the wheel
 #   FUSED_RNN_CUDA=auto|0|1, FUSED_RNN_CUDA_DEBUG, TORCH_CUDA_ARCH_LIST, MAX_JOBS    the CUDA kernels: see setup.py
-#   OUT=build/gpu           where make gpu writes
+#   OUT=build/gpu           where make gpu, gpu-first and gpu-next write
 
 SHELL       := /bin/bash
 PYTHON      ?= python3
@@ -18,6 +18,7 @@ DEMO_ARGS   ?=
 CUBIN_ARGS  ?=
 FUZZ_ARGS   ?=
 GPU_ARGS    ?=
+PACK_ARGS   ?=
 WHEEL_TORCH ?= torch==2.11.0 torch
 BIN         := $(VENV)/bin
 PIP         := $(BIN)/python -m pip --disable-pip-version-check
@@ -31,7 +32,7 @@ BUILD_STAMP := $(VENV)/.build-$(call hash,{ cat $(SOURCES); echo '$(FUSED_RNN_CU
 # extra-NAME: what pyproject.toml's extra of that name asks for is there
 EXTRA_STAMP  = $(VENV)/.extra-$(1)-$(call hash,cat pyproject.toml)
 
-.PHONY: help install dev demo test fuzz bench cubin cubin-triton cubin-cuda gpu gpu-build gpu-smoke gpu-test gpu-steps gpu-sanitize gpu-bench gpu-profile lint format sanitize docs wheel wheel-check clean
+.PHONY: help install dev demo test fuzz bench cubin cubin-triton cubin-cuda gpu gpu-build gpu-smoke gpu-test gpu-steps gpu-sanitize gpu-bench gpu-profile gpu-pack gpu-first gpu-next lint format sanitize docs wheel wheel-check clean
 
 help:
 	@echo 'make demo      train a character model with torch.nn and with fused_rnn, side by side'
@@ -42,6 +43,8 @@ help:
 	@echo '               (cubin-triton, cubin-cuda: one of them)'
 	@echo 'make gpu       on a machine with a GPU: build, first launches, tests, sanitizers, bench, profile into build/gpu'
 	@echo '               (gpu-build, -smoke, -test, -steps, -sanitize, -bench, -profile: one of them; benchmarks/GPU.md)'
+	@echo 'make gpu-pack  what a machine with a GPU is not to spend its minutes on: PACK_ARGS="--python ..." (scripts/gpu_pack.py)'
+	@echo '               gpu-first, gpu-next: there, with it, the first visit in two commands of ten minutes'
 	@echo 'make sanitize  the C++ core under AddressSanitizer and UBSan'
 	@echo 'make docs      the documentation, as a site in build/docs; a warning is an error'
 	@echo 'make wheel     dist/: sdist and wheel; make wheel-check: its links, and its tests beside other torches'
@@ -98,8 +101,11 @@ GPU_PYTHON = $(if $(wildcard $(BIN)/python),$(abspath $(BIN)/python),$(PYTHON))
 gpu:
 	$(GPU_PYTHON) scripts/gpu.py $(if $(OUT),--out '$(OUT)') $(GPU_ARGS)
 
-gpu-build gpu-smoke gpu-test gpu-steps gpu-sanitize gpu-bench gpu-profile:
+gpu-build gpu-smoke gpu-test gpu-steps gpu-sanitize gpu-bench gpu-profile gpu-first gpu-next:
 	$(GPU_PYTHON) scripts/gpu.py $(@:gpu-%=%) $(if $(OUT),--out '$(OUT)') $(GPU_ARGS)
+
+gpu-pack:
+	$(PYTHON) scripts/gpu_pack.py $(PACK_ARGS)
 
 # The sdist, and the wheel from what is in it.
 wheel: $(call EXTRA_STAMP,dist)

@@ -1,10 +1,12 @@
 """Everything that needs a GPU, stage by stage: `make gpu`, or one of `make gpu-build`, gpu-smoke, gpu-test, ...
 
-    python scripts/gpu.py [STAGE ...] [--out build/gpu] [--minutes 8] [--total 9.5]
+    python scripts/gpu.py [STAGE[:SECONDS] | PLAN ...] [--out build/gpu] [--minutes 8] [--total 9.5]
 
 Builds in place, for this machine's GPU unless TORCH_CUDA_ARCH_LIST says otherwise, with the Python that runs it:
-nothing is installed and nothing is fetched. Each stage is stopped after --minutes, all together after --total, and
-leaves what it has by then. PYTEST_ARGS, STEPS_ARGS and BENCH_ARGS are handed on; without the latter the bench is quick.
+nothing is installed and nothing is fetched. Or unpacks what scripts/gpu_pack.py made elsewhere. Each stage is stopped
+after its seconds or --minutes, all together after --total, and leaves what it has by then. A plan is a list of stages:
+`first` for a GPU that nothing has run on yet, `next` for what comes after it, on the same machine. PYTEST_ARGS,
+STEPS_ARGS and BENCH_ARGS are handed on; without the latter the bench is quick.
 
 Logs are in build/gpu-work. --out gets a few files, written anew every half minute: summary.txt, summary.json, tests.xml
 (JUnit), results.tar.gz with all logs and results, and after a build the extension modules, with which another machine
@@ -34,7 +36,14 @@ import gpu_tests
 
 ROOT = Path(__file__).parent.parent
 WORK = ROOT / "build" / "gpu-work"
-STAGES = ("build", "smoke", "test", "steps", "sanitize", "bench", "profile")
+PACK = ROOT / "build" / "pack"  # scripts/gpu_pack.py's
+TRITON_CACHE = Path("/tmp/fused_rnn-triton")  # absolute, since paths in it are; the same on both machines
+STAGES = ("build", "unpack", "parts", "smoke", "test", "steps", "sanitize", "bench", "profile")
+ALL = tuple(stage for stage in STAGES if stage not in ("unpack", "parts"))
+PLANS = {
+    "first": ["unpack:60", "parts:20", "smoke:75", "steps:60", "test:150", "bench:110", "profile:35", "sanitize:45"],
+    "next": ["unpack:30", "steps:90", "bench:110", "sanitize:60"],
+}
 TOOLS = ("memcheck", "racecheck", "synccheck")
 KERNELS = "kns=fused_rnn"  # by a part of their names; torch's own kernels are not under test
 QUICK_BENCH = "--quick --dtype bf16 --dtype tf32 --no-memory --provider torch --provider cell --provider cuda"
@@ -49,13 +58,15 @@ class Result(NamedTuple):
     said: str
 
 
-def run(name: str, command: list[str], work: Path, seconds: float, **environment: str) -> Result:
+def run(
+    name: str, command: list[str], work: Path, seconds: float, tree: Path = ROOT, **environment: str
+) -> Result:
     """A command with its log; interrupted when its time is up, so that it can still write what it has."""
     began, log = time.monotonic(), work / f"{name}.log"
     print(f"--- {name}: {' '.join(command)}", flush=True)
     with log.open("w") as stream:
         child = subprocess.Popen(
-            command, cwd=ROOT, env={**os.environ, "PYTHONUNBUFFERED": "1", **environment}, stdout=stream,
+            command, cwd=tree, env={**os.environ, "PYTHONUNBUFFERED": "1", **environment}, stdout=stream,
             stderr=subprocess.STDOUT, start_new_session=True,
             # A shell's background jobs ignore the interrupt, and so would their children.
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
@@ -91,6 +102,35 @@ def build(work: Path, seconds: float) -> list[Result]:
     return [result._replace(said=f"for {chosen}") if result.status == "ok" else result, info._replace(said="")]
 
 
+def unpack(work: Path, seconds: float) -> list[Result]:
+    """What gpu_pack.py made, put where it belongs; and what this machine is."""
+    began, modules = time.monotonic(), sorted(PACK.glob("*.so"))
+    if not modules:
+        return [Result("unpack", "failed", 0.0, f"no module in {PACK}: make gpu-pack")]
+    for module in modules:
+        shutil.copyfile(module, ROOT / "fused_rnn" / module.name)
+    if (cache := PACK / "triton.tar.gz").exists():
+        with tarfile.open(cache) as archive:
+            archive.extractall(TRITON_CACHE.parent, filter="data")
+    machine = [sys.executable, "scripts/gpu_machine.py"]
+    described = run("machine", machine, work, seconds - (time.monotonic() - began))
+    return [described._replace(stage="unpack")]
+
+
+def parts(work: Path, seconds: float) -> list[Result]:
+    """The exchanges between multiprocessors, with nothing around them: exchange.jsonl."""
+    program = PACK / "exchange"
+    if not program.exists():
+        program, name = work / "exchange", architecture().replace(".", "")
+        flags = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", f"-gencode=arch=compute_{name},code=sm_{name}"]
+        compiled = run("compile-exchange", ["nvcc", *flags, "benchmarks/exchange.cu", "-o", str(program)], work, seconds)
+        if compiled.status != "ok":
+            return [compiled]
+    result = run("parts", [str(program)], work, seconds)
+    shutil.copyfile(work / "parts.log", work / "exchange.jsonl")
+    return [result]
+
+
 def smoke(work: Path, seconds: float) -> list[Result]:
     return [run("smoke", [sys.executable, "scripts/gpu_smoke.py"], work, seconds)]
 
@@ -107,8 +147,21 @@ def test(work: Path, seconds: float) -> list[Result]:
 
 
 def steps(work: Path, seconds: float) -> list[Result]:
-    command = [sys.executable, "scripts/gpu_steps.py", "--out", str(work), "--minutes", f"{seconds / 60 - 0.3:.2f}"]
-    return [run("steps", [*command, *os.environ.get("STEPS_ARGS", "").split()], work, seconds)]
+    """Of what is built; and of each other build of the CUDA loops in the pack, in a tree of its own, the same steps."""
+    trees = {"steps": ROOT}
+    for module in sorted(PACK.glob("variants/*/_cuda.*")):
+        tree = work / "trees" / module.parent.name
+        shutil.rmtree(tree, ignore_errors=True)
+        for part in ("fused_rnn", "scripts"):
+            shutil.copytree(ROOT / part, tree / part)
+        shutil.copyfile(module, tree / "fused_rnn" / module.name)
+        trees[f"steps-{module.parent.name}"] = tree
+    results = []
+    for name, tree in trees.items():
+        out, share = work / name, seconds / len(trees)
+        command = [sys.executable, "scripts/gpu_steps.py", "--out", str(out), "--minutes", f"{share / 60 - 0.1:.2f}"]
+        results.append(run(name, [*command, *os.environ.get("STEPS_ARGS", "").split()], work, share, tree))
+    return results
 
 
 def sanitize(work: Path, seconds: float) -> list[Result]:
@@ -153,6 +206,11 @@ def table(results: list[Result]) -> str:
     return "\n".join(
         f"{row[0]:<{widths[0]}}  {row[1]:<{widths[1]}}  {row[2]:>{widths[2]}}  {row[3]}".rstrip() for row in rows
     )
+
+
+def left_out(entry: tarfile.TarInfo) -> bool:
+    """Copies of the sources, and profiles so large that they would keep all else from coming back."""
+    return entry.name == "gpu/trees" or (entry.name.endswith(".ncu-rep") and entry.size > LARGEST // 2)
 
 
 class Report:
@@ -203,20 +261,22 @@ class Report:
                 shutil.copyfile(module, self.out / module.name)
         unfinished = self.out / "results.tar.gz.new"
         with tarfile.open(unfinished, "w:gz") as archive:
-            archive.add(self.work, "gpu")
+            archive.add(self.work, "gpu", filter=lambda entry: None if left_out(entry) else entry)
         unfinished.replace(self.out / "results.tar.gz")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="gpu", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("stages", nargs="*", help=f"of {', '.join(STAGES)}; all where none is named")
+    parser.add_argument("stages", nargs="*", help=f"of {', '.join(STAGES)}, with :SECONDS or without; or a plan: "
+                        f"{', '.join(PLANS)}; {', '.join(ALL)} where none is named")  # fmt: skip
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT") or ROOT / "build" / "gpu"))
     parser.add_argument("--minutes", type=float, default=8.0, help="of a stage at most")
     parser.add_argument("--total", type=float, default=float("inf"), help="minutes of all stages together at most")
     chosen = parser.parse_args()
-    unknown = set(chosen.stages) - set(STAGES)
+    stages = [part for stage in chosen.stages or ALL for part in PLANS.get(stage, [stage])]
+    unknown = {stage for stage in stages if stage.partition(":")[0] not in STAGES}
     if unknown:
-        parser.error(f"stages: got {', '.join(sorted(unknown))}, expected some of {', '.join(STAGES)}")
+        parser.error(f"stages: got {', '.join(sorted(unknown))}, expected some of {', '.join((*STAGES, *PLANS))}")
     import torch
 
     if not torch.cuda.is_available():
@@ -224,15 +284,16 @@ def main() -> int:
         return 1
     WORK.mkdir(parents=True, exist_ok=True)
     machine = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "cuda": str(torch.version.cuda)}
+    os.environ.setdefault("TRITON_CACHE_DIR", str(TRITON_CACHE))
     report = Report(WORK, chosen.out.resolve(), machine)
     end = time.monotonic() + 60 * chosen.total - TO_PACK
-    for stage in chosen.stages or STAGES:
-        seconds = min(60 * chosen.minutes, end - time.monotonic())
+    for stage, _, most in (stage.partition(":") for stage in stages):
+        seconds = min(float(most or 60 * chosen.minutes), end - time.monotonic())
         if seconds < 10:
             report.results.append(Result(stage, "no time left", 0.0, ""))
             continue
         results = report.stage(stage, seconds)
-        if stage == "build" and results[0].status != "ok":
+        if stage in ("build", "unpack") and results[0].status != "ok":
             break  # what follows would run something else
     report.close()
     for result in report.results:

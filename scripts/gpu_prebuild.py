@@ -31,21 +31,23 @@ def stand_in(folder: Path, torch: Path, cuda: str) -> None:
         (package / part).symlink_to(torch.resolve() / part)
 
 
-def build(python: str, torch: Path, cuda: str, out: Path, tree: Path = ROOT) -> list[Path]:
-    """The modules, below `out`."""
+def build(
+    python: str, torch: Path, cuda: str, out: Path, objects: Path | None = None, tree: Path = ROOT, debug: bool = True
+) -> list[Path]:
+    """The modules, below `out`; debug: and the one whose waits are bounded. objects: where what is compiled is kept."""
     made = []
     with tempfile.TemporaryDirectory() as folder:
         stand_in(Path(folder), torch, cuda)
-        for place, debug in ((out, "0"), (out / "debug", "1")):
+        for place, bounded in ((out, "0"), *[(out / "debug", "1")] * debug):
             environment = {
                 "TORCH_CUDA_ARCH_LIST": "9.0a", **os.environ, "PYTHONPATH": folder, "FUSED_RNN_CUDA": "1",
-                "FUSED_RNN_CUDA_DEBUG": debug,
+                "FUSED_RNN_CUDA_DEBUG": bounded,
             }  # fmt: skip
             fresh = Path(folder, place.name)
-            command = [python, "setup.py", "build_ext", "-t", str(out / "objects"), "-b", str(fresh)]
+            command = [python, "setup.py", "build_ext", "-t", str(objects or out / "objects"), "-b", str(fresh)]
             subprocess.run(command, cwd=tree, env=environment, check=True)
             place.mkdir(parents=True, exist_ok=True)
-            for module in (fresh / "fused_rnn").glob("_cuda.*" if debug == "1" else "_*"):
+            for module in (fresh / "fused_rnn").glob("_cuda.*" if bounded == "1" else "_*"):
                 made.append(place / module.name)
                 shutil.copyfile(module, made[-1])
     return made

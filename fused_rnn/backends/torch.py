@@ -61,6 +61,9 @@ def stack(
     Differentiable as often as torch's kernels are (oneDNN's LSTM: once). On a GPU cuDNN takes weights that lie in one
     chunk of memory, as torch.nn's and our modules' do; others it copies into one at each call, and warns.
     """
+    if x.is_cuda and torch.is_autocast_enabled("cuda"):  # or cuDNN's rule casts once more, to float16
+        with torch.autocast("cuda", enabled=False):
+            return stack(x, weights, h0, c0, lengths, cell, num_layers, recurrences, dropout, training)
     rows, batch, count = num_layers * recurrences, x.shape[1], len(weights) // (num_layers * recurrences)
     # cuDNN refuses states that are not contiguous.
     states = [x.new_zeros(rows, batch, weights[1].shape[1]) if h0 is None else h0.contiguous()]

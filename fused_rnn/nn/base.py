@@ -105,10 +105,19 @@ def prefers_twin(module: Fused, weights: Sequence[Tensor], input: Tensor | Packe
     """Whether the twin is to run a call that has no lengths and no reset."""
     backend, device = module._fused_backend, weights[0].device.type
     if backend is not None:
-        # Under autocast on a CPU torch's classes have a rule each, and ours one for all.
-        return backend == "torch" and not (device == "cpu" and torch.is_autocast_enabled("cpu"))
+        return backend == "torch" and _casts_alike(device)
     # A trace shall find torch's own operators, which any runtime and the ONNX exporter know.
-    return is_jit_tracing() or (device == ON_A_GPU and _twin_can(module) and _is_left(module, weights, input))
+    if is_jit_tracing():
+        return True
+    return device == ON_A_GPU and _casts_alike(device) and _twin_can(module) and _is_left(module, weights, input)
+
+
+def _casts_alike(device: str) -> bool:
+    """Whether torch's classes cast as ours do, to autocast's dtype: on a CPU they have a rule each, and for cuDNN they
+    cast to float16, whatever autocast's dtype is."""
+    if device not in ("cpu", ON_A_GPU) or not torch.is_autocast_enabled(device):
+        return True
+    return device == ON_A_GPU and torch.get_autocast_dtype(device) == torch.float16
 
 
 def _is_left(module: Fused, weights: Sequence[Tensor], input: Tensor | PackedSequence) -> bool:

@@ -44,7 +44,7 @@ std::string text(const char* what, Numbers... numbers) {
 }
 
 struct Shape {
-  unsigned ctas = 1, threads = 32, cluster = 1;
+  unsigned ctas = 1, threads = 32, cluster = 0;  // 0: not launched as clusters, which is more than clusters of one
   int shared = 0;
   bool cooperative = false;
 };
@@ -69,7 +69,7 @@ void launch(Shape shape, uint64_t seed, Arguments... arguments) {
   fused_rnn::emulator::Options options;
   options.seed = seed;
   options.cooperative = shape.cooperative;
-  fused_rnn::emulator::launch(dim3(shape.ctas), dim3(shape.threads), shape.cluster, size_t(shape.shared), options,
+  fused_rnn::emulator::launch(dim3(shape.ctas), dim3(shape.threads), shape.cluster ? shape.cluster : 1, size_t(shape.shared), options,
                               [=] { Kernel::body(arguments...); });
 }
 
@@ -133,7 +133,7 @@ void launch(Shape shape, uint64_t, Arguments... arguments) {
   config.blockDim = dim3(shape.threads);
   config.dynamicSmemBytes = size_t(shape.shared);
   config.attrs = attributes;
-  config.numAttrs = shape.cluster > 1 ? 2 : 1;
+  config.numAttrs = shape.cluster ? 2 : 1;
   for (const Mirror& m : mirrors()) check(cudaMemcpy(m.device, m.host, m.bytes, cudaMemcpyHostToDevice));
   check(cudaLaunchKernelEx(&config, entry<Kernel, Arguments...>, arguments...));
   check(cudaDeviceSynchronize());

@@ -30,7 +30,7 @@ void run(Shape shape, uint64_t seed, Body body) {
   fused_rnn::emulator::Options options;
   options.seed = seed;
   options.cooperative = shape.cooperative;
-  fused_rnn::emulator::launch(dim3(shape.ctas), dim3(shape.threads), shape.cluster, size_t(shape.shared), options, body);
+  fused_rnn::emulator::launch(dim3(shape.ctas), dim3(shape.threads), shape.cluster ? shape.cluster : 1, size_t(shape.shared), options, body);
 }
 
 template <class Body>
