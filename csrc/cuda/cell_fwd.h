@@ -34,6 +34,7 @@ class ForwardCell {
   FUSED_RNN_DEVICE void enter() {
     if (next_reset_ != 0) state_ = 0;
     next_reset_ = 0;
+    renew(at.u);  // offsets that were kept from step to step would take the registers that the weights need
   }
 
   // Asks for what `run` of this step reads from memory, the last that the step before does: it arrives behind the exchange and the product.
