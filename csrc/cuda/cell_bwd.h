@@ -22,14 +22,16 @@ class BackwardCell {
     if (Cell::has_cell) dc_ = static_cast<const Acc*>(p.dc)[at.in_state(p.steps)];
   }
 
-  // Asks for what `run` of this step reads from memory, as soon as the step after it has run: it arrives behind the exchange and
-  // the product. All of it stays as it lay in memory until `run`: a conversion here would wait for it.
+  // Forgets what was fetched for the step before. A thread does so for all of its cells before it fetches for any: loads on their way
+  // would be waited for.
+  FUSED_RNN_DEVICE void forget() { reset_ = 0; }
+
+  // Asks for what `run` of this step reads from memory, the last that the step after it does: it arrives behind the exchange and the
+  // product. All of it stays as it lay in memory until `run`: a conversion here would wait for it.
   FUSED_RNN_DEVICE void fetch(const BackwardLoop& p, const Walk& walk, int step) {
-    if (step < p.steps.step0) return;
     const int t = walk.time(step), local = t - walk.first_time;
     valid_ = at.valid(t);
     if (!valid_) return;
-    reset_ = at.reset(p.steps, t);
     const int i = at.in_step(p.steps, 1);
     const Storage* kept = static_cast<const Storage*>(p.saved) + steps_size(p.steps, local, Cell::saved) + at.in_step(p.steps, Cell::saved);
     FUSED_RNN_UNROLL
@@ -37,9 +39,10 @@ class BackwardCell {
     if (p.dy) dy_ = static_cast<const Storage*>(p.dy)[steps_size(p.steps, t, 1) + i];
     const int64_t here = steps_size(p.steps, Cell::has_cell ? local : t, 1) + i;
     if (kState) state_.load(p, p.states, here);
+    reset_ = at.reset(p.steps, t);
     if (!kBefore) return;
     const bool first = walk.starts(t, at.length) || (Cell::has_cell && step == p.steps.window0);
-    const int64_t back = steps_size(p.steps, walk.backwards ? 1 : -1, 1);
+    const int64_t back = steps_size(p.steps, -walk.pace, 1);
     before_.load(p, first ? p.first_state : p.states, first ? at.in_state(p.steps) : here + back);
   }
   // What the step after the last one here left to it: for a loop that goes on where another one ended.

@@ -23,25 +23,30 @@ class ForwardCell {
     if (kState) state_ = static_cast<const Acc*>(p.state)[i];
     if (kSplit) bias_ = widen(static_cast<const Storage*>(p.bias)[r * p.steps.H + u]);
     h_ = static_cast<const Storage*>(p.h0)[i];
-    const int before = walk.backwards ? walk.T - p.steps.step0 : p.steps.step0 - 1;  // the time of the step before
-    const int t = walk.backwards || before < at.length ? before : at.length - 1;     // or the sequence's last
+    const int before = walk.pace < 0 ? walk.T - p.steps.step0 : p.steps.step0 - 1;  // the time of the step before
+    const int t = walk.pace < 0 || before < at.length ? before : at.length - 1;     // or the sequence's last
     if (p.checkpoints && kState && p.steps.step0 == 0) checkpoint(p, 0);
     if (p.y && t >= 0 && t < at.length) h_ = static_cast<const Storage*>(p.y)[steps_size(p.steps, t, 1) + at.in_step(p.steps, 1)];
+    if (at.valid(walk.time(p.steps.step0))) next_reset_ = at.reset(p.steps, walk.time(p.steps.step0));
   }
 
-  // Asks for what `run` of this step reads from memory, as soon as the step before has run: it arrives behind the exchange and
-  // the product. Whether the state enters the step after that is asked for with it, since `entering` must know a step ahead.
+  // The state as it enters this step. A thread enters all of its cells before it fetches for any: loads on their way would be waited for.
+  FUSED_RNN_DEVICE void enter() {
+    if (next_reset_ != 0) state_ = 0;
+    next_reset_ = 0;
+    renew(at.u);  // offsets that were kept from step to step would take the registers that the weights need
+  }
+
+  // Asks for what `run` of this step reads from memory, the last that the step before does: it arrives behind the exchange and the product.
+  // Whether the state enters the step after that is asked for with it, since `entering` must know a step ahead.
   FUSED_RNN_DEVICE void fetch(const ForwardLoop& p, const Walk& walk, int step) {
-    if (step >= p.steps.step1) return;
-    const int t = walk.time(step);
+    const int t = walk.time(step), next = t + walk.pace;
     const Storage* x = static_cast<const Storage*>(p.gx) + steps_size(p.steps, t - walk.first_time, G) + at.in_step(p.steps, G);
     if (at.valid(t)) {
       FUSED_RNN_UNROLL
       for (int g = 0; g < G; ++g) x_[g] = x[g * p.steps.H];
     }
-    if (at.valid(t) && (step == p.steps.step0 ? at.reset(p.steps, t) : next_reset_) != 0) state_ = 0;
-    const int next = walk.time(step + 1);
-    next_reset_ = step + 1 < p.steps.step1 && at.valid(next) ? at.reset(p.steps, next) : 1;
+    if (step + 1 < p.steps.step1 && at.valid(next)) next_reset_ = at.reset(p.steps, next);
   }
 
   // recurrent: h_{t-1} W_hh^T, zero where the state does not enter.
@@ -101,7 +106,7 @@ class ForwardCell {
   Acc state_ = 0, bias_ = 0;
   Acc kept_[Cell::saved > 0 ? Cell::saved : 1] = {};
   Storage h_{}, x_[G]{};
-  int32_t next_reset_ = 1;  // 0 where the state enters the next step; nobody looks before it has arrived from memory
+  int32_t next_reset_ = 0;  // 0 where the state enters the next step; nobody looks before it has arrived from memory
 };
 
 }  // namespace fused_rnn::cuda

@@ -17,6 +17,9 @@
 //            - Bytes may arrive before thread 0 expects them; the count then is negative for a while, and the phase still lacks its
 //            arrival.
 //            - st.async and the loads and stores here are of one proxy, the generic one: no fence.proxy.async is needed.
+//            - The wait acquires for the CTA only. The bytes and the barrier that counts them lie in the waiter's own shared memory, which
+//              has no cache in front of it: st.async counts bytes once they are there, and loads behind the wait find them. CUTLASS
+//              waits so for multicast copies and for the shared memory of peers, too. No other memory passes between members here.
 //            - Nobody leaves while a store to its shared memory is on its way: all that is sent is waited for.
 //   grid     the slice goes to global memory, where the operand lies twice; a thread counts the member in with release after a barrier of
 //   the

@@ -86,10 +86,12 @@ persistent_bwd_kernel(const FUSED_RNN_GRID_CONSTANT BackwardLoop p) {
     }
     exchange.arrive();
     FUSED_RNN_UNROLL
-    for (int j = 0; j < kCellsPerThread; ++j) {
-      cells[j].store(p, walk, step);
-      cells[j].fetch(p, walk, step - 1);
-    }
+    for (int j = 0; j < kCellsPerThread; ++j) cells[j].store(p, walk, step);
+    if (step == p.steps.step0) break;
+    FUSED_RNN_UNROLL
+    for (int j = 0; j < kCellsPerThread; ++j) cells[j].forget();
+    FUSED_RNN_UNROLL
+    for (int j = 0; j < kCellsPerThread; ++j) cells[j].fetch(p, walk, step - 1);
   }
   if (p.close) {
     exchange.wait();

@@ -46,6 +46,8 @@ persistent_fwd_kernel(const FUSED_RNN_GRID_CONSTANT ForwardLoop p) {
   Thread cells[kCellsPerThread] = {{p, walk, me.r, me.first_b + index[0].b, index[0].inside ? me.first_u + index[0].u : width},
                                    {p, walk, me.r, me.first_b + index[1].b, index[1].inside ? me.first_u + index[1].u : width}};
   FUSED_RNN_UNROLL
+  for (int j = 0; j < kCellsPerThread; ++j) cells[j].enter();
+  FUSED_RNN_UNROLL
   for (int j = 0; j < kCellsPerThread; ++j) cells[j].fetch(p, walk, p.steps.step0);
   const int chunk[kCellsPerThread] = {exchange.chunk_of(index[0].cell - lane()), exchange.chunk_of(index[1].cell - lane())};
   exchange.open();
@@ -69,10 +71,12 @@ persistent_fwd_kernel(const FUSED_RNN_GRID_CONSTANT ForwardLoop p) {
     }
     exchange.arrive();
     FUSED_RNN_UNROLL
-    for (int j = 0; j < kCellsPerThread; ++j) {
-      cells[j].store(p, walk, step);
-      cells[j].fetch(p, walk, step + 1);
-    }
+    for (int j = 0; j < kCellsPerThread; ++j) cells[j].store(p, walk, step);
+    if (step + 1 == p.steps.step1) break;
+    FUSED_RNN_UNROLL
+    for (int j = 0; j < kCellsPerThread; ++j) cells[j].enter();
+    FUSED_RNN_UNROLL
+    for (int j = 0; j < kCellsPerThread; ++j) cells[j].fetch(p, walk, step + 1);
   }
   FUSED_RNN_UNROLL
   for (int j = 0; j < kCellsPerThread; ++j) cells[j].finish(p);

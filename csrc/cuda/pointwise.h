@@ -32,6 +32,7 @@ pointwise_fwd_kernel(const FUSED_RNN_GRID_CONSTANT ForwardLoop p) {
   if (!flat.inside) return;
   const Walk walk(p.steps, flat.r);
   ForwardCell<Cell, Storage, Math> cell(p, walk, flat.r, flat.b, flat.u);
+  cell.enter();
   cell.fetch(p, walk, p.steps.step0);
   for (int step = p.steps.step0; step < p.steps.step1; ++step) {
     const int t = walk.time(step);
@@ -43,8 +44,10 @@ pointwise_fwd_kernel(const FUSED_RNN_GRID_CONSTANT ForwardLoop p) {
     for (int g = 0; g < G; ++g) recurrent[g] = live ? Acc(widen(given[g * p.steps.H])) : Acc(0);
     cell.run(walk, step, recurrent);
     cell.store(p, walk, step);
-    cell.fetch(p, walk, step + 1);
     if (p.workspace.operand) static_cast<Storage*>(p.workspace.operand)[cell.at.in_state(p.steps)] = cell.hidden();
+    if (step + 1 == p.steps.step1) break;
+    cell.enter();
+    cell.fetch(p, walk, step + 1);
   }
   cell.finish(p);
 }
@@ -60,7 +63,7 @@ pointwise_bwd_kernel(const FUSED_RNN_GRID_CONSTANT BackwardLoop p) {
   BackwardCell<Cell, Storage, Math> cell(p, flat.r, flat.b, flat.u);
   cell.resume(p, walk);
   const Acc product = p.given ? Acc(widen(static_cast<const Storage*>(p.given)[cell.at.in_state(p.steps)])) : Acc(0);
-  cell.fetch(p, walk, p.close ? -1 : p.steps.step0);
+  if (!p.close) cell.fetch(p, walk, p.steps.step0);
   cell.add(product);
   if (!p.close) {
     cell.run(p);

@@ -8,14 +8,17 @@ namespace fused_rnn::cuda {
 // One recurrence's walk through time.
 struct Walk {
   int T, first_time;  // first_time: of the window
-  bool backwards;
+  int origin, pace;   // the time of step 0; what a step adds to it, 1 or -1
 
-  FUSED_RNN_DEVICE Walk(const Steps& s, int r) : T(s.T), backwards((s.reversed >> (r % s.period)) & 1) {
+  FUSED_RNN_DEVICE Walk(const Steps& s, int r) : T(s.T) {
+    const bool backwards = (s.reversed >> (r % s.period)) & 1;
     first_time = backwards ? T - s.window1 : s.window0;
+    origin = backwards ? T - 1 : 0;
+    pace = backwards ? -1 : 1;
   }
-  FUSED_RNN_DEVICE int time(int step) const { return backwards ? T - 1 - step : step; }
+  FUSED_RNN_DEVICE int time(int step) const { return origin + pace * step; }
   // The first step at which a sequence of this length is alive: a reverse one starts at its own end.
-  FUSED_RNN_DEVICE bool starts(int t, int length) const { return t == (backwards ? length - 1 : 0); }
+  FUSED_RNN_DEVICE bool starts(int t, int length) const { return t == (pace < 0 ? length - 1 : 0); }
 };
 
 // One cell (sequence b, unit u of recurrence r): offsets within a step take 32 bits, a step's place 64.

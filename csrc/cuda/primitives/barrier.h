@@ -70,19 +70,11 @@ FUSED_RNN_DEVICE void barrier_expect(uint64_t* b, int bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(b)), "r"(bytes) : "memory");
 }
 
-#if __CUDACC_VER_MAJOR__ > 12 || (__CUDACC_VER_MAJOR__ == 12 && __CUDACC_VER_MINOR__ >= 8)
-#define FUSED_RNN_WAIT "mbarrier.try_wait.parity.relaxed.cluster.shared::cta.b64"
-#define FUSED_RNN_ACQUIRE "fence.acquire.sync_restrict::shared::cluster.cluster;"
-#else
-#define FUSED_RNN_WAIT "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64"
-#define FUSED_RNN_ACQUIRE ""
-#endif
-// The wait is at cluster scope, since the peers' stores complete the phase; what it acquires is restricted to shared memory, where
-// all of these stores are. An acquire of everything would also drop the L1 cache, each step (CCTL.IVALL in machine code). Compilers
-// before CUDA 12.8 do not know the restricted fence.
+// Acquires for the CTA, its default: exchange.h says why that is enough. At cluster scope it would drop the L1 cache, each step (CCTL.IVALL
+// in machine code); a fence of shared memory alone would wait for all loads on their way.
 FUSED_RNN_DEVICE bool barrier_complete(uint64_t* b, unsigned parity) {
   uint32_t complete;
-  asm volatile("{\n.reg .pred complete;\n" FUSED_RNN_WAIT " complete, [%1], %2;\nselp.u32 %0, 1, 0, complete;\n}"
+  asm volatile("{\n.reg .pred complete;\nmbarrier.try_wait.parity.shared::cta.b64 complete, [%1], %2;\nselp.u32 %0, 1, 0, complete;\n}"
                : "=r"(complete)
                : "r"(shared_address(b)), "r"(parity)
                : "memory");
@@ -92,10 +84,7 @@ FUSED_RNN_DEVICE bool barrier_complete(uint64_t* b, unsigned parity) {
 // Until the phase of that parity is complete; what was stored to its account is visible then.
 FUSED_RNN_DEVICE void barrier_wait(uint64_t* b, unsigned parity) {
   for (const Patience patience; !barrier_complete(b, parity);) patience.spend("2 s for the peers' slices of the operand");
-  asm volatile(FUSED_RNN_ACQUIRE ::: "memory");
 }
-#undef FUSED_RNN_WAIT
-#undef FUSED_RNN_ACQUIRE
 
 // 16 bytes to another CTA of the cluster; `barrier`, in the same CTA as the destination, is told when they are there.
 FUSED_RNN_DEVICE void store_async(Remote destination, Remote barrier, uint4 value) {

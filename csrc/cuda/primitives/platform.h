@@ -64,6 +64,15 @@ FUSED_RNN_DEVICE T* shared_array(int byte_offset, int count) {
 #endif
 }
 
+// The compiler makes anew what follows from the value, and keeps nothing of it from before.
+FUSED_RNN_DEVICE void renew(int& value) {
+#if defined(FUSED_RNN_EMULATE)
+  (void)value;
+#else
+  asm volatile("" : "+r"(value));
+#endif
+}
+
 #if !defined(FUSED_RNN_EMULATE)
 FUSED_RNN_DEVICE uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
 #endif
