@@ -5,6 +5,7 @@
 #   TORCH= VENV=path        an environment that exists, with its torch
 #   PYTEST_ARGS, BENCH_ARGS, DEMO_ARGS, CUBIN_ARGS, GPU_ARGS, PACK_ARGS, FUZZ_ARGS    handed on
 #   WHEEL_TORCH='torch==2.11.0 torch'       the torches (or pythons that have one) beside which make wheel-check tests the wheel
+#   CUBIN_PYTHON=python     make cubin-triton by another interpreter, with its torch and Triton, where it is; the sources suffice
 #   FUSED_RNN_CUDA=auto|0|1, FUSED_RNN_CUDA_DEBUG, TORCH_CUDA_ARCH_LIST, MAX_JOBS    the CUDA kernels: see setup.py
 #   OUT=build/gpu           where make gpu, gpu-first and gpu-next write
 
@@ -16,6 +17,7 @@ PYTEST_ARGS ?=
 BENCH_ARGS  ?=
 DEMO_ARGS   ?=
 CUBIN_ARGS  ?=
+CUBIN_PYTHON ?=
 FUZZ_ARGS   ?=
 GPU_ARGS    ?=
 PACK_ARGS   ?=
@@ -90,8 +92,8 @@ bench: $(BUILD_STAMP)
 
 cubin: cubin-triton cubin-cuda
 
-cubin-triton: $(BUILD_STAMP)
-	$(BIN)/python -m fused_rnn.triton_kernels.cubin $(CUBIN_ARGS)
+cubin-triton: $(if $(CUBIN_PYTHON),,$(BUILD_STAMP))
+	$(or $(CUBIN_PYTHON),$(BIN)/python) -m fused_rnn.triton_kernels.cubin $(CUBIN_ARGS)
 
 cubin-cuda: $(BUILD_STAMP)
 	$(BIN)/python scripts/cubin.py $(CUBIN_ARGS)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from tolerances import tf32
 
 # Deterministic mode refuses cuBLAS without it; read when cuBLAS starts.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -37,13 +38,15 @@ def _clean_state() -> Iterator[None]:
     Seeds are fixed. torch.empty, called from C++ too, gives NaN (in deterministic mode torch fills what it allocates),
     so that a kernel that reads what nobody wrote, or leaves an output unwritten, cannot pass. One thread, unless a test
     asks for more: the reference loop's thousands of small products crawl where OpenMP spins on cores that others use.
+    float32 means float32, on a GPU too, where torch lets recurrent layers round to TF32.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     torch.manual_seed(0)
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
-    yield
+    with tf32(False):
+        yield
     torch.use_deterministic_algorithms(False)
     torch.set_num_threads(threads)
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -51,14 +50,6 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "hx": (True, False),
 }
 Row = dict[str, Any]
-
-
-@contextmanager
-def tf32(allowed: bool) -> Iterator[None]:
-    """cudnn.allow_tf32, also after torch.testing has frozen the flags against plain assignment."""
-    flags = torch.backends.cudnn
-    with flags.flags(flags.enabled, flags.benchmark, deterministic=flags.deterministic, allow_tf32=allowed):
-        yield
 
 
 @cache

@@ -6,17 +6,16 @@ The very Python code and kernel sources that run on a GPU, on the cpu; test_cuda
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from cases import PROJECTIONS, Case, Inputs, inputs
-from cuda_cases import EXCHANGES, NUMBERS, Row, by_torch_in_tf32, case_of, rounded, rows, tf32
+from cuda_cases import EXCHANGES, NUMBERS, Row, by_torch_in_tf32, case_of, rounded, rows
 from emulated import on_the_emulator
 from judge import Results, by_backend, by_reference, by_torch, forward
 from nonfinite import assert_as_in_torch, with_nan, with_silence
-from tolerances import assert_as_good_as_torch
+from tolerances import assert_as_good_as_torch, tf32
 from torch import Tensor
 
 import fused_rnn
@@ -32,12 +31,6 @@ pytestmark = [
     pytest.mark.timeout(1200),  # the first of them builds the module, on a busy machine for minutes
 ]
 QUICK = ("test_schema", "test_faketensor")
-
-
-@pytest.fixture(autouse=True)
-def _true_float32() -> Iterator[None]:
-    with tf32(False):
-        yield
 
 
 def check(case: Case, number: str, seed: int = 0, given: Inputs | None = None, **forced: Any) -> None:

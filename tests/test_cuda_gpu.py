@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 from cases import Case, Inputs, inputs
-from cuda_cases import EXCHANGES, Row, by_torch_in_tf32, case_of, rows, tf32
+from cuda_cases import EXCHANGES, Row, by_torch_in_tf32, case_of, rows
 from judge import by_backend, by_reference, by_torch
-from tolerances import assert_as_good_as_torch, error
+from tolerances import assert_as_good_as_torch, error, tf32
 from torch import Tensor
 
 import fused_rnn
@@ -67,8 +67,7 @@ def test_every_loop(row: Row) -> None:
             if "no plan with" not in str(reason):
                 raise
             pytest.skip(str(reason))
-    with tf32(False):
-        torchs = by_torch_in_tf32(case, given) if in_tf32 else by_torch(case, given)
+    torchs = by_torch_in_tf32(case, given) if in_tf32 else by_torch(case, given)
     assert_as_good_as_torch(ours, torchs, by_reference(case, given))
 
 

@@ -11,8 +11,9 @@ import torch
 from cases import Case, Inputs, inputs
 from judge import Results, by_backend, forward
 from nonfinite import assert_as_in_torch, with_nan, with_silence
+from tolerances import tf32
 from torch import Tensor
-from triton_cases import DEVICE, LOOPS, MARKS, here, quicker_interpreter, tf32
+from triton_cases import DEVICE, LOOPS, MARKS, here, quicker_interpreter
 
 import fused_rnn
 from fused_rnn.backends import triton as backend

@@ -9,9 +9,8 @@ import pytest
 import torch
 from cases import Case, inputs
 from judge import by_backend, by_reference
-from tolerances import error
+from tolerances import error, tf32
 from torch import Tensor
-from triton_cases import tf32
 
 import fused_rnn
 from fused_rnn.triton_kernels import tiles

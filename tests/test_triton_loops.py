@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from cases import PROJECTIONS, Case, inputs
 from judge import by_backend, by_reference, by_torch
 from tolerances import assert_as_good_as_torch
-from triton_cases import DTYPES, LOOPS, MARKS, ROWS, Row, case_of, here, quicker_interpreter, tf32
+from triton_cases import DTYPES, LOOPS, MARKS, ROWS, Row, case_of, here, quicker_interpreter
 
 from fused_rnn.triton_kernels import tiles
 
@@ -17,11 +15,8 @@ pytestmark = MARKS
 
 
 @pytest.fixture(autouse=True)
-def _true_float32() -> Iterator[None]:
-    """float32 means float32 here, on a GPU too."""
+def _quick() -> None:
     quicker_interpreter()
-    with tf32(False):
-        yield
 
 
 def check(case: Case, **plan: object) -> None:

@@ -21,6 +21,9 @@ A float64 result has no wider reference to be judged by: there both are the same
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
@@ -33,6 +36,14 @@ FLOAT64_SAME_FORMULA = 1e-11
 
 # gradcheck's defaults for float64 with eps 1e-6: central differences are right to eps², their rounding is 1e-16/1e-6.
 GRADCHECK = {"eps": 1e-6, "atol": 1e-5, "rtol": 1e-3}
+
+
+@contextmanager
+def tf32(allowed: bool) -> Iterator[None]:
+    """cudnn.allow_tf32, also after torch.testing has frozen the flags against plain assignment."""
+    flags = torch.backends.cudnn
+    with flags.flags(flags.enabled, flags.benchmark, deterministic=flags.deterministic, allow_tf32=allowed):
+        yield
 
 
 def error(actual: Tensor, reference: Tensor) -> float:

@@ -10,7 +10,6 @@ import itertools
 import os
 import random
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -27,14 +26,6 @@ from fused_rnn.triton_kernels.tiles import Tile
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 MARKS = [pytest.mark.gpu] if DEVICE == "cuda" else []  # where they run on a GPU, `pytest -m gpu` runs them
-
-
-@contextmanager
-def tf32(allowed: bool) -> Iterator[None]:
-    """cudnn.allow_tf32, also after torch.testing has frozen the flags against plain assignment."""
-    flags = torch.backends.cudnn
-    with flags.flags(flags.enabled, flags.benchmark, deterministic=flags.deterministic, allow_tf32=allowed):
-        yield
 
 
 # Forced plans with tiles small enough that odd shapes have several, and a rest.

@@ -39,15 +39,27 @@ def target(arch: str) -> GPUTarget:
     return GPUTarget("cuda", int(arch[3:]), 32) if arch.startswith("sm_") else GPUTarget("hip", arch, 64)
 
 
-def _pointers(kernel: Any, dtype: str) -> dict[str, str]:
+# Arguments that point to something else than the problem's dtype, and the constant without which they are absent:
+# a launch passes a tensor of the problem's dtype in their place.
+FIXED = {
+    "state": ("fp32", "HAS_STATE"),
+    "checkpoints": ("fp32", "CHECKPOINT"),
+    "dh_state": ("fp32", ""),
+    "dc_state": ("fp32", "HAS_C"),
+    "lengths": ("i64", "HAS_LENGTHS"),
+    "reset": ("i32", "HAS_RESET"),
+    "counters": ("i32", ""),
+}
+
+
+def _pointers(kernel: Any, dtype: str, constants: dict[str, Any]) -> dict[str, str]:
     """The arguments of a kernel that are pointers, and to what; all others are integers or constants."""
-    fixed = dict.fromkeys(("state", "checkpoints", "dh_state", "dc_state"), "fp32")
-    fixed |= {"lengths": "i64", "reset": "i32", "counters": "i32"}
     kinds = {}
     for name in kernel.arg_names:
         if name == "steps":
             return {name: f"*{kind}" for name, kind in kinds.items()}
-        kinds[name] = fixed.get(name, DTYPES[dtype])
+        kind, switch = FIXED.get(name, (DTYPES[dtype], ""))
+        kinds[name] = kind if constants.get(switch, True) else DTYPES[dtype]
     raise AssertionError("the kernels' first integer is called steps")
 
 
@@ -71,10 +83,13 @@ def compile_kernel(
         made = (variant.get(name, False) for name in ("save", "checkpoint", "replay"))
         constants = constants_forward(cell, hidden, SIZES[dtype], *made)
     constants |= constants_plan(plan, variant.get("lengths", False), variant.get("reset", False), precision, how)
-    pointers = _pointers(kernel, dtype)
+    pointers = _pointers(kernel, dtype, constants)
     signature = {name: "constexpr" if name in constants else pointers.get(name, "i32") for name in kernel.arg_names}
-    aligned = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in pointers}
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
+    # As the JIT of Triton 3.6 has them, so that what is compiled here has the key of what a launch compiles.
+    attributes = {name: [["tt.divisibility", 16]] for name in pointers}
+    attributes |= {name: [] for name, value in constants.items() if isinstance(value, str)}
+    places = {(kernel.arg_names.index(name),): said for name, said in attributes.items()}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=places)
     return triton.compile(source, target=target(arch), options=options(plan, arch, bound))
 
 

@@ -57,24 +57,54 @@ def hold_fwd(w, n, G: tl.constexpr, H: tl.constexpr, BH: tl.constexpr, BK: tl.co
 
 
 @triton.jit
+def hold_fused(w, n0, G: tl.constexpr, H: tl.constexpr, BH: tl.constexpr, BK: tl.constexpr):
+    """All of W_hh that units n0 .. need, the gates of a unit side by side: a tuple of [BK, 4 BH] over depth tiles.
+
+    Columns are (high bit of the gate, unit, low bit of the gate): `apart` then finds all of a unit in one thread. Of
+    three gates a fourth is zero.
+    """
+    q = tl.arange(0, 4 * BH)
+    g, n = q // (2 * BH) * 2 + q % 2, n0 + q % (2 * BH) // 2
+    held = ()
+    for j in tl.static_range((H + BK - 1) // BK):
+        k = j * BK + tl.arange(0, BK)
+        at = w + (g * (H * H) + n * H)[None, :] + k[:, None]
+        held = held + (tl.load(at, mask=((g < G) & (n < H))[None, :] & (k < H)[:, None], other=0.0),)
+    return held
+
+
+@triton.jit
+def apart(acc, BB: tl.constexpr, BH: tl.constexpr):
+    """The four gates [BB, BH] of a product with what hold_fused made."""
+    low, high = tl.split(tl.permute(tl.reshape(acc, (BB, 2, BH, 2)), (0, 2, 1, 3)))
+    a, c = tl.split(low)
+    b, d = tl.split(high)
+    return (a, b, c, d)
+
+
+@triton.jit
 def product_held(
     row, live, held, G: tl.constexpr, H: tl.constexpr, BB: tl.constexpr, BH: tl.constexpr, BK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """h_{t-1} @ W_hh^T, W_hh resident. row: [BB] pointers to h_{t-1}, live: [BB] where it is not zero."""
+    """h_{t-1} @ W_hh^T, W_hh resident. row: [BB] pointers to h_{t-1}, live: [BB] where it is not zero.
+
+    One product for all gates: a product per gate would be a chain to Triton, whose warps then repeat each other's work.
+    """
     h = ()
     for j in tl.static_range((H + BK - 1) // BK):  # all of it is asked for before the first of it is used
         k = j * BK + tl.arange(0, BK)
         # From L2: the line may have been read by this multiprocessor before another one wrote it.
         mask = live[:, None] & (k < H)[None, :]
         h = h + (tl.load(row[:, None] + k[None, :], mask=mask, other=0.0, cache_modifier=".cg"),)
-    acc = zeros(G, BB, BH)
+    acc = tl.full((BB, (1 if G == 1 else 4) * BH), 0.0, tl.float32)
     for j in tl.static_range((H + BK - 1) // BK):
-        sums = ()
-        for g in tl.static_range(G):
-            sums = sums + (dot(h[j], held[j * G + g], acc[g], PRECISION),)
-        acc = sums
-    return acc
+        acc = dot(h[j], held[j], acc, PRECISION)
+    if G == 1:
+        gates = (acc,)
+    else:
+        gates = apart(acc, BB, BH)
+    return gates
 
 
 @triton.jit
@@ -182,8 +212,10 @@ def fwd_kernel(
     if AHEAD:
         t = tl.where(backwards, steps - 1 - step0, step0)
         x_next = load_gates(gx + (t - t_base) * (width * G), row, n, own & (b * 0 + step0 < step1)[:, None], G, H)
-    if REGISTERS or HOLD:
+    if REGISTERS or (HOLD and G == 1):
         held = hold_fwd(w_r, n, G, H, BH, BK)
+    elif HOLD:
+        held = hold_fused(w_r, member * BH, G, H, BH, BK)
     if REGISTERS:
         h = tl.load(h0 + at_rb, mask=own, other=0.0)
 

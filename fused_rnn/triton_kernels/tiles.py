@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 LOOPS = ("a", "b", "c")
 KIB = 1024
+SPILLS = 64  # bytes of a thread that a kernel may spill: they cost less than to compile it again
 
 
 @dataclass(frozen=True)
@@ -108,16 +109,25 @@ class Plan:
         return f"loop {self.loop}, {team}, W_hh {how}, tile {t.batch}x{t.units}x{t.depth}, {t.warps} warps"
 
 
-# The tables. Chosen by what compiles without spills into an architecture's shared memory (Triton 3.6 and 3.9), not by
-# time, for want of a GPU: measured plans go into the table of `record`. Tiles are wider in units than in batch where
-# they can be: Triton takes the gates' products for a chain, gives all warps to the longer side, and where that is the
-# batch has them repeat each other's work.
+# The tables. Chosen by what compiles into an architecture's shared memory (Triton 3.6 and 3.9): without spills worth a
+# retry, with few products a warp, and with loads of h or dgates that do not wait for each other. Not by time, for want
+# of a GPU: measured plans go into the table of `record`. Of several tiles the first that fits is taken.
 HOLD = {
-    "half": (Tile(16, 32, 128, 4), Tile(16, 16, 128, 4)),
-    "tf32": (Tile(16, 32, 64, 4), Tile(16, 16, 128, 4, ahead=False), Tile(16, 16, 32, 4, ahead=False)),
+    "half": (Tile(16, 32, 128, 4), Tile(16, 16, 256, 4)),
+    "tf32": (Tile(16, 32, 128, 4), Tile(16, 16, 128, 4)),
     "ieee": (),  # without tensor cores the operands of a resident product fill the registers
 }
-HOLD_LARGE = {"half": Tile(32, 64, 128, 8), "tf32": None, "ieee": None}
+HOLD_BACKWARD = {
+    "half": (Tile(16, 32, 256, 8), Tile(16, 32, 128, 4), Tile(16, 16, 256, 8), Tile(16, 16, 128, 4)),
+    "tf32": (Tile(16, 32, 128, 8, ahead=False), Tile(16, 16, 64, 8, ahead=False), Tile(16, 16, 32, 4, ahead=False)),
+    "ieee": (),
+}
+HOLD_LARGE = {
+    "half": (Tile(32, 64, 128, 8), Tile(32, 32, 128, 8), Tile(32, 16, 1024, 8)),
+    "tf32": (),
+    "ieee": (),
+}
+HOLD_LARGE_BACKWARD = {**HOLD_LARGE, "half": (Tile(32, 64, 128, 8), Tile(32, 16, 128, 8))}
 STREAM = {"half": Tile(16, 32, 64, 4, 3), "tf32": Tile(16, 32, 32, 4, 3), "ieee": Tile(16, 32, 32, 8, 3, ahead=False)}
 STREAM_LARGE = {
     "half": Tile(64, 32, 32, 8, 2, ahead=False),
@@ -158,7 +168,9 @@ def _depth(tile: Tile, hidden: int) -> Tile:
 def _fits(shape: Shape, device: Device, tile: Tile, units: int) -> bool:
     """Whether W_hh for `units` units can stay resident beside what the products stage."""
     depth = -(-shape.hidden // tile.depth) * tile.depth
-    weights = shape.gates * units * depth * shape.size
+    # Forward takes the gates of a team's member in one product, three of them as four.
+    gates = 4 if shape.gates == 3 and not shape.backward and units < shape.hidden else shape.gates
+    weights = gates * units * depth * shape.size
     if not device.nvidia:
         return weights <= (AMD_RESIDENT // 2 if shape.backward else AMD_RESIDENT)
     rows = 2 * shape.gates * tile.depth if shape.backward else depth
@@ -187,8 +199,23 @@ def _stream(shape: Shape, device: Device, large: bool) -> Tile:
     return tile if device.nvidia else replace(tile, warps=min(tile.warps, 4))
 
 
-def _held(shape: Shape, device: Device, tile: Tile) -> Tile:
-    """A tile of HOLD or HOLD_LARGE for this shape: in backward, what the registers leave room for."""
+def _held(shape: Shape, device: Device, large: bool) -> Tile | None:
+    """The first resident tile that fits."""
+    forward, backward = (HOLD_LARGE, HOLD_LARGE_BACKWARD) if large else (HOLD, HOLD_BACKWARD)
+    for tile in (backward if shape.backward else forward)[shape.kind]:
+        tile = _held_as(shape, device, tile)
+        if _fits(shape, device, tile, tile.units):
+            return tile
+    return None
+
+
+def _held_as(shape: Shape, device: Device, tile: Tile) -> Tile:
+    """A resident tile for this shape: in backward, what the registers leave room for."""
+    if not device.nvidia:
+        tile = replace(tile, depth=min(tile.depth, 128), warps=min(tile.warps, 4))
+    side = padded(shape.hidden)
+    if not shape.backward and tile.depth >= side:
+        return replace(tile, depth=side)  # all of H in one step, padding and all: loads of one tile do not wait
     tile = _depth(tile, shape.hidden)
     if not shape.backward:
         return tile
@@ -199,20 +226,19 @@ def _held(shape: Shape, device: Device, tile: Tile) -> Tile:
 
 def _teams(shape: Shape, device: Device) -> list[Plan]:
     """Teams with a small batch tile and with a large one."""
-    held = [t for t in (_held(shape, device, t) for t in HOLD[shape.kind]) if _fits(shape, device, t, t.units)]
-    small = held[0] if held else _stream(shape, device, large=False)
-    plans = [Plan("b", small, -(-shape.hidden // small.units), hold=bool(held))]
-    large = HOLD_LARGE[shape.kind]
-    if (
-        large is not None
-        and device.nvidia
-        and shape.hidden % large.units == 0
-        and _fits(shape, device, large, large.units)
-    ):
-        large = _held(shape, device, large)
+    held = _held(shape, device, large=False)
+    small = held or _stream(shape, device, large=False)
+    plans = [Plan("b", small, -(-shape.hidden // small.units), hold=held is not None)]
+    large = _held(shape, device, large=True) if device.nvidia else None
+    if large is not None and shape.hidden % large.units == 0:
         return [*plans, Plan("b", large, shape.hidden // large.units, hold=True)]
-    large = _stream(shape, device, large=True)
-    return [*plans, Plan("b", large, -(-shape.hidden // large.units))]
+    return [*plans, _wide(shape, device)]
+
+
+def _wide(shape: Shape, device: Device) -> Plan:
+    """The team of the fewest programs that have a tile each, W_hh streamed."""
+    tile = _stream(shape, device, large=True)
+    return Plan("b", tile, -(-shape.hidden // tile.units))
 
 
 SPREADS = (2, 4)
@@ -241,6 +267,8 @@ def shipped(shape: Shape, device: Device) -> list[Plan]:
     if registers is not None:
         return [registers]
     teams = _teams(shape, device)
+    if teams[-1].hold:
+        teams.append(_wide(shape, device))
     if 2 * teams[0].team > device.processors:
         teams += [_spread(shape, device, spread) for spread in SPREADS]
     return [*teams, _alone(shape, device), _stepwise(shape, device)]
@@ -273,8 +301,10 @@ def choose(shape: Shape, device: Device, batch: int, recurrences: int) -> Plan:
     for plan in reversed(teams):
         if plan.team * recurrences <= device.processors and plan.programs(batch, recurrences) <= 3 * device.processors:
             return plan
-    spreads = SPREADS if teams and 2 * teams[0].team > device.processors else ()
-    for plan in (_spread(shape, device, spread) for spread in spreads):
+    rest = [_wide(shape, device)] if teams and teams[-1].hold else []
+    if teams and 2 * teams[0].team > device.processors:
+        rest += [_spread(shape, device, spread) for spread in SPREADS]
+    for plan in rest:
         if plan.programs(batch, recurrences) <= device.processors:
             return plan
     return _stepwise(shape, device)
