@@ -38,10 +38,10 @@ ROOT = Path(__file__).parent.parent
 WORK = ROOT / "build" / "gpu-work"
 PACK = ROOT / "build" / "pack"  # scripts/gpu_pack.py's
 TRITON_CACHE = Path("/tmp/fused_rnn-triton")  # absolute, since paths in it are; the same on both machines
-STAGES = ("build", "unpack", "parts", "smoke", "test", "steps", "sanitize", "bench", "profile")
-ALL = tuple(stage for stage in STAGES if stage not in ("unpack", "parts"))
+STAGES = ("build", "unpack", "parts", "host", "smoke", "test", "steps", "sanitize", "bench", "profile")
+ALL = tuple(stage for stage in STAGES if stage not in ("unpack", "parts", "host"))
 PLANS = {
-    "first": ["unpack:60", "parts:20", "smoke:75", "steps:60", "test:150", "bench:110", "profile:35", "sanitize:45"],
+    "first": ["unpack:60", "parts:20", "host:30", "smoke:75", "steps:60", "test:150", "bench:100", "profile:30", "sanitize:40"],
     "next": ["unpack:30", "steps:90", "bench:110", "sanitize:60"],
 }
 TOOLS = ("memcheck", "racecheck", "synccheck")
@@ -123,12 +123,17 @@ def parts(work: Path, seconds: float) -> list[Result]:
     if not program.exists():
         program, name = work / "exchange", architecture().replace(".", "")
         flags = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", f"-gencode=arch=compute_{name},code=sm_{name}"]
-        compiled = run("compile-exchange", ["nvcc", *flags, "benchmarks/exchange.cu", "-o", str(program)], work, seconds)
+        command = ["nvcc", *flags, "benchmarks/exchange.cu", "-o", str(program)]
+        compiled = run("compile-exchange", command, work, seconds)
         if compiled.status != "ok":
             return [compiled]
     result = run("parts", [str(program)], work, seconds)
     shutil.copyfile(work / "parts.log", work / "exchange.jsonl")
     return [result]
+
+
+def host(work: Path, seconds: float) -> list[Result]:
+    return [run("host", [sys.executable, "scripts/gpu_host.py"], work, seconds)]
 
 
 def smoke(work: Path, seconds: float) -> list[Result]:

@@ -55,12 +55,8 @@ def main() -> int:
     parser.add_argument("--without-triton", action="store_true")
     chosen = parser.parse_args()
     out, objects = chosen.out.resolve(), ROOT / "build" / "pack-objects"
-    torch = chosen.torch or Path(
-        subprocess.check_output(
-            [chosen.python, "-c", "import importlib.util as u; print(u.find_spec('torch').submodule_search_locations[0])"],
-            text=True,
-        ).strip()
-    )
+    find = "from importlib.util import find_spec; print(find_spec('torch').submodule_search_locations[0])"
+    torch = chosen.torch or Path(subprocess.check_output([chosen.python, "-c", find], text=True).strip())
     out.mkdir(parents=True, exist_ok=True)
     gpu_prebuild.build(chosen.python, torch, chosen.cuda, out, objects)
     for name, _, tree in (variant.partition("=") for variant in chosen.variant):

@@ -30,8 +30,8 @@ from typing import IO
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # a checkout built in place, with nothing installed
 
-# ‖ours - reference‖ / ‖reference‖ over all results, float64 by the same inputs. ReLU's gradient has a step: of a unit that
-# rounds to the other side of zero the whole gradient is another, so there this says less.
+# ‖ours - reference‖ / ‖reference‖ over all results, float64 by the same inputs. ReLU's gradient has a step: where a
+# unit rounds to the other side of zero all of its gradient is another, so there this says less.
 GARBAGE = {"bf16": 5e-2, "f16": 1e-2, "tf32": 1e-2, "ieee": 1e-4, "f64": 1e-9}
 RELU = 10
 PRIMITIVES = "cuda primitives"
@@ -44,7 +44,7 @@ def compile_primitives(program: Path, target: str) -> None:
 
 
 def primitives(seconds: float = 20.0) -> str:
-    """Runs the test of the primitives, compiled if it was not packed; says which are not what the emulator makes them."""
+    """Runs the test of the primitives, packed or compiled here; says which are not what the emulator makes of them."""
     import torch
 
     major, minor = torch.cuda.get_device_capability()
@@ -114,7 +114,7 @@ def these(names: list[str]) -> None:
             said = primitives() if name == PRIMITIVES else one(name)
         except (RuntimeError, ValueError, NotImplementedError, subprocess.CalledProcessError) as error:
             # A kernel's own assertion, on stderr, says more than what torch makes of it.
-            print(str(error).strip().splitlines()[0] if str(error).strip() else repr(error), file=sys.stderr, flush=True)
+            print((str(error).strip() or repr(error)).splitlines()[0], file=sys.stderr, flush=True)
             sys.exit(1)  # what comes after an error of the GPU says nothing
         print(f"= {said}", flush=True)
 

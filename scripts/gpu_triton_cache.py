@@ -1,4 +1,4 @@
-"""Fills TRITON_CACHE_DIR on a machine without a GPU with what an H100 or H200 would compile: run by scripts/gpu_pack.py.
+"""Fills TRITON_CACHE_DIR without a GPU with what an H100 or H200 would compile: run by scripts/gpu_pack.py.
 
 The real JIT runs, under a driver that looks like that GPU's and launches nothing. What is compiled for: the smoke's
 kernels and those of the quick bench. Needs that machine's Python and Triton; the folder's path must be the same there.
@@ -23,11 +23,11 @@ from triton.backends.driver import DriverBase
 from triton.runtime import build, driver
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
-import gpu_cases as cases
+import gpu_cases as cases  # noqa: E402
 
-from fused_rnn.bench.grid import GRIDS
-from fused_rnn.triton_kernels import device as devices
-from fused_rnn.triton_kernels import tiles
+from fused_rnn.bench.grid import GRIDS  # noqa: E402
+from fused_rnn.triton_kernels import device as devices  # noqa: E402
+from fused_rnn.triton_kernels import tiles  # noqa: E402
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 H100 = tiles.Device("sm_90", 132, 227 * 1024)
@@ -38,8 +38,10 @@ class Utils:
     """What the driver is asked about the device and its code."""
 
     def get_device_properties(self, _: int) -> dict[str, int]:
-        return {"max_shared_mem": H100.shared, "multiprocessor_count": H100.multiprocessors, "warpSize": 32,
-                "max_num_regs": 65536, "sm_clock_rate": 1980000, "mem_clock_rate": 2619000, "mem_bus_width": 5120}  # fmt: skip
+        return {
+            "max_shared_mem": H100.shared, "multiprocessor_count": H100.multiprocessors, "max_num_regs": 65536,
+            "warpSize": 32, "sm_clock_rate": 1980000, "mem_clock_rate": 2619000, "mem_bus_width": 5120,
+        }  # fmt: skip
 
     def load_binary(self, _: str, kernel: bytes, *__: Any) -> tuple[int, int, int, int, int]:
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -121,11 +123,13 @@ def bench() -> None:
 
 def compile_launchers() -> None:
     """Triton's own C, which calls the kernels: linked against a libcuda with nothing in it, and so not loaded here."""
-    sources = [("cuda_utils", Path(nvidia.dirname, "driver.c").read_text()), *(("__triton_launcher", s) for s in launchers)]
+    sources = [("cuda_utils", Path(nvidia.dirname, "driver.c").read_text())]
+    sources += [("__triton_launcher", source) for source in launchers]
     here = build.platform_key()
     with tempfile.TemporaryDirectory() as stub:
         library = f"{stub}/libcuda.so.1"
-        subprocess.run(["gcc", "-shared", "-Wl,-soname,libcuda.so.1", "-o", library, "-x", "c", "/dev/null"], check=True)
+        command = ["gcc", "-shared", "-Wl,-soname,libcuda.so.1", "-o", library, "-x", "c", "/dev/null"]
+        subprocess.run(command, check=True)
         # The key holds what `platform` finds out by the program `file`, which a machine may lack.
         for key in {here, ",".join([platform.machine(), platform.system(), "64bit", ""])}:
             build.platform_key = lambda key=key: key

@@ -338,7 +338,7 @@ for name in sys.argv[1:]:
     if name == "raises":
         sys.exit("RuntimeError: CUDA error: misaligned address")
     if name == "asserts":
-        sys.exit("exchange.h:0: wait: block: [3,0,0] Assertion `2 s for the peers` failed.\\nRuntimeError: device-side assert")
+        sys.exit("exchange.h:0: wait: block: [3,0,0] Assertion `2 s for the peers` failed.\\nRuntimeError: asserted")
     if name == "dies":
         os._exit(7)
     print("= error 1e-3", flush=True)

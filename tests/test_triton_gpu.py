@@ -60,7 +60,7 @@ def test_training_step_is_captured_and_replayed(cell: str, loop: str) -> None:
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = [t.detach() for t in train(net, x)]  # no node of its graph, which belongs to the stream of the capture
+        captured = [t.detach() for t in train(net, x)]  # no node of a graph of that stream
     for _ in range(3):
         fresh = data(7, 20)
         with torch.no_grad():

@@ -5,7 +5,8 @@ round each provider runs a short block, in random order. A slow phase of the mac
 the medians are compared. Nothing is averaged away: the 20th and 80th percentile are kept.
 
 On a GPU every run has two events of its own and the host waits at the end of a block, not of a run: it may work ahead
-as it does in training, so what counts is the longer of the host's and the device's time. Caches stay as they are.
+as it does in training, so what counts is the longer of the host's and the device's time. The first run of a block is
+not counted: before it the device was idle, and it would have the sum of both. Caches stay as they are.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ from fused_rnn.bench.providers import Call, baseline, build, supports
 
 # A guard against timing something wrong, by ‖a - b‖ / ‖b‖; accuracy itself is judged by the tests.
 TOLERANCE = {"fp64": 1e-9, "fp32": 1e-3, "tf32": 2e-2, "fp16": 2e-2, "bf16": 5e-2}
-BLOCK_S = 2e-3  # a provider's turn lasts about this long: long enough to warm its caches, short against drifts
+# A provider's turn lasts about this long: long enough to warm its caches, short against drifts; on a GPU long enough
+# for the host to be ahead.
+BLOCK_S, GPU_BLOCK_S = 2e-3, 10e-3
 MIN_ROUNDS, MAX_ROUNDS = 7, 50
 LONG_S, LONG_ROUNDS = 6.0, 3  # a point that takes so long after so few rounds may stop there
 
@@ -62,7 +65,7 @@ def clock(device: str) -> Callable[[Call, int], list[float]]:
     def on_gpu(call: Call, times: int) -> list[float]:
         marks = []
         torch.cuda.synchronize()
-        for _ in range(times):
+        for _ in range(1 + times):
             call.prepare()
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             start.record()
@@ -70,7 +73,7 @@ def clock(device: str) -> Callable[[Call, int], list[float]]:
             end.record()
             marks.append((start, end))
         torch.cuda.synchronize()
-        return [float(start.elapsed_time(end)) * 1e-3 for start, end in marks]
+        return [float(start.elapsed_time(end)) * 1e-3 for start, end in marks[1:]]
 
     return on_gpu if device == "cuda" else on_cpu
 
@@ -133,17 +136,21 @@ def measure(point: Point, providers: list[str], device: str, budget_s: float) ->
             continue
         calls[provider], cost[provider] = call, run(call, 1)[0]
 
-    seconds = _interleave(calls, cost, run, budget_s)
+    seconds = _interleave(calls, cost, run, GPU_BLOCK_S if device == "cuda" else BLOCK_S, budget_s)
     return timings | {provider: percentiles(samples) for provider, samples in seconds.items()}
 
 
 def _interleave(
-    calls: dict[str, Call], cost: dict[str, float], run: Callable[[Call, int], list[float]], budget_s: float
+    calls: dict[str, Call],
+    cost: dict[str, float],
+    run: Callable[[Call, int], list[float]],
+    block_s: float,
+    budget_s: float,
 ) -> dict[str, list[float]]:
     order = list(calls)
     # A fixed order would give each provider the same predecessor, whose caches and free memory it inherits, all along.
     shuffle = random.Random(0).shuffle
-    block = {provider: max(1, min(50, int(BLOCK_S / cost[provider]))) for provider in order}
+    block = {provider: max(1, min(50, int(block_s / cost[provider]))) for provider in order}
     samples: dict[str, list[float]] = {provider: [] for provider in order}
     enabled = gc.isenabled()
     gc.collect()
