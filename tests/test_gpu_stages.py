@@ -78,7 +78,7 @@ def _without_a_machine(
 ) -> int:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a card")
-    for stage in gpu.ALL:
+    for stage in gpu.STAGES:
         outcome = gpu.Result(stage, statuses.get(stage, "ok"), 1.0, "")
         monkeypatch.setattr(gpu, stage, lambda *_, outcome=outcome: [outcome])
     monkeypatch.setattr(sys, "argv", ["gpu.py", "--out", str(out), *arguments])
