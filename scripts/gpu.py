@@ -41,7 +41,8 @@ TRITON_CACHE = Path("/tmp/fused_rnn-triton")  # absolute, since paths in it are;
 STAGES = ("build", "unpack", "parts", "host", "smoke", "test", "steps", "sanitize", "bench", "profile")
 ALL = tuple(stage for stage in STAGES if stage not in ("unpack", "parts", "host"))
 PLANS = {
-    "first": ["unpack:55", "parts:20", "host:30", "smoke:75", "steps:60", "test:150", "bench:100", "profile:30", "sanitize:40"],
+    "first": ["unpack:55", "parts:20", "smoke:75", "steps:60", "host:30", "test:150", "bench:100", "profile:30",
+              "sanitize:40"],
     "next": ["unpack:30", "steps:90", "bench:110", "sanitize:60"],
 }
 TOOLS = ("memcheck", "racecheck", "synccheck")

@@ -27,7 +27,7 @@ def check(case: Case, **plan: object) -> None:
             return by_backend(case, given, "triton")
 
     def drawn(run: Callable[[Case, Inputs], Results]) -> Results:
-        if not torch.cuda.is_available():  # the interpreter rounds as the reference's own loop does, and takes its time
+        if not torch.cuda.is_available():  # the interpreter takes a second a draw
             return run(case, inputs(case))
         return over_draws(case, lambda case, given: run(case, here(given)))
 
