@@ -77,7 +77,7 @@ class Product {
 
  private:
   // Of the blocks from kBegin to kEnd, weights in registers, those that this warp has. A branch waits for every mma before it, so they
-  // come in lines as straight as there are: all of them, or the largest power of two and then the rest. In a line the operand is read ahead.
+  // come in lines as straight as there are: all of them, or the largest power of two and then the rest. In a line, reads come ahead.
   template <int kBegin, int kEnd>
   FUSED_RNN_DEVICE void multiply_held(Sums& sums, const Operand* operand, int stride) const {
     if (count_ >= kEnd) {
