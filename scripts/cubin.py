@@ -3,8 +3,9 @@
     python scripts/cubin.py [--arch sm_90a ...] [--cell lstm ...] [--number bf16 ...] [--json FILE]
 
 Prints registers, spills, stack and static shared memory of each, and for sm_90a the instructions in its time loop by
-kind: the loop around the product, with all three exchanges in it, of which a launch runs one. Exits with 1 if a kernel
-does not compile, spills, or has a stack frame.
+kind: the loop around the product, with all three exchanges in it, of which a launch runs one. Under it, for teams in a
+cluster, the cycles of a step by part, of one warp alone (step_cycles.py). Exits with 1 if a kernel does not compile,
+spills, has a stack frame, or waits for what it has just asked of memory for its next step.
 """
 
 from __future__ import annotations
@@ -23,12 +24,19 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import step_cycles
+import torch
+
+import fused_rnn
+
 SOURCE = Path(__file__).parent.parent / "csrc" / "cuda" / "instantiate"
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120")
 CELLS = tuple(sorted(path.stem for path in SOURCE.glob("*.cu")))
 NUMBERS = ("bf16", "f16", "tf32", "ieee", "f64")
 FLAGS = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", "-cubin", "-Xptxas", "-v"]
-COUNTED = "sm_90a"  # where the time loops' instructions are counted
+COUNTED = "sm_90a"  # where the time loops' instructions are counted, and a step of these is timed
+HIDDEN, BATCH = (128, 256, 512, 1024), 64
+DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "tf32": torch.float32, "ieee": torch.float32}
 # Kinds of instructions, by how their names in machine code begin.
 KINDS = {
     "mma": ("HMMA",),
@@ -46,7 +54,7 @@ KINDS = {
 
 class Kernel(NamedTuple):
     """What the assembler says of a kernel; bytes a thread, but for shared. loop: instructions by kind, None unless
-    counted."""
+    counted. steps: cycles by part, by H; waits: the instructions that wait for the next step's input."""
 
     name: str
     arch: str
@@ -55,17 +63,24 @@ class Kernel(NamedTuple):
     spills: int
     shared: int
     loop: dict[str, int] | None = None
+    steps: dict[int, dict[str, int]] = {}  # noqa: RUF012 (a named tuple)
+    waits: tuple[str, ...] = ()
 
     @property
     def fault(self) -> str:
         faults = [f"spills {self.spills} bytes"] * bool(self.spills)
+        faults += [f"waits for its next step's input: {instruction}" for instruction in self.waits]
         return ", ".join(faults + [f"has a stack frame of {self.stack} bytes"] * bool(self.stack))
 
     def __str__(self) -> str:
         counted = ""
         if self.loop is not None:
             counted = "; time loop " + ", ".join(f"{count} {kind}" for kind, count in self.loop.items() if count)
-        return f"{self.arch:<6} {self.name:<32} {self.registers:>3} registers, {self.shared} bytes shared{counted}"
+        line = f"{self.arch:<6} {self.name:<32} {self.registers:>3} registers, {self.shared} bytes shared{counted}"
+        for hidden, parts in self.steps.items():
+            line += f"\n       H={hidden}: {sum(parts.values())} cycles a step; "
+            line += ", ".join(f"{part} {cycles}" for part, cycles in parts.items())
+        return line
 
 
 def kernel_name(mangled: str, cell: str, number: str) -> str:
@@ -110,6 +125,28 @@ def time_loop(code: str) -> dict[str, int] | None:
     return {"in all": counts.total(), **kinds, "other": counts.total() - sum(kinds.values())}
 
 
+def timed(kernel: Kernel, code: str, cell: str, number: str) -> Kernel:
+    """With its time loop counted, and a step of each plan that runs it in a cluster timed: its input is in DRAM."""
+    kernel = kernel._replace(loop=time_loop(code))
+    tile = re.search(r"persistent_(fwd|bwd) NT=(\d+)", kernel.name)
+    if tile is None:
+        return kernel
+    steps, waits = {}, set[str]()
+    for hidden in HIDDEN:
+        plan = fused_rnn.plan(
+            cell, BATCH, hidden, dtype=DTYPES[number], tf32=number == "tf32", backward=tile[1] == "bwd",
+            device=COUNTED[:5], exchange="cluster", rows=8 * int(tile[2]),
+        )  # fmt: skip
+        if plan.reason is not None:
+            continue
+        launch = step_cycles.Launch(cell, plan, BATCH, hidden, tile[1] == "bwd")
+        for rare in (True, False):
+            step = step_cycles.replay(code, launch, step_cycles.DRAM, rare)
+            steps[hidden] = step.cycles
+            waits |= set(step.waits)
+    return kernel._replace(steps=steps, waits=tuple(sorted(waits)))
+
+
 def find_cuobjdump() -> str | None:
     """The toolkit's, or the one in Triton's wheel."""
     triton = importlib.util.find_spec("triton")
@@ -131,7 +168,7 @@ def compile_one(cell: str, number: str, arch: str) -> tuple[list[Kernel], str]:
             return [kernel for _, kernel in found], ""
         sass = subprocess.run([tool, "-sass", str(cubin)], capture_output=True, text=True, check=True).stdout
         functions = dict(part.split("\n", 1) for part in sass.split("Function : ")[1:])
-        return [kernel._replace(loop=time_loop(functions.get(name, ""))) for name, kernel in found], ""
+        return [timed(kernel, functions[name], cell, number) for name, kernel in found], ""
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -35,6 +36,8 @@ SASS = """
 
 @pytest.fixture
 def cubin() -> ModuleType:
+    if str(SCRIPT.parent) not in sys.path:
+        sys.path.insert(0, str(SCRIPT.parent))
     spec = importlib.util.spec_from_file_location("cubin", SCRIPT)
     assert spec is not None
     assert spec.loader is not None
@@ -73,3 +76,13 @@ def test_a_file_of_kernels_compiles(cubin: ModuleType, capsys: pytest.CaptureFix
 def test_what_does_not_compile_fails(cubin: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     assert cubin.main(["--arch", "sm_1", "--cell", "rnn_tanh", "--number", "f64", "--jobs", "1"]) == 1
     assert "FAULT sm_1 rnn_tanh f64: nvcc fatal" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on the PATH")
+def test_a_step_is_timed(cubin: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    if cubin.find_cuobjdump() is None:
+        pytest.skip("no cuobjdump")
+    assert cubin.main(["--arch", "sm_90a", "--cell", "rnn_tanh", "--number", "bf16", "--jobs", "1"]) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"persistent_fwd NT=1 .*\n +H=128: \d+ cycles a step; wait \d+, product \d+, sums", printed), printed
+    assert "8 kernels compiled for sm_90a; 0 with a fault" in printed

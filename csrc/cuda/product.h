@@ -17,9 +17,7 @@ class Product {
   static constexpr Tile kTile = tile(Number::kKind, kBackward, NT);
   static constexpr int MT = kTile.mt, KR = kTile.kr, kQuads = Number::kRegisters / 4;
   static constexpr int kChains = chains(kTile, NT);
-  // With one m tile and 8 rows, a block of the operand is also read while the one before it is multiplied. Elsewhere there is enough to do,
-  // and no register left.
-  static constexpr bool kAhead = Number::kSums == 4 && MT * NT == 1;
+  using Sums = float[kChains][NT][MT][Number::kSums];
   static_assert(kTile.rows == Number::kRows && kTile.depth == Number::kDepth && kTile.registers == Number::kRegisters,
                 "tiles.h and numbers.h");
 
@@ -41,22 +39,13 @@ class Product {
     if (share_ >= team.warps_k) return;
     const int stride = operand_stride(team.depth, kTile);
     operand += first_ * Number::kDepth;
-    float sums[kChains][NT][MT][Number::kSums] = {};
-    Fragment b[NT];
-    if (kAhead && count_ > 0) read(b, operand, stride);
-    FUSED_RNN_UNROLL
-    for (int i = 0; i < KR; ++i) {
-      if (i >= count_) break;
-      if (!kAhead) read(b, operand + i * Number::kDepth, stride);
-      Fragment next[NT];
-      if (kAhead && i + 1 < count_) read(next, operand + (i + 1) * Number::kDepth, stride);
-      multiply(i, sums, held_[i], b);
-      FUSED_RNN_UNROLL
-      for (int n = 0; kAhead && n < NT; ++n) b[n] = next[n];
-    }
+    Sums sums = {};
+    multiply_held<0, KR>(sums, operand, stride);
+    FUSED_RNN_UNROLL_BY(2)
     for (int i = KR; i < count_; ++i) {
       uint32_t a[MT][Number::kRegisters];
       fetch(a, i - KR);
+      Fragment b[NT];
       read(b, operand + i * Number::kDepth, stride);
       multiply(0, sums, a, b);
     }
@@ -87,12 +76,35 @@ class Product {
   }
 
  private:
+  // Of the blocks from kBegin to kEnd, weights in registers, those that this warp has. A branch waits for every mma before it, so they
+  // come in lines as straight as there are: all of them, or the largest power of two and then the rest. In a line, reads come ahead.
+  template <int kBegin, int kEnd>
+  FUSED_RNN_DEVICE void multiply_held(Sums& sums, const Operand* operand, int stride) const {
+    if (count_ >= kEnd) {
+      FUSED_RNN_UNROLL
+      for (int i = kBegin; i < kEnd; ++i) {
+        Fragment b[NT];
+        read(b, operand + i * Number::kDepth, stride);
+        multiply(i, sums, held_[i], b);
+      }
+    } else if constexpr (kEnd - kBegin > 1) {
+      constexpr int kMiddle = kBegin + half(kEnd - kBegin);
+      multiply_held<kBegin, kMiddle>(sums, operand, stride);
+      if (count_ > kMiddle) multiply_held<kMiddle, kEnd>(sums, operand, stride);
+    }
+  }
+  // The largest power of two below n.
+  static constexpr int half(int n) {
+    int power = 1;
+    while (2 * power < n) power *= 2;
+    return power;
+  }
+
   FUSED_RNN_DEVICE static void read(Fragment (&b)[NT], const Operand* operand, int stride) {
     FUSED_RNN_UNROLL
     for (int n = 0; n < NT; ++n) b[n] = Number::read(operand + n * 8 * stride, stride);
   }
-  FUSED_RNN_DEVICE static void multiply(int block, float (&sums)[kChains][NT][MT][Number::kSums],
-                                        const uint32_t (&a)[MT][Number::kRegisters], const Fragment (&b)[NT]) {
+  FUSED_RNN_DEVICE static void multiply(int block, Sums& sums, const uint32_t (&a)[MT][Number::kRegisters], const Fragment (&b)[NT]) {
     FUSED_RNN_UNROLL
     for (int n = 0; n < NT; ++n) Number::template multiply<MT>(sums[block * 2 % kChains][n], sums[(block * 2 + 1) % kChains][n], a, b[n]);
   }
