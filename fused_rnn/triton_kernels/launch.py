@@ -103,7 +103,9 @@ def constants_backward(cell: Cell, hidden: int, size: int, has_dy: bool) -> dict
     }
 
 
-def constants_plan(plan: Plan, lengths: bool, reset: bool, precision: str, activations: str) -> dict[str, Any]:
+def constants_plan(
+    plan: Plan, device: Device, lengths: bool, reset: bool, precision: str, activations: str
+) -> dict[str, Any]:
     """What both kernels are compiled for besides."""
     return {
         "HAS_LENGTHS": lengths,
@@ -111,6 +113,7 @@ def constants_plan(plan: Plan, lengths: bool, reset: bool, precision: str, activ
         "REGISTERS": plan.registers,
         "HOLD": plan.hold,
         "COUNT": plan.loop == "b",
+        "LANES": 64 * plan.tile.warps if device.amd else 0,
         "AHEAD": plan.ahead,
         "TEAM": plan.team,
         "NT": plan.spread,
@@ -164,7 +167,7 @@ class _Launches:
         self.kernel, self.how = kernel, how
         self.programs = layer.recurrences * how.plan.team  # of a batch tile
         self.constants = constants | constants_plan(
-            how.plan, layer.lengths is not None, layer.reset is not None, how.precision, how.activations
+            how.plan, how.device, layer.lengths is not None, layer.reset is not None, how.precision, how.activations
         )
         self.options: dict[str, Any] | None = None
 
