@@ -44,7 +44,8 @@ def test_what_counts_as_a_fault() -> None:
     outcome = Outcome(Job("sm_80", shape, "bfloat16", "ieee", plan, ()), registers=64, shared=163 * 1024)
     assert outcome.fault == ""
     assert outcome._replace(shared=163 * 1024 + 1).fault.startswith("takes 166913 bytes of shared memory")
-    assert outcome._replace(spills=8).fault == "spills 8 bytes a thread"
+    assert outcome._replace(spills=tiles.SPILLS).fault == ""
+    assert outcome._replace(spills=72).fault == "spills 72 bytes a thread"
     assert outcome._replace(error="PassManager failed").fault == "PassManager failed"
 
 
@@ -73,7 +74,7 @@ from fused_rnn.triton_kernels import aot
 from fused_rnn.triton_kernels.backward import bwd_kernel
 from fused_rnn.triton_kernels.forward import fwd_kernel
 for kernel in (fwd_kernel, bwd_kernel):
-    pointers = aot._pointers(kernel, "bfloat16")
+    pointers = aot._pointers(kernel, "bfloat16", {})
     for p in kernel.params:
         assert p.is_constexpr or p.name in pointers or p.do_not_specialize, p.name
 """

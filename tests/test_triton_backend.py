@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -265,6 +266,14 @@ def test_sizes_beyond_the_kernels_reach_are_refused_by_the_op_too() -> None:
         layer = Layer(LAYER_CELLS["gru"], *sizes, (1,), None, None)
         with pytest.raises(RuntimeError, match=f"x: .*{message}"):
             backend._loops(layer, torch.zeros(1, 1, 1, device=DEVICE), False)
+
+
+def test_more_steps_than_a_team_can_count_are_refused() -> None:
+    team = Plan("b", Tile(16, 16, 16, 4), 64)
+    for steps, refused in ((1 << 24, False), (1 << 25, True)):
+        layer = Layer(LAYER_CELLS["gru"], steps, 16, 1024, (1,), None, None)
+        with pytest.raises(NotImplementedError, match=r"beyond the 2\^31") if refused else nullcontext():
+            launch.new_counters(layer, team, torch.device(DEVICE))
 
 
 def test_reasons_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:

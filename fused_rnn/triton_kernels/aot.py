@@ -82,7 +82,8 @@ def compile_kernel(
     else:
         made = (variant.get(name, False) for name in ("save", "checkpoint", "replay"))
         constants = constants_forward(cell, hidden, SIZES[dtype], *made)
-    constants |= constants_plan(plan, variant.get("lengths", False), variant.get("reset", False), precision, how)
+    lengths, reset = variant.get("lengths", False), variant.get("reset", False)
+    constants |= constants_plan(plan, ARCHITECTURES[arch], lengths, reset, precision, how)
     pointers = _pointers(kernel, dtype, constants)
     signature = {name: "constexpr" if name in constants else pointers.get(name, "i32") for name in kernel.arg_names}
     # As the JIT of Triton 3.6 has them, so that what is compiled here has the key of what a launch compiles.

@@ -169,6 +169,7 @@ def bwd_kernel(
     REGISTERS: tl.constexpr,
     HOLD: tl.constexpr,
     COUNT: tl.constexpr,
+    LANES: tl.constexpr,
     AHEAD: tl.constexpr,
     TEAM: tl.constexpr,
     NT: tl.constexpr,
@@ -287,7 +288,7 @@ def bwd_kernel(
                 tl.store(dc_state + at_rb, dc, mask=own)
         if COUNT:
             if i % NT == NT - 1:
-                arrive(counter)
+                arrive(counter, LANES)
         elif TEAM == 1 and not REGISTERS:
             tl.debug_barrier()  # a team of one: what its threads stored is what its threads read next
 

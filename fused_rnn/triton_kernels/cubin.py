@@ -2,8 +2,8 @@
 
     python -m fused_rnn.triton_kernels.cubin [--arch sm_90 ...] [--cell lstm ...] [--hidden 256 ...] [--kind half ...]
 
-Prints registers, spills and shared memory of each. Exits with 1 if a kernel does not compile, spills, or takes more
-shared memory than its architecture has.
+Prints registers, spills and shared memory of each. Exits with 1 if a kernel does not compile, spills more than a few
+bytes, or takes more shared memory than its architecture has.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from multiprocessing import get_context
 from typing import NamedTuple
 
 from fused_rnn.triton_kernels import tiles
-from fused_rnn.triton_kernels.tiles import ARCHITECTURES, Plan, Shape
+from fused_rnn.triton_kernels.tiles import ARCHITECTURES, SPILLS, Plan, Shape
 
 ARCHS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
 KINDS = {"half": ("bfloat16", "ieee"), "tf32": ("float32", "tf32"), "ieee": ("float32", "ieee")}
@@ -51,8 +51,12 @@ class Outcome(NamedTuple):
     registers: int = 0
     spills: int = 0
     shared: int = 0
-    bound: int | None = None
     error: str = ""
+
+    @property
+    def said(self) -> str:
+        spills = f", {self.spills} bytes spilled" if self.spills else ""
+        return f"{self.registers} registers{spills}, {self.shared} bytes shared"
 
     @property
     def fault(self) -> str:
@@ -60,7 +64,7 @@ class Outcome(NamedTuple):
         limit = ARCHITECTURES[self.job.arch].shared
         if self.error:
             return self.error
-        if self.spills:
+        if self.spills > SPILLS:
             return f"spills {self.spills} bytes a thread"
         return f"takes {self.shared} bytes of shared memory, there are {limit}" if self.shared > limit else ""
 
@@ -100,25 +104,23 @@ def jobs(archs: list[str], cells: list[str], kinds: list[str], hidden: list[int]
 
 
 def compile_job(job: Job) -> Outcome:
-    """Compile under the first register bound that does without spills, as a launch would."""
+    """Compile under the register bound that a launch would take."""
     from fused_rnn.layer.loops import CELLS as KINDS_OF_CELL
     from fused_rnn.triton_kernels import aot
-    from fused_rnn.triton_kernels.launch import bounds
+    from fused_rnn.triton_kernels.launch import fewest_spills
 
-    outcome = Outcome(job)
-    for bound in bounds(job.plan, job.arch):
-        try:
-            kernel = aot.compile_kernel(
-                KINDS_OF_CELL[job.shape.cell], job.dtype, job.precision, job.shape.hidden, job.plan, job.arch,
-                job.shape.backward, bound, **dict.fromkeys(job.variant, True),
-            )  # fmt: skip
-        except Exception as error:  # whatever the compiler's passes and its assembler raise, the report names it
-            return Outcome(job, error=f"{type(error).__name__}: {error}".splitlines()[0])
+    def compiled(bound: int | None) -> tuple[int, Outcome]:
+        kernel = aot.compile_kernel(
+            KINDS_OF_CELL[job.shape.cell], job.dtype, job.precision, job.shape.hidden, job.plan, job.arch,
+            job.shape.backward, bound, **dict.fromkeys(job.variant, True),
+        )  # fmt: skip
         report = aot.report(kernel, job.arch)
-        outcome = Outcome(job, report.registers, report.spills, report.shared, bound)
-        if not report.spills:
-            break
-    return outcome
+        return report.spills, Outcome(job, report.registers, report.spills, report.shared)
+
+    try:
+        return fewest_spills(job.plan, job.arch, compiled)
+    except Exception as error:  # whatever the compiler's passes and its assembler raise, the report names it
+        return Outcome(job, error=f"{type(error).__name__}: {error}".splitlines()[0])
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -140,8 +142,7 @@ def main(arguments: list[str] | None = None) -> int:
                 faults += 1
                 print(f"FAULT {outcome.job}: {outcome.fault}", flush=True)
             elif not chosen.quiet:
-                bound = f" (bound {outcome.bound})" if outcome.bound else ""
-                print(f"{outcome.job}: {outcome.registers} registers{bound}, {outcome.shared} bytes shared", flush=True)
+                print(f"{outcome.job}: {outcome.said}", flush=True)
     print(f"{done} kernels compiled for {', '.join(chosen.arch)}; {faults} with a fault")
     return 1 if faults else 0
 

@@ -173,6 +173,7 @@ def fwd_kernel(
     REGISTERS: tl.constexpr,
     HOLD: tl.constexpr,
     COUNT: tl.constexpr,
+    LANES: tl.constexpr,
     AHEAD: tl.constexpr,
     TEAM: tl.constexpr,
     NT: tl.constexpr,
@@ -283,7 +284,7 @@ def fwd_kernel(
             tl.store(y + t * width + (row[:, None] * H + n[None, :]), out, mask=own)
             if COUNT:
                 if i % NT == NT - 1:
-                    arrive(counter)
+                    arrive(counter, LANES)
             elif TEAM == 1 and not REGISTERS:
                 tl.debug_barrier()  # a team of one: what its threads stored is what its threads read next
         if REGISTERS:

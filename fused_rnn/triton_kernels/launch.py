@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,9 +15,11 @@ from fused_rnn.layer.loops import Cell, Layer
 from fused_rnn.triton_kernels.backward import bwd_kernel
 from fused_rnn.triton_kernels.cells import KERNELS
 from fused_rnn.triton_kernels.forward import fwd_kernel
-from fused_rnn.triton_kernels.tiles import Device, Plan, replay
+from fused_rnn.triton_kernels.tiles import SPILLS, Device, Plan, replay
 
 COUNTER_STRIDE = 32  # int32: a counter has its own 128 bytes, as the kernels have it
+
+Made = TypeVar("Made")
 
 # Kernels compiled and loaded in this process, with the options they were compiled under: what a capture may use.
 _compiled: dict[tuple[Any, ...], dict[str, Any]] = {}
@@ -36,6 +38,8 @@ class How:
 def new_counters(layer: Layer, plan: Plan, device: torch.device) -> Tensor:
     """One for each recurrence and batch tile of a team, zero; they serve all launches of one loop over time."""
     count = layer.recurrences * plan.tiles(layer.batch) if plan.loop == "b" else 1
+    if plan.loop == "b" and plan.team * (layer.steps + 1) >= 1 << 31:
+        raise NotImplementedError(f"{layer.steps} steps of a team of {plan.team} are beyond the 2^31 that it can count")
     return torch.zeros(count, COUNTER_STRIDE, dtype=torch.int32, device=device)
 
 
@@ -99,7 +103,9 @@ def constants_backward(cell: Cell, hidden: int, size: int, has_dy: bool) -> dict
     }
 
 
-def constants_plan(plan: Plan, lengths: bool, reset: bool, precision: str, activations: str) -> dict[str, Any]:
+def constants_plan(
+    plan: Plan, device: Device, lengths: bool, reset: bool, precision: str, activations: str
+) -> dict[str, Any]:
     """What both kernels are compiled for besides."""
     return {
         "HAS_LENGTHS": lengths,
@@ -107,6 +113,7 @@ def constants_plan(plan: Plan, lengths: bool, reset: bool, precision: str, activ
         "REGISTERS": plan.registers,
         "HOLD": plan.hold,
         "COUNT": plan.loop == "b",
+        "LANES": 64 * plan.tile.warps if device.amd else 0,
         "AHEAD": plan.ahead,
         "TEAM": plan.team,
         "NT": plan.spread,
@@ -132,44 +139,65 @@ def options(plan: Plan, arch: str, bound: int | None = None) -> dict[str, Any]:
 
 
 def bounds(plan: Plan, arch: str) -> tuple[int | None, ...]:
-    """Register bounds to try until a kernel compiles without spills, ptxas' own choice first.
+    """Register bounds to try.
 
-    Left alone it may spill a few bytes to fit more programs on a multiprocessor than these loops ever have there.
+    Left alone ptxas may spill, or let loads wait for each other, to fit more programs on a multiprocessor than these
+    loops ever have there: all registers come first, its own choice second.
     """
-    return (None, 255, 224, 192, 160) if arch.startswith("sm_") and plan.tile.warps <= 8 else (None,)
+    return (255, None) if arch.startswith("sm_") and plan.tile.warps <= 8 else (None,)
 
 
-def _launch(kernel: Any, layer: Layer, how: How, tiles: int, args: Sequence[Any], constants: dict[str, Any]) -> None:
-    plan, arch = how.plan, how.device.arch
-    constants = constants | constants_plan(
-        plan, layer.lengths is not None, layer.reset is not None, how.precision, how.activations
-    )
-    grid = (layer.recurrences * tiles * plan.team,)
-    if arch == "interpreter":
-        kernel[grid](*args, **constants)
-        return
-    key = (kernel, torch.cuda.current_device(), plan, *constants.values(), *(_kind(a) for a in args))
-    if key not in _compiled:
-        if torch.cuda.is_current_stream_capturing():
-            raise RuntimeError(
-                "this problem's Triton kernels are not compiled yet, and nothing is compiled inside a CUDA graph"
-                " capture: run it once before capturing"
-            )
-        _compiled[key] = _compile(kernel, plan, arch, grid, args, constants)
-    kernel[grid](*args, **constants, **_compiled[key])
-
-
-def _compile(
-    kernel: Any, plan: Plan, arch: str, grid: tuple[int, ...], args: Sequence[Any], constants: dict[str, Any]
-) -> dict[str, Any]:
-    """Options under which the kernel, compiled and loaded here, does not spill; with no bound if it always does."""
+def fewest_spills(plan: Plan, arch: str, compiled: Callable[[int | None], tuple[int, Made]]) -> Made:
+    """What `compiled` makes under the best of the bounds: for each it gives bytes spilled and the result."""
+    best = None
     for bound in bounds(plan, arch):
-        chosen = options(plan, arch, bound)
-        compiled = kernel.warmup(*args, grid=grid, **constants, **chosen)
-        _ = compiled.run  # loads it, which is what makes n_spills known
-        if not compiled.n_spills:
-            return chosen
-    return options(plan, arch)
+        made = compiled(bound)
+        if best is None or made[0] < best[0]:
+            best = made
+        if best[0] <= SPILLS:
+            break
+    assert best is not None
+    return best[1]
+
+
+class _Launches:
+    """The launches of one loop over time. How to compile is looked up at the first of them, as dear as the launch."""
+
+    def __init__(self, kernel: Any, layer: Layer, how: How, constants: dict[str, Any]) -> None:
+        self.kernel, self.how = kernel, how
+        self.programs = layer.recurrences * how.plan.team  # of a batch tile
+        self.constants = constants | constants_plan(
+            how.plan, how.device, layer.lengths is not None, layer.reset is not None, how.precision, how.activations
+        )
+        self.options: dict[str, Any] | None = None
+
+    def __call__(self, tiles: int, args: Sequence[Any]) -> None:
+        grid = (self.programs * tiles,)
+        if self.options is None:
+            self.options = self._options(grid, args)
+        self.kernel[grid](*args, **self.constants, **self.options)
+
+    def _options(self, grid: tuple[int, ...], args: Sequence[Any]) -> dict[str, Any]:
+        plan, arch = self.how.plan, self.how.device.arch
+        if arch == "interpreter":
+            return {}
+        key = (
+            self.kernel, torch.cuda.current_device(), plan, *self.constants.values(), *(_kind(a) for a in args)
+        )  # fmt: skip
+        if key not in _compiled:
+            if torch.cuda.is_current_stream_capturing():
+                raise RuntimeError(
+                    "this problem's Triton kernels are not compiled yet, and nothing is compiled inside a CUDA graph"
+                    " capture: run it once before capturing"
+                )
+            _compiled[key] = fewest_spills(plan, arch, lambda bound: self._compiled(bound, grid, args))
+        return _compiled[key]
+
+    def _compiled(self, bound: int | None, grid: tuple[int, ...], args: Sequence[Any]) -> tuple[int, dict[str, Any]]:
+        chosen = options(self.how.plan, self.how.device.arch, bound)
+        kernel = self.kernel.warmup(*args, grid=grid, **self.constants, **chosen)
+        _ = kernel.run  # loads it, which is what makes n_spills known
+        return 4 * kernel.n_spills, chosen
 
 
 def _kind(argument: Any) -> Any:
@@ -252,6 +280,7 @@ class Loops:
             h0 if t is None else t
             for t in (given, w, bias, state, layer.lengths, layer.reset, saved, cells, checkpoints)
         )
+        launch = _Launches(fwd_kernel, layer, how, constants)
         for tile0, tiles in waves(layer.batch, layer.recurrences, plan, how.device):
             own = counters[tile0 * layer.recurrences :] if plan.loop == "b" else counters
             for step0, step1 in _ranges(how, *window):
@@ -259,7 +288,7 @@ class Loops:
                     gx, given, w, bias, h0, state, lengths, reset, y, h_n, saved, cells, checkpoints, own, layer.steps,
                     layer.batch, layer.recurrences, tiles, tile0, step0, step1, *window, every, bits, period,
                 )  # fmt: skip
-                _launch(fwd_kernel, layer, how, tiles, args, constants)
+                launch(tiles, args)
 
     def backward(
         self,
@@ -289,6 +318,7 @@ class Loops:
                 ranges[-1] = (*ranges[-1][:2], 1)
             else:
                 ranges.append((0, 0, 1))
+        launch = _Launches(bwd_kernel, layer, how, constants)
         for tile0, tiles in waves(layer.batch, layer.recurrences, plan, how.device):
             own = self.counters[tile0 * layer.recurrences :] if plan.loop == "b" else self.counters
             for step0, step1, close in ranges:
@@ -296,4 +326,4 @@ class Loops:
                     dy, w, states, first_state, lengths, reset, saved, dgates, dh, dc, own, layer.steps, layer.batch,
                     layer.recurrences, tiles, tile0, step0, step1, first, last, close, bits, period,
                 )  # fmt: skip
-                _launch(bwd_kernel, layer, how, tiles, args, constants)
+                launch(tiles, args)

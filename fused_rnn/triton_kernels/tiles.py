@@ -32,6 +32,10 @@ class Device:
     def nvidia(self) -> bool:
         return self.arch.startswith("sm_")
 
+    @property
+    def amd(self) -> bool:
+        return self.arch.startswith("gfx")
+
 
 # Shared memory that a block can opt in to; processors of a usual card (a running device says its own).
 ARCHITECTURES = {
