@@ -1,5 +1,5 @@
 // Measures the exchanges of exchange.h on a GPU: a line of JSON each, {"kind", "members", "seconds"} of a round;
-// of slices also "bytes", of a member to each peer, and "peers", that a warp's store goes to.
+// of slices also "bytes", of a member to each peer, "peers", that a warp's store goes to, and bytes of a "piece" of a slice.
 //
 //   nvcc -std=c++17 -O3 --expt-relaxed-constexpr -arch=sm_90a benchmarks/exchange.cu -o exchange && ./exchange
 //
@@ -82,7 +82,7 @@ void measure(const char* name, Exchange p, int members, int shared) {
     }
   }
   std::printf("{\"kind\": \"%s\", \"members\": %d, \"seconds\": %.4g", name, members, (best[1] - best[0]) / (kLong - kShort));
-  if (p.kind == slices) std::printf(", \"bytes\": %d, \"peers\": %d", p.bytes, p.peers);
+  if (p.kind == slices) std::printf(", \"bytes\": %d, \"peers\": %d, \"piece\": %d", p.bytes, p.peers, p.piece);
   std::printf("}\n");
   std::fflush(stdout);
 }
@@ -109,7 +109,8 @@ int main() {
     p.kind = slices;
     for (const int members : {2, 4, 8, 16})
       for (p.bytes = 512; p.bytes <= kLargestSlice; p.bytes *= 2)
-        for (p.peers = 1; p.peers <= 8; p.peers *= 8) measure("slices", p, members, shared);
+        for (p.peers = 1; p.peers <= 8; p.peers *= 8)
+          for (p.piece = 64; p.piece <= 512; p.piece *= 8) measure("slices", p, members, shared);
   }
   for (const Kind kind : {grid, flags}) {
     p.kind = kind;

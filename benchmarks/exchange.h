@@ -8,7 +8,8 @@
 //   grid     any CTAs: words in global memory, then a counter for the whole team, with release and acquire
 //   flags    any CTAs: a counter for each member, on which all others look; the count itself is what it tells
 //   slices   cluster, with as many bytes as a real operand has: every member sends its slice to each of the others. A warp's store goes
-//            to one peer (512 bytes in a row) or to several of them, which says what the network between multiprocessors makes of that.
+//            to one peer or to several of them, and what a peer gets lies in one piece there or in several: which says what the network
+//            between multiprocessors makes of that.
 #pragma once
 #include "../csrc/cuda/primitives/barrier.h"
 #include "../csrc/cuda/primitives/copy.h"
@@ -25,6 +26,8 @@ constexpr int kApart = 8;  // counters lie 32 bytes apart, in sectors of their o
 // Shared memory: the words of two rounds, two mbarriers.
 constexpr int kWords = 2 * kMost * 4, kShared = kWords * 4 + 2 * kSharedGap + 16;
 // Slices: two mbarriers, the words of two rounds, at most so many bytes of each member.
+constexpr int kApartInPieces = 16;
+constexpr int slice_size(int bytes, int piece) { return bytes + bytes / piece * kApartInPieces; }
 constexpr int kSenders = 8, kLargestSlice = 2048, kSliceBarriers = 16 + kSharedGap;  // warps; bytes
 // Global memory, zeros before the launch: one counter of the team and one of each member; the words of two rounds, 16 bytes each.
 constexpr int kCounters = (1 + kMost) * kApart, kGlobalWords = 2 * kMost * 4;
@@ -115,8 +118,9 @@ FUSED_RNN_DEVICE void rounds_of_flags(uint32_t* counters, int members, int round
   result[rank * kWarp + lane] = seen;
 }
 
-// A slice is `bytes` long, a multiple of 512; a store of a warp goes to `peers` of the others, a power of two up to 32.
-FUSED_RNN_DEVICE void rounds_of_slices(char* words, uint64_t* barriers, int members, int rounds, int bytes, int peers, uint32_t* result) {
+// A slice is `bytes` long, a multiple of 512; a store of a warp goes to `peers` of the others, a power of two up to 32. Its pieces of `piece`
+// bytes lie kApartInPieces bytes further from each other than need be.
+FUSED_RNN_DEVICE void rounds_of_slices(char* words, uint64_t* barriers, int members, int rounds, int bytes, int peers, int piece, uint32_t* result) {
   const int rank = int(cluster_rank()), tid = int(threadIdx.x), warp = tid / kWarp, lane = tid % kWarp, others = members - 1;
   const int width = kWarp / peers, per_slice = bytes / 16 / width;  // 16-byte chunks of a peer in a store; stores until all have theirs
   const int stores = (others + peers - 1) / peers * per_slice;
@@ -129,19 +133,21 @@ FUSED_RNN_DEVICE void rounds_of_slices(char* words, uint64_t* barriers, int memb
   cluster_arrive();
   cluster_wait();
   uint32_t right = 0;
+  const int size = slice_size(bytes, piece);
+  const auto at = [&](int chunk) { return chunk * 16 + chunk * 16 / piece * kApartInPieces; };
   for (int s = 0; s < rounds; ++s) {
-    char* round = words + (s & 1) * members * bytes;
+    char* round = words + (s & 1) * members * size;
     uint64_t* barrier = &barriers[s & 1];
     const uint32_t told = uint32_t(s + 1);
     for (int i = warp; i < stores; i += kSenders) {
       const int after = i / per_slice * peers + lane / width, chunk = i % per_slice * width + lane % width;
       if (after >= others) continue;
       const unsigned peer = unsigned((rank + 1 + after) % members);
-      store_async(remote(round + rank * bytes + chunk * 16, peer), remote(barrier, peer), uint4{told, told, told, told});
+      store_async(remote(round + rank * size + at(chunk), peer), remote(barrier, peer), uint4{told, told, told, told});
     }
     barrier_wait(barrier, unsigned(s / 2) & 1);
     if (tid == 0 && s + 2 < rounds) barrier_expect(barrier, others * bytes);
-    const char* theirs = round + (rank + 1 + tid % others) % members * bytes + tid / others % (bytes / 16) * 16;
+    const char* theirs = round + (rank + 1 + tid % others) % members * size + at(tid / others % (bytes / 16));
     right += *reinterpret_cast<const uint32_t*>(theirs) == told;
     sync_threads();  // all have read, and thread 0 expects the next, before any peer is told to go on
   }
@@ -156,16 +162,16 @@ struct Exchange {
   uint32_t* counters;  // [kCounters], zeros
   uint32_t* global;  // [kGlobalWords]
   uint32_t* result;  // of each thread of the first warp, what it knows in the end
-  int bytes = 0, peers = 1;  // slices
+  int bytes = 0, peers = 1, piece = 512;  // slices
 };
 
-inline int slices_shared(const Exchange& p) { return kSliceBarriers + 2 * p.members * p.bytes; }
+constexpr int slices_shared(const Exchange& p) { return kSliceBarriers + 2 * p.members * slice_size(p.bytes, p.piece); }
 
 FUSED_RNN_DEVICE void run(const Exchange& p) {
   if (p.kind == slices) {
     uint64_t* barriers = shared_array<uint64_t>(0, 2);
-    char* words = shared_array<char>(kSliceBarriers, 2 * p.members * p.bytes);
-    return rounds_of_slices(words, barriers, p.members, p.rounds, p.bytes, p.peers, p.result);
+    char* words = shared_array<char>(kSliceBarriers, slices_shared(p) - kSliceBarriers);
+    return rounds_of_slices(words, barriers, p.members, p.rounds, p.bytes, p.peers, p.piece, p.result);
   }
   uint32_t* words = shared_array<uint32_t>(0, kWords);
   uint64_t* barriers = shared_array<uint64_t>(kWords * 4 + kSharedGap, 2);

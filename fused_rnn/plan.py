@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any, NamedTuple
 
 import torch
@@ -126,6 +127,16 @@ def read(native: Any, number: str, device: Device) -> Plan:
     )  # fmt: skip
 
 
+def _asked(where: torch.device) -> Device | None:
+    """What the compiled loops find out about a device, its clusters above all; None where there are none."""
+    try:
+        loops = import_module("fused_rnn._cuda")
+    except ImportError:
+        return None
+    found = loops.device(torch.cuda.current_device() if where.index is None else where.index)
+    return Device(found.arch, found.multiprocessors, found.shared, found.clusters)
+
+
 def _device(device: str | torch.device | tuple[int, int, int, tuple[int, ...]] | None) -> Device:
     if isinstance(device, tuple):
         return Device(*device)
@@ -139,6 +150,8 @@ def _device(device: str | torch.device | tuple[int, int, int, tuple[int, ...]] |
             f"device: got {device!r}, expected a CUDA device, one of {', '.join(DEVICES)}, "
             "or (arch, multiprocessors, shared, clusters)"
         )
+    if (asked := _asked(where)) is not None:
+        return asked
     properties = torch.cuda.get_device_properties(where)
     arch = 10 * properties.major + properties.minor
     likely = next(known for known in reversed(DEVICES.values()) if known.arch <= max(arch, 80))

@@ -34,7 +34,7 @@ def main() -> None:
 
     device = module.loaded().device(0)
     print(f"_cuda finds sm_{device.arch}, {device.multiprocessors} multiprocessors, {device.shared} bytes, ", end="")
-    print("clusters of " + ", ".join(f"{size}: {device.clusters[size - 1]}" for size in (2, 4, 8, 16)))
+    print(f"clusters of 1 to 16: {device.clusters}")
 
 
 if __name__ == "__main__":

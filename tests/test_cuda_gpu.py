@@ -47,7 +47,7 @@ def network(cell: str = "LSTM", hidden: int = 48, **options: Any) -> torch.nn.Mo
 def train(net: torch.nn.Module, x: Tensor) -> list[Tensor]:
     """y and the gradients of its sum of squares."""
     y = net(x)[0]
-    return [y, *torch.autograd.grad(y.float().square().sum(), [x, *net.parameters()])]
+    return [y.detach(), *torch.autograd.grad(y.float().square().sum(), [x, *net.parameters()])]
 
 
 def data(steps: int, batch: int, device: str = "cuda") -> Tensor:
@@ -81,7 +81,7 @@ def test_training_step_is_captured_and_replayed(cell: str, exchange: str) -> Non
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = [t.detach() for t in train(net, x)]  # no node of a graph of that stream
+        captured = train(net, x)
     for _ in range(3):
         fresh = data(7, 20)
         with torch.no_grad():
@@ -175,11 +175,11 @@ def test_what_the_planner_chooses_at_every_size() -> None:
     sizes += (("LSTM", 144, 8), ("GRU", 192, 8), ("LSTM", 650, 64))
     for cell, hidden, batch in sizes:
         net, x = network(cell, hidden), data(9, batch)
-        results = [t.detach() for t in train(net, x)]
+        results = train(net, x)
         with plans.override("stepwise"):
             stepwise = train(net, x)
         for ours, theirs in zip(results, stepwise, strict=True):
-            torch.testing.assert_close(ours, theirs, rtol=5e-2, atol=5e-2 * float(theirs.detach().abs().max()))
+            torch.testing.assert_close(ours, theirs, rtol=5e-2, atol=5e-2 * float(theirs.abs().max()))
 
 
 def test_beyond_65535_steps_and_31_bits_of_elements() -> None:

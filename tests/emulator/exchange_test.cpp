@@ -11,10 +11,10 @@ struct Rounds {
   static FUSED_RNN_DEVICE void body(Exchange p) { run(p); }
 };
 
-void check(Kind kind, int members, int rounds, int bytes = 0, int peers = 1) {
+void check(Kind kind, int members, int rounds, int bytes = 0, int peers = 1, int piece = 512) {
   for (int seed = 0; seed < harness::seeds; ++seed) {
     Buffer<uint32_t> counters(kCounters), global(kGlobalWords), result(kMost * kWarp);
-    const Exchange p{kind, members, rounds, counters.data(), global.data(), result.data(), bytes, peers};
+    const Exchange p{kind, members, rounds, counters.data(), global.data(), result.data(), bytes, peers, piece};
     const unsigned size = kind == cluster || kind == slices ? unsigned(members) : 1;
     const int shared = kind == slices ? slices_shared(p) : kShared;
     harness::launch<Rounds>({unsigned(ctas(p)), unsigned(threads(p)), size, shared, kind == grid || kind == flags}, uint64_t(seed), p);
@@ -38,7 +38,8 @@ TEST(members_of_a_cluster) {
 TEST(slices_of_a_cluster) {
   if (!harness::has_cluster()) return;
   for (const int members : {2, 3, 8})
-    for (const int peers : {1, 8}) check(slices, members, 4, 1024, peers);
+    for (const int peers : {1, 8})
+      for (const int piece : {64, 512}) check(slices, members, 4, 1024, peers, piece);
 }
 TEST(members_of_a_grid) {
   for (const int members : {1, 2, 5, 40}) check(grid, members, 4);
