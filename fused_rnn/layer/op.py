@@ -6,7 +6,7 @@ Arguments and results are those of fused_rnn::forward and fused_rnn::backward, t
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -24,9 +24,17 @@ _library = torch.library.Library("fused_rnn", "FRAGMENT")
 _INPUTS = "Tensor x, Tensor[] weights, Tensor? h0, Tensor? c0, Tensor? lengths, Tensor? reset"
 
 
-@contextmanager
-def _on(x: Tensor) -> Iterator[None]:
+def _on(x: Tensor) -> AbstractContextManager[None]:
     """x's device is current; products have the precision of a recurrent layer, which autocast would change."""
+    kind = x.device.type
+    as_it_is = not torch.is_autocast_enabled(kind)
+    if as_it_is and kind == "cuda":
+        as_it_is = x.dtype != torch.float32 and x.device.index == torch.cuda.current_device()
+    return nullcontext() if as_it_is else _changed(x)
+
+
+@contextmanager
+def _changed(x: Tensor) -> Iterator[None]:
     kind = x.device.type
     with ExitStack() as stack:
         if torch.is_autocast_enabled(kind):

@@ -29,7 +29,8 @@ def input_product(x: Tensor, weights: Weights, cell: Cell, windows: Sequence[tup
         if biases[0] is None:
             torch.mm(rows, w.t(), out=out)
         else:
-            torch.addmm(torch.cat([b for b in biases if b is not None]), rows, w.t(), out=out)
+            bias = biases[0] if recurrences == 1 else torch.cat([b for b in biases if b is not None])
+            torch.addmm(bias, rows, w.t(), out=out)
         return gx
     flat = gx.view(-1, recurrences, cell.gates * hidden)
     for r, window in enumerate(windows):

@@ -24,10 +24,11 @@ def _states(layer: Layer, state: Tensor | None, like: Tensor, width: int) -> Ten
     return like.new_zeros(layer.recurrences, layer.batch, width) if state is None else aligned(state)
 
 
-def _wide(layer: Layer, state: Tensor | None, like: Tensor) -> Tensor:
-    """A state [R, B, H] in the accumulation dtype, in memory of its own: the loops write to it."""
-    made = like.new_zeros(layer.recurrences, layer.batch, layer.hidden, dtype=wide(like.dtype))
-    return made if state is None else made.copy_(state)
+def _wide(layer: Layer, like: Tensor, *states: Tensor | None) -> list[Tensor]:
+    """States [R, B, H] in the accumulation dtype, in memory of their own: the loops write to them."""
+    size = (len(states), layer.recurrences, layer.batch, layer.hidden)
+    made = list(like.new_zeros(size, dtype=wide(like.dtype)).unbind())
+    return [m if state is None else m.copy_(state) for m, state in zip(made, states, strict=True)]
 
 
 def forward(
@@ -47,7 +48,7 @@ def forward(
     if weights.w_hr and h0 is not None:
         projection.enter(layer, gx, h0, weights)
     h_first = _states(layer, None if weights.w_hr else h0, x, hidden)
-    state = _wide(layer, c0 if cell.has_c else h0, x) if cell.has_state else None
+    state = _wide(layer, x, c0 if cell.has_c else h0)[0] if cell.has_state else None
     y = x.new_empty(steps, batch, recurrences * hidden)  # as it leaves: a view may not be changed in place
     m = y.view(steps, batch, recurrences, hidden)
     h_n = torch.empty_like(h_first)
@@ -100,12 +101,14 @@ def backward(
         dm = None if dy is None else projection.pull(dy, weights)
         dm_n = None if dh_n is None else projection.pull(dh_n.transpose(0, 1), weights).transpose(0, 1)
     dgates = x.new_empty(steps, batch, recurrences, cell.gradients, units)
-    dh, dc = _wide(layer, dm_n, x), _wide(layer, dc_n, x) if cell.has_c else None
+    dh, dc = _wide(layer, x, dm_n, dc_n) if cell.has_c else (*_wide(layer, x, dm_n), None)
     m = x.new_empty(steps, batch, recurrences, units) if weights.w_hr and need_dw else None
     if save == "recompute" and cell.stored:
         _backward_by_chunks(layer, loops, x, weights, h_first, hidden, saved, dm, dgates, dh, dc, m)
     else:
-        states, first_state = (cells, _states(layer, c0, x, units)) if cell.has_c else (hidden, h_first)
+        states, first_state = (hidden, h_first) if not cell.has_c else (cells, h_first)
+        if cell.has_c and not (c0 is None and h0 is None and h_first.shape[2] == units):
+            first_state = _states(layer, c0, x, units)
         if m is not None:
             m.copy_(projection.unprojected(saved, cells, x.dtype))
         loops.backward(
@@ -116,8 +119,8 @@ def backward(
     if weights.w_hr:
         dh0, dw_hr = projection.gradients(layer, dy, dh_n, weights, dgates, m)
     else:
-        dh0, dw_hr = dh.to(x.dtype, copy=True), []
-    dh0 = x.new_empty(0) if h0 is None else dh0
+        dh0, dw_hr = dh, []
+    dh0 = x.new_empty(0) if h0 is None else dh0.to(x.dtype, copy=True)
     dc0 = x.new_empty(0) if c0 is None or dc is None else dc.to(x.dtype, copy=True)
     outputs = [input_gradient(x, weights, cell, dgates) if need_dx else x.new_empty(0), dh0, dc0]
     if need_dw:
