@@ -21,8 +21,8 @@ from fused_rnn.triton_kernels.tiles import ARCHITECTURES, SPILLS, Plan, Shape
 
 ARCHS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
 KINDS = {"half": ("bfloat16", "ieee"), "tf32": ("float32", "tf32"), "ieee": ("float32", "ieee")}
-# Each side of every border in the tile tables; at 130 rows are not a multiple of 16 bytes.
-HIDDEN = (32, 64, 128, 130, 256, 512, 1024, 2048)
+# Each side of every border in the tile tables; at 130 rows are not a multiple of 16 bytes, 768 is no power of two.
+HIDDEN = (32, 64, 128, 130, 256, 512, 768, 1024, 2048)
 CELLS = ("lstm", "gru", "rnn_tanh")  # rnn_relu is rnn_tanh but for one line of its cell: at one H
 RNN_HIDDEN = (32, 130, 512)  # of the same tiles as the others' kernels, and with a quarter of their registers
 
