@@ -36,23 +36,23 @@ def _clusters(largest: int, *gpcs: int) -> tuple[int, ...]:
 
 
 # A common part of each architecture, full-size: NVIDIA's data sheets and the CUDA C++ Programming Guide. Which GPCs
-# lack how many multiprocessors differs from one GPU to the next: these are likely.
+# lack how many multiprocessors differs from one GPU to the next: where none was asked, these are likely.
 DEVICES = {
     "sm_80": Device(80, 108, 163 * _KIB),  # A100
     "sm_86": Device(86, 82, 99 * _KIB),  # RTX 3090
     "sm_89": Device(89, 128, 99 * _KIB),  # RTX 4090
-    "sm_90": Device(90, 132, 227 * _KIB, _clusters(16, *6 * [16], *2 * [18])),  # H100, H200
+    "sm_90": Device(90, 132, 227 * _KIB, (132, 66, 39, 30, 22, 17, 15, 15, 9, *7 * [7])),  # an H200 that was asked
     "sm_100": Device(100, 148, 227 * _KIB, _clusters(16, *6 * [18], *2 * [20])),  # B200
     "sm_120": Device(120, 170, 99 * _KIB, _clusters(8, *8 * [16], *3 * [14])),  # RTX 5090
 }
 
 
 class Cycles(NamedTuple):
-    """Estimated cycles of a step's critical path, by part."""
+    """Estimated cycles of a step's critical path, by part; cell: all that is not one of the others."""
 
     product: float
     loads: float
-    activations: float
+    cell: float
     exchange: float
 
 
@@ -198,7 +198,7 @@ def plan(
         NotImplementedError: where the compiled extension is missing.
 
     Examples:
-        >>> fused_rnn.plan("lstm", batch=64, hidden_size=512, dtype=torch.bfloat16, device="sm_90").exchange
+        >>> fused_rnn.plan("lstm", batch=32, hidden_size=512, dtype=torch.bfloat16, device="sm_90").exchange
         'cluster'
     """
     if ops._C is None:

@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # a checkout built in pla
 import torch
 
 import fused_rnn
+from fused_rnn.cuda_loops import plans
 
 
 def micros(call: Callable[[], object], count: int, wait: Callable[[], None]) -> float:
@@ -85,6 +86,13 @@ def main() -> None:
                 print(f"{name:<28} {micros(call, count, wait):7.1f} us", flush=True)
                 if backend == "cuda":
                     ours[name] = call
+    for hidden, batch in ((128, 8), (1024, 64)):
+        layer = fused_rnn.LSTM(8, hidden, device=device, dtype=torch.bfloat16, backend="cuda")
+        x = torch.randn(64, batch, 8, device=device, dtype=torch.bfloat16)
+        with plans.override("stepwise"), torch.no_grad():
+            layer(x)
+            taken = micros(lambda: (layer(x), wait()), 10, wait) / len(x)  # noqa: B023
+        print(f"LSTM H={hidden} B={batch} without a team, a step {taken:7.1f} us", flush=True)
     for dtype in (torch.float16, torch.bfloat16):
         for owner in (torch.nn, fused_rnn):
             layer, x = owner.LSTM(8, 8, device=device), torch.randn(3, 2, 8, device=device)

@@ -31,7 +31,7 @@ LANES = {
     "autocast": (("tests/test_autocast.py",), 1),
     "emulator": (("tests/test_emulator.py",), 1),
     "bench": (("tests/test_bench.py", "tests/test_bench_gpu.py"), 1),
-    "triton": (("tests/test_triton_gpu.py", "tests/test_triton_loops.py", "tests/test_triton_backend.py"), 9),
+    "triton": (("tests/test_triton_gpu.py", "tests/test_triton_loops.py", "tests/test_triton_backend.py"), 12),
 }
 
 

@@ -43,7 +43,8 @@ def assert_runs(plan: Plan, cell: str, batch: int, hidden: int, recurrences: int
     elif plan.exchange == "cluster":
         assert device.arch >= 90
         assert 2 <= plan.members <= len(device.clusters)
-        assert plan.waves * device.clusters[plan.members - 1] >= plan.tiles * recurrences
+        beside = max(1, min(65536 // (256 * plan.threads), device.shared // plan.shared))  # CTAs of a multiprocessor
+        assert plan.waves * device.clusters[plan.members - 1] * beside >= plan.tiles * recurrences
     else:  # all of a launch are resident together, or it would be refused
         assert min(plan.tiles_at_once, plan.tiles) * recurrences * plan.members <= device.multiprocessors
     assert all(part >= 0 for part in plan.cycles)
@@ -98,16 +99,19 @@ def test_clusters_of_any_size(members: int) -> None:
 
 
 def test_a_cluster_stays_within_a_gpc() -> None:
-    """An H100 likely has 6 GPCs of 16 multiprocessors and 2 of 18: 8 clusters of 16 fill 128 of its 132."""
+    """An H200 that was asked has room for 7 clusters of 16, 112 of its 132 multiprocessors."""
     assert len(H100.clusters) == 16
-    assert [H100.clusters[n - 1] for n in (1, 2, 4, 8, 9, 12, 16)] == [132, 66, 32, 16, 10, 8, 8]
-    options: dict[str, Any] = {"exchange": "cluster", "members": 16, "rows": 8}
-    assert ask(batch=64, **options).waves == 1
-    assert ask(batch=64, **options).tiles_at_once == 8
-    assert ask(batch=65, **options).waves == 2
-    assert ask(batch=64, recurrences=2, **options).waves == 2
-    seven = H100._replace(clusters=(*H100.clusters[:15], 7))  # as the occupancy calculator may say of another H100
-    assert ask(batch=64, device=seven, **options).waves == 2
+    assert [H100.clusters[n - 1] for n in (1, 2, 4, 8, 9, 12, 16)] == [132, 66, 30, 15, 9, 7, 7]
+    options: dict[str, Any] = {"exchange": "cluster", "hidden": 768, "members": 16, "rows": 8}
+    assert ask(batch=56, **options).waves == 1
+    assert ask(batch=56, **options).tiles_at_once == 7
+    assert ask(batch=57, **options).waves == 2
+    assert ask(batch=56, recurrences=2, **options).waves == 2
+    eight = H100._replace(clusters=(*H100.clusters[:15], 8))  # as another H100 may have
+    assert ask(batch=64, device=eight, **options).waves == 1
+    small: dict[str, Any] = {"exchange": "cluster", "hidden": 128, "members": 4, "rows": 8}
+    assert ask(batch=256, **small).threads == 128  # of which a multiprocessor has room for two
+    assert (ask(batch=256, **small).tiles, ask(batch=256, **small).waves) == (32, 1)
     none = H100._replace(clusters=(*H100.clusters[:15], 0))
     assert "that were asked for" in str(ask(device=none, **options).reason)
     assert ask(device=none).members != 16
@@ -189,7 +193,7 @@ def test_float32_is_tf32_where_torch_says_so() -> None:
 
 
 def test_a_plan_reads_well() -> None:
-    text = str(ask())
+    text = str(ask(batch=8))
     assert text.startswith("a cluster of 16, bf16, 32 units x ")
     assert " cycles a step" in text
     assert str(ask(dtype=torch.float64)).startswith("stepwise: float64")

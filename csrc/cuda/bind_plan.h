@@ -43,7 +43,7 @@ inline void bind_plan(pybind11::module_& m) {
                                py::dict parts;
                                parts["product"] = p.cycles.product;
                                parts["loads"] = p.cycles.loads;
-                               parts["activations"] = p.cycles.activations;
+                               parts["cell"] = p.cycles.cell;
                                parts["exchange"] = p.cycles.exchange;
                                return parts;
                              })

@@ -9,20 +9,23 @@ namespace {
 
 int ceil_div(int64_t a, int64_t b) { return int((a + b - 1) / b); }
 
-// Cycles by which each part was estimated, for an H100 at 1.7 GHz; estimates until they are measured on one.
+// Cycles of each part, fitted to the steps of 150 plans on an H200 at 1.98 GHz (2026-11-26; LSTM and GRU, bf16 and TF32, H = 128 to 2048):
+// they come within 9 % of what was measured, a third at worst. benchmarks/results/h200/NOTES.md has the numbers.
 constexpr double kMma = 8;            // an mma.m16n8k16 (tf32: k8) in one of the four parts of a multiprocessor
 constexpr double kMmaLatency = 33;    // before the next one may add to its sums
 constexpr double kBlock = 12;         // of a warp, a block's loads and its branch beside the mma
 constexpr double kSharedBytes = 128;  // of shared memory a cycle
-constexpr double kBarrier = 40;       // of a CTA's threads, its skew included
-constexpr double kActivations = 16;   // transcendental results a cycle
-constexpr double kCellLatency = 150;  // of the longest chain of a cell
-constexpr double kClusterLatency = 400, kClusterBytes = 16;  // remote stores to the wait's end; bytes that arrive a cycle
-constexpr double kGridLatency = 2300, kGridBytes = 32;       // release to acquire through L2; bytes from L2 a cycle
+constexpr double kWork = 0.8;         // of product and loads, which overlap, is seen
+// What a step takes beside, from the sums to the stores and the next input, the latency of an exchange between neighbours included; more in
+// backward, and where a thread has two cells.
+constexpr double kCell = 2225, kCellBackward = 170, kSecondCell = 630, kSecondCellBackward = 850;
+constexpr double kTwoOnOne = 1.15;      // where a multiprocessor has two members
+constexpr double kClusterBytes = 17.5;  // that arrive a cycle
+constexpr double kGridLatency = 1800, kGridBytes = 53;  // beyond a cluster's, through L2; bytes from L2 a cycle
 constexpr double kFma = 128;          // a cycle
 // A step without a team: what it takes to issue its product and its launch, and of the product operations a cycle and multiprocessor, and
 // bytes of W_hh a cycle from L2.
-constexpr double kIssue = 36000, kProductFlops = 2048, kL2Bytes = 2500;
+constexpr double kIssue = 60000, kProductFlops = 2048, kL2Bytes = 2500;
 
 Cycles estimate(const Request& q, const Plan& plan) {
   const Tile t = tile(q.number, q.backward, plan.nt);
@@ -36,10 +39,12 @@ Cycles estimate(const Request& q, const Plan& plan) {
   Cycles c;
   if (q.number == NumberKind::ieee) c.product = fragments * t.rows * t.depth * team.rows / kFma;
   else c.product = std::max(2 * fragments * plan.nt / 4 * kMma, team.blocks * (kBlock + 2 * kMmaLatency / chains(t, plan.nt)));
-  c.loads = (rest + operand + partial) / kSharedBytes;
-  c.activations = kCellLatency + cells * (q.gates + 1) / kActivations + 2 * kBarrier;
+  c.product *= kWork;
+  c.loads = kWork * (rest + operand + partial) / kSharedBytes;
+  c.cell = kCell + kCellBackward * q.backward;
+  if (cells > plan.threads) c.cell += kSecondCell + kSecondCellBackward * q.backward;
   const double bytes = double(team.rows) * team.depth * t.size * (team.members - 1) / team.members;
-  if (team.exchange == ExchangeKind::cluster) c.exchange = kClusterLatency + bytes / kClusterBytes;
+  if (team.exchange == ExchangeKind::cluster) c.exchange = bytes / kClusterBytes;
   if (team.exchange == ExchangeKind::grid) c.exchange = kGridLatency + bytes / kGridBytes;
   return c;
 }
@@ -67,6 +72,11 @@ bool lay_out(const Request& q, const Device& device, int shares, Plan& plan) {
   return plan.threads <= kThreads && plan.shared <= device.shared;
 }
 
+// Clusters queue for multiprocessors, on each of which so many members have room for their registers (all of 255) and memory.
+int members_on_one(const Plan& plan, const Device& device) {
+  return int(std::max<int64_t>(1, std::min(65536 / (256 * plan.threads), int(device.shared / plan.shared))));
+}
+
 void consider(const Request& q, const Device& device, ExchangeKind exchange, int units, int nt, Plan& best) {
   Plan plan;
   plan.nt = nt;
@@ -81,11 +91,14 @@ void consider(const Request& q, const Device& device, ExchangeKind exchange, int
   const int64_t teams = exchange == ExchangeKind::cluster ? device.clusters[members - 1] : device.multiprocessors / members;
   const bool together = exchange == ExchangeKind::grid;
   if (teams < (together ? q.R : 1)) return;
-  plan.tiles_at_once = int(std::max<int64_t>(teams / q.R, 1));
-  plan.waves = together ? ceil_div(plan.tiles, plan.tiles_at_once) : ceil_div(plan.tiles * q.R, teams);
   for (int shares = 1; shares <= kThreads / 32; ++shares) {
     if (!lay_out(q, device, shares, plan)) continue;
     plan.cycles = estimate(q, plan);
+    const bool crowded = !together && plan.tiles * q.R > teams && members_on_one(plan, device) > 1;
+    const int64_t at_once = teams * (crowded ? members_on_one(plan, device) : 1);
+    plan.tiles_at_once = int(std::max<int64_t>(at_once / q.R, 1));
+    plan.waves = together ? ceil_div(plan.tiles, plan.tiles_at_once) : ceil_div(plan.tiles * q.R, at_once);
+    if (crowded) plan.cycles.cell *= kTwoOnOne;
     if (!best.nt || plan.waves * plan.cycles.sum() < best.waves * best.cycles.sum()) best = plan;
   }
 }

@@ -30,8 +30,8 @@ struct Request {
 
 // Estimated cycles of a step on its critical path, by part.
 struct Cycles {
-  double product = 0, loads = 0, activations = 0, exchange = 0;
-  double sum() const { return product + loads + activations + exchange; }
+  double product = 0, loads = 0, cell = 0, exchange = 0;
+  double sum() const { return product + loads + cell + exchange; }
 };
 
 struct Plan {
