@@ -114,7 +114,7 @@ def test_a_cluster_stays_within_a_gpc() -> None:
     assert (ask(batch=256, **small).tiles, ask(batch=256, **small).waves) == (32, 1)
     none = H100._replace(clusters=(*H100.clusters[:15], 0))
     assert "that were asked for" in str(ask(device=none, **options).reason)
-    assert ask(device=none).members != 16
+    assert ask(device=none, exchange="cluster").members != 16
 
 
 def test_teams_that_take_turns_too_often_leave_it_to_matrix_products() -> None:

@@ -23,9 +23,9 @@ constexpr double kTwoOnOne = 1.15;      // where a multiprocessor has two member
 constexpr double kClusterBytes = 17.5;  // that arrive a cycle
 constexpr double kGridLatency = 1800, kGridBytes = 53;  // beyond a cluster's, through L2; bytes from L2 a cycle
 constexpr double kFma = 128;          // a cycle
-// A step without a team: what it takes to issue its product and its launch, and of the product operations a cycle and multiprocessor, and
+// A step without a team: what the host takes to issue its product and its launch (45 µs where a launch takes 7), and of the product operations a cycle and multiprocessor, and
 // bytes of W_hh a cycle from L2.
-constexpr double kIssue = 60000, kProductFlops = 2048, kL2Bytes = 2500;
+constexpr double kIssue = 90000, kProductFlops = 2048, kL2Bytes = 2500;
 
 Cycles estimate(const Request& q, const Plan& plan) {
   const Tile t = tile(q.number, q.backward, plan.nt);

@@ -127,6 +127,8 @@ inline char* remote(const void* own_shared, unsigned rank) {
 
 inline void store_async(char* destination, char* barrier, uint4 value) {
   Inside guard;
+  // An H200 calls it an illegal instruction, even where a CTA stores to itself.
+  if (!machine.in_clusters) fail("store_async: the launch is not one of clusters");
   check_shared("store_async", destination, kCopyBytes, kCopyBytes);
   checked("store_async", barrier);
   Cta* target = owner_of(destination);

@@ -146,18 +146,20 @@ inline void check_launch(dim3 grid, dim3 block, unsigned cluster, size_t shared_
   auto refuse = [](const std::string& what) { throw std::invalid_argument("launch: " + what); };
   if (count(grid) == 0) refuse("grid is empty");
   if (count(block) == 0 || count(block) > 1024) refuse("block has " + std::to_string(count(block)) + " threads, expected 1 to 1024");
-  if (cluster == 0 || cluster > 16 || grid.x % cluster)
-    refuse("cluster is " + std::to_string(cluster) + ", expected 1 to 16 and a divisor of grid.x = " + std::to_string(grid.x));
+  if (cluster > 16 || (cluster && grid.x % cluster))
+    refuse("cluster is " + std::to_string(cluster) + ", expected 0 to 16 and a divisor of grid.x = " + std::to_string(grid.x));
   if (shared_bytes > kMostShared)
     refuse("shared_bytes is " + std::to_string(shared_bytes) + ", expected at most " + std::to_string(kMostShared));
 }
 
-// Calls body() in every thread of the grid. Throws std::runtime_error where the kernel does what the hardware would not forgive.
+// Calls body() in every thread of the grid; cluster: 0 where the launch is not one of clusters. Throws std::runtime_error where the kernel does what the hardware would not forgive.
 template <class Body>
 inline void launch(dim3 grid, dim3 block, unsigned cluster, size_t shared_bytes, Options options, Body&& body) {
   check_launch(grid, block, cluster, shared_bytes);
   machine.grid = grid;
   machine.block = block;
+  machine.in_clusters = cluster > 0;
+  cluster = std::max(cluster, 1u);
   machine.cluster_size = cluster;
   machine.shared_bytes = shared_bytes;
   machine.body_argument = const_cast<void*>(static_cast<const void*>(std::addressof(body)));

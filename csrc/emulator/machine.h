@@ -113,6 +113,7 @@ struct Machine {
   // the launch
   dim3 grid, block;
   unsigned cluster_size = 1;
+  bool in_clusters = false;  // else each CTA is a cluster of its own, which st.async does not take for one
   size_t shared_bytes = 0, shared_stride = 0;
   void (*body)(void*) = nullptr;
   void* body_argument = nullptr;

@@ -69,7 +69,7 @@ void launch(Shape shape, uint64_t seed, Arguments... arguments) {
   fused_rnn::emulator::Options options;
   options.seed = seed;
   options.cooperative = shape.cooperative;
-  fused_rnn::emulator::launch(dim3(shape.ctas), dim3(shape.threads), shape.cluster ? shape.cluster : 1, size_t(shape.shared), options,
+  fused_rnn::emulator::launch(dim3(shape.ctas), dim3(shape.threads), shape.cluster, size_t(shape.shared), options,
                               [=] { Kernel::body(arguments...); });
 }
 

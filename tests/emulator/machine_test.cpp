@@ -30,7 +30,7 @@ void run(Shape shape, uint64_t seed, Body body) {
   fused_rnn::emulator::Options options;
   options.seed = seed;
   options.cooperative = shape.cooperative;
-  fused_rnn::emulator::launch(dim3(shape.ctas), dim3(shape.threads), shape.cluster ? shape.cluster : 1, size_t(shape.shared), options, body);
+  fused_rnn::emulator::launch(dim3(shape.ctas), dim3(shape.threads), shape.cluster, size_t(shape.shared), options, body);
 }
 
 template <class Body>
@@ -245,6 +245,11 @@ TEST(mbarriers_used_wrongly) {
   every_seed_fails("barrier_wait: the mbarrier is not initialised", {1, 1, 1, 8}, [] { barrier_wait(shared_array<uint64_t>(0, 1), 0); });
   every_seed_fails("cluster_wait: without a cluster_arrive", {2, 1, 2}, [] { cluster_wait(); });
   every_seed_fails("between cluster_arrive and cluster_wait", {1, 1, 1}, [] { cluster_arrive(); });
+  every_seed_fails("store_async: the launch is not one of clusters", {1, 1, 0, 64}, [] {
+    uint4* buffer = shared_array<uint4>(0, 1);
+    uint64_t* barrier = shared_array<uint64_t>(32, 1);
+    store_async(remote(buffer, 0), remote(barrier, 0), {1, 2, 3, 4});
+  });
   every_seed_fails("rank 2 outside the cluster", {2, 1, 2, 16}, [] { remote(shared_memory(), 2); });
   every_seed_fails("the mbarrier of another CTA", {2, 1, 2, 8}, [] {
     uint64_t* barrier = shared_array<uint64_t>(0, 1);
