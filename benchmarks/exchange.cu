@@ -26,7 +26,7 @@ void check(cudaError_t status, const char* what) {
   std::exit(1);
 }
 
-FUSED_RNN_KERNEL(kWarp * kSenders) rounds_kernel(const FUSED_RNN_GRID_CONSTANT Exchange p) { run(p); }
+FUSED_RNN_KERNEL(kWarp* kSenders) rounds_kernel(const FUSED_RNN_GRID_CONSTANT Exchange p) { run(p); }
 
 // Seconds of a launch; negative where the device has no room for the team.
 double seconds(const Exchange& p, int shared) {

@@ -118,9 +118,10 @@ FUSED_RNN_DEVICE void rounds_of_flags(uint32_t* counters, int members, int round
   result[rank * kWarp + lane] = seen;
 }
 
-// A slice is `bytes` long, a multiple of 512; a store of a warp goes to `peers` of the others, a power of two up to 32. Its pieces of `piece`
-// bytes lie kApartInPieces bytes further from each other than need be.
-FUSED_RNN_DEVICE void rounds_of_slices(char* words, uint64_t* barriers, int members, int rounds, int bytes, int peers, int piece, uint32_t* result) {
+// A slice is `bytes` long, a multiple of 512; a store of a warp goes to `peers` of the others, a power of two up to 32. Its pieces of
+// `piece` bytes lie kApartInPieces bytes further from each other than need be.
+FUSED_RNN_DEVICE void rounds_of_slices(char* words, uint64_t* barriers, int members, int rounds, int bytes, int peers, int piece,
+                                       uint32_t* result) {
   const int rank = int(cluster_rank()), tid = int(threadIdx.x), warp = tid / kWarp, lane = tid % kWarp, others = members - 1;
   const int width = kWarp / peers, per_slice = bytes / 16 / width;  // 16-byte chunks of a peer in a store; stores until all have theirs
   const int stores = (others + peers - 1) / peers * per_slice;

@@ -13,6 +13,7 @@ import math
 import re
 import struct
 from collections.abc import Callable, Iterable, Iterator
+from itertools import pairwise
 from typing import NamedTuple
 
 WORD, LONG = (1 << 32) - 1, (1 << 64) - 1
@@ -116,7 +117,7 @@ class Thread:
     def trace(self, most: int = 1_000_000) -> Iterator[tuple[Instruction, bool]]:
         """The instructions that it meets, in order, and whether their guard held: they issue where it did not, too."""
         order = sorted(self.code)
-        after = dict(zip(order, order[1:], strict=False))
+        after = dict(pairwise(order))
         at = order[0]
         for _ in range(most):
             instruction = self.code[at]

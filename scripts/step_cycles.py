@@ -8,6 +8,7 @@ there, so that a step is what a member does itself; the exchange runs beside the
 from __future__ import annotations
 
 import struct
+from math import ceil
 from typing import NamedTuple
 
 from sass import Issued, Thread, issue, listing
@@ -36,7 +37,7 @@ class Launch(NamedTuple):
         plan, cell = self.plan, CELLS[self.cell]
         depth = plan.members * plan.units * (cell.gates if self.backward else 1)
         depth_of_block = 16 if plan.number in ("tf32", "ieee") else 32  # 64 bytes
-        blocks = -(-(-(-depth // depth_of_block)) // plan.warps[1])
+        blocks = ceil(ceil(depth / depth_of_block) / plan.warps[1])
         numbers = [STEPS, 0, STEPS, 0, STEPS, 0, 1, 0, ADDRESS * rare, self.batch, 1, self.hidden, plan.tiles, 0]
         steps = struct.pack("<5i4xQi4xQQ5i4x", *numbers)
         team = struct.pack("<8i", 1, plan.members, plan.units, plan.rows, *plan.warps, depth, blocks)

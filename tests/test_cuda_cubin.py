@@ -84,5 +84,6 @@ def test_a_step_is_timed(cubin: ModuleType, capsys: pytest.CaptureFixture[str]) 
         pytest.skip("no cuobjdump")
     assert cubin.main(["--arch", "sm_90a", "--cell", "rnn_tanh", "--number", "bf16", "--jobs", "1"]) == 0
     printed = capsys.readouterr().out
-    assert re.search(r"persistent_fwd NT=1 .*\n +H=128: \d+ cycles a step; wait \d+, product \d+, sums", printed), printed
+    line = r"persistent_fwd NT=1 .*\n +H=128: \d+ cycles a step; wait \d+, product \d+, sums"
+    assert re.search(line, printed), printed
     assert "8 kernels compiled for sm_90a; 0 with a fault" in printed

@@ -1,4 +1,4 @@
-"""scripts/sass.py and step_cycles.py: machine code is read, run, and timed; a step that waits for the next one's input fails."""
+"""scripts/sass.py and step_cycles.py: machine code is read, run, and timed; a wait for the next step's input fails."""
 
 from __future__ import annotations
 

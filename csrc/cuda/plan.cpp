@@ -19,12 +19,12 @@ constexpr double kWork = 0.8;         // of product and loads, which overlap, is
 // What a step takes beside, from the sums to the stores and the next input, the latency of an exchange between neighbours included; more in
 // backward, and where a thread has two cells.
 constexpr double kCell = 2225, kCellBackward = 170, kSecondCell = 630, kSecondCellBackward = 850;
-constexpr double kTwoOnOne = 1.15;      // where a multiprocessor has two members
+constexpr double kTwoOnOne = 1.15;  // where a multiprocessor has two members
 constexpr double kClusterBytes = 17.5;  // that arrive a cycle
 constexpr double kGridLatency = 1800, kGridBytes = 53;  // beyond a cluster's, through L2; bytes from L2 a cycle
-constexpr double kFma = 128;          // a cycle
-// A step without a team: what the host takes to issue its product and its launch (45 µs where a launch takes 7), and of the product operations a cycle and multiprocessor, and
-// bytes of W_hh a cycle from L2.
+constexpr double kFma = 128;  // a cycle
+// A step without a team: what the host takes to issue its product and its launch (45 µs where a launch takes 7), and of the product
+// operations a cycle and multiprocessor, and bytes of W_hh a cycle from L2.
 constexpr double kIssue = 90000, kProductFlops = 2048, kL2Bytes = 2500;
 
 Cycles estimate(const Request& q, const Plan& plan) {

@@ -18,8 +18,8 @@ std::string emulate(void (*kernel)(Loop), const Loop& loop, const Shape& shape) 
   static std::mutex one_at_a_time;  // callers do not hold Python's lock, and there is but one machine
   const std::lock_guard<std::mutex> lock(one_at_a_time);
   try {
-    emulator::launch(dim3{unsigned(shape.ctas), 1, 1}, dim3{unsigned(shape.threads), 1, 1}, unsigned(shape.cluster > 1 ? shape.cluster : 0), size_t(shape.shared),
-                     {emulated_seed, shape.cooperative}, [&] { kernel(loop); });
+    emulator::launch(dim3{unsigned(shape.ctas), 1, 1}, dim3{unsigned(shape.threads), 1, 1}, unsigned(shape.cluster > 1 ? shape.cluster : 0),
+                     size_t(shape.shared), {emulated_seed, shape.cooperative}, [&] { kernel(loop); });
   } catch (const std::exception& error) {
     return error.what();
   }

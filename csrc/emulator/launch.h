@@ -152,7 +152,8 @@ inline void check_launch(dim3 grid, dim3 block, unsigned cluster, size_t shared_
     refuse("shared_bytes is " + std::to_string(shared_bytes) + ", expected at most " + std::to_string(kMostShared));
 }
 
-// Calls body() in every thread of the grid; cluster: 0 where the launch is not one of clusters. Throws std::runtime_error where the kernel does what the hardware would not forgive.
+// Calls body() in every thread of the grid; cluster: 0 where the launch is not one of clusters. Throws std::runtime_error where the kernel
+// does what the hardware would not forgive.
 template <class Body>
 inline void launch(dim3 grid, dim3 block, unsigned cluster, size_t shared_bytes, Options options, Body&& body) {
   check_launch(grid, block, cluster, shared_bytes);

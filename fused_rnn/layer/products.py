@@ -26,11 +26,11 @@ def input_product(x: Tensor, weights: Weights, cell: Cell, windows: Sequence[tup
     if x.dim() == 3 and all(window == windows[0] for window in windows):
         w = weights.w_ih[0] if recurrences == 1 else torch.cat(weights.w_ih)
         rows, out = _rows(x, 0, *windows[0]), gx.view(-1, recurrences * cell.gates * hidden)
-        if biases[0] is None:
-            torch.mm(rows, w.t(), out=out)
+        whole = [b for b in biases if b is not None]
+        if whole:
+            torch.addmm(whole[0] if recurrences == 1 else torch.cat(whole), rows, w.t(), out=out)
         else:
-            bias = biases[0] if recurrences == 1 else torch.cat([b for b in biases if b is not None])
-            torch.addmm(bias, rows, w.t(), out=out)
+            torch.mm(rows, w.t(), out=out)
         return gx
     flat = gx.view(-1, recurrences, cell.gates * hidden)
     for r, window in enumerate(windows):

@@ -101,7 +101,8 @@ def backward(
         dm = None if dy is None else projection.pull(dy, weights)
         dm_n = None if dh_n is None else projection.pull(dh_n.transpose(0, 1), weights).transpose(0, 1)
     dgates = x.new_empty(steps, batch, recurrences, cell.gradients, units)
-    dh, dc = _wide(layer, x, dm_n, dc_n) if cell.has_c else (*_wide(layer, x, dm_n), None)
+    dh, *rest = _wide(layer, x, dm_n, dc_n) if cell.has_c else _wide(layer, x, dm_n)
+    dc = rest[0] if cell.has_c else None
     m = x.new_empty(steps, batch, recurrences, units) if weights.w_hr and need_dw else None
     if save == "recompute" and cell.stored:
         _backward_by_chunks(layer, loops, x, weights, h_first, hidden, saved, dm, dgates, dh, dc, m)
