@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -26,8 +28,10 @@ def _states(layer: Layer, state: Tensor | None, like: Tensor, width: int) -> Ten
 
 def _wide(layer: Layer, like: Tensor, *states: Tensor | None) -> list[Tensor]:
     """States [R, B, H] in the accumulation dtype, in memory of their own: the loops write to them."""
-    size = (len(states), layer.recurrences, layer.batch, layer.hidden)
-    made = list(like.new_zeros(size, dtype=wide(like.dtype)).unbind())
+    shape = (layer.recurrences, layer.batch, layer.hidden)
+    count = math.prod(shape)
+    rows = like.new_zeros(len(states), (count + 3) // 4 * 4, dtype=wide(like.dtype))  # each at an address that 16 divides
+    made = [row[:count].view(shape) for row in rows.unbind()]
     return [m if state is None else m.copy_(state) for m, state in zip(made, states, strict=True)]
 
 
