@@ -30,7 +30,7 @@ def _wide(layer: Layer, like: Tensor, *states: Tensor | None) -> list[Tensor]:
     """States [R, B, H] in the accumulation dtype, in memory of their own: the loops write to them."""
     shape = (layer.recurrences, layer.batch, layer.hidden)
     count = math.prod(shape)
-    rows = like.new_zeros(len(states), (count + 3) // 4 * 4, dtype=wide(like.dtype))  # each at an address that 16 divides
+    rows = like.new_zeros(len(states), (count + 3) // 4 * 4, dtype=wide(like.dtype))  # 16 divides each one's address
     made = [row[:count].view(shape) for row in rows.unbind()]
     return [m if state is None else m.copy_(state) for m, state in zip(made, states, strict=True)]
 
