@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import triton
 import triton.backends.nvidia.driver as nvidia
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 from triton.runtime import build, driver
@@ -32,6 +33,7 @@ from fused_rnn.triton_kernels import tiles  # noqa: E402
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 H100 = tiles.Device("sm_90", 132, 227 * 1024)
 launchers: set[str] = set()
+found: list[bool] = []  # of each kernel that was asked for, whether the cache had it
 
 
 class Utils:
@@ -39,7 +41,7 @@ class Utils:
 
     def get_device_properties(self, _: int) -> dict[str, int]:
         return {
-            "max_shared_mem": H100.shared, "multiprocessor_count": H100.multiprocessors, "max_num_regs": 65536,
+            "max_shared_mem": H100.shared, "multiprocessor_count": H100.processors, "max_num_regs": 65536,
             "warpSize": 32, "sm_clock_rate": 1980000, "mem_clock_rate": 2619000, "mem_bus_width": 5120,
         }  # fmt: skip
 
@@ -94,6 +96,7 @@ class Driver(DriverBase):
 
 def install() -> None:
     """The loops take tensors on the cpu for that GPU's from now on, and nothing is launched."""
+    knobs.compilation.listener = lambda *, cache_hit, **_: found.append(cache_hit)
     driver.set_active(Driver())  # type: ignore[no-untyped-call]
     torch.cuda.current_device = lambda: 0
     torch.cuda.is_current_stream_capturing = lambda: False
@@ -147,7 +150,7 @@ def main() -> None:
     smoke()
     bench()
     compile_launchers()
-    print(f"{len(launchers)} launchers")
+    print(f"{len(found)} kernels, {found.count(False)} of them compiled; {len(launchers)} launchers")
 
 
 if __name__ == "__main__":
