@@ -5,8 +5,9 @@
 Builds in place, for this machine's GPU unless TORCH_CUDA_ARCH_LIST says otherwise, with the Python that runs it:
 nothing is installed and nothing is fetched. Or unpacks what scripts/gpu_pack.py made elsewhere. Each stage is stopped
 after its seconds or --minutes, all together after --total, and leaves what it has by then. A plan is a list of stages:
-`first` for a GPU that nothing has run on yet, `next` for what comes after it, on the same machine. PYTEST_ARGS,
-STEPS_ARGS and BENCH_ARGS are handed on; without the latter the bench is quick.
+`first` for a GPU that nothing has run on yet, `next` for what comes after it, on the same machine: where kernels failed
+in the smoke, those again, with waits that end, and what works; else more of what is measured. PYTEST_ARGS, STEPS_ARGS
+and BENCH_ARGS are handed on; without the latter the bench is quick.
 
 Logs are in build/gpu-work. --out gets a few files, written anew every half minute: summary.txt, summary.json, tests.xml
 (JUnit), results.tar.gz with all logs and results, and after a build the extension modules, with which another machine
@@ -38,12 +39,13 @@ ROOT = Path(__file__).parent.parent
 WORK = ROOT / "build" / "gpu-work"
 PACK = ROOT / "build" / "pack"  # scripts/gpu_pack.py's
 TRITON_CACHE = Path("/tmp/fused_rnn-triton")  # absolute, since paths in it are; the same on both machines
-STAGES = ("build", "unpack", "parts", "host", "smoke", "test", "steps", "sanitize", "bench", "profile")
-ALL = tuple(stage for stage in STAGES if stage not in ("unpack", "parts", "host"))
+STAGES = ("build", "unpack", "parts", "host", "smoke", "again", "test", "steps", "sanitize", "bench", "profile")
+ALL = tuple(stage for stage in STAGES if stage not in ("unpack", "parts", "host", "again"))
 PLANS = {
     "first": ["unpack:55", "parts:20", "smoke:75", "steps:60", "host:30", "test:150", "bench:100", "profile:30",
               "sanitize:40"],
-    "next": ["unpack:30", "steps:90", "bench:110", "sanitize:60"],
+    "green": ["unpack:30", "steps:90", "bench:110", "sanitize:60"],
+    "red": ["again:90", "unpack:30", "steps:60", "sanitize:90"],
 }
 TOOLS = ("memcheck", "racecheck", "synccheck")
 KERNELS = "kns=fused_rnn"  # by a part of their names; torch's own kernels are not under test
@@ -83,9 +85,9 @@ def run(
     return Result(name, status, time.monotonic() - began, last_line(log))
 
 
-def last_line(log: Path) -> str:
+def last_line(log: Path, most: int | None = 160) -> str:
     lines = log.read_text(errors="replace").strip().splitlines()
-    return lines[-1][:160] if lines else ""
+    return lines[-1][:most] if lines else ""
 
 
 def architecture() -> str:
@@ -139,6 +141,21 @@ def host(work: Path, seconds: float) -> list[Result]:
 
 def smoke(work: Path, seconds: float) -> list[Result]:
     return [run("smoke", [sys.executable, "scripts/gpu_smoke.py"], work, seconds)]
+
+
+def failed_kernels(work: Path) -> list[str]:
+    """Of the last smoke."""
+    log = work / "smoke.log"
+    last = last_line(log, None) if log.exists() else ""
+    return last.partition("; not ")[2].split(", ") if "; not " in last else []
+
+
+def again(work: Path, seconds: float) -> list[Result]:
+    """The kernels that failed in the smoke, by the build that says what it waits for, if one was packed."""
+    for module in PACK.glob("debug/_cuda.*"):
+        shutil.copyfile(module, ROOT / "fused_rnn" / module.name)
+    only = [argument for name in failed_kernels(work) for argument in ("--only", name)]
+    return [run("again", [sys.executable, "scripts/gpu_smoke.py", *only], work, seconds)]
 
 
 def test(work: Path, seconds: float) -> list[Result]:
@@ -273,16 +290,18 @@ class Report:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="gpu", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("stages", nargs="*", help=f"of {', '.join(STAGES)}, with :SECONDS or without; or a plan: "
-                        f"{', '.join(PLANS)}; {', '.join(ALL)} where none is named")  # fmt: skip
+    plans = ", ".join(["first", "next", *(name for name in PLANS if name != "first")])
+    told = f"of {', '.join(STAGES)}, with :SECONDS or without; or a plan: {plans}; {', '.join(ALL)} where none is named"
+    parser.add_argument("stages", nargs="*", help=told)
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT") or ROOT / "build" / "gpu"))
     parser.add_argument("--minutes", type=float, default=8.0, help="of a stage at most")
     parser.add_argument("--total", type=float, default=float("inf"), help="minutes of all stages together at most")
     chosen = parser.parse_args()
-    stages = [part for stage in chosen.stages or ALL for part in PLANS.get(stage, [stage])]
+    now = [("red" if failed_kernels(WORK) else "green") if stage == "next" else stage for stage in chosen.stages]
+    stages = [part for stage in now or ALL for part in PLANS.get(stage, [stage])]
     unknown = {stage for stage in stages if stage.partition(":")[0] not in STAGES}
     if unknown:
-        parser.error(f"stages: got {', '.join(sorted(unknown))}, expected some of {', '.join((*STAGES, *PLANS))}")
+        parser.error(f"stages: got {', '.join(sorted(unknown))}, expected some of {', '.join(STAGES)}, {plans}")
     import torch
 
     if not torch.cuda.is_available():

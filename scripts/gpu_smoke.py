@@ -1,7 +1,7 @@
 """The first launches on a GPU: each kernel once, forward and backward, with a time limit.
 
     python scripts/gpu_smoke.py [cuda] [triton] [--seconds 40] [--at-once 8]
-    python scripts/gpu_smoke.py --these 'cuda lstm bf16 grid' ...
+    python scripts/gpu_smoke.py --only 'cuda lstm bf16 grid' ...
 
 The kernels of a cell and a type share a process, whose start takes longer than they do; after one that hangs or
 crashes a new process goes on with those behind it.
@@ -171,6 +171,7 @@ def first_product() -> float:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="gpu_smoke", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("backends", nargs="*", default=["cuda", "triton"], metavar="cuda|triton")
+    parser.add_argument("--only", action="append", help="a kernel; no other, each in a process of its own")
     parser.add_argument("--these", nargs="+", help="kernels, to be run here")
     parser.add_argument("--seconds", type=float, default=40.0, help="for a kernel at most")
     parser.add_argument("--at-once", type=int, default=max(1, os.cpu_count() or 2), help="processes")
@@ -186,6 +187,8 @@ def main() -> int:
     for backend in chosen.backends:
         kernels = sorted(cases.kernels(backend, clusters), key=lambda kernel: kernel[:3])
         groups += [[str(kernel) for kernel in group] for _, group in groupby(kernels, key=lambda kernel: kernel[:3])]
+    if chosen.only:
+        groups = [[name] for name in chosen.only]
     print(f"torch's first product took {first_product():.0f} s", flush=True)
     began, bad = time.monotonic(), []
 

@@ -158,7 +158,7 @@ def test_a_plan_bounds_each_of_its_stages(
 ) -> None:
     """Both visits to a machine that is lent for a quarter of an hour, its start included."""
     seconds = {name: sum(int(stage.partition(":")[2]) for stage in plan) for name, plan in gpu.PLANS.items()}
-    assert seconds["first"] <= 560 and seconds["next"] <= 300
+    assert seconds["first"] <= 560 and seconds["green"] <= 300 and seconds["red"] <= 300
     given: dict[str, float] = {}
     assert _without_a_machine(gpu, monkeypatch, tmp_path / "out", {}, "first") == 0
     capsys.readouterr()
@@ -173,6 +173,29 @@ def test_a_plan_bounds_each_of_its_stages(
     with pytest.raises(SystemExit):
         gpu.main()
     assert "stages: got frist, expected some of build, " in capsys.readouterr().err
+
+
+def test_what_comes_next_depends_on_the_smoke(
+    gpu: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def stages() -> list[str]:
+        _without_a_machine(gpu, monkeypatch, tmp_path / "out", {}, "next")
+        return [s["stage"] for s in json.loads((tmp_path / "out" / "summary.json").read_text())["stages"]]
+
+    names = {plan: [stage.partition(":")[0] for stage in gpu.PLANS[plan]] for plan in ("green", "red")}
+    assert stages() == names["green"]
+    log = gpu.WORK / "smoke.log"
+    log.write_text("cuda lstm bf16 cta  error 8e-3\n101 of 101 kernels ran, in 22 s\n")
+    assert stages() == names["green"]
+    bad = [f"cuda gru bf16 way{n}" for n in range(20)]  # more than a summary's line has room for
+    log.write_text(f"...\n81 of 101 kernels ran, in 22 s; not {', '.join(bad)}\n")
+    assert stages() == names["red"]
+    monkeypatch.undo()
+    asked: list[list[str]] = []
+    monkeypatch.setattr(gpu, "PACK", tmp_path / "pack")
+    monkeypatch.setattr(gpu, "run", lambda name, command, *_: asked.append(command) or gpu.Result(name, "ok", 1.0, ""))
+    gpu.again(log.parent, 60)
+    assert asked[0][2:] == [argument for name in bad for argument in ("--only", name)]
 
 
 def test_what_was_packed_is_unpacked(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
