@@ -48,8 +48,9 @@ def fastest_on_gpu(problem: Problem) -> str | None:
 
 
 def is_left_to_torch(problem: Problem) -> bool:
-    """Whether torch's own comes first on a GPU: where nothing was measured, and where it measured fastest."""
-    return problem.device == "cuda" and fastest_on_gpu(problem) in (None, "torch")
+    """Whether torch's own runs the problem on a GPU: where nothing was measured, where it measured fastest, and where
+    what did is not built."""
+    return problem.device == "cuda" and _resolve(problem, None) is torch_backend
 
 
 def preference(problem: Problem) -> tuple[str, ...]:

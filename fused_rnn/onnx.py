@@ -40,8 +40,8 @@ stack = None
 
 
 def is_exporting() -> bool:
-    """Whether torch.onnx is making a model, by either of its exporters."""
-    return torch.onnx.is_in_onnx_export()
+    """Whether torch.onnx is making a model; not by its older exporter, which traces and knows no such nodes."""
+    return torch.onnx.is_in_onnx_export() and not torch._C._is_tracing()
 
 
 is_exporting._dynamo_marked_constant = True  # type: ignore[attr-defined]  # Dynamo takes torch's own for False
@@ -52,9 +52,10 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
 
         torch.onnx.export(program.run_decompositions(fused_rnn.onnx.decompositions()))
     """
-    layers = ("forward", *(f"{backend}_forward" for backend in ("cuda", "triton")))
-    table: dict[Any, Callable[..., Any]] = {getattr(torch.ops.fused_rnn, name).default: forward for name in layers}
-    return {**table, torch.ops.fused_rnn.step.default: _step_op}
+    ours: dict[str, Callable[..., Any]] = {"forward": forward, "step": _step_op}
+    ours |= {f"{backend}_forward": forward for backend in ("cuda", "triton")}
+    there = torch.ops.fused_rnn  # all that this build has
+    return {getattr(there, name).default: function for name, function in ours.items() if hasattr(there, name)}
 
 
 def _step_op(

@@ -128,12 +128,12 @@ def read(native: Any, number: str, device: Device) -> Plan:
 
 
 def _asked(where: torch.device) -> Device | None:
-    """What the compiled loops find out about a device, its clusters above all; None where there are none."""
+    """What the compiled loops find out about a device, its clusters above all; None where they cannot."""
     try:
         loops = import_module("fused_rnn._cuda")
-    except ImportError:
+        found = loops.device(torch.cuda.current_device() if where.index is None else where.index)
+    except (ImportError, RuntimeError):
         return None
-    found = loops.device(torch.cuda.current_device() if where.index is None else where.index)
     return Device(found.arch, found.multiprocessors, found.shared, found.clusters)
 
 

@@ -19,7 +19,7 @@ def called(*command: str) -> str:
 
 
 def main() -> None:
-    print(called("uname", "-rm"))
+    print(called("uname", "-m"))
     print(called("nvidia-smi", "--query-gpu=name,driver_version,memory.total,clocks.sm,clocks.max.sm", "--format=csv"))
     print(called("lscpu").partition("Model name:")[2].partition("\n")[0].strip())
     import torch

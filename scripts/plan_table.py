@@ -1,4 +1,4 @@
-"""Writes the table of the CUDA loops' plans into ARCHITECTURE.md: what would run on an H100, its estimated cycles."""
+"""Writes the table of the CUDA loops' plans into ARCHITECTURE.md: what would run on an H200, its estimated cycles."""
 
 from __future__ import annotations
 

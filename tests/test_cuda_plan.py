@@ -43,7 +43,7 @@ def assert_runs(plan: Plan, cell: str, batch: int, hidden: int, recurrences: int
     elif plan.exchange == "cluster":
         assert device.arch >= 90
         assert 2 <= plan.members <= len(device.clusters)
-        beside = max(1, min(65536 // (256 * plan.threads), device.shared // plan.shared))  # CTAs of a multiprocessor
+        beside = 1 + (plan.threads <= 128 and 2 * plan.shared <= device.shared)  # CTAs on a multiprocessor
         assert plan.waves * device.clusters[plan.members - 1] * beside >= plan.tiles * recurrences
     else:  # all of a launch are resident together, or it would be refused
         assert min(plan.tiles_at_once, plan.tiles) * recurrences * plan.members <= device.multiprocessors

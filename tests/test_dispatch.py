@@ -179,9 +179,13 @@ def measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     (tmp_path / "sm_90.json").write_text(json.dumps({"rows": MEASURED}))
     monkeypatch.setattr(fastest, "FOLDER", tmp_path)
     monkeypatch.setattr(fastest, "architecture", lambda: "sm_90")
+    for name in ("cuda", "triton"):  # as if they could run there
+        monkeypatch.setattr(BACKENDS[name], "supports", lambda problem: None)
     fastest.table.cache_clear()
+    dispatch._choose_cached.cache_clear()
     yield
     fastest.table.cache_clear()
+    dispatch._choose_cached.cache_clear()
 
 
 def on_gpu(cell: str = "lstm", dtype: torch.dtype = torch.bfloat16, **changes: Any) -> Problem:
@@ -207,6 +211,13 @@ def test_a_table_says_what_is_first(measured: None, hidden: int, batch: int, fir
     assert dispatch.is_left_to_torch(problem) == (first == "torch")
     for apart in ({"lengths": True}, {"reset": True}, {"transformed": True}, {"width": hidden + 1}):
         assert not dispatch.is_left_to_torch(problem._replace(**apart))
+
+
+def test_what_is_not_built_is_left_to_torch(measured: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not dispatch.is_left_to_torch(on_gpu(hidden_size=64, width=64))
+    dispatch._choose_cached.cache_clear()
+    monkeypatch.setattr(BACKENDS["cuda"], "supports", lambda problem: "not built")
+    assert dispatch.is_left_to_torch(on_gpu(hidden_size=64, width=64))
 
 
 def test_a_float32_table_is_of_one_precision(measured: None) -> None:

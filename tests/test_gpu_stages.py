@@ -156,7 +156,7 @@ def test_all_stages_end_in_time(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch
 def test_a_plan_bounds_each_of_its_stages(
     gpu: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Both visits to a machine that is lent for a quarter of an hour, its start included."""
+    """Both together take a quarter of an hour, the start of the machine included."""
     seconds = {name: sum(int(stage.partition(":")[2]) for stage in plan) for name, plan in gpu.PLANS.items()}
     assert seconds["first"] <= 560 and seconds["green"] <= 300 and seconds["red"] <= 300
     given: dict[str, float] = {}

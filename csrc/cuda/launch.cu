@@ -65,8 +65,8 @@ std::string launch_any(const void* kernel, const void* loop, const Shape& shape,
   return text("launch", cudaLaunchKernelExC(&config, kernel, arguments));
 }
 
-// The loops' kernels differ in registers and shared memory, but the planner gives a CTA a multiprocessor to itself; so does a kernel
-// that takes all of the shared memory, and by it the current device is asked.
+// The loops' kernels differ in registers and shared memory, but the planner counts a multiprocessor for each CTA; so does a kernel that
+// takes all of the shared memory, and by it the current device is asked.
 __global__ void __launch_bounds__(kThreads) alone_kernel() {}
 
 std::string count_clusters(Device& device) {

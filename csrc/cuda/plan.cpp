@@ -9,8 +9,8 @@ namespace {
 
 int ceil_div(int64_t a, int64_t b) { return int((a + b - 1) / b); }
 
-// Cycles of each part, fitted to the steps of 150 plans on an H200 at 1.98 GHz (2026-11-26; LSTM and GRU, bf16 and TF32, H = 128 to 2048):
-// they come within 9 % of what was measured, a third at worst. benchmarks/results/h200/NOTES.md has the numbers.
+// Cycles of each part, fitted to what teams took on an H200 at 1.98 GHz (2026-11-26; LSTM and GRU, bf16 and TF32, H = 128 to 2048): 60
+// plans that were chosen come within 15 %, with a standard deviation of 6 %. benchmarks/results/h200/NOTES.md has the numbers.
 constexpr double kMma = 8;            // an mma.m16n8k16 (tf32: k8) in one of the four parts of a multiprocessor
 constexpr double kMmaLatency = 33;    // before the next one may add to its sums
 constexpr double kBlock = 12;         // of a warp, a block's loads and its branch beside the mma
@@ -20,7 +20,7 @@ constexpr double kWork = 0.8;         // of product and loads, which overlap, is
 // backward, and where a thread has two cells.
 constexpr double kCell = 2225, kCellBackward = 170, kSecondCell = 630, kSecondCellBackward = 850;
 constexpr double kTwoOnOne = 1.15;  // where a multiprocessor has two members
-constexpr double kClusterBytes = 17.5;  // that arrive a cycle
+constexpr double kClusterBytes = 17.5;  // that arrive a cycle, as fitted; by themselves 9 to 12
 constexpr double kGridLatency = 1800, kGridBytes = 53;  // beyond a cluster's, through L2; bytes from L2 a cycle
 constexpr double kFma = 128;  // a cycle
 // A step without a team: what the host takes to issue its product and its launch (45 µs where a launch takes 7), and of the product
@@ -72,9 +72,10 @@ bool lay_out(const Request& q, const Device& device, int shares, Plan& plan) {
   return plan.threads <= kThreads && plan.shared <= device.shared;
 }
 
-// Clusters queue for multiprocessors, on each of which so many members have room for their registers (all of 255) and memory.
-int members_on_one(const Plan& plan, const Device& device) {
-  return int(std::max<int64_t>(1, std::min(65536 / (256 * plan.threads), int(device.shared / plan.shared))));
+// Clusters queue for multiprocessors: whether one has the registers (all of 255) and the memory for two members. In backward two were
+// measured to be no faster than one after the other, nor are more than two.
+bool has_room_for_two(const Plan& plan, const Device& device) {
+  return 2 * 256 * plan.threads <= 65536 && 2 * plan.shared <= device.shared;
 }
 
 void consider(const Request& q, const Device& device, ExchangeKind exchange, int units, int nt, Plan& best) {
@@ -94,8 +95,8 @@ void consider(const Request& q, const Device& device, ExchangeKind exchange, int
   for (int shares = 1; shares <= kThreads / 32; ++shares) {
     if (!lay_out(q, device, shares, plan)) continue;
     plan.cycles = estimate(q, plan);
-    const bool crowded = !together && plan.tiles * q.R > teams && members_on_one(plan, device) > 1;
-    const int64_t at_once = teams * (crowded ? members_on_one(plan, device) : 1);
+    const bool crowded = !together && !q.backward && plan.tiles * q.R > teams && has_room_for_two(plan, device);
+    const int64_t at_once = teams * (crowded ? 2 : 1);
     plan.tiles_at_once = int(std::max<int64_t>(at_once / q.R, 1));
     plan.waves = together ? ceil_div(plan.tiles, plan.tiles_at_once) : ceil_div(plan.tiles * q.R, at_once);
     if (crowded) plan.cycles.cell *= kTwoOnOne;

@@ -68,18 +68,20 @@ def best(results: Results, points: Sequence[Point]) -> str:
 
 
 def _rows(best: dict[tuple[int, int], str]) -> Rows:
-    """Sizes that were not measured go with the nearest that was, by ratio."""
+    """Sizes that were not measured go with the nearest that was, by ratio; nearer to twice the largest, to torch."""
     rows: list[tuple[int, Row]] = []
     for hidden in sorted({hidden for hidden, _ in best}):
-        rows.append((hidden, _up_to([(batch, name) for (h, batch), name in sorted(best.items()) if h == hidden])))
-    return _up_to(rows)
+        of_hidden = [(batch, name) for (h, batch), name in sorted(best.items()) if h == hidden]
+        rows.append((hidden, _up_to(of_hidden, "torch")))
+    return _up_to(rows, ((None, "torch"),))
 
 
-def _up_to(values: list[tuple[int, Value]]) -> tuple[tuple[int | None, Value], ...]:
+def _up_to(values: list[tuple[int, Value]], beyond: Value) -> tuple[tuple[int | None, Value], ...]:
     """(size, value), ascending, to (largest size, value): neighbours of one value as one, the last without end."""
-    ends: list[int | None] = [isqrt(a * b) for (a, _), (b, _) in pairwise(values)]
+    sizes = [*(size for size, _ in values), 2 * values[-1][0]]
+    ends = [*(isqrt(a * b) for a, b in pairwise(sizes)), None]
     joined: list[tuple[int | None, Value]] = []
-    for end, (_, value) in zip([*ends, None], values, strict=True):
+    for end, value in zip(ends, [*(value for _, value in values), beyond], strict=True):
         if joined and joined[-1][1] == value:
             joined.pop()
         joined.append((end, value))

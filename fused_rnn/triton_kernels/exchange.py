@@ -14,9 +14,9 @@ def arrive(counter, LANES: tl.constexpr):
     """Publish everything this program stored. counter: int32*. LANES: the program's on AMD; 0 elsewhere."""
     if LANES > 0:
         # AMD's barrier waits for no store; a release waits for its own wave's. So one lane of every wave releases, by
-        # adding nothing to a word that nobody reads.
+        # adding nothing to a word that nobody reads. A wave has 64 lanes or 32.
         lane = tl.arange(0, LANES)
-        tl.atomic_add(counter + 1 + lane * 0, 0, mask=lane % 64 == 0, sem="release", scope="gpu")
+        tl.atomic_add(counter + 1 + lane * 0, 0, mask=lane % 32 == 0, sem="release", scope="gpu")
     tl.debug_barrier()  # all threads' stores, before one thread's release stands for them
     tl.atomic_add(counter, 1, sem="release", scope="gpu")
 
