@@ -25,7 +25,7 @@ from fused_rnn.bench.grid import CELLS, DTYPES, GRIDS, REGIONS, SEQUENCES, VARIA
 from fused_rnn.bench.heat import heat_map, step_plot
 from fused_rnn.bench.limits import Limits
 from fused_rnn.bench.measure import Timing, measure
-from fused_rnn.bench.providers import GraphCall, baseline, build, supports
+from fused_rnn.bench.providers import HALF, GraphCall, baseline, build, supports
 from fused_rnn.bench.results import FLOOR, Results, Row, time_row
 from fused_rnn.bench.tables import against_plain, report
 from fused_rnn.bench.variants import resets
@@ -313,6 +313,25 @@ def test_the_exchange_program_compiles(architecture: str, tmp_path: Path) -> Non
 
 
 # --- the table by which the automatic choice goes
+
+
+def test_speed_ups_count_against_the_fastest_way_in_torch() -> None:
+    """For bf16 that may be float16, for which cuDNN has kernels that it lacks for bf16."""
+    point, other = Point("LSTM", "training", "bf16", 32, 8, 64), Point("LSTM", "training", "bf16", 32, 8, 128)
+    results = Results([dict(RUN)])
+    results.replace([row(point, "torch", 30), row(point, HALF, 12), row(point, "cuda", 10)])
+    results.replace([row(other, "torch", 20), row(other, HALF, 25), row(other, "cuda", 10)])
+    assert results.speedups("cuda") == pytest.approx({point: 1.2, other: 2.0})
+    step, fp32 = Point("LSTM", "step", "bf16", 1, 1, 64), Point("LSTM", "training", "fp32", 32, 8, 64)
+    assert supports(HALF, point) is None
+    for no_sequence_in_bf16 in (step, fp32):
+        assert supports(HALF, no_sequence_in_bf16) is not None
+    call = build(HALF, point)
+    assert {t.dtype for t in (call.x, call.dy, *call.parameters)} == {torch.float16}
+    assert call.x.requires_grad and call.x.is_leaf
+    theirs = build("torch", point)
+    for ours, own in zip(call.parameters, theirs.parameters, strict=True):
+        torch.testing.assert_close(ours.float(), own.float(), rtol=1e-2, atol=1e-4)
 
 
 def test_the_backend_that_loses_least_at_its_worst_is_chosen() -> None:

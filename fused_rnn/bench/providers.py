@@ -1,6 +1,8 @@
 """Who runs a point: torch.nn, a loop over torch's cell, or fused_rnn with one of its backends.
 
-Every provider of a point computes the same thing from the same weights, input, state and output gradient.
+Every provider of a point computes the same thing from the same weights, input, state and output gradient. For bf16 on a
+GPU torch.nn in float16 is one more: cuDNN has kernels for it that it lacks for bf16, and torch copies the weights of a
+bf16 module in each call.
 """
 
 from __future__ import annotations
@@ -13,18 +15,27 @@ from torch import Tensor, nn
 
 import fused_rnn
 from fused_rnn.bench import variants
-from fused_rnn.bench.grid import DTYPES, Point
+from fused_rnn.bench.grid import DTYPES, SEQUENCES, Point
 
 BASELINE = "torch"
 STEP_BASELINE = "cell"
+HALF = "torch-fp16"
 # name → what the tables call it; any other name is a backend of fused_rnn, run alone
-TITLES = {"torch": "torch.nn", "loop": "loop over torch cell", "cell": "torch.nn cell", "auto": "fused_rnn, auto"}
+TITLES = {
+    "torch": "torch.nn", HALF: "torch.nn in fp16", "loop": "loop over torch cell", "cell": "torch.nn cell",
+    "auto": "fused_rnn, auto",
+}  # fmt: skip
 OTHERS = tuple(TITLES)  # every other provider is one of our backends, run alone
 
 
 def baseline(point: Point) -> str:
-    """The provider a point's speed-ups are counted against."""
+    """The provider that a point's results are compared with."""
     return STEP_BASELINE if point.mode in ("step", "stream") else BASELINE
+
+
+def ways_in_torch(point: Point) -> tuple[str, ...]:
+    """The providers of which the faster is what a point's speed-ups are counted against."""
+    return (baseline(point), HALF) if point.dtype == "bf16" and point.mode in SEQUENCES else (baseline(point),)
 
 
 class Call:
@@ -118,6 +129,8 @@ def supports(provider: str, point: Point) -> str | None:
     """None, or why this provider does not run this point."""
     if provider in ("loop", "cell") and point.variant not in ("plain", "graph"):
         return "the loop over a cell has one layer, one direction, no lengths and no resets"
+    if provider == HALF and HALF not in ways_in_torch(point):
+        return "it stands beside bf16 sequences alone"
     if (provider == "cell") != (point.mode == "step") and provider in ("cell", "loop"):
         return "the cell alone is compared in single steps, the loop in sequences"
     return None
@@ -151,13 +164,16 @@ def _call(provider: str, point: Point, device: str, options: dict[str, str]) -> 
         loop.cell.load_state_dict({k.removesuffix("_l0"): v for k, v in reference.state_dict().items()})
         return Call(point, loop, _step(loop.cell, x, hx) if provider == "cell" else lambda: loop(x), x, dy)
 
-    if provider == BASELINE:
+    if provider == HALF:
+        reference, dy = reference.half(), dy.half()
+        x = x.detach().half().requires_grad_(x.requires_grad)
+    if provider in (BASELINE, HALF):
         module = reference
     else:
         backend = None if provider == "auto" else provider
         module = getattr(fused_rnn, point.cell)(point.H, point.H, backend=backend, **options, **kwargs, **factory)
         module.load_state_dict(reference.state_dict())
-    forward = variants.forward(point, module, x, hx, ours=provider != BASELINE)
+    forward = variants.forward(point, module, x, hx, ours=provider not in (BASELINE, HALF))
     return Call(point, module, forward, x, variants.rows(point, dy))
 
 

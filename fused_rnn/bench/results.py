@@ -15,7 +15,7 @@ from typing import Any
 
 from fused_rnn.bench.grid import Point
 from fused_rnn.bench.measure import Timing
-from fused_rnn.bench.providers import baseline
+from fused_rnn.bench.providers import ways_in_torch
 
 TIME, MEMORY = "time_us", "peak_memory_mib"
 FLOOR = "limit"  # the provider name of the rows that hold Limits.floor
@@ -114,15 +114,20 @@ class Results:
         return None if row is None else row.p50
 
     def speedups(self, provider: str, where: Callable[[Point], bool] = lambda point: True) -> dict[Point, float]:
-        """baseline's median / provider's median at every point that has both, where `where` holds."""
+        """torch's median / provider's median at every point that has both, where `where` holds."""
         found = {}
         for point, name, metric in self.rows:
             if name != provider or metric != TIME or not where(point):
                 continue
-            ours, theirs = self.value(point, provider), self.value(point, baseline(point))
+            ours, theirs = self.value(point, provider), self.in_torch(point)
             if ours and theirs:
                 found[point] = theirs / ours
         return found
+
+    def in_torch(self, point: Point) -> float | None:
+        """The time of the fastest way in torch; None where its own in the dtype of the point was not measured."""
+        times = [self.value(point, provider) for provider in ways_in_torch(point)]
+        return min(time for time in times if time) if times[0] else None
 
     def providers(self) -> list[str]:
         """Every provider that has a time, in order of first appearance, the limit left out."""

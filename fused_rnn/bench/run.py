@@ -19,14 +19,14 @@ from fused_rnn.bench.machine import describe
 from fused_rnn.bench.measure import Timing, float32_as, measure
 from fused_rnn.bench.memory import SIZES, peak_memory
 from fused_rnn.bench.plot import plot
-from fused_rnn.bench.providers import BASELINE, OTHERS
+from fused_rnn.bench.providers import BASELINE, HALF, OTHERS
 from fused_rnn.bench.results import FLOOR, MEMORY, Results, Row, setting, time_row
 from fused_rnn.bench.tables import report
 from fused_rnn.dispatch import BACKENDS
 
 PROVIDERS = {
     "cpu": ("torch", "cell", "loop", "cpu", "auto"),
-    "cuda": ("torch", "cell", *(name for name in ("cuda", "triton") if name in BACKENDS), "auto"),
+    "cuda": ("torch", HALF, "cell", *(name for name in ("cuda", "triton") if name in BACKENDS), "auto"),
 }
 DEFAULT_DTYPES = {"cpu": ("fp32", "bf16"), "cuda": ("tf32", "bf16")}
 SAVE_EVERY = 30.0  # seconds: who is killed, by a kernel that hangs for one, has lost no more than that

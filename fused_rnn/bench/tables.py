@@ -12,7 +12,7 @@ from rich.text import Text
 
 from fused_rnn.bench.cudnn import algorithm, gpu_of
 from fused_rnn.bench.grid import CELLS, REGIONS, SEQUENCES, VARIANTS, Point
-from fused_rnn.bench.providers import BASELINE, TITLES, baseline
+from fused_rnn.bench.providers import BASELINE, TITLES
 from fused_rnn.bench.results import FLOOR, MEMORY, TIME, Results, geometric_mean
 
 EVEN = 0.95  # from here to its inverse a speed-up counts as none
@@ -139,7 +139,7 @@ def point_table(results: Results, provider: str, cell: str, mode: str) -> Table 
 def _entry(results: Results, provider: str, point: Point | None) -> Text:
     if point is None:
         return Text("")
-    ours, theirs = results.value(point, provider), results.value(point, baseline(point))
+    ours, theirs = results.value(point, provider), results.in_torch(point)
     if not ours:
         return Text("refused", style="bold red")
     text = Text(f"{ours:.4g} ")
