@@ -49,7 +49,8 @@ PLANS = {
 }
 TOOLS = ("memcheck", "racecheck", "synccheck")
 KERNELS = "kns=fused_rnn"  # by a part of their names; torch's own kernels are not under test
-QUICK_BENCH = "--quick --dtype bf16 --dtype tf32 --no-memory --provider torch --provider cell --provider cuda"
+QUICK_BENCH = "--quick --dtype bf16 --dtype tf32 --no-memory --provider torch --provider torch-fp16"
+QUICK_BENCH += " --provider cell --provider cuda"
 LARGEST = 15 << 20  # bytes of a file under --out
 PACK_EVERY, TO_PACK = 30.0, 25.0  # seconds; and for a stage to stop
 
