@@ -29,6 +29,7 @@ import tarfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -52,6 +53,7 @@ KERNELS = "kns=fused_rnn"  # by a part of their names; torch's own kernels are n
 QUICK_BENCH = "--quick --dtype bf16 --dtype tf32 --no-memory --provider torch --provider torch-fp16"
 QUICK_BENCH += " --provider cell --provider cuda"
 LARGEST = 15 << 20  # bytes of a file under --out
+MOST_FIGURES = 30  # lines
 PACK_EVERY, TO_PACK = 30.0, 25.0  # seconds; and for a stage to stop
 
 
@@ -237,6 +239,38 @@ def left_out(entry: tarfile.TarInfo) -> bool:
     return entry.name == "gpu/trees" or (entry.name.endswith(".ncu-rep") and entry.size > LARGEST // 2)
 
 
+def figures(work: Path) -> list[str]:
+    """The first of what was measured, in as few lines as a screen has: steps by the estimate, ratios to torch.nn."""
+    try:
+        return [*steps_measured(work / "steps" / "steps.json"), *ratios_measured(work / "bench")]
+    except (OSError, ValueError, KeyError) as error:  # a file that is being written right now
+        return [f"no figures: {error!r}"]
+
+
+def steps_measured(path: Path) -> list[str]:
+    lines = ["a step: microseconds, cycles / estimated"] if path.exists() else []
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    for row in [row for row in rows if (row["cell"], row["number"]) == ("lstm", "bf16")][:MOST_FIGURES]:
+        case = " ".join(str(row[name]) for name in ("cell", "number", "H", "B", "way", "exchange", "members"))
+        cycles, estimated = 1e3 * row["gigahertz"] * row["micros"], sum(row["cycles"].values())
+        lines.append(f"  {case:<44} {row['micros']:6.2f}  {cycles:6.0f} / {estimated:.0f}")
+    return lines
+
+
+def ratios_measured(folder: Path) -> list[str]:
+    from fused_rnn.bench.results import Results, geometric_mean
+
+    lines = []
+    for path in sorted(folder.glob("*.json")):
+        results = Results.load(path)
+        for provider, mode in product(("cuda", "triton", "auto"), ("inference", "training")):
+            found = results.speedups(provider, lambda point, mode=mode: point.mode == mode).values()
+            if found:
+                mean = f"{geometric_mean(found):.2f} ({min(found):.2f}) of {len(found)} points"
+                lines.append(f"  {path.stem} {provider} {mode}: {mean}")
+    return ["x torch.nn: geometric mean (least)", *lines] if lines else []
+
+
 class Report:
     """What goes under --out: written anew after each stage and, while one runs, every half minute."""
 
@@ -256,7 +290,8 @@ class Report:
         return results
 
     def text(self) -> str:
-        return f"{self.machine['gpu']}, torch {self.machine['torch']}\n{table(self.known())}"
+        head = f"{self.machine['gpu']}, torch {self.machine['torch']}"
+        return "\n".join([head, table(self.known()), *figures(self.work)])
 
     def known(self) -> list[Result]:
         if self.running is None:

@@ -120,7 +120,8 @@ def main() -> int:
                             "rows": plan.rows,
                             "waves": plan.waves,
                         }
-                        rows.append({**case, **team, "micros": round(micros, 3), "cycles": plan.cycles._asdict()})
+                        measured = {"micros": round(micros, 3), "gigahertz": gigahertz}
+                        rows.append({**case, **team, **measured, "cycles": plan.cycles._asdict()})
                         print(*case.values(), f"{micros:.2f} {sum(plan.cycles):.0f}", *team.values(), flush=True)
                     (chosen.out / "steps.json").write_text("\n".join(json.dumps(row) for row in rows) + "\n")
     return 0

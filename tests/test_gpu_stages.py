@@ -25,6 +25,9 @@ from torch import Tensor
 
 import fused_rnn
 from fused_rnn import ops
+from fused_rnn.bench.grid import Point
+from fused_rnn.bench.measure import Timing
+from fused_rnn.bench.results import Results, time_row
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 SCRIPT = SCRIPTS / "gpu.py"
@@ -99,6 +102,30 @@ def test_the_summary_comes_last(
     stages = json.loads((out / "summary.json").read_text())["stages"]
     assert [stage["stage"] for stage in stages] == list(gpu.ALL)
     assert _without_a_machine(gpu, monkeypatch, out, {}) == 0
+
+
+def test_the_summary_has_the_first_figures(gpu: ModuleType, tmp_path: Path) -> None:
+    assert gpu.figures(tmp_path) == []
+    (tmp_path / "steps").mkdir()
+    row = {
+        "cell": "lstm", "number": "bf16", "H": 512, "B": 8, "way": "forward", "exchange": "cluster", "members": 16,
+        "micros": 1.5, "gigahertz": 2.0, "cycles": {"product": 400.0, "cell": 2600.0},
+    }  # fmt: skip
+    (tmp_path / "steps" / "steps.json").write_text("\n".join(json.dumps({**row, "B": b}) for b in range(99)) + "\n")
+    (tmp_path / "bench").mkdir()
+    results, rows = Results([{"device": "cuda"}]), []
+    for B, theirs in ((8, 20e-6), (64, 80e-6)):
+        point = Point("LSTM", "inference", "bf16", 32, B, 128)
+        for provider, seconds in (("torch", theirs), ("cuda", 10e-6)):
+            rows.append(time_row(point, provider, Timing(seconds, seconds, seconds, 5), 0))
+    results.replace(rows)
+    results.save(tmp_path / "bench" / "quick-bf16.json")
+    lines = gpu.figures(tmp_path)
+    assert lines[1].split() == ["lstm", "bf16", "512", "0", "forward", "cluster", "16", "1.50", "3000", "/", "3000"]
+    assert lines[-1] == "  quick-bf16 cuda inference: 4.00 (2.00) of 2 points"
+    assert len(lines) <= 45
+    (tmp_path / "bench" / "quick-tf32.json").write_text("{")
+    assert gpu.figures(tmp_path)[0].startswith("no figures: ")
 
 
 def test_nothing_follows_a_build_that_failed(
