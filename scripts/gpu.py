@@ -123,19 +123,27 @@ def unpack(work: Path, seconds: float) -> list[Result]:
     return [described._replace(stage="unpack")]
 
 
+def target_of(arch: str) -> str:
+    """nvcc's argument for an architecture of TORCH_CUDA_ARCH_LIST: 9.0a."""
+    name = arch.replace(".", "")
+    return f"-gencode=arch=compute_{name},code=sm_{name}"
+
+
+def compile_exchange(program: Path, target: str) -> list[str]:
+    """The command."""
+    flags = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", target]
+    return ["nvcc", *flags, str(ROOT / "benchmarks" / "exchange.cu"), "-o", str(program)]
+
+
 def parts(work: Path, seconds: float) -> list[Result]:
-    """The exchanges between multiprocessors, with nothing around them: exchange.jsonl."""
+    """The exchanges between multiprocessors, with nothing around them: lines of JSON in parts.log."""
     program = PACK / "exchange"
     if not program.exists():
-        program, name = work / "exchange", architecture().replace(".", "")
-        flags = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", f"-gencode=arch=compute_{name},code=sm_{name}"]
-        command = ["nvcc", *flags, "benchmarks/exchange.cu", "-o", str(program)]
-        compiled = run("compile-exchange", command, work, seconds)
+        program = work / "exchange"
+        compiled = run("compile-exchange", compile_exchange(program, target_of(architecture())), work, seconds)
         if compiled.status != "ok":
             return [compiled]
-    result = run("parts", [str(program)], work, seconds)
-    shutil.copyfile(work / "parts.log", work / "exchange.jsonl")
-    return [result]
+    return [run("parts", [str(program)], work, seconds)]
 
 
 def host(work: Path, seconds: float) -> list[Result]:
@@ -248,8 +256,9 @@ def figures(work: Path) -> list[str]:
 
 
 def steps_measured(path: Path) -> list[str]:
-    lines = ["a step: microseconds, cycles / estimated"] if path.exists() else []
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    if not path.exists():
+        return []
+    lines, rows = ["a step: microseconds, cycles / estimated"], map(json.loads, path.read_text().splitlines())
     for row in [row for row in rows if (row["cell"], row["number"]) == ("lstm", "bf16")][:MOST_FIGURES]:
         case = " ".join(str(row[name]) for name in ("cell", "number", "H", "B", "way", "exchange", "members"))
         cycles, estimated = 1e3 * row["gigahertz"] * row["micros"], sum(row["cycles"].values())

@@ -25,15 +25,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 import gpu_prebuild
-from gpu import PACK, ROOT, TRITON_CACHE
+from gpu import PACK, ROOT, TRITON_CACHE, compile_exchange, target_of
 from gpu_smoke import compile_primitives
 
 
-def programs(out: Path, name: str) -> None:
-    target = f"-gencode=arch=compute_{name},code=sm_{name}"
+def programs(out: Path, target: str) -> None:
     compile_primitives(out / "primitives", target)
-    flags = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", target]
-    subprocess.run(["nvcc", *flags, ROOT / "benchmarks" / "exchange.cu", "-o", out / "exchange"], check=True)
+    subprocess.run(compile_exchange(out / "exchange", target), check=True)
 
 
 def triton_cache(python: str, archive: Path) -> None:
@@ -67,7 +65,7 @@ def main() -> int:
         for module in made:
             if module.name.startswith("_cuda"):
                 shutil.copyfile(module, place / module.name)
-    programs(out, os.environ.get("TORCH_CUDA_ARCH_LIST", "9.0a").replace(".", ""))
+    programs(out, target_of(os.environ.get("TORCH_CUDA_ARCH_LIST", "9.0a")))
     if not chosen.without_triton:
         triton_cache(chosen.python, out / "triton.tar.gz")
     files = sorted(path for path in out.rglob("*") if path.is_file())

@@ -27,7 +27,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import IO
 
-ROOT = Path(__file__).parent.parent
+from gpu import PACK, ROOT, architecture
+
 sys.path.insert(0, str(ROOT))  # a checkout built in place, with nothing installed
 
 # ‖ours - reference‖ / ‖reference‖ over all results, float64 by the same inputs. ReLU's gradient has a step: where a
@@ -35,7 +36,7 @@ sys.path.insert(0, str(ROOT))  # a checkout built in place, with nothing install
 GARBAGE = {"bf16": 5e-2, "f16": 1e-2, "tf32": 1e-2, "ieee": 1e-4, "f64": 1e-9}
 RELU = 10
 PRIMITIVES = "cuda primitives"
-PACKED = ROOT / "build" / "pack" / "primitives"  # scripts/gpu_pack.py's
+PACKED = PACK / "primitives"
 
 
 def compile_primitives(program: Path, target: str) -> None:
@@ -45,15 +46,12 @@ def compile_primitives(program: Path, target: str) -> None:
 
 def primitives(seconds: float = 20.0) -> str:
     """Runs the test of the primitives, packed or compiled here; says which are not what the emulator makes of them."""
-    import torch
-
-    major, minor = torch.cuda.get_device_capability()
     with tempfile.TemporaryDirectory() as folder:
         program = PACKED
         if not program.exists():
             program = Path(folder, "primitives")
             print("compiler", flush=True)
-            compile_primitives(program, f"-arch=sm_{major}{minor}" + "a" * (major == 9))
+            compile_primitives(program, "-arch=sm_" + architecture().replace(".", ""))
         print("program", flush=True)
         held, wrong, end = _said(program, seconds)
         for name in wrong:  # after an error of the GPU all others fail, too: each by itself

@@ -111,9 +111,10 @@ def backward(
     if save == "recompute" and cell.stored:
         _backward_by_chunks(layer, loops, x, weights, h_first, hidden, saved, dm, dgates, dh, dc, m)
     else:
-        states, first_state = (hidden, h_first) if not cell.has_c else (cells, h_first)
-        if cell.has_c and not (c0 is None and h0 is None and h_first.shape[2] == units):
-            first_state = _states(layer, c0, x, units)
+        states, first_state = hidden, h_first
+        if cell.has_c:
+            the_same_zeros = h0 is None and c0 is None and h_first.shape[2] == units
+            states, first_state = cells, h_first if the_same_zeros else _states(layer, c0, x, units)
         if m is not None:
             m.copy_(projection.unprojected(saved, cells, x.dtype))
         loops.backward(
