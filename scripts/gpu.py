@@ -6,8 +6,8 @@ Builds in place, for this machine's GPU unless TORCH_CUDA_ARCH_LIST says otherwi
 nothing is installed and nothing is fetched. Or unpacks what scripts/gpu_pack.py made elsewhere. Each stage is stopped
 after its seconds or --minutes, all together after --total, and leaves what it has by then. A plan is a list of stages:
 `first` for a GPU that nothing has run on yet, `next` for what comes after it, on the same machine: where kernels failed
-in the smoke, those again, with waits that end, and what works; else more of what is measured. PYTEST_ARGS, STEPS_ARGS
-and BENCH_ARGS are handed on; without the latter the bench is quick.
+in the smoke, those again, with waits that end, and what works; else more of what is measured. SMOKE_ARGS, TEST_ARGS,
+STEPS_ARGS, ... are handed on to their stages; without BENCH_ARGS the bench is quick.
 
 Logs are in build/gpu-work. --out gets a few files, written anew every half minute: summary.txt, summary.json, tests.xml
 (JUnit), results.tar.gz with all logs and results, and after a build the extension modules, with which another machine
@@ -21,6 +21,7 @@ import argparse
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -146,12 +147,17 @@ def parts(work: Path, seconds: float) -> list[Result]:
     return [run("parts", [str(program)], work, seconds)]
 
 
+def more(stage: str) -> list[str]:
+    """What is handed on to it."""
+    return shlex.split(os.environ.get(f"{stage.upper()}_ARGS", ""))
+
+
 def host(work: Path, seconds: float) -> list[Result]:
-    return [run("host", [sys.executable, "scripts/gpu_host.py"], work, seconds)]
+    return [run("host", [sys.executable, "scripts/gpu_host.py", *more("host")], work, seconds)]
 
 
 def smoke(work: Path, seconds: float) -> list[Result]:
-    return [run("smoke", [sys.executable, "scripts/gpu_smoke.py"], work, seconds)]
+    return [run("smoke", [sys.executable, "scripts/gpu_smoke.py", *more("smoke")], work, seconds)]
 
 
 def failed_kernels(work: Path) -> list[str]:
@@ -172,7 +178,7 @@ def again(work: Path, seconds: float) -> list[Result]:
 def test(work: Path, seconds: float) -> list[Result]:
     out = work / "tests"
     command = [sys.executable, "scripts/gpu_tests.py", "--out", str(out), "--minutes", f"{seconds / 60 - 0.3:.2f}"]
-    result = run("test", [*command, *os.environ.get("PYTEST_ARGS", "").split()], work, seconds)
+    result = run("test", [*command, *more("test")], work, seconds)
     if not any(out.glob("*.jsonl")):
         return [result]
     late = gpu_tests.unfinished(out)
@@ -194,7 +200,7 @@ def steps(work: Path, seconds: float) -> list[Result]:
     for name, tree in trees.items():
         out, share = work / name, seconds / len(trees)
         command = [sys.executable, "scripts/gpu_steps.py", "--out", str(out), "--minutes", f"{share / 60 - 0.1:.2f}"]
-        results.append(run(name, [*command, *os.environ.get("STEPS_ARGS", "").split()], work, share, tree))
+        results.append(run(name, [*command, *more("steps")], work, share, tree))
     return results
 
 
@@ -202,7 +208,7 @@ def sanitize(work: Path, seconds: float) -> list[Result]:
     """All tools side by side: most of their time goes into the host."""
     if shutil.which("compute-sanitizer") is None:
         return [Result("sanitize", "failed", 0.0, "compute-sanitizer is not on the PATH")]
-    cases = [sys.executable, "scripts/gpu_sanitize.py"]
+    cases = [sys.executable, "scripts/gpu_sanitize.py", *more("sanitize")]
 
     def check(tool: str) -> Result:
         name = f"sanitize-{tool}"
@@ -222,7 +228,7 @@ def sanitize(work: Path, seconds: float) -> list[Result]:
 
 
 def bench(work: Path, seconds: float) -> list[Result]:
-    chosen = os.environ.get("BENCH_ARGS", "").split() or QUICK_BENCH.split()
+    chosen = more("bench") or QUICK_BENCH.split()
     dtypes = max(1, chosen.count("--dtype"))
     minutes = ["--minutes", f"{0.8 * seconds / 60 / dtypes:.2f}"] if "--minutes" not in chosen else []
     command = [sys.executable, "-m", "fused_rnn", "bench", "--device", "cuda", "--out", str(work / "bench")]

@@ -1,6 +1,6 @@
 """Time of a step of the CUDA loops, by plan, beside the cycles that the planner estimates, whose constants it may mend.
 
-    python scripts/gpu_steps.py --out FOLDER [--cell lstm] [--number bf16] [--every] [--minutes 3]
+    python scripts/gpu_steps.py --out FOLDER [--cell lstm] [--number bf16] [--hidden 512] [--every] [--minutes 3]
 
 Kernels alone, by torch's profiler, at T = 512. --every: not the planner's choice alone, but every team that fits. Run
 by scripts/gpu.py; writes steps.json as it goes.
@@ -92,6 +92,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--cell", choices=list(CELLS), action="append")
     parser.add_argument("--number", choices=list(NUMBERS), action="append")
+    parser.add_argument("--hidden", type=int, action="append")
     parser.add_argument("--every", action="store_true")
     parser.add_argument("--minutes", type=float, default=3.0)
     chosen = parser.parse_args()
@@ -101,7 +102,7 @@ def main() -> int:
     print(f"cell number H B way: microseconds a step, estimated cycles (at {gigahertz:.2f} GHz), team")
     for number in chosen.number or ("bf16", "tf32"):
         for cell in chosen.cell or ("lstm", "gru"):
-            for hidden, batch in ((h, b) for h in HIDDEN for b in BATCH):
+            for hidden, batch in ((h, b) for h in chosen.hidden or HIDDEN for b in BATCH):
                 for forced in teams(chosen.every):
                     if time.monotonic() > end:
                         print("time is up")

@@ -1,6 +1,6 @@
 """The tests with the marker gpu, in several processes at a time: run by scripts/gpu.py.
 
-    python scripts/gpu_tests.py --out FOLDER [--minutes 8] [PYTEST'S ARGUMENTS]
+    python scripts/gpu_tests.py --out FOLDER [--minutes 8] [--lane cuda ...] [PYTEST'S ARGUMENTS]
 
 A test that hangs is ended after a minute and a test that loses the GPU's context ends its process; the next process
 goes on with the tests after it. Each process has a file of results (gpu_pytest.py) and a log. Exits with 1 if a test
@@ -116,14 +116,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="gpu_tests", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--minutes", type=float, default=8.0)
+    parser.add_argument("--lane", action="append", choices=list(LANES), help="and no other")
     chosen, arguments = parser.parse_known_args()
     out = chosen.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     for old in (*out.glob("*.jsonl"), *out.glob("*.log")):
         old.unlink()
     end = time.monotonic() + 60 * chosen.minutes
-    with ThreadPoolExecutor(sum(shares for _, shares in LANES.values())) as pool:
-        for lane, (files, shares) in LANES.items():
+    lanes = {name: LANES[name] for name in chosen.lane or LANES}
+    with ThreadPoolExecutor(sum(shares for _, shares in lanes.values())) as pool:
+        for lane, (files, shares) in lanes.items():
             for k in range(shares):
                 pool.submit(run, f"{lane}-{k}", files, f"{k}/{shares}", out, end, arguments)
     outcomes, late = read(out), unfinished(out)
