@@ -34,7 +34,7 @@ BUILD_STAMP := $(VENV)/.build-$(call hash,{ cat $(SOURCES); echo '$(FUSED_RNN_CU
 # extra-NAME: what pyproject.toml's extra of that name asks for is there
 EXTRA_STAMP  = $(VENV)/.extra-$(1)-$(call hash,cat pyproject.toml)
 
-.PHONY: help install dev demo test fuzz bench cubin cubin-triton cubin-cuda gpu gpu-build gpu-smoke gpu-test gpu-steps gpu-sanitize gpu-bench gpu-profile gpu-pack gpu-first gpu-next lint format sanitize docs wheel wheel-check clean
+.PHONY: help install dev demo test fuzz bench cubin cubin-triton cubin-cuda gpu gpu-build gpu-smoke gpu-test gpu-steps gpu-sanitize gpu-bench gpu-profile gpu-pack gpu-rehearse gpu-first gpu-next lint format sanitize docs wheel wheel-check clean
 
 help:
 	@echo 'make demo      train a character model with torch.nn and with fused_rnn, side by side'
@@ -47,6 +47,7 @@ help:
 	@echo '               (gpu-build, -smoke, -test, -steps, -sanitize, -bench, -profile: one of them; benchmarks/GPU.md)'
 	@echo 'make gpu-pack  what a machine with a GPU is not to spend its minutes on: PACK_ARGS="--python ..." (scripts/gpu_pack.py)'
 	@echo '               gpu-first, gpu-next: there, with it, the first visit in two commands of ten minutes'
+	@echo 'make gpu-rehearse   both of them here, against a GPU that is none; PACK_ARGS="--python ..." with what gpu-pack made'
 	@echo 'make sanitize  the C++ core under AddressSanitizer and UBSan'
 	@echo 'make docs      the documentation, as a site in build/docs; a warning is an error'
 	@echo 'make wheel     dist/: sdist and wheel; make wheel-check: its links, and its tests beside other torches'
@@ -108,6 +109,9 @@ gpu-build gpu-smoke gpu-test gpu-steps gpu-sanitize gpu-bench gpu-profile gpu-fi
 
 gpu-pack:
 	$(PYTHON) scripts/gpu_pack.py $(PACK_ARGS)
+
+gpu-rehearse: $(BUILD_STAMP)
+	$(BIN)/python scripts/gpu_rehearse.py $(if $(PACK_ARGS),--pack build/pack $(PACK_ARGS))
 
 # The sdist, and the wheel from what is in it.
 wheel: $(call EXTRA_STAMP,dist)

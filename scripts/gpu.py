@@ -109,13 +109,20 @@ def build(work: Path, seconds: float) -> list[Result]:
     return [result._replace(said=f"for {chosen}") if result.status == "ok" else result, info._replace(said="")]
 
 
+def put(module: Path, folder: Path) -> None:
+    """In the place of one that may be loaded here: that keeps its file, which is not written over."""
+    new = folder / f"{module.name}.new"
+    shutil.copyfile(module, new)
+    new.replace(folder / module.name)
+
+
 def unpack(work: Path, seconds: float) -> list[Result]:
     """What gpu_pack.py made, put where it belongs; and what this machine is."""
     began, modules = time.monotonic(), sorted(PACK.glob("*.so"))
     if not modules:
         return [Result("unpack", "failed", 0.0, f"no module in {PACK}: make gpu-pack")]
     for module in modules:
-        shutil.copyfile(module, ROOT / "fused_rnn" / module.name)
+        put(module, ROOT / "fused_rnn")
     if (cache := PACK / "triton.tar.gz").exists():
         with tarfile.open(cache) as archive:
             archive.extractall(TRITON_CACHE.parent, filter="data")
@@ -170,7 +177,7 @@ def failed_kernels(work: Path) -> list[str]:
 def again(work: Path, seconds: float) -> list[Result]:
     """The kernels that failed in the smoke, by the build that says what it waits for, if one was packed."""
     for module in PACK.glob("debug/_cuda.*"):
-        shutil.copyfile(module, ROOT / "fused_rnn" / module.name)
+        put(module, ROOT / "fused_rnn")
     only = [argument for name in failed_kernels(work) for argument in ("--only", name)]
     return [run("again", [sys.executable, "scripts/gpu_smoke.py", *only], work, seconds)]
 

@@ -8,8 +8,8 @@ on measuring; once a cell's results are wrong, a program hangs and compute-sanit
 itself alone, and `next` goes back to what failed. Both are held against what a visit has room for: seconds, files and
 their sizes, the lines of the summary, what travels; and the second time Triton may compile nothing.
 
-With a pack it is what scripts/gpu_pack.py made that travels, PYTHON is the interpreter it was made for, every kernel of
-the smoke is asked for, and Triton may compile nothing at all. Without, a kernel of each kind: the tests run that.
+With a pack it is what scripts/gpu_pack.py made that travels, PYTHON is the interpreter it was made for, every Triton
+kernel of the smoke is asked for, and none may be compiled. Without, a kernel of each kind: the tests run that.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,7 +31,7 @@ from gpu import PLANS, ROOT, TRITON_CACHE
 SECONDS = {"first": 540, "next": 240}
 TRAVELS = 60 << 20  # bytes
 FILES, FILE_BYTES, LINES = 8, 16 << 20, 60  # that come back; of the summary
-ONLY = ("cuda primitives", "cuda lstm bf16 cluster", "cuda gru tf32 grid", "triton gru bf16 b")
+SHORT = ("cuda primitives", "cuda lstm bf16 cluster", "cuda gru tf32 grid", "triton gru bf16 b")
 ARGUMENTS = {  # of the stages: this machine has no GPU to hurry them
     "HOST_ARGS": "--count 3",
     "TEST_ARGS": "--lane bench -k 'test_a_step_on_a_gpu and LSTM-plain'",
@@ -93,7 +94,7 @@ def copy_tree(tree: Path, pack: Path | None) -> int:
     return travels
 
 
-def environment(tree: Path, scene: Scene, cache: Path, only: tuple[str, ...]) -> dict[str, str]:
+def environment(tree: Path, scene: Scene, cache: Path, smoke: str) -> dict[str, str]:
     tools = tree / "scripts" / "rehearsal" / "tools"
     for name in scene.missing:
         (tools / name).unlink()
@@ -103,8 +104,7 @@ def environment(tree: Path, scene: Scene, cache: Path, only: tuple[str, ...]) ->
     ]  # fmt: skip
     return {
         **os.environ, **ARGUMENTS, **scene.environment,
-        "SMOKE_ARGS": " ".join(f"--only '{name}'" for name in only),
-        "PATH": os.pathsep.join([str(tools), *elsewhere]), "PYTHONPATH": str(tools.parent),
+        "SMOKE_ARGS": smoke, "PATH": os.pathsep.join([str(tools), *elsewhere]), "PYTHONPATH": str(tools.parent),
         "FUSED_RNN_REHEARSAL": "1", "TRITON_CACHE_DIR": str(cache), "OMP_NUM_THREADS": "1",
     }  # fmt: skip
 
@@ -156,17 +156,19 @@ def run(name: str, scene: Scene, tree: Path, python: str, given: dict[str, str],
     return found
 
 
-def rehearse(python: str, pack: Path | None, out: Path) -> list[str]:
+def rehearse(python: str, pack: Path | None, out: Path, scenes: Iterable[str] = SCENES) -> list[str]:
     shutil.rmtree(out, ignore_errors=True)
-    cache, found, only = (out / "triton", [], ONLY) if pack is None else (TRITON_CACHE, [], ())
+    found: list[str] = []
+    smoke = "triton" if pack is not None else " ".join(f"--only '{name}'" for name in SHORT)
+    cache = out / "triton" if pack is None else TRITON_CACHE
     shutil.rmtree(cache, ignore_errors=True)
     known = None
-    for name, scene in SCENES.items():
-        tree = out / "trees" / name
+    for name in scenes:
+        scene, tree = SCENES[name], out / "trees" / name
         travels = copy_tree(tree, pack)
         if travels > TRAVELS:
             found.append(f"{travels} bytes travel, of {TRAVELS} at most")
-        given = environment(tree, scene, cache, only)
+        given = environment(tree, scene, cache, smoke)
         if known is None:  # what is not part of a visit: the emulator's build; and on a machine with a pack, its cache
             subprocess.run([python, "-c", "import sitecustomize"], cwd=tree, env=given, check=True)
             if pack is not None:
@@ -184,9 +186,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="gpu_rehearse", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--python", default=sys.executable)
     parser.add_argument("--pack", type=Path)
+    parser.add_argument("--scene", action="append", choices=list(SCENES), help="and no other")
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "rehearsal")
     chosen = parser.parse_args()
-    found = rehearse(chosen.python, chosen.pack and chosen.pack.resolve(), chosen.out.resolve())
+    pack = None if chosen.pack is None else chosen.pack.resolve()
+    found = rehearse(chosen.python, pack, chosen.out.resolve(), chosen.scene or SCENES)
     for fault in found:
         print(f"FAULT {fault}")
     return 1 if found else 0

@@ -223,11 +223,14 @@ def test_what_was_packed_is_unpacked(gpu: ModuleType, monkeypatch: pytest.Monkey
     (tmp_path / "pack" / "_cuda.so").write_text("ours")
     (tmp_path / "pack" / "variants" / "other" / "_cuda.so").write_text("theirs")
     (tmp_path / "cache" / "kernel").touch()
+    (tmp_path / "fused_rnn" / "_cuda.so").write_text("loaded here")
+    (tmp_path / "loaded").hardlink_to(tmp_path / "fused_rnn" / "_cuda.so")
     with tarfile.open(tmp_path / "pack" / "triton.tar.gz", "w:gz") as archive:
         archive.add(tmp_path / "cache", "cache")
     monkeypatch.setattr(gpu, "run", lambda name, command, work, seconds, tree=tmp_path: gpu.Result(
         name, "ok", 1.0, (tree / "fused_rnn" / "_cuda.so").read_text()))  # fmt: skip
     assert [(r.stage, r.said) for r in gpu.unpack(tmp_path, 60)] == [("unpack", "ours")]
+    assert (tmp_path / "loaded").read_text() == "loaded here"  # written over it would crash who has it loaded
     assert (tmp_path / "there" / "cache" / "kernel").exists()
     assert [(r.stage, r.said) for r in gpu.steps(tmp_path, 60)] == [("steps", "ours"), ("steps-other", "theirs")]
 

@@ -1,10 +1,10 @@
 """A GPU that is none, for every Python that finds this folder on its path: run by scripts/gpu_rehearse.py.
 
-torch says that there is an H100 and puts on the CPU what goes to it. The loops' launches go as far as they can: Triton's
-through its real compiler, to a driver that launches nothing; those of the persistent CUDA kernels to a count. What they
-would have computed comes from a product and a pointwise kernel a step, in the emulator.
+torch says that there is an H100, and puts on the CPU what goes to it. Launches go as far as they can: Triton's through
+its real compiler to a driver that launches nothing, those of the persistent CUDA kernels to a count. What they would
+have computed comes from the emulator, as a product and a pointwise kernel a step.
 
-FUSED_RNN_REHEARSAL_WRONG: a cell, whose results are to be wrong.
+FUSED_RNN_REHEARSAL: without it nothing of this is done. FUSED_RNN_REHEARSAL_WRONG: a cell whose results are to be wrong.
 """
 
 from __future__ import annotations
@@ -17,29 +17,44 @@ from types import SimpleNamespace
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "scripts"), str(ROOT / "tests")]
-
-import torch  # noqa: E402
-from torch.overrides import TorchFunctionMode  # noqa: E402
-
 LONGEST = 8  # steps that are computed: who times longer loops does not look at what they give
 WRONG = os.environ.get("FUSED_RNN_REHEARSAL_WRONG", "")
 launches: list[tuple[str, int]] = []  # of persistent kernels: forward or backward, steps
 
 
-class OnTheCpu(TorchFunctionMode):
-    """What goes to the GPU goes to the CPU."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.Tensor.cuda:
-            return args[0]
-        return func(*map(on_the_cpu, args), **{name: on_the_cpu(value) for name, value in (kwargs or {}).items()})
+# --- torch
 
 
-def on_the_cpu(value: Any) -> Any:
-    if isinstance(value, (str, torch.device)) and str(value).partition(":")[0] == "cuda":
-        return torch.device("cpu")
-    return value
+def fake_torch() -> None:
+    import torch
+    from torch.overrides import TorchFunctionMode
+
+    def on_the_cpu(value: Any) -> Any:
+        is_gpu = isinstance(value, (str, torch.device)) and str(value).partition(":")[0] == "cuda"
+        return torch.device("cpu") if is_gpu else value
+
+    class OnTheCpu(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is torch.Tensor.cuda:
+                return args[0]
+            return func(*map(on_the_cpu, args), **{name: on_the_cpu(value) for name, value in (kwargs or {}).items()})
+
+    properties = {
+        "name": "a GPU that is none", "major": 9, "minor": 0, "multi_processor_count": 132, "clock_rate": 1980000,
+        "total_memory": 80 << 30, "L2_cache_size": 50 << 20, "shared_memory_per_block_optin": 227 << 10,
+    }  # fmt: skip
+    answers = {
+        "is_available": True, "device_count": 1, "current_device": 0, "synchronize": None, "empty_cache": None,
+        "get_device_name": properties["name"], "get_device_capability": (9, 0), "is_current_stream_capturing": False,
+        "get_device_properties": SimpleNamespace(**properties), "is_initialized": False,
+        "current_stream": SimpleNamespace(cuda_stream=0),
+        "cudart": SimpleNamespace(cudaProfilerStart=lambda: None, cudaProfilerStop=lambda: None),
+    }  # fmt: skip
+    for name, answer in answers.items():
+        setattr(torch.cuda, name, lambda *_, answer=answer, **__: answer)
+    torch.cuda.Event = Event
+    torch.profiler.profile = Profile
+    OnTheCpu().__enter__()
 
 
 class Event:
@@ -78,23 +93,7 @@ class Profile:
         )
 
 
-def fake_torch() -> None:
-    properties = {
-        "name": "a GPU that is none", "major": 9, "minor": 0, "multi_processor_count": 132, "clock_rate": 1980000,
-        "total_memory": 80 << 30, "L2_cache_size": 50 << 20, "shared_memory_per_block_optin": 227 << 10,
-    }  # fmt: skip
-    answers = {
-        "is_available": True, "device_count": 1, "current_device": 0, "synchronize": None, "empty_cache": None,
-        "get_device_name": properties["name"], "get_device_capability": (9, 0), "is_current_stream_capturing": False,
-        "get_device_properties": SimpleNamespace(**properties), "is_initialized": False,
-        "current_stream": SimpleNamespace(cuda_stream=0),
-        "cudart": SimpleNamespace(cudaProfilerStart=lambda: None, cudaProfilerStop=lambda: None),
-    }  # fmt: skip
-    for name, answer in answers.items():
-        setattr(torch.cuda, name, lambda *_, answer=answer, **__: answer)
-    torch.cuda.Event = Event  # type: ignore[assignment, misc]
-    torch.profiler.profile = Profile  # type: ignore[assignment, misc]
-    OnTheCpu().__enter__()
+# --- the library
 
 
 class Counted:
@@ -114,7 +113,7 @@ class Counted:
 
 
 def computing(loops: Any, plain: Any) -> type:
-    """Loops that go as far as a launch, and are then run a step at a time by the plain ones."""
+    """Loops that go as far as a launch, and are then run by the plain ones a step at a time."""
 
     def going(way: str) -> Any:
         def run(self: Any, **tensors: Any) -> None:
@@ -122,12 +121,13 @@ def computing(loops: Any, plain: Any) -> type:
             too_long = layer.steps > LONGEST
             if too_long and getattr(self, "plan", self) is None:  # all of it is in the emulator, step by step
                 return
-            before = {name: tensor.clone() for name in ("state", "dh", "dc") if (tensor := tensors.get(name)) is not None}
+            changed = {name: tensors[name] for name in ("state", "dh", "dc") if tensors.get(name) is not None}
+            before = {name: tensor.clone() for name, tensor in changed.items()}
             getattr(loops, way)(self, **tensors)
             if too_long:
                 return
-            for name, tensor in before.items():
-                tensors[name].copy_(tensor)
+            for name, tensor in changed.items():
+                tensor.copy_(before[name])
             stepwise = plain(layer, tensors["w"], way == "backward")
             stepwise.plan = None
             getattr(stepwise, way)(**tensors)
@@ -148,24 +148,25 @@ def fake_library() -> None:
 
     plain, limits_of, plan = launch.Loops, limits.measure_limits, sys.modules["fused_rnn.plan"]
     module._emulated = Counted(emulated())
-    launch.Loops = computing(plain, plain)  # type: ignore[misc]
+    launch.Loops = computing(plain, plain)
+    plan._device = lambda _: plan.DEVICES["sm_90"]
 
-    def install_triton(asked: str) -> None:
+    def install_triton(_: str) -> None:
         """When it is first asked for: most processes never do."""
         import gpu_triton_cache
 
         from fused_rnn.triton_kernels import launch
 
         gpu_triton_cache.install()
-        launch.Loops = computing(launch.Loops, plain)  # type: ignore[misc]
+        launch.Loops = computing(launch.Loops, plain)
 
     device.refusal = install_triton
-    plan._device = lambda _: plan.DEVICES["sm_90"]  # type: ignore[attr-defined]
     limits.measure_limits = lambda dtype, _: limits_of(dtype, "cpu")
     measure.GPU_BLOCK_S, measure.MIN_ROUNDS = 1e-3, 2
     grid.GRIDS["quick-cuda"] = grid.Grid(T=(2, 4), B=(8,), H=(64, 128), steps=(64,))
 
 
 if os.environ.get("FUSED_RNN_REHEARSAL"):
+    sys.path[:0] = [str(ROOT), str(ROOT / "scripts"), str(ROOT / "tests")]
     fake_torch()
     fake_library()
