@@ -4,7 +4,7 @@ torch says that there is an H100, and puts on the CPU what goes to it. Launches 
 its real compiler to a driver that launches nothing, those of the persistent CUDA kernels to a count. What they would
 have computed comes from the emulator, as a product and a pointwise kernel a step.
 
-FUSED_RNN_REHEARSAL: without it nothing of this is done. FUSED_RNN_REHEARSAL_WRONG: a cell whose results are to be wrong.
+FUSED_RNN_REHEARSAL: without it nothing happens. FUSED_RNN_REHEARSAL_WRONG: a cell whose results are to be wrong.
 """
 
 from __future__ import annotations
