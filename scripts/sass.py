@@ -14,6 +14,7 @@ import math
 import re
 import struct
 from collections.abc import Callable, Iterable, Iterator
+from functools import lru_cache
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -47,6 +48,7 @@ Listing = dict[int, Instruction]
 LINE = re.compile(r"/\*([0-9a-f]{4,6})\*/\s+(.*?)\s*;\s+/\* 0x[0-9a-f]{16} \*/\s+/\* 0x([0-9a-f]{16}) \*/")
 
 
+@lru_cache(maxsize=8)  # the same kernel is run by several teams
 def listing(text: str) -> Listing:
     """The instructions of one function, by their addresses."""
     found = {}
