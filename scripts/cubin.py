@@ -3,9 +3,10 @@
     python scripts/cubin.py [--arch sm_90a ...] [--cell lstm ...] [--number bf16 ...] [--json FILE]
 
 Prints registers, spills, stack and static shared memory of each, and for sm_90a the instructions in its time loop by
-kind: the loop around the product, with all three exchanges in it, of which a launch runs one. Under it, for teams in a
-cluster, the cycles of a step by part, of one warp alone (step_cycles.py). Exits with 1 if a kernel does not compile,
-spills, has a stack frame, or waits for what it has just asked of memory for its next step.
+kind: the loop around the product, with all three exchanges in it, of which a launch runs one. Under it, for each team
+that the planner chooses at the sizes of ARCHITECTURE.md's table, the cycles of a step by part, of one warp alone
+(step_cycles.py). Exits with 1 if a kernel does not compile, spills, has a stack frame, or waits for what it has just
+asked of memory for its next step.
 """
 
 from __future__ import annotations
@@ -20,10 +21,13 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import plan_table
 import step_cycles
 import torch
 
@@ -35,7 +39,6 @@ CELLS = tuple(sorted(path.stem for path in SOURCE.glob("*.cu")))
 NUMBERS = ("bf16", "f16", "tf32", "ieee", "f64")
 FLAGS = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", "-cubin", "-Xptxas", "-v"]
 COUNTED = "sm_90a"  # where the time loops' instructions are counted, and a step of these is timed
-HIDDEN, BATCH = (128, 256, 512, 1024), 64
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "tf32": torch.float32, "ieee": torch.float32}
 # Kinds of instructions, by how their names in machine code begin.
 KINDS = {
@@ -54,7 +57,7 @@ KINDS = {
 
 class Kernel(NamedTuple):
     """What the assembler says of a kernel; bytes a thread, but for shared. loop: instructions by kind, None unless
-    counted. steps: cycles by part, by H; waits: the instructions that wait for the next step's input."""
+    counted. steps: cycles by part, by sizes and team; waits: the instructions that wait for the next step's input."""
 
     name: str
     arch: str
@@ -63,7 +66,7 @@ class Kernel(NamedTuple):
     spills: int
     shared: int
     loop: dict[str, int] | None = None
-    steps: dict[int, dict[str, int]] = {}  # noqa: RUF012 (a named tuple)
+    steps: dict[str, dict[str, int]] = {}  # noqa: RUF012 (a named tuple)
     waits: tuple[str, ...] = ()
 
     @property
@@ -77,8 +80,8 @@ class Kernel(NamedTuple):
         if self.loop is not None:
             counted = "; time loop " + ", ".join(f"{count} {kind}" for kind, count in self.loop.items() if count)
         line = f"{self.arch:<6} {self.name:<32} {self.registers:>3} registers, {self.shared} bytes shared{counted}"
-        for hidden, parts in self.steps.items():
-            line += f"\n       H={hidden}: {sum(parts.values())} cycles a step; "
+        for team, parts in self.steps.items():
+            line += f"\n       {team}: {sum(parts.values())} cycles a step; "
             line += ", ".join(f"{part} {cycles}" for part, cycles in parts.items())
         return line
 
@@ -125,24 +128,43 @@ def time_loop(code: str) -> dict[str, int] | None:
     return {"in all": counts.total(), **kinds, "other": counts.total() - sum(kinds.values())}
 
 
+def launches(
+    cell: str, number: str, backward: bool, sizes: Iterable[int], **forced: Any
+) -> Iterator[step_cycles.Launch]:
+    """What the planner has run at these H and the B of ARCHITECTURE.md's table, where a step of it can be timed."""
+    for hidden, batch in product(sizes, plan_table.BATCH):
+        plan = fused_rnn.plan(
+            cell, batch, hidden, dtype=DTYPES[number], tf32=number == "tf32", backward=backward, device=COUNTED[:5],
+            **forced,
+        )  # fmt: skip
+        if plan.exchange in step_cycles.MARKS:
+            yield step_cycles.Launch(cell, plan, batch, hidden, backward)
+
+
+def teams(cell: str, number: str, backward: bool, rows: int) -> dict[str, step_cycles.Launch]:
+    """Each team of so many rows at the H of that table, once. Where there is none, one is forced, at the smallest H: so
+    every kernel is looked at."""
+    hot = [one for one in launches(cell, number, backward, plan_table.HIDDEN) if one.plan.rows == rows]
+    forced = launches(cell, number, backward, plan_table.HIDDEN[:1], exchange="cluster", rows=rows)
+    found: dict[str, list[step_cycles.Launch]] = {}
+    for one in hot or forced:
+        plan = one.plan
+        team = f"{'' if hot else 'forced '}{plan.exchange} of {plan.members}, {plan.warps[0]} x {plan.warps[1]} warps"
+        found.setdefault(f"H={one.hidden}, {team}", []).append(one)
+    return {f"{team}, B={', '.join(str(one.batch) for one in same)}": same[0] for team, same in found.items()}
+
+
 def timed(kernel: Kernel, code: str, cell: str, number: str) -> Kernel:
-    """With its time loop counted, and a step of each plan that runs it in a cluster timed: its input is in DRAM."""
+    """With its time loop counted, and a step of each team that runs it timed: its input is in DRAM."""
     kernel = kernel._replace(loop=time_loop(code))
     tile = re.search(r"persistent_(fwd|bwd) NT=(\d+)", kernel.name)
     if tile is None:
         return kernel
     steps, waits = {}, set[str]()
-    for hidden in HIDDEN:
-        plan = fused_rnn.plan(
-            cell, BATCH, hidden, dtype=DTYPES[number], tf32=number == "tf32", backward=tile[1] == "bwd",
-            device=COUNTED[:5], exchange="cluster", rows=8 * int(tile[2]),
-        )  # fmt: skip
-        if plan.reason is not None:
-            continue
-        launch = step_cycles.Launch(cell, plan, BATCH, hidden, tile[1] == "bwd")
+    for team, launch in teams(cell, number, tile[1] == "bwd", 8 * int(tile[2])).items():
         for rare in (True, False):
             step = step_cycles.replay(code, launch, step_cycles.DRAM, rare)
-            steps[hidden] = step.cycles
+            steps[team] = step.cycles
             waits |= set(step.waits)
     return kernel._replace(steps=steps, waits=tuple(sorted(waits)))
 

@@ -2,9 +2,10 @@
 
 `listing` reads what `cuobjdump -sass` prints of one kernel, with the control bits of each instruction: the cycles until
 the next one may issue, the scoreboards that it sets, and those that it waits for. A `Thread` computes integers and
-predicates as the hardware does, reads zeros from memory and takes every float for zero: enough to know which way it
-branches, since loops branch on sizes. `issue` gives each instruction of its path a cycle: fixed latencies are in the
-code, the others in LATENCY. One warp alone: what warps take from each other is not in it.
+predicates as the hardware does, reads zeros from memory but for counters, which stand high enough for every wait, and
+takes every float for zero: enough to know which way it branches, since loops branch on sizes. `issue` gives each
+instruction of its path a cycle: fixed latencies are in the code, the others in LATENCY. One warp alone: what warps take
+from each other is not in it.
 """
 
 from __future__ import annotations
@@ -13,16 +14,20 @@ import math
 import re
 import struct
 from collections.abc import Callable, Iterable, Iterator
+from functools import lru_cache
 from itertools import pairwise
 from typing import NamedTuple
 
 WORD, LONG = (1 << 32) - 1, (1 << 64) - 1
 SCOREBOARDS = 6
 ALL = tuple(range(SCOREBOARDS))
-# Cycles until what an instruction sets its scoreboard for is there, to 20 %. Of LDG, `issue` is told.
+L2 = 270
+# Cycles until what an instruction sets its scoreboard for is there, to 20 %. Of loads, `issue` is told.
 LATENCY = {"LDS.128": 36, "LDS": 30, "LDC": 30, "S2R": 25, "S2UR": 30, "MUFU": 23, "SYNCS": 28, "STS": 12, "STG": 12}
-LATENCY |= {"STAS": 14, "POPC": 20, "I2F": 20, "F2I": 20}
-OTHER_LATENCY, READ_LATENCY, BARRIER_LATENCY = 25, 12, 25
+LATENCY |= {"STAS": 14, "POPC": 20, "I2F": 20, "F2I": 20, "LDGDEPBAR": L2, "LDG.E.STRONG.GPU": L2}
+OTHER_LATENCY, READ_LATENCY = 25, 12
+# Cycles that the warp stands still: until all threads have come; until L2 has what the thread has stored.
+STANDSTILL = {"BAR.SYNC": 25, "MEMBAR.ALL.GPU": L2}
 
 
 class Instruction(NamedTuple):
@@ -43,6 +48,7 @@ Listing = dict[int, Instruction]
 LINE = re.compile(r"/\*([0-9a-f]{4,6})\*/\s+(.*?)\s*;\s+/\* 0x[0-9a-f]{16} \*/\s+/\* 0x([0-9a-f]{16}) \*/")
 
 
+@lru_cache(maxsize=8)  # the same kernel is run by several teams
 def listing(text: str) -> Listing:
     """The instructions of one function, by their addresses."""
     found = {}
@@ -51,6 +57,8 @@ def listing(text: str) -> Listing:
         guard, body = re.fullmatch(r"(?:@(\S+)\s+)?(.*)", code).groups("")  # type: ignore[union-attr]
         name, _, rest = body.partition(" ")
         sets, reads, waits = control >> 5 & 7, control >> 8 & 7, control >> 11 & 63
+        if name.startswith("DEPBAR"):  # waits for a scoreboard by its operand, too
+            waits |= sum(1 << int(i) for i in re.findall(r"SB(\d)", rest))
         found[int(at, 16)] = Instruction(
             int(at, 16),
             guard,
@@ -104,6 +112,16 @@ COMBINE: dict[str, Callable[[bool, bool], bool]] = {
     "OR": lambda a, b: a or b,
     "XOR": lambda a, b: a != b,
 }
+
+
+def is_look(name: str) -> bool:
+    """At a counter in L2."""
+    return name.startswith("LDG.E.STRONG")
+
+
+def is_load(name: str) -> bool:
+    """Of a kernel's input."""
+    return name.startswith("LDG.") and not is_look(name)
 
 
 class Thread:
@@ -194,6 +212,8 @@ class Thread:
             return
         if name in ZERO and "RCP" not in kinds:
             to = instruction.operands[0]
+            if is_look(instruction.name):
+                return self.put(to, WORD >> 1)  # all peers have been counted in
             for _ in range({"64": 2, "128": 4}.get(kinds[-1] if kinds else "", 2 if name == "CS2R" else 1)):
                 self.put(to, 0)
                 to = self.above(to)
@@ -364,7 +384,7 @@ class Thread:
 
 
 def latency(name: str, memory: int) -> int:
-    if name.startswith("LDG"):
+    if is_load(name):
         return memory
     return next((LATENCY[kind] for kind in LATENCY if kind in (name, name.split(".")[0])), OTHER_LATENCY)
 
@@ -392,11 +412,10 @@ def issue(trace: Iterable[tuple[Instruction, bool]], memory: int) -> list[Issued
         if executed:
             if instruction.sets is not None:
                 free[instruction.sets] = max(free[instruction.sets], ready + latency(instruction.name, memory))
-                if instruction.name.startswith("LDG."):
+                if is_load(instruction.name):
                     loads[instruction.sets].append(place)
             if instruction.reads is not None:
                 free[instruction.reads] = max(free[instruction.reads], ready + READ_LATENCY)
-            if instruction.name.startswith("BAR."):
-                ready += BARRIER_LATENCY
+            ready += next((cycles for name, cycles in STANDSTILL.items() if instruction.name.startswith(name)), 0)
         now = ready + max(instruction.stall, 1)
     return found

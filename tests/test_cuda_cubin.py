@@ -10,6 +10,9 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
+
+import fused_rnn
 
 SCRIPT = Path(__file__).parent.parent / "scripts" / "cubin.py"
 PTXAS = """ptxas info    : 0 bytes gmem
@@ -64,6 +67,22 @@ def test_the_time_loop_is_the_one_with_product_barrier_and_exchange(cubin: Modul
     assert cubin.time_loop(SASS.replace("HMMA", "IMAD")) is None
 
 
+@pytest.mark.parametrize("backward", [False, True])
+def test_steps_are_of_the_teams_that_the_planner_chooses(cubin: ModuleType, backward: bool) -> None:
+    """Also where they meet in global memory; a kernel without one is looked at with a team that is forced."""
+    teams = cubin.teams("lstm", "bf16", backward, 8)
+    assert {launch.plan.exchange for launch in teams.values()} == {"cluster", "grid"}
+    for name, launch in teams.items():
+        chosen = fused_rnn.plan(
+            "lstm", launch.batch, launch.hidden, dtype=torch.bfloat16, backward=backward, device="sm_90"
+        )
+        assert launch.plan == chosen
+        assert f"H={launch.hidden}, {chosen.exchange} of {chosen.members}, " in name
+    for number in ("bf16", "tf32"):
+        for rows in (8, 16, 32):
+            assert cubin.teams("lstm", number, backward, rows)
+
+
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on the PATH")
 def test_a_file_of_kernels_compiles(cubin: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     assert cubin.main(["--arch", "sm_80", "--cell", "rnn_tanh", "--number", "f64", "--jobs", "1"]) == 0
@@ -84,6 +103,11 @@ def test_a_step_is_timed(cubin: ModuleType, capsys: pytest.CaptureFixture[str]) 
         pytest.skip("no cuobjdump")
     assert cubin.main(["--arch", "sm_90a", "--cell", "rnn_tanh", "--number", "bf16", "--jobs", "1"]) == 0
     printed = capsys.readouterr().out
-    line = r"persistent_fwd NT=1 .*\n +H=128: \d+ cycles a step; wait \d+, product \d+, sums"
-    assert re.search(line, printed), printed
+    for kernel, team in (
+        ("fwd NT=1", "H=128, cluster"),
+        ("fwd NT=1", "H=2048, grid"),
+        ("bwd NT=4", "H=128, forced cluster"),
+    ):
+        line = rf"persistent_{kernel} .*(\n +H=.*)*\n +{team} of .*: \d+ cycles a step; wait \d+, product \d+, sums"
+        assert re.search(line, printed), printed
     assert "8 kernels compiled for sm_90a; 0 with a fault" in printed

@@ -101,19 +101,13 @@ def test_integers_are_computed_as_a_gpu_does(n: int, m: int, big: int, tmp_path:
     assert stores == max(0, quotient + rest + (big >> 20) % 5 + m // 3)
 
 
-def step(consumer: str, waits: int) -> str:
-    """A loop as short as can be: its input is loaded after the send, and something waits for it."""
+BARRIER = "BAR.SYNC.DEFER_BLOCKING 0x0"
+
+
+def loop(*step: str | tuple[str, int, int, int]) -> str:
     return program(
         "MOV R1, RZ",
-        ("SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [R2+URZ], R3", 2, 0, 0),
-        ("LDS.128 R4, [R2]", 1, 1, 1),
-        ("BAR.SYNC.DEFER_BLOCKING 0x0", 5, 7, 2),
-        ("FADD R8, R8, R9", 4, 7, 32),
-        "STS.U16 [R2], R8",
-        "STAS.128 [R2.64], R4",
-        "BAR.SYNC.DEFER_BLOCKING 0x0",
-        ("LDG.E R9, desc[UR4][R10.64]", 1, 5, 0),
-        (consumer, 4, 7, waits),
+        *step,
         "VIADD R1, R1, 0x1",
         f"ISETP.LT.AND P1, PT, R1, c[0x0][{step_cycles.PARAMETERS:#x}], PT",
         "@P1 BRA 0x10",
@@ -121,14 +115,73 @@ def step(consumer: str, waits: int) -> str:
     )
 
 
+def cluster_step(consumer: str, waits: int) -> str:
+    """As short as can be: its input is loaded after the send, and something waits for it."""
+    return loop(
+        ("SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [R2+URZ], R3", 2, 0, 0),
+        ("LDS.128 R4, [R2]", 1, 1, 1),
+        (BARRIER, 5, 7, 2),
+        ("FADD R8, R8, R9", 4, 7, 32),
+        "STS.U16 [R2], R8",
+        "STAS.128 [R2.64], R4",
+        BARRIER,
+        ("LDG.E R9, desc[UR4][R10.64]", 1, 5, 0),
+        (consumer, 4, 7, waits),
+    )
+
+
+def grid_step(consumer: str, waits: int, scoreboard: int = 5) -> str:
+    """Likewise. scoreboard: of its input."""
+    return loop(
+        ("LDG.E.STRONG.GPU R3, desc[UR4][R2.64]", 4, 2, 0),
+        ("ISETP.GE.U32.AND P0, PT, R3, 0x40, PT", 13, 7, 4),
+        "@!P0 BRA 0x10",
+        BARRIER,
+        "LDGSTS.E.BYPASS.128 [R4], desc[UR4][R6.64]",
+        ("LDGDEPBAR", 1, 0, 0),
+        "DEPBAR.LE SB0, 0x0",
+        BARRIER,
+        ("LDS.128 R4, [R2]", 1, 1, 0),
+        (BARRIER, 5, 7, 2),
+        ("FADD R8, R8, R9", 4, 7, 1 << scoreboard),
+        "STG.E.U16 desc[UR4][R12.64], R8",
+        BARRIER,
+        "MEMBAR.ALL.GPU",
+        "REDG.E.ADD.STRONG.GPU desc[UR4][R2.64], R14",
+        ("LDG.E R9, desc[UR4][R10.64]", 1, scoreboard, 0),
+        (consumer, 4, 7, waits),
+    )
+
+
+def launch(exchange: str) -> step_cycles.Launch:
+    plan = fused_rnn.plan("lstm", 64, 512, dtype=torch.bfloat16, device="sm_90", exchange=exchange)
+    return step_cycles.Launch("lstm", plan, 64, 512, backward=False)
+
+
 def test_a_wait_for_the_next_steps_input_is_found() -> None:
-    plan = fused_rnn.plan("lstm", 64, 512, dtype=torch.bfloat16, device="sm_90", exchange="cluster")
-    launch = step_cycles.Launch("lstm", plan, 64, 512, backward=False)
-    good = step_cycles.replay(step("IADD3 R12, R12, R13, RZ", 0), launch, memory=600)
+    good = step_cycles.replay(cluster_step("IADD3 R12, R12, R13, RZ", 0), launch("cluster"), memory=600)
     assert good.waits == []
     assert good.cycles["sums"] > 400  # what the cells wait for, and are meant to
-    bad = step_cycles.replay(step("SEL R12, R9, RZ, P2", 32), launch, memory=600)
+    bad = step_cycles.replay(cluster_step("SEL R12, R9, RZ, P2", 32), launch("cluster"), memory=600)
     assert bad.waits == ["00090 SEL R12, R9, RZ, P2"]
     assert bad.cycles["tail"] > 600
-    fence = step_cycles.replay(step("NOP", 63), launch, memory=600)
+    fence = step_cycles.replay(cluster_step("NOP", 63), launch("cluster"), memory=600)
     assert fence.waits == ["00090 NOP "]
+
+
+def test_a_step_that_meets_its_peers_in_global_memory() -> None:
+    good = step_cycles.replay(grid_step("IADD3 R12, R12, R13, RZ", 0), launch("grid"), memory=1000)
+    assert good.waits == []
+    assert 2 * sass.L2 < good.cycles["wait"] < 3 * sass.L2  # one look, one copy
+    assert 200 < good.cycles["sums"] < 500  # for the rest of the input, which came beside these
+    assert sass.L2 < good.cycles["send"] < 2 * sass.L2  # the fence
+    bad = step_cycles.replay(grid_step("SEL R12, R9, RZ, P2", 32), launch("grid"), memory=1000)
+    assert bad.waits == ["00110 SEL R12, R9, RZ, P2"]
+    assert bad.cycles["tail"] > 1000
+
+
+def test_a_wait_for_a_copy_that_waits_for_the_next_steps_input_is_found() -> None:
+    """They share a scoreboard."""
+    bad = step_cycles.replay(grid_step("IADD3 R12, R12, R13, RZ", 0, scoreboard=0), launch("grid"), memory=1000)
+    assert bad.waits == ["00070 DEPBAR.LE SB0, 0x0"]
+    assert bad.cycles["wait"] > 900

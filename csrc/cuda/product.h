@@ -17,6 +17,10 @@ class Product {
   static constexpr Tile kTile = tile(Number::kKind, kBackward, NT);
   static constexpr int MT = kTile.mt, KR = kTile.kr, kQuads = Number::kRegisters / 4;
   static constexpr int kChains = chains(kTile, NT);
+  // Backward's FMA lanes with 16 rows have no register to spare: LSTM's and GRU's spilled on sm_100 and sm_120. So there they ask for the
+  // weights of one block at a time, and keep no offsets from step to step. Elsewhere that would only make them slower.
+  static constexpr bool kTight = kIsBlackwell && Number::kKind == NumberKind::ieee && kBackward && NT == 2;
+  static constexpr int kAhead = kTight ? 1 : 2;
   using Sums = float[kChains][NT][MT][Number::kSums];
   static_assert(kTile.rows == Number::kRows && kTile.depth == Number::kDepth && kTile.registers == Number::kRegisters,
                 "tiles.h and numbers.h");
@@ -37,11 +41,12 @@ class Product {
 
   FUSED_RNN_DEVICE void run(const Team& team, const Operand* operand, float* partial) const {
     if (share_ >= team.warps_k) return;
-    const int stride = operand_stride(team.depth, kTile);
+    int stride = operand_stride(team.depth, kTile);
+    if (kTight) renew(stride);
     operand += first_ * Number::kDepth;
     Sums sums = {};
     multiply_held<0, KR>(sums, operand, stride);
-    FUSED_RNN_UNROLL_BY(2)
+    FUSED_RNN_UNROLL_BY(kAhead)
     for (int i = KR; i < count_; ++i) {
       uint32_t a[MT][Number::kRegisters];
       fetch(a, i - KR);

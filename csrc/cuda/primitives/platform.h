@@ -33,6 +33,11 @@ constexpr bool kHasCluster = true;
 #else
 constexpr bool kHasCluster = false;
 #endif
+#if defined(FUSED_RNN_EMULATE) || (defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000)
+constexpr bool kIsBlackwell = true;
+#else
+constexpr bool kIsBlackwell = false;
+#endif
 
 // Bytes to leave between two arrays in shared memory: room for a redzone where there is a tool that watches it.
 #if defined(FUSED_RNN_EMULATE)
