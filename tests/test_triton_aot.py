@@ -80,3 +80,39 @@ for kernel in (fwd_kernel, bwd_kernel):
 """
     done = run("-c", program)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+# Of each operand of a product: whether it was rounded on its way there, and whether that was before the loop over time.
+ROUNDED = r"""
+import re, sys
+from fused_rnn.layer.loops import CELLS
+from fused_rnn.triton_kernels.aot import compile_kernel
+from fused_rnn.triton_kernels.tiles import Plan, Tile
+
+def rounded(made, operand):
+    while operand in made:
+        line, name, text = made[operand]
+        if "cvt.rna.tf32" in text:
+            return line
+        operand = re.search(r"%\w+", text)[0]
+
+for loop, team, how in (("a", 1, {"registers": True}), ("b", 2, {"hold": True}), ("b", 2, {})):
+    plan = Plan(loop, Tile(16, 32 // team, 32, 4, 1 if how else 2), team, **how)
+    for backward in (False, True):
+        text = compile_kernel(CELLS["gru"], "float32", "tf32", 32, plan, "sm_90", backward, reset=True).asm["ttgir"]
+        lines = text.splitlines()
+        made = {m[1]: (i, *m.groups()) for i, m in enumerate(re.match(r"\s*(%\w+) = (.*)", x) for x in lines) if m}
+        begins = next(i for i, line in enumerate(lines) if "scf.for" in line)
+        products = [re.search(r"tt.dot (%\w+), (%\w+)", line) for line in lines]
+        for operands in filter(None, products):
+            left, right = (rounded(made, name) for name in operands.groups())
+            assert left > begins, operands[0]
+            assert (right < begins) if how else (right > begins), operands[0]
+        assert any(products)
+"""
+
+
+def test_tf32_operands_are_rounded() -> None:
+    """To nearest, a resident W_hh once: tensor cores would cut the low bits off."""
+    done = run("-c", ROUNDED)
+    assert done.returncode == 0, done.stdout + done.stderr
