@@ -14,7 +14,7 @@ import triton.language as tl
 
 from fused_rnn.triton_kernels.exchange import arrive, wait
 from fused_rnn.triton_kernels.forward import load_gates, to_float32
-from fused_rnn.triton_kernels.product import dot, rounded, total, zeros
+from fused_rnn.triton_kernels.product import all_asked_for, dot, rounded, rounded_after, total, zeros
 
 
 @triton.jit
@@ -55,15 +55,17 @@ def product_held(
 ):  # fmt: skip
     """dgates @ W_hh, W_hh resident. row: [BB] pointers to [G, H], live: [BB] where it reaches the step before."""
     acc = zeros(G, BB, BH)
-    d = load_dgates(row, live, 0, G, H, BK)
     for j in tl.static_range((H + BK - 1) // BK):
-        here = d
-        if (j + 1) * BK < H:
-            d = load_dgates(row, live, (j + 1) * BK, G, H, BK)  # asked for before the products of the last are done
+        # Two at a time: all would fill the registers, and one ahead shares scoreboards with the one that is waited for.
+        if j % 2 == 0:
+            d = load_dgates(row, live, j * BK, G, H, BK)
+            if (j + 1) * BK < H:
+                d = d + load_dgates(row, live, (j + 1) * BK, G, H, BK)
+            zero = all_asked_for(PRECISION)
         # A sum per gate: G short chains of products instead of a long one.
         sums = ()
         for g in tl.static_range(G):
-            sums = sums + (dot(rounded(here[g], PRECISION, False), held[j * G + g], acc[g], PRECISION),)
+            sums = sums + (dot(rounded_after(d[j % 2 * G + g], zero, PRECISION), held[j * G + g], acc[g], PRECISION),)
         acc = sums
     return total(acc, G)
 

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from fused_rnn.triton_kernels.exchange import arrive, wait
-from fused_rnn.triton_kernels.product import dot, rounded, zeros
+from fused_rnn.triton_kernels.product import all_asked_for, dot, rounded, rounded_after, zeros
 
 
 @triton.jit
@@ -99,9 +99,10 @@ def product_held(
         # From L2: the line may have been read by this multiprocessor before another one wrote it.
         mask = live[:, None] & (k < H)[None, :]
         h = h + (tl.load(row[:, None] + k[None, :], mask=mask, other=0.0, cache_modifier=".cg"),)
+    zero = all_asked_for(PRECISION)
     acc = tl.full((BB, (1 if G == 1 else 4) * BH), 0.0, tl.float32)
     for j in tl.static_range((H + BK - 1) // BK):
-        acc = dot(rounded(h[j], PRECISION, False), held[j], acc, PRECISION)
+        acc = dot(rounded_after(h[j], zero, PRECISION), held[j], acc, PRECISION)
     if G == 1:
         gates = (acc,)
     else:
