@@ -5,11 +5,15 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("triton", reason="Triton is not installed")
+
+from fused_rnn.triton_kernels.trips import trips
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -33,6 +37,7 @@ def test_kernels_compile_without_spills(chosen: list[str]) -> None:
     assert "0 with a fault" in done.stdout
     assert "registers" in done.stdout
     assert "bytes shared" in done.stdout
+    assert (", 1 trips to memory" in done.stdout) == ("tf32" in chosen)
 
 
 def test_what_counts_as_a_fault() -> None:
@@ -47,6 +52,40 @@ def test_what_counts_as_a_fault() -> None:
     assert outcome._replace(spills=tiles.SPILLS).fault == ""
     assert outcome._replace(spills=72).fault == "spills 72 bytes a thread"
     assert outcome._replace(error="PassManager failed").fault == "PassManager failed"
+    team = replace(plan, tile=replace(plan.tile, depth=8))
+    for backward, most in ((False, 1), (True, 3)):  # of four parts
+        held = outcome._replace(job=outcome.job._replace(plan=team, shape=shape._replace(backward=backward)))
+        assert held._replace(trips=most).fault == ""
+        assert held._replace(trips=most + 1).fault.startswith(f"takes {most + 1} trips to memory")
+
+
+def listed(*instructions: tuple[str, int | None, tuple[int, ...]]) -> str:
+    """As cuobjdump prints them: code, the scoreboard that it sets, those that it waits for."""
+    lines = []
+    for place, (code, sets, waits) in enumerate(instructions):
+        control = 1 | (7 if sets is None else sets) << 5 | 7 << 8 | sum(1 << board for board in waits) << 11
+        lines.append(f"/*{16 * place:04x}*/  {code} ;  /* 0x{0:016x} */\n  /* 0x{control << 41:016x} */\n")
+    return "".join(lines)
+
+
+POLL = [("LDG.E.STRONG.GPU R1, desc[UR4][R2.64]", 5, ()), ("CCTL.IVALL", None, (5,))]
+ONE = ("@!P3 LDG.E.128.STRONG.GPU R8, desc[UR4][R2.64]", 0, ())
+TWO = ("LDG.E.128.STRONG.GPU R12, desc[UR4][R2.64+0x200]", 1, ())
+INPUT = ("LDG.E.128 R16, desc[UR4][R6.64]", 2, ())  # of the next step
+STORES = [("STS.128 [R4], R8", None, (0,)), ("STS.128 [R4+0x200], R12", None, (1,))]
+PRODUCT = ("HMMA.16816.F32.BF16 R20, R24, R28, R20", None, (3,))
+
+
+def test_trips_to_memory() -> None:
+    assert trips(listed(*POLL, ONE, TWO, INPUT, *STORES, PRODUCT, PRODUCT)) == 1
+    assert trips(listed(*POLL, ONE, STORES[0], PRODUCT, TWO, STORES[1], PRODUCT)) == 2
+    assert trips(listed(*POLL, ONE, INPUT, ("NOP", None, (2,)), TWO, *STORES, PRODUCT)) == 1
+    # A scoreboard that two loads have set is released when both have come; DEPBAR says by an operand what it waits for.
+    assert trips(listed(*POLL, ONE, (TWO[0], 0, ()), STORES[0], TWO, STORES[0], TWO, PRODUCT)) == 2
+    assert trips(listed(*POLL, ONE, ("DEPBAR.LE SB0, 0x0", None, ()), TWO, PRODUCT)) == 2
+    assert trips(listed(*POLL, ONE, PRODUCT, *STORES, TWO)) == 1  # behind the last product is another step
+    with pytest.raises(ValueError, match="no team"):
+        trips(listed(ONE, PRODUCT))
 
 
 def test_a_fault_fails() -> None:

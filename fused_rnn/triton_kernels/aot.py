@@ -1,4 +1,4 @@
-"""Kernels compiled ahead of time, for an architecture that need not be here: registers, spills, shared memory."""
+"""Kernels compiled ahead of time, for an architecture that need not be here, and what they take."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from fused_rnn.triton_kernels.device import activations_of
 from fused_rnn.triton_kernels.forward import fwd_kernel
 from fused_rnn.triton_kernels.launch import constants_backward, constants_forward, constants_plan, options
 from fused_rnn.triton_kernels.tiles import ARCHITECTURES, Plan
+from fused_rnn.triton_kernels.trips import trips
 
 DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
@@ -27,11 +28,15 @@ SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 @dataclass(frozen=True)
 class Report:
-    """What the assembler said. spills: bytes of a thread that went to memory; shared: bytes of a program."""
+    """What the assembler said. spills: bytes of a thread that went to memory; shared: bytes of a program.
+
+    trips: with a resident W_hh on NVIDIA, loads of a step's product that wait for each other.
+    """
 
     registers: int
     spills: int
     shared: int
+    trips: int = 0
 
 
 def target(arch: str) -> GPUTarget:
@@ -94,10 +99,10 @@ def compile_kernel(
     return triton.compile(source, target=target(arch), options=options(plan, arch, bound))
 
 
-def report(kernel: Any, arch: str) -> Report:
-    """Registers, spills and shared memory of a compiled kernel."""
+def report(kernel: Any, arch: str, hold: bool) -> Report:
+    """What a compiled kernel takes. hold: its plan's."""
     if arch.startswith("sm_"):
-        return _report_cuda(kernel)
+        return _report_cuda(kernel, hold)
     text = kernel.asm["amdgcn"]
 
     def number(name: str) -> int:
@@ -108,12 +113,17 @@ def report(kernel: Any, arch: str) -> Report:
     return Report(number("vgpr_count"), number("private_segment_fixed_size"), kernel.metadata.shared)
 
 
-def _report_cuda(kernel: Any) -> Report:
+def _cuobjdump(kernel: Any, what: str) -> str:
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
-        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+        return subprocess.run([tool, what, file.name], capture_output=True, text=True, check=True).stdout
+
+
+def _report_cuda(kernel: Any, hold: bool) -> Report:
     # A frame on the stack is a spill by another name: an array indexed at run time.
-    found = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
-    return Report(found["REG"], found["STACK"] + found["LOCAL"], kernel.metadata.shared)
+    usage = re.findall(r"(REG|STACK|LOCAL):(\d+)", _cuobjdump(kernel, "-res-usage"))
+    found = {name: int(value) for name, value in usage}
+    waits = trips(_cuobjdump(kernel, "-sass")) if hold else 0
+    return Report(found["REG"], found["STACK"] + found["LOCAL"], kernel.metadata.shared, waits)
