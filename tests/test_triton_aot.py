@@ -109,11 +109,12 @@ if __name__ == "__main__":
 def test_sizes_are_never_compiled_for() -> None:
     """T, B and R are arguments that Triton does not specialise on: no 1, no multiple of 16 makes another kernel."""
     program = """
+from collections import defaultdict
 from fused_rnn.triton_kernels import aot
 from fused_rnn.triton_kernels.backward import bwd_kernel
 from fused_rnn.triton_kernels.forward import fwd_kernel
 for kernel in (fwd_kernel, bwd_kernel):
-    pointers = aot._pointers(kernel, "bfloat16", {})
+    pointers = aot._pointers(kernel, "bfloat16", defaultdict(bool))
     for p in kernel.params:
         assert p.is_constexpr or p.name in pointers or p.do_not_specialize, p.name
 """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,27 +45,30 @@ def target(arch: str) -> GPUTarget:
     return GPUTarget("cuda", int(arch[3:]), 32) if arch.startswith("sm_") else GPUTarget("hip", arch, 64)
 
 
-# Arguments that point to something else than the problem's dtype, and the constant without which they are absent:
-# a launch passes a tensor of the problem's dtype in their place.
-FIXED = {
+# Arguments that point to something else than the problem's dtype, and the constants without which they do not: what is
+# absent a launch replaces by a tensor of that dtype. c of gates that are made again is kept wide.
+FIXED: dict[str, tuple[str, ...]] = {
     "state": ("fp32", "HAS_STATE"),
+    "cells": ("fp32", "HAS_C", "REPLAY"),
     "checkpoints": ("fp32", "CHECKPOINT"),
-    "dh_state": ("fp32", ""),
+    "states": ("fp32", "HAS_C", "REPLAY"),
+    "first_state": ("fp32", "HAS_C", "REPLAY"),
+    "dh_state": ("fp32",),
     "dc_state": ("fp32", "HAS_C"),
     "lengths": ("i64", "HAS_LENGTHS"),
     "reset": ("i32", "HAS_RESET"),
-    "counters": ("i32", ""),
+    "counters": ("i32",),
 }
 
 
-def _pointers(kernel: Any, dtype: str, constants: dict[str, Any]) -> dict[str, str]:
+def _pointers(kernel: Any, dtype: str, constants: Mapping[str, Any]) -> dict[str, str]:
     """The arguments of a kernel that are pointers, and to what; all others are integers or constants."""
     kinds = {}
     for name in kernel.arg_names:
         if name == "steps":
             return {name: f"*{kind}" for name, kind in kinds.items()}
-        kind, switch = FIXED.get(name, (DTYPES[dtype], ""))
-        kinds[name] = kind if constants.get(switch, True) else DTYPES[dtype]
+        kind, *switches = FIXED.get(name, (DTYPES[dtype],))
+        kinds[name] = kind if all(constants[switch] for switch in switches) else DTYPES[dtype]
     raise AssertionError("the kernels' first integer is called steps")
 
 
@@ -79,7 +83,7 @@ def compile_kernel(
     bound: int | None = None,
     **variant: bool,
 ) -> Any:
-    """The compiled kernel of a plan. variant: save, checkpoint, replay, lengths, reset, dy."""
+    """The compiled kernel of a plan. variant: save, checkpoint, replay (in backward: after it), lengths, reset, dy."""
     kernel = bwd_kernel if backward else fwd_kernel
     how = activations_of("half" if dtype != "float32" else precision, ARCHITECTURES[arch])
     if backward:
@@ -89,7 +93,7 @@ def compile_kernel(
         constants = constants_forward(cell, hidden, SIZES[dtype], *made)
     lengths, reset = variant.get("lengths", False), variant.get("reset", False)
     constants |= constants_plan(plan, ARCHITECTURES[arch], lengths, reset, precision, how)
-    pointers = _pointers(kernel, dtype, constants)
+    pointers = _pointers(kernel, dtype, {"REPLAY": variant.get("replay", False), **constants})
     signature = {name: "constexpr" if name in constants else pointers.get(name, "i32") for name in kernel.arg_names}
     # As the JIT of Triton 3.6 has them, so that what is compiled here has the key of what a launch compiles.
     attributes = {name: [["tt.divisibility", 16]] for name in pointers}

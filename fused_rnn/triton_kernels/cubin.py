@@ -92,6 +92,8 @@ def _of_shape(arch: str, shape: Shape, dtype: str, precision: str) -> Iterator[J
             yield Job(arch, shape, dtype, precision, plan, variant)
     if not shape.backward and shape.cell == "lstm":
         yield Job(arch, shape, dtype, precision, plans[0], ("checkpoint",))
+    if shape.backward and shape.cell == "lstm" and shape.kind == "half":
+        yield Job(arch, shape, dtype, precision, plans[0], ("lengths", "reset", "replay"))
     if not shape.backward and shape.hidden <= 130:
         yield Job(arch, shape, dtype, precision, tiles.replay(shape.hidden), ("replay", "save"))
 
