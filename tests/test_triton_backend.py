@@ -23,7 +23,7 @@ from fused_rnn.dispatch import choose
 from fused_rnn.functional import lstm
 from fused_rnn.layer.loops import CELLS as LAYER_CELLS
 from fused_rnn.layer.loops import Layer
-from fused_rnn.triton_kernels import device, launch, tiles
+from fused_rnn.triton_kernels import aot, device, launch, tiles
 from fused_rnn.triton_kernels.tiles import ARCHITECTURES, Plan, Shape, Tile
 
 pytestmark = MARKS
@@ -339,6 +339,29 @@ def test_directions_without_a_pattern() -> None:
     assert launch.direction_bits([1, -1, -1] * 50) == (6, 3)
     with pytest.raises(NotImplementedError, match="directions: 101 in no pattern"):
         launch.direction_bits([1] * 100 + [-1])
+
+
+@pytest.mark.parametrize("save", ["gates", "recompute"])
+@pytest.mark.parametrize("cell", CELLS)
+def test_arguments_have_the_types_that_are_compiled_for(cell: str, save: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `make cubin` compiles is what a launch does: the key in Triton's cache has their types."""
+    launched: list[tuple[Any, dict[str, Any], tuple[Any, ...]]] = []
+    original = launch._Launches.__call__
+
+    def spied(self: Any, tiles: int, args: Any) -> None:
+        launched.append((self.kernel, self.constants, args))
+        original(self, tiles, args)
+
+    monkeypatch.setattr(launch._Launches, "__call__", spied)
+    for masks in (False, True):
+        case = Case(cell, T=2, B=2, H=3, dtype=torch.bfloat16, lengths=masks, reset=masks)
+        backend.backward(*backward_arguments(case, here(inputs(case)), save))
+    assert {kernel for kernel, *_ in launched} == {launch.fwd_kernel, launch.bwd_kernel}
+    names = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32", torch.int64: "*i64"}
+    for kernel, constants, args in launched:
+        expected = aot._pointers(kernel, "bfloat16", {"REPLAY": save == "recompute", **constants})
+        named = zip(kernel.arg_names, args, strict=False)
+        assert {name: names[given.dtype] for name, given in named if isinstance(given, Tensor)} == expected
 
 
 # --- which plan

@@ -1,10 +1,11 @@
-"""Kernels compiled ahead of time, for an architecture that need not be here: registers, spills, shared memory."""
+"""Kernels compiled ahead of time, for an architecture that need not be here, and what they take."""
 
 from __future__ import annotations
 
 import re
 import subprocess
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from fused_rnn.triton_kernels.device import activations_of
 from fused_rnn.triton_kernels.forward import fwd_kernel
 from fused_rnn.triton_kernels.launch import constants_backward, constants_forward, constants_plan, options
 from fused_rnn.triton_kernels.tiles import ARCHITECTURES, Plan
+from fused_rnn.triton_kernels.trips import trips
 
 DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
@@ -27,11 +29,15 @@ SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 @dataclass(frozen=True)
 class Report:
-    """What the assembler said. spills: bytes of a thread that went to memory; shared: bytes of a program."""
+    """What the assembler said. spills: bytes of a thread that went to memory; shared: bytes of a program.
+
+    trips: with a resident W_hh on NVIDIA, loads of a step's product that wait for each other.
+    """
 
     registers: int
     spills: int
     shared: int
+    trips: int = 0
 
 
 def target(arch: str) -> GPUTarget:
@@ -39,27 +45,30 @@ def target(arch: str) -> GPUTarget:
     return GPUTarget("cuda", int(arch[3:]), 32) if arch.startswith("sm_") else GPUTarget("hip", arch, 64)
 
 
-# Arguments that point to something else than the problem's dtype, and the constant without which they are absent:
-# a launch passes a tensor of the problem's dtype in their place.
-FIXED = {
+# Arguments that point to something else than the problem's dtype, and the constants without which they do not: what is
+# absent a launch replaces by a tensor of that dtype. c of gates that are made again is kept wide.
+FIXED: dict[str, tuple[str, ...]] = {
     "state": ("fp32", "HAS_STATE"),
+    "cells": ("fp32", "HAS_C", "REPLAY"),
     "checkpoints": ("fp32", "CHECKPOINT"),
-    "dh_state": ("fp32", ""),
+    "states": ("fp32", "HAS_C", "REPLAY"),
+    "first_state": ("fp32", "HAS_C", "REPLAY"),
+    "dh_state": ("fp32",),
     "dc_state": ("fp32", "HAS_C"),
     "lengths": ("i64", "HAS_LENGTHS"),
     "reset": ("i32", "HAS_RESET"),
-    "counters": ("i32", ""),
+    "counters": ("i32",),
 }
 
 
-def _pointers(kernel: Any, dtype: str, constants: dict[str, Any]) -> dict[str, str]:
+def _pointers(kernel: Any, dtype: str, constants: Mapping[str, Any]) -> dict[str, str]:
     """The arguments of a kernel that are pointers, and to what; all others are integers or constants."""
     kinds = {}
     for name in kernel.arg_names:
         if name == "steps":
             return {name: f"*{kind}" for name, kind in kinds.items()}
-        kind, switch = FIXED.get(name, (DTYPES[dtype], ""))
-        kinds[name] = kind if constants.get(switch, True) else DTYPES[dtype]
+        kind, *switches = FIXED.get(name, (DTYPES[dtype],))
+        kinds[name] = kind if all(constants[switch] for switch in switches) else DTYPES[dtype]
     raise AssertionError("the kernels' first integer is called steps")
 
 
@@ -74,7 +83,7 @@ def compile_kernel(
     bound: int | None = None,
     **variant: bool,
 ) -> Any:
-    """The compiled kernel of a plan. variant: save, checkpoint, replay, lengths, reset, dy."""
+    """The compiled kernel of a plan. variant: save, checkpoint, replay (in backward: after it), lengths, reset, dy."""
     kernel = bwd_kernel if backward else fwd_kernel
     how = activations_of("half" if dtype != "float32" else precision, ARCHITECTURES[arch])
     if backward:
@@ -84,7 +93,7 @@ def compile_kernel(
         constants = constants_forward(cell, hidden, SIZES[dtype], *made)
     lengths, reset = variant.get("lengths", False), variant.get("reset", False)
     constants |= constants_plan(plan, ARCHITECTURES[arch], lengths, reset, precision, how)
-    pointers = _pointers(kernel, dtype, constants)
+    pointers = _pointers(kernel, dtype, {"REPLAY": variant.get("replay", False), **constants})
     signature = {name: "constexpr" if name in constants else pointers.get(name, "i32") for name in kernel.arg_names}
     # As the JIT of Triton 3.6 has them, so that what is compiled here has the key of what a launch compiles.
     attributes = {name: [["tt.divisibility", 16]] for name in pointers}
@@ -94,10 +103,10 @@ def compile_kernel(
     return triton.compile(source, target=target(arch), options=options(plan, arch, bound))
 
 
-def report(kernel: Any, arch: str) -> Report:
-    """Registers, spills and shared memory of a compiled kernel."""
+def report(kernel: Any, arch: str, hold: bool) -> Report:
+    """What a compiled kernel takes. hold: its plan's."""
     if arch.startswith("sm_"):
-        return _report_cuda(kernel)
+        return _report_cuda(kernel, hold)
     text = kernel.asm["amdgcn"]
 
     def number(name: str) -> int:
@@ -108,12 +117,17 @@ def report(kernel: Any, arch: str) -> Report:
     return Report(number("vgpr_count"), number("private_segment_fixed_size"), kernel.metadata.shared)
 
 
-def _report_cuda(kernel: Any) -> Report:
+def _cuobjdump(kernel: Any, what: str) -> str:
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
-        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+        return subprocess.run([tool, what, file.name], capture_output=True, text=True, check=True).stdout
+
+
+def _report_cuda(kernel: Any, hold: bool) -> Report:
     # A frame on the stack is a spill by another name: an array indexed at run time.
-    found = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
-    return Report(found["REG"], found["STACK"] + found["LOCAL"], kernel.metadata.shared)
+    usage = re.findall(r"(REG|STACK|LOCAL):(\d+)", _cuobjdump(kernel, "-res-usage"))
+    found = {name: int(value) for name, value in usage}
+    waits = trips(_cuobjdump(kernel, "-sass")) if hold else 0
+    return Report(found["REG"], found["STACK"] + found["LOCAL"], kernel.metadata.shared, waits)

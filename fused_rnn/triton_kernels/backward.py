@@ -14,7 +14,7 @@ import triton.language as tl
 
 from fused_rnn.triton_kernels.exchange import arrive, wait
 from fused_rnn.triton_kernels.forward import load_gates, to_float32
-from fused_rnn.triton_kernels.product import dot, total, zeros
+from fused_rnn.triton_kernels.product import all_asked_for, dot, rounded, rounded_after, total, zeros
 
 
 @triton.jit
@@ -27,12 +27,13 @@ def load_w_bwd(w, g, n, k, H: tl.constexpr, BH: tl.constexpr, BK: tl.constexpr):
 
 
 @triton.jit
-def hold_bwd(w, n, G: tl.constexpr, H: tl.constexpr, BH: tl.constexpr, BK: tl.constexpr):
+def hold_bwd(w, n, G: tl.constexpr, H: tl.constexpr, BH: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr):
     """All of W_hh that units n need: a tuple over depth tiles, then gates."""
     held = ()
     for j in tl.static_range((H + BK - 1) // BK):
         for g in tl.static_range(G):
-            held = held + (load_w_bwd(w, g, n, j * BK + tl.arange(0, BK), H, BH, BK),)
+            tile = load_w_bwd(w, g, n, j * BK + tl.arange(0, BK), H, BH, BK)
+            held = held + (rounded(tile, PRECISION),)
     return held
 
 
@@ -54,15 +55,17 @@ def product_held(
 ):  # fmt: skip
     """dgates @ W_hh, W_hh resident. row: [BB] pointers to [G, H], live: [BB] where it reaches the step before."""
     acc = zeros(G, BB, BH)
-    d = load_dgates(row, live, 0, G, H, BK)
     for j in tl.static_range((H + BK - 1) // BK):
-        here = d
-        if (j + 1) * BK < H:
-            d = load_dgates(row, live, (j + 1) * BK, G, H, BK)  # asked for before the products of the last are done
+        # Two at a time: all would fill the registers, and one ahead shares scoreboards with the one that is waited for.
+        if j % 2 == 0:
+            d = load_dgates(row, live, j * BK, G, H, BK)
+            if (j + 1) * BK < H:
+                d = d + load_dgates(row, live, (j + 1) * BK, G, H, BK)
+            zero = all_asked_for(PRECISION)
         # A sum per gate: G short chains of products instead of a long one.
         sums = ()
         for g in tl.static_range(G):
-            sums = sums + (dot(here[g], held[j * G + g], acc[g], PRECISION),)
+            sums = sums + (dot(rounded_after(d[j % 2 * G + g], zero, PRECISION), held[j * G + g], acc[g], PRECISION),)
         acc = sums
     return total(acc, G)
 
@@ -78,7 +81,8 @@ def product_streamed(
         d = load_dgates(row, live, k0, G, H, BK)
         sums = ()
         for g in tl.static_range(G):
-            sums = sums + (dot(d[g], load_w_bwd(w, g, n, k0 + tl.arange(0, BK), H, BH, BK), acc[g], PRECISION),)
+            tile = rounded(load_w_bwd(w, g, n, k0 + tl.arange(0, BK), H, BH, BK), PRECISION)
+            sums = sums + (dot(rounded(d[g], PRECISION), tile, acc[g], PRECISION),)
         acc = sums
     return total(acc, G)
 
@@ -206,7 +210,7 @@ def bwd_kernel(
         if HAS_C:
             dc = tl.load(dc_state + at_rb, mask=own, other=0.0)
     if REGISTERS or HOLD:
-        held = hold_bwd(w_r, n, G, H, BH, BK)
+        held = hold_bwd(w_r, n, G, H, BH, BK, PRECISION)
 
     if AHEAD:
         step = step1 - 1
@@ -280,7 +284,7 @@ def bwd_kernel(
             sums = ()
             for g in tl.static_range(G):
                 d = tl.where(live[:, None], d_gates[DG - G + g], 0.0).to(w.dtype.element_ty)
-                sums = sums + (dot(d, held[g], tl.full((BB, BH), 0.0, tl.float32), PRECISION),)
+                sums = sums + (dot(rounded(d, PRECISION), held[g], tl.full((BB, BH), 0.0, tl.float32), PRECISION),)
             dh += total(sums, G)
         if NT != 1:
             tl.store(dh_state + at_rb, dh, mask=own)

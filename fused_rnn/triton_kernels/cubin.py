@@ -2,8 +2,9 @@
 
     python -m fused_rnn.triton_kernels.cubin [--arch sm_90 ...] [--cell lstm ...] [--hidden 256 ...] [--kind half ...]
 
-Prints registers, spills and shared memory of each. Exits with 1 if a kernel does not compile, spills more than a few
-bytes, or takes more shared memory than its architecture has.
+Prints registers, spills and shared memory of each, and with a resident W_hh on NVIDIA a step's trips to memory. Exits
+with 1 if a kernel does not compile, spills more than a few bytes, takes more shared memory than its architecture has,
+or asks for one part of h or dgates after the other.
 """
 
 from __future__ import annotations
@@ -45,18 +46,29 @@ class Job(NamedTuple):
             f"{what:<18} {self.plan}"
         )
 
+    @property
+    def trips(self) -> int:
+        """The most that a step's product may take if W_hh is resident.
+
+        Forward asks for all of h at once. dgates would fill backward's registers: it may take less than one for each
+        depth of its tile.
+        """
+        return max(1, -(-self.shape.hidden // self.plan.tile.depth) - 1) if self.shape.backward else 1
+
 
 class Outcome(NamedTuple):
     job: Job
     registers: int = 0
     spills: int = 0
     shared: int = 0
+    trips: int = 0
     error: str = ""
 
     @property
     def said(self) -> str:
         spills = f", {self.spills} bytes spilled" if self.spills else ""
-        return f"{self.registers} registers{spills}, {self.shared} bytes shared"
+        trips = f", {self.trips} trips to memory" if self.trips else ""
+        return f"{self.registers} registers{spills}, {self.shared} bytes shared{trips}"
 
     @property
     def fault(self) -> str:
@@ -66,6 +78,8 @@ class Outcome(NamedTuple):
             return self.error
         if self.spills > SPILLS:
             return f"spills {self.spills} bytes a thread"
+        if self.trips > self.job.trips:
+            return f"takes {self.trips} trips to memory for a step's product, not {self.job.trips}"
         return f"takes {self.shared} bytes of shared memory, there are {limit}" if self.shared > limit else ""
 
 
@@ -78,6 +92,8 @@ def _of_shape(arch: str, shape: Shape, dtype: str, precision: str) -> Iterator[J
             yield Job(arch, shape, dtype, precision, plan, variant)
     if not shape.backward and shape.cell == "lstm":
         yield Job(arch, shape, dtype, precision, plans[0], ("checkpoint",))
+    if shape.backward and shape.cell == "lstm" and shape.kind == "half":
+        yield Job(arch, shape, dtype, precision, plans[0], ("lengths", "reset", "replay"))
     if not shape.backward and shape.hidden <= 130:
         yield Job(arch, shape, dtype, precision, tiles.replay(shape.hidden), ("replay", "save"))
 
@@ -114,8 +130,8 @@ def compile_job(job: Job) -> Outcome:
             KINDS_OF_CELL[job.shape.cell], job.dtype, job.precision, job.shape.hidden, job.plan, job.arch,
             job.shape.backward, bound, **dict.fromkeys(job.variant, True),
         )  # fmt: skip
-        report = aot.report(kernel, job.arch)
-        return report.spills, Outcome(job, report.registers, report.spills, report.shared)
+        report = aot.report(kernel, job.arch, job.plan.hold)
+        return report.spills, Outcome(job, report.registers, report.spills, report.shared, report.trips)
 
     try:
         return fewest_spills(job.plan, job.arch, compiled)

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from fused_rnn.triton_kernels.exchange import arrive, wait
-from fused_rnn.triton_kernels.product import dot, zeros
+from fused_rnn.triton_kernels.product import all_asked_for, dot, rounded, rounded_after, zeros
 
 
 @triton.jit
@@ -47,17 +47,18 @@ def load_w_fwd(w, g, n, k, H: tl.constexpr, BH: tl.constexpr, BK: tl.constexpr):
 
 
 @triton.jit
-def hold_fwd(w, n, G: tl.constexpr, H: tl.constexpr, BH: tl.constexpr, BK: tl.constexpr):
+def hold_fwd(w, n, G: tl.constexpr, H: tl.constexpr, BH: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr):
     """All of W_hh that units n need: a tuple over depth tiles, then gates."""
     held = ()
     for j in tl.static_range((H + BK - 1) // BK):
         for g in tl.static_range(G):
-            held = held + (load_w_fwd(w, g, n, j * BK + tl.arange(0, BK), H, BH, BK),)
+            tile = load_w_fwd(w, g, n, j * BK + tl.arange(0, BK), H, BH, BK)
+            held = held + (rounded(tile, PRECISION),)
     return held
 
 
 @triton.jit
-def hold_fused(w, n0, G: tl.constexpr, H: tl.constexpr, BH: tl.constexpr, BK: tl.constexpr):
+def hold_fused(w, n0, G: tl.constexpr, H: tl.constexpr, BH: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr):
     """All of W_hh that units n0 .. need, the gates of a unit side by side: a tuple of [BK, 4 BH] over depth tiles.
 
     Columns are (high bit of the gate, unit, low bit of the gate): `apart` then finds all of a unit in one thread. Of
@@ -69,7 +70,8 @@ def hold_fused(w, n0, G: tl.constexpr, H: tl.constexpr, BH: tl.constexpr, BK: tl
     for j in tl.static_range((H + BK - 1) // BK):
         k = j * BK + tl.arange(0, BK)
         at = w + (g * (H * H) + n * H)[None, :] + k[:, None]
-        held = held + (tl.load(at, mask=((g < G) & (n < H))[None, :] & (k < H)[:, None], other=0.0),)
+        tile = tl.load(at, mask=((g < G) & (n < H))[None, :] & (k < H)[:, None], other=0.0)
+        held = held + (rounded(tile, PRECISION),)
     return held
 
 
@@ -97,9 +99,10 @@ def product_held(
         # From L2: the line may have been read by this multiprocessor before another one wrote it.
         mask = live[:, None] & (k < H)[None, :]
         h = h + (tl.load(row[:, None] + k[None, :], mask=mask, other=0.0, cache_modifier=".cg"),)
+    zero = all_asked_for(PRECISION)
     acc = tl.full((BB, (1 if G == 1 else 4) * BH), 0.0, tl.float32)
     for j in tl.static_range((H + BK - 1) // BK):
-        acc = dot(h[j], held[j], acc, PRECISION)
+        acc = dot(rounded_after(h[j], zero, PRECISION), held[j], acc, PRECISION)
     if G == 1:
         gates = (acc,)
     else:
@@ -117,9 +120,11 @@ def product_streamed(
     for k0 in range(0, H, BK):
         k = k0 + tl.arange(0, BK)
         h = tl.load(row[:, None] + k[None, :], mask=live[:, None] & (k < H)[None, :], other=0.0, cache_modifier=".cg")
+        h = rounded(h, PRECISION)
         sums = ()
         for g in tl.static_range(G):
-            sums = sums + (dot(h, load_w_fwd(w, g, n, k, H, BH, BK), acc[g], PRECISION),)
+            tile = rounded(load_w_fwd(w, g, n, k, H, BH, BK), PRECISION)
+            sums = sums + (dot(h, tile, acc[g], PRECISION),)
         acc = sums
     return acc
 
@@ -214,9 +219,9 @@ def fwd_kernel(
         t = tl.where(backwards, steps - 1 - step0, step0)
         x_next = load_gates(gx + (t - t_base) * (width * G), row, n, own & (b * 0 + step0 < step1)[:, None], G, H)
     if REGISTERS or (HOLD and G == 1):
-        held = hold_fwd(w_r, n, G, H, BH, BK)
+        held = hold_fwd(w_r, n, G, H, BH, BK, PRECISION)
     elif HOLD:
-        held = hold_fused(w_r, member * BH, G, H, BH, BK)
+        held = hold_fused(w_r, member * BH, G, H, BH, BK, PRECISION)
     if REGISTERS:
         h = tl.load(h0 + at_rb, mask=own, other=0.0)
 
@@ -256,6 +261,7 @@ def fwd_kernel(
         elif REGISTERS:
             acc = ()
             h_in = tl.where(live[:, None], h, tl.full(h.shape, 0.0, h.dtype)) if HAS_RESET else h
+            h_in = rounded(h_in, PRECISION)
             for g in tl.static_range(G):
                 acc = acc + (dot(h_in, held[g], tl.full((BB, BH), 0.0, tl.float32), PRECISION),)
         else:
