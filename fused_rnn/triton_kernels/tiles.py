@@ -199,8 +199,11 @@ def _stream(shape: Shape, device: Device, large: bool) -> Tile:
     large_table = STREAM_LARGE_BACKWARD if shape.backward else STREAM_LARGE
     table = STREAM_ODD if _odd(shape) else large_table if large else STREAM
     tile = _depth(table[shape.kind], shape.hidden)
-    # AMD's warps have twice the threads, and more than four of them share registers.
-    return tile if device.nvidia else replace(tile, warps=min(tile.warps, 4))
+    if device.nvidia:
+        return tile
+    # AMD's warps have twice the threads, and more than four of them share registers: too few for LSTM's 64 units.
+    most = 32 if shape.backward and shape.gates == 4 else tile.units
+    return replace(tile, units=min(tile.units, most), warps=min(tile.warps, 4))
 
 
 def _held(shape: Shape, device: Device, large: bool) -> Tile | None:
