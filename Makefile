@@ -3,7 +3,7 @@
 #   TORCH=torch==2.12.0     another torch (any pip requirement, options included)
 #   TORCH=                  the torch that PYTHON already has
 #   TORCH= VENV=path        an environment that exists, with its torch
-#   PYTEST_ARGS, BENCH_ARGS, DEMO_ARGS, CUBIN_ARGS, GPU_ARGS, PACK_ARGS, FUZZ_ARGS    handed on
+#   PYTEST_ARGS, BENCH_ARGS, DEMO_ARGS, CUBIN_ARGS, GPU_ARGS, PACK_ARGS, REHEARSE_ARGS, FUZZ_ARGS    handed on
 #   WHEEL_TORCH='torch==2.11.0 torch'       the torches (or pythons that have one) beside which make wheel-check tests the wheel
 #   CUBIN_PYTHON=python     make cubin-triton by another interpreter, with its torch and Triton, where it is; the sources suffice
 #   FUSED_RNN_CUDA=auto|0|1, FUSED_RNN_CUDA_DEBUG, TORCH_CUDA_ARCH_LIST, MAX_JOBS    the CUDA kernels: see setup.py
@@ -21,6 +21,7 @@ CUBIN_PYTHON ?=
 FUZZ_ARGS   ?=
 GPU_ARGS    ?=
 PACK_ARGS   ?=
+REHEARSE_ARGS ?=
 WHEEL_TORCH ?= torch==2.11.0 torch
 BIN         := $(VENV)/bin
 PIP         := $(BIN)/python -m pip --disable-pip-version-check
@@ -47,7 +48,7 @@ help:
 	@echo '               (gpu-build, -smoke, -test, -steps, -sanitize, -bench, -profile: one of them; benchmarks/GPU.md)'
 	@echo 'make gpu-pack  what a machine with a GPU is not to spend its minutes on: PACK_ARGS="--python ..." (scripts/gpu_pack.py)'
 	@echo '               gpu-first, gpu-next: there, with it, the first visit in two commands of ten minutes'
-	@echo 'make gpu-rehearse   both of them here, against a GPU that is none; PACK_ARGS="--python ..." with what gpu-pack made'
+	@echo 'make gpu-rehearse   both of them here, against a GPU that is none; REHEARSE_ARGS="--pack build/pack --python ..."'
 	@echo 'make sanitize  the C++ core under AddressSanitizer and UBSan'
 	@echo 'make docs      the documentation, as a site in build/docs; a warning is an error'
 	@echo 'make wheel     dist/: sdist and wheel; make wheel-check: its links, and its tests beside other torches'
@@ -111,7 +112,7 @@ gpu-pack:
 	$(PYTHON) scripts/gpu_pack.py $(PACK_ARGS)
 
 gpu-rehearse: $(BUILD_STAMP)
-	$(BIN)/python scripts/gpu_rehearse.py $(if $(PACK_ARGS),--pack build/pack $(PACK_ARGS))
+	$(BIN)/python scripts/gpu_rehearse.py $(REHEARSE_ARGS)
 
 # The sdist, and the wheel from what is in it.
 wheel: $(call EXTRA_STAMP,dist)

@@ -1,12 +1,12 @@
 """A visit to a GPU, rehearsed where there is none: `make gpu-rehearse`.
 
-    python scripts/gpu_rehearse.py [--python PYTHON --pack build/pack] [--out build/rehearsal]
+    python scripts/gpu_rehearse.py [--python PYTHON --pack build/pack] [--scene well|ill] [--out build/rehearsal]
 
 Runs the two commands of a visit, `scripts/gpu.py first` and `next`, in a copy of the tree, against a GPU that is none
 (rehearsal/sitecustomize.py) and stand-ins for nvcc, ncu and compute-sanitizer. Twice: once all is well and `next` goes
 on measuring; once a cell's results are wrong, a program hangs and compute-sanitizer is missing, each of which may cost
 itself alone, and `next` goes back to what failed. Both are held against what a visit has room for: seconds, files and
-their sizes, the lines of the summary, what travels; and the second time Triton may compile nothing.
+their sizes, the lines of the summary, what travels; and of what Triton has compiled once, `next` may compile nothing.
 
 With a pack it is what scripts/gpu_pack.py made that travels, PYTHON is the interpreter it was made for, every Triton
 kernel of the smoke is asked for, and none may be compiled. Without, a kernel of each kind: the tests run that.
@@ -29,16 +29,20 @@ sys.path.insert(0, str(Path(__file__).parent))
 from gpu import PLANS, ROOT, TRITON_CACHE
 
 SECONDS = {"first": 540, "next": 240}
+PATIENCE = 3  # a GPU's machine has more cores than this one: stages have so many times their seconds here
 TRAVELS = 60 << 20  # bytes
 FILES, FILE_BYTES, LINES = 8, 16 << 20, 60  # that come back; of the summary
 SHORT = ("cuda primitives", "cuda lstm bf16 cluster", "cuda gru tf32 grid", "triton gru bf16 b")
 ARGUMENTS = {  # of the stages: this machine has no GPU to hurry them
     "HOST_ARGS": "--count 3",
-    "TEST_ARGS": "--lane bench -k 'test_a_step_on_a_gpu and LSTM-plain'",
+    "TEST_ARGS": "--lane emulator",
     "STEPS_ARGS": "--cell lstm --number bf16 --hidden 128",
     "BENCH_ARGS": "--quick --cell lstm --dtype bf16 --no-memory --provider torch --provider torch-fp16 --provider cuda",
     "SANITIZE_ARGS": "--cell lstm --number bf16",
+    "AGAIN_ARGS": "--seconds 150",
 }
+FOLDERS = ("fused_rnn", "scripts", "tests", "benchmarks", "csrc")  # that travel, and the files beside them
+NOT_MEANT = ("TRITON_INTERPRET", "PYTEST_ADDOPTS")  # of the environment
 
 
 class Scene(NamedTuple):
@@ -70,10 +74,10 @@ def copy_tree(tree: Path, pack: Path | None) -> int:
     shutil.rmtree(tree, ignore_errors=True)
     tree.mkdir(parents=True)
     built = shutil.ignore_patterns("__pycache__", "*.so", "*.egg-info")
+    for folder in FOLDERS:
+        shutil.copytree(ROOT / folder, tree / folder, ignore=built)
     for path in ROOT.iterdir():
-        if path.is_dir() and path.name not in ("build", "dist", "demo-out", "shared") and path.name[0] != ".":
-            shutil.copytree(path, tree / path.name, ignore=built)
-        elif path.is_file():
+        if path.is_file():
             shutil.copy(path, tree)
     there = tree / "build" / "pack"
     if pack is not None:
@@ -94,18 +98,31 @@ def copy_tree(tree: Path, pack: Path | None) -> int:
     return travels
 
 
+def without(missing: tuple[str, ...], folder: Path) -> str:
+    """PATH, where none of these is found. folder: for links to what else lies beside one."""
+    places = []
+    for number, place in enumerate(os.environ["PATH"].split(os.pathsep)):
+        if any(Path(place, name).exists() for name in missing):
+            links = folder / str(number)
+            links.mkdir(parents=True)
+            for path in Path(place).iterdir():
+                if path.name not in missing:
+                    (links / path.name).symlink_to(path)
+            place = str(links)
+        places.append(place)
+    return os.pathsep.join(places)
+
+
 def environment(tree: Path, scene: Scene, cache: Path, smoke: str) -> dict[str, str]:
     tools = tree / "scripts" / "rehearsal" / "tools"
     for name in scene.missing:
         (tools / name).unlink()
-    elsewhere = [
-        place for place in os.environ["PATH"].split(os.pathsep)
-        if not any(Path(place, name).exists() for name in scene.missing)
-    ]  # fmt: skip
+    inherited = {name: value for name, value in os.environ.items() if name not in NOT_MEANT}
     return {
-        **os.environ, **ARGUMENTS, **scene.environment,
-        "SMOKE_ARGS": smoke, "PATH": os.pathsep.join([str(tools), *elsewhere]), "PYTHONPATH": str(tools.parent),
-        "FUSED_RNN_REHEARSAL": "1", "TRITON_CACHE_DIR": str(cache), "OMP_NUM_THREADS": "1",
+        **inherited, **ARGUMENTS, **scene.environment, "SMOKE_ARGS": f"{smoke} --seconds 150",
+        "PATH": os.pathsep.join([str(tools), without(scene.missing, tree / "build" / "path")]),
+        "PYTHONPATH": str(tools.parent), "FUSED_RNN_REHEARSAL": "1", "TRITON_CACHE_DIR": str(cache),
+        "OMP_NUM_THREADS": "1",
     }  # fmt: skip
 
 
@@ -128,7 +145,7 @@ def faults(command: str, scene: Scene, out: Path, seconds: float, status: int) -
     files = [path for path in out.rglob("*") if path.is_file()]
     lines = len((out / "summary.txt").read_text().splitlines())
     for what, got, most in (
-        ("seconds", seconds, SECONDS[command]),
+        ("seconds", seconds, PATIENCE * SECONDS[command]),
         ("files", len(files), FILES),
         ("bytes of a file", max(path.stat().st_size for path in files), FILE_BYTES),
         ("folders deep", max(len(path.relative_to(out).parts) - 1 for path in files), 2),
@@ -139,12 +156,12 @@ def faults(command: str, scene: Scene, out: Path, seconds: float, status: int) -
     return found
 
 
-def run(name: str, scene: Scene, tree: Path, python: str, given: dict[str, str], out: Path) -> list[str]:
-    """Both commands in a tree; what was wrong with them."""
-    found = []
+def run(name: str, scene: Scene, tree: Path, python: str, given: dict[str, str], out: Path, known: int) -> list[str]:
+    """Both commands in a tree; what was wrong with them. known: kernels that Triton's cache came with."""
+    found, cache = [], Path(given["TRITON_CACHE_DIR"])
     for command in SECONDS:
         came, began = out / f"{name}-{command}", time.monotonic()
-        arguments = ["scripts/gpu.py", command, "--out", str(came)]
+        arguments = ["scripts/gpu.py", command, "--out", str(came), "--patience", str(PATIENCE)]
         with (out / f"{name}-{command}.log").open("w") as log:
             status = subprocess.run([python, *arguments], cwd=tree, env=given, stdout=log, stderr=log).returncode
         seconds = time.monotonic() - began
@@ -153,7 +170,10 @@ def run(name: str, scene: Scene, tree: Path, python: str, given: dict[str, str],
         print(f"--- {name}: {command}, {seconds:.0f} s, {size(came) / 2**20:.1f} MiB came back", flush=True)
         print((came / "summary.txt").read_text(), flush=True)
         found += [f"{name}, {command}: {fault}" for fault in faults(command, scene, came, seconds, status)]
-    return found
+        if known and (new := compiled(cache) - known):
+            found.append(f"{name}, {command}: Triton compiled {new} kernels that its cache should have had, of {known}")
+        known = compiled(cache)
+    return found if known else [*found, f"{name}: Triton compiled nothing"]
 
 
 def rehearse(python: str, pack: Path | None, out: Path, scenes: Iterable[str] = SCENES) -> list[str]:
@@ -162,23 +182,19 @@ def rehearse(python: str, pack: Path | None, out: Path, scenes: Iterable[str] = 
     smoke = "triton" if pack is not None else " ".join(f"--only '{name}'" for name in SHORT)
     cache = out / "triton" if pack is None else TRITON_CACHE
     shutil.rmtree(cache, ignore_errors=True)
-    known = None
     for name in scenes:
         scene, tree = SCENES[name], out / "trees" / name
         travels = copy_tree(tree, pack)
         if travels > TRAVELS:
             found.append(f"{travels} bytes travel, of {TRAVELS} at most")
         given = environment(tree, scene, cache, smoke)
-        if known is None:  # what is not part of a visit: the emulator's build; and on a machine with a pack, its cache
-            subprocess.run([python, "-c", "import sitecustomize"], cwd=tree, env=given, check=True)
-            if pack is not None:
-                shutil.unpack_archive(pack / "triton.tar.gz", cache.parent, filter="data")
-                known = compiled(cache)
-        found += run(name, scene, tree, python, given, out)
-        known = compiled(cache) if known is None else known
-    if (new := compiled(cache) - known) or not known:
-        found.append(f"Triton compiled {new} kernels that its cache should have had, of {known}")
-    print(f"{travels / 2**20:.1f} MiB travel; Triton's cache has {known} kernels, and {new} were compiled again")
+        # What is not part of a visit: the emulator's build, by all there is; and what a pack brings has been brought.
+        path = {"PATH": os.environ["PATH"]}
+        subprocess.run([python, "-c", "import sitecustomize"], cwd=tree, env={**given, **path}, check=True)
+        if pack is not None:
+            shutil.unpack_archive(pack / "triton.tar.gz", cache.parent, filter="data")
+        found += run(name, scene, tree, python, given, out, compiled(cache))
+    print(f"{travels / 2**20:.1f} MiB travel; Triton's cache has {compiled(cache)} kernels")
     return found
 
 

@@ -136,6 +136,8 @@ def test_a_few_files_come_back_while_a_stage_still_runs(
     def test(work: Path, seconds: float) -> list[Any]:
         (work / "tests").mkdir()
         event = {"test": "t.py::one", "outcome": "passed", "seconds": 1, "text": ""}
+        (work / "tests" / "cuda-0.jsonl").write_text("{")  # as it is while it is being written
+        report.over.wait(0.3)
         (work / "tests" / "cuda-0.jsonl").write_text(json.dumps(event) + "\n")
         (out / "tests.xml").unlink(missing_ok=True)
         while not (out / "tests.xml").exists():
@@ -172,7 +174,7 @@ def test_a_plan_bounds_each_of_its_stages(
 ) -> None:
     """Both together take a quarter of an hour, the start of the machine included."""
     seconds = {name: sum(int(stage.partition(":")[2]) for stage in plan) for name, plan in gpu.PLANS.items()}
-    assert seconds["first"] <= 560 and seconds["green"] <= 300 and seconds["red"] <= 300
+    assert seconds["first"] <= 540 and seconds["green"] <= 240 and seconds["red"] <= 240
     given: dict[str, float] = {}
     assert _without_a_machine(gpu, monkeypatch, tmp_path / "out", {}, "first") == 0
     capsys.readouterr()

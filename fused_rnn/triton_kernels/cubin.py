@@ -4,7 +4,7 @@
 
 Prints registers, spills and shared memory of each, and with a resident W_hh on NVIDIA a step's trips to memory. Exits
 with 1 if a kernel does not compile, spills more than a few bytes, takes more shared memory than its architecture has,
-or asks for one part of h or dgates after the other.
+or asks for one part of h after the other (of dgates: for every part).
 """
 
 from __future__ import annotations

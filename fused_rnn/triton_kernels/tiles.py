@@ -122,7 +122,7 @@ HOLD = {
     "ieee": (),  # without tensor cores the operands of a resident product fill the registers
 }
 HOLD_BACKWARD = {
-    "half": (Tile(16, 32, 256, 8), Tile(16, 32, 128, 8), Tile(16, 16, 128, 8), Tile(16, 16, 128, 4)),
+    "half": (Tile(16, 32, 256, 8), Tile(16, 32, 128, 8), Tile(16, 16, 128, 8)),
     "tf32": (Tile(16, 32, 128, 8, ahead=False), Tile(16, 16, 64, 8, ahead=False), Tile(16, 16, 32, 4, ahead=False)),
     "ieee": (),
 }

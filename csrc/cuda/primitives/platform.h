@@ -33,7 +33,7 @@ constexpr bool kHasCluster = true;
 #else
 constexpr bool kHasCluster = false;
 #endif
-#if defined(FUSED_RNN_EMULATE) || (defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000)
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
 constexpr bool kIsBlackwell = true;
 #else
 constexpr bool kIsBlackwell = false;
