@@ -4,9 +4,10 @@
 #   TORCH=                  the torch that PYTHON already has
 #   TORCH= VENV=path        an environment that exists, with its torch
 #   PYTEST_ARGS, BENCH_ARGS, DEMO_ARGS, CUBIN_ARGS, GPU_ARGS, PACK_ARGS, REHEARSE_ARGS, FUZZ_ARGS    handed on
-#   WHEEL_TORCH='torch==2.11.0 torch'       the torches (or pythons that have one) beside which make wheel-check tests the wheel
+#   PYTHONS='python3.10 path/to/python'    the interpreters that make wheel makes wheels for; those that are found, if not named
+#   WHEEL_TORCH='torch==2.11.0 torch'       the torches (or pythons that have one) beside which make wheel-check tests the wheels
 #   CUBIN_PYTHON=python     make cubin-triton by another interpreter, with its torch and Triton, where it is; the sources suffice
-#   FUSED_RNN_CUDA=auto|0|1, FUSED_RNN_CUDA_DEBUG, TORCH_CUDA_ARCH_LIST, MAX_JOBS    the CUDA kernels: see setup.py
+#   FUSED_RNN_CUDA=1, FUSED_RNN_CUDA_DEBUG, TORCH_CUDA_ARCH_LIST, MAX_JOBS    the CUDA kernels: see setup.py
 #   OUT=build/gpu           where make gpu, gpu-first and gpu-next write
 
 SHELL       := /bin/bash
@@ -22,6 +23,7 @@ FUZZ_ARGS   ?=
 GPU_ARGS    ?=
 PACK_ARGS   ?=
 REHEARSE_ARGS ?=
+PYTHONS     ?=
 WHEEL_TORCH ?= torch==2.11.0 torch
 BIN         := $(VENV)/bin
 PIP         := $(BIN)/python -m pip --disable-pip-version-check
@@ -35,7 +37,7 @@ BUILD_STAMP := $(VENV)/.build-$(call hash,{ cat $(SOURCES); echo '$(FUSED_RNN_CU
 # extra-NAME: what pyproject.toml's extra of that name asks for is there
 EXTRA_STAMP  = $(VENV)/.extra-$(1)-$(call hash,cat pyproject.toml)
 
-.PHONY: help install dev demo test fuzz bench cubin cubin-triton cubin-cuda gpu gpu-build gpu-smoke gpu-test gpu-steps gpu-sanitize gpu-bench gpu-profile gpu-pack gpu-rehearse gpu-first gpu-next lint format sanitize docs wheel wheel-check clean
+.PHONY: help install dev demo test fuzz bench cubin cubin-triton cubin-cuda gpu gpu-build gpu-smoke gpu-test gpu-steps gpu-sanitize gpu-bench gpu-profile gpu-pack gpu-rehearse gpu-first gpu-next lint format sanitize docs wheel wheel-check first-hour uninstalled clean
 
 help:
 	@echo 'make demo      train a character model with torch.nn and with fused_rnn, side by side'
@@ -51,7 +53,8 @@ help:
 	@echo 'make gpu-rehearse   both of them here, against a GPU that is none; REHEARSE_ARGS="--pack build/pack --python ..."'
 	@echo 'make sanitize  the C++ core under AddressSanitizer and UBSan'
 	@echo 'make docs      the documentation, as a site in build/docs; a warning is an error'
-	@echo 'make wheel     dist/: sdist and wheel; make wheel-check: its links, and its tests beside other torches'
+	@echo 'make wheel     dist/: the sdist and a wheel for every Python that is there; make wheel-check: their tests beside other torches'
+	@echo 'make first-hour   every documented way to install, from a bare clone in fresh environments'
 	@echo 'make lint      ruff, clang-format, mypy        make format  let the tools rewrite'
 	@echo 'make install   only the environment and the build'
 	@echo 'make clean     remove the environment and everything built'
@@ -63,7 +66,13 @@ $(ENV_STAMP):
 	$(PIP) install --quiet $(TORCH) 'setuptools>=77'
 	@touch $@
 
-# The build uses the environment's own torch, the one it will run with; hence no build isolation.
+# Who uninstalled it has it built again.
+ifeq ($(and $(wildcard $(VENV)/lib/python3*/site-packages/fused_rnn-*.dist-info),$(wildcard fused_rnn/_C.*)),)
+$(BUILD_STAMP): uninstalled
+uninstalled: ;
+endif
+
+# The build uses the environment's own setuptools and torch, the one it will run with; hence no build isolation.
 $(BUILD_STAMP): $(ENV_STAMP)
 	@rm -f $(VENV)/.build-*
 	$(PIP) install --quiet --no-build-isolation --editable '.[test,demo]'
@@ -114,13 +123,15 @@ gpu-pack:
 gpu-rehearse: $(BUILD_STAMP)
 	$(BIN)/python scripts/gpu_rehearse.py $(REHEARSE_ARGS)
 
-# The sdist, and the wheel from what is in it.
+# The sdist, and from what is in it a wheel for every interpreter.
 wheel: $(call EXTRA_STAMP,dist)
-	@rm -rf dist
-	$(BIN)/python -m build --no-isolation
+	$(BIN)/python scripts/wheels.py $(foreach python,$(PYTHONS),--python '$(python)')
 
 wheel-check: wheel
 	$(BIN)/python scripts/wheel_check.py dist/*.whl $(foreach torch,$(WHEEL_TORCH),--torch '$(torch)')
+
+first-hour:
+	PYTHON='$(PYTHON)' TORCH='$(TORCH)' bash scripts/first_hour.sh
 
 docs: $(call EXTRA_STAMP,docs)
 	$(BIN)/python -m sphinx -W --keep-going -n -q -b html -d build/doctrees docs build/docs

@@ -1,30 +1,64 @@
-"""Builds fused_rnn._C: the CPU loops once per instruction set, the ops on LibTorch's stable ABI. And fused_rnn._cuda,
-the CUDA loops, if FUSED_RNN_CUDA=1, or with auto where nvcc is and torch is a CUDA build, GPU or not; the architectures
-are TORCH_CUDA_ARCH_LIST's. FUSED_RNN_CUDA_DEBUG=1: a CTA that waits 2 s for another one fails the kernel and says so,
-where it would hang the GPU. MAX_JOBS: compilers at a time."""
+"""Builds fused_rnn._C: the CPU loops once per instruction set, the ops on LibTorch's stable ABI. With FUSED_RNN_CUDA=1
+fused_rnn._cuda as well, the CUDA loops, by nvcc, GPU or not; the architectures are TORCH_CUDA_ARCH_LIST's.
+FUSED_RNN_CUDA_DEBUG=1: a CTA that waits 2 s for another one fails the kernel and says so, where it would hang the GPU.
+MAX_JOBS: compilers at a time. Of torch the headers and libraries are read, and it is not imported: FUSED_RNN_TORCH
+names its folder, else it is that of this environment, or of the one that pip installs into from an isolated build."""
 
 from __future__ import annotations
 
+import hashlib
+import importlib.util
+import logging
 import os
 import platform
 import re
+import runpy
+import shlex
 import shutil
-from concurrent.futures import ThreadPoolExecutor
+import site
+import subprocess
+import sysconfig
+import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from itertools import takewhile
 from pathlib import Path
 
-import torch
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-ROOT = Path(__file__).parent
-TORCH = Path(torch.__file__).parent
-INCLUDE = [str(TORCH / "include"), str(TORCH / "include/torch/csrc/api/include")]
-TORCH_TARGET = "0x020a000000000000"  # the oldest LibTorch whose stable ABI we use: 2.10
+ROOT = Path(__file__).resolve().parent
+OBJECTS = Path("build/objects")  # named by what goes into them; all interpreters share those that know no Python
+OLDEST = (2, 10)  # the LibTorch whose stable ABI we use
+TORCH_TARGET = "0x020a000000000000"
+HOW = "pip install torch, and then, in the same environment, pip install --no-build-isolation ."
+
+
+def find_torch() -> Path:
+    """The folder of torch: the one named, or one that can be imported, or one where pip installs to."""
+    named = os.environ.get("FUSED_RNN_TORCH")
+    installed = (sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), site.getusersitepackages())
+    found = importlib.util.find_spec("torch")
+    found_here = [Path(found.origin).parent] if found is not None and found.origin else []
+    for place in [Path(named)] if named else [*found_here, *(Path(folder, "torch") for folder in installed)]:
+        if (place / "include").is_dir():
+            version = runpy.run_path(str(place / "version.py"))["__version__"]
+            if tuple(map(int, re.findall(r"\d+", version)[:2])) < OLDEST:
+                raise SystemExit(f"torch: got {version} in {place.parent}, expected 2.10 or later to build fused_rnn")
+            return place
+    if named:
+        raise SystemExit(f"FUSED_RNN_TORCH: got {named}, expected the folder of an installed torch, with its include")
+    raise SystemExit(f"fused_rnn is compiled against the torch it will run with, and there is none here: {HOW}")
+
+
+TORCH = find_torch()
+HEADERS = (TORCH / "include").resolve()
+INCLUDE = [HEADERS, HEADERS / "torch/csrc/api/include", *map(sysconfig.get_path, ("include", "platinclude"))]
 
 # -ffp-contract=fast lets a * b + c become one FMA; nothing that changes the meaning of NaN, infinity or order is on.
-COMMON = ["-std=c++17", "-O3", "-g0", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast"]
-COMMON += [f"-ffile-prefix-map={TORCH.parent}/="]  # errors quote torch's headers, not where the builder had them
+COMMON = ["-std=c++17", "-O3", "-g0", "-DNDEBUG", "-fwrapv", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast"]
 COMMON += ["-Wall", "-Wextra", "-Wno-maybe-uninitialized"]
+# Errors quote torch's headers, not where the builder had them; warnings are about our files.
+PYTHON = [f"-isystem{folder}" for folder in dict.fromkeys(INCLUDE)] + [f"-ffile-prefix-map={HEADERS.parent.parent}/="]
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512"]
 # select.cpp asks the processor for every flag named here before it uses the file's code.
@@ -40,7 +74,7 @@ SANITIZE = os.environ.get("FUSED_RNN_SANITIZE")  # e.g. "address,undefined": see
 EXTRA = [f"-fsanitize={SANITIZE}", "-fno-omit-frame-pointer", "-g1", "-O1", "-w"] if SANITIZE else []
 
 NVCC = shutil.which("nvcc") or shutil.which("nvcc", path=os.environ.get("CUDA_HOME", "/usr/local/cuda") + "/bin")
-WANTED = os.environ.get("FUSED_RNN_CUDA", "auto")
+WANTED = os.environ.get("FUSED_RNN_CUDA") or "0"
 ARCHITECTURES = os.environ.get("TORCH_CUDA_ARCH_LIST") or "8.0 8.6 8.9 9.0a 10.0 12.0+PTX"
 NVCC_FLAGS = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
 if os.environ.get("FUSED_RNN_CUDA_DEBUG") == "1":
@@ -58,49 +92,91 @@ def gencodes() -> list[str]:
     return [f"-gencode=arch=compute_{number},code={kind}_{number}" for number, kind in codes]
 
 
+def check_compiler(command: list[str]) -> str:
+    """The compiler's version, a line; SystemExit where it is missing, or knows not all that we ask of it."""
+    flags = ["-std=c++17", "-fopenmp", *(ISA_FLAGS["isa_amx.cpp"] if X86 else [])]
+    needs = "fused_rnn needs a C++17 compiler: GCC 11 or clang 12, or later (apt install g++; CXX names another one)"
+    try:
+        version = subprocess.run([*command, "--version"], capture_output=True, text=True, check=True).stdout
+        program = [*command, *flags, "-fsyntax-only", "-x", "c++", "-"]
+        done = subprocess.run(program, input="#include <vector>\n", capture_output=True, text=True, check=False)
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise SystemExit(f"{command[0]}: {getattr(error, 'strerror', None) or error}. {needs}") from None
+    version = version.partition("\n")[0]
+    if done.returncode:
+        raise SystemExit(f"{version}: {done.stderr.strip().partition(chr(10))[0]}. {needs}")
+    return version
+
+
 class Build(build_ext):
-    """Compiles each file with its own flags, as many at a time as there are cores."""
+    """Compiles each file with its own flags, as many at a time as there are cores, and no file twice."""
+
+    def build_extensions(self) -> None:
+        command = getattr(self.compiler, "compiler_so_cxx", None) or self.compiler.compiler_so
+        self.cxx = [*takewhile(lambda word: not word.startswith("-"), command)]  # not the flags Python was built with
+        self.cxx_version = check_compiler(self.cxx)
+        super().build_extensions()
 
     def build_extension(self, ext: Extension) -> None:
-        cuda = ext.name.endswith("_cuda")
-        own = re.sub(r"\W", "-", " ".join([ARCHITECTURES, *NVCC_FLAGS[5:]]))
-        place = Path(self.build_temp, own) if cuda else Path(self.build_temp)
-
-        def compile_one(unit: tuple[str, str]) -> list[str]:
-            source, number = unit
-            made = place / Path(source).with_suffix(f".{number}.o" if number else ".o")
-            inputs = [source, __file__, *ext.depends]
-            if not self.force and made.exists() and made.stat().st_mtime > max(os.path.getmtime(p) for p in inputs):
-                return [str(made)]
-            if source.endswith(".cu"):
-                made.parent.mkdir(parents=True, exist_ok=True)
-                command = [str(NVCC), *NVCC_FLAGS, *gencodes(), *[f"-DFUSED_RNN_NUMBER={number}"] * bool(number)]
-                self.spawn([*command, "-c", source, "-o", str(made)])
-                return [str(made)]
-            flags = COMMON + ISA_FLAGS.get(Path(source).name, []) + ["-fopenmp"] * source.endswith("team.cpp") + EXTRA
-            return self.compiler.compile([source], str(place), ext.define_macros, INCLUDE, extra_postargs=flags)
-
         units = [(s, n) for s in ext.sources for n in (NUMBERS if "instantiate" in s else ("",))]
+        started = time.monotonic()
         with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
-            objects = [o for found in pool.map(compile_one, units) for o in found]
+            running = [pool.submit(self.compile_one, ext, *unit) for unit in units]
+            for count, done in enumerate(as_completed(running), 1):
+                name, passed = Path(done.result()).name, time.monotonic() - started
+                self.announce(f"[{count}/{len(units)}] {name} {passed:.0f} s", level=logging.INFO)
+        objects = [done.result() for done in running]
         made = self.get_ext_fullpath(ext.name)
-        if cuda:  # with the static runtime, hidden from torch's own: the module loads where there is no driver
+        if ext.name.endswith("_cuda"):  # with the static runtime, hidden from torch's own: it loads without a driver
             Path(made).parent.mkdir(parents=True, exist_ok=True)
             self.spawn([str(NVCC), "-shared", *objects, "-Xlinker", "--exclude-libs,ALL", "-o", made])
-            return
-        # No rpath: torch's import has loaded its libraries before ours is. So it has the OpenMP runtime that it brings,
-        # under the same name: the regions share its threads.
-        link = ["-fopenmp", f"-L{TORCH / 'lib'}", "-ltorch_cpu", "-lc10", *EXTRA]
-        self.compiler.link_shared_object(objects, made, extra_postargs=link, target_lang="c++")
+        else:
+            # No rpath: torch's import has loaded its libraries before ours is. So it has the OpenMP runtime that it
+            # brings, under the same name: the regions share its threads.
+            link = ["-fopenmp", f"-L{TORCH / 'lib'}", "-ltorch_cpu", "-lc10", *EXTRA]
+            self.compiler.link_shared_object(objects, made, extra_postargs=link, target_lang="c++")
+        if "bdist_wheel" in self.distribution.commands and (ROOT / ".git").exists():
+            self.copy_file(made, str(ROOT / "fused_rnn"))  # Python started in this clone imports its sources
+
+    def compile_one(self, ext: Extension, source: str, number: str) -> str:
+        """The path of the object: compiled, or there already of the same sources by the same command."""
+        command = self.command(ext, source, number)
+        version = NVCC_VERSION if source.endswith(".cu") else self.cxx_version
+        inputs = [source, *ext.depends]
+        content = hashlib.sha256(b"".join(Path(path).read_bytes() for path in inputs)).hexdigest()[:12]
+        folder = OBJECTS / hashlib.sha256("\n".join([version, *command]).encode()).hexdigest()[:12]
+        name = source.removeprefix("csrc/").replace("/", "-") + f"-{number}" * bool(number)
+        made = folder / f"{name}.{content}.o"
+        if self.force or not made.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            part = made.with_suffix(f".{os.getpid()}")
+            self.spawn([*command, "-c", source, "-o", str(part)])
+            for old in folder.glob(f"{name}.*.o"):
+                old.unlink(missing_ok=True)
+            part.replace(made)
+        return str(made)
+
+    def command(self, ext: Extension, source: str, number: str) -> list[str]:
+        if source.endswith(".cu"):
+            return [str(NVCC), *NVCC_FLAGS, *gencodes(), *[f"-DFUSED_RNN_NUMBER={number}"] * bool(number)]
+        path = Path(source)
+        macros = [f"-D{name}={value}" for name, value in ext.define_macros]
+        flags = COMMON + ISA_FLAGS.get(path.name, []) + ["-fopenmp"] * (path.name == "team.cpp") + EXTRA
+        knows_python = path.parent.name == "ops" or path.name == "python.cpp"
+        own = shlex.split(os.environ.get("CXXFLAGS", os.environ.get("CFLAGS", "")))
+        return [*self.cxx, *flags, *macros, *PYTHON * knows_python, *own]
 
 
-if WANTED not in ("auto", "0", "1") or (WANTED == "1" and not NVCC):
-    raise SystemExit(f"FUSED_RNN_CUDA={WANTED}: " + ("nvcc is nowhere" if WANTED == "1" else "expected auto, 0 or 1"))
+if WANTED not in ("0", "1"):
+    raise SystemExit(f"FUSED_RNN_CUDA: got {WANTED!r}, expected 0 or 1")
+if WANTED == "1" and not NVCC:
+    raise SystemExit("FUSED_RNN_CUDA=1: nvcc is neither on the PATH nor in CUDA_HOME; it comes with the CUDA toolkit")
 cpu = [s for s in files("*.cpp", "cpu", "ops") if X86 or "isa_" not in s or "baseline" in s] + ["csrc/cuda/plan.cpp"]
 macros, headers = [("TORCH_TARGET_VERSION", TORCH_TARGET)], files("*.h", "", "cells", "cpu", "cuda", "ops")
-extensions = [Extension("fused_rnn._C", cpu, INCLUDE, macros, depends=headers, language="c++")]
-if WANTED == "1" or (WANTED == "auto" and NVCC and torch.version.cuda):
+extensions = [Extension("fused_rnn._C", cpu, define_macros=macros, depends=headers, language="c++")]
+if WANTED == "1":
+    NVCC_VERSION = subprocess.run([str(NVCC), "--version"], capture_output=True, text=True, check=True).stdout
     macros = [("FUSED_RNN_MODULE", "_cuda"), ("FUSED_RNN_ARCHITECTURES", f'"{ARCHITECTURES}"')]
     sources, headers = files("*.c*", "cuda", "cuda/instantiate"), files("*.h", "", "cells", "cuda", "cuda/primitives")
-    extensions += [Extension("fused_rnn._cuda", sources, INCLUDE, macros, depends=headers, language="c++")]
+    extensions += [Extension("fused_rnn._cuda", sources, define_macros=macros, depends=headers, language="c++")]
 setup(ext_modules=extensions, cmdclass={"build_ext": Build})

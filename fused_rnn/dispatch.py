@@ -7,11 +7,12 @@ from types import ModuleType
 
 import torch
 
-from fused_rnn import fastest, onnx, ops
+from fused_rnn import fastest, missing, onnx, ops
 from fused_rnn.backends import cpu, reference
 from fused_rnn.backends import cuda as cuda_backend
 from fused_rnn.backends import torch as torch_backend
 from fused_rnn.backends import triton as triton_backend
+from fused_rnn.cuda_loops import module as cuda_loops
 from fused_rnn.problem import Problem
 
 BACKENDS: dict[str, ModuleType] = {
@@ -70,14 +71,22 @@ def choose(problem: Problem, backend: str | None = None) -> ModuleType:
     at all) can run it.
     """
     if backend is None:
-        for name in preference(problem):
+        names = preference(problem)
+        for name in names:
             if BACKENDS[name].supports(problem) is None:
+                if name != names[0] and (reason := _not_built(names[0])) is not None:
+                    missing.warn_once(reason)
                 return BACKENDS[name]
     elif backend not in BACKENDS:
         raise ValueError(f"backend: got {backend!r}, expected None or one of {', '.join(map(repr, BACKENDS))}")
     elif BACKENDS[backend].supports(problem) is None:
         return BACKENDS[backend]
     raise NotImplementedError(_refusal(problem, backend))
+
+
+def _not_built(backend: str) -> str | None:
+    """Why the compiled part of a backend is not there; None where it is, or none is needed."""
+    return {"cpu": ops.MISSING, "cuda": cuda_loops.MISSING}.get(backend)
 
 
 def _refusal(problem: Problem, backend: str | None) -> str:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from fused_rnn import flops, rerun, vmap
+from fused_rnn import flops, missing, rerun, vmap
 from fused_rnn.cells import CELLS
 
 _C: Any
@@ -23,7 +23,7 @@ MISSING: str | None
 try:
     _C, MISSING = import_module("fused_rnn._C"), None
 except ImportError as error:
-    _C, MISSING = None, f"the compiled extension fused_rnn._C did not load ({error})"
+    _C, MISSING = None, missing.reason("_C", error)
 
 # The op fused_rnn::step takes the cell as a number: a string costs more to hand over than a small step takes.
 CODES = {"lstm": 0, "gru": 1, "rnn_tanh": 2, "rnn_relu": 3}  # csrc/params.h's Cell

@@ -289,8 +289,14 @@ class _Packed:
             layers.append([*own[:2], *biases, own[-1] if self._count in (3, 5) else 0])
         self._native.pack(layers)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def run(self, x: Tensor) -> Tensor:
+        if is_compiling():
+            from fused_rnn.untraced import call  # here: it imports Dynamo, which takes a second and 140 MiB
+
+            return call(self._run, x)
+        return self._run(x)
+
+    def _run(self, x: Tensor) -> Tensor:
         x = x.detach().resolve_neg().contiguous()
         steps, batch, _ = x.shape
         y = x.new_empty(steps, batch, self._width)

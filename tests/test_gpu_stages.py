@@ -248,22 +248,22 @@ def test_without_a_gpu_it_says_so() -> None:
 
 
 def test_modules_for_another_machine(tmp_path: Path) -> None:
-    """By an interpreter that has no torch: setup.py meets the headers and the CUDA version of the one it is given."""
+    """By an interpreter that has no torch: setup.py is told where the headers are."""
     torch_there, out = tmp_path / "site" / "torch", tmp_path / "out"
     (torch_there / "include").mkdir(parents=True)
     (torch_there / "lib").mkdir()
     (torch_there / "include" / "marked").touch()
     (tmp_path / "setup.py").write_text(
-        "import os, sys, torch\n"
+        "import os, sys\n"
         "from pathlib import Path\n"
-        "assert torch.version.cuda == '13.0' and (Path(torch.__file__).parent / 'include/marked').exists()\n"
+        "assert Path(os.environ['FUSED_RNN_TORCH'], 'include/marked').exists()\n"
         "assert os.environ['FUSED_RNN_CUDA'] == '1'\n"
         "made = Path(sys.argv[sys.argv.index('-b') + 1], 'fused_rnn')\n"
         "made.mkdir(parents=True)\n"
         "for name in ('_C', '_cuda'):\n"
         "    (made / f'{name}.so').write_text(os.environ['FUSED_RNN_CUDA_DEBUG'])\n"
     )
-    made = script("gpu_prebuild").build(sys.executable, torch_there, "13.0", out, tree=tmp_path)
+    made = script("gpu_prebuild").build(sys.executable, torch_there, out, tree=tmp_path)
     there = {path.relative_to(out).as_posix(): path.read_text() for path in out.rglob("*.so")}
     assert there == {"_C.so": "0", "_cuda.so": "0", "debug/_cuda.so": "1"}
     assert sorted(made) == sorted(out / name for name in there)
