@@ -293,7 +293,8 @@ class _Packed:
         if is_compiling():
             from fused_rnn.untraced import call  # here: it imports Dynamo, which takes a second and 140 MiB
 
-            return call(self._run, x)
+            y: Tensor = call(self._run, x)
+            return y
         return self._run(x)
 
     def _run(self, x: Tensor) -> Tensor:

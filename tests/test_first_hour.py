@@ -202,6 +202,4 @@ def test_a_compiler_that_is_missing_or_too_old(tmp_path: Path) -> None:
 def test_cuda_is_asked_for() -> None:
     assert refusal(FUSED_RNN_CUDA="auto") == "FUSED_RNN_CUDA: got 'auto', expected 0 or 1"
     said = refusal(FUSED_RNN_CUDA="1", PATH="/nowhere", CUDA_HOME="/nowhere")
-    assert said == (
-        "FUSED_RNN_CUDA=1: nvcc is neither on the PATH nor in CUDA_HOME; it comes with the CUDA toolkit"
-    )
+    assert said == ("FUSED_RNN_CUDA=1: nvcc is neither on the PATH nor in CUDA_HOME; it comes with the CUDA toolkit")
