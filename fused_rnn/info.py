@@ -7,7 +7,7 @@ import platform
 import torch
 
 import fused_rnn
-from fused_rnn import ops
+from fused_rnn import missing, ops
 from fused_rnn.bench.machine import cpu_isa, cpu_model, kernels_isa
 from fused_rnn.cuda_loops import module as cuda_loops
 from fused_rnn.dispatch import BACKENDS
@@ -34,7 +34,7 @@ def as_text() -> str:
 
 def _versions() -> dict[str, str]:
     return {
-        "fused_rnn": fused_rnn.__version__,
+        "fused_rnn": f"{fused_rnn.__version__}, from {missing.PACKAGE}",
         "torch": torch.__version__,
         "Python": platform.python_version(),
         "CUDA in torch": torch.version.cuda or "none",
