@@ -5,6 +5,7 @@ from __future__ import annotations
 import doctest
 import inspect
 import re
+import runpy
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -90,6 +91,34 @@ def test_included_pieces_are_where_the_pages_look_for_them() -> None:
     assert pieces
     for page, source, text in pieces:
         assert text in source.read_text(), f"docs/{page.name} includes {source.name} from or up to {text!r}"
+
+
+def test_the_picture_is_that_of_the_committed_results() -> None:
+    pytest.importorskip("rich", reason="pip install '.[cli]'")
+    found = runpy.run_path(str(ROOT / "scripts/readme_picture.py"))
+    drawn = found["draw"](found["Results"].load(found["RESULTS"]))
+    assert drawn == found["PICTURE"].read_text(), "docs/speed.svg: run python scripts/readme_picture.py"
+
+
+def linked() -> Iterator[tuple[Path, str]]:
+    """(page, target) of every link to a file of the repository, of README and the documentation."""
+    for page in (ROOT / "README.md", *PAGES):
+        for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+            if not re.match(r"\w+:|#", target):
+                yield page, target
+
+
+def test_links_lead_to_files_and_headings() -> None:
+    links = list(linked())
+    assert links
+    for page, target in links:
+        name, _, heading = target.partition("#")
+        path = page.parent / name
+        assert path.exists(), f"{page.name} links to {target}"
+        if heading:
+            titles = re.findall(r"^#+ (.*)$", path.read_text(), re.MULTILINE)
+            slugs = [re.sub(r"[^\w -]", "", title).strip().lower().replace(" ", "-") for title in titles]
+            assert heading in slugs, f"{page.name} links to {target}"
 
 
 def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
