@@ -46,8 +46,9 @@ def public(name: str) -> Any:
     return value
 
 
-# torch's own, of what its compiler and exporter do inside
+# torch's own, of what its compiler and exporters do inside
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 @pytest.mark.parametrize("page", [ROOT / "README.md", *PAGES], ids=lambda page: page.stem)
 def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In order, in one namespace, in an empty folder; with prompts, what they print is compared."""
