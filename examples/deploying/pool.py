@@ -26,14 +26,14 @@ def load(checkpoint):
 
 
 def start(checkpoint):
-    """In each worker, once. One thread a worker, before anything else: in a forked process torch's own are gone."""
-    torch.set_num_threads(1)
+    """In each worker, once."""
+    torch.set_num_threads(1)  # before anything else: torch's threads do not survive a fork
     if stream is None:
         load(checkpoint)
 
 
 def answer(x):
-    """A request, x [T, D] → y [T, H], from a state of zeros. As arrays: a tensor on its way keeps a file open."""
+    """A request: x [T, D] → y [T, H], arrays, from a state of zeros."""
     stream.reset()
     return stream.steps(torch.from_numpy(x)[:, None])[:, 0].numpy()
 

@@ -1,6 +1,5 @@
-// Runs a package of AOTInductor's without Python: serve fused_rnn/_C.*.so package.pt2
-//
-// The model takes x [T, B, 16], for any T and B. docs/deploying.md has the command that builds this.
+// Runs a package of AOTInductor's without Python: x [T, B, 16], any T and B.
+// docs/deploying.md has the command that builds it.
 
 #include <ATen/ops/ones.h>
 #include <dlfcn.h>
