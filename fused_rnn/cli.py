@@ -52,7 +52,9 @@ def info() -> None:
 @click.option("--memory/--no-memory", default=True, help="Measure peak memory as well.")
 @click.option("--stream", is_flag=True, help="Measure module.stream() alone, against torch's cells and T=1 calls.")
 @click.option(
-    "--out", type=click.Path(path_type=Path), help="Folder of the results. [default: benchmarks/results/cpu or /GPU]"
+    "--out",
+    type=click.Path(path_type=Path),
+    help="Folder of the results. [default: bench-out/cpu or /GPU; of --readme: benchmarks/results/cpu or /GPU]",
 )
 @click.option("--choose", is_flag=True, help="Measure nothing: make the table backend=None goes by of a GPU's files.")
 @click.option(
@@ -78,29 +80,33 @@ def bench(
 ) -> None:
     """Measure fused_rnn against torch.nn and a loop over cells, interleaved in one process.
 
-    Writes one JSON file and one plot per dtype and thread count; rows measured again replace the old ones.
+    Writes one JSON file and one plot per dtype and thread count into a folder that git ignores, or into --out. Rows
+    measured again replace the old ones; nothing else in a file is touched, and a file from another machine or torch is
+    left alone.
     """
-    from fused_rnn.bench.machine import folder
+    from fused_rnn.bench.machine import OUT, folder, make_ignored
     from fused_rnn.bench.run import DEFAULT_DTYPES, PROVIDERS, Plan, execute
 
-    out = out or folder(device)
     if readme is not None:
-        _fill_readme(readme, out, device)
+        _fill_readme(readme, out or folder(device), device)
         return
     if choose:
-        _choose(out)
+        _choose(out or folder(device, OUT))
         return
     if device == "cuda" and not torch.cuda.is_available():
         raise click.ClickException("--device cuda: torch finds no GPU here (python -m fused_rnn info says more)")
     if device == "cpu" and "tf32" in dtypes:
         raise click.BadParameter("got 'tf32', which is a GPU's: --device cuda", param_hint="--dtype")
+    _check_providers(providers)
+    if out is None:
+        make_ignored(OUT)
+        out = folder(device, OUT)
     if stream:
         from fused_rnn.bench.stream import execute as execute_stream
 
         for count in threads or (1,):
             execute_stream(cells or CELLS, count, 60 * (minutes if minutes is not None else 2), out, Console())
         return
-    _check_providers(providers)
     plan = Plan(
         device=device,
         grid=device if not quick else "quick" if device == "cpu" else f"quick-{device}",

@@ -18,7 +18,7 @@ from fused_rnn.bench.measure import Timing, clock, float32_as, measure, percenti
 from fused_rnn.bench.memory import peak_memory
 from fused_rnn.bench.plot import plot
 from fused_rnn.bench.providers import baseline, build, supports
-from fused_rnn.bench.results import FLOOR, TIME, Results, Row, geometric_mean, setting, time_row
+from fused_rnn.bench.results import FLOOR, TIME, Results, Row, continued, geometric_mean, setting, time_row
 from fused_rnn.bench.run import Plan, execute
 from fused_rnn.bench.tables import losses, region_table, regions, report
 
@@ -174,16 +174,75 @@ def test_rows_survive_the_file(tmp_path: Path) -> None:
 
 
 def test_measuring_again_replaces_the_point_and_keeps_the_rest(tmp_path: Path) -> None:
+    """Of "auto", which was not measured again, nothing is lost: neither its row nor those that it stands beside."""
     results = some_results()
     point = Point("LSTM", "training", "fp32", 32, 8, 128)
     results.runs.append({**RUN, "commit": "def"})
-    before = len(results.rows)
+    before = set(results.rows)
     results.replace([row(point, "torch", 30, run=1), row(point, "cpu", 3, run=1)])
     assert results.speedups("cpu")[point] == pytest.approx(10)
-    assert point not in results.speedups("auto"), "no speed-up across two runs"
-    assert len(results.rows) == before - 2
+    assert results.speedups("auto")[point] == pytest.approx(2), "no speed-up across two runs"
+    assert set(results.rows) == before
+    assert results.value(point, "torch") == 30
+    assert results.value(point, "torch", run=0) == 10
     results.save(tmp_path / "a.json")
     assert [run["commit"] for run in results.runs] == ["abc", "def"]
+    again = Results.load(tmp_path / "a.json")
+    assert (again.rows, again.older) == (results.rows, results.older)
+    assert again.speedups("auto") == results.speedups("auto")
+    alone = again.of_run(1)
+    assert set(alone.rows) == {(point, "torch", TIME), (point, "cpu", TIME)}
+
+
+def test_a_run_goes_when_all_that_it_measured_was_measured_again() -> None:
+    point = Point("GRU", "inference", "fp32", 8, 8, 8)
+    results = Results([{**RUN, "commit": str(n)} for n in range(4)])
+    results.replace([row(point, name, 10) for name in ("torch", "cpu", "auto", FLOOR)])
+    results.replace([row(point, name, 8, run=1) for name in ("torch", "cpu", FLOOR)])
+    assert {r.run for r in results.every_row()} == {0, 1}
+    results.replace([row(point, name, 6, run=2) for name in ("torch", "auto")])
+    assert {r.run for r in results.every_row()} == {0, 1, 2}, "no later run has all three"
+    results.replace([row(point, "cpu", 1, run=3)])
+    assert {r.run for r in results.every_row()} == {0, 1, 2, 3}
+    assert results.value(point, "cpu") == 1
+    assert results.speedups("cpu") == {point: 1.0}, "the latest run that has both"
+    results.runs.append(dict(RUN))
+    results.replace([row(point, name, 4, run=4) for name in ("torch", "cpu", "auto")])
+    assert {r.run for r in results.every_row()} == {4}
+
+
+@pytest.mark.parametrize("change", [{"device_name": "another CPU"}, {"torch": "3"}, {"kernels": "avx512"}, None])
+def test_a_file_of_another_machine_stays(change: dict[str, str] | None, tmp_path: Path) -> None:
+    path, facts = tmp_path / "fp32-1t.json", dict(RUN)
+    assert continued(path, facts)[::2] == (path, None)
+    if change is None:
+        path.write_text('{"somebody": "else"}')
+    else:
+        some_results().save(path)
+        facts |= change
+    before = path.read_bytes()
+    other, results, said = continued(path, facts)
+    assert (other, results.rows) == (tmp_path / "fp32-1t-2.json", {})
+    assert said is not None and str(path) in said and str(other) in said
+    Results([facts], some_results().rows).save(other)
+    again, results, _ = continued(path, facts)
+    assert again == other and results.rows
+    assert path.read_bytes() == before
+
+
+def test_a_run_beside_another_machines_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(GRIDS, "tiny", Grid(T=(2,), B=(2,), H=(4,), steps=()))
+    some_results().save(tmp_path / "fp32-1t.json")
+    before = (tmp_path / "fp32-1t.json").read_bytes()
+    plan = Plan(
+        grid="tiny", dtypes=("fp32",), threads=(1,), budget_s=0.0, memory=False, out=tmp_path, cells=("GRU",),
+        providers=("torch", "auto"),
+    )  # fmt: skip
+    console = Console(file=io.StringIO(), width=400)
+    assert execute(plan, console) == [tmp_path / "fp32-1t-2.json"]
+    assert isinstance(console.file, io.StringIO)
+    assert f"{tmp_path / 'fp32-1t.json'} holds results of a CPU with torch 2" in console.file.getvalue()
+    assert (tmp_path / "fp32-1t.json").read_bytes() == before
 
 
 def test_runs_without_rows_are_dropped(tmp_path: Path) -> None:
@@ -294,6 +353,7 @@ def test_a_gpus_results_have_names_of_their_own(monkeypatch: pytest.MonkeyPatch)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda name=name: name)
         assert machine.folder("cuda") == Path("benchmarks/results") / folder
         assert machine.folder("cpu") == Path("benchmarks/results/cpu")
+        assert machine.folder("cuda", machine.OUT) == Path("bench-out") / folder
     assert Plan(device="cuda", grid="cuda", out=Path("a")).path("bf16", 8) == Path("a/bf16.json")
     assert Plan(device="cuda", grid="quick-cuda", out=Path("a")).path("tf32", 8) == Path("a/quick-tf32.json")
     assert Plan(out=Path("a")).path("fp32", 2) == Path("a/fp32-2t.json")

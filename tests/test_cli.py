@@ -74,6 +74,17 @@ def test_bench_writes_files_and_readme(tmp_path: Path, monkeypatch: pytest.Monke
     assert "**fp32, 1 thread**" in page.read_text()
 
 
+def test_bench_writes_where_git_looks_away_and_says_where(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(GRIDS, "cpu", Grid(T=(2,), B=(8,), H=(4,), steps=(4,)))
+    monkeypatch.chdir(tmp_path)
+    subprocess.run(["git", "init", "-q"], check=True)
+    printed = run("bench", "--dtype", "fp32", "--threads", "1", "--cell", "GRU", "--minutes", "0", "--no-memory")
+    assert Path("bench-out/cpu/fp32-1t.json").exists()
+    assert "bench-out/cpu/fp32-1t.json" in " ".join(printed.split())
+    assert [path.name for path in tmp_path.iterdir() if path.name != ".git"] == ["bench-out"]
+    assert not subprocess.run(["git", "status", "--porcelain"], check=True, capture_output=True).stdout
+
+
 @pytest.mark.skipif(ops.MISSING is not None, reason=str(ops.MISSING))
 def test_bench_of_streams(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fused_rnn.bench.stream.SIZES", (8,))
@@ -84,6 +95,9 @@ def test_bench_of_streams(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     (point,) = {point for point, _, _ in results.rows}
     assert set(results.speedups("stream")) == {point}
     assert all(row.p50 for row in results.rows.values())
+    run("bench", "--stream", "--cell", "RNN", "--minutes", "0", *out)
+    both = Results.load(tmp_path / "stream-fp32-1t.json")
+    assert {point.cell for point, _, _ in both.rows} == {"GRU", "RNN"}, "the rows of the first run stay"
     results.save(tmp_path / "fp32-1t.json")
     page = tmp_path / "README.md"
     page.write_text(f"{BEGIN}\n{END}\n")

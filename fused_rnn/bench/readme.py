@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from fused_rnn.bench.goals import judged
-from fused_rnn.bench.grid import CELLS
+from fused_rnn.bench.grid import CELLS, Point
 from fused_rnn.bench.providers import BASELINE, STEP_BASELINE
 from fused_rnn.bench.results import MEMORY, Results, geometric_mean, setting
 from fused_rnn.bench.stream import PREFIX, table
@@ -86,11 +86,15 @@ def steps(results: Results, provider: str) -> str:
         entries = []
         for H in heights:
             point = next((p for p in points if p.cell == cell and p.H == H), None)
-            theirs = point and results.value(point, STEP_BASELINE)
-            ours = point and results.value(point, provider)
-            entries.append(f"{theirs:.3g} → {ours:.3g} ({theirs / ours:.1f}×)" if theirs and ours else "–")
+            entries.append("–" if point is None else _step(results, point, provider))
         lines.append(f"| {cell} | " + " | ".join(entries) + " |")
     return "\n".join(lines)
+
+
+def _step(results: Results, point: Point, provider: str) -> str:
+    run = results.common_run(point, provider, STEP_BASELINE)
+    theirs, ours = (results.value(point, name, run=run) for name in (STEP_BASELINE, provider))
+    return f"{theirs:.3g} → {ours:.3g} ({theirs / ours:.1f}×)" if theirs and ours else "–"
 
 
 def goals(loaded: list[Results], provider: str) -> str:
@@ -114,7 +118,9 @@ def memory(results: Results, provider: str) -> str:
     lines = [f"**Peak memory, T={point.T}, B={point.B}, H={point.H}, {point.dtype}** (MiB)", ""]
     lines += ['| | torch.nn | ours | ours, `save="recompute"` |', "|---|---|---|---|"]
     for point in dict.fromkeys(row.point for row in rows):
-        values = (results.value(point, name, MEMORY) for name in (BASELINE, provider, f"{provider} save=recompute"))
+        run = results.common_run(point, BASELINE, provider, metric=MEMORY)
+        names = (BASELINE, provider, f"{provider} save=recompute")
+        values = (results.value(point, name, MEMORY, run) for name in names)
         entries = ("–" if value is None else f"{value:.0f}" for value in values)
         lines.append(f"| {point.cell}, {point.mode} | " + " | ".join(entries) + " |")
     return "\n".join(lines)

@@ -15,12 +15,12 @@ from fused_rnn.bench.goals import goal_table
 from fused_rnn.bench.grid import CELLS, GRIDS, MODES, Point
 from fused_rnn.bench.heat import heat_map, step_plot
 from fused_rnn.bench.limits import Limits, measure_limits
-from fused_rnn.bench.machine import describe
+from fused_rnn.bench.machine import OUT, describe
 from fused_rnn.bench.measure import Timing, float32_as, measure
 from fused_rnn.bench.memory import SIZES, peak_memory
 from fused_rnn.bench.plot import plot
 from fused_rnn.bench.providers import BASELINE, HALF, OTHERS
-from fused_rnn.bench.results import FLOOR, MEMORY, Results, Row, setting, time_row
+from fused_rnn.bench.results import FLOOR, MEMORY, Results, Row, continued, setting, time_row
 from fused_rnn.bench.tables import report
 from fused_rnn.dispatch import BACKENDS
 
@@ -46,7 +46,7 @@ class Plan:
     providers: tuple[str, ...] = PROVIDERS["cpu"]
     budget_s: float = 600.0
     memory: bool = True
-    out: Path = Path("benchmarks/results/cpu")
+    out: Path = OUT / "cpu"
 
     def path(self, dtype: str, threads: int) -> Path:
         """The result file; a quick run has one of its own and leaves the careful one alone."""
@@ -85,7 +85,9 @@ def _execute_one(plan: Plan, dtype: str, threads: int, console: Console) -> Path
         f"{large / 1e9:.0f} GB/s from memory.\n"
         f"Our kernels: {facts['kernels']}. torch {facts['torch']}, commit {facts['commit'] or 'unknown'}."
     )
-    results = _continued(path, facts)
+    path, results, said = continued(path, facts)
+    if said is not None:
+        console.print(said)
     results.runs.append(facts)
     rows: list[Row] = []
     try:
@@ -100,8 +102,9 @@ def _execute_one(plan: Plan, dtype: str, threads: int, console: Console) -> Path
         results.replace(rows)
         if results.rows:
             results.save(path)
-    console.print(report(results))
-    if (table := goal_table(results)) is not None:
+    measured = results.of_run(len(results.runs) - 1) if rows else Results([facts])
+    console.print(report(measured))
+    if (table := goal_table(measured)) is not None:
         console.print(table)
     ours = [p for p in plan.providers if p not in OTHERS] or ["auto"]
     pictures = [path.with_suffix(".png"), *(path.with_name(f"{path.stem}-{p}.png") for p in ours[1:])]
@@ -112,15 +115,6 @@ def _execute_one(plan: Plan, dtype: str, threads: int, console: Console) -> Path
             step_plot(results, provider, picture.with_stem(f"{picture.stem}-steps"))
     console.print(f"Written to {path} and {', '.join(picture.name for picture in pictures)}")
     return path
-
-
-def _continued(path: Path, facts: dict[str, object]) -> Results:
-    """The file's present contents if they come from this machine and this torch; otherwise a new start."""
-    if not path.exists():
-        return Results()
-    earlier = Results.load(path)
-    same = all(run.get(key) == facts[key] for run in earlier.runs for key in ("device_name", "torch", "isa", "kernels"))
-    return earlier if same else Results()
 
 
 def _times(

@@ -24,7 +24,7 @@ from fused_rnn.bench.limits import measure_limits, read_rate
 from fused_rnn.bench.machine import describe
 from fused_rnn.bench.measure import BLOCK_S, MAX_ROUNDS, MIN_ROUNDS, TOLERANCE, Timing, percentiles
 from fused_rnn.bench.providers import BASELINE, STEP_BASELINE
-from fused_rnn.bench.results import FLOOR, Results, setting, time_row
+from fused_rnn.bench.results import FLOOR, Results, continued, setting, time_row
 
 PREFIX = "stream-"  # of the result files' names
 SIZES = (32, 64, 128, 256, 512, 1024)
@@ -99,8 +99,11 @@ def execute(cells: Sequence[str], threads: int, budget_s: float, out: Path, cons
     torch.set_num_threads(threads)
     try:
         facts = describe("cpu") | {"dtype": "fp32", "threads": threads, "limits": asdict(measure_limits("fp32", "cpu"))}
-        path = out / f"{PREFIX}fp32-{threads}t.json"
-        results = Results(runs=[facts])
+        path, results, said = continued(out / f"{PREFIX}fp32-{threads}t.json", facts)
+        if said is not None:
+            console.print(said)
+        results.runs.append(facts)
+        run = len(results.runs) - 1
         with torch.no_grad():
             for cell in cells:
                 for H in SIZES:
@@ -109,7 +112,7 @@ def execute(cells: Sequence[str], threads: int, budget_s: float, out: Path, cons
                     size = 2 * GATES[cell] * H * H * 4
                     floor = size / read_rate(size, "cpu")
                     timings[FLOOR] = Timing(floor, floor, floor, 1)
-                    results.replace([time_row(point, name, timing, 0) for name, timing in timings.items()])
+                    results.replace([time_row(point, name, timing, run) for name, timing in timings.items()])
                     _print(console, results, point)
     finally:
         torch.set_num_threads(before)
@@ -140,7 +143,9 @@ def table(results: Results) -> str:
             entries = []
             for H in heights:
                 point = Point(cell, "stream", "fp32", 1, 1, H)
-                ours, theirs, whole = (results.value(point, n) for n in (name, STEP_BASELINE, BASELINE))
+                three = (name, STEP_BASELINE, BASELINE)
+                run_of = results.common_run(point, *three)
+                ours, theirs, whole = (results.value(point, n, run=run_of) for n in three)
                 known = ours and theirs and whole
                 entries.append(f"{ours:.3g} ({theirs / ours:.1f} / {whole / ours:.0f}×)" if known else "–")  # type: ignore[operator]
             lines.append(f"| {cell}{title} | " + " | ".join(entries) + " |")

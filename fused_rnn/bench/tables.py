@@ -12,7 +12,7 @@ from rich.text import Text
 
 from fused_rnn.bench.cudnn import algorithm, gpu_of
 from fused_rnn.bench.grid import CELLS, REGIONS, SEQUENCES, VARIANTS, Point
-from fused_rnn.bench.providers import BASELINE, TITLES
+from fused_rnn.bench.providers import BASELINE, TITLES, baseline
 from fused_rnn.bench.results import FLOOR, MEMORY, TIME, Results, geometric_mean
 
 EVEN = 0.95  # from here to its inverse a speed-up counts as none
@@ -85,9 +85,11 @@ def against_plain(results: Results, provider: str, variant: str) -> dict[Point, 
     """A variant's time over that of the plain batch of the same size, at every point that has both."""
     ratios = {}
     for point in results.speedups(provider):
-        plain = results.value(replace(point, variant="plain"), provider)
-        own = results.value(point, provider)
-        if point.variant == variant and plain and own:
+        if point.variant != variant:
+            continue
+        row = results.rows[point, provider, TIME]
+        plain, own = results.value(replace(point, variant="plain"), provider, run=row.run), row.p50
+        if plain and own:
             ratios[point] = own / plain
     return ratios
 
@@ -139,13 +141,14 @@ def point_table(results: Results, provider: str, cell: str, mode: str) -> Table 
 def _entry(results: Results, provider: str, point: Point | None) -> Text:
     if point is None:
         return Text("")
-    ours, theirs = results.value(point, provider), results.in_torch(point)
+    run = results.common_run(point, provider, baseline(point))
+    ours, theirs = results.value(point, provider, run=run), results.in_torch(point, run)
     if not ours:
         return Text("refused", style="bold red")
     text = Text(f"{ours:.4g} ")
     if theirs:
         text.append(f"{theirs / ours:.2f}×", style=style(theirs / ours))
-    if floor := results.value(point, FLOOR):
+    if floor := results.value(point, FLOOR, run=run):
         text.append(f" {100 * floor / ours:.0f}%", style="dim")
     return text
 
@@ -178,10 +181,10 @@ def memory_table(results: Results) -> Table | None:
     for provider in providers:
         table.add_column(title(provider), justify="right")
     for point in dict.fromkeys(row.point for row in rows):
-        theirs = results.value(point, BASELINE, MEMORY)
         entries = []
         for provider in providers:
-            ours = results.value(point, provider, MEMORY)
+            run = results.common_run(point, provider, BASELINE, metric=MEMORY)
+            ours, theirs = (results.value(point, name, MEMORY, run) for name in (provider, BASELINE))
             share = f" ({ours / theirs:.2f})" if ours is not None and theirs and provider != BASELINE else ""
             entries.append("–" if ours is None else f"{ours:.0f}{share}")
         table.add_row(f"{point.cell} {point.mode}", *entries)
