@@ -20,6 +20,7 @@ from fused_rnn.bench.measure import Timing
 from fused_rnn.bench.providers import ways_in_torch
 
 TIME, MEMORY = "time_us", "peak_memory_mib"
+DISTURBED = 1.5  # the 80th percentile over the 20th
 FLOOR = "limit"  # the provider name of the rows that hold Limits.floor
 
 
@@ -38,13 +39,18 @@ class Row:
     refused: str | None = None
 
     @property
+    def disturbed(self) -> bool:
+        """Whether the times differ so much that something else must have run beside them."""
+        return bool(self.p20 and self.p80 and self.p80 > DISTURBED * self.p20)
+
+    @property
     def key(self) -> Key:
         return self.point, self.provider, self.metric
 
     def to_json(self) -> dict[str, Any]:
-        size = {"T": self.point.T, "B": self.point.B, "H": self.point.H}
         entry: dict[str, Any] = {"kernel": self.point.cell, "provider": self.provider, "mode": self.point.mode}
-        entry |= {"metric": self.metric, "dtype": self.point.dtype, "size": size, "variant": self.point.variant}
+        entry |= {"metric": self.metric, "dtype": self.point.dtype, "size": self.point.size}
+        entry |= {"variant": self.point.variant}
         if self.refused is None:
             entry |= {"p20": self.p20, "p50": self.p50, "p80": self.p80, "n": self.n}
         else:

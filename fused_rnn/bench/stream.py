@@ -2,7 +2,8 @@
 
 A step takes a microsecond where the clock of the other suites takes half of one: here a block of calls is timed as a
 whole. Blocks take turns as there (measure.py). The limit is the reading of all weights at the rate of summing a buffer
-of that size, by torch.sum, which reads it from the front every time: a step that turns round at the end may be faster.
+of that size, by torch.sum, which reads it from the front every time: a step that turns round at the end may be faster,
+and is then the limit itself.
 """
 
 from __future__ import annotations
@@ -111,6 +112,8 @@ def execute(cells: Sequence[str], threads: int, budget_s: float, out: Path, cons
                     timings = measure(cell, H, budget_s / len(cells) / len(SIZES))
                     size = 2 * GATES[cell] * H * H * 4
                     floor = size / read_rate(size, "cpu")
+                    if timings["stream"].p50 < floor:  # the machine was disturbed, or a step knows a better way to read
+                        floor = min(size / read_rate(size, "cpu"), floor, timings["stream"].p50)
                     timings[FLOOR] = Timing(floor, floor, floor, 1)
                     results.replace([time_row(point, name, timing, run) for name, timing in timings.items()])
                     _print(console, results, point)
@@ -137,6 +140,7 @@ def table(results: Results) -> str:
         "",
     ]
     lines += ["| | " + " | ".join(f"H={H}" for H in heights) + " |", "|---" * (1 + len(heights)) + "|"]
+    marked = False
     titles = {"stream": "", "stream bf16": ", bf16 weights", "stream int8": ", int8 weights"}
     for cell in CELLS:
         for name, title in titles.items():
@@ -149,9 +153,16 @@ def table(results: Results) -> str:
                 known = ours and theirs and whole
                 entries.append(f"{ours:.3g} ({theirs / ours:.1f} / {whole / ours:.0f}×)" if known else "–")  # type: ignore[operator]
             lines.append(f"| {cell}{title} | " + " | ".join(entries) + " |")
-        limits = (results.value(Point(cell, "stream", "fp32", 1, 1, H), FLOOR) for H in heights)
-        entries = ["–" if limit is None else f"{limit:.3g}" for limit in limits]
+        entries = []
+        for H in heights:
+            point = Point(cell, "stream", "fp32", 1, 1, H)
+            limit, ours = (results.value(point, name) for name in (FLOOR, "stream"))
+            passed = bool(limit and ours and 1.005 * ours < limit)
+            entries.append("–" if limit is None else f"{limit:.3g}{' †' * passed}")
+            marked = marked or passed
         lines.append(f"| *{cell}: reading its fp32 weights* | " + " | ".join(entries) + " |")
+    if marked:
+        lines += ["", "† Exceeded: it reads from the front each time; a step that turns round at the end is faster."]
     lines += [
         "",
         f"<sub>{run['device_name']}, torch {run['torch']}, commit {run['commit'] or 'unknown'}, {run['date']}</sub>",
