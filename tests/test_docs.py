@@ -101,6 +101,35 @@ def test_the_picture_is_that_of_the_committed_results() -> None:
     assert drawn == found["PICTURE"].read_text(), "docs/speed.svg: run python scripts/readme_picture.py"
 
 
+def test_the_first_lines_say_what_was_measured() -> None:
+    """The figures in README's prose, and on the front page, which no command writes."""
+    pytest.importorskip("rich", reason="pip install '.[cli]'")
+    from fused_rnn.bench.goals import judged
+    from fused_rnn.bench.grid import Point
+    from fused_rnn.bench.results import Results, geometric_mean
+    from fused_rnn.bench.tables import regions
+
+    folder = ROOT / "benchmarks/results"
+    means: dict[str, list[float]] = {}
+    for *_, cells in regions(Results.load(folder / "cpu/fp32-1t.json"), "cpu"):
+        for cell, values in cells.items():
+            means.setdefault(cell, []).append(geometric_mean(values))
+    lstm, gru = ((min(means[cell]), max(means[cell])) for cell in ("LSTM", "GRU"))
+    streams = Results.load(folder / "cpu/stream-fp32-1t.json")
+    small = Point("GRU", "stream", "fp32", 1, 1, 32)
+    stream = streams.value(small, "cell") / streams.value(small, "stream")  # type: ignore[operator]
+    readme, front = (" ".join(path.read_text().split()) for path in (ROOT / "README.md", ROOT / "docs/index.md"))
+    for page in (readme, front):
+        assert f"an LSTM runs {lstm[0]:.1f} to {lstm[1]:.1f} times as fast" in page
+        assert f"a GRU {gru[0]:.1f} to {gru[1]:.0f} times" in page
+        assert f"up to {stream:.0f} times as fast as `torch.nn`'s cell" in page
+    for dtype, before in (("bf16", "ran "), ("tf32", "with TF32, ")):
+        bars = judged(Results.load(folder / f"h200/{dtype}.json"), "cuda")
+        inference, training = (value for goal, value in bars if goal.name.endswith("× torch.nn") and value)
+        text = f"{before}{inference:.1f} times as fast in inference and {training:.1f}"
+        assert text in readme or f"{before}{inference:.1f} and {training:.1f} times" in readme
+
+
 def linked() -> Iterator[tuple[Path, str]]:
     """(page, target) of every link to a file of the repository, of README and the documentation."""
     for page in (ROOT / "README.md", *PAGES):
