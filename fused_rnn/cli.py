@@ -81,6 +81,11 @@ class ShapeType(click.ParamType):  # type: ignore[type-arg]  # generic in newer 
 @click.option("--memory/--no-memory", default=None, help="Measure peak memory as well. [default: but for --shape]")
 @click.option("--stream", is_flag=True, help="Measure module.stream() alone, against torch's cells and T=1 calls.")
 @click.option(
+    "--scaling",
+    is_flag=True,
+    help="Measure 1, 2, … threads, and as many processes of one thread each: sequences a second.",
+)
+@click.option(
     "--out",
     type=click.Path(path_type=Path),
     help="Folder of the results. [default: bench-out/cpu or /GPU; of --readme: benchmarks/results/cpu or /GPU]",
@@ -106,6 +111,7 @@ def bench(
     minutes: float | None,
     memory: bool | None,
     stream: bool,
+    scaling: bool,
     out: Path | None,
     choose: bool,
     readme: Path | None,
@@ -141,6 +147,9 @@ def bench(
         for count in threads or (1,):
             execute_stream(cells or CELLS, count, 60 * (minutes if minutes is not None else 2), out, Console())
         return
+    if scaling:
+        _scaling(cells, dtypes, threads, shapes, modes, device, minutes, out)
+        return
     if (layers or bidirectional) and not shapes:
         message = "goes with --shape; of the grid --variant layers or bidirectional can be measured"
         raise click.BadParameter(message, param_hint="--layers" if layers else "--bidirectional")
@@ -167,6 +176,28 @@ def bench(
     )
     assert plan.grid in GRIDS
     execute(plan, Console())
+
+
+def _scaling(
+    cells: tuple[str, ...],
+    dtypes: tuple[str, ...],
+    threads: tuple[int, ...],
+    shapes: tuple[Shape, ...],
+    modes: tuple[str, ...],
+    device: str,
+    minutes: float | None,
+    out: Path,
+) -> None:
+    from fused_rnn.bench.scaling import counts, execute, points
+
+    if device != "cpu":
+        raise click.BadParameter("goes by the CPU's threads and processes", param_hint="--scaling")
+    if "step" in modes:
+        raise click.BadParameter("got 'step' with --scaling, expected inference or training", param_hint="--mode")
+    for dtype in dtypes or ("fp32",):
+        wanted = points(dtype, cells or CELLS, modes or SEQUENCES, shapes)
+        ways = sorted({1, *(threads or counts(torch.get_num_threads()))})
+        execute(wanted, ways, 60 * (minutes if minutes is not None else 3), out, Console())
 
 
 def _default_threads(device: str) -> tuple[int, ...]:

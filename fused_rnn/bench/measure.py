@@ -136,17 +136,18 @@ def measure(point: Point, providers: list[str], device: str, budget_s: float) ->
             continue
         calls[provider], cost[provider] = call, run(call, 1)[0]
 
-    seconds = _interleave(calls, cost, run, GPU_BLOCK_S if device == "cuda" else BLOCK_S, budget_s)
+    seconds = interleave(calls, cost, run, GPU_BLOCK_S if device == "cuda" else BLOCK_S, budget_s)
     return timings | {provider: percentiles(samples) for provider, samples in seconds.items()}
 
 
-def _interleave(
+def interleave(
     calls: dict[str, Call],
     cost: dict[str, float],
     run: Callable[[Call, int], list[float]],
     block_s: float,
     budget_s: float,
 ) -> dict[str, list[float]]:
+    """Seconds of every run of each call, in blocks of about block_s that take turns, in random order."""
     order = list(calls)
     # A fixed order would give each provider the same predecessor, whose caches and free memory it inherits, all along.
     shuffle = random.Random(0).shuffle
