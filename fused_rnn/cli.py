@@ -81,6 +81,17 @@ class ShapeType(click.ParamType):  # type: ignore[type-arg]  # generic in newer 
 @click.option("--memory/--no-memory", default=None, help="Measure peak memory as well. [default: but for --shape]")
 @click.option("--stream", is_flag=True, help="Measure module.stream() alone, against torch's cells and T=1 calls.")
 @click.option(
+    "--model",
+    metavar="MODULE:FACTORY",
+    help="Measure your own model before and after fused_rnn.convert, layer by layer. The factory, of a module or a "
+    "file.py, takes no arguments and returns (module, inputs) or (module, inputs, loss).",
+)
+@click.option(
+    "--scaling",
+    is_flag=True,
+    help="Measure 1, 2, … threads, and as many processes of one thread each: sequences a second.",
+)
+@click.option(
     "--out",
     type=click.Path(path_type=Path),
     help="Folder of the results. [default: bench-out/cpu or /GPU; of --readme: benchmarks/results/cpu or /GPU]",
@@ -106,6 +117,8 @@ def bench(
     minutes: float | None,
     memory: bool | None,
     stream: bool,
+    model: str | None,
+    scaling: bool,
     out: Path | None,
     choose: bool,
     readme: Path | None,
@@ -131,6 +144,11 @@ def bench(
         raise click.ClickException("--device cuda: torch finds no GPU here (python -m fused_rnn info says more)")
     if device == "cpu" and "tf32" in dtypes:
         raise click.BadParameter("got 'tf32', which is a GPU's: --device cuda", param_hint="--dtype")
+    if model is not None:
+        others = {"--cell": cells, "--dtype": dtypes, "--shape": shapes, "--provider": providers, "--quick": quick}
+        others |= {"--variant": variants, "--stream": stream, "--scaling": scaling, "--memory": memory, "--out": out}
+        _model(model, threads, modes, device, minutes, [name for name, value in others.items() if value])
+        return
     _check_providers(providers)
     if out is None:
         make_ignored(OUT)
@@ -140,6 +158,9 @@ def bench(
 
         for count in threads or (1,):
             execute_stream(cells or CELLS, count, 60 * (minutes if minutes is not None else 2), out, Console())
+        return
+    if scaling:
+        _scaling(cells, dtypes, threads, shapes, modes, device, minutes, out)
         return
     if (layers or bidirectional) and not shapes:
         message = "goes with --shape; of the grid --variant layers or bidirectional can be measured"
@@ -167,6 +188,45 @@ def bench(
     )
     assert plan.grid in GRIDS
     execute(plan, Console())
+
+
+def _scaling(
+    cells: tuple[str, ...],
+    dtypes: tuple[str, ...],
+    threads: tuple[int, ...],
+    shapes: tuple[Shape, ...],
+    modes: tuple[str, ...],
+    device: str,
+    minutes: float | None,
+    out: Path,
+) -> None:
+    from fused_rnn.bench.scaling import counts, execute, points
+
+    if device != "cpu":
+        raise click.BadParameter("goes by the CPU's threads and processes", param_hint="--scaling")
+    if "step" in modes:
+        raise click.BadParameter("got 'step' with --scaling, expected inference or training", param_hint="--mode")
+    for dtype in dtypes or ("fp32",):
+        wanted = points(dtype, cells or CELLS, modes or SEQUENCES, shapes)
+        ways = sorted({1, *(threads or counts(torch.get_num_threads()))})
+        execute(wanted, ways, 60 * (minutes if minutes is not None else 3), out, Console())
+
+
+def _model(
+    model: str, threads: tuple[int, ...], modes: tuple[str, ...], device: str, minutes: float | None, others: list[str]
+) -> None:
+    from fused_rnn.bench.model import ModelError, execute
+
+    if others:
+        raise click.BadParameter(f"does not go with --model, which is measured as it is: {model}", param_hint=others[0])
+    if "step" in modes:
+        raise click.BadParameter("got 'step' with --model, expected inference or training", param_hint="--mode")
+    budget = 60 * (minutes if minutes is not None else 1)
+    moved = None if device == "cpu" else device
+    try:
+        execute(model, modes or SEQUENCES, threads or (torch.get_num_threads(),), budget, moved, Console())
+    except ModelError as error:
+        raise click.BadParameter(str(error), param_hint="--model") from error
 
 
 def _default_threads(device: str) -> tuple[int, ...]:

@@ -80,7 +80,7 @@ def time_row(point: Point, provider: str, timing: Timing, run: int) -> Row:
 
 
 Key = tuple[Point, str, str]  # point, provider, metric
-_SAME = ("device_name", "torch", "isa", "kernels")  # what all runs of a file have in common
+SAME = ("device_name", "torch", "isa", "kernels")  # what all runs of a file have in common
 
 
 @dataclass
@@ -199,7 +199,7 @@ def continued(path: Path, facts: dict[str, Any]) -> tuple[Path, Results, str | N
     wanted, number, others = path, 1, []
     while path.exists():
         earlier = _read(path)
-        if earlier is not None and all(run.get(key) == facts[key] for run in earlier.runs for key in _SAME):
+        if earlier is not None and all(run.get(key) == facts[key] for run in earlier.runs for key in SAME):
             break
         others.append(f"{path} holds {_whose(earlier)}, which stays")
         number += 1

@@ -41,7 +41,7 @@ def _three(value: float) -> str:
     return f"{rounded:.{max(0, 2 - math.floor(math.log10(rounded)))}f}" if rounded > 0 else "0"
 
 
-def _grid(heading: str, labels: tuple[str, ...], columns: tuple[str, ...]) -> Table:
+def grid(heading: str, labels: tuple[str, ...], columns: tuple[str, ...]) -> Table:
     """A table of figures behind labels, as narrow as it can be."""
     table = Table(title=heading, title_justify="left", title_style="bold", box=None, padding=(0, 1, 0, 0))
     for label in labels:
@@ -83,7 +83,7 @@ def _means(values: list[float]) -> Text:
 
 def region_table(results: Results, provider: str) -> Table | None:
     """Geometric means against torch.nn, the region's worst point behind."""
-    table = _grid(f"{title(provider)}: × torch.nn's speed, geometric mean (worst)", ("mode", "region"), CELLS)
+    table = grid(f"{title(provider)}: × torch.nn's speed, geometric mean (worst)", ("mode", "region"), CELLS)
     for mode, region, cells in regions(results, provider):
         table.add_row(mode, region, *map(_means, cells.values()))
     return table if table.row_count else None
@@ -100,7 +100,7 @@ def algorithm_table(results: Results, provider: str) -> Table | None:
         if point.mode in SEQUENCES:
             cells = found.setdefault((point.mode, algorithm(point, gpu)), {cell: [] for cell in CELLS})
             cells[point.cell].append(speedup)
-    table = _grid(f"{title(provider)}: × torch.nn's speed, by cuDNN's algorithm", ("mode", "algorithm"), CELLS)
+    table = grid(f"{title(provider)}: × torch.nn's speed, by cuDNN's algorithm", ("mode", "algorithm"), CELLS)
     for (mode, name), cells in sorted(found.items()):
         table.add_row(mode, name, *map(_means, cells.values()))
     return table if found else None
@@ -122,7 +122,7 @@ def against_plain(results: Results, provider: str, variant: str) -> dict[Point, 
 def variant_table(results: Results, provider: str) -> Table | None:
     """What departs from a plain batch: × torch.nn; and the time as a multiple of the plain batch's, of both."""
     what = "× torch.nn's speed (worst); × a plain batch's time, ours | torch.nn's"
-    table = _grid(f"{title(provider)}: {what}", ("mode", "variant"), CELLS)
+    table = grid(f"{title(provider)}: {what}", ("mode", "variant"), CELLS)
     speedups = results.speedups(provider)
     for mode, variant in product(SEQUENCES, VARIANTS[1:]):
         texts = []
@@ -162,7 +162,7 @@ def point_tables(results: Results, provider: str, cell: str, mode: str) -> Itera
 
 def _point_table(results: Results, provider: str, points: list[Point], heights: list[int]) -> Table:
     heading = f"{points[0].cell} {points[0].mode}, {title(provider)}: time, × torch.nn's speed, % of the limit"
-    table = _grid(heading, ("",), tuple(f"H={H}" for H in heights))
+    table = grid(heading, ("",), tuple(f"H={H}" for H in heights))
     by_size = {(p.variant, p.T, p.B, p.H): p for p in points}
     before: tuple[str, int] | None = None
     for variant, T, B in sorted({size[:3] for size in by_size}, key=lambda s: (VARIANTS.index(s[0]), *s[1:])):
@@ -181,7 +181,7 @@ def shape_table(results: Results, provider: str) -> Table | None:
         return None
     extras = {_extras(point) for point in points}
     heading = f"{title(provider)}, beside torch.nn{extras.pop() if len(extras) == 1 else ''}"
-    table = _grid(heading, ("mode", "cell", "shape"), ("torch.nn", "fused_rnn", "as fast", "of the limit"))
+    table = grid(heading, ("mode", "cell", "shape"), ("torch.nn", "fused_rnn", "as fast", "of the limit"))
     order = sorted(points, key=lambda p: (MODES.index(p.mode), CELLS.index(p.cell), VARIANTS.index(p.variant), p.flops))
     for point in order:
         run = results.common_run(point, provider, baseline(point))
@@ -246,7 +246,7 @@ def step_table(results: Results) -> Table | None:
     columns = [provider for provider in results.providers() if provider != "loop"]
     columns.sort(key=lambda name: (name != STEP_BASELINE, name != BASELINE, name == "auto", name))
     heading = "One step, T=1 B=1, no gradient: time, × torch.nn's cell, % of the limit"
-    table = _grid(heading, ("",), tuple(title(provider) for provider in columns))
+    table = grid(heading, ("",), tuple(title(provider) for provider in columns))
     for point in sorted(points, key=lambda p: (CELLS.index(p.cell), p.H, p.variant != "plain")):
         name = f"{point.cell} H={point.H}" + (" in a graph" if point.variant == "graph" else "")
         table.add_row(name, *(_entry(results, provider, point) for provider in columns))
@@ -261,7 +261,7 @@ def memory_table(results: Results) -> Table | None:
     providers = list(dict.fromkeys(row.provider for row in rows))
     shapes = {row.point.shape for row in rows}
     heading = f"Peak memory{f', {shapes.pop()}' if len(shapes) == 1 else ''}: MiB, × torch.nn's"
-    table = _grid(heading, ("",), tuple(title(provider) for provider in providers))
+    table = grid(heading, ("",), tuple(title(provider) for provider in providers))
     for point in dict.fromkeys(row.point for row in rows):
         entries = []
         for provider in providers:
