@@ -43,7 +43,7 @@ help:
 	@echo 'make demo      train a character model with torch.nn and with fused_rnn, side by side'
 	@echo 'make test      run the tests'
 	@echo 'make fuzz      random calls, valid and broken, beside torch.nn; FUZZ_ARGS="--seconds 3600 --seed 1"'
-	@echo 'make bench     measure against torch.nn and write benchmarks/results/'
+	@echo 'make bench     measure against torch.nn, into bench-out/; BENCH_ARGS="--shape 128,32,80,256"'
 	@echo 'make cubin     compile every Triton and CUDA kernel, with no GPU: registers, spills, shared memory'
 	@echo '               (cubin-triton, cubin-cuda: one of them)'
 	@echo 'make gpu       on a machine with a GPU: build, first launches, tests, sanitizers, bench, profile into build/gpu'

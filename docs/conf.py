@@ -26,6 +26,8 @@ nitpick_ignore_regex = [("py:.*", r"(torch|collections|typing|types)(\..*)?"), (
 
 html_theme = "furo"
 pygments_dark_style = "github-dark"
+html_static_path = ["_static"]
+html_css_files = ["tables.css"]
 html_copy_source = False
 html_show_copyright = False
 highlight_language = "none"  # what names no language is a command line or a formula

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 import torch
@@ -10,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 import fused_rnn
-from fused_rnn.bench.grid import CELLS, DTYPES, GRIDS, MODES, VARIANTS
+from fused_rnn.bench.grid import CELLS, DTYPES, GRIDS, MODES, SEQUENCES, VARIANTS, Shape
 
 THREADS = (1, 2)
 DEMO_CELLS = ("LSTM", "GRU")
@@ -39,20 +40,61 @@ def info() -> None:
         console.print()
 
 
+class ShapeType(click.ParamType):  # type: ignore[type-arg]  # generic in newer versions alone
+    """T,B,D,H as four positive integers."""
+
+    name = "T,B,D,H"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        parts = str(value).split(",")
+        if len(parts) != 4 or not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
+            self.fail(f"got {value!r}, expected T,B,D,H: four positive integers, as 128,32,80,256", param, ctx)
+        return tuple(map(int, parts))
+
+
 @cli.command()
 @click.option("--cell", "cells", type=click.Choice(CELLS, case_sensitive=False), multiple=True, help="Default: all.")
 @click.option("--dtype", "dtypes", type=click.Choice(list(DTYPES)), multiple=True, help="Default: fp32 or tf32, bf16.")
-@click.option("--threads", type=click.IntRange(1), multiple=True, help="Default: 1 and 2, as far as there are cores.")
+@click.option(
+    "--threads",
+    type=click.IntRange(1),
+    multiple=True,
+    help="Default: 1 and 2, as far as there are cores; of --shape what torch uses.",
+)
+@click.option(
+    "--shape",
+    "shapes",
+    type=ShapeType(),
+    multiple=True,
+    help="Time, batch, input size and hidden size of your own layer, in the place of a grid; may be repeated.",
+)
+@click.option("--layers", type=click.IntRange(1), help="Of --shape. [default: 1]")
+@click.option("--bidirectional", is_flag=True, help="Of --shape.")
 @click.option("--mode", "modes", type=click.Choice(MODES), multiple=True, help="Default: all.")
 @click.option("--variant", "variants", type=click.Choice(VARIANTS), multiple=True, help="Default: plain.")
 @click.option("--provider", "providers", multiple=True, help="torch, loop, cell, auto or a backend's name.")
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu")
 @click.option("--quick", is_flag=True, help="A small grid, in about a minute for each dtype and thread count.")
-@click.option("--minutes", type=click.FloatRange(0), help="For each dtype and thread count. [default: 9, quick: 1]")
-@click.option("--memory/--no-memory", default=True, help="Measure peak memory as well.")
+@click.option(
+    "--minutes", type=click.FloatRange(0), help="For each dtype and thread count. [default: 9; 1 if quick or --shape]"
+)
+@click.option("--memory/--no-memory", default=None, help="Measure peak memory as well. [default: but for --shape]")
 @click.option("--stream", is_flag=True, help="Measure module.stream() alone, against torch's cells and T=1 calls.")
 @click.option(
-    "--out", type=click.Path(path_type=Path), help="Folder of the results. [default: benchmarks/results/cpu or /GPU]"
+    "--model",
+    metavar="MODULE:FACTORY",
+    help="Measure your own model before and after fused_rnn.convert, layer by layer. The factory, of a module or a "
+    "file.py, takes no arguments and returns (module, inputs) or (module, inputs, loss).",
+)
+@click.option(
+    "--scaling",
+    is_flag=True,
+    help="Measure 1, 2, … threads, and as many processes of one thread each: sequences a second.",
+)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    help="Folder of the results. [default: bench-out/cpu or /GPU; of --readme: benchmarks/results/cpu or /GPU]",
 )
 @click.option("--choose", is_flag=True, help="Measure nothing: make the table backend=None goes by of a GPU's files.")
 @click.option(
@@ -64,58 +106,127 @@ def bench(
     cells: tuple[str, ...],
     dtypes: tuple[str, ...],
     threads: tuple[int, ...],
+    shapes: tuple[Shape, ...],
+    layers: int | None,
+    bidirectional: bool,
     modes: tuple[str, ...],
     variants: tuple[str, ...],
     providers: tuple[str, ...],
     device: str,
     quick: bool,
     minutes: float | None,
-    memory: bool,
+    memory: bool | None,
     stream: bool,
+    model: str | None,
+    scaling: bool,
     out: Path | None,
     choose: bool,
     readme: Path | None,
 ) -> None:
     """Measure fused_rnn against torch.nn and a loop over cells, interleaved in one process.
 
-    Writes one JSON file and one plot per dtype and thread count; rows measured again replace the old ones.
+    Your own layer, in a minute: bench --shape 128,32,80,256 --cell LSTM --layers 2 --bidirectional
+
+    Writes one JSON file and one plot per dtype and thread count into a folder that git ignores, or into --out. Rows
+    measured again replace the old ones; nothing else in a file is touched, and a file from another machine or torch is
+    left alone.
     """
-    from fused_rnn.bench.machine import folder
+    from fused_rnn.bench.machine import OUT, folder, make_ignored
     from fused_rnn.bench.run import DEFAULT_DTYPES, PROVIDERS, Plan, execute
 
-    out = out or folder(device)
     if readme is not None:
-        _fill_readme(readme, out, device)
+        _fill_readme(readme, out or folder(device), device)
         return
     if choose:
-        _choose(out)
+        _choose(out or folder(device, OUT))
         return
     if device == "cuda" and not torch.cuda.is_available():
         raise click.ClickException("--device cuda: torch finds no GPU here (python -m fused_rnn info says more)")
     if device == "cpu" and "tf32" in dtypes:
         raise click.BadParameter("got 'tf32', which is a GPU's: --device cuda", param_hint="--dtype")
+    if model is not None:
+        others = {"--cell": cells, "--dtype": dtypes, "--shape": shapes, "--provider": providers, "--quick": quick}
+        others |= {"--variant": variants, "--stream": stream, "--scaling": scaling, "--memory": memory, "--out": out}
+        _model(model, threads, modes, device, minutes, [name for name, value in others.items() if value])
+        return
+    _check_providers(providers)
+    if out is None:
+        make_ignored(OUT)
+        out = folder(device, OUT)
     if stream:
         from fused_rnn.bench.stream import execute as execute_stream
 
         for count in threads or (1,):
             execute_stream(cells or CELLS, count, 60 * (minutes if minutes is not None else 2), out, Console())
         return
-    _check_providers(providers)
+    if scaling:
+        _scaling(cells, dtypes, threads, shapes, modes, device, minutes, out)
+        return
+    if (layers or bidirectional) and not shapes:
+        message = "goes with --shape; of the grid --variant layers or bidirectional can be measured"
+        raise click.BadParameter(message, param_hint="--layers" if layers else "--bidirectional")
+    if shapes and "step" in modes:
+        raise click.BadParameter("got 'step' with --shape: give a shape with T=1", param_hint="--mode")
+    if shapes and quick:
+        raise click.BadParameter("is a grid of its own, and does not go with --shape", param_hint="--quick")
+    short = quick or bool(shapes)
     plan = Plan(
         device=device,
         grid=device if not quick else "quick" if device == "cpu" else f"quick-{device}",
         cells=cells or CELLS,
-        dtypes=dtypes or DEFAULT_DTYPES[device],
-        threads=threads or _default_threads(device),
-        modes=modes or MODES,
+        dtypes=dtypes or DEFAULT_DTYPES[device][: 1 if shapes else None],
+        threads=threads or ((torch.get_num_threads(),) if shapes else _default_threads(device)),
+        modes=modes or (SEQUENCES if shapes else MODES),
         variants=variants or ("plain",),
-        providers=providers or PROVIDERS[device],
-        budget_s=60 * (minutes if minutes is not None else 1 if quick else 9),
-        memory=memory,
+        providers=providers or (("torch", "auto") if shapes else PROVIDERS[device]),
+        budget_s=60 * (minutes if minutes is not None else 1 if short else 9),
+        memory=not shapes if memory is None else memory,
+        shapes=shapes,
+        layers=layers or 1,
+        bidirectional=bidirectional,
         out=out,
     )
     assert plan.grid in GRIDS
     execute(plan, Console())
+
+
+def _scaling(
+    cells: tuple[str, ...],
+    dtypes: tuple[str, ...],
+    threads: tuple[int, ...],
+    shapes: tuple[Shape, ...],
+    modes: tuple[str, ...],
+    device: str,
+    minutes: float | None,
+    out: Path,
+) -> None:
+    from fused_rnn.bench.scaling import counts, execute, points
+
+    if device != "cpu":
+        raise click.BadParameter("goes by the CPU's threads and processes", param_hint="--scaling")
+    if "step" in modes:
+        raise click.BadParameter("got 'step' with --scaling, expected inference or training", param_hint="--mode")
+    for dtype in dtypes or ("fp32",):
+        wanted = points(dtype, cells or CELLS, modes or SEQUENCES, shapes)
+        ways = sorted({1, *(threads or counts(torch.get_num_threads()))})
+        execute(wanted, ways, 60 * (minutes if minutes is not None else 3), out, Console())
+
+
+def _model(
+    model: str, threads: tuple[int, ...], modes: tuple[str, ...], device: str, minutes: float | None, others: list[str]
+) -> None:
+    from fused_rnn.bench.model import ModelError, execute
+
+    if others:
+        raise click.BadParameter(f"does not go with --model, which is measured as it is: {model}", param_hint=others[0])
+    if "step" in modes:
+        raise click.BadParameter("got 'step' with --model, expected inference or training", param_hint="--mode")
+    budget = 60 * (minutes if minutes is not None else 1)
+    moved = None if device == "cpu" else device
+    try:
+        execute(model, modes or SEQUENCES, threads or (torch.get_num_threads(),), budget, moved, Console())
+    except ModelError as error:
+        raise click.BadParameter(str(error), param_hint="--model") from error
 
 
 def _default_threads(device: str) -> tuple[int, ...]:

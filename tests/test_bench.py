@@ -10,15 +10,17 @@ import pytest
 import torch
 from rich.console import Console
 
+from fused_rnn import ops
+from fused_rnn.bench import limits as limits_module
 from fused_rnn.bench import machine, readme
 from fused_rnn.bench import measure as measure_module
 from fused_rnn.bench.grid import CELLS, GATES, GRIDS, MODES, REGIONS, SEQUENCES, Grid, Point
-from fused_rnn.bench.limits import Limits, measure_limits
+from fused_rnn.bench.limits import Ceilings, Limits, measure_limits
 from fused_rnn.bench.measure import Timing, clock, float32_as, measure, percentiles
 from fused_rnn.bench.memory import peak_memory
 from fused_rnn.bench.plot import plot
 from fused_rnn.bench.providers import baseline, build, supports
-from fused_rnn.bench.results import FLOOR, TIME, Results, Row, geometric_mean, setting, time_row
+from fused_rnn.bench.results import FLOOR, TIME, Results, Row, continued, geometric_mean, setting, time_row
 from fused_rnn.bench.run import Plan, execute
 from fused_rnn.bench.tables import losses, region_table, regions, report
 
@@ -81,6 +83,62 @@ def test_floor_is_arithmetic_for_large_batches_and_reading_for_small_ones() -> N
     assert limits.floor(small) == pytest.approx(10 * (1 << 20) / 5e10)
     assert limits.floor(Point("LSTM", "training", "fp32", 10, 1, 256)) == pytest.approx(2 * limits.floor(small))
     assert limits.bandwidth(1 << 30) == 5e10
+
+
+def test_a_point_that_goes_past_the_limits_raises_them() -> None:
+    """They are measured again first, and if that does not help they are what was reached."""
+    low = Limits(flops=1e11, read=((1 << 12, 1e11), (1 << 20, 5e10)))
+    better = Limits(flops=2e11, read=((1 << 12, 1e11), (1 << 20, 6e10)), by="our own product")
+    asked: list[int] = []
+    ceilings = Ceilings(low, lambda: asked.append(1) or better, "cpu")  # type: ignore[func-returns-value]
+    large, small = Point("LSTM", "inference", "fp32", 10, 1000, 64), Point("LSTM", "training", "fp32", 10, 1, 256)
+    ceilings.check(large, 1.01 * large.flops / 1e11)
+    assert (ceilings.limits, asked, ceilings.said()) == (low, [], "")
+    ceilings.check(large, large.flops / 1.5e11)
+    assert (ceilings.limits, len(asked)) == (better, 1)
+    ceilings.check(large, large.flops / 3e11)
+    assert ceilings.limits.flops == pytest.approx(3e11)
+    assert ceilings.limits.by == str(large)
+    assert ceilings.limits.floor(large) == pytest.approx(large.flops / 3e11)
+    ceilings.check(small, 20 * (1 << 20) / 7e10)
+    assert ceilings.limits.floor(small) == pytest.approx(20 * (1 << 20) / 7e10)
+    assert ceilings.limits.read[0] == (1 << 12, 1e11)
+    ceilings.check(small, 1e-9)
+    assert len(asked) == ceilings.measured_again == Ceilings.AGAIN
+    assert "100 GFLOP/s are now" in ceilings.said() and "50 GB/s of 1024 KiB are now" in ceilings.said()
+
+
+def test_no_point_of_a_run_is_past_its_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ceilings far too low, as on a disturbed machine."""
+    monkeypatch.setattr("fused_rnn.bench.run.measure_limits", lambda *_: Limits(1e6, ((1 << 12, 1e3), (1 << 20, 1e3))))
+    plan = Plan(
+        shapes=((3, 2, 5, 16), (4, 1, 5, 64)), cells=("GRU",), dtypes=("fp32",), threads=(1,), modes=SEQUENCES,
+        budget_s=0.0, memory=False, out=tmp_path, providers=("torch", "auto"),
+    )  # fmt: skip
+    console = Console(file=io.StringIO(), width=80)
+    (path,) = execute(plan, console)
+    results = Results.load(path)
+    for point, provider, metric in results.rows:
+        floor, ours = results.value(point, FLOOR, metric), results.value(point, provider, metric)
+        assert floor is not None and ours is not None
+        assert floor <= 1.001 * ours, (point, provider)
+    assert isinstance(console.file, io.StringIO)
+    assert "Points went past the limits" in console.file.getvalue()
+
+
+@pytest.mark.skipif(ops._C is None, reason="the extension is not built")
+def test_the_limit_is_that_of_the_best_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where torch.mm is slow."""
+    rates = {"mm": 1e9, "run": 3e9}
+    monkeypatch.setattr(limits_module, "best_rate", lambda work, call, device, seconds=0.1: rates.get(_name(call), 1e9))
+    limits = measure_limits("fp32", "cpu")
+    assert (limits.flops, limits.by) == (3e9, "our own product")
+    rates["mm"] = 4e9
+    assert measure_limits("fp32", "cpu").by == "torch.mm"
+
+
+def _name(call: object) -> str:
+    return str(getattr(getattr(call, "func", call), "__name__", ""))
 
 
 def test_limits_of_this_machine_are_plausible() -> None:
@@ -174,16 +232,75 @@ def test_rows_survive_the_file(tmp_path: Path) -> None:
 
 
 def test_measuring_again_replaces_the_point_and_keeps_the_rest(tmp_path: Path) -> None:
+    """Of "auto", which was not measured again, nothing is lost: neither its row nor those that it stands beside."""
     results = some_results()
     point = Point("LSTM", "training", "fp32", 32, 8, 128)
     results.runs.append({**RUN, "commit": "def"})
-    before = len(results.rows)
+    before = set(results.rows)
     results.replace([row(point, "torch", 30, run=1), row(point, "cpu", 3, run=1)])
     assert results.speedups("cpu")[point] == pytest.approx(10)
-    assert point not in results.speedups("auto"), "no speed-up across two runs"
-    assert len(results.rows) == before - 2
+    assert results.speedups("auto")[point] == pytest.approx(2), "no speed-up across two runs"
+    assert set(results.rows) == before
+    assert results.value(point, "torch") == 30
+    assert results.value(point, "torch", run=0) == 10
     results.save(tmp_path / "a.json")
     assert [run["commit"] for run in results.runs] == ["abc", "def"]
+    again = Results.load(tmp_path / "a.json")
+    assert (again.rows, again.older) == (results.rows, results.older)
+    assert again.speedups("auto") == results.speedups("auto")
+    alone = again.of_run(1)
+    assert set(alone.rows) == {(point, "torch", TIME), (point, "cpu", TIME)}
+
+
+def test_a_run_goes_when_all_that_it_measured_was_measured_again() -> None:
+    point = Point("GRU", "inference", "fp32", 8, 8, 8)
+    results = Results([{**RUN, "commit": str(n)} for n in range(4)])
+    results.replace([row(point, name, 10) for name in ("torch", "cpu", "auto", FLOOR)])
+    results.replace([row(point, name, 8, run=1) for name in ("torch", "cpu", FLOOR)])
+    assert {r.run for r in results.every_row()} == {0, 1}
+    results.replace([row(point, name, 6, run=2) for name in ("torch", "auto")])
+    assert {r.run for r in results.every_row()} == {0, 1, 2}, "no later run has all three"
+    results.replace([row(point, "cpu", 1, run=3)])
+    assert {r.run for r in results.every_row()} == {0, 1, 2, 3}
+    assert results.value(point, "cpu") == 1
+    assert results.speedups("cpu") == {point: 1.0}, "the latest run that has both"
+    results.runs.append(dict(RUN))
+    results.replace([row(point, name, 4, run=4) for name in ("torch", "cpu", "auto")])
+    assert {r.run for r in results.every_row()} == {4}
+
+
+@pytest.mark.parametrize("change", [{"device_name": "another CPU"}, {"torch": "3"}, {"kernels": "avx512"}, None])
+def test_a_file_of_another_machine_stays(change: dict[str, str] | None, tmp_path: Path) -> None:
+    path, facts = tmp_path / "fp32-1t.json", dict(RUN)
+    assert continued(path, facts)[::2] == (path, None)
+    if change is None:
+        path.write_text('{"somebody": "else"}')
+    else:
+        some_results().save(path)
+        facts |= change
+    before = path.read_bytes()
+    other, results, said = continued(path, facts)
+    assert (other, results.rows) == (tmp_path / "fp32-1t-2.json", {})
+    assert said is not None and str(path) in said and str(other) in said
+    Results([facts], some_results().rows).save(other)
+    again, results, _ = continued(path, facts)
+    assert again == other and results.rows
+    assert path.read_bytes() == before
+
+
+def test_a_run_beside_another_machines_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(GRIDS, "tiny", Grid(T=(2,), B=(2,), H=(4,), steps=()))
+    some_results().save(tmp_path / "fp32-1t.json")
+    before = (tmp_path / "fp32-1t.json").read_bytes()
+    plan = Plan(
+        grid="tiny", dtypes=("fp32",), threads=(1,), budget_s=0.0, memory=False, out=tmp_path, cells=("GRU",),
+        providers=("torch", "auto"),
+    )  # fmt: skip
+    console = Console(file=io.StringIO(), width=400)
+    assert execute(plan, console) == [tmp_path / "fp32-1t-2.json"]
+    assert isinstance(console.file, io.StringIO)
+    assert f"{tmp_path / 'fp32-1t.json'} holds results of a CPU with torch 2" in console.file.getvalue()
+    assert (tmp_path / "fp32-1t.json").read_bytes() == before
 
 
 def test_runs_without_rows_are_dropped(tmp_path: Path) -> None:
@@ -205,29 +322,66 @@ def test_tables_print_losses_like_wins() -> None:
     console.print(report(results), region_table(results, "auto"))
     text = console.export_text()
     assert "0.50×" in text
-    assert "2.00× (2.00)" in text
+    assert "2.00× (2.00×)" in text
     assert "10%" in text
 
 
+def two_pages(folder: Path, provider: str = "cpu") -> tuple[Path, Path]:
+    """A README and a page of measurements, with the lines between which tables go."""
+    short, full = folder / "README.md", folder / readme.FULL
+    full.parent.mkdir(exist_ok=True)
+    for page in (short, full):
+        page.write_text("\n".join(["before", *readme.markers(provider), "after", ""]))
+    return short, full
+
+
 def test_readme_tables_come_from_the_files_and_only_between_the_markers(tmp_path: Path) -> None:
-    page = tmp_path / "README.md"
-    page.write_text(f"before\n{readme.BEGIN}\nold\n{readme.END}\nafter\n")
+    short, full = two_pages(tmp_path)
     with pytest.raises(FileNotFoundError, match="no result file"):
-        readme.update(page, tmp_path, "cpu")
+        readme.update(short, tmp_path, "cpu")
     some_results().save(tmp_path / "fp32-1t.json")
     some_results().save(tmp_path / "quick-fp32-1t.json")
-    assert readme.update(page, tmp_path, "cpu")
-    assert not readme.update(page, tmp_path, "cpu")
-    text = page.read_text()
-    assert text.startswith("before\n")
-    assert text.endswith("after\n")
-    assert "old" not in text
+    some_results().save(tmp_path / "shapes-fp32-1t.json")
+    assert readme.update(short, tmp_path, "cpu")
+    assert not readme.update(short, tmp_path, "cpu")
+    for page in (short, full):
+        assert page.read_text().startswith("before\n") and page.read_text().endswith("after\n")
+    text = full.read_text()
     assert text.count("**fp32, 1 thread**") == 1
     assert "slower than 0.95× at 1 of 288 points, the worst 0.50×" in text
     assert "4 → 1 (4.0×)" in text
-    page.write_text("no markers")
+    some_results().save(tmp_path / "fp32-1t-2.json")
+    with pytest.raises(ValueError, match="are both of fp32, 1 thread: expected one"):
+        readme.update(short, tmp_path, "cpu")
+    (tmp_path / "fp32-1t-2.json").unlink()
+    full.write_text("no markers")
     with pytest.raises(ValueError, match="must contain the lines"):
-        readme.update(page, tmp_path, "cpu")
+        readme.update(short, tmp_path, "cpu")
+    full.unlink()
+    with pytest.raises(ValueError, match="no such page"):
+        readme.update(short, tmp_path, "cpu")
+
+
+def test_the_readme_has_the_sums_and_says_where_the_rest_is(tmp_path: Path) -> None:
+    short, _ = two_pages(tmp_path)
+    some_results().save(tmp_path / "fp32-1t.json")
+    readme.update(short, tmp_path, "cpu")
+    text = short.read_text()
+    assert "| inference, one sequence, T ≥ 32, fp32 | **2.00×** (2.00) | **2.00×** (2.00) | **2.00×** (2.00) |" in text
+    (line,) = (line for line in text.splitlines() if line.startswith("| training, batches of 8 to 128, fp32"))
+    speedups = [2.0] * (3 * 3 * 4 - 1) + [0.5]
+    assert line.split("|")[3].strip() == f"**{geometric_mean(speedups):.2f}×** (0.50)"
+    assert "T 1 to 128, B 1 to 128, H 32 to 512" in text
+    assert "[measurements](docs/measurements.md)" in text
+    assert len([line for line in text.splitlines() if line.startswith("|")]) <= 12, "to be read in a minute"
+
+
+@pytest.mark.parametrize(("provider", "folder"), [("cpu", "cpu"), ("cuda", "h200")])
+def test_the_pages_are_up_to_date(provider: str, folder: str) -> None:
+    """The README and docs/measurements.md have what the committed files say."""
+    root = Path(__file__).parent.parent
+    for page, text in readme.pages(root / "README.md", root / "benchmarks/results" / folder, provider).items():
+        assert page.read_text() == text, f"{page.name}: python -m fused_rnn bench --readme README.md"
 
 
 def test_plot_is_a_picture(tmp_path: Path) -> None:
@@ -294,6 +448,7 @@ def test_a_gpus_results_have_names_of_their_own(monkeypatch: pytest.MonkeyPatch)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda name=name: name)
         assert machine.folder("cuda") == Path("benchmarks/results") / folder
         assert machine.folder("cpu") == Path("benchmarks/results/cpu")
+        assert machine.folder("cuda", machine.OUT) == Path("bench-out") / folder
     assert Plan(device="cuda", grid="cuda", out=Path("a")).path("bf16", 8) == Path("a/bf16.json")
     assert Plan(device="cuda", grid="quick-cuda", out=Path("a")).path("tf32", 8) == Path("a/quick-tf32.json")
     assert Plan(out=Path("a")).path("fp32", 2) == Path("a/fp32-2t.json")

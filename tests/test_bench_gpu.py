@@ -16,6 +16,7 @@ import torch
 from cases import Case
 from click.testing import CliRunner
 from rich.console import Console
+from test_bench import two_pages
 
 from fused_rnn import dispatch, fastest
 from fused_rnn.bench import choose, exchange, limits, readme
@@ -188,8 +189,8 @@ def test_the_report_names_algorithms_variants_and_goals() -> None:
         PERSISTENT,
         STANDARD,
         "resets",
-        "3.08× (3.08); 1.30 | 1.00",
-        "LSTM 128 in a graph",
+        "3.08× (3.08×); 1.30 | 1.00",
+        "LSTM H=128 in a graph",
         "1.02 met",
         "1.3 not met",
     ):
@@ -200,14 +201,14 @@ def test_the_report_names_algorithms_variants_and_goals() -> None:
     assert goal_table(Results([{**RUN, "device": "cpu"}])) is None
 
 
-def test_the_readme_shows_goals_that_are_not_met(tmp_path: Path) -> None:
-    page = tmp_path / "README.md"
-    page.write_text("\n".join(["before", *readme.markers("cuda"), "after"]))
+def test_the_pages_show_goals_that_are_not_met(tmp_path: Path) -> None:
+    short, full = two_pages(tmp_path, "cuda")
     some_results().save(tmp_path / "bf16.json")
-    assert readme.update(page, tmp_path, "cuda")
-    text = page.read_text()
+    assert readme.update(short, tmp_path, "cuda")
+    text = full.read_text()
     assert "| bf16: 1 % resets over none, worst point | ≤ 1.1 | 1.3 | **not met** |" in text
     assert "| inference, T≥128, B≤128, H≤1024 | 4.00× (4.00) |" in text
+    assert "| inference, T ≥ 32, bf16 | **4.00×** (4.00) | **4.00×** (4.00) | **4.00×** (4.00) |" in short.read_text()
 
 
 def test_pictures(tmp_path: Path) -> None:

@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
+from test_bench import two_pages
 
 import fused_rnn
 from fused_rnn import info, ops
 from fused_rnn.bench.grid import GRIDS, Grid
-from fused_rnn.bench.readme import BEGIN, END
 from fused_rnn.bench.results import Results
 from fused_rnn.cli import cli
 from fused_rnn.demo import char_lm, show
@@ -68,10 +68,33 @@ def test_bench_writes_files_and_readme(tmp_path: Path, monkeypatch: pytest.Monke
     out = ("--out", str(tmp_path / "results"))
     run("bench", "--dtype", "fp32", "--threads", "1", "--cell", "GRU", "--minutes", "0", "--no-memory", *out)
     assert (tmp_path / "results" / "fp32-1t.json").exists()
-    page = tmp_path / "README.md"
-    page.write_text(f"{BEGIN}\n{END}\n")
+    page, full = two_pages(tmp_path)
     assert "tables written" in run("bench", "--readme", str(page), *out)
-    assert "**fp32, 1 thread**" in page.read_text()
+    assert "**fp32, 1 thread**" in full.read_text()
+    assert "| training, batches of 8 to 128, fp32 | – | **" in page.read_text()
+
+
+def test_bench_writes_where_git_looks_away_and_says_where(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(GRIDS, "cpu", Grid(T=(2,), B=(8,), H=(4,), steps=(4,)))
+    monkeypatch.chdir(tmp_path)
+    subprocess.run(["git", "init", "-q"], check=True)
+    printed = run("bench", "--dtype", "fp32", "--threads", "1", "--cell", "GRU", "--minutes", "0", "--no-memory")
+    assert Path("bench-out/cpu/fp32-1t.json").exists()
+    assert "bench-out/cpu/fp32-1t.json" in " ".join(printed.split())
+    assert [path.name for path in tmp_path.iterdir() if path.name != ".git"] == ["bench-out"]
+    assert not subprocess.run(["git", "status", "--porcelain"], check=True, capture_output=True).stdout
+
+
+def test_bench_of_ones_own_shape(tmp_path: Path) -> None:
+    asked = ("--shape", "6,3,5,8", "--shape", "1,1,5,8", "--cell", "GRU", "--layers", "2", "--bidirectional")
+    printed = run("bench", *asked, "--minutes", "0", "--threads", "1", "--out", str(tmp_path), "--memory")
+    for part in ("T=6 B=3 D=5 H=8", "2 layers, both directions", "Training: GRU ", "as fast as torch.nn: ", "MiB"):
+        assert part in printed, part
+    assert str(tmp_path / "shapes-fp32-1t.json") in printed
+    assert max(map(len, printed.splitlines())) <= max(80, 11 + len(str(tmp_path / "shapes-fp32-1t.json")))
+    points = {point for point, _, _ in Results.load(tmp_path / "shapes-fp32-1t.json").rows}
+    assert len(points) == 4
+    assert {(p.width, p.layers, p.directions) for p in points} == {(5, 2, 2)}
 
 
 @pytest.mark.skipif(ops.MISSING is not None, reason=str(ops.MISSING))
@@ -84,11 +107,13 @@ def test_bench_of_streams(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     (point,) = {point for point, _, _ in results.rows}
     assert set(results.speedups("stream")) == {point}
     assert all(row.p50 for row in results.rows.values())
+    run("bench", "--stream", "--cell", "RNN", "--minutes", "0", *out)
+    both = Results.load(tmp_path / "stream-fp32-1t.json")
+    assert {point.cell for point, _, _ in both.rows} == {"GRU", "RNN"}, "the rows of the first run stay"
     results.save(tmp_path / "fp32-1t.json")
-    page = tmp_path / "README.md"
-    page.write_text(f"{BEGIN}\n{END}\n")
+    page, full = two_pages(tmp_path)
     run("bench", "--readme", str(page), *out)
-    assert f"| GRU, int8 weights | {results.value(point, 'stream int8'):.3g} (" in page.read_text()
+    assert f"| GRU, int8 weights | {results.value(point, 'stream int8'):.3g} (" in full.read_text()
 
 
 @pytest.mark.parametrize(
@@ -99,6 +124,12 @@ def test_bench_of_streams(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         (["bench", "--dtype", "tf32"], "which is a GPU's"),
         (["bench", "--threads", "0"], "Invalid value"),
         (["bench", "--readme", "no-such-file"], "does not exist"),
+        (["bench", "--shape", "1,2,3"], "got '1,2,3', expected T,B,D,H: four positive integers"),
+        (["bench", "--shape", "1,2,0,4"], "expected T,B,D,H"),
+        (["bench", "--layers", "2"], "goes with --shape"),
+        (["bench", "--bidirectional"], "goes with --shape"),
+        (["bench", "--shape", "1,2,3,4", "--mode", "step"], "give a shape with T=1"),
+        (["bench", "--shape", "1,2,3,4", "--quick"], "does not go with --shape"),
         (["demo", "--steps", "0"], "Invalid value"),
         (["demo", "--cell", "Transformer"], "Invalid value"),
     ],
@@ -108,8 +139,7 @@ def test_bad_arguments_are_refused_in_words(arguments: list[str], message: str) 
 
 
 def test_readme_without_results_is_a_clear_error(tmp_path: Path) -> None:
-    page = tmp_path / "README.md"
-    page.write_text(f"{BEGIN}\n{END}\n")
+    page, _ = two_pages(tmp_path)
     assert "no result file" in run("bench", "--readme", str(page), "--out", str(tmp_path), code=1)
 
 

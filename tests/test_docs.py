@@ -5,6 +5,7 @@ from __future__ import annotations
 import doctest
 import inspect
 import re
+import runpy
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -45,8 +46,9 @@ def public(name: str) -> Any:
     return value
 
 
-# torch's own, of what its compiler and exporter do inside
+# torch's own, of what its compiler and exporters do inside
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 @pytest.mark.parametrize("page", [ROOT / "README.md", *PAGES], ids=lambda page: page.stem)
 def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In order, in one namespace, in an empty folder; with prompts, what they print is compared."""
@@ -90,6 +92,63 @@ def test_included_pieces_are_where_the_pages_look_for_them() -> None:
     assert pieces
     for page, source, text in pieces:
         assert text in source.read_text(), f"docs/{page.name} includes {source.name} from or up to {text!r}"
+
+
+def test_the_picture_is_that_of_the_committed_results() -> None:
+    pytest.importorskip("rich", reason="pip install '.[cli]'")
+    found = runpy.run_path(str(ROOT / "scripts/readme_picture.py"))
+    drawn = found["draw"](found["Results"].load(found["RESULTS"]))
+    assert drawn == found["PICTURE"].read_text(), "docs/speed.svg: run python scripts/readme_picture.py"
+
+
+def test_the_first_lines_say_what_was_measured() -> None:
+    """The figures in README's prose, and on the front page, which no command writes."""
+    pytest.importorskip("rich", reason="pip install '.[cli]'")
+    from fused_rnn.bench.goals import judged
+    from fused_rnn.bench.grid import Point
+    from fused_rnn.bench.results import Results, geometric_mean
+    from fused_rnn.bench.tables import regions
+
+    folder = ROOT / "benchmarks/results"
+    means: dict[str, list[float]] = {}
+    for *_, cells in regions(Results.load(folder / "cpu/fp32-1t.json"), "cpu"):
+        for cell, values in cells.items():
+            means.setdefault(cell, []).append(geometric_mean(values))
+    lstm, gru = ((min(means[cell]), max(means[cell])) for cell in ("LSTM", "GRU"))
+    streams = Results.load(folder / "cpu/stream-fp32-1t.json")
+    small = Point("GRU", "stream", "fp32", 1, 1, 32)
+    stream = streams.value(small, "cell") / streams.value(small, "stream")  # type: ignore[operator]
+    readme, front = (" ".join(path.read_text().split()) for path in (ROOT / "README.md", ROOT / "docs/index.md"))
+    for page in (readme, front):
+        assert f"an LSTM runs {lstm[0]:.1f} to {lstm[1]:.1f} times as fast" in page
+        assert f"a GRU {gru[0]:.1f} to {gru[1]:.0f} times" in page
+        assert f"up to {stream:.0f} times as fast as `torch.nn`'s cell" in page
+    for dtype, before in (("bf16", "ran "), ("tf32", "with TF32, ")):
+        bars = judged(Results.load(folder / f"h200/{dtype}.json"), "cuda")
+        inference, training = (value for goal, value in bars if goal.name.endswith("× torch.nn") and value)
+        text = f"{before}{inference:.1f} times as fast in inference and {training:.1f}"
+        assert text in readme or f"{before}{inference:.1f} and {training:.1f} times" in readme
+
+
+def linked() -> Iterator[tuple[Path, str]]:
+    """(page, target) of every link to a file of the repository, of README and the documentation."""
+    for page in (ROOT / "README.md", *PAGES):
+        for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+            if not re.match(r"\w+:|#", target):
+                yield page, target
+
+
+def test_links_lead_to_files_and_headings() -> None:
+    links = list(linked())
+    assert links
+    for page, target in links:
+        name, _, heading = target.partition("#")
+        path = page.parent / name
+        assert path.exists(), f"{page.name} links to {target}"
+        if heading:
+            titles = re.findall(r"^#+ (.*)$", path.read_text(), re.MULTILINE)
+            slugs = [re.sub(r"[^\w -]", "", title).strip().lower().replace(" ", "-") for title in titles]
+            assert heading in slugs, f"{page.name} links to {target}"
 
 
 def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:

@@ -47,7 +47,7 @@ def _one(point: Point, device: Gpu, backward: bool) -> str:
         return STANDARD
     if point.dtype != "fp64" and _SMALL_HIDDEN[point.cell][backward] >= point.H:
         return SMALL
-    alone = point.layers == point.directions == 1 and point.H <= 1024 and point.H % 128 == 0  # the input has H, too
+    alone = point.layers == point.directions == 1 and point.H <= 1024 and point.H % 128 == point.width % 128 == 0
     return PERSISTENT if point.dtype == "fp16" and alone and _fits(point, device) else STANDARD
 
 

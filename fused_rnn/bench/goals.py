@@ -67,8 +67,9 @@ def _best_of_all(results: Results, provider: str) -> float | None:
     for point in results.speedups("auto"):
         if point.mode == "step":
             continue
-        times = [results.value(point, name) for name in results.providers()]
-        own = results.value(point, "auto")
+        run = results.rows[point, "auto", TIME].run
+        times = [results.value(point, name, run=run) for name in results.providers()]
+        own = results.value(point, "auto", run=run)
         shares += [min(time for time in times if time) / own] if own else []
     return min(shares, default=None)
 

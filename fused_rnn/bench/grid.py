@@ -1,6 +1,6 @@
 """The points that are measured, and the regions they are summed up in.
 
-Letters: T time steps, B batch, H hidden size; the input size equals H throughout.
+Letters: T time steps, B batch, D input size, H hidden size. In the grids the input size equals H.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ DTYPES = {
 SEQUENCES = ("inference", "training")
 MODES = (*SEQUENCES, "step")
 VARIANTS = ("plain", "layers", "bidirectional", "ragged", "lengths", "resets", "graph")
+Shape = tuple[int, int, int, int]  # T, B, D, H
 RESETS = 0.01  # of all steps and sequences, in the variant of that name
 
 
@@ -32,6 +33,7 @@ class Point:
     variant is "plain", or one departure from it: "layers" (three), "bidirectional", "ragged" (a packed sequence),
     "lengths" (the same lengths, of a padded batch), "resets" (to a zero state, of 1 % of all steps), "graph" (a call
     without gradient, replayed as a CUDA graph).
+    D is the input size, 0 for H; depth the number of layers, but for the variant "layers".
     """
 
     cell: str
@@ -41,14 +43,34 @@ class Point:
     B: int
     H: int
     variant: str = "plain"
+    D: int = 0
+    depth: int = 1
+    bidirectional: bool = False
+
+    @property
+    def width(self) -> int:
+        """Of the input."""
+        return self.D or self.H
 
     @property
     def layers(self) -> int:
-        return 3 if self.variant == "layers" else 1
+        return 3 if self.variant == "layers" else self.depth
 
     @property
     def directions(self) -> int:
-        return 2 if self.variant == "bidirectional" else 1
+        return 2 if self.variant == "bidirectional" or self.bidirectional else 1
+
+    @property
+    def size(self) -> dict[str, int]:
+        """What a result file says of the size: T, B and H, and what of the others is not as in the grids."""
+        others = {"D": self.D, "depth": self.depth if self.depth > 1 else 0, "bidirectional": self.bidirectional}
+        return {"T": self.T, "B": self.B, "H": self.H} | {name: value for name, value in others.items() if value}
+
+    @property
+    def shape(self) -> str:
+        """The size as tables have it."""
+        width = f" D={self.D}" if self.D else ""
+        return f"T={self.T} B={self.B}{width} H={self.H}"
 
     @property
     def lengths(self) -> list[int] | None:
@@ -61,7 +83,7 @@ class Point:
     def flops(self) -> float:
         """Floating-point operations of the matrix products alone; backward costs twice the forward."""
         steps = sum(self.lengths) if self.lengths else self.T * self.B
-        inputs = [self.H] + [self.H * self.directions] * (self.layers - 1)
+        inputs = [self.width] + [self.H * self.directions] * (self.layers - 1)
         forward = sum(2 * steps * GATES[self.cell] * self.H * (d + self.H) * self.directions for d in inputs)
         return float(forward * (3 if self.mode == "training" else 1))
 
@@ -72,7 +94,9 @@ class Point:
 
     def __str__(self) -> str:
         tail = "" if self.variant == "plain" else f" {self.variant}"
-        return f"{self.cell} {self.mode} {self.dtype} T={self.T} B={self.B} H={self.H}{tail}"
+        tail += f", {self.depth} layers" if self.depth > 1 else ""
+        tail += ", bidirectional" if self.bidirectional else ""
+        return f"{self.cell} {self.mode} {self.dtype} {self.shape}{tail}"
 
 
 @dataclass(frozen=True)

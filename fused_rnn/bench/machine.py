@@ -41,6 +41,8 @@ def kernels_isa() -> str:
 def commit() -> str:
     """The short hash of the checkout this package lies in, "+" appended if it has changes; "" outside of one."""
     here = Path(__file__).resolve().parents[2]
+    if not (here / "csrc").is_dir():  # installed, and what lies around it may be somebody else's checkout
+        return ""
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(here), *arguments]
@@ -55,12 +57,24 @@ def commit() -> str:
     return head + ("+" if head and changed else "")
 
 
-def folder(device: str) -> Path:
-    """Where results of this machine go: benchmarks/results/cpu, or a folder named after the GPU."""
+COMMITTED = Path("benchmarks/results")  # of a checkout: what its tables are made of
+OUT = Path("bench-out")  # what runs write, unless told otherwise
+
+
+def folder(device: str, root: Path = COMMITTED) -> Path:
+    """Where results of this machine lie under a root: cpu, or a folder named after the GPU."""
     if device == "cpu" or not torch.cuda.is_available():
-        return Path("benchmarks/results") / device
+        return root / device
     name = re.sub(r"^(nvidia|amd)[ -]", "", torch.cuda.get_device_name().lower())
-    return Path("benchmarks/results") / re.sub(r"[^a-z0-9]+", "-", name).strip("-")
+    return root / re.sub(r"[^a-z0-9]+", "-", name).strip("-")
+
+
+def make_ignored(root: Path) -> None:
+    """Make a folder that git leaves alone, in whoever's checkout it comes to lie."""
+    root.mkdir(parents=True, exist_ok=True)
+    note = root / ".gitignore"
+    if not note.exists():
+        note.write_text("*\n", encoding="utf-8")
 
 
 def describe(device: str) -> dict[str, Any]:

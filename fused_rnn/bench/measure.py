@@ -14,9 +14,10 @@ from __future__ import annotations
 import gc
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
@@ -50,10 +51,18 @@ def percentiles(seconds: list[float]) -> Timing:
     return Timing(p20, p50, p80, len(ordered))
 
 
-def clock(device: str) -> Callable[[Call, int], list[float]]:
+class Runs(Protocol):
+    """What can be timed: `prepare()` is outside the clock, `run()` inside it."""
+
+    def prepare(self) -> None: ...
+
+    def run(self) -> None: ...
+
+
+def clock(device: str) -> Callable[[Runs, int], list[float]]:
     """A function that runs a call so many times and returns the seconds of each: on a GPU by events."""
 
-    def on_cpu(call: Call, times: int) -> list[float]:
+    def on_cpu(call: Runs, times: int) -> list[float]:
         seconds = []
         for _ in range(times):
             call.prepare()
@@ -62,7 +71,7 @@ def clock(device: str) -> Callable[[Call, int], list[float]]:
             seconds.append((time.perf_counter_ns() - start) * 1e-9)
         return seconds
 
-    def on_gpu(call: Call, times: int) -> list[float]:
+    def on_gpu(call: Runs, times: int) -> list[float]:
         marks = []
         torch.cuda.synchronize()
         for _ in range(1 + times):
@@ -136,17 +145,18 @@ def measure(point: Point, providers: list[str], device: str, budget_s: float) ->
             continue
         calls[provider], cost[provider] = call, run(call, 1)[0]
 
-    seconds = _interleave(calls, cost, run, GPU_BLOCK_S if device == "cuda" else BLOCK_S, budget_s)
+    seconds = interleave(calls, cost, run, GPU_BLOCK_S if device == "cuda" else BLOCK_S, budget_s)
     return timings | {provider: percentiles(samples) for provider, samples in seconds.items()}
 
 
-def _interleave(
-    calls: dict[str, Call],
+def interleave(
+    calls: Mapping[str, Runs],
     cost: dict[str, float],
-    run: Callable[[Call, int], list[float]],
+    run: Callable[[Runs, int], list[float]],
     block_s: float,
     budget_s: float,
 ) -> dict[str, list[float]]:
+    """Seconds of every run of each call, in blocks of about block_s that take turns, in random order."""
     order = list(calls)
     # A fixed order would give each provider the same predecessor, whose caches and free memory it inherits, all along.
     shuffle = random.Random(0).shuffle

@@ -113,9 +113,9 @@ class GraphCall(Call):
 class CellLoop(nn.Module):
     """What people write when a fused layer will not do: a Python loop over `torch.nn.<Kind>Cell`."""
 
-    def __init__(self, kind: str, size: int, **factory: Any) -> None:
+    def __init__(self, kind: str, width: int, size: int, **factory: Any) -> None:
         super().__init__()
-        self.cell = getattr(nn, kind + "Cell")(size, size, **factory)
+        self.cell = getattr(nn, kind + "Cell")(width, size, **factory)
 
     def forward(self, x: Tensor) -> Tensor:
         outputs, hx = [], None
@@ -127,7 +127,8 @@ class CellLoop(nn.Module):
 
 def supports(provider: str, point: Point) -> str | None:
     """None, or why this provider does not run this point."""
-    if provider in ("loop", "cell") and point.variant not in ("plain", "graph"):
+    plain = point.variant in ("plain", "graph") and point.layers == point.directions == 1
+    if provider in ("loop", "cell") and not plain:
         return "the loop over a cell has one layer, one direction, no lengths and no resets"
     if provider == HALF and HALF not in ways_in_torch(point):
         return "it stands beside bf16 sequences alone"
@@ -151,8 +152,8 @@ def _call(provider: str, point: Point, device: str, options: dict[str, str]) -> 
     factory: dict[str, Any] = {"device": device, "dtype": DTYPES[point.dtype]}
     kwargs: dict[str, Any] = {"num_layers": point.layers, "bidirectional": point.directions == 2}
     torch.manual_seed(0)
-    reference = getattr(nn, point.cell)(point.H, point.H, **kwargs, **factory)
-    x = torch.randn(point.T, point.B, point.H, **factory).requires_grad_(point.mode == "training")
+    reference = getattr(nn, point.cell)(point.width, point.H, **kwargs, **factory)
+    x = torch.randn(point.T, point.B, point.width, **factory).requires_grad_(point.mode == "training")
     dy = torch.randn(point.T, point.B, point.H * point.directions, **factory)
     hx: Any = None
     if point.mode == "step":
@@ -160,7 +161,7 @@ def _call(provider: str, point: Point, device: str, options: dict[str, str]) -> 
         hx = (h, c) if point.cell == "LSTM" else h
 
     if provider in ("cell", "loop"):
-        loop = CellLoop(point.cell, point.H, **factory)
+        loop = CellLoop(point.cell, point.width, point.H, **factory)
         loop.cell.load_state_dict({k.removesuffix("_l0"): v for k, v in reference.state_dict().items()})
         return Call(point, loop, _step(loop.cell, x, hx) if provider == "cell" else lambda: loop(x), x, dy)
 
@@ -171,7 +172,7 @@ def _call(provider: str, point: Point, device: str, options: dict[str, str]) -> 
         module = reference
     else:
         backend = None if provider == "auto" else provider
-        module = getattr(fused_rnn, point.cell)(point.H, point.H, backend=backend, **options, **kwargs, **factory)
+        module = getattr(fused_rnn, point.cell)(point.width, point.H, backend=backend, **options, **kwargs, **factory)
         module.load_state_dict(reference.state_dict())
     forward = variants.forward(point, module, x, hx, ours=provider not in (BASELINE, HALF))
     return Call(point, module, forward, x, variants.rows(point, dy))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -12,16 +13,17 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from fused_rnn.bench.goals import goal_table
-from fused_rnn.bench.grid import CELLS, GRIDS, MODES, Point
+from fused_rnn.bench.grid import CELLS, GRIDS, MODES, Point, Shape
 from fused_rnn.bench.heat import heat_map, step_plot
-from fused_rnn.bench.limits import Limits, measure_limits
-from fused_rnn.bench.machine import describe
+from fused_rnn.bench.limits import Ceilings, measure_limits
+from fused_rnn.bench.machine import OUT, describe
 from fused_rnn.bench.measure import Timing, float32_as, measure
 from fused_rnn.bench.memory import SIZES, peak_memory
 from fused_rnn.bench.plot import plot
 from fused_rnn.bench.providers import BASELINE, HALF, OTHERS
-from fused_rnn.bench.results import FLOOR, MEMORY, Results, Row, setting, time_row
+from fused_rnn.bench.results import FLOOR, MEMORY, Results, Row, continued, setting, time_row
 from fused_rnn.bench.tables import report
+from fused_rnn.bench.verdict import verdict
 from fused_rnn.dispatch import BACKENDS
 
 PROVIDERS = {
@@ -34,7 +36,10 @@ SAVE_EVERY = 30.0  # seconds: who is killed, by a kernel that hangs for one, has
 
 @dataclass(frozen=True)
 class Plan:
-    """What to measure. budget_s is for each pair of dtype and thread count."""
+    """What to measure: a grid or, where some are given, shapes (T, B, D, H), with layers and bidirectional.
+
+    budget_s is for each pair of dtype and thread count.
+    """
 
     device: str = "cpu"
     grid: str = "cpu"
@@ -46,13 +51,35 @@ class Plan:
     providers: tuple[str, ...] = PROVIDERS["cpu"]
     budget_s: float = 600.0
     memory: bool = True
-    out: Path = Path("benchmarks/results/cpu")
+    shapes: tuple[Shape, ...] = ()
+    layers: int = 1
+    bidirectional: bool = False
+    out: Path = OUT / "cpu"
 
     def path(self, dtype: str, threads: int) -> Path:
-        """The result file; a quick run has one of its own and leaves the careful one alone."""
-        prefix = "quick-" if self.grid.startswith("quick") else ""
+        """The result file; a quick run and shapes have one of their own and leave the careful one alone."""
+        prefix = "shapes-" if self.shapes else "quick-" if self.grid.startswith("quick") else ""
         suffix = f"-{threads}t" if self.device == "cpu" else ""
         return self.out / f"{prefix}{dtype}{suffix}.json"
+
+    def points(self, dtype: str) -> list[Point]:
+        """Every point, the dearest first: they take what they must, and the others share evenly what is left."""
+        if self.shapes:
+            kinds = product(self.cells, self.modes, self.variants, self.shapes)
+            points = [
+                Point(cell, mode, dtype, T, B, H, variant, D, self.layers, self.bidirectional)
+                for cell, mode, variant, (T, B, D, H) in kinds
+            ]
+        else:
+            points = list(GRIDS[self.grid].points(dtype, self.cells, self.modes, self.variants))
+        return sorted(points, key=lambda point: -point.flops)
+
+    def memory_points(self, dtype: str) -> list[Point]:
+        """Where peak memory is measured: the shapes, or one long point of each cell and mode."""
+        if self.shapes:
+            return self.points(dtype)
+        modes = [mode for mode in self.modes if mode != "step"]
+        return [Point(cell, mode, dtype, *SIZES) for cell, mode in product(self.cells, modes)]
 
 
 def execute(plan: Plan, console: Console) -> list[Path]:
@@ -81,16 +108,22 @@ def _execute_one(plan: Plan, dtype: str, threads: int, console: Console) -> Path
     console.rule(f"{facts['device_name']}, {setting(facts)}")
     small, large = limits.read[0][1], limits.read[-1][1]
     console.print(
-        f"Limits: {limits.flops / 1e9:.0f} GFLOP/s; reads {small / 1e9:.0f} GB/s from the first cache, "
+        f"Limits: {limits.flops / 1e9:.0f} GFLOP/s ({limits.by}); reads {small / 1e9:.0f} GB/s from the first cache, "
         f"{large / 1e9:.0f} GB/s from memory.\n"
         f"Our kernels: {facts['kernels']}. torch {facts['torch']}, commit {facts['commit'] or 'unknown'}."
     )
-    results = _continued(path, facts)
+    path, results, said = continued(path, facts)
+    if said is not None:
+        console.print(said)
     results.runs.append(facts)
     rows: list[Row] = []
     try:
         run = len(results.runs) - 1
-        rows += _times(plan, dtype, limits, run, console, save=lambda so_far: results.with_(so_far).save(path))
+        ceilings = Ceilings(limits, lambda: measure_limits(dtype, plan.device), plan.device)
+        rows += _times(plan, dtype, ceilings, run, console, save=lambda so_far: results.with_(so_far).save(path))
+        facts["limits"] = asdict(ceilings.limits)
+        if ceilings.said():
+            console.print(ceilings.said())
         if plan.memory:
             rows += _memory(plan, dtype, threads, run, console)
     except KeyboardInterrupt as stop:
@@ -100,36 +133,48 @@ def _execute_one(plan: Plan, dtype: str, threads: int, console: Console) -> Path
         results.replace(rows)
         if results.rows:
             results.save(path)
-    console.print(report(results))
-    if (table := goal_table(results)) is not None:
+    measured = results.of_run(len(results.runs) - 1) if rows else Results([facts])
+    console.print(report(measured))
+    if (table := goal_table(measured)) is not None:
         console.print(table)
-    ours = [p for p in plan.providers if p not in OTHERS] or ["auto"]
+    if (words := verdict(measured)).plain:
+        console.print(words)
+    console.print(f"Written to {path}{_draw(plan, results, path)}", soft_wrap=True)
+    return path
+
+
+def _ours(plan: Plan) -> list[str]:
+    """Our backends that are measured alone; the automatic choice where there is none."""
+    alone = [provider for provider in plan.providers if provider not in OTHERS]
+    return alone or [provider for provider in plan.providers if provider == "auto"]
+
+
+def _draw(plan: Plan, results: Results, path: Path) -> str:
+    """The pictures of a grid beside its file; their names, to be read behind the file's."""
+    if plan.shapes:
+        return ""
+    ours = _ours(plan) or ["auto"]
     pictures = [path.with_suffix(".png"), *(path.with_name(f"{path.stem}-{p}.png") for p in ours[1:])]
     for provider, picture in zip(ours, pictures, strict=True):
         plot(results, provider, picture)
         if plan.device == "cuda":
             heat_map(results, provider, picture.with_stem(f"{picture.stem}-map"))
             step_plot(results, provider, picture.with_stem(f"{picture.stem}-steps"))
-    console.print(f"Written to {path} and {', '.join(picture.name for picture in pictures)}")
-    return path
-
-
-def _continued(path: Path, facts: dict[str, object]) -> Results:
-    """The file's present contents if they come from this machine and this torch; otherwise a new start."""
-    if not path.exists():
-        return Results()
-    earlier = Results.load(path)
-    same = all(run.get(key) == facts[key] for run in earlier.runs for key in ("device_name", "torch", "isa", "kernels"))
-    return earlier if same else Results()
+    drawn = ", ".join(picture.name for picture in pictures if picture.exists())
+    return f" and {drawn}" if drawn else ""
 
 
 def _times(
-    plan: Plan, dtype: str, limits: Limits, run: int, console: Console, save: Callable[[list[Row]], None]
+    plan: Plan, dtype: str, ceilings: Ceilings, run: int, console: Console, save: Callable[[list[Row]], None]
 ) -> list[Row]:
-    points = list(GRIDS[plan.grid].points(dtype, plan.cells, plan.modes, plan.variants))
-    # The dearest first: they take what they must, and the others share evenly what is left.
-    points.sort(key=lambda point: -point.flops)
+    points = plan.points(dtype)
     rows: list[Row] = []
+
+    def with_limits() -> list[Row]:
+        """The last word on them is that of the last point."""
+        floors = {row.point: ceilings.limits.floor(row.point, plan.device) for row in rows}
+        return rows + [time_row(point, FLOOR, Timing(s, s, s, 1), run) for point, s in floors.items()]
+
     saved = time.perf_counter()
     end = saved + plan.budget_s
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
@@ -141,29 +186,28 @@ def _times(
                 share = max(0.0, end - time.perf_counter()) / (len(points) - index)
                 timings = measure(point, list(plan.providers), plan.device, share)
                 rows += [time_row(point, provider, timing, run) for provider, timing in timings.items()]
-                floor = limits.floor(point, plan.device)
-                rows.append(time_row(point, FLOOR, Timing(floor, floor, floor, 1), run))
+                for timing in timings.values():
+                    if timing.refused is None:
+                        ceilings.check(point, timing.p50)
                 progress.advance(task)
                 if time.perf_counter() - saved > SAVE_EVERY:
-                    save(rows)
+                    save(with_limits())
                     saved = time.perf_counter()
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(rows) from None
-    return rows
+        raise KeyboardInterrupt(with_limits()) from None
+    return with_limits()
 
 
 def _memory(plan: Plan, dtype: str, threads: int, run: int, console: Console) -> list[Row]:
-    """Peak memory at one long point per cell, for torch.nn and each of our backends, both ways to save."""
-    ours = [provider for provider in plan.providers if provider not in OTHERS]
-    modes = [mode for mode in plan.modes if mode != "step"]
-    wanted: list[tuple[str, str, str, str | None]]
-    wanted = [(cell, mode, provider, None) for cell in plan.cells for mode in modes for provider in (BASELINE, *ours)]
-    if "training" in modes:
-        wanted += [(cell, "training", provider, "recompute") for cell in plan.cells for provider in ours]
+    """Peak memory for torch.nn and each of our backends, both ways to save."""
+    ours = _ours(plan)
+    points = plan.memory_points(dtype)
+    wanted: list[tuple[Point, str, str | None]]
+    wanted = [(point, provider, None) for point in points for provider in (BASELINE, *ours)]
+    wanted += [(point, provider, "recompute") for point in points if point.mode == "training" for provider in ours]
     rows = []
     with console.status("Peak memory, each in a process of its own"):
-        for cell, mode, provider, save in wanted:
-            point = Point(cell, mode, dtype, *SIZES)
+        for point, provider, save in wanted:
             name = provider if save is None else f"{provider} save={save}"
             try:
                 mib = round(peak_memory(point, provider, plan.device, threads, save) / 2**20, 1)
