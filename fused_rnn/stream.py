@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
-from fused_rnn import checks, functional, ops
+from fused_rnn import checks, functional, ops, rerun
 from fused_rnn.cells import CELLS
 
 NARROW = {None: 0, "bf16": 1, "int8": 2}  # csrc/params.h, Narrow
@@ -209,6 +209,8 @@ class Stream:
     def _check(self, name: str, t: Tensor, shape: tuple[int, ...], letters: str) -> None:
         if checks.in_transform():
             raise RuntimeError("stream: a torch.func transform is under way, which a stream's state cannot follow")
+        if rerun.is_jit_tracing():
+            raise RuntimeError("stream: torch.jit.trace is recording, and does not see a stream's steps; trace its module")
         if not isinstance(t, Tensor):
             raise TypeError(f"{name}: got {type(t).__name__}, expected a tensor {letters}")
         if t.shape != shape:

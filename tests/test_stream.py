@@ -393,6 +393,8 @@ def test_it_costs_no_gradient() -> None:
                 call()
         with pytest.raises(RuntimeError, match=r"torch\.func transform"):
             torch.vmap(stream.step)(torch.randn(2, 1, 9))
+        with pytest.raises(RuntimeError, match=r"torch\.jit\.trace is recording"):
+            torch.jit.trace(stream.step, torch.randn(1, 9))
 
 
 class Strange(Tensor):
