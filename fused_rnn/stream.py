@@ -8,10 +8,11 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch._C import _is_tracing as is_tracing  # torch.jit.trace
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
-from fused_rnn import checks, functional, ops, rerun
+from fused_rnn import checks, functional, ops
 from fused_rnn.cells import CELLS
 
 NARROW = {None: 0, "bf16": 1, "int8": 2}  # csrc/params.h, Narrow
@@ -98,7 +99,7 @@ class Stream:
             TypeError: for what is no plain tensor.
             RuntimeError: if a gradient is asked for, or a torch.func transform is under way.
         """
-        if self._quick is not None and not is_compiling():
+        if self._quick is not None and not (is_compiling() or is_tracing()):
             y = self._quick(x_t, out)
             if y is not None:
                 return y
@@ -209,8 +210,8 @@ class Stream:
     def _check(self, name: str, t: Tensor, shape: tuple[int, ...], letters: str) -> None:
         if checks.in_transform():
             raise RuntimeError("stream: a torch.func transform is under way, which a stream's state cannot follow")
-        if rerun.is_jit_tracing():
-            raise RuntimeError("stream: torch.jit.trace is recording, and does not see a stream's steps; trace its module")
+        if not is_compiling() and is_tracing():
+            raise RuntimeError("stream: torch.jit.trace is recording, which does not see its steps; trace the module")
         if not isinstance(t, Tensor):
             raise TypeError(f"{name}: got {type(t).__name__}, expected a tensor {letters}")
         if t.shape != shape:
