@@ -38,7 +38,7 @@ environment() {  # environment NAME [requirement…]
 in_folder() { (cd "$1" && "${@:2}"); }  # in_folder FOLDER command…
 works() {  # works PYTHON FOLDER: the kernels are there, and run
   in_folder "$2" "$1" -m fused_rnn info >"$work/said" 2>&1 && says "available: one fused C++ loop" &&
-    in_folder "$2" "$1" -W error -c 'import fused_rnn, torch; fused_rnn.LSTM(4, 4, backend="cpu")(torch.randn(2, 1, 4))'
+    in_folder "$2" "$1" -W error::RuntimeWarning -c 'import fused_rnn, torch; fused_rnn.LSTM(4, 4, backend="cpu")(torch.randn(2, 1, 4))'
 }
 everywhere() {  # everywhere PYTHON CLONE: from the clone, its parent folder and elsewhere
   works "$1" "$2" && works "$1" "$(dirname "$2")" && works "$1" /
