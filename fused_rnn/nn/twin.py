@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import _VF, Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.compiler import is_compiling
 from torch.nn.utils.rnn import PackedSequence
 
@@ -100,7 +101,8 @@ def check_packed(input: PackedSequence) -> None:
         raise ValueError(f"input: got packed data of {data.dim()} dimensions, expected two")
     if sizes.dim() != 1 or sizes.dtype != torch.int64 or not sizes.is_cpu or len(sizes) == 0:
         got = f"{checks.shape_text(sizes.shape)} of {sizes.dtype} on {sizes.device}"
-        raise ValueError(f"input.batch_sizes: got {got}, expected [T] of torch.int64 on the CPU")
+        hint = ": nothing exports packing, give the padded batch and lengths=" if isinstance(sizes, FakeTensor) else ""
+        raise ValueError(f"input.batch_sizes: got {got}, expected [T] of torch.int64 on the CPU{hint}")
     if is_compiling():
         return
     counts = sizes.tolist()
