@@ -14,18 +14,19 @@ import argparse
 import copy
 import json
 import logging
+import sys
 import tempfile
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence
@@ -40,6 +41,7 @@ def sb3_contrib(steps: int, fused: bool) -> tuple[list[float], float]:
     steps: rollouts of 128 steps in 8 environments, and what is learned from each.
     """
     import gymnasium
+    import numpy as np
     from sb3_contrib import RecurrentPPO
     from stable_baselines3.common.callbacks import BaseCallback
     from stable_baselines3.common.env_util import make_vec_env
@@ -90,6 +92,7 @@ TRAINER = {
 
 def gluonts(steps: int, fused: bool) -> tuple[list[float], float]:
     """DeepAREstimator on noisy daily seasons by the hour: three days in, one day out."""
+    import numpy as np
     from gluonts.dataset.common import ListDataset
     from gluonts.torch.model.deepar import DeepAREstimator
 
@@ -118,6 +121,7 @@ def gluonts(steps: int, fused: bool) -> tuple[list[float], float]:
 def pytorch_forecasting(steps: int, fused: bool) -> tuple[list[float], float]:
     """RecurrentNetwork with a GRU: 72 steps of encoder, 24 of decoder."""
     import lightning.pytorch as lightning
+    import numpy as np
     import pandas
     from pytorch_forecasting import RecurrentNetwork, TimeSeriesDataSet
 
@@ -157,6 +161,17 @@ PACKAGES: dict[str, tuple[Trainer, int]] = {
     "gluonts": (gluonts, 50),
     "pytorch-forecasting": (pytorch_forecasting, 50),
 }
+# What each imports, as Python names it.
+NEEDED = {
+    "sb3-contrib": ("sb3_contrib", "gymnasium", "numpy"),
+    "gluonts": ("gluonts", "lightning", "numpy"),
+    "pytorch-forecasting": ("pytorch_forecasting", "lightning", "pandas", "numpy"),
+}
+
+
+def missing(packages: Iterable[str]) -> list[str]:
+    """What is not installed of what these need, each once."""
+    return [name for name in dict.fromkeys(n for p in packages for n in NEEDED[p]) if find_spec(name) is None]
 
 
 class Calls:
@@ -238,8 +253,9 @@ def compare(name: str, steps: int | None = None, repeats: int = 5) -> dict[str, 
         for fused in (False, True) if number % 2 else (True, False):
             curves[fused], seconds = train(steps, fused)
             times[fused].append(seconds)
-    theirs, ours = map(np.array, curves)
-    difference = float(np.max(np.abs(ours - theirs) / np.maximum(np.abs(theirs), 1e-3)))
+    theirs, ours = curves
+    pairs = zip(ours, theirs, strict=True)
+    difference = max(abs(a - b) / max(abs(b), 1e-3) for a, b in pairs)
     whole, part = (median(times[0]), median(times[1])), calls.seconds()
     print(f"{name} {version(name)}: {train.__doc__.splitlines()[0]}", flush=True)
     print(f"  last loss    torch.nn {theirs[-1]:.6f}   fused_rnn {ours[-1]:.6f}   largest difference {difference:.1e}")
@@ -263,6 +279,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5, help="trainings of each kind (default: 5)")
     parser.add_argument("--json", type=Path, help="where to write the figures")
     options = parser.parse_args()
+    if absent := missing(options.package or PACKAGES):
+        sys.exit(f"packages.py: {', '.join(absent)} not installed: pip install 'fused_rnn[integrations]'")
     logging.disable(logging.WARNING)  # the packages' own
     warnings.simplefilter("ignore")
     results = [compare(name, options.steps, options.repeats) for name in options.package or PACKAGES]

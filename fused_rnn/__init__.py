@@ -2,7 +2,7 @@
 
 from fused_rnn import functional
 from fused_rnn.autograd import GRUFunction, LSTMFunction, RNNFunction
-from fused_rnn.convert import convert, patch, to_torch
+from fused_rnn.convert import convert, patch, to_torch, unpatch
 from fused_rnn.nn import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
 from fused_rnn.plan import plan
 from fused_rnn.stream import Stream
@@ -25,4 +25,5 @@ __all__ = [
     "patch",
     "plan",
     "to_torch",
+    "unpatch",
 ]

@@ -27,6 +27,22 @@ def shape_text(shape: Sequence[int]) -> str:
     return "[" + ", ".join(map(str, shape)) + "]"
 
 
+def kind(value: object) -> str:
+    """What an argument is, as errors write it: a tensor [5, 3], True, tuple, ndarray."""
+    if isinstance(value, Tensor):
+        return f"a tensor {shape_text(value.shape)}"
+    return repr(value) if value is None or isinstance(value, (bool, int, float)) else type(value).__name__
+
+
+def misplaced(hx: Any) -> str:
+    """What an error says of an initial state that seems to be another argument, given by position."""
+    dtype = str(getattr(hx, "dtype", ""))  # torch's or numpy's
+    numbers = isinstance(hx, (tuple, list)) and len(hx) > 0 and all(isinstance(n, int) for n in hx)
+    if numbers or ("int" in dtype and hx.ndim == 1):
+        return "; lengths are given by name: lengths="
+    return "; reset is given by name: reset=" if "bool" in dtype else ""
+
+
 def parse(cell: str, shapes: Shapes, input_size: int, num_layers: int, recurrences: int) -> tuple[int, int, int]:
     """(H, P, weights per recurrence) of a stack of layers with weights of these shapes. Raises ValueError."""
     if num_layers < 1:
@@ -71,8 +87,13 @@ def check_weights(
 def check_shapes(
     cell: str, weights: Sequence[Tensor], input_size: int, num_layers: int, recurrences: int
 ) -> tuple[int, int, int]:
-    """What `parse` says of the weights. Raises ValueError."""
-    shapes = tuple([w.shape for w in weights])
+    """What `parse` says of the weights. Raises ValueError, TypeError for what are no tensors."""
+    try:
+        if isinstance(weights, Tensor):  # type: ignore[unreachable]  # which would be a sequence of its rows
+            raise TypeError
+        shapes = tuple([w.shape for w in weights])
+    except (AttributeError, TypeError):
+        raise TypeError(f"weights: got {kind(weights)}, expected a sequence of tensors") from None
     if torch.compiler.is_compiling() or torch._C._is_tracing():  # the cache is not to be traced, nor to keep what is
         return parse(cell, shapes, input_size, num_layers, recurrences)
     try:
@@ -86,7 +107,14 @@ def check_dtypes(x: Tensor, weights: Sequence[Tensor]) -> None:
     dtype, device = x.dtype, x.device
     for k, w in enumerate(weights):
         if w.dtype != dtype or w.device != device:
+            check_tensor(f"weights[{k}]", w)
             raise ValueError(f"weights[{k}]: got {w.dtype} on {w.device}, expected x's {dtype} on {device}")
+
+
+def check_tensor(name: str, value: object, letters: str = "") -> None:
+    """Raises TypeError for what is no tensor."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: got {kind(value)}, expected a tensor{letters and ' ' + letters}")
 
 
 def check_sequence(x: Tensor) -> tuple[int, int, int]:
@@ -99,14 +127,34 @@ def check_sequence(x: Tensor) -> tuple[int, int, int]:
     return steps, batch, input_size
 
 
+def check_pair(hx: Any, letters: str, is_cell: bool) -> None:
+    """Whether hx is a pair; a tensor is none, though it would unpack along its first dimension. Raises TypeError."""
+    if isinstance(hx, (tuple, list)) and len(hx) == 2:
+        return
+    got = f"a {kind(hx)} of {len(hx)}" if isinstance(hx, (tuple, list)) else kind(hx)
+    hint = "" if is_cell else misplaced(hx)
+    raise TypeError(f"hx: got {got}, expected a pair {letters} of tensors{hint}")
+
+
 def check_state(name: str, state: Tensor, x: Tensor, shape: tuple[int, ...], letters: str) -> None:
     """An initial state of x's dtype and device, of this shape. Raises ValueError, TypeError for what is no tensor."""
-    if not isinstance(state, Tensor):
-        raise TypeError(f"{name}: got {type(state).__name__}, expected a tensor {letters}")
+    check_tensor(name, state, letters)
     if state.shape != shape:
-        raise ValueError(f"{name}: got {shape_text(state.shape)}, expected {letters} = {shape_text(shape)}")
+        hint = misplaced(state) if len(shape) == 3 else ""  # a cell has no lengths
+        raise ValueError(f"{name}: got {shape_text(state.shape)}, expected {letters} = {shape_text(shape)}{hint}")
     if state.dtype != x.dtype or state.device != x.device:
         raise ValueError(f"{name}: got {state.dtype} on {state.device}, expected x's {x.dtype} on {x.device}")
+
+
+def as_lengths(lengths: Any) -> Tensor:
+    """lengths as a tensor, of one or of a sequence of integers; raises ValueError."""
+    if isinstance(lengths, Tensor):
+        return lengths
+    try:
+        made: Tensor = torch.as_tensor(lengths, device="cpu")
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"lengths: got {kind(lengths)}, expected [B] integers ({error})") from None
+    return made if made.numel() else made.long()  # of no numbers torch makes floats
 
 
 def check_lengths(lengths: Tensor | Sequence[int], x: Tensor) -> Tensor:
@@ -115,14 +163,14 @@ def check_lengths(lengths: Tensor | Sequence[int], x: Tensor) -> Tensor:
     Raises ValueError for a wrong shape or dtype, and, where the values can be read without a synchronisation, for
     one out of 0 … T.
     """
-    if not isinstance(lengths, Tensor):
-        lengths = torch.as_tensor(lengths, device="cpu")
-        lengths = lengths if lengths.numel() else lengths.long()  # of no numbers torch makes floats
+    lengths = as_lengths(lengths)
     steps, batch = x.shape[:2]
     if lengths.dtype not in INTEGERS:
-        raise ValueError(f"lengths: got {lengths.dtype}, expected an integer dtype")
+        remedy = "a mask's sum over time has" if lengths.dtype == torch.bool else ".long() makes"
+        raise ValueError(f"lengths: got {lengths.dtype}, expected an integer dtype, as {remedy}")
     if lengths.shape != (batch,):
-        raise ValueError(f"lengths: got {shape_text(lengths.shape)}, expected [B] = [{batch}]")
+        got = shape_text(lengths.shape) if lengths.dim() else "a single number"
+        raise ValueError(f"lengths: got {got}, expected [B] = [{batch}]")
     if batch and _can_be_read(lengths):
         low, high = (int(end) for end in torch.aminmax(lengths))
         if low < 0 or high > steps:
@@ -140,23 +188,31 @@ def _can_be_read(t: Tensor) -> bool:
 
 
 def as_reset(reset: Any, device: torch.device) -> Tensor:
-    """reset as a tensor, of one or of a nest of lists; raises ValueError."""
-    if isinstance(reset, Tensor):
-        return reset
-    try:
-        made = torch.as_tensor(reset, device=device)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"reset: got {type(reset).__name__}, expected [T, B] of bool ({error})") from None
-    return made if made.numel() else made.bool()  # of no numbers torch makes floats
+    """reset as a tensor of bool, of one or of a nest of lists; raises ValueError."""
+    if not isinstance(reset, Tensor):
+        wrong = f"reset: got {kind(reset)}, expected bools, one for each step of each sequence"
+        try:
+            made: Tensor = torch.as_tensor(reset, device=device)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"{wrong} ({error})") from None
+        if made.dim() == 0:
+            raise ValueError(wrong)
+        reset = made if made.numel() else made.bool()  # of no numbers torch makes floats
+    if reset.dtype != torch.bool:
+        raise ValueError(f"reset: got {reset.dtype}, expected torch.bool, as .bool() makes")
+    return reset  # type: ignore[no-any-return]
+
+
+def check_reset_shape(reset: Tensor, shape: Sequence[int], letters: str, why: str = "") -> None:
+    """Whether reset has this shape; raises ValueError, with the reason for the layout at the end."""
+    if reset.shape != shape:
+        raise ValueError(f"reset: got {shape_text(reset.shape)}, expected {letters} = {shape_text(shape)}{why}")
 
 
 def check_reset(reset: Tensor | Sequence[Sequence[bool]], x: Tensor) -> Tensor:
     """reset as a tensor, if it is [T, B] bool on x's device; raises ValueError."""
     reset = as_reset(reset, x.device)
-    if reset.dtype != torch.bool:
-        raise ValueError(f"reset: got {reset.dtype}, expected torch.bool")
-    if reset.shape != x.shape[:2]:
-        raise ValueError(f"reset: got {shape_text(reset.shape)}, expected [T, B] = {shape_text(x.shape[:2])}")
+    check_reset_shape(reset, x.shape[:2], "[T, B]")
     if reset.device != x.device:
         raise ValueError(f"reset: got a tensor on {reset.device}, expected x's {x.device}")
     return reset

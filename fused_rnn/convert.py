@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copyreg
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import ContextDecorator
 from functools import cache
+from threading import Lock
 from types import new_class
 from typing import Any, ClassVar, TypeVar
 
@@ -18,6 +19,7 @@ from fused_rnn.nn.base import Fused, known_backend, mark_leaf, unmark_leaf
 from fused_rnn.nn.sequence import Recurrent, known_save, overrides_checks
 
 M = TypeVar("M", bound=nn.Module)
+F = TypeVar("F", bound=Callable[..., Any])
 
 _OURS: tuple[type[Fused], ...] = (LSTM, GRU, RNN, LSTMCell, GRUCell, RNNCell)
 _BOTH: tuple[type[Fused], ...] = (both.LSTM, both.GRU, both.RNN, both.LSTMCell, both.GRUCell, both.RNNCell)
@@ -136,12 +138,13 @@ def to_torch(model: M) -> M:
     return model
 
 
-@contextmanager
-def patch(*, keep_class: bool = False) -> Iterator[None]:
-    """While it is open, torch.nn.LSTM, GRU, RNN and their cells are ours, for code that builds its own model.
+def patch(*, keep_class: bool = False) -> Patch:
+    """From now on torch.nn.LSTM, GRU, RNN and their cells are ours, for code that builds its own model.
 
-    It changes the names in torch.nn, for the whole process: code that bound one before (`from torch.nn import LSTM`)
-    keeps torch's. What was built stays ours when it closes, and so do classes derived from those names. May be nested.
+    As a context manager (or the decorator of a function) it holds to the end of the block, by itself until
+    :func:`unpatch`. It changes the names in torch.nn, for the whole process and all of its threads: code that bound one
+    before (`from torch.nn import LSTM`) keeps torch's. What was built stays ours afterwards, and so do classes derived
+    from those names. May be nested, and close in any order: the names are those of the last that is still open.
 
     Args:
         keep_class: as :func:`convert`'s: what is built is an instance of torch.nn's own class, too, and so is known to
@@ -153,16 +156,88 @@ def patch(*, keep_class: bool = False) -> Iterator[None]:
         >>> isinstance(model, fused_rnn.GRU)
         True
     """
-    places = (nn, nn.modules, nn.modules.rnn)
-    classes = {cls.__name__: cls for cls in _CLASSES[bool(keep_class)].values()}
-    before = [(place, name, getattr(place, name)) for place in places for name in classes]
-    try:
-        for place, name, _ in before:
-            setattr(place, name, classes[name])
-        yield
-    finally:
-        for place, name, value in before:
-            setattr(place, name, value)
+    return Patch(keep_class)
+
+
+def unpatch() -> None:
+    """Close every :func:`patch` that is open: torch.nn's names are torch's own again. Nothing happens if none is.
+
+    A `with` block around the call ends as if nothing had happened.
+
+    Examples:
+        >>> fused_rnn.patch()
+        <fused_rnn.patch(keep_class=False), open>
+        >>> isinstance(torch.nn.GRU(8, 16), fused_rnn.GRU)
+        True
+        >>> fused_rnn.unpatch()
+        >>> isinstance(torch.nn.GRU(8, 16), fused_rnn.GRU)
+        False
+    """
+    _PATCHES.close(None)
+
+
+class Patch(ContextDecorator):
+    """What :func:`patch` returns: open from the beginning, closed by the end of its block or by unpatch()."""
+
+    def __init__(self, keep_class: bool) -> None:
+        self.keep_class = bool(keep_class)
+        _PATCHES.open(self)
+
+    def __enter__(self) -> Patch:
+        _PATCHES.open(self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        _PATCHES.close(self)
+
+    def __call__(self, function: F) -> F:
+        """function in a patch of its own: the call that made the decorator patches nothing."""
+        _PATCHES.close(self)
+        return super().__call__(function)
+
+    def _recreate_cm(self) -> Patch:
+        return Patch(self.keep_class)
+
+    def __repr__(self) -> str:
+        return f"<fused_rnn.patch(keep_class={self.keep_class}), {'open' if self in _PATCHES.opened else 'closed'}>"
+
+
+class _Patches:
+    """Those that are open, in order, and what torch.nn's names meant before the first."""
+
+    _PLACES = (nn, nn.modules, nn.modules.rnn)
+
+    def __init__(self) -> None:
+        self.opened: list[Patch] = []
+        self._before: list[tuple[Any, str, Any]] = []
+        self._lock = Lock()
+
+    def open(self, patch: Patch) -> None:
+        """Does nothing for one that is open."""
+        with self._lock:
+            if not self.opened:
+                names = [cls.__name__ for cls in _OURS]
+                self._before = [(place, name, getattr(place, name)) for place in self._PLACES for name in names]
+            if patch not in self.opened:
+                self.opened.append(patch)
+                self._name()
+
+    def close(self, patch: Patch | None) -> None:
+        """Close one, or all. Does nothing for one that is closed."""
+        with self._lock:
+            closing = [one for one in self.opened if patch is None or one is patch]
+            if closing:
+                self.opened = [one for one in self.opened if one not in closing]
+                self._name()
+
+    def _name(self) -> None:
+        """Have the names mean what the last one wants."""
+        ours = {cls.__name__: cls for cls in (_BOTH if self.opened[-1].keep_class else _OURS)} if self.opened else {}
+        for place, name, before in self._before:
+            setattr(place, name, ours.get(name, before))
+
+
+_PATCHES = _Patches()
 
 
 def _modules(model: nn.Module) -> list[tuple[str, nn.Module]]:

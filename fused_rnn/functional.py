@@ -63,7 +63,7 @@ def lstm(
         float32 inside. Under autocast all tensors but float64 ones are cast to its dtype, and so is the result.
 
     Raises:
-        ValueError: naming the argument, what it got and what it expected.
+        ValueError: naming the argument, what it got and what it expected; TypeError likewise, for what is no tensor.
         RuntimeError: for T = 0.
         NotImplementedError: with each backend's reason when none, or not the one named, can run it.
 
@@ -190,7 +190,7 @@ def lstm_cell(
         >>> weights = [torch.randn(80, 10), torch.randn(80, 20)]
         >>> h, c = fused_rnn.functional.lstm_cell(torch.randn(3, 10), None, weights)
     """
-    h, c = _step("lstm", x, *_pair(hx), weights, backend)
+    h, c = _step("lstm", x, *_pair(hx, is_cell=True), weights, backend)
     return h, c
 
 
@@ -235,11 +235,10 @@ def rnn_cell(
     return _step(_rnn_cell_name(nonlinearity), x, h, None, weights, backend)[0]
 
 
-def _pair(hx: tuple[Tensor, Tensor] | None) -> tuple[Tensor | None, Tensor | None]:
+def _pair(hx: tuple[Tensor, Tensor] | None, is_cell: bool = False) -> tuple[Tensor | None, Tensor | None]:
     if hx is None:
         return None, None
-    if isinstance(hx, Tensor):  # which would unpack, along its first dimension
-        raise TypeError(f"hx: got a tensor {checks.shape_text(hx.shape)}, expected a pair (h0, c0) of tensors")
+    checks.check_pair(hx, "(h, c)" if is_cell else "(h0, c0)", is_cell)
     h, c = hx
     return h, c
 
@@ -324,6 +323,7 @@ def _stack(
     save: str,
     backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
+    checks.check_tensor("x", x)
     device = x.device.type
     if device != "meta" and torch.is_autocast_enabled(device):
         x, weights, h0, c0 = _autocast(x, weights, h0, c0)
@@ -404,6 +404,7 @@ def _first(state: Tensor) -> Tensor:
 def _step(
     cell: str, x: Tensor, h: Tensor | None, c: Tensor | None, weights: Sequence[Tensor], backend: str | None
 ) -> Sequence[Tensor]:
+    checks.check_tensor("x", x)
     device = x.device.type
     if device != "meta" and torch.is_autocast_enabled(device):
         x, weights, h, c = _autocast(x, weights, h, c)

@@ -24,6 +24,13 @@ ROOT = Path(__file__).parent.parent
 
 def run(*command: str, seconds: int = 120) -> str:
     """What `python` with these arguments prints. All of its processes are gone when this returns."""
+    code, out, errors = outcome(*command, seconds=seconds)
+    assert code == 0, out + errors
+    return out
+
+
+def outcome(*command: str, seconds: int = 120) -> tuple[int, str, str]:
+    """Likewise with the exit code before and the errors after it."""
     process = subprocess.Popen(
         [sys.executable, *command],
         cwd=ROOT,
@@ -39,8 +46,7 @@ def run(*command: str, seconds: int = 120) -> str:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
             process.communicate()
-    assert process.returncode == 0, out + errors
-    return out
+    return process.returncode, out, errors
 
 
 @pytest.fixture(scope="module")
@@ -105,3 +111,51 @@ def test_recurrent_ppo_gives_the_returns_of_the_loop(ppo: ModuleType) -> None:
     returns = {name: ppo.train(name, updates=4, dtype=torch.float64) for name in ppo.UNROLLS}
     assert len(returns["fused"]) > ppo.ENVS
     assert returns["fused"] == returns["loop"] == returns["segments"]
+
+
+def test_recurrent_ppo_says_that_it_has_not_solved() -> None:
+    pytest.importorskip("gymnasium", reason="gymnasium is not installed: pip install 'fused_rnn[test]'")
+    code, out, errors = outcome("examples/recurrent_ppo.py", "--updates", "1")
+    assert code == 1
+    assert re.fullmatch(r" +2048 steps   return +[\d.]+ .*\n", out)
+    assert errors == "not solved in 1 updates: the last 100 episodes average less than 475\n"
+
+
+def test_what_counts_as_solved(ppo: ModuleType) -> None:
+    assert ppo.is_solved([0.0] * 9 + [475.0] * 100)
+    assert not ppo.is_solved([475.0] * 99)
+    assert not ppo.is_solved([475.0] * 99 + [474.0])
+
+
+# Runs a script in a process that cannot import what is named first.
+WITHOUT = """
+import runpy, sys
+absent, script, *sys.argv[1:] = sys.argv[1:]
+absent = absent.split(",")
+sys.modules.update(dict.fromkeys(absent))
+import importlib.util
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name in absent else find(name, *rest)
+runpy.run_path(script, run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "absent", "said"),
+    [
+        ("packages.py", (), "sb3_contrib,gluonts,lightning", "sb3_contrib, gluonts, lightning"),
+        ("packages.py", ("gluonts",), "gluonts,lightning,numpy", "gluonts, lightning, numpy"),
+        ("packages.py", ("pytorch-forecasting",), "pandas,lightning,pytorch_forecasting", "pandas"),
+        ("recurrent_ppo.py", (), "gymnasium", "gymnasium"),
+    ],
+)
+def test_an_example_says_what_to_install(script: str, arguments: tuple[str, ...], absent: str, said: str) -> None:
+    code, out, errors = outcome("-c", WITHOUT, absent, f"examples/{script}", *arguments)
+    assert code == 1
+    assert out == ""
+    assert "Traceback" not in errors
+    sentence = errors.splitlines()[-1]  # before it torch itself may warn that there is no numpy
+    named, _, remedy = sentence.partition(" not installed: ")
+    assert named.startswith(f"{script}: ")
+    assert set(said.split(", ")) <= set(named.removeprefix(f"{script}: ").removesuffix(" is").split(", "))
+    assert remedy.startswith("pip install ")

@@ -12,6 +12,7 @@ import torch
 import torch._dynamo
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
+from torch.nn.utils.rnn import pack_padded_sequence
 from twins import CELLS, SEQUENCES, flatten, make, states
 
 from fused_rnn import ops
@@ -167,3 +168,29 @@ def test_saved_programs_run_in_a_fresh_process(tmp_path: Path) -> None:
         + compiled
         + USE.format(numbers=numbers, run="package")
     )
+
+
+class Packs(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn = make("GRU", 4, 6)[0]
+
+    def forward(self, x: Tensor, lengths: Tensor) -> Any:
+        return self.rnn(pack_padded_sequence(x, lengths, enforce_sorted=False))[1]
+
+
+def test_a_model_that_packs_is_told_of_lengths() -> None:
+    """torch's exporter knows no packing; without it, the same model exports."""
+    packs, given = Packs().eval(), (torch.randn(7, 3, 4), torch.tensor([5, 7, 2]))
+    with pytest.raises(Exception, match=r"expected .* nothing exports packing, give the padded batch and lengths="):
+        torch.export.export(packs, given, strict=False)
+
+    class Exports(Packs):
+        def forward(self, x: Tensor, lengths: Tensor) -> Any:
+            return self.rnn(x, lengths=lengths)[1]
+
+    exports = Exports().eval()
+    exports.load_state_dict(packs.state_dict())
+    program = torch.export.export(exports, given, dynamic_shapes=({0: T, 1: B}, {0: B}))
+    longer = (torch.randn(12, 5, 4), torch.tensor([3, 12, 1, 12, 8]))
+    assert_close(program.module()(*longer), packs(*longer))

@@ -1,4 +1,7 @@
-"""Wrong arguments meet the exception, and the message, that they meet in torch.nn, which is asked for it."""
+"""Wrong arguments meet the exception, and the message, that they meet in torch.nn, which is asked for it.
+
+What is no tensor meets ours, for torch.nn does not refuse it but stumbles: 'tuple' object has no attribute 'dim'.
+"""
 
 from __future__ import annotations
 
@@ -155,6 +158,23 @@ TABLES: dict[str, dict[str, tuple[Any, ...]]] = {
     "GRUCell": WRONG_CELLS,
     "RNNCell": WRONG_CELLS,
 }
+# What torch.nn stumbles over, a case by a prefix of its name, and what we say of it. {} stands for LSTM's first state,
+# and the only one of the others.
+NO_TENSOR: dict[str, str] = {
+    "None": "input: got None, expected a tensor",
+    "list": "input: got list, expected a tensor",
+    "hx a number": "{}: got 1.0, expected a tensor [",
+    "hx of Nones": "{}: got None, expected a tensor [",
+    "c None": "c_0: got None, expected a tensor [",
+    "hx a tensor": "hx: got a tensor [",
+    "hx a stacked tensor": "hx: got a tensor [2, ",
+    "packed, hx a tensor": "hx: got a tensor [1, 3, 7], expected a pair (h_0, c_0) of tensors",
+    "hx of one": "hx: got a tuple of 1, expected a pair (h_0, c_0) of tensors",
+    "hx of three": "hx: got a tuple of 3, expected a pair (h_0, c_0) of tensors",
+    "hx a tuple": "hx: got tuple, expected a tensor [1, 3, 7]",
+    "packed, hx a tuple": "hx: got tuple, expected a tensor [1, 3, 7]",
+}
+NO_TENSOR_OF_A_CELL = NO_TENSOR | {"packed": "input: got a PackedSequence, expected a tensor"}
 
 
 @pytest.mark.parametrize("grad", [True, False], ids=["grad", "no_grad"])
@@ -170,7 +190,12 @@ def test_wrong_input_meets_what_it_meets_in_torch(name: str, case: str, grad: bo
         with torch.set_grad_enabled(grad):
             results.append(outcome(module, arguments, {}))
     (ours, got), (twin, expected) = results
-    if twin is not None:
+    said = (NO_TENSOR_OF_A_CELL if name in CELLS else NO_TENSOR).get(case.removesuffix(", one step"))
+    if twin is not None and said is not None:
+        assert ours is TypeError
+        assert got.startswith(said.format("h_0" if "LSTM" in name else "hx"))
+        assert "expected a pair (h_0, c_0) of tensors" in got or "expected a tensor" in got
+    elif twin is not None:
         assert (ours, got) == (twin, expected)
     else:
         assert ours is None, got
@@ -458,12 +483,14 @@ def test_a_reset_of_lists(name: str) -> None:
     for wrong, message in (
         ([[True], [True, False]], "reset: got list, expected .*bool"),
         ([[0, 1, 0, 1]] * 3, "reset: got torch.int64, expected torch.bool"),
-        ([[True] * 4] * 2, r"reset: got \[4, 2\], expected \[T, B\] = \[4, 3\]"),
+        ([[True] * 4] * 2, r"reset: got \[2, 4\], expected \[B, T\] = \[3, 4\], for batch_first is True"),
         ([True, False, True], r"reset: got \[3\], expected \[B, T\]"),
         ("yes", "reset: got str"),
     ):
         with pytest.raises(ValueError, match=message):
             ours(x, reset=wrong)
+
+
 def test_no_lengths_of_no_sequences() -> None:
     """An empty list, of which torch makes floats, is as many lengths as an empty batch has."""
     ours, _ = make("GRU", 5, 7)

@@ -123,6 +123,7 @@ class LSTMCell(Cell):
 
     Raises:
         Exception: what torch.nn.LSTMCell raises, in its words.
+        TypeError: for an input that is no tensor, and an hx that is not a pair of tensors.
         NotImplementedError: where the backend asked for cannot run the call.
 
     Twice differentiable in input, hx and the weights. Formula and source: :class:`LSTM`.
@@ -183,6 +184,7 @@ class GRUCell(Cell):
 
     Raises:
         Exception: what torch.nn.GRUCell raises, in its words.
+        TypeError: for an input that is no tensor, and an hx that is not a tensor.
         NotImplementedError: where the backend asked for cannot run the call.
 
     Twice differentiable in input, hx and the weights. Formula and source: :class:`GRU`.
@@ -235,6 +237,7 @@ class RNNCell(Cell):
 
     Raises:
         Exception: what torch.nn.RNNCell raises, in its words.
+        TypeError: for an input that is no tensor, and an hx that is not a tensor.
         NotImplementedError: where the backend asked for cannot run the call.
 
     Twice differentiable in input, hx and the weights. Formula and source: :class:`RNN`.

@@ -54,6 +54,7 @@ class LSTM(Recurrent):
 
     Raises:
         Exception: what torch.nn.LSTM raises, in its words.
+        TypeError: for an input that is no tensor, and an hx that is not a pair of tensors.
         ValueError: for lengths or reset that do not fit, and for an unknown backend or save.
         NotImplementedError: with every backend's reason, where the backend asked for cannot run the call.
 
@@ -156,6 +157,7 @@ class GRU(Recurrent):
 
     Raises:
         Exception: what torch.nn.GRU raises, in its words.
+        TypeError: for an input that is no tensor, and an hx that is not a tensor.
         ValueError: as :class:`LSTM` does.
         NotImplementedError: as :class:`LSTM` does.
 
@@ -244,6 +246,7 @@ class RNN(Recurrent):
 
     Raises:
         Exception: what torch.nn.RNN raises, in its words.
+        TypeError: for an input that is no tensor, and an hx that is not a tensor.
         ValueError: as :class:`LSTM` does.
         NotImplementedError: as :class:`LSTM` does.
 

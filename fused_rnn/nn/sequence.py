@@ -218,7 +218,7 @@ def run(module: Recurrent, input: Any, hx: Any, lengths: Any, reset: Any) -> Res
         return run_twin(module, weights, input, hx, extras)
     try:
         if reset is not None:
-            reset = _time_first(module, checks.as_reset(reset, weights[0].device), packed or input.dim() == 3)
+            reset = checks.as_reset(reset, weights[0].device)
         if packed:
             return _run_packed(module, input, hx, weights, reset)
         return _run_padded(module, input, hx, weights, lengths, reset)
@@ -243,6 +243,8 @@ def _run_padded(
 ) -> Result:
     """forward of [T, B, D], [B, T, D] or [T, D]."""
     dims = input.dim()
+    if reset is not None and 2 <= dims <= 3:
+        reset = _time_first(module, reset, input.shape[:-1])
     if module._fused_checks and 2 <= dims <= 3:
         _check(module, input, hx)
     if dims == 3:
@@ -257,7 +259,10 @@ def _run_padded(
         raise ValueError(f"input: got {dims} dimensions, expected two or three")
     hx = _map(module, lambda s: s.unsqueeze(1), hx)
     if lengths is not None:
-        lengths = (lengths if isinstance(lengths, Tensor) else torch.as_tensor(lengths, device="cpu")).reshape(1)
+        lengths = checks.as_lengths(lengths)
+        if lengths.numel() != 1:
+            raise ValueError(f"lengths: got {checks.shape_text(lengths.shape)}, expected [], of unbatched input")
+        lengths = lengths.reshape(1)
     y, hx = _run_layers(module, input.unsqueeze(1), weights, hx, lengths, reset)
     return y.squeeze(1), _map(module, lambda s: s.squeeze(1), hx)
 
@@ -274,10 +279,9 @@ def _run_packed(
     if module._fused_checks:
         _check(module, data, hx, batch_sizes)
     layout = Layout(batch_sizes, data.device)
-    if reset is not None and sorted_indices is not None:
-        if reset.size(1) != layout.batch:
-            raise ValueError(f"reset: got {reset.size(1)} sequences, expected B = {layout.batch}")
-        reset = reset.index_select(1, sorted_indices)
+    if reset is not None:
+        reset = _time_first(module, reset, (layout.batch, layout.steps)[:: 1 if module.batch_first else -1])
+        reset = reset if sorted_indices is None else reset.index_select(1, sorted_indices)
     if module.dropout and module.training and module.num_layers > 1:
         data, hx = _run_packed_dropout(module, data, layout, weights, hx, reset)
     else:
@@ -333,14 +337,16 @@ def _run_layers(
     )
 
 
-def _time_first(module: Recurrent, reset: Tensor, batched: bool) -> Tensor:
-    """reset as [T, B]."""
-    if reset.dim() != (2 if batched else 1):
-        expected = ("[B, T]" if module.batch_first else "[T, B]") if batched else "[T]"
-        raise ValueError(f"reset: got {checks.shape_text(reset.shape)}, expected {expected}")
-    if not batched:
-        return reset.unsqueeze(-1)
-    return reset.transpose(0, 1) if module.batch_first else reset
+def _time_first(module: Recurrent, reset: Tensor, shape: Sequence[int]) -> Tensor:
+    """reset, which has this shape in the input's layout, as [T, B]. Raises ValueError."""
+    if len(shape) == 1:
+        checks.check_reset_shape(reset, shape, "[T]", ", of unbatched input")
+        return reset.unsqueeze(1)
+    if module.batch_first:
+        checks.check_reset_shape(reset, shape, "[B, T]", ", for batch_first is True")
+        return reset.transpose(0, 1)
+    checks.check_reset_shape(reset, shape, "[T, B]")
+    return reset
 
 
 def _check_rows(module: Recurrent, hx: Any, batch: int) -> None:
@@ -348,10 +354,8 @@ def _check_rows(module: Recurrent, hx: Any, batch: int) -> None:
     rows = state_rows(module)
     for name, state in zip(("h_0", "c_0"), hx if module._fused_states == 2 else (hx,), strict=False):
         if state.dim() != 3 or state.size(0) != rows or state.size(1) < batch:
-            got = checks.shape_text(state.shape)
-            raise ValueError(
-                f"{name}: got {got}, expected [L·R, B, {'P' if name == 'h_0' else 'H'}] with [{rows}, {batch}]"
-            )
+            expected = f"[L·R, B, {'P' if name == 'h_0' else 'H'}] with [{rows}, {batch}]{checks.misplaced(state)}"
+            raise ValueError(f"{name}: got {checks.shape_text(state.shape)}, expected {expected}")
 
 
 def _map(module: Recurrent, function: Callable[[Tensor], Tensor], hx: Any) -> Any:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import _VF, Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.compiler import is_compiling
 from torch.nn.utils.rnn import PackedSequence
 
@@ -24,12 +25,13 @@ from fused_rnn.nn.plain import is_autocasting, is_tracing
 def run_twin(module: Fused, weights: Sequence[Tensor], input: Any, hx: Any, extras: bool = False) -> Any:
     """The twin's result for a call on other than plain tensors, or its error. extras: lengths or reset were given.
 
-    Raises NotImplementedError where the twin would have a result, but not the one that was asked for.
+    Raises NotImplementedError where the twin would have a result, but not the one that was asked for, and a TypeError
+    of ours for what is no tensor: on that the twin does not decide, but stumbles (no attribute 'dim').
     """
     try:
         with _untraced():
             check_call(module, weights, input, hx)
-    except (TypeError, ValueError) as error:
+    except ValueError as error:
         refuse(module, weights, input, hx, error)
     if extras or module._fused_backend not in (None, "torch"):
         raise NotImplementedError(
@@ -41,11 +43,17 @@ def run_twin(module: Fused, weights: Sequence[Tensor], input: Any, hx: Any, extr
 
 
 def refuse(module: Fused, weights: Sequence[Tensor], input: Any, hx: Any, error: Exception) -> Any:
-    """Raise what torch's module raises for an argument that we refused; where it would take it, our own error."""
-    if not is_compiling():  # nothing here can be traced
+    """Raise what torch's module raises for an argument that we refused; where it would take it, or hx seems to be
+    another argument, our own error."""
+    if not is_compiling() and not _hint(module, hx):  # nothing here can be traced
         with _untraced():
             _raise_in_torchs_words(module, weights, input, hx)
     raise error
+
+
+def _hint(module: Fused, hx: Any) -> str:
+    """What an error adds where hx seems to be lengths or reset, which a cell does not have."""
+    return "" if isinstance(module, nn.RNNCellBase) else checks.misplaced(hx)
 
 
 def check_call(module: Fused, weights: Sequence[Tensor], input: Any, hx: Any) -> None:
@@ -54,32 +62,34 @@ def check_call(module: Fused, weights: Sequence[Tensor], input: Any, hx: Any) ->
     Raises TypeError for what is no tensor, ValueError for a tensor that does not fit.
     """
     data = input.data if isinstance(input, PackedSequence) else input
-    if not isinstance(data, Tensor):
-        raise TypeError(f"input: got {type(input).__name__}, expected a tensor")
+    checks.check_tensor("input", data)
     batch = _check_input(module, input)
     hidden, width = _check_weights(module, weights, data)
     if hx is None:
         return
-    states = hx if module._fused_states == 2 else (hx,)
-    if isinstance(states, Tensor) or len(states) != module._fused_states:
-        raise TypeError(f"hx: got {type(hx).__name__}, expected a pair (h_0, c_0) of tensors")
-    rows = () if isinstance(module, nn.RNNCellBase) else (state_rows(module),)
-    for name, state, size in zip(("h_0", "c_0"), states, (width, hidden), strict=False):
-        check_state(name, state, data, (*rows, *batch, size), getattr(input, "sorted_indices", None))
+    is_cell = isinstance(module, nn.RNNCellBase)
+    named = [("hx", hx, width)]
+    if module._fused_states == 2:
+        checks.check_pair(hx, "(h_0, c_0)", is_cell)
+        named = [("h_0", hx[0], width), ("c_0", hx[1], hidden)]
+    rows = () if is_cell else (state_rows(module),)
+    for name, state, size in named:
+        shape = (*rows, *batch, size)
+        hint = _hint(module, hx)
+        checks.check_tensor(name, state, checks.shape_text(shape) + hint)
+        check_state(name, state, data, shape, getattr(input, "sorted_indices", None), hint)
 
 
 def check_state(
-    name: str, state: Any, data: Tensor, shape: tuple[int, ...], sorted_indices: Tensor | None = None
+    name: str, state: Tensor, data: Tensor, shape: tuple[int, ...], sorted_indices: Tensor | None, hint: str
 ) -> None:
     """A state of this shape; of at least this batch where it is to be put into a packed sequence's order, which chooses
     from it as in torch."""
-    if not isinstance(state, Tensor):
-        raise TypeError(f"{name}: got {type(state).__name__}, expected a tensor")
     fits = state.shape == shape
     if sorted_indices is not None and state.dim() == 3:
         fits = state.size(1) >= shape[1] and (state.size(0), state.size(2)) == (shape[0], shape[2])
     if not fits:
-        raise ValueError(f"{name}: got {checks.shape_text(state.shape)}, expected {checks.shape_text(shape)}")
+        raise ValueError(f"{name}: got {checks.shape_text(state.shape)}, expected {checks.shape_text(shape)}{hint}")
     if (state.dtype != data.dtype and not is_autocasting()) or state.device != data.device:
         raise ValueError(f"{name}: got {state.dtype} on {state.device}, expected input's {data.dtype} on {data.device}")
 
@@ -91,7 +101,8 @@ def check_packed(input: PackedSequence) -> None:
         raise ValueError(f"input: got packed data of {data.dim()} dimensions, expected two")
     if sizes.dim() != 1 or sizes.dtype != torch.int64 or not sizes.is_cpu or len(sizes) == 0:
         got = f"{checks.shape_text(sizes.shape)} of {sizes.dtype} on {sizes.device}"
-        raise ValueError(f"input.batch_sizes: got {got}, expected [T] of torch.int64 on the CPU")
+        hint = ": nothing exports packing, give the padded batch and lengths=" if isinstance(sizes, FakeTensor) else ""
+        raise ValueError(f"input.batch_sizes: got {got}, expected [T] of torch.int64 on the CPU{hint}")
     if is_compiling():
         return
     counts = sizes.tolist()
