@@ -102,7 +102,8 @@ def test_bench_of_streams(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr("fused_rnn.bench.stream.SIZES", (8,))
     out = ("--out", str(tmp_path))
     printed = run("bench", "--stream", "--cell", "GRU", "--minutes", "0", *out)
-    assert "GRU H=8 (µs)" in printed
+    assert "GRU H=8 " in printed and " µs" in printed and "int8" in printed
+    assert max(map(len, printed.splitlines()[:-2])) <= 80
     results = Results.load(tmp_path / "stream-fp32-1t.json")
     (point,) = {point for point, _, _ in results.rows}
     assert set(results.speedups("stream")) == {point}
