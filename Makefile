@@ -99,7 +99,7 @@ fuzz: $(BUILD_STAMP)
 bench: $(BUILD_STAMP)
 	$(BIN)/python -m fused_rnn bench $(BENCH_ARGS)
 	@mkdir -p build
-	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-json=build/pytest-benchmark.json
+	$(if $(BENCH_ARGS),,$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-json=build/pytest-benchmark.json)
 
 cubin: cubin-triton cubin-cuda
 

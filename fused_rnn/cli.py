@@ -76,9 +76,11 @@ class ShapeType(click.ParamType):  # type: ignore[type-arg]  # generic in newer 
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu")
 @click.option("--quick", is_flag=True, help="A small grid, in about a minute for each dtype and thread count.")
 @click.option(
-    "--minutes", type=click.FloatRange(0), help="For each dtype and thread count. [default: 9; 1 if quick or --shape]"
+    "--minutes",
+    type=click.FloatRange(0),
+    help="For each dtype and thread count. [default: 9; 1 of --quick, --shape, --model; 3 of --scaling]",
 )
-@click.option("--memory/--no-memory", default=None, help="Measure peak memory as well. [default: but for --shape]")
+@click.option("--memory/--no-memory", default=None, help="Measure peak memory as well. [default: yes, of --shape no]")
 @click.option("--stream", is_flag=True, help="Measure module.stream() alone, against torch's cells and T=1 calls.")
 @click.option(
     "--model",
@@ -100,7 +102,8 @@ class ShapeType(click.ParamType):  # type: ignore[type-arg]  # generic in newer 
 @click.option(
     "--readme",
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
-    help="Measure nothing: write the tables of the result files into this file, between its markers.",
+    help="Measure nothing: write the result files' tables into this page, condensed, and into docs/measurements.md "
+    "beside it, between their markers.",
 )
 def bench(
     cells: tuple[str, ...],

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.table import Table
 from torch import Tensor, nn
 
 import fused_rnn
@@ -26,6 +27,7 @@ from fused_rnn.bench.machine import describe
 from fused_rnn.bench.measure import BLOCK_S, MAX_ROUNDS, MIN_ROUNDS, TOLERANCE, Timing, percentiles
 from fused_rnn.bench.providers import BASELINE, STEP_BASELINE
 from fused_rnn.bench.results import FLOOR, Results, continued, setting, time_row
+from fused_rnn.bench.tables import duration, grid, ratio
 
 PREFIX = "stream-"  # of the result files' names
 SIZES = (32, 64, 128, 256, 512, 1024)
@@ -105,9 +107,10 @@ def execute(cells: Sequence[str], threads: int, budget_s: float, out: Path, cons
             console.print(said)
         results.runs.append(facts)
         run = len(results.runs) - 1
-        with torch.no_grad():
+        with torch.no_grad(), console.status("") as status:
             for cell in cells:
                 for H in SIZES:
+                    status.update(f"{cell} H={H}")
                     point = Point(cell, "stream", "fp32", 1, 1, H)
                     timings = measure(cell, H, budget_s / len(cells) / len(SIZES))
                     size = 2 * GATES[cell] * H * H * 4
@@ -116,18 +119,30 @@ def execute(cells: Sequence[str], threads: int, budget_s: float, out: Path, cons
                         floor = min(size / read_rate(size, "cpu"), floor, timings["stream"].p50)
                     timings[FLOOR] = Timing(floor, floor, floor, 1)
                     results.replace([time_row(point, name, timing, run) for name, timing in timings.items()])
-                    _print(console, results, point)
     finally:
         torch.set_num_threads(before)
     results.save(path)
-    console.print(f"Written to {path}")
+    console.print(terminal(results.of_run(len(results.runs) - 1)))
+    console.print(f"Written to {path}", soft_wrap=True)
     return path
 
 
-def _print(console: Console, results: Results, point: Point) -> None:
+def terminal(results: Results) -> Table:
+    """Every cell and size: torch's cell and module, ours called with T = 1, the streams, the limit."""
     names = (STEP_BASELINE, BASELINE, "auto", *STREAMS, FLOOR)
-    times = "  ".join(f"{name} {results.value(point, name):.4g}" for name in names)
-    console.print(f"{point.cell} H={point.H} (µs)  {times}", soft_wrap=True)
+    titles = ("torch.nn cell", "torch.nn, T=1", "ours, T=1", *STREAMS, "reading its weights")
+    shown = grid("One step, B=1, no gradient: time, × torch.nn's cell", ("",), titles)
+    shown.columns[0].no_wrap = True
+    for point in dict.fromkeys(point for point, _, _ in results.rows):
+        run = results.common_run(point, STEP_BASELINE, "stream")
+        theirs = results.value(point, STEP_BASELINE, run=run)
+        entries = []
+        for name in names:
+            ours = results.value(point, name, run=run)
+            gain = f"\n{ratio(theirs / ours)}×" if ours and theirs and name not in (STEP_BASELINE, FLOOR) else ""
+            entries.append("–" if ours is None else duration(ours) + gain)
+        shown.add_row(f"{point.cell} H={point.H}", *entries)
+    return shown
 
 
 def table(results: Results) -> str:
