@@ -149,5 +149,5 @@ format: $(call EXTRA_STAMP,dev)
 	find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | xargs -r $(BIN)/clang-format -i
 
 clean:
-	rm -rf .venv build dist *.egg-info fused_rnn/*.so .pytest_cache .mypy_cache .ruff_cache demo-out
+	rm -rf .venv build dist *.egg-info fused_rnn/*.so .pytest_cache .mypy_cache .ruff_cache demo-out bench-out
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
