@@ -61,11 +61,11 @@ COMMON += ["-Wall", "-Wextra", "-Wno-maybe-uninitialized"]
 PYTHON = [f"-isystem{folder}" for folder in dict.fromkeys(INCLUDE)] + [f"-ffile-prefix-map={HEADERS.parent.parent}/="]
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512"]
-# select.cpp asks the processor for every flag named here before it uses the file's code.
+# select.cpp asks the processor for every flag named here before it uses the file's code. The slowest to compile first.
 ISA_FLAGS = {
+    "isa_avx512.cpp": AVX512,
     "isa_baseline.cpp": [],
     "isa_avx2.cpp": AVX2,
-    "isa_avx512.cpp": AVX512,
     "isa_avx512bf16.cpp": [*AVX512, "-mavx512bf16"],
     "isa_amx.cpp": [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
 }
@@ -118,7 +118,8 @@ class Build(build_ext):
         super().build_extensions()
 
     def build_extension(self, ext: Extension) -> None:
-        units = [(s, n) for s in ext.sources for n in (NUMBERS if "instantiate" in s else ("",))]
+        longest_first = sorted(ext.sources, key=lambda source: [*ISA_FLAGS, Path(source).name].index(Path(source).name))
+        units = [(s, n) for s in longest_first for n in (NUMBERS if "instantiate" in s else ("",))]
         started = time.monotonic()
         with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
             running = [pool.submit(self.compile_one, ext, *unit) for unit in units]

@@ -1,5 +1,6 @@
 #define FUSED_RNN_ISA fused_rnn_amx
 #define FUSED_RNN_VECTOR_BYTES 64
+#define FUSED_RNN_FOR_BF16 avx512
 #include "kernels.h"
 
 FUSED_RNN_TABLE(amx)

@@ -1,10 +1,19 @@
-// The body of every ISA's translation unit: the loops instantiated over cells and dtypes, in a namespace of the ISA's own.
+// The body of every ISA's translation unit: the loops instantiated over cells and dtypes, in a namespace of the ISA's own. An ISA that
+// adds to another one for bfloat16 alone names it as FUSED_RNN_FOR_BF16, and runs the other dtypes by its table.
 #pragma once
+#include <type_traits>
+
 #include "backward.h"
 #include "forward.h"
 #include "isa.h"
 #include "prepack.h"
 #include "products.h"
+
+#if defined(FUSED_RNN_FOR_BF16)
+namespace fused_rnn::cpu {
+extern const Kernels FUSED_RNN_FOR_BF16;
+}
+#endif
 
 namespace FUSED_RNN_ISA {
 
@@ -21,20 +30,40 @@ constexpr bool kMayBeNarrow<Forward> = true;
 template <>
 constexpr bool kMayBeNarrow<Packing> = true;
 
+// Without an activation in them, an RNN's products and packing are the same for both of its nonlinearities.
+template <class Args>
+constexpr bool kActivates = false;
+template <>
+constexpr bool kActivates<Forward> = true;
+template <>
+constexpr bool kActivates<Backward> = true;
+
+template <template <class, class, class> class Loop, class Args, class Cell>
+static void run_bf16(const Args& args) {
+  if (few_rows(args)) return Loop<F32, bf16, Cell>::run(args);
+  Loop<FUSED_RNN_BF16_KIND, bf16, Cell>::run(args);
+}
+
+#if defined(FUSED_RNN_FOR_BF16)
+template <template <class, class, class> class Loop, class Args, class Cell>
+static void run_cell(const Args& args) {
+  run_bf16<Loop, Args, Cell>(args);
+}
+#else
 template <template <class, class, class> class Loop, class Args, class Cell>
 static void run_cell(const Args& args) {
   if constexpr (kMayBeNarrow<Args>) {
     if (args.narrow == fused_rnn::Narrow::bf16) return Loop<F32FromBf16, float, Cell>::run(args);
     if (args.narrow == fused_rnn::Narrow::int8) return Loop<F32FromInt8, float, Cell>::run(args);
   }
-  if (args.p.dtype == fused_rnn::Dtype::bf16 && few_rows(args)) return Loop<F32, bf16, Cell>::run(args);
   switch (args.p.dtype) {
     case fused_rnn::Dtype::f32: return Loop<F32, float, Cell>::run(args);
     case fused_rnn::Dtype::f64: return Loop<F64, double, Cell>::run(args);
-    case fused_rnn::Dtype::bf16: return Loop<FUSED_RNN_BF16_KIND, bf16, Cell>::run(args);
+    case fused_rnn::Dtype::bf16: return run_bf16<Loop, Args, Cell>(args);
     case fused_rnn::Dtype::f16: return Loop<F32, f16, Cell>::run(args);
   }
 }
+#endif
 
 template <template <class, class, class> class Loop, class Args>
 static void run(const Args& args) {
@@ -42,9 +71,20 @@ static void run(const Args& args) {
     case fused_rnn::Cell::lstm: return run_cell<Loop, Args, Lstm>(args);
     case fused_rnn::Cell::gru: return run_cell<Loop, Args, Gru>(args);
     case fused_rnn::Cell::rnn_tanh: return run_cell<Loop, Args, RnnTanh>(args);
-    case fused_rnn::Cell::rnn_relu: return run_cell<Loop, Args, RnnRelu>(args);
+    case fused_rnn::Cell::rnn_relu: return run_cell<Loop, Args, std::conditional_t<kActivates<Args>, RnnRelu, RnnTanh>>(args);
   }
 }
+
+#if defined(FUSED_RNN_FOR_BF16)  // another file's loops for all other dtypes: they are not compiled again
+template <template <class, class, class> class Loop, class Args, void (*fused_rnn::cpu::Kernels::*entry)(const Args&)>
+static void run_here_or_there(const Args& args) {
+  if (args.p.dtype != fused_rnn::Dtype::bf16) return (fused_rnn::cpu::FUSED_RNN_FOR_BF16.*entry)(args);
+  run<Loop>(args);
+}
+#define FUSED_RNN_ENTRY(Loop, Args, entry) ::FUSED_RNN_ISA::run_here_or_there<::FUSED_RNN_ISA::Loop, Args, &Kernels::entry>
+#else
+#define FUSED_RNN_ENTRY(Loop, Args, entry) ::FUSED_RNN_ISA::run<::FUSED_RNN_ISA::Loop, Args>
+#endif
 
 constexpr int kProductsPad = kVectorBytes;
 
@@ -82,10 +122,10 @@ static void activation(int which, fused_rnn::Dtype dtype, const void* x, void* o
   namespace fused_rnn::cpu { \
   extern const Kernels table; \
   const Kernels table{#table, \
-                      ::FUSED_RNN_ISA::run<::FUSED_RNN_ISA::ForwardLoop>, \
-                      ::FUSED_RNN_ISA::run<::FUSED_RNN_ISA::BackwardLoop>, \
-                      ::FUSED_RNN_ISA::run<::FUSED_RNN_ISA::ProductsLoop>, \
-                      ::FUSED_RNN_ISA::run<::FUSED_RNN_ISA::PackLoop>, \
+                      FUSED_RNN_ENTRY(ForwardLoop, Forward, forward), \
+                      FUSED_RNN_ENTRY(BackwardLoop, Backward, backward), \
+                      FUSED_RNN_ENTRY(ProductsLoop, Products, products), \
+                      FUSED_RNN_ENTRY(PackLoop, Packing, pack), \
                       ::FUSED_RNN_ISA::kProductsPad, \
                       ::FUSED_RNN_ISA::convert, \
                       ::FUSED_RNN_ISA::activation}; \
