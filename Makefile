@@ -67,7 +67,7 @@ $(ENV_STAMP):
 	@touch $@
 
 # Who uninstalled it has it built again.
-ifeq ($(and $(wildcard $(VENV)/lib/python3*/site-packages/fused_rnn-*.dist-info),$(wildcard fused_rnn/_C.*)),)
+ifeq ($(and $(wildcard $(VENV)/lib/python3*/*-packages/fused_rnn-*.dist-info),$(wildcard fused_rnn/_C.*)),)
 $(BUILD_STAMP): uninstalled
 uninstalled: ;
 endif
@@ -75,7 +75,9 @@ endif
 # The build uses the environment's own setuptools and torch, the one it will run with; hence no build isolation.
 $(BUILD_STAMP): $(ENV_STAMP)
 	@rm -f $(VENV)/.build-*
-	$(PIP) install --quiet --no-build-isolation --editable '.[test,demo]'
+	@echo 'Installing and compiling: some two minutes on two cores, the first time'
+	@PYTHONUNBUFFERED=1 $(PIP) install -v --no-build-isolation --editable '.[test,demo]' 2>&1 | tee $(VENV)/install.log \
+	  | grep --line-buffered -oE '\[[0-9]+/[0-9]+\] .*'; test $${PIPESTATUS[0]} = 0 || { tail -n 40 $(VENV)/install.log; exit 1; }
 	@touch $@
 
 # By the name of what is installed already: a path would compile everything again.

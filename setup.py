@@ -17,6 +17,7 @@ import shlex
 import shutil
 import site
 import subprocess
+import sys
 import sysconfig
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -24,6 +25,7 @@ from itertools import takewhile
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.build import build
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
@@ -33,10 +35,13 @@ TORCH_TARGET = "0x020a000000000000"
 HOW = "pip install torch, and then, in the same environment, pip install --no-build-isolation ."
 
 
-def find_torch() -> Path:
-    """The folder of torch: the one named, or one that can be imported, or one where pip installs to."""
+def find_torch() -> tuple[Path, str]:
+    """The folder and the version of torch: the one named, or one that can be imported, or one where pip installs to."""
     named = os.environ.get("FUSED_RNN_TORCH")
-    installed = (sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), site.getusersitepackages())
+    installed = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
+    installed += [site.getusersitepackages()] * (
+        sys.prefix == sys.base_prefix
+    )  # which a virtual environment does not see
     found = importlib.util.find_spec("torch")
     found_here = [Path(found.origin).parent] if found is not None and found.origin else []
     for place in [Path(named)] if named else [*found_here, *(Path(folder, "torch") for folder in installed)]:
@@ -44,13 +49,13 @@ def find_torch() -> Path:
             version = runpy.run_path(str(place / "version.py"))["__version__"]
             if tuple(map(int, re.findall(r"\d+", version)[:2])) < OLDEST:
                 raise SystemExit(f"torch: got {version} in {place.parent}, expected 2.10 or later to build fused_rnn")
-            return place
+            return place, version
     if named:
         raise SystemExit(f"FUSED_RNN_TORCH: got {named}, expected the folder of an installed torch, with its include")
     raise SystemExit(f"fused_rnn is compiled against the torch it will run with, and there is none here: {HOW}")
 
 
-TORCH = find_torch()
+TORCH, TORCH_VERSION = find_torch()
 HEADERS = (TORCH / "include").resolve()
 INCLUDE = [HEADERS, HEADERS / "torch/csrc/api/include", *map(sysconfig.get_path, ("include", "platinclude"))]
 
@@ -79,6 +84,9 @@ ARCHITECTURES = os.environ.get("TORCH_CUDA_ARCH_LIST") or "8.0 8.6 8.9 9.0a 10.0
 NVCC_FLAGS = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
 if os.environ.get("FUSED_RNN_CUDA_DEBUG") == "1":
     NVCC_FLAGS.append("-DFUSED_RNN_BOUNDED_SPINS")
+JOBS = os.environ.get("MAX_JOBS") or str(len(os.sched_getaffinity(0)))
+if not re.fullmatch("[1-9][0-9]*", JOBS):
+    raise SystemExit(f"MAX_JOBS: got {JOBS!r}, expected a positive number")
 NUMBERS = ("bf16", "f16", "tf32", "ieee", "f64")
 
 
@@ -108,8 +116,29 @@ def check_compiler(command: list[str]) -> str:
     return version
 
 
+def knows_python(source: str) -> bool:
+    """Whether a file includes Python's and torch's headers."""
+    return Path(source).parent.name == "ops" or Path(source).name == "python.cpp"
+
+
+class Fresh(build):
+    """What an earlier build has left is not packed: a module without its source, kernels that were not asked for."""
+
+    def run(self) -> None:
+        shutil.rmtree(Path(self.build_lib, "fused_rnn"), ignore_errors=True)
+        super().run()
+
+
 class Build(build_ext):
     """Compiles each file with its own flags, as many at a time as there are cores, and no file twice."""
+
+    def run(self) -> None:
+        super().run()
+        wheel = "bdist_wheel" in self.distribution.commands
+        if wheel:  # Python that is started in this folder imports the package in it
+            self.copy_extensions_to_source()
+        if (wheel or self.inplace) and WANTED == "0":  # kernels of an earlier build, and other sources
+            (ROOT / self.get_ext_filename("fused_rnn._cuda")).unlink(missing_ok=True)
 
     def build_extensions(self) -> None:
         command = getattr(self.compiler, "compiler_so_cxx", None) or self.compiler.compiler_so
@@ -121,23 +150,30 @@ class Build(build_ext):
         longest_first = sorted(ext.sources, key=lambda source: [*ISA_FLAGS, Path(source).name].index(Path(source).name))
         units = [(s, n) for s in longest_first for n in (NUMBERS if "instantiate" in s else ("",))]
         started = time.monotonic()
-        with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
+        with ThreadPoolExecutor(int(JOBS)) as pool:
             running = [pool.submit(self.compile_one, ext, *unit) for unit in units]
-            for count, done in enumerate(as_completed(running), 1):
-                name, passed = Path(done.result()).name, time.monotonic() - started
-                self.announce(f"[{count}/{len(units)}] {name} {passed:.0f} s", level=logging.INFO)
-        objects = [done.result() for done in running]
-        made = self.get_ext_fullpath(ext.name)
+            try:
+                for count, done in enumerate(as_completed(running), 1):
+                    name, passed = Path(done.result()).name, time.monotonic() - started
+                    self.announce(f"[{count}/{len(units)}] {name} {passed:.0f} s", level=logging.INFO)
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)  # an error is seen at once
+                raise
+        made = Path(self.get_ext_fullpath(ext.name))
+        made.parent.mkdir(parents=True, exist_ok=True)
+        part = made.with_suffix(".part")  # new, or the linker is left out; renamed, for who has loaded the old one
+        part.unlink(missing_ok=True)
+        self.link(ext, [done.result() for done in running], str(part))
+        part.replace(made)
+
+    def link(self, ext: Extension, objects: list[str], made: str) -> None:
         if ext.name.endswith("_cuda"):  # with the static runtime, hidden from torch's own: it loads without a driver
-            Path(made).parent.mkdir(parents=True, exist_ok=True)
             self.spawn([str(NVCC), "-shared", *objects, "-Xlinker", "--exclude-libs,ALL", "-o", made])
         else:
             # No rpath: torch's import has loaded its libraries before ours is. So it has the OpenMP runtime that it
             # brings, under the same name: the regions share its threads.
             link = ["-fopenmp", f"-L{TORCH / 'lib'}", "-ltorch_cpu", "-lc10", *EXTRA]
             self.compiler.link_shared_object(objects, made, extra_postargs=link, target_lang="c++")
-        if "bdist_wheel" in self.distribution.commands and (ROOT / ".git").exists():
-            self.copy_file(made, str(ROOT / "fused_rnn"))  # Python started in this clone imports its sources
 
     def compile_one(self, ext: Extension, source: str, number: str) -> str:
         """The path of the object: compiled, or there already of the same sources by the same command."""
@@ -145,6 +181,8 @@ class Build(build_ext):
         version = NVCC_VERSION if source.endswith(".cu") else self.cxx_version
         inputs = [source, *ext.depends]
         content = hashlib.sha256(b"".join(Path(path).read_bytes() for path in inputs)).hexdigest()[:12]
+        if knows_python(source):
+            version += f" torch {TORCH_VERSION} Python {sys.version}"  # whose headers may change in their place
         folder = OBJECTS / hashlib.sha256("\n".join([version, *command]).encode()).hexdigest()[:12]
         name = source.removeprefix("csrc/").replace("/", "-") + f"-{number}" * bool(number)
         made = folder / f"{name}.{content}.o"
@@ -152,9 +190,9 @@ class Build(build_ext):
             folder.mkdir(parents=True, exist_ok=True)
             part = made.with_suffix(f".{os.getpid()}")
             self.spawn([*command, "-c", source, "-o", str(part)])
-            for old in folder.glob(f"{name}.*.o"):
-                old.unlink(missing_ok=True)
             part.replace(made)
+            for old in {*folder.glob(f"{name}.*.o")} - {made}:
+                old.unlink(missing_ok=True)
         return str(made)
 
     def command(self, ext: Extension, source: str, number: str) -> list[str]:
@@ -163,9 +201,8 @@ class Build(build_ext):
         path = Path(source)
         macros = [f"-D{name}={value}" for name, value in ext.define_macros]
         flags = COMMON + ISA_FLAGS.get(path.name, []) + ["-fopenmp"] * (path.name == "team.cpp") + EXTRA
-        knows_python = path.parent.name == "ops" or path.name == "python.cpp"
         own = shlex.split(os.environ.get("CXXFLAGS", os.environ.get("CFLAGS", "")))
-        return [*self.cxx, *flags, *macros, *PYTHON * knows_python, *own]
+        return [*self.cxx, *flags, *macros, *PYTHON * knows_python(source), *own]
 
 
 if WANTED not in ("0", "1"):
@@ -180,4 +217,4 @@ if WANTED == "1":
     macros = [("FUSED_RNN_MODULE", "_cuda"), ("FUSED_RNN_ARCHITECTURES", f'"{ARCHITECTURES}"')]
     sources, headers = files("*.c*", "cuda", "cuda/instantiate"), files("*.h", "", "cells", "cuda", "cuda/primitives")
     extensions += [Extension("fused_rnn._cuda", sources, define_macros=macros, depends=headers, language="c++")]
-setup(ext_modules=extensions, cmdclass={"build_ext": Build})
+setup(ext_modules=extensions, cmdclass={"build": Fresh, "build_ext": Build})

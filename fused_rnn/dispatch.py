@@ -74,7 +74,7 @@ def choose(problem: Problem, backend: str | None = None) -> ModuleType:
         names = preference(problem)
         for name in names:
             if BACKENDS[name].supports(problem) is None:
-                if name != names[0] and (reason := _not_built(names[0])) is not None:
+                if name in ("torch", "reference") and (reason := _not_built(names[0])) is not None:
                     missing.warn_once(reason)
                 return BACKENDS[name]
     elif backend not in BACKENDS:

@@ -16,13 +16,15 @@ _warned = False
 def reason(name: str, error: ImportError, package: Path = PACKAGE) -> str:
     """Why the module fused_rnn.`name` did not load, and the remedy, in a sentence."""
     said = f"the compiled extension fused_rnn.{name} did not load"
+    is_source = (package.parent / "setup.py").exists()
+    remedy = BUILD if is_source else "install fused_rnn again"
     if any((package / f"{name}{suffix}").exists() for suffix in EXTENSION_SUFFIXES):
-        return f"{said} ({error}): build it again beside this torch, {BUILD}"
+        return f"{said} ({error}): it was built beside another torch, or not to its end: {remedy}"
     others = sorted(path.name for path in package.glob(f"{name}.*.so"))
     if others:
-        return f"{said}: {package} has {', '.join(others)}, none for this Python: {BUILD}"
-    if not (package.parent / "setup.py").exists():
-        return f"{said}: {package} has none ({error}); install fused_rnn again"
+        return f"{said}: {package} has {', '.join(others)}, none for this Python: {remedy}"
+    if not is_source:
+        return f"{said}: {package} has none ({error}): {remedy}"
     hidden = _installed_elsewhere(package)
     if hidden is not None:
         return (

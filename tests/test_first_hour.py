@@ -30,9 +30,9 @@ def resident():
     lines = open("/proc/self/status").read().splitlines()
     return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmRSS"))
 import torch
-before, size, start = set(sys.modules), resident(), time.process_time()
+before, size, torchs = set(sys.modules), resident(), time.process_time()
 import fused_rnn
-spent, size = time.process_time() - start, resident() - size
+spent, size = time.process_time() - torchs, resident() - size
 x, h = torch.randn(3, 2, 8), torch.randn(2, 8)
 for module in (fused_rnn.LSTM(8, 8), fused_rnn.GRU(8, 8, num_layers=2, bidirectional=True)):
     module(x)[0].sum().backward()
@@ -42,7 +42,7 @@ fused_rnn.GRUCell(8, 8)(h, h)
 stream = fused_rnn.LSTM(8, 8).stream(2)
 stream.step(h)
 stream.steps(x)
-print(json.dumps([sorted(set(sys.modules) - before), spent, size]))
+print(json.dumps([sorted(set(sys.modules) - before), spent, torchs, size]))
 """
 HEAVY = ("torch._dynamo", "torch._inductor", "torch.distributed", "triton", "sympy", "click", "rich", "matplotlib")
 
@@ -56,13 +56,15 @@ def python(program: str, cwd: Path | None = None, **environment: str) -> subproc
 def test_the_import_is_light(tmp_path: Path) -> None:
     """Below 50 ms and 10 MiB beside torch's own, and nothing that eager calls do without."""
     environment = {"PYTHONPATH": str(ROOT), "PYTHONPYCACHEPREFIX": str(tmp_path)}  # whose first run compiles
-    runs = [python(IMPORTS, **environment) for _ in range(4)]
-    assert [run.returncode for run in runs] == [0] * 4, runs[0].stderr
-    results = [json.loads(run.stdout) for run in runs[1:]]
-    came = [name for name in results[0][0] if name.startswith(tuple(f"{heavy}." for heavy in HEAVY)) or name in HEAVY]
-    assert not came
-    assert min(spent for _, spent, _ in results) < 0.050
-    assert min(size for *_, size in results) < 10
+    for attempt in range(8):
+        done = python(IMPORTS, **environment)
+        assert done.returncode == 0, done.stderr
+        modules, spent, torchs, size = json.loads(done.stdout)
+        assert not [name for name in modules if name in HEAVY or name.startswith(tuple(f"{heavy}." for heavy in HEAVY))]
+        # On a machine that is slow, or busy, torch's own import takes longer than its second as well.
+        if attempt and spent < max(0.050, 0.05 * torchs) and size < 10:
+            return
+    pytest.fail(f"the import took {spent:.3f} s of the processor, torch's {torchs:.3f}, and {size:.1f} MiB")
 
 
 # --- without the extension
@@ -124,7 +126,9 @@ def test_the_reasons_are_told_apart(sources: Path) -> None:
     (package / "_C.cpython-27-x86_64-linux-gnu.so").touch()
     assert "has _C.cpython-27-x86_64-linux-gnu.so, none for this Python" in missing.reason("_C", error, package)
     (package / name).touch()
-    assert "did not load (undefined symbol: aoti): build it again" in missing.reason("_C", error, package)
+    assert "did not load (undefined symbol: aoti): it was built beside another torch" in missing.reason(
+        "_C", error, package
+    )
     (package / name).unlink()
     (package / "_C.cpython-27-x86_64-linux-gnu.so").unlink()
     (sources / "setup.py").unlink()
@@ -152,8 +156,8 @@ def refusal(arguments: str = "egg_info", python: str = sys.executable, **environ
     command = [python, "setup.py", "-q", *arguments.split()]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 1, done.stdout
-    (line,) = done.stderr.splitlines()
-    return line
+    assert "Traceback" not in done.stderr, done.stderr
+    return done.stderr.splitlines()[-1]
 
 
 def test_without_torch_the_build_says_what_to_install(bare: dict[str, str]) -> None:
@@ -199,7 +203,8 @@ def test_a_compiler_that_is_missing_or_too_old(tmp_path: Path) -> None:
     assert refusal(build, CC=nowhere, CXX=nowhere) == f"g++ 9.4.0: {error}. {needs}"
 
 
-def test_cuda_is_asked_for() -> None:
+def test_variables_that_the_build_does_not_understand() -> None:
+    assert refusal(MAX_JOBS="0") == "MAX_JOBS: got '0', expected a positive number"
     assert refusal(FUSED_RNN_CUDA="auto") == "FUSED_RNN_CUDA: got 'auto', expected 0 or 1"
     said = refusal(FUSED_RNN_CUDA="1", PATH="/nowhere", CUDA_HOME="/nowhere")
     assert said == ("FUSED_RNN_CUDA=1: nvcc is neither on the PATH nor in CUDA_HOME; it comes with the CUDA toolkit")
