@@ -11,7 +11,9 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import time
 import venv
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -208,3 +210,73 @@ def test_variables_that_the_build_does_not_understand() -> None:
     assert refusal(FUSED_RNN_CUDA="auto") == "FUSED_RNN_CUDA: got 'auto', expected 0 or 1"
     said = refusal(FUSED_RNN_CUDA="1", PATH="/nowhere", CUDA_HOME="/nowhere")
     assert said == ("FUSED_RNN_CUDA=1: nvcc is neither on the PATH nor in CUDA_HOME; it comes with the CUDA toolkit")
+
+
+FAKE_COMPILER = """#!/bin/sh
+# Takes a second for an object, fails for the file that is named in FAILS, links to the word "linked".
+case "$*" in
+  *--version*) echo "g++ (a test) 12"; exit;;
+  *-fsyntax-only*) exit;;
+  *"$FAILS"*) echo "$FAILS: does not compile" >&2; exit 1;;
+esac
+for word; do [ "$last" = -o ] && out=$word; last=$word; done
+case "$*" in *-shared*) echo linked > "$out";; *) sleep "$SECONDS_EACH"; echo object > "$out";; esac
+"""
+
+
+@pytest.fixture
+def fake(sources: Path) -> dict[str, str]:
+    """A source folder to build in, by a compiler that takes no time."""
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, sources)
+    shutil.copytree(ROOT / "csrc", sources / "csrc")
+    compiler = sources.parent / "g++"
+    compiler.write_text(FAKE_COMPILER)
+    compiler.chmod(0o755)
+    names = {name: str(compiler) for name in ("CC", "CXX")}
+    names |= {name: f"{compiler} -shared" for name in ("LDSHARED", "LDCXXSHARED")}
+    return names | {"FAILS": "nothing", "SECONDS_EACH": "0", "MAX_JOBS": "2"}
+
+
+def wheel_of(sources: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    env = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "FUSED_RNN"))} | environment
+    command = [sys.executable, "setup.py", "bdist_wheel"]
+    return subprocess.run(command, cwd=sources, env=env, capture_output=True, text=True, check=False)
+
+
+def test_a_wheel_has_nothing_of_an_earlier_build(sources: Path, fake: dict[str, str]) -> None:
+    """Neither a module that was linked in part, nor one of the kernels that were not asked for, nor a deleted file."""
+    assert wheel_of(sources, **fake).returncode == 0
+    (built,) = (sources / "build").glob("lib.*/fused_rnn")
+    (module,) = built.glob("_C.*.so")
+    module.write_text("half")
+    os.utime(module, (2**33, 2**33))
+    (built / "gone.py").touch()
+    (built / module.name.replace("_C", "_cuda")).touch()
+    (sources / "fused_rnn" / module.name.replace("_C", "_cuda")).touch()
+    done = wheel_of(sources, **fake)
+    assert done.returncode == 0, done.stderr
+    (wheel,) = (sources / "dist").glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        packed = {Path(name).name: archive.read(name) for name in archive.namelist()}
+    assert packed[module.name] == b"linked\n"
+    assert not {"gone.py", module.name.replace("_C", "_cuda")} & set(packed)
+    there = sorted(path.name for path in (sources / "fused_rnn").glob("*.so"))
+    assert there == [module.name]  # Python that is started in the folder finds what was installed
+
+
+def test_an_error_of_the_compiler_ends_the_build(sources: Path, fake: dict[str, str]) -> None:
+    """And not after all other files."""
+    started = time.monotonic()
+    done = wheel_of(sources, **fake | {"FAILS": "isa_baseline", "SECONDS_EACH": "3"})
+    assert done.returncode != 0
+    assert "isa_baseline: does not compile" in done.stderr
+    assert time.monotonic() - started < 15  # all of them take 20 s
+
+
+def test_what_is_compiled_is_not_compiled_again(sources: Path, fake: dict[str, str]) -> None:
+    first = wheel_of(sources, **fake).stdout
+    again = wheel_of(sources, **fake).stdout
+    assert " -c csrc/ops/cpu.cpp" in first and " -c csrc" not in again
+    (sources / "csrc/params.h").write_text("// changed\n")
+    assert " -c csrc/ops/cpu.cpp" in wheel_of(sources, **fake).stdout
