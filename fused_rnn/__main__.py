@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import sys
 
+USAGE = """\
+python -m fused_rnn info     what was built, which backends can run here, and why the others cannot
+python -m fused_rnn bench    measure against torch.nn      } with pip install click rich matplotlib numpy,
+python -m fused_rnn demo     train a character model       } and --help after each"""
+
 
 def main() -> None:
     """Run the command line; without click and rich, `info` still works and the others say what to install."""
@@ -17,7 +22,10 @@ def main() -> None:
 
             print(as_text())
             return
-        sys.exit(f"this command needs {error.name}: pip install 'fused_rnn[demo]' brings all that bench and demo use")
+        if not sys.argv[1:] or "--help" in sys.argv:
+            print(USAGE)
+            return
+        sys.exit(f"this command needs {error.name}: pip install click rich matplotlib numpy")
     cli(prog_name="python -m fused_rnn")
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch._C import _is_tracing as is_tracing  # torch.jit.trace
 from torch.autograd import forward_ad
-from torch.compiler import is_compiling
+from torch.compiler import is_compiling, is_exporting
 
 from fused_rnn import checks, functional, ops
 from fused_rnn.cells import CELLS
@@ -32,8 +32,9 @@ class Stream:
     those of one call of the module, in eval mode, on all steps since the last `reset`. No gradient flows through a
     stream. It runs on a copy of the weights: a change of the module's weights is seen after `refresh()`, not before.
 
-    A returned tensor is the caller's own; later steps leave it alone. One stream belongs to one thread at a time;
-    several streams may run in several threads. A stream that is copied or pickled reads the weights anew.
+    A returned tensor is the caller's own; later steps leave it alone. One stream belongs to one thread at a time, and a
+    step while another thread is in one raises RuntimeError; several streams may run in several threads. A stream that
+    is copied or pickled reads the weights anew.
 
     Examples:
         >>> stream = fused_rnn.GRU(10, 20).stream(batch_size=3)
@@ -210,8 +211,9 @@ class Stream:
     def _check(self, name: str, t: Tensor, shape: tuple[int, ...], letters: str) -> None:
         if checks.in_transform():
             raise RuntimeError("stream: a torch.func transform is under way, which a stream's state cannot follow")
-        if not is_compiling() and is_tracing():
-            raise RuntimeError("stream: torch.jit.trace is recording, which does not see its steps; trace the module")
+        if (not is_compiling() and is_tracing()) or is_exporting():
+            who = "torch.export" if is_exporting() else "torch.jit.trace"
+            raise RuntimeError(f"stream: {who} is recording, which does not see its steps; give it the module")
         if not isinstance(t, Tensor):
             raise TypeError(f"{name}: got {type(t).__name__}, expected a tensor {letters}")
         if t.shape != shape:

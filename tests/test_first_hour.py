@@ -234,7 +234,7 @@ def fake(sources: Path) -> dict[str, str]:
     compiler.write_text(FAKE_COMPILER)
     compiler.chmod(0o755)
     names = {name: str(compiler) for name in ("CC", "CXX")}
-    names |= {name: f"{compiler} -shared" for name in ("LDSHARED", "LDCXXSHARED")}
+    names |= dict.fromkeys(("LDSHARED", "LDCXXSHARED"), f"{compiler} -shared")
     return names | {"FAILS": "nothing", "SECONDS_EACH": "0", "MAX_JOBS": "2"}
 
 

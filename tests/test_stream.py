@@ -9,6 +9,7 @@ import os
 import pickle
 import subprocess
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -396,6 +397,43 @@ def test_it_costs_no_gradient() -> None:
         for call in (stream.step, lambda x_t: stream.steps(x_t[None])):  # noqa: B023
             with pytest.raises(RuntimeError, match=r"torch\.jit\.trace is recording"):
                 torch.jit.trace(call, torch.randn(1, 9))
+        with pytest.raises(RuntimeError, match=r"torch\.export is recording"):
+            torch.export.export(Stepping(stream), (torch.randn(1, 9),), strict=False)
+
+
+class Stepping(nn.Module):
+    """A model that steps a stream, as nothing can record it."""
+
+    def __init__(self, stream: fused_rnn.Stream) -> None:
+        super().__init__()
+        self.stream = stream
+
+    def forward(self, x_t: Tensor) -> Tensor:
+        return self.stream.step(x_t)
+
+
+@needs_kernels
+def test_a_stream_says_that_another_thread_is_in_it() -> None:
+    """Its state would be of both, and every answer wrong. Steps of this size let other threads run meanwhile."""
+    stream, x = make("GRU", 64, 512).stream(), torch.randn(200, 1, 64)
+    refused, ready = [], threading.Barrier(2)
+
+    def work() -> None:
+        ready.wait()
+        try:
+            for _ in range(20):
+                stream.steps(x)
+                stream.step(x[0])
+        except RuntimeError as error:
+            refused.append(str(error))
+
+    threads = [threading.Thread(target=work) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert refused and "another thread is in it" in refused[0]
+    stream.steps(x)  # and it is free again
 
 
 class Strange(Tensor):

@@ -7,7 +7,7 @@ namespace FUSED_RNN_ISA {
 using fused_rnn::Packing;
 
 // A panel that is packed as float, k rows of `columns`, in bf16, to nearest, ties to even, in pairs of rows.
-static void narrow_panel(const float* from, bf16* to, float* /*scale*/, int64_t k, int64_t columns) {
+[[maybe_unused]] static void narrow_panel(const float* from, bf16* to, float* /*scale*/, int64_t k, int64_t columns) {
   constexpr int L = kLanes<float>;
   for (int64_t i = 0; i < k; i += 2, from += 2 * columns, to += 2 * columns) {
     for (int64_t c = 0; c < columns; c += L) {
@@ -19,7 +19,7 @@ static void narrow_panel(const float* from, bf16* to, float* /*scale*/, int64_t 
   }
 }
 // The same as 127ths of the largest magnitude in each column.
-static void narrow_panel(const float* from, int8_t* to, float* scale, int64_t k, int64_t columns) {
+[[maybe_unused]] static void narrow_panel(const float* from, int8_t* to, float* scale, int64_t k, int64_t columns) {
   for (int64_t c = 0; c < columns; ++c) {
     float most = 0;
     for (int64_t i = c; i < k * columns; i += columns) most = __builtin_fabsf(from[i]) > most ? __builtin_fabsf(from[i]) : most;

@@ -57,6 +57,11 @@ void Stream::pack(const std::vector<WeightAddresses>& layers) {
 }
 
 void Stream::run(const void* x, int64_t T, void* y) {
+  if (busy_.exchange(true)) throw std::runtime_error("stream: another thread is in it; one stream belongs to one thread at a time");
+  struct Leaving {
+    std::atomic<bool>& busy;
+    ~Leaving() { busy = false; }
+  } leaving{busy_};
   const int64_t B = problem_.B, D = problem_.D, H = problem_.H, P = problem_.P, layers = int64_t(packed_.size());
   const char* in = static_cast<const char*>(x);
   char* const out = static_cast<char*>(y);
@@ -134,12 +139,14 @@ PyObject* step(PyObject* self, PyObject* const* args, Py_ssize_t count) {
     out.object = args[1];
   }
   if (!ordinary(out.object, y, p.P)) Py_RETURN_NONE;
-  bool enough = true;
+  bool enough = true, alone = true;
   const auto run = [&] {
     try {
       s->stream->run(x.data, 1, y.data);
     } catch (const std::bad_alloc&) {
       enough = false;
+    } catch (const std::runtime_error&) {
+      alone = false;
     }
   };
   if (s->stream->step_bytes() * p.B < kLongStep) {
@@ -150,6 +157,7 @@ PyObject* step(PyObject* self, PyObject* const* args, Py_ssize_t count) {
     Py_END_ALLOW_THREADS;
   }
   if (!enough) return PyErr_NoMemory();
+  if (!alone) Py_RETURN_NONE;  // the other way raises
   PyObject* const result = out.object;
   out.object = nullptr;
   return result;

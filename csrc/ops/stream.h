@@ -3,6 +3,7 @@
 #include <Python.h>
 
 #include <array>
+#include <atomic>
 #include <memory>
 #include <vector>
 
@@ -21,7 +22,7 @@ class Stream {
 
   // Takes the weights of every layer as they are now; nothing of them is referred to later.
   void pack(const std::vector<WeightAddresses>& layers);
-  // x: [T, B, D], y: [T, B, P], which may be x's memory.
+  // x: [T, B, D], y: [T, B, P], which may be x's memory. Throws std::runtime_error while another thread is in here.
   void run(const void* x, int64_t T, void* y);
 
   const Problem& problem() const { return problem_; }
@@ -38,6 +39,7 @@ class Stream {
   size_t element_, wide_;  // bytes of the dtype, of the accumulation dtype
   int64_t bytes_ = 0, turn_ = 0;
   std::vector<std::unique_ptr<void, Free>> packed_;  // by layer
+  std::atomic<bool> busy_{false};
   std::vector<char> between_[2], copy_;              // outputs of the layers but the last; x where y overlaps it
 
   Problem layer(int64_t l, const Weights& w) const;

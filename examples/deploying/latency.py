@@ -162,8 +162,9 @@ def tables(results: dict[str, Any]) -> str:
     for row in results["memory_mib"]:
         sizes = (f"{row[name]:.1f}" for name in ("weights", "stream", "stream, bf16", "stream, int8"))
         lines.append(f"| {network_name(row)} | {' | '.join(sizes)} | {row['state']:.3f} |")
-    workers, gains = results["worker_mib"], [f"{row['throughput']:.1f}×" for row in results["two_threads"]]
-    lines += ["", f"- Two threads, each with a stream, make {', '.join(gains)} the steps of one (in this order)."]
+    workers = results["worker_mib"]
+    gains = [f"{row['throughput']:.1f}× ({network_name(row)})" for row in results["two_threads"]]
+    lines += ["", f"- Two threads, each with a stream, make {', '.join(gains)} the steps of one."]
     lines += [f"- A process with torch and the GRU takes {workers['this process']:.0f} MiB. One more worker takes"]
     lines += [f"  {workers['fork']:.0f} MiB of its own if forked from it, {workers['spawn']:.0f} MiB if spawned."]
     lines += ["", f"({run['device_name']}, torch {run['torch']}, {run['date'][:10]}.)"]

@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
+from statistics import median, quantiles
 
 import matplotlib as mpl
 
@@ -21,6 +21,7 @@ from rich.syntax import Syntax
 from rich.table import Table
 
 from fused_rnn.bench.machine import cpu_model
+from fused_rnn.bench.results import DISTURBED
 from fused_rnn.demo.char_lm import BATCH, HIDDEN, LAYERS, LENGTH, Characters, CharLM, corpus, generate, train_both
 
 # Two trainings from one seed differ by rounding alone, which a step of training amplifies: from 1e-7 in the first step
@@ -31,7 +32,7 @@ INK, BACK, FRONT = "#22223b", "#e9a03b", "#1b6ca8"
 
 @dataclass
 class Outcome:
-    """Both trainings of one cell: losses per step, medians of the seconds of a step."""
+    """Both trainings of one cell: losses per step, medians of the seconds of a step, whether either was disturbed."""
 
     cell: str
     theirs: list[float]
@@ -39,6 +40,7 @@ class Outcome:
     their_seconds: float
     our_seconds: float
     model: CharLM
+    disturbed: bool = False
 
     @property
     def speedup(self) -> float:
@@ -68,6 +70,8 @@ def run(cells: Sequence[str], *, steps: int, seconds: float, seed: int, out: Pat
         code = Syntax(sample, "python", theme="ansi_dark", word_wrap=True, background_color="default")
         console.print(Panel(code, title=f"written by the {outcome.cell} of fused_rnn", title_align="left"))
     console.print(_table(outcomes))
+    if any(outcome.disturbed for outcome in outcomes):
+        console.print("~ Other work on this machine made the steps differ much: DEMO_ARGS='--threads 1' suffers less.")
     picture = out / "char_lm.png"
     plot(outcomes, picture)
     console.print(f"Loss curves: {picture}")
@@ -85,9 +89,19 @@ def _train(cell: str, text: str, steps: int, seconds: float, seed: int, console:
             status = f"loss {theirs.losses[-1]:.4f} | {ours.losses[-1]:.4f}   {speedup:.2f}×"
             progress.update(task, advance=1, status=status)
             if time.perf_counter() > end:
-                progress.update(task, total=len(ours.losses), status=status + "   (time is up)")
+                progress.update(task, status=f"{status}   (time is up)")
                 break
-    return Outcome(cell, theirs.losses, ours.losses, median(theirs.seconds), median(ours.seconds), ours.model)
+    disturbed = any(map(_differ, (theirs.seconds, ours.seconds)))
+    medians = median(theirs.seconds), median(ours.seconds)
+    return Outcome(cell, theirs.losses, ours.losses, *medians, ours.model, disturbed)
+
+
+def _differ(seconds: Sequence[float]) -> bool:
+    """Whether the steps differ so much that something else must have run beside them."""
+    if len(seconds) < 5:
+        return True
+    fifths = quantiles(seconds, n=5)
+    return fifths[-1] > DISTURBED * fifths[0]
 
 
 def _setting() -> str:
@@ -104,7 +118,7 @@ def _table(outcomes: Sequence[Outcome]) -> Table:
     for column in columns:
         table.add_column(column, justify="left" if column == "cell" else "right")
     for o in outcomes:
-        speedup = f"[bold {'green' if o.speedup >= 1 else 'red'}]{o.speedup:.2f}×[/]"
+        speedup = f"[bold {'green' if o.speedup >= 1 else 'red'}]{'~' * o.disturbed}{o.speedup:.2f}×[/]"
         times = (f"{seconds * 1e3:.1f} ms" for seconds in (o.their_seconds, o.our_seconds))
         losses = f"{o.ours[0]:.3f} → {o.ours[-1]:.3f}"
         agrees = "green" if o.difference <= TOLERANCE else "bold red"
