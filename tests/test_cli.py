@@ -18,6 +18,8 @@ from test_bench import two_pages
 import fused_rnn
 from fused_rnn import info, ops
 from fused_rnn.bench.grid import GRIDS, Grid
+from fused_rnn.bench.limits import Limits
+from fused_rnn.bench.measure import Timing
 from fused_rnn.bench.results import Results
 from fused_rnn.cli import cli
 from fused_rnn.demo import char_lm, show
@@ -124,6 +126,16 @@ def test_bench_of_streams(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     page, full = two_pages(tmp_path)
     run("bench", "--readme", str(page), *out)
     assert f"| GRU, int8 weights | {results.value(point, 'stream int8'):.3g} (" in full.read_text()
+
+
+def test_an_error_leaves_the_streams_measured_before_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fused_rnn.bench.stream.SIZES", (8, 16))
+    monkeypatch.setattr("fused_rnn.bench.stream.measure_limits", lambda *_: Limits(1e11, ((1 << 12, 1e11),)))
+    times = iter([dict.fromkeys(("cell", "torch", "auto", "stream"), Timing(1e-3, 1e-3, 1e-3, 5))])
+    monkeypatch.setattr("fused_rnn.bench.stream.measure", lambda *_: next(times))
+    asked = ["bench", "--stream", "--cell", "GRU", "--minutes", "0", "--out", str(tmp_path)]
+    assert isinstance(CliRunner().invoke(cli, asked).exception, StopIteration)
+    assert {point.H for point, _, _ in Results.load(tmp_path / "stream-fp32-1t.json").rows} == {8}
 
 
 @pytest.mark.parametrize(
