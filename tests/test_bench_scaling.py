@@ -45,6 +45,16 @@ def test_points_are_those_promised() -> None:
     assert points("fp32", ("GRU",), ("inference",), [(4, 2, 5, 8)]) == [Point("GRU", "inference", "fp32", 4, 2, 8, D=5)]
 
 
+def test_layers_and_directions_are_measured_and_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measure_nothing(monkeypatch, 2, "abc")
+    asked = ("--shape", "3,2,5,8", "--cell", "GRU", "--threads", "1", "--out", str(tmp_path))
+    printed = bench(*asked, "--layers", "2", "--bidirectional")
+    _, rates = scaling.load(tmp_path / "scaling-fp32.json")
+    assert {(rate.point.layers, rate.point.directions) for rate in rates} == {(2, 2)}
+    assert "2 layers, both directions" in " ".join(printed.split())
+    assert "| GRU, training, T=3 B=2 D=5 H=8, 2 layers, both directions |" in scaling.tables(tmp_path)
+
+
 def test_a_call_has_its_number_of_threads_and_a_run_to_start_them() -> None:
     call = build("auto", POINT)
     runs: list[int] = []
@@ -178,7 +188,7 @@ def test_a_file_whose_rows_name_no_run_is_of_its_one(tmp_path: Path) -> None:
     path = tmp_path / "scaling-fp32.json"
     scaling._save(path, [RUN], some_rates())
     path.write_text(path.read_text().replace(', "run": 0}', "}"))
-    assert "\"run\":" not in path.read_text()
+    assert '"run":' not in path.read_text()
     assert scaling.load(path) == ([RUN], some_rates())
 
 

@@ -24,6 +24,7 @@ from fused_rnn.bench.machine import describe
 from fused_rnn.bench.measure import BLOCK_S, TOLERANCE, Timing, clock, difference, interleave, percentiles
 from fused_rnn.bench.providers import BASELINE, Call, build
 from fused_rnn.bench.results import SAME, geometric_mean, write_whole
+from fused_rnn.bench.tables import extras
 from fused_rnn.bench.worker import Team
 
 PREFIX = "scaling-"  # of the result files' names
@@ -66,9 +67,9 @@ class Rate:
     @staticmethod
     def from_json(entry: dict[str, Any]) -> Rate:
         point = Point(entry["kernel"], entry["mode"], entry["dtype"], **entry["size"], variant=entry["variant"])
-        values = (entry[name] for name in ("p20", "p50", "p80", "n"))
+        values = {name: entry[name] for name in ("p20", "p50", "p80", "n")}
         run = entry.get("run", 0)  # older files have one run, and no word of it in a row
-        return Rate(point, entry["provider"], (entry["threads"], entry["processes"]), *values, run)
+        return Rate(point, entry["provider"], (entry["threads"], entry["processes"]), **values, run=run)
 
 
 class AtThreads(Call):
@@ -93,10 +94,17 @@ def counts(cores: int) -> tuple[int, ...]:
     return tuple(dict.fromkeys([*powers, cores]))
 
 
-def points(dtype: str, cells: Sequence[str], modes: Sequence[str], shapes: Sequence[Shape] = ()) -> list[Point]:
+def points(
+    dtype: str,
+    cells: Sequence[str],
+    modes: Sequence[str],
+    shapes: Sequence[Shape] = (),
+    layers: int = 1,
+    bidirectional: bool = False,
+) -> list[Point]:
     """What is measured: the shapes given, or one sequence and a batch."""
     return [
-        Point(cell, mode, dtype, T, B, H, D=0 if D == H else D)
+        Point(cell, mode, dtype, T, B, H, D=0 if D == H else D, depth=layers, bidirectional=bidirectional)
         for cell, mode in product(cells, modes)
         for T, B, D, H in shapes or SHAPES[mode]
     ]
@@ -224,7 +232,10 @@ def _rows(rates: list[Rate]) -> Iterator[tuple[Point, dict[Way, tuple[float, flo
     ways = sorted({rate.way for rate in rates}, key=lambda way: way[::-1])
     order = sorted(
         {rate.point for rate in rates},
-        key=lambda p: (SEQUENCES.index(p.mode), CELLS.index(p.cell), VARIANTS.index(p.variant), p.T, p.B, p.H),
+        key=lambda p: (
+            *(SEQUENCES.index(p.mode), CELLS.index(p.cell), VARIANTS.index(p.variant)),
+            *(p.T, p.B, p.H, p.width, p.layers, p.directions),
+        ),
     )
     for point in order:
         found = {way: (values.get((point, OURS, way)), values.get((point, BASELINE, way))) for way in ways}
@@ -251,7 +262,7 @@ def table(rates: list[Rate], facts: dict[str, Any]) -> Table:
         shown.add_column(_title(way), justify="right")
     for point, by_way in _rows(rates):
         entries = (_entry(by_way.get(way)) for way in _ways(rates))
-        shown.add_row(f"{point.mode} {point.cell}\n  {point.shape}", *entries)
+        shown.add_row(f"{point.mode} {point.cell}\n  {point.shape}{extras(point)}", *entries)
     return shown
 
 
@@ -279,13 +290,14 @@ def _markdown(path: Path) -> str:
     runs, rates = load(path)
     run, ways = runs[-1], _ways(rates)
     shared = {(rate.point.T, rate.point.H) for rate in rates}
-    size = "" if len(shared) > 1 else ", T={}, H={}".format(*next(iter(shared)))
+    same = len(shared) == 1 and not any(rate.point.D for rate in rates)
+    size = ", T={}, H={}".format(*next(iter(shared))) if same else ""
     lines = [f"| {run['dtype']}{size}: sequences a second (× `torch.nn`) | " + " | ".join(map(_title, ways)) + " |"]
     lines.append("|---" * (1 + len(ways)) + "|")
     for point, by_way in _rows(rates):
-        name = f"B={point.B}" if len(shared) == 1 else point.shape
+        name = f"B={point.B}" if same else point.shape
         entries = " | ".join(_entry(by_way.get(way)) for way in ways)
-        lines.append(f"| {point.cell}, {point.mode}, {name} | {entries} |")
+        lines.append(f"| {point.cell}, {point.mode}, {name}{extras(point)} | {entries} |")
     what = "The processes have one thread each; what `torch.nn` does in the same setting is what ours is compared with."
     lines += ["", f"{what} In geometric mean, and from worst to best: " + summary(rates).replace("\n", " ")]
     facts = f"{run['device_name']}, {run['cores']} cores, torch {run['torch']}"
