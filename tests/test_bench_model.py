@@ -119,6 +119,20 @@ def test_what_a_layer_got_is_what_it_gets_again() -> None:
             torch.testing.assert_close(p.grad, expected[f"{name}.{own}"])
 
 
+@pytest.mark.parametrize("wrap", [lambda x: x, lambda x: {"input": x}, lambda x: pack_padded_sequence(x, [4, 2])])
+def test_inputs_that_carry_a_graph(wrap: Any) -> None:
+    """What they were computed by is no part of the model; that they have a gradient is."""
+    leaf = torch.randn(4, 2, 5, requires_grad=True)
+    given = example(lambda: (nn.GRU(5, 6), wrap(leaf * 2)))
+    found = model._floating((given.args, given.kwargs))
+    assert found and all(tensor.is_leaf and tensor.requires_grad for tensor in found)
+    _, said = compare(lambda: (nn.GRU(5, 6), wrap(leaf * 2)), "training", 0.0)
+    assert "gradients by " in said
+    assert leaf.grad is None
+    kept = example(lambda: (nn.GRU(5, 6), leaf)).args[0]
+    assert kept is leaf, "a leaf stays the one that the loss may know"
+
+
 def test_a_model_that_is_ours_already_is_compared_with_torchs() -> None:
     gains, _ = compare(lambda: (fused_rnn.GRU(4, 6), torch.randn(3, 2, 4)), "training", 0.0)
     assert [(gain.name, gain.kind) for gain in gains] == [("the whole model", "GRU")]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -14,7 +15,7 @@ from click.testing import CliRunner
 from rich.console import Console
 from test_bench import RUN, some_results, two_pages
 
-from fused_rnn.bench import readme, scaling
+from fused_rnn.bench import readme, scaling, worker
 from fused_rnn.bench.grid import CELLS, SEQUENCES, Point
 from fused_rnn.bench.providers import build
 from fused_rnn.bench.scaling import AtThreads, Rate, counts, points, summary, table
@@ -83,6 +84,18 @@ def test_a_worker_counts_its_calls(capsys: pytest.CaptureFixture[str]) -> None:
     once, many = map(json.loads, capsys.readouterr().out.splitlines())
     assert once["calls"] == 1
     assert many["calls"] > 1 and many["seconds"] >= 0.02
+
+
+def test_a_worker_does_not_count_the_writing_of_the_weights() -> None:
+    """Nor does the clock of the threads, by which its rate is divided."""
+    call = build("auto", Point("GRU", "training", "fp32", 4, 2, 8))
+    written: list[int] = []
+    prepare = call.prepare
+    call.prepare = lambda: written.append(1) or time.sleep(0.02) or prepare()  # type: ignore[func-returns-value]
+    call.run = lambda: time.sleep(0.001)
+    answer = worker._run(call, 0.004)
+    assert len(written) == answer["calls"] > 1
+    assert 0.004 <= answer["seconds"] < 0.02 * answer["calls"]
 
 
 def test_tables_and_sentences() -> None:

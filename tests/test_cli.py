@@ -142,8 +142,8 @@ def test_an_error_leaves_the_streams_measured_before_it(tmp_path: Path, monkeypa
 ANYTHING = {
     "--cell": "GRU", "--dtype": "bf16", "--threads": "1", "--shape": "8,2,8,8", "--layers": "2",
     "--bidirectional": None, "--mode": "training", "--variant": "layers", "--provider": "loop", "--device": "cuda",
-    "--quick": None, "--minutes": "0", "--memory": None, "--stream": None, "--model": "a:b", "--scaling": None, "--out": "nowhere",
-    "--choose": None, "--readme": "README.md",
+    "--quick": None, "--minutes": "0", "--memory": None, "--stream": None, "--model": "a:b", "--scaling": None,
+    "--out": "nowhere", "--choose": None, "--readme": "README.md",
 }  # fmt: skip
 GRID = {"--cell", "--dtype", "--threads", "--mode", "--variant", "--provider", "--device", "--minutes", "--memory"}
 KINDS = {

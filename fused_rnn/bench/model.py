@@ -89,7 +89,10 @@ def _from_name(name: str) -> Any:
 
 
 def example(factory: Callable[[], Any], device: str | None = None) -> Example:
-    """Call the factory, always with the same seed. Raises ModelError if what it returns is nothing of the kind."""
+    """Call the factory, always with the same seed; what its inputs were computed by is cut off.
+
+    Raises ModelError if what it returns is nothing of the kind.
+    """
     torch.manual_seed(0)
     made = factory()
     if not isinstance(made, tuple) or len(made) not in (2, 3) or not isinstance(made[0], nn.Module):
@@ -101,10 +104,18 @@ def example(factory: Callable[[], Any], device: str | None = None) -> Example:
     if device is not None:
         module = module.to(device)
         inputs = tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, inputs)
+    inputs = tree_map(_alone, inputs)
     if isinstance(inputs, dict):
         return Example(module, (), inputs, loss)
     several = isinstance(inputs, (tuple, list)) and not isinstance(inputs, PackedSequence)
     return Example(module, tuple(inputs) if several else (inputs,), {}, loss)
+
+
+def _alone(leaf: Any) -> Any:
+    """A tensor without the graph that it came from, which only the first of many backward passes would find."""
+    if not isinstance(leaf, Tensor) or leaf.is_leaf:
+        return leaf
+    return leaf.detach().requires_grad_(leaf.requires_grad)
 
 
 def mean_square(outputs: Any) -> Tensor:
