@@ -54,8 +54,8 @@ class ShapeType(click.ParamType):  # type: ignore[type-arg]  # generic in newer 
         return tuple(map(int, parts))
 
 
-# What goes with what: the first of these that is given says what kind of run it is, why most is said already, and which
-# other options have a meaning there. None: no option, the grid.
+# What goes with what: the first of these that is given says what kind of run it is. Then why that is no place for most
+# options, for the error, and which have a meaning there. None: no such option, the grid.
 EVERY_GRID = {"cells", "dtypes", "threads", "modes", "variants", "providers", "device", "minutes", "memory", "out"}
 CPU_SCALING = {"cells", "dtypes", "threads", "shapes", "layers", "bidirectional", "modes", "minutes", "out"}
 KINDS: dict[str | None, tuple[str, set[str]]] = {
