@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 import fused_rnn
-from fused_rnn.bench.grid import CELLS, DTYPES, GRIDS, MODES, SEQUENCES, VARIANTS, Shape
+from fused_rnn.bench.grid import CELLS, DTYPES, GRIDS, MODES, SEQUENCES, VARIANTS, Point, Shape
 
 THREADS = (1, 2)
 DEMO_CELLS = ("LSTM", "GRU")
@@ -52,6 +54,40 @@ class ShapeType(click.ParamType):  # type: ignore[type-arg]  # generic in newer 
         return tuple(map(int, parts))
 
 
+# What goes with what: the first of these that is given says what kind of run it is. Then why that is no place for most
+# options, for the error, and which have a meaning there. None: no such option, the grid.
+EVERY_GRID = {"cells", "dtypes", "threads", "modes", "variants", "providers", "device", "minutes", "memory", "out"}
+CPU_SCALING = {"cells", "dtypes", "threads", "shapes", "layers", "bidirectional", "modes", "minutes", "out"}
+KINDS: dict[str | None, tuple[str, set[str]]] = {
+    "readme": ("which measures nothing", {"device", "out"}),
+    "choose": ("which measures nothing", {"device", "out"}),
+    "model": ("which is measured as it is", {"threads", "modes", "device", "minutes"}),
+    "stream": ("which has sizes of its own, float32 on the CPU", {"cells", "threads", "minutes", "out"}),
+    "scaling": ("which goes by the CPU's threads and processes, ours by torch.nn's", CPU_SCALING),
+    "shapes": ("which is in the place of a grid", EVERY_GRID | {"layers", "bidirectional"}),
+    None: ("and with --scaling; of the grid --variant layers or bidirectional can be measured", EVERY_GRID | {"quick"}),
+}
+
+
+def _check_kind() -> None:
+    """Refuse the options that would have no effect in this kind of run."""
+    context = click.get_current_context()
+    given = {
+        param.name: param.opts[0]
+        for param in context.command.params
+        if (value := context.params[str(param.name)]) is not None
+        and value is not False
+        and value != ()
+        and value != param.default
+    }
+    kind = next((name for name in KINDS if name in given), None)
+    why, takes = KINDS[kind]
+    for name, option in given.items():
+        if name != kind and name not in takes:
+            said = f"does not go with {given[kind]}, {why}" if kind else f"goes with --shape {why}"
+            raise click.BadParameter(said, param_hint=option)
+
+
 @cli.command()
 @click.option("--cell", "cells", type=click.Choice(CELLS, case_sensitive=False), multiple=True, help="Default: all.")
 @click.option("--dtype", "dtypes", type=click.Choice(list(DTYPES)), multiple=True, help="Default: fp32 or tf32, bf16.")
@@ -68,8 +104,8 @@ class ShapeType(click.ParamType):  # type: ignore[type-arg]  # generic in newer 
     multiple=True,
     help="Time, batch, input size and hidden size of your own layer, in the place of a grid; may be repeated.",
 )
-@click.option("--layers", type=click.IntRange(1), help="Of --shape. [default: 1]")
-@click.option("--bidirectional", is_flag=True, help="Of --shape.")
+@click.option("--layers", type=click.IntRange(1), help="Of --shape and --scaling. [default: 1]")
+@click.option("--bidirectional", is_flag=True, help="Of --shape and --scaling.")
 @click.option("--mode", "modes", type=click.Choice(MODES), multiple=True, help="Default: all.")
 @click.option("--variant", "variants", type=click.Choice(VARIANTS), multiple=True, help="Default: plain.")
 @click.option("--provider", "providers", multiple=True, help="torch, loop, cell, auto or a backend's name.")
@@ -132,11 +168,12 @@ def bench(
 
     Writes one JSON file and one plot per dtype and thread count into a folder that git ignores, or into --out. Rows
     measured again replace the old ones; nothing else in a file is touched, and a file from another machine or torch is
-    left alone.
+    left alone. An option that would have no effect is refused.
     """
     from fused_rnn.bench.machine import OUT, folder, make_ignored
     from fused_rnn.bench.run import DEFAULT_DTYPES, PROVIDERS, Plan, execute
 
+    _check_kind()
     if readme is not None:
         _fill_readme(readme, out or folder(device), device)
         return
@@ -148,9 +185,7 @@ def bench(
     if device == "cpu" and "tf32" in dtypes:
         raise click.BadParameter("got 'tf32', which is a GPU's: --device cuda", param_hint="--dtype")
     if model is not None:
-        others = {"--cell": cells, "--dtype": dtypes, "--shape": shapes, "--provider": providers, "--quick": quick}
-        others |= {"--variant": variants, "--stream": stream, "--scaling": scaling, "--memory": memory, "--out": out}
-        _model(model, threads, modes, device, minutes, [name for name, value in others.items() if value])
+        _model(model, threads, modes, device, minutes)
         return
     _check_providers(providers)
     if out is None:
@@ -163,15 +198,13 @@ def bench(
             execute_stream(cells or CELLS, count, 60 * (minutes if minutes is not None else 2), out, Console())
         return
     if scaling:
-        _scaling(cells, dtypes, threads, shapes, modes, device, minutes, out)
+        points = partial(_scaling_points, cells, modes, shapes, layers or 1, bidirectional)
+        _scaling(points, dtypes, threads, minutes, out)
         return
-    if (layers or bidirectional) and not shapes:
-        message = "goes with --shape; of the grid --variant layers or bidirectional can be measured"
-        raise click.BadParameter(message, param_hint="--layers" if layers else "--bidirectional")
     if shapes and "step" in modes:
         raise click.BadParameter("got 'step' with --shape: give a shape with T=1", param_hint="--mode")
-    if shapes and quick:
-        raise click.BadParameter("is a grid of its own, and does not go with --shape", param_hint="--quick")
+    if layers and "layers" in variants:
+        raise click.BadParameter("got 'layers', which has three, with --layers", param_hint="--variant")
     short = quick or bool(shapes)
     plan = Plan(
         device=device,
@@ -193,35 +226,33 @@ def bench(
     execute(plan, Console())
 
 
+def _scaling_points(
+    cells: tuple[str, ...], modes: tuple[str, ...], shapes: tuple[Shape, ...], layers: int, both: bool, dtype: str
+) -> list[Point]:
+    from fused_rnn.bench.scaling import points
+
+    if "step" in modes:
+        raise click.BadParameter("got 'step' with --scaling, expected inference or training", param_hint="--mode")
+    return points(dtype, cells or CELLS, modes or SEQUENCES, shapes, layers, both)
+
+
 def _scaling(
-    cells: tuple[str, ...],
+    points: Callable[[str], list[Point]],
     dtypes: tuple[str, ...],
     threads: tuple[int, ...],
-    shapes: tuple[Shape, ...],
-    modes: tuple[str, ...],
-    device: str,
     minutes: float | None,
     out: Path,
 ) -> None:
-    from fused_rnn.bench.scaling import counts, execute, points
+    from fused_rnn.bench.scaling import counts, execute
 
-    if device != "cpu":
-        raise click.BadParameter("goes by the CPU's threads and processes", param_hint="--scaling")
-    if "step" in modes:
-        raise click.BadParameter("got 'step' with --scaling, expected inference or training", param_hint="--mode")
+    ways = sorted({1, *(threads or counts(torch.get_num_threads()))})
     for dtype in dtypes or ("fp32",):
-        wanted = points(dtype, cells or CELLS, modes or SEQUENCES, shapes)
-        ways = sorted({1, *(threads or counts(torch.get_num_threads()))})
-        execute(wanted, ways, 60 * (minutes if minutes is not None else 3), out, Console())
+        execute(points(dtype), ways, 60 * (minutes if minutes is not None else 3), out, Console())
 
 
-def _model(
-    model: str, threads: tuple[int, ...], modes: tuple[str, ...], device: str, minutes: float | None, others: list[str]
-) -> None:
+def _model(model: str, threads: tuple[int, ...], modes: tuple[str, ...], device: str, minutes: float | None) -> None:
     from fused_rnn.bench.model import ModelError, execute
 
-    if others:
-        raise click.BadParameter(f"does not go with --model, which is measured as it is: {model}", param_hint=others[0])
     if "step" in modes:
         raise click.BadParameter("got 'step' with --model, expected inference or training", param_hint="--mode")
     budget = 60 * (minutes if minutes is not None else 1)

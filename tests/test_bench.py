@@ -431,6 +431,60 @@ def test_a_run_that_is_killed_has_written_what_it_had(tmp_path: Path, monkeypatc
     assert {(point.T, row.run) for (point, _, _), row in halfway.rows.items()} == {(1, 0), (2, 1)}
 
 
+@pytest.mark.parametrize("stop", [MemoryError, KeyboardInterrupt])
+@pytest.mark.parametrize("where", ["times", "memory"])
+def test_what_was_measured_before_an_error_is_kept(
+    where: str, stop: type[BaseException], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(GRIDS, "tiny", Grid(T=(1, 2, 3), B=(2,), H=(4,), steps=()))
+    plan = Plan(
+        grid="tiny", cells=("GRU",), dtypes=("fp32",), threads=(1,), modes=("inference",), budget_s=0.0,
+        memory=where == "memory", out=tmp_path, providers=("torch", "cpu"),
+    )  # fmt: skip
+    asked: list[object] = []
+
+    def third(answer: object) -> object:
+        asked.append(answer)
+        if len(asked) == 3:
+            raise stop("no more")
+        return answer
+
+    monkeypatch.setattr("fused_rnn.bench.run.measure_limits", lambda *_: Limits(1e11, ((1 << 12, 1e11),)))
+    name = "measure" if where == "times" else "peak_memory"
+    answer = {"torch": Timing(1e-6, 1e-6, 1e-6, 5)} if where == "times" else 2**20
+    monkeypatch.setattr(f"fused_rnn.bench.run.{name}", lambda *_: third(answer))
+    if where == "memory":
+        monkeypatch.setattr("fused_rnn.bench.run.SIZES", (1, 2, 4))
+        monkeypatch.setattr("fused_rnn.bench.run._ours", lambda plan: ["cpu", "auto"])
+    with pytest.raises(stop):
+        execute(plan, Console(file=io.StringIO()))
+    results = Results.load(tmp_path / "fp32-1t.json")
+    points = {point.T for point, name, metric in results.rows if metric == TIME and name == "torch"}
+    assert points == ({2, 3} if where == "times" else {1, 2, 3}), "the dearest first"
+    assert {point.T for point, name, _ in results.rows if name == FLOOR} == points
+    assert sum(metric != TIME for _, _, metric in results.rows) == (2 if where == "memory" else 0)
+
+
+def test_a_kill_while_it_writes_leaves_the_file_that_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "fp32-1t.json"
+    some_results().save(path)
+    before = path.read_text()
+    whole = Path.write_text
+
+    def half(self: Path, text: str, **options: str) -> int:
+        whole(self, text[: len(text) // 2], **options)
+        raise KeyboardInterrupt
+
+    results = some_results()
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", half)
+        with pytest.raises(KeyboardInterrupt):
+            results.save(path)
+    assert path.read_text() == before
+    results.save(path)
+    assert path.read_text() == before and [p.name for p in tmp_path.iterdir()] == ["fp32-1t.json"]
+
+
 def test_peak_memory_of_training_grows_with_the_sequence() -> None:
     short, long = (peak_memory(Point("GRU", "training", "fp32", T, 32, 128), "torch", "cpu", 1) for T in (16, 512))
     tensors = 512 * 32 * 128 * 4 * GATES["GRU"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
+from rich.console import Console
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
@@ -119,6 +121,20 @@ def test_what_a_layer_got_is_what_it_gets_again() -> None:
             torch.testing.assert_close(p.grad, expected[f"{name}.{own}"])
 
 
+@pytest.mark.parametrize("wrap", [lambda x: x, lambda x: {"input": x}, lambda x: pack_padded_sequence(x, [4, 2])])
+def test_inputs_that_carry_a_graph(wrap: Any) -> None:
+    """What they were computed by is no part of the model; that they have a gradient is."""
+    leaf = torch.randn(4, 2, 5, requires_grad=True)
+    given = example(lambda: (nn.GRU(5, 6), wrap(leaf * 2)))
+    found = model._floating((given.args, given.kwargs))
+    assert found and all(tensor.is_leaf and tensor.requires_grad for tensor in found)
+    _, said = compare(lambda: (nn.GRU(5, 6), wrap(leaf * 2)), "training", 0.0)
+    assert "gradients by " in said
+    assert leaf.grad is None
+    kept = example(lambda: (nn.GRU(5, 6), leaf)).args[0]
+    assert kept is leaf, "a leaf stays the one that the loss may know"
+
+
 def test_a_model_that_is_ours_already_is_compared_with_torchs() -> None:
     gains, _ = compare(lambda: (fused_rnn.GRU(4, 6), torch.randn(3, 2, 4)), "training", 0.0)
     assert [(gain.name, gain.kind) for gain in gains] == [("the whole model", "GRU")]
@@ -191,10 +207,11 @@ def test_what_the_users_code_raises_is_not_caught(file: Path) -> None:
             load(name)
 
 
-def test_the_verdict_names_who_gains_and_who_loses() -> None:
-    def timing(micros: float, spread: float = 1.0) -> Timing:
-        return Timing(micros * 1e-6, micros * 1e-6, micros * spread * 1e-6, 9)
+def timing(micros: float, spread: float = 1.0) -> Timing:
+    return Timing(micros * 1e-6, micros * 1e-6, micros * spread * 1e-6, 9)
 
+
+def test_the_verdict_names_who_gains_and_who_loses() -> None:
     slow, fast = Gain("a.slow", "RNN", 1, timing(8), timing(10)), Gain("a.fast", "LSTM", 1, timing(90), timing(30))
     text = verdict([Gain("whole", "Net", 0, timing(100), timing(50)), slow, fast], "training").plain
     assert text.splitlines() == [
@@ -202,5 +219,37 @@ def test_the_verdict_names_who_gains_and_who_loses() -> None:
         "a.fast gains most: 60.0 µs of 90.0 µs, 3.00× as fast.",
         "a.slow is slower, 0.80×: fused_rnn.to_torch(...) of it takes it back.",
     ]
-    disturbed = verdict([Gain("whole", "Net", 0, timing(100), timing(50, 3.0))], "training").plain
-    assert disturbed.endswith("2.00× as fast: measure again (the machine was disturbed: 0.67× at least).")
+    disturbed = verdict([Gain("whole", "Net", 0, timing(100), timing(50, 3.0))], "training").plain.splitlines()
+    assert disturbed[0].endswith("2.00× as fast: measure again (the machine was disturbed: 0.67× at least).")
+    assert disturbed[1:] == ["~: the 80th percentile is more than 1.5× the 20th: the machine was disturbed."]
+
+
+def test_a_layer_that_was_disturbed_is_marked_and_nothing_is_said_of_it() -> None:
+    """By its spread, or by taking longer than the model that it is a layer of."""
+    whole = Gain("whole", "Net", 0, timing(1000), timing(500))
+    absurd, spread = (
+        Gain("absurd", "GRU", 1, timing(9310), timing(270)),
+        Gain("spread", "GRU", 1, timing(900), timing(9, 1.6)),
+    )
+    slower, fair = Gain("slower", "RNN", 1, timing(20), timing(600)), Gain("fair", "LSTM", 1, timing(100), timing(60))
+    gains = [whole, absurd, spread, slower, fair]
+    assert verdict(gains, "inference").plain.splitlines() == [
+        "Inference: the model is 2.00× as fast: take it.",
+        "fair gains most: 40.0 µs of 100 µs, 1.67× as fast.",
+        "~: the 80th percentile is more than 1.5× the 20th, or a layer alone takes longer than the whole model: "
+        "the machine was disturbed, and nothing is said of absurd, spread, slower.",
+    ]
+    console = Console(width=100, record=True, file=io.StringIO())
+    console.print(model.table(gains, "inference"))
+    lines = {
+        line.split(":")[0].strip(): line.split()[2:]
+        for line in console.export_text().splitlines()
+        if " µs" in line or " ms" in line
+    }
+    assert lines["absurd"] == ["~9.31", "ms", "270", "µs", "34.5×", "–"]
+    assert lines["spread"] == ["900", "µs", "~9.00", "µs", "100×", "90%"]
+    assert lines["slower"] == ["20.0", "µs", "~600", "µs", "0.03×", "2%"]
+    assert lines["fair"] == ["100", "µs", "60.0", "µs", "1.67×", "10%"]
+    assert "~" not in verdict([whole, fair], "inference").plain
+    almost = Gain("almost", "GRU", 1, timing(1030), timing(510))
+    assert "almost gains most" in verdict([whole, almost], "inference").plain, "within 5 % there is no difference"

@@ -10,6 +10,7 @@ import sys
 from itertools import islice
 from pathlib import Path
 
+import click
 import pytest
 import torch
 from click.testing import CliRunner
@@ -18,6 +19,8 @@ from test_bench import two_pages
 import fused_rnn
 from fused_rnn import info, ops
 from fused_rnn.bench.grid import GRIDS, Grid
+from fused_rnn.bench.limits import Limits
+from fused_rnn.bench.measure import Timing
 from fused_rnn.bench.results import Results
 from fused_rnn.cli import cli
 from fused_rnn.demo import char_lm, show
@@ -126,6 +129,66 @@ def test_bench_of_streams(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert f"| GRU, int8 weights | {results.value(point, 'stream int8'):.3g} (" in full.read_text()
 
 
+def test_an_error_leaves_the_streams_measured_before_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fused_rnn.bench.stream.SIZES", (8, 16))
+    monkeypatch.setattr("fused_rnn.bench.stream.measure_limits", lambda *_: Limits(1e11, ((1 << 12, 1e11),)))
+    times = iter([dict.fromkeys(("cell", "torch", "auto", "stream"), Timing(1e-3, 1e-3, 1e-3, 5))])
+    monkeypatch.setattr("fused_rnn.bench.stream.measure", lambda *_: next(times))
+    asked = ["bench", "--stream", "--cell", "GRU", "--minutes", "0", "--out", str(tmp_path)]
+    assert isinstance(CliRunner().invoke(cli, asked).exception, StopIteration)
+    assert {point.H for point, _, _ in Results.load(tmp_path / "stream-fp32-1t.json").rows} == {8}
+
+
+ANYTHING = {
+    "--cell": "GRU", "--dtype": "bf16", "--threads": "1", "--shape": "8,2,8,8", "--layers": "2",
+    "--bidirectional": None, "--mode": "training", "--variant": "layers", "--provider": "loop", "--device": "cuda",
+    "--quick": None, "--minutes": "0", "--memory": None, "--stream": None, "--model": "a:b", "--scaling": None,
+    "--out": "nowhere", "--choose": None, "--readme": "README.md",
+}  # fmt: skip
+GRID = {"--cell", "--dtype", "--threads", "--mode", "--variant", "--provider", "--device", "--minutes", "--memory"}
+KINDS = {
+    "--readme": {"--device", "--out"},
+    "--choose": {"--device", "--out"},
+    "--model": {"--threads", "--mode", "--device", "--minutes"},
+    "--stream": {"--cell", "--threads", "--minutes", "--out"},
+    "--scaling": {"--cell", "--dtype", "--threads", "--shape", "--layers", "--bidirectional"}
+    | {"--mode", "--minutes", "--out"},
+    "--shape": GRID | {"--layers", "--bidirectional", "--out"},
+}
+
+
+@pytest.mark.parametrize(("kind", "takes"), KINDS.items())
+def test_an_option_that_would_have_no_effect_is_refused(
+    kind: str, takes: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every one that is not taken; those that are taken get past the check."""
+    from fused_rnn import cli as module
+
+    assert {option for param in module.bench.params for option in param.opts if option != "--help"} == {*ANYTHING}
+    monkeypatch.chdir(tmp_path)
+    Path("README.md").touch()
+    passed = module._check_kind
+
+    def stop() -> None:
+        passed()
+        raise click.ClickException("gets past the check")
+
+    monkeypatch.setattr(module, "_check_kind", stop)
+    asked = [kind] if ANYTHING[kind] is None else [kind, str(ANYTHING[kind])]
+    earlier = list(KINDS)[: list(KINDS).index(kind)]
+    for option, value in ANYTHING.items():
+        if option == kind:
+            continue
+        arguments = ["bench", *asked, option, *([] if value is None else [value])]
+        text = " ".join(CliRunner().invoke(cli, arguments).output.split())
+        if option in takes or kind in KINDS.get(option, ()):
+            assert "gets past the check" in text, option
+        else:
+            refused, other = (kind, option) if option in earlier else (option, kind)
+            assert f"Invalid value for {refused}: does not go with {other}" in text
+    assert "gets past the check" in CliRunner().invoke(cli, ["bench", *asked, "--device", "cpu", "--no-memory"]).output
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -140,6 +203,7 @@ def test_bench_of_streams(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         (["bench", "--bidirectional"], "goes with --shape"),
         (["bench", "--shape", "1,2,3,4", "--mode", "step"], "give a shape with T=1"),
         (["bench", "--shape", "1,2,3,4", "--quick"], "does not go with --shape"),
+        (["bench", "--shape", "1,2,3,4", "--layers", "2", "--variant", "layers"], "'layers', which has three"),
         (["demo", "--steps", "0"], "Invalid value"),
         (["demo", "--cell", "Transformer"], "Invalid value"),
     ],

@@ -27,7 +27,7 @@ from fused_rnn.bench.grid import DTYPES
 from fused_rnn.bench.machine import describe
 from fused_rnn.bench.measure import BLOCK_S, GPU_BLOCK_S, TOLERANCE, Timing, clock, interleave, percentiles
 from fused_rnn.bench.results import DISTURBED
-from fused_rnn.bench.tables import duration, grid, ratio, style
+from fused_rnn.bench.tables import EVEN, duration, grid, ratio, style
 from fused_rnn.bench.verdict import AGAIN, LEAVE, TAKE, judge
 
 BEFORE, AFTER = "torch.nn", "fused_rnn"
@@ -89,7 +89,10 @@ def _from_name(name: str) -> Any:
 
 
 def example(factory: Callable[[], Any], device: str | None = None) -> Example:
-    """Call the factory, always with the same seed. Raises ModelError if what it returns is nothing of the kind."""
+    """Call the factory, always with the same seed; what its inputs were computed by is cut off.
+
+    Raises ModelError if what it returns is nothing of the kind.
+    """
     torch.manual_seed(0)
     made = factory()
     if not isinstance(made, tuple) or len(made) not in (2, 3) or not isinstance(made[0], nn.Module):
@@ -101,10 +104,18 @@ def example(factory: Callable[[], Any], device: str | None = None) -> Example:
     if device is not None:
         module = module.to(device)
         inputs = tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, inputs)
+    inputs = tree_map(_alone, inputs)
     if isinstance(inputs, dict):
         return Example(module, (), inputs, loss)
     several = isinstance(inputs, (tuple, list)) and not isinstance(inputs, PackedSequence)
     return Example(module, tuple(inputs) if several else (inputs,), {}, loss)
+
+
+def _alone(leaf: Any) -> Any:
+    """A tensor without the graph that it came from, which only the first of many backward passes would find."""
+    if not isinstance(leaf, Tensor) or leaf.is_leaf:
+        return leaf
+    return leaf.detach().requires_grad_(leaf.requires_grad)
 
 
 def mean_square(outputs: Any) -> Tensor:
@@ -245,6 +256,17 @@ class Gain:
     def saved(self) -> float:
         return self.before.p50 - self.after.p50
 
+    def marks(self, whole: Gain) -> tuple[bool, bool]:
+        """Which of the two times cannot be: one that varies too much, or a layer's that is longer than the whole's."""
+        pairs = ((self.before, whole.before), (self.after, whole.after))
+        before, after = (own.p80 > DISTURBED * own.p20 or longer(own, all_) for own, all_ in pairs)
+        return before, after
+
+
+def longer(own: Timing, other: Timing) -> bool:
+    """By more than what is no difference elsewhere."""
+    return own.p50 > other.p50 / EVEN
+
 
 def compare(
     factory: Callable[[], Any], mode: str, budget_s: float, device: str | None = None
@@ -336,14 +358,16 @@ def execute(
 
 
 def table(gains: list[Gain], mode: str) -> Table:
-    """The whole, then the layers, each alone."""
+    """The whole, then the layers, each alone; "~" marks a time that cannot be right."""
     shown = grid(f"{mode}: medians", ("",), (BEFORE, AFTER, "as fast", "of the model"))
     whole = gains[0]
     for gain in gains:
         times = f", {gain.visits} calls" if gain.visits > 1 else ""
         name = f"{gain.name}: {gain.kind}{times}" if gain is whole else f"  {gain.name}: {gain.kind}{times}"
-        share = "" if gain is whole else f"{100 * gain.before.p50 / whole.before.p50:.0f}%"
-        both = (duration(1e6 * timing.p50) for timing in (gain.before, gain.after))
+        share = "–" if longer(gain.before, whole.before) else f"{100 * min(1, gain.before.p50 / whole.before.p50):.0f}%"
+        share = "" if gain is whole else share
+        timings = zip((gain.before, gain.after), gain.marks(whole), strict=True)
+        both = (f"{'~' * marked}{duration(1e6 * timing.p50)}" for timing, marked in timings)
         shown.add_row(name, *both, Text(f"{ratio(gain.speedup)}×", style=style(gain.speedup)), share)
     return shown
 
@@ -360,12 +384,22 @@ def _sentences(gains: list[Gain], mode: str) -> Iterator[Text]:
     text = Text.assemble((f"{mode.capitalize()}: ", "bold"), f"the model is {ratio(whole.speedup)}× as fast: ")
     text.append(said, style=style(whole.speedup))
     yield text.append(f" (the machine was disturbed: {ratio(whole.sure)}× at least)." if disturbed else ".")
-    if not layers:
-        return
-    best = max(layers, key=lambda gain: gain.saved)
-    if best.saved > 0:
+    sound = [gain for gain in layers if not any(gain.marks(whole))]
+    best = max(sound, key=lambda gain: gain.saved, default=None)
+    if best is not None and best.saved > 0:
         each = f"{duration(1e6 * best.saved)} of {duration(1e6 * best.before.p50)}, {ratio(best.speedup)}× as fast"
         yield Text(f"{best.name} gains most: {each}.")
-    for gain in layers:
+    for gain in sound:
         if judge(gain.speedup) == LEAVE:
             yield Text(f"{gain.name} is slower, {ratio(gain.speedup)}×: fused_rnn.to_torch(...) of it takes it back.")
+    if any(any(gain.marks(whole)) for gain in gains):
+        yield Text(_why([gain.name for gain in layers if gain not in sound]), style="yellow")
+
+
+def _why(unsound: list[str]) -> str:
+    """What "~" means, and of which layers nothing is said for its sake."""
+    what = f"~: the 80th percentile is more than {DISTURBED}× the 20th"
+    if not unsound:
+        return f"{what}: the machine was disturbed."
+    what += ", or a layer alone takes longer than the whole model"
+    return f"{what}: the machine was disturbed, and nothing is said of {', '.join(unsound)}."

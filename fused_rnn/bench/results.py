@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -150,8 +151,7 @@ class Results:
         rows.sort(key=lambda row: (*asdict(row.point).values(), row.metric, row.provider, -row.run))
         lines = ",\n".join("  " + json.dumps(row.to_json()) for row in rows)
         runs = ",\n".join("  " + json.dumps(run) for run in self.runs)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(f'{{"runs": [\n{runs}\n], "rows": [\n{lines}\n]}}\n', encoding="utf-8")
+        write_whole(path, f'{{"runs": [\n{runs}\n], "rows": [\n{lines}\n]}}\n')
 
     def of(self, key: Key) -> Iterator[Row]:
         """Every row of a point, provider and metric, the latest first."""
@@ -188,6 +188,14 @@ class Results:
         """Every provider that has a time, in order of first appearance, the limit left out."""
         seen = dict.fromkeys(row.provider for row in self.rows.values() if row.metric == TIME)
         return [provider for provider in seen if provider != FLOOR]
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file so that who is killed meanwhile leaves the one that was there, and never half of one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)
 
 
 def continued(path: Path, facts: dict[str, Any]) -> tuple[Path, Results, str | None]:

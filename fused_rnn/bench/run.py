@@ -85,7 +85,7 @@ class Plan:
 def execute(plan: Plan, console: Console) -> list[Path]:
     """Measure everything in the plan, print the tables, write the files; returns their paths.
 
-    What has been measured so far is written now and then, and when an interrupt ends the run.
+    What has been measured so far is written now and then, and when an interrupt or an error ends the run.
     """
     paths = []
     before = torch.get_num_threads()
@@ -120,15 +120,12 @@ def _execute_one(plan: Plan, dtype: str, threads: int, console: Console) -> Path
     try:
         run = len(results.runs) - 1
         ceilings = Ceilings(limits, lambda: measure_limits(dtype, plan.device), plan.device)
-        rows += _times(plan, dtype, ceilings, run, console, save=lambda so_far: results.with_(so_far).save(path))
+        _times(plan, dtype, ceilings, run, console, rows, save=lambda so_far: results.with_(so_far).save(path))
         facts["limits"] = asdict(ceilings.limits)
         if ceilings.said():
             console.print(ceilings.said())
         if plan.memory:
-            rows += _memory(plan, dtype, threads, run, console)
-    except KeyboardInterrupt as stop:
-        rows += stop.args[0] if stop.args else []
-        raise
+            _memory(plan, dtype, threads, run, console, rows)
     finally:
         results.replace(rows)
         if results.rows:
@@ -165,15 +162,21 @@ def _draw(plan: Plan, results: Results, path: Path) -> str:
 
 
 def _times(
-    plan: Plan, dtype: str, ceilings: Ceilings, run: int, console: Console, save: Callable[[list[Row]], None]
-) -> list[Row]:
+    plan: Plan,
+    dtype: str,
+    ceilings: Ceilings,
+    run: int,
+    console: Console,
+    rows: list[Row],
+    save: Callable[[list[Row]], None],
+) -> None:
+    """Append to `rows`, which has what was measured whatever ends this."""
     points = plan.points(dtype)
-    rows: list[Row] = []
 
-    def with_limits() -> list[Row]:
+    def limits() -> list[Row]:
         """The last word on them is that of the last point."""
         floors = {row.point: ceilings.limits.floor(row.point, plan.device) for row in rows}
-        return rows + [time_row(point, FLOOR, Timing(s, s, s, 1), run) for point, s in floors.items()]
+        return [time_row(point, FLOOR, Timing(s, s, s, 1), run) for point, s in floors.items()]
 
     saved = time.perf_counter()
     end = saved + plan.budget_s
@@ -191,21 +194,19 @@ def _times(
                         ceilings.check(point, timing.p50)
                 progress.advance(task)
                 if time.perf_counter() - saved > SAVE_EVERY:
-                    save(with_limits())
+                    save(rows + limits())
                     saved = time.perf_counter()
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(with_limits()) from None
-    return with_limits()
+    finally:
+        rows += limits()
 
 
-def _memory(plan: Plan, dtype: str, threads: int, run: int, console: Console) -> list[Row]:
-    """Peak memory for torch.nn and each of our backends, both ways to save."""
+def _memory(plan: Plan, dtype: str, threads: int, run: int, console: Console, rows: list[Row]) -> None:
+    """Append to `rows` the peak memory of torch.nn and of each of our backends, both ways to save."""
     ours = _ours(plan)
     points = plan.memory_points(dtype)
     wanted: list[tuple[Point, str, str | None]]
     wanted = [(point, provider, None) for point in points for provider in (BASELINE, *ours)]
     wanted += [(point, provider, "recompute") for point in points if point.mode == "training" for provider in ours]
-    rows = []
     with console.status("Peak memory, each in a process of its own"):
         for point, provider, save in wanted:
             name = provider if save is None else f"{provider} save={save}"
@@ -214,4 +215,3 @@ def _memory(plan: Plan, dtype: str, threads: int, run: int, console: Console) ->
                 rows.append(Row(point, name, MEMORY, run, mib, mib, mib, 1))
             except RuntimeError as error:
                 rows.append(Row(point, name, MEMORY, run, refused=str(error)))
-    return rows

@@ -10,7 +10,7 @@ import json
 import random
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,8 @@ from fused_rnn.bench.grid import CELLS, SEQUENCES, VARIANTS, Point, Shape
 from fused_rnn.bench.machine import describe
 from fused_rnn.bench.measure import BLOCK_S, TOLERANCE, Timing, clock, difference, interleave, percentiles
 from fused_rnn.bench.providers import BASELINE, Call, build
-from fused_rnn.bench.results import SAME, geometric_mean
+from fused_rnn.bench.results import SAME, geometric_mean, write_whole
+from fused_rnn.bench.tables import extras
 from fused_rnn.bench.worker import Team
 
 PREFIX = "scaling-"  # of the result files' names
@@ -41,7 +42,7 @@ Way = tuple[int, int]  # threads of a process, processes
 
 @dataclass(frozen=True)
 class Rate:
-    """Sequences a second of a provider at a point: percentiles over n turns."""
+    """Sequences a second of a provider at a point: percentiles over n turns. run: its place in the file's runs."""
 
     point: Point
     provider: str
@@ -50,6 +51,7 @@ class Rate:
     p50: float
     p80: float
     n: int
+    run: int = 0
 
     @property
     def key(self) -> tuple[Point, str, Way]:
@@ -60,13 +62,14 @@ class Rate:
         entry: dict[str, Any] = {"kernel": point.cell, "provider": self.provider, "mode": point.mode}
         entry |= {"metric": "sequences_per_s", "dtype": point.dtype, "size": point.size, "variant": point.variant}
         entry |= {"threads": self.way[0], "processes": self.way[1]}
-        return entry | {"p20": self.p20, "p50": self.p50, "p80": self.p80, "n": self.n}
+        return entry | {"p20": self.p20, "p50": self.p50, "p80": self.p80, "n": self.n, "run": self.run}
 
     @staticmethod
     def from_json(entry: dict[str, Any]) -> Rate:
         point = Point(entry["kernel"], entry["mode"], entry["dtype"], **entry["size"], variant=entry["variant"])
-        values = (entry[name] for name in ("p20", "p50", "p80", "n"))
-        return Rate(point, entry["provider"], (entry["threads"], entry["processes"]), *values)
+        values = {name: entry[name] for name in ("p20", "p50", "p80", "n")}
+        run = entry.get("run", 0)  # older files have one run, and no word of it in a row
+        return Rate(point, entry["provider"], (entry["threads"], entry["processes"]), **values, run=run)
 
 
 class AtThreads(Call):
@@ -91,21 +94,31 @@ def counts(cores: int) -> tuple[int, ...]:
     return tuple(dict.fromkeys([*powers, cores]))
 
 
-def points(dtype: str, cells: Sequence[str], modes: Sequence[str], shapes: Sequence[Shape] = ()) -> list[Point]:
+def points(
+    dtype: str,
+    cells: Sequence[str],
+    modes: Sequence[str],
+    shapes: Sequence[Shape] = (),
+    layers: int = 1,
+    bidirectional: bool = False,
+) -> list[Point]:
     """What is measured: the shapes given, or one sequence and a batch."""
     return [
-        Point(cell, mode, dtype, T, B, H, D=0 if D == H else D)
+        Point(cell, mode, dtype, T, B, H, D=0 if D == H else D, depth=layers, bidirectional=bidirectional)
         for cell, mode in product(cells, modes)
         for T, B, D, H in shapes or SHAPES[mode]
     ]
 
 
 def execute(wanted: list[Point], threads: Sequence[int], budget_s: float, out: Path, console: Console) -> Path:
-    """Measure every point, write the file and print its table; returns the file's path."""
+    """Measure every point, write the file and print its table; returns the file's path.
+
+    The points that were measured are written, too, when an interrupt or an error ends the run.
+    """
     ways = [*((count, 1) for count in threads), *((1, count) for count in threads if count > 1)]
     facts = describe("cpu") | {"dtype": wanted[0].dtype}
     keys = {(point, provider, way) for point, provider, way in product(wanted, PROVIDERS, ways)}
-    path, kept = _continued(out / f"{PREFIX}{wanted[0].dtype}.json", facts, keys, console)
+    path, runs, kept = _continued(out / f"{PREFIX}{wanted[0].dtype}.json", facts, keys, console)
     before = torch.get_num_threads()
     rates: list[Rate] = []
     share = budget_s / len(wanted) / 2
@@ -113,13 +126,17 @@ def execute(wanted: list[Point], threads: Sequence[int], budget_s: float, out: P
         with Team(max(threads)) as team, console.status("") as status:
             for point in wanted:
                 status.update(str(point))
-                rates += _in_one_process(point, threads, share)
+                at_point = [*_in_one_process(point, threads, share)]
                 torch.set_num_threads(1)
                 for processes in (count for count in threads if count > 1):
-                    rates += _in_processes(team, point, processes, share / max(1, len(threads) - 1))
+                    at_point += _in_processes(team, point, processes, share / max(1, len(threads) - 1))
+                rates += at_point  # a point's rates stand side by side: all of them, or none
     finally:
         torch.set_num_threads(before)
-    _save(path, facts, [*kept, *rates])
+        measured = {rate.point for rate in rates}
+        kept = [rate for rate in kept if rate.point not in measured]
+        if rates:
+            _save(path, [*runs, facts], [*kept, *(replace(rate, run=len(runs)) for rate in rates)])
     console.print(table(rates, facts))
     console.print(summary(rates))
     console.print(f"Written to {path}", soft_wrap=True)
@@ -168,35 +185,38 @@ def _rate(point: Point, provider: str, way: Way, values: list[float]) -> Rate:
 
 def _continued(
     path: Path, facts: dict[str, Any], keys: set[tuple[Point, str, Way]], console: Console
-) -> tuple[Path, list[Rate]]:
-    """The file to write into and what stays in it. A point's rates stand side by side, so they are replaced together:
-    a file of another machine, or that has more of a point than is measured now, stays as it is."""
+) -> tuple[Path, list[dict[str, Any]], list[Rate]]:
+    """The file to write into, and the runs and rates in it. A point's rates stand side by side, so they are replaced
+    together: a file of another machine, or that has more of a point than is measured now, stays as it is."""
     wanted, number, points_now = path, 1, {point for point, _, _ in keys}
     while path.exists():
         try:
-            run, rates = load(path)
+            runs, rates = load(path)
             there = {rate.key for rate in rates if rate.point in points_now}
-            if there <= keys and all(run.get(name) == facts[name] for name in SAME):
-                return path, [rate for rate in rates if rate.point not in points_now]
+            if there <= keys and all(run.get(name) == facts[name] for run in runs for name in SAME):
+                return path, runs, rates
         except (ValueError, KeyError, TypeError, AttributeError):
             pass  # somebody else's file, or half of one
         number += 1
         path = wanted.with_stem(f"{wanted.stem}-{number}")
     if path != wanted:
         console.print(f"{wanted} holds other results, which stay. This run goes into {path}.", soft_wrap=True)
-    return path, []
+    return path, [], []
 
 
-def load(path: Path) -> tuple[dict[str, Any], list[Rate]]:
-    """The latest run's description, and every rate."""
+def load(path: Path) -> tuple[list[dict[str, Any]], list[Rate]]:
+    """The descriptions of the runs, the latest last, and every rate."""
     data = json.loads(path.read_text(encoding="utf-8"))
-    return data["runs"][-1], [Rate.from_json(entry) for entry in data["rows"]]
+    return data["runs"], [Rate.from_json(entry) for entry in data["rows"]]
 
 
-def _save(path: Path, facts: dict[str, Any], rates: list[Rate]) -> None:
-    lines = ",\n".join("  " + json.dumps(rate.to_json()) for rate in rates)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f'{{"runs": [\n  {json.dumps(facts)}\n], "rows": [\n{lines}\n]}}\n', encoding="utf-8")
+def _save(path: Path, runs: list[dict[str, Any]], rates: list[Rate]) -> None:
+    """Write one line per rate; runs that no rate is of are dropped."""
+    used = sorted({rate.run for rate in rates})
+    rows = (replace(rate, run=used.index(rate.run)).to_json() for rate in rates)
+    lines = ",\n".join("  " + json.dumps(row) for row in rows)
+    described = ",\n".join("  " + json.dumps(runs[run]) for run in used)
+    write_whole(path, f'{{"runs": [\n{described}\n], "rows": [\n{lines}\n]}}\n')
 
 
 def _title(way: Way) -> str:
@@ -212,7 +232,10 @@ def _rows(rates: list[Rate]) -> Iterator[tuple[Point, dict[Way, tuple[float, flo
     ways = sorted({rate.way for rate in rates}, key=lambda way: way[::-1])
     order = sorted(
         {rate.point for rate in rates},
-        key=lambda p: (SEQUENCES.index(p.mode), CELLS.index(p.cell), VARIANTS.index(p.variant), p.T, p.B, p.H),
+        key=lambda p: (
+            *(SEQUENCES.index(p.mode), CELLS.index(p.cell), VARIANTS.index(p.variant)),
+            *(p.T, p.B, p.H, p.width, p.layers, p.directions),
+        ),
     )
     for point in order:
         found = {way: (values.get((point, OURS, way)), values.get((point, BASELINE, way))) for way in ways}
@@ -239,7 +262,7 @@ def table(rates: list[Rate], facts: dict[str, Any]) -> Table:
         shown.add_column(_title(way), justify="right")
     for point, by_way in _rows(rates):
         entries = (_entry(by_way.get(way)) for way in _ways(rates))
-        shown.add_row(f"{point.mode} {point.cell}\n  {point.shape}", *entries)
+        shown.add_row(f"{point.mode} {point.cell}\n  {point.shape}{extras(point)}", *entries)
     return shown
 
 
@@ -264,18 +287,29 @@ def tables(directory: Path) -> str:
 
 
 def _markdown(path: Path) -> str:
-    run, rates = load(path)
-    ways = _ways(rates)
+    runs, rates = load(path)
+    run, ways = runs[-1], _ways(rates)
     shared = {(rate.point.T, rate.point.H) for rate in rates}
-    size = "" if len(shared) > 1 else ", T={}, H={}".format(*next(iter(shared)))
+    same = len(shared) == 1 and not any(rate.point.D for rate in rates)
+    size = ", T={}, H={}".format(*next(iter(shared))) if same else ""
     lines = [f"| {run['dtype']}{size}: sequences a second (× `torch.nn`) | " + " | ".join(map(_title, ways)) + " |"]
     lines.append("|---" * (1 + len(ways)) + "|")
     for point, by_way in _rows(rates):
-        name = f"B={point.B}" if len(shared) == 1 else point.shape
+        name = f"B={point.B}" if same else point.shape
         entries = " | ".join(_entry(by_way.get(way)) for way in ways)
-        lines.append(f"| {point.cell}, {point.mode}, {name} | {entries} |")
+        lines.append(f"| {point.cell}, {point.mode}, {name}{extras(point)} | {entries} |")
     what = "The processes have one thread each; what `torch.nn` does in the same setting is what ours is compared with."
     lines += ["", f"{what} In geometric mean, and from worst to best: " + summary(rates).replace("\n", " ")]
-    facts = f"{run['device_name']}, {run['cores']} cores, torch {run['torch']}, commit {run['commit'] or 'unknown'}"
-    lines += ["", f"<sub>{facts}, {run['date']}; `python -m fused_rnn bench --scaling`</sub>"]
+    facts = f"{run['device_name']}, {run['cores']} cores, torch {run['torch']}"
+    lines += ["", f"<sub>{facts}, {_dates(runs, rates)}; `python -m fused_rnn bench --scaling`</sub>"]
     return "\n".join(lines)
+
+
+def _dates(runs: list[dict[str, Any]], rates: list[Rate]) -> str:
+    """Commit and date of every run; of several, with what was measured in each."""
+    said = []
+    for index, run in enumerate(runs):
+        of_run = {(rate.point.cell, rate.point.mode): None for rate in rates if rate.run == index}
+        what = f"{', '.join(f'{cell} {mode}' for cell, mode in of_run)}: " if len(runs) > 1 else ""
+        said.append(f"{what}commit {run['commit'] or 'unknown'}, {run['date']}")
+    return "; ".join(said)

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -107,7 +108,7 @@ def execute(cells: Sequence[str], threads: int, budget_s: float, out: Path, cons
             console.print(said)
         results.runs.append(facts)
         run = len(results.runs) - 1
-        with torch.no_grad(), console.status("") as status:
+        with _saved(results, path), torch.no_grad(), console.status("") as status:
             for cell in cells:
                 for H in SIZES:
                     status.update(f"{cell} H={H}")
@@ -121,10 +122,19 @@ def execute(cells: Sequence[str], threads: int, budget_s: float, out: Path, cons
                     results.replace([time_row(point, name, timing, run) for name, timing in timings.items()])
     finally:
         torch.set_num_threads(before)
-    results.save(path)
     console.print(terminal(results.of_run(len(results.runs) - 1)))
     console.print(f"Written to {path}", soft_wrap=True)
     return path
+
+
+@contextmanager
+def _saved(results: Results, path: Path) -> Iterator[None]:
+    """Write what was measured, also where an interrupt or an error ends it."""
+    try:
+        yield
+    finally:
+        if results.rows:
+            results.save(path)
 
 
 def terminal(results: Results) -> Table:

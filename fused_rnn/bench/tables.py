@@ -179,8 +179,8 @@ def shape_table(results: Results, provider: str) -> Table | None:
     points = [p for p, name, metric in results.rows if (name, metric) == (provider, TIME) and p.D]
     if not points:
         return None
-    extras = {_extras(point) for point in points}
-    heading = f"{title(provider)}, beside torch.nn{extras.pop() if len(extras) == 1 else ''}"
+    further = {extras(point) for point in points}
+    heading = f"{title(provider)}, beside torch.nn{further.pop() if len(further) == 1 else ''}"
     table = grid(heading, ("mode", "cell", "shape"), ("torch.nn", "fused_rnn", "as fast", "of the limit"))
     order = sorted(points, key=lambda p: (MODES.index(p.mode), CELLS.index(p.cell), VARIANTS.index(p.variant), p.flops))
     for point in order:
@@ -192,12 +192,13 @@ def shape_table(results: Results, provider: str) -> Table | None:
             speedup = theirs / row.p50 if theirs else None
             gain = Text(f"{ratio(speedup)}×", style=style(speedup)) if speedup else Text("–")
             entries = (_time(row), gain, _share(floor, row.p50) if floor else "–")
-        name = point.shape + (_extras(point) if extras else "")
+        name = point.shape + (extras(point) if further else "")
         table.add_row(point.mode, point.cell, name, duration(theirs) if theirs else "–", *entries)
     return table
 
 
-def _extras(point: Point) -> str:
+def extras(point: Point) -> str:
+    """What of a point is not in its shape, to be read behind it; "" where it is plain."""
     found = [point.variant] if point.variant != "plain" else []
     found += [f"{point.layers} layers"] if point.layers > 1 else []
     return ", ".join(["", *found, *(["both directions"] if point.directions > 1 else [])])
