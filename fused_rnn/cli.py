@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 import fused_rnn
+from fused_rnn import ops
 from fused_rnn.bench.grid import CELLS, DTYPES, GRIDS, MODES, SEQUENCES, VARIANTS, Point, Shape
 
 THREADS = (1, 2)
@@ -184,6 +185,8 @@ def bench(
         raise click.ClickException("--device cuda: torch finds no GPU here (python -m fused_rnn info says more)")
     if device == "cpu" and "tf32" in dtypes:
         raise click.BadParameter("got 'tf32', which is a GPU's: --device cuda", param_hint="--dtype")
+    if device == "cpu" and ops.MISSING is not None:
+        raise click.ClickException(f"torch would be measured beside itself: {ops.MISSING}")
     if model is not None:
         _model(model, threads, modes, device, minutes)
         return

@@ -6,15 +6,19 @@ import io
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 from rich.console import Console
 from test_bench import RUN, row, some_results
 
+from fused_rnn import ops
+from fused_rnn.bench import machine
 from fused_rnn.bench.grid import SEQUENCES, Point
 from fused_rnn.bench.measure import Timing, measure
 from fused_rnn.bench.providers import HALF
 from fused_rnn.bench.results import Results, time_row
 from fused_rnn.bench.tables import duration, report
 from fused_rnn.bench.verdict import judge, verdict
+from fused_rnn.cli import cli
 
 
 def shaped_results(micros: dict[str, tuple[float, float]], spread: float = 1.1) -> Results:
@@ -118,3 +122,24 @@ def test_what_was_disturbed_is_marked() -> None:
     quiet = Console(width=80, record=True, file=io.StringIO())
     quiet.print(report(shaped_results({"LSTM": (30, 10)})))
     assert "~" not in quiet.export_text()
+
+
+def test_threads_are_not_judged_on_cores_that_others_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.nn waits for the core that is taken: 49 times as slow with two threads, which says nothing of either."""
+    monkeypatch.setattr(machine.os, "sched_getaffinity", lambda _: {0, 1})
+
+    def busy(idle: int) -> str | None:
+        ticks = iter([(1000, 2000), (1000 + idle, 2100)])
+        monkeypatch.setattr(machine, "_ticks", lambda: next(ticks))
+        return machine.crowded(2, seconds=0)
+
+    assert busy(90) is None
+    assert "Of 2 cores 1.0 are free of other work, and 2 threads wait" in (busy(50) or "")
+    assert machine.crowded(1) is None
+
+
+def test_nothing_is_measured_without_our_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "MISSING", "they are not there")
+    done = CliRunner().invoke(cli, ["bench", "--shape", "2,1,2,2"])
+    assert done.exit_code == 1
+    assert "torch would be measured beside itself: they are not there" in done.output

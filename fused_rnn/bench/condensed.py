@@ -34,9 +34,7 @@ def table(loaded: list[Results], streams: list[Results], provider: str, full: st
     return "\n".join([*lines, "", *_below(loaded, provider, full)])
 
 
-def _row(
-    results: Results, provider: str, mode: str, name: str, contains: Callable[[Point], bool]
-) -> Iterator[str]:
+def _row(results: Results, provider: str, mode: str, name: str, contains: Callable[[Point], bool]) -> Iterator[str]:
     def inside(point: Point) -> bool:
         return point.mode == mode and point.variant == "plain" and contains(point)
 

@@ -6,6 +6,7 @@ import os
 import platform
 import re
 import subprocess
+import time
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -31,6 +32,32 @@ def cpu_model() -> str:
 def cpu_isa() -> str:
     """The widest instruction set torch's own kernels use here."""
     return torch.backends.cpu.get_cpu_capability()
+
+
+def crowded(threads: int, seconds: float = 0.5) -> str | None:
+    """Why several threads cannot be measured now, in words: other processes use their cores. None where none is told.
+
+    The thread that has to wait for its core holds up all others at every step, torch.nn's more than ours.
+    """
+    if threads < 2 or not Path("/proc/stat").exists():
+        return None
+    idle, all_ = _ticks()
+    time.sleep(seconds)
+    later_idle, later_all = _ticks()
+    cores = len(os.sched_getaffinity(0))
+    free = cores * (later_idle - idle) / max(1, later_all - all_)
+    if free > threads - 0.5:
+        return None
+    return (
+        f"Of {cores} cores {free:.1f} are free of other work, and {threads} threads wait for the slowest of them: no"
+        " verdict. Take --threads 1, or measure again when the machine is quiet."
+    )
+
+
+def _ticks() -> tuple[int, int]:
+    """What all cores together have spent idle, and in all."""
+    numbers = [int(word) for word in Path("/proc/stat").read_text().splitlines()[0].split()[1:]]
+    return sum(numbers[3:5]), sum(numbers[:8])
 
 
 def kernels_isa() -> str:

@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 import fused_rnn
 from fused_rnn.bench.grid import DTYPES
-from fused_rnn.bench.machine import describe
+from fused_rnn.bench.machine import crowded, describe
 from fused_rnn.bench.measure import BLOCK_S, GPU_BLOCK_S, TOLERANCE, Timing, clock, interleave, percentiles
 from fused_rnn.bench.results import DISTURBED
 from fused_rnn.bench.tables import EVEN, duration, grid, ratio, style
@@ -351,8 +351,11 @@ def execute(
             console.rule(f"{facts['device_name']}, {count} thread{'s' * (count > 1)}")
             console.print(f"{name}: torch {facts['torch']}, fused_rnn {facts['fused_rnn']}, kernels {facts['kernels']}")
             for mode in modes:
+                why = crowded(count)
                 gains, coincide = compare(factory, mode, budget_s / len(modes), device)
-                console.print("", table(gains, mode), coincide, verdict(gains, mode), sep="\n")
+                why = why or crowded(count)
+                said = verdict(gains, mode) if why is None else Text(why, style="yellow")
+                console.print("", table(gains, mode), coincide, said, sep="\n")
     finally:
         torch.set_num_threads(before)
 

@@ -16,7 +16,7 @@ from fused_rnn.bench.goals import goal_table
 from fused_rnn.bench.grid import CELLS, GRIDS, MODES, Point, Shape
 from fused_rnn.bench.heat import heat_map, step_plot
 from fused_rnn.bench.limits import Ceilings, measure_limits
-from fused_rnn.bench.machine import OUT, describe
+from fused_rnn.bench.machine import OUT, crowded, describe
 from fused_rnn.bench.measure import Timing, float32_as, measure
 from fused_rnn.bench.memory import SIZES, peak_memory
 from fused_rnn.bench.plot import plot
@@ -102,6 +102,7 @@ def execute(plan: Plan, console: Console) -> list[Path]:
 
 def _execute_one(plan: Plan, dtype: str, threads: int, console: Console) -> Path:
     path = plan.path(dtype, threads)
+    before = crowded(threads)
     facts = describe(plan.device) | {"dtype": dtype, "threads": threads}
     limits = measure_limits(dtype, plan.device)
     facts["limits"] = asdict(limits)
@@ -134,7 +135,9 @@ def _execute_one(plan: Plan, dtype: str, threads: int, console: Console) -> Path
     console.print(report(measured))
     if (table := goal_table(measured)) is not None:
         console.print(table)
-    if (words := verdict(measured)).plain:
+    if (why := before or crowded(threads)) is not None:
+        console.print(why, style="yellow")
+    elif (words := verdict(measured)).plain:
         console.print(words)
     console.print(f"Written to {path}{_draw(plan, results, path)}", soft_wrap=True)
     return path

@@ -1,6 +1,6 @@
 """One of several processes that run points at the same time, with one thread each; `Team` starts and commands them.
 
-    python -m fused_rnn.bench.worker      a request a line on stdin, an answer a line on stdout, both JSON
+python -m fused_rnn.bench.worker      a request a line on stdin, an answer a line on stdout, both JSON
 """
 
 from __future__ import annotations
