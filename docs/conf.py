@@ -22,7 +22,10 @@ napoleon_custom_sections = [("Inputs", "params_style")]
 
 # Every reference of ours must lead somewhere. Those into torch and Python cannot be looked up without a network.
 nitpicky = True
-nitpick_ignore_regex = [("py:.*", r"(torch|collections|typing|types)(\..*)?"), ("py:class", r"fused_rnn\.convert\.(M|Patch)")]
+nitpick_ignore_regex = [
+    ("py:.*", r"(torch|collections|typing|types)(\..*)?"),
+    ("py:class", r"fused_rnn\.convert\.(M|Patch)"),
+]
 
 html_theme = "furo"
 pygments_dark_style = "github-dark"
