@@ -12,7 +12,7 @@ from torch._C import _is_tracing as is_tracing  # torch.jit.trace
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling, is_exporting
 
-from fused_rnn import checks, functional, ops
+from fused_rnn import checks, functional, ops, rerun
 from fused_rnn.cells import CELLS
 
 NARROW = {None: 0, "bf16": 1, "int8": 2}  # csrc/params.h, Narrow
@@ -211,7 +211,7 @@ class Stream:
     def _check(self, name: str, t: Tensor, shape: tuple[int, ...], letters: str) -> None:
         if checks.in_transform():
             raise RuntimeError("stream: a torch.func transform is under way, which a stream's state cannot follow")
-        if (not is_compiling() and is_tracing()) or is_exporting():
+        if rerun.is_jit_tracing() or is_exporting():
             who = "torch.export" if is_exporting() else "torch.jit.trace"
             raise RuntimeError(f"stream: {who} is recording, which does not see its steps; give it the module")
         if not isinstance(t, Tensor):

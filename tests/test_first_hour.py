@@ -49,10 +49,15 @@ print(json.dumps([sorted(set(sys.modules) - before), spent, torchs, size]))
 HEAVY = ("torch._dynamo", "torch._inductor", "torch.distributed", "triton", "sympy", "click", "rich", "matplotlib")
 
 
+def clean(environment: dict[str, str]) -> dict[str, str]:
+    """The variables of a process, without what the tests themselves were called with."""
+    own = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "FUSED_RNN"))}
+    return own | environment
+
+
 def python(program: str, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
-    env = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")} | environment
     command = [sys.executable, "-c", program]
-    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, check=False)
+    return subprocess.run(command, cwd=cwd, env=clean(environment), capture_output=True, text=True, check=False)
 
 
 def test_the_import_is_light(tmp_path: Path) -> None:
@@ -154,9 +159,8 @@ def bare(tmp_path: Path) -> dict[str, str]:
 
 def refusal(arguments: str = "egg_info", python: str = sys.executable, **environment: str) -> str:
     """What `python setup.py …` says when it ends with an error."""
-    env = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "FUSED_RNN"))} | environment
     command = [python, "setup.py", "-q", *arguments.split()]
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=ROOT, env=clean(environment), capture_output=True, text=True, check=False)
     assert done.returncode == 1, done.stdout
     assert "Traceback" not in done.stderr, done.stderr
     return done.stderr.splitlines()[-1]
@@ -239,9 +243,8 @@ def fake(sources: Path) -> dict[str, str]:
 
 
 def wheel_of(sources: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    env = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "FUSED_RNN"))} | environment
     command = [sys.executable, "setup.py", "bdist_wheel"]
-    return subprocess.run(command, cwd=sources, env=env, capture_output=True, text=True, check=False)
+    return subprocess.run(command, cwd=sources, env=clean(environment), capture_output=True, text=True, check=False)
 
 
 def test_a_wheel_has_nothing_of_an_earlier_build(sources: Path, fake: dict[str, str]) -> None:

@@ -33,6 +33,9 @@ MIN_ROUNDS, MAX_ROUNDS = 7, 50
 LONG_S, LONG_ROUNDS = 6.0, 3  # a point that takes so long after so few rounds may stop there
 
 
+DISTURBED = 1.5  # the 80th percentile over the 20th
+
+
 @dataclass(frozen=True)
 class Timing:
     """Percentiles in seconds over n runs, or the reason why nothing is reported."""
@@ -42,6 +45,11 @@ class Timing:
     p80: float = 0.0
     n: int = 0
     refused: str | None = None
+
+    @property
+    def disturbed(self) -> bool:
+        """Whether the times differ so much that something else must have run beside them."""
+        return self.p80 > DISTURBED * self.p20
 
 
 def percentiles(seconds: list[float]) -> Timing:

@@ -25,8 +25,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 import fused_rnn
 from fused_rnn.bench.grid import DTYPES
 from fused_rnn.bench.machine import crowded, describe
-from fused_rnn.bench.measure import BLOCK_S, GPU_BLOCK_S, TOLERANCE, Timing, clock, interleave, percentiles
-from fused_rnn.bench.results import DISTURBED
+from fused_rnn.bench.measure import BLOCK_S, DISTURBED, GPU_BLOCK_S, TOLERANCE, Timing, clock, interleave, percentiles
 from fused_rnn.bench.tables import EVEN, duration, grid, ratio, style
 from fused_rnn.bench.verdict import AGAIN, LEAVE, TAKE, judge
 
@@ -259,7 +258,7 @@ class Gain:
     def marks(self, whole: Gain) -> tuple[bool, bool]:
         """Which of the two times cannot be: one that varies too much, or a layer's that is longer than the whole's."""
         pairs = ((self.before, whole.before), (self.after, whole.after))
-        before, after = (own.p80 > DISTURBED * own.p20 or longer(own, all_) for own, all_ in pairs)
+        before, after = (own.disturbed or longer(own, all_) for own, all_ in pairs)
         return before, after
 
 

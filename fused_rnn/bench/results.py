@@ -17,11 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from fused_rnn.bench.grid import Point
-from fused_rnn.bench.measure import Timing
+from fused_rnn.bench.measure import DISTURBED, Timing
 from fused_rnn.bench.providers import ways_in_torch
 
 TIME, MEMORY = "time_us", "peak_memory_mib"
-DISTURBED = 1.5  # the 80th percentile over the 20th
 FLOOR = "limit"  # the provider name of the rows that hold Limits.floor
 
 
@@ -149,9 +148,7 @@ class Results:
         self.rows, self.older = {}, {}
         self.replace(rows)
         rows.sort(key=lambda row: (*asdict(row.point).values(), row.metric, row.provider, -row.run))
-        lines = ",\n".join("  " + json.dumps(row.to_json()) for row in rows)
-        runs = ",\n".join("  " + json.dumps(run) for run in self.runs)
-        write_whole(path, f'{{"runs": [\n{runs}\n], "rows": [\n{lines}\n]}}\n')
+        write(path, self.runs, (row.to_json() for row in rows))
 
     def of(self, key: Key) -> Iterator[Row]:
         """Every row of a point, provider and metric, the latest first."""
@@ -190,8 +187,10 @@ class Results:
         return [provider for provider in seen if provider != FLOOR]
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a file so that who is killed meanwhile leaves the one that was there, and never half of one."""
+def write(path: Path, runs: Iterable[dict[str, Any]], rows: Iterable[dict[str, Any]]) -> None:
+    """Write a file, one line per run and row. Who is killed meanwhile leaves what was there, and never half a file."""
+    lines = (",\n".join("  " + json.dumps(entry) for entry in entries) for entries in (runs, rows))
+    text = '{{"runs": [\n{}\n], "rows": [\n{}\n]}}\n'.format(*lines)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.part")
     part.write_text(text, encoding="utf-8")

@@ -23,7 +23,7 @@ from fused_rnn.bench.grid import CELLS, SEQUENCES, VARIANTS, Point, Shape
 from fused_rnn.bench.machine import describe
 from fused_rnn.bench.measure import BLOCK_S, TOLERANCE, Timing, clock, difference, interleave, percentiles
 from fused_rnn.bench.providers import BASELINE, Call, build
-from fused_rnn.bench.results import SAME, geometric_mean, write_whole
+from fused_rnn.bench.results import SAME, geometric_mean, write
 from fused_rnn.bench.tables import extras
 from fused_rnn.bench.worker import Team
 
@@ -214,9 +214,7 @@ def _save(path: Path, runs: list[dict[str, Any]], rates: list[Rate]) -> None:
     """Write one line per rate; runs that no rate is of are dropped."""
     used = sorted({rate.run for rate in rates})
     rows = (replace(rate, run=used.index(rate.run)).to_json() for rate in rates)
-    lines = ",\n".join("  " + json.dumps(row) for row in rows)
-    described = ",\n".join("  " + json.dumps(runs[run]) for run in used)
-    write_whole(path, f'{{"runs": [\n{described}\n], "rows": [\n{lines}\n]}}\n')
+    write(path, (runs[run] for run in used), rows)
 
 
 def _title(way: Way) -> str:
@@ -228,8 +226,7 @@ def _title(way: Way) -> str:
 
 def _rows(rates: list[Rate]) -> Iterator[tuple[Point, dict[Way, tuple[float, float]]]]:
     """(point, ours and torch.nn's rate by way), training last."""
-    values = {rate.key: rate.p50 for rate in rates}
-    ways = sorted({rate.way for rate in rates}, key=lambda way: way[::-1])
+    values, ways = {rate.key: rate.p50 for rate in rates}, _ways(rates)
     order = sorted(
         {rate.point for rate in rates},
         key=lambda p: (

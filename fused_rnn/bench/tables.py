@@ -14,8 +14,9 @@ from rich.text import Text
 
 from fused_rnn.bench.cudnn import algorithm, gpu_of
 from fused_rnn.bench.grid import CELLS, MODES, REGIONS, SEQUENCES, VARIANTS, Point
+from fused_rnn.bench.measure import DISTURBED
 from fused_rnn.bench.providers import BASELINE, HALF, STEP_BASELINE, TITLES, baseline, ways_in_torch
-from fused_rnn.bench.results import DISTURBED, FLOOR, MEMORY, TIME, Results, Row, geometric_mean
+from fused_rnn.bench.results import FLOOR, MEMORY, TIME, Results, Row, geometric_mean
 
 WIDTH = 80  # of a terminal that nobody has made wider
 _PLAIN = Console(width=1000, color_system=None)  # to measure tables by

@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from rich.text import Text
 
 from fused_rnn.bench.grid import CELLS, SEQUENCES, Point
+from fused_rnn.bench.measure import DISTURBED
 from fused_rnn.bench.providers import ways_in_torch
-from fused_rnn.bench.results import DISTURBED, TIME, Results, Row, geometric_mean
+from fused_rnn.bench.results import TIME, Results, Row, geometric_mean
 from fused_rnn.bench.tables import EVEN, ratio, style
 
 TAKE, LEAVE, EITHER, AGAIN = "take it", "leave it", "no difference", "measure again"

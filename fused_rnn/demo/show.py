@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median, quantiles
+from statistics import median
 
 import matplotlib as mpl
 
@@ -21,7 +21,7 @@ from rich.syntax import Syntax
 from rich.table import Table
 
 from fused_rnn.bench.machine import cpu_model
-from fused_rnn.bench.results import DISTURBED
+from fused_rnn.bench.measure import percentiles
 from fused_rnn.demo.char_lm import BATCH, HIDDEN, LAYERS, LENGTH, Characters, CharLM, corpus, generate, train_both
 
 # Two trainings from one seed differ by rounding alone, which a step of training amplifies: from 1e-7 in the first step
@@ -91,17 +91,10 @@ def _train(cell: str, text: str, steps: int, seconds: float, seed: int, console:
             if time.perf_counter() > end:
                 progress.update(task, status=f"{status}   (time is up)")
                 break
-    disturbed = any(map(_differ, (theirs.seconds, ours.seconds)))
+    few = len(ours.seconds) < 5  # which tell nothing
+    disturbed = few or any(percentiles(seconds).disturbed for seconds in (theirs.seconds, ours.seconds))
     medians = median(theirs.seconds), median(ours.seconds)
     return Outcome(cell, theirs.losses, ours.losses, *medians, ours.model, disturbed)
-
-
-def _differ(seconds: Sequence[float]) -> bool:
-    """Whether the steps differ so much that something else must have run beside them."""
-    if len(seconds) < 5:
-        return True
-    fifths = quantiles(seconds, n=5)
-    return fifths[-1] > DISTURBED * fifths[0]
 
 
 def _setting() -> str:
