@@ -106,7 +106,7 @@ bench: $(BUILD_STAMP)
 cubin: cubin-triton cubin-cuda
 
 cubin-triton: $(if $(CUBIN_PYTHON),,$(BUILD_STAMP))
-	$(or $(CUBIN_PYTHON),$(BIN)/python) -m fused_rnn.triton_kernels.cubin $(CUBIN_ARGS)
+	$(or $(CUBIN_PYTHON),$(BIN)/python) -m fused_rnn.triton.cubin $(CUBIN_ARGS)
 
 cubin-cuda: $(BUILD_STAMP)
 	$(BIN)/python scripts/cubin.py $(CUBIN_ARGS)

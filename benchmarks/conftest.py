@@ -7,11 +7,11 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from fused_rnn.bench.grid import DTYPES, GRIDS
+from fused_rnn.commands.bench.grid import DTYPES, GRIDS
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--grid", default="quick", choices=tuple(GRIDS), help="the grid of fused_rnn.bench.grid to run")
+    parser.addoption("--grid", default="quick", choices=tuple(GRIDS), help="one of fused_rnn.commands.bench.grid")
     parser.addoption("--rnn-dtype", default="fp32", choices=tuple(DTYPES))
     parser.addoption("--rnn-threads", default=1, type=int)
 

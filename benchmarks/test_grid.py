@@ -9,9 +9,9 @@ from __future__ import annotations
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from fused_rnn.bench.grid import GRIDS, Point
-from fused_rnn.bench.measure import TOLERANCE, difference
-from fused_rnn.bench.providers import baseline, build, supports
+from fused_rnn.commands.bench.grid import GRIDS, Point
+from fused_rnn.commands.bench.measure import TOLERANCE, difference
+from fused_rnn.commands.bench.providers import baseline, build, supports
 
 PROVIDERS = ("torch", "cell", "cpu", "auto")
 

@@ -3,7 +3,7 @@
     python examples/char_lm.py
 
 `python -m fused_rnn demo` is the same with a progress bar, a GRU, generated text and a plot; the model and the training
-step are in fused_rnn/demo/char_lm.py.
+step are in fused_rnn/commands/demo/char_lm.py.
 """
 
 from itertools import islice
@@ -12,7 +12,7 @@ from statistics import median
 import torch
 
 import fused_rnn
-from fused_rnn.demo.char_lm import Characters, CharLM, Trainee, corpus, generate, windows
+from fused_rnn.commands.demo.char_lm import Characters, CharLM, Trainee, corpus, generate, windows
 
 
 def train(rnn: type[torch.nn.Module], text: str, steps: int) -> Trainee:

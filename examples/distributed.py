@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 
 import fused_rnn
-from fused_rnn.demo.char_lm import RATE, Characters, CharLM, corpus, windows
+from fused_rnn.commands.demo.char_lm import RATE, Characters, CharLM, corpus, windows
 
 
 def parallel(model: CharLM, fsdp: bool) -> torch.nn.Module:

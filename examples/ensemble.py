@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
 
 import fused_rnn
-from fused_rnn.bench import machine
+from fused_rnn.commands import machine
 
 SIZES = [(64, 16, 1, 16), (16, 32, 1, 32), (16, 32, 8, 64), (8, 64, 8, 128)]  # members, T, B, D = H
 TURNS = 15

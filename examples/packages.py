@@ -32,7 +32,7 @@ from torch import nn
 from torch.nn.utils.rnn import PackedSequence
 
 import fused_rnn
-from fused_rnn.bench import machine
+from fused_rnn.commands import machine
 
 
 def sb3_contrib(steps: int, fused: bool) -> tuple[list[float], float]:

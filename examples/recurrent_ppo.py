@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, mse_loss
 
 import fused_rnn
-from fused_rnn.bench import machine
+from fused_rnn.commands import machine
 
 ENVS, STEPS, HIDDEN = 16, 128, 64  # B, T, H
 GAMMA, LAMBDA, CLIP, RATE, EPOCHS, PARTS = 0.98, 0.9, 0.2, 5e-3, 10, 2

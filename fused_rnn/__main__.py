@@ -13,12 +13,12 @@ python -m fused_rnn demo     train a character model       } and --help after ea
 def main() -> None:
     """Run the command line; without click and rich, `info` still works and the others say what to install."""
     try:
-        from fused_rnn.cli import cli
+        from fused_rnn.commands.cli import cli
     except ModuleNotFoundError as error:
         if error.name not in ("click", "rich"):
             raise
         if sys.argv[1:] == ["info"]:
-            from fused_rnn.info import as_text
+            from fused_rnn.commands.info import as_text
 
             print(as_text())
             return

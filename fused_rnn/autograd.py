@@ -15,11 +15,11 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import FunctionCtx
 
-from fused_rnn import vmap
-from fused_rnn.cells.gradient import backward_layer
-from fused_rnn.cells.loop import without_autocast
 from fused_rnn.checks import in_transform
 from fused_rnn.dispatch import BACKENDS
+from fused_rnn.reference.gradient import backward_layer
+from fused_rnn.reference.loop import without_autocast
+from fused_rnn.transforms import vmap
 
 Gradients = tuple[Any, ...]
 Outputs = tuple[Tensor, ...]

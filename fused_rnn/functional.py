@@ -14,9 +14,9 @@ from torch.nn.functional import pad
 
 from fused_rnn import autograd, checks
 from fused_rnn.dispatch import resolve
-from fused_rnn.layer.precision import tf32_allowed
+from fused_rnn.gpu.precision import tf32_allowed
 from fused_rnn.problem import Problem
-from fused_rnn.rerun import functionalizes, is_jit_tracing, stands_alone
+from fused_rnn.transforms.op_gradient import functionalizes, is_jit_tracing, stands_alone
 
 SAVES = ("gates", "recompute")
 _DIRECTIONS = {1: (1,), 2: (1, -1)}
@@ -342,7 +342,7 @@ def _stack(
         reset = checks.check_reset(reset, x)
     if input_size == 0:
         (x, weights), input_size = _with_a_feature(x, weights, recurrences, count), 1
-    # An exported program holds the op as inference wants it; fused_rnn.rerun has its gradient.
+    # An exported program holds the op as inference wants it; fused_rnn.transforms.op_gradient has its gradient.
     needs_grad = _needs_grad(x, weights, h0, c0)
     keeps, transformed = needs_grad and not stands_alone(), checks.in_transform()
     if keeps and num_layers == 1 and steps == 1:

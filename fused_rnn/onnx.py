@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from fused_rnn.cells import CELLS
-from fused_rnn.cells.loop import weights_per_recurrence
+from fused_rnn.reference.loop import weights_per_recurrence
 
 # ONNX's node for a cell, which of our gates stands in each of its places, and its other attributes.
 _NODES: dict[str, tuple[str, tuple[int, ...], dict[str, Any]]] = {
@@ -50,7 +50,7 @@ is_exporting._dynamo_marked_constant = True  # type: ignore[attr-defined]  # Dyn
 def decompositions() -> dict[Any, Callable[..., Any]]:
     """Our ops by ONNX's nodes, for a program of torch.export's:
 
-        torch.onnx.export(program.run_decompositions(fused_rnn.onnx.decompositions()))
+    torch.onnx.export(program.run_decompositions(fused_rnn.onnx.decompositions()))
     """
     ours: dict[str, Callable[..., Any]] = {"forward": forward, "step": _step_op}
     ours |= {f"{backend}_forward": forward for backend in ("cuda", "triton")}
@@ -84,9 +84,7 @@ def step(x: Tensor, h: Tensor | None, c: Tensor | None, weights: Sequence[Tensor
     return [state.squeeze(0) for state in _sequence(x.unsqueeze(0), h, c, weights, cell)[1:]]
 
 
-def _sequence(
-    x: Tensor, h: Tensor | None, c: Tensor | None, weights: Sequence[Tensor], cell: str
-) -> list[Tensor]:
+def _sequence(x: Tensor, h: Tensor | None, c: Tensor | None, weights: Sequence[Tensor], cell: str) -> list[Tensor]:
     """x [1, B, D], h [B, P], c [B, H] → y and the states after it."""
     h0, c0 = (None if t is None else t.unsqueeze(0) for t in (h, c))
     return forward(x, weights, h0, c0, None, None, cell, [1], "none", False)

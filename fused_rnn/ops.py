@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from fused_rnn import flops, missing, rerun, vmap
+from fused_rnn import missing
 from fused_rnn.cells import CELLS
+from fused_rnn.transforms import flops, op_gradient, vmap
 
 _C: Any
 MISSING: str | None
@@ -168,7 +169,7 @@ if _C is not None:
     torch.library.register_fake("fused_rnn::forward", _forward_fake)
     torch.library.register_fake("fused_rnn::backward", _backward_fake)
     torch.library.register_fake("fused_rnn::step", _step_fake)
-    rerun.register("fused_rnn::forward", forward, backward)
+    op_gradient.register("fused_rnn::forward", forward, backward)
     vmap.register("fused_rnn::forward", forward, vmap.forward, _library)
     vmap.register("fused_rnn::backward", backward, vmap.backward, _library)
     vmap.register("fused_rnn::step", step, vmap.step, _library)

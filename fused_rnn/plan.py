@@ -10,7 +10,7 @@ import torch
 
 from fused_rnn import ops
 from fused_rnn.cells import CELLS
-from fused_rnn.layer.precision import tf32_allowed
+from fused_rnn.gpu.precision import tf32_allowed
 
 EXCHANGES = ("cta", "cluster", "grid")
 NUMBERS = ("bf16", "f16", "tf32", "ieee", "f64")  # how products are taken; csrc/cuda/tiles.h's NumberKind

@@ -12,8 +12,9 @@ from torch._C import _is_tracing as is_tracing  # torch.jit.trace
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling, is_exporting
 
-from fused_rnn import checks, functional, ops, rerun
+from fused_rnn import checks, functional, ops
 from fused_rnn.cells import CELLS
+from fused_rnn.transforms import op_gradient
 
 NARROW = {None: 0, "bf16": 1, "int8": 2}  # csrc/params.h, Narrow
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}  # csrc/params.h, Dtype
@@ -211,7 +212,7 @@ class Stream:
     def _check(self, name: str, t: Tensor, shape: tuple[int, ...], letters: str) -> None:
         if checks.in_transform():
             raise RuntimeError("stream: a torch.func transform is under way, which a stream's state cannot follow")
-        if rerun.is_jit_tracing() or is_exporting():
+        if op_gradient.is_jit_tracing() or is_exporting():
             who = "torch.export" if is_exporting() else "torch.jit.trace"
             raise RuntimeError(f"stream: {who} is recording, which does not see its steps; give it the module")
         if not isinstance(t, Tensor):

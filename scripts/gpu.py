@@ -45,8 +45,17 @@ TRITON_CACHE = Path("/tmp/fused_rnn-triton")  # absolute, since paths in it are;
 STAGES = ("build", "unpack", "parts", "host", "smoke", "again", "test", "steps", "sanitize", "bench", "profile")
 ALL = tuple(stage for stage in STAGES if stage not in ("unpack", "parts", "host", "again"))
 PLANS = {
-    "first": ["unpack:45", "parts:20", "smoke:75", "steps:60", "host:30", "test:140", "bench:100", "profile:30",
-              "sanitize:40"],
+    "first": [
+        "unpack:45",
+        "parts:20",
+        "smoke:75",
+        "steps:60",
+        "host:30",
+        "test:140",
+        "bench:100",
+        "profile:30",
+        "sanitize:40",
+    ],
     "green": ["unpack:30", "steps:70", "bench:90", "sanitize:50"],
     "red": ["again:70", "unpack:30", "steps:60", "sanitize:80"],
 }
@@ -66,9 +75,7 @@ class Result(NamedTuple):
     said: str
 
 
-def run(
-    name: str, command: list[str], work: Path, seconds: float, tree: Path = ROOT, **environment: str
-) -> Result:
+def run(name: str, command: list[str], work: Path, seconds: float, tree: Path = ROOT, **environment: str) -> Result:
     """A command with its log; interrupted when its time is up, so that it can still write what it has."""
     began, log = time.monotonic(), work / f"{name}.log"
     print(f"--- {name}: {' '.join(command)}", flush=True)
@@ -281,7 +288,7 @@ def steps_measured(path: Path) -> list[str]:
 
 
 def ratios_measured(folder: Path) -> list[str]:
-    from fused_rnn.bench.results import Results, geometric_mean
+    from fused_rnn.commands.bench.results import Results, geometric_mean
 
     lines = []
     for path in sorted(folder.glob("*.json")):

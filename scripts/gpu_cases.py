@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fused_rnn.cells import CELLS
-from fused_rnn.cuda_loops import plans
+from fused_rnn.cuda import plans
 from fused_rnn.functional import gru, lstm, rnn
 
 NUMBERS = {
@@ -68,7 +68,7 @@ def forced(kernel: Kernel) -> Iterator[None]:
 def _plan(kernel: Kernel) -> AbstractContextManager[None]:
     if kernel.backend == "cuda":
         return plans.override(None if kernel.way in SIZES else kernel.way, rows=kernel.rows)
-    from fused_rnn.triton_kernels import tiles
+    from fused_rnn.triton import tiles
 
     if kernel.way in SIZES:
         return tiles.override()

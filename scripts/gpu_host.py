@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # a checkout built in pla
 import torch
 
 import fused_rnn
-from fused_rnn.cuda_loops import plans
+from fused_rnn.cuda import plans
 
 
 def micros(call: Callable[[], object], count: int, wait: Callable[[], None]) -> float:

@@ -30,7 +30,7 @@ def main() -> None:
 
     # Where it is another than that of the machine that filled the cache, every kernel is compiled here.
     print(f"triton {triton.__version__} {hashlib.sha256(triton_key().encode()).hexdigest()[:16]}")
-    from fused_rnn.cuda_loops import module
+    from fused_rnn.cuda import module
 
     device = module.loaded().device(0)
     print(f"_cuda finds sm_{device.arch}, {device.multiprocessors} multiprocessors, {device.shared} bytes, ", end="")

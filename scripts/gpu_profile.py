@@ -20,8 +20,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # a checkout built in place, with nothing installed
 
-from fused_rnn.bench.grid import SEQUENCES, Point
-from fused_rnn.bench.results import Results
+from fused_rnn.commands.bench.grid import SEQUENCES, Point
+from fused_rnn.commands.bench.results import Results
 
 KERNELS = "regex:fused_rnn"  # a part of their names; torch's own kernels have no say
 LAUNCHES = 2  # that are profiled: the forward loop and the backward one, or two of a stepwise loop
@@ -41,8 +41,8 @@ def run_once(point: Point, provider: str) -> None:
     """What is profiled. The first run, of two steps, is not: it compiles, plans, and asks the device."""
     import torch
 
-    from fused_rnn.bench.measure import float32_as
-    from fused_rnn.bench.providers import build
+    from fused_rnn.commands.bench.measure import float32_as
+    from fused_rnn.commands.bench.providers import build
 
     with float32_as(point.dtype, "cuda"):
         for part in (Point(**{**asdict(point), "T": 2}), point):

@@ -1,6 +1,6 @@
 """A small case of every CUDA kernel, forward and backward, for compute-sanitizer: run by scripts/gpu.py.
 
-    python scripts/gpu_sanitize.py [--cell lstm ...] [--number bf16 ...]
+python scripts/gpu_sanitize.py [--cell lstm ...] [--number bf16 ...]
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ from gpu_cases import NUMBERS
 
 import fused_rnn
 from fused_rnn.cells import CELLS
-from fused_rnn.cuda_loops import plans
+from fused_rnn.cuda import plans
 from fused_rnn.functional import gru, lstm, rnn
 from fused_rnn.plan import EXCHANGES, Plan
 

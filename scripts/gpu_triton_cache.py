@@ -26,9 +26,9 @@ from triton.runtime import build, driver
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 import gpu_cases as cases  # noqa: E402
 
-from fused_rnn.bench.grid import GRIDS  # noqa: E402
-from fused_rnn.triton_kernels import device as devices  # noqa: E402
-from fused_rnn.triton_kernels import tiles  # noqa: E402
+from fused_rnn.commands.bench.grid import GRIDS  # noqa: E402
+from fused_rnn.triton import device as devices  # noqa: E402
+from fused_rnn.triton import tiles  # noqa: E402
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 H100 = tiles.Device("sm_90", 132, 227 * 1024)
@@ -114,7 +114,7 @@ def smoke() -> None:
 
 def bench() -> None:
     """The shapes of the quick bench, T alone made short: kernels do not depend on it."""
-    from fused_rnn.bench.providers import build as call
+    from fused_rnn.commands.bench.providers import build as call
 
     done = set()
     for point in GRIDS["quick-cuda"].points("bf16", modes=("inference", "training")):

@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterator
 from html import escape
 from pathlib import Path
 
-from fused_rnn.bench.results import Results, geometric_mean, setting
-from fused_rnn.bench.tables import regions
+from fused_rnn.commands.bench.results import Results, geometric_mean, setting
+from fused_rnn.commands.bench.tables import regions
 
 ROOT = Path(__file__).parent.parent
 RESULTS, PICTURE = ROOT / "benchmarks/results/cpu/fp32-1t.json", ROOT / "docs/speed.svg"

@@ -14,7 +14,7 @@ import torch
 from torch.nn import functional as F
 
 import fused_rnn
-from fused_rnn.demo.char_lm import Characters, CharLM, Trainee, corpus, windows
+from fused_rnn.commands.demo.char_lm import Characters, CharLM, Trainee, corpus, windows
 
 
 def rows(cell: str, steps: int, length: int) -> list[str]:

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from fused_rnn import dispatch
-from fused_rnn.cuda_loops import module, plans
+from fused_rnn.cuda import module, plans
 
 ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "csrc"

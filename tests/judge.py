@@ -11,8 +11,8 @@ from torch import _VF, Tensor
 
 from fused_rnn import functional
 from fused_rnn.cells import CELLS
-from fused_rnn.cells.loop import weights_per_recurrence
 from fused_rnn.dispatch import BACKENDS
+from fused_rnn.reference.loop import weights_per_recurrence
 
 Results = dict[str, Tensor]
 

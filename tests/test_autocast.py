@@ -16,7 +16,7 @@ from twins import CELLS, MODULES, SEQUENCES, cast, flatten, make, states
 
 import fused_rnn
 from fused_rnn import ops
-from fused_rnn.demo import char_lm
+from fused_rnn.commands.demo import char_lm
 
 DTYPES = [torch.bfloat16, torch.float16]
 BACKENDS = [None, "cpu", "torch", "reference"]

@@ -11,18 +11,19 @@ import torch
 from rich.console import Console
 
 from fused_rnn import ops
-from fused_rnn.bench import limits as limits_module
-from fused_rnn.bench import machine, readme
-from fused_rnn.bench import measure as measure_module
-from fused_rnn.bench.grid import CELLS, GATES, GRIDS, MODES, REGIONS, SEQUENCES, Grid, Point
-from fused_rnn.bench.limits import Ceilings, Limits, measure_limits
-from fused_rnn.bench.measure import Timing, clock, float32_as, measure, percentiles
-from fused_rnn.bench.memory import peak_memory
-from fused_rnn.bench.plot import plot
-from fused_rnn.bench.providers import baseline, build, supports
-from fused_rnn.bench.results import FLOOR, TIME, Results, Row, continued, geometric_mean, setting, time_row
-from fused_rnn.bench.run import Plan, execute
-from fused_rnn.bench.tables import losses, region_table, regions, report
+from fused_rnn.commands import machine
+from fused_rnn.commands.bench import limits as limits_module
+from fused_rnn.commands.bench import measure as measure_module
+from fused_rnn.commands.bench import readme
+from fused_rnn.commands.bench.grid import CELLS, GATES, GRIDS, MODES, REGIONS, SEQUENCES, Grid, Point
+from fused_rnn.commands.bench.limits import Ceilings, Limits, measure_limits
+from fused_rnn.commands.bench.measure import Timing, clock, float32_as, measure, percentiles
+from fused_rnn.commands.bench.memory import peak_memory
+from fused_rnn.commands.bench.plot import plot
+from fused_rnn.commands.bench.providers import baseline, build, supports
+from fused_rnn.commands.bench.results import FLOOR, TIME, Results, Row, continued, geometric_mean, setting, time_row
+from fused_rnn.commands.bench.run import Plan, execute
+from fused_rnn.commands.bench.tables import losses, region_table, regions, report
 
 RUN = {
     "device": "cpu", "device_name": "a CPU", "cores": 2, "isa": "AVX2", "kernels": "avx2",
@@ -110,7 +111,8 @@ def test_a_point_that_goes_past_the_limits_raises_them() -> None:
 
 def test_no_point_of_a_run_is_past_its_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ceilings far too low, as on a disturbed machine."""
-    monkeypatch.setattr("fused_rnn.bench.run.measure_limits", lambda *_: Limits(1e6, ((1 << 12, 1e3), (1 << 20, 1e3))))
+    limits = Limits(1e6, ((1 << 12, 1e3), (1 << 20, 1e3)))
+    monkeypatch.setattr("fused_rnn.commands.bench.run.measure_limits", lambda *_: limits)
     plan = Plan(
         shapes=((3, 2, 5, 16), (4, 1, 5, 64)), cells=("GRU",), dtypes=("fp32",), threads=(1,), modes=SEQUENCES,
         budget_s=0.0, memory=False, out=tmp_path, providers=("torch", "auto"),
@@ -411,7 +413,7 @@ def test_a_whole_run_writes_what_it_measured(tmp_path: Path, monkeypatch: pytest
 def test_a_run_that_is_killed_has_written_what_it_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows of an earlier run stay, with the run that they are from."""
     monkeypatch.setitem(GRIDS, "tiny", Grid(T=(1, 2), B=(2,), H=(4,), steps=()))
-    monkeypatch.setattr("fused_rnn.bench.run.SAVE_EVERY", 0.0)
+    monkeypatch.setattr("fused_rnn.commands.bench.run.SAVE_EVERY", 0.0)
     plan = Plan(
         grid="tiny", cells=("GRU",), dtypes=("fp32",), threads=(1,), modes=("inference",), budget_s=0.0, memory=False,
         out=tmp_path, providers=("torch", "cpu"),
@@ -424,7 +426,7 @@ def test_a_run_that_is_killed_has_written_what_it_had(tmp_path: Path, monkeypatc
         on_disk.append(Results.load(path))
         return original(*args)  # type: ignore[arg-type]
 
-    monkeypatch.setattr("fused_rnn.bench.run.measure", measured)
+    monkeypatch.setattr("fused_rnn.commands.bench.run.measure", measured)
     execute(plan, Console(file=io.StringIO()))
     before, halfway = on_disk
     assert {row.run for row in before.rows.values()} == {0}
@@ -449,13 +451,13 @@ def test_what_was_measured_before_an_error_is_kept(
             raise stop("no more")
         return answer
 
-    monkeypatch.setattr("fused_rnn.bench.run.measure_limits", lambda *_: Limits(1e11, ((1 << 12, 1e11),)))
+    monkeypatch.setattr("fused_rnn.commands.bench.run.measure_limits", lambda *_: Limits(1e11, ((1 << 12, 1e11),)))
     name = "measure" if where == "times" else "peak_memory"
     answer = {"torch": Timing(1e-6, 1e-6, 1e-6, 5)} if where == "times" else 2**20
-    monkeypatch.setattr(f"fused_rnn.bench.run.{name}", lambda *_: third(answer))
+    monkeypatch.setattr(f"fused_rnn.commands.bench.run.{name}", lambda *_: third(answer))
     if where == "memory":
-        monkeypatch.setattr("fused_rnn.bench.run.SIZES", (1, 2, 4))
-        monkeypatch.setattr("fused_rnn.bench.run._ours", lambda plan: ["cpu", "auto"])
+        monkeypatch.setattr("fused_rnn.commands.bench.run.SIZES", (1, 2, 4))
+        monkeypatch.setattr("fused_rnn.commands.bench.run._ours", lambda plan: ["cpu", "auto"])
     with pytest.raises(stop):
         execute(plan, Console(file=io.StringIO()))
     results = Results.load(tmp_path / "fp32-1t.json")

@@ -18,19 +18,20 @@ from click.testing import CliRunner
 from rich.console import Console
 from test_bench import two_pages
 
-from fused_rnn import dispatch, fastest
-from fused_rnn.bench import choose, exchange, limits, readme
-from fused_rnn.bench.cudnn import NATIVE, PERSISTENT, SMALL, STANDARD, Gpu, accepted_dtypes, algorithm
-from fused_rnn.bench.goals import GOALS, goal_table, judged
-from fused_rnn.bench.grid import CELLS, DTYPES, GRIDS, REGIONS, SEQUENCES, VARIANTS, Grid, Point
-from fused_rnn.bench.heat import heat_map, step_plot
-from fused_rnn.bench.limits import Limits
-from fused_rnn.bench.measure import Timing, measure
-from fused_rnn.bench.providers import HALF, GraphCall, baseline, build, supports
-from fused_rnn.bench.results import FLOOR, Results, Row, time_row
-from fused_rnn.bench.tables import against_plain, report
-from fused_rnn.bench.variants import resets
-from fused_rnn.cli import cli
+from fused_rnn import dispatch
+from fused_rnn.commands.bench import choose, exchange, limits, readme
+from fused_rnn.commands.bench.cudnn import NATIVE, PERSISTENT, SMALL, STANDARD, Gpu, accepted_dtypes, algorithm
+from fused_rnn.commands.bench.goals import GOALS, goal_table, judged
+from fused_rnn.commands.bench.grid import CELLS, DTYPES, GRIDS, REGIONS, SEQUENCES, VARIANTS, Grid, Point
+from fused_rnn.commands.bench.heat import heat_map, step_plot
+from fused_rnn.commands.bench.limits import Limits
+from fused_rnn.commands.bench.measure import Timing, measure
+from fused_rnn.commands.bench.providers import HALF, GraphCall, baseline, build, supports
+from fused_rnn.commands.bench.results import FLOOR, Results, Row, time_row
+from fused_rnn.commands.bench.tables import against_plain, report
+from fused_rnn.commands.bench.variants import resets
+from fused_rnn.commands.cli import cli
+from fused_rnn.dispatch import fastest
 
 H200 = Gpu((9, 0), 132, ("fp32", "tf32", "fp16"))
 RUN = {
@@ -241,7 +242,7 @@ def test_resets_are_one_in_a_hundred_and_always_the_same() -> None:
 
 def test_resets_count(monkeypatch: pytest.MonkeyPatch) -> None:
     """A provider that forgot them would be told from one that did not."""
-    monkeypatch.setattr("fused_rnn.bench.variants.RESETS", 0.0)
+    monkeypatch.setattr("fused_rnn.commands.bench.variants.RESETS", 0.0)
     without = build("auto", Point("GRU", "inference", "fp32", 96, 5, 8, "resets"))
     without.run()
     monkeypatch.undo()

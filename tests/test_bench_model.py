@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import fused_rnn
-from fused_rnn.bench import model
-from fused_rnn.bench.measure import Timing
-from fused_rnn.bench.model import Gain, ModelCall, ModelError, compare, example, load, verdict, visits
-from fused_rnn.cli import cli
+from fused_rnn.commands.bench import model
+from fused_rnn.commands.bench.measure import Timing
+from fused_rnn.commands.bench.model import Gain, ModelCall, ModelError, compare, example, load, verdict, visits
+from fused_rnn.commands.cli import cli
 
 PROGRAM = """
 import torch

@@ -15,12 +15,12 @@ from click.testing import CliRunner
 from rich.console import Console
 from test_bench import RUN, some_results, two_pages
 
-from fused_rnn.bench import readme, scaling, worker
-from fused_rnn.bench.grid import CELLS, SEQUENCES, Point
-from fused_rnn.bench.providers import build
-from fused_rnn.bench.scaling import AtThreads, Rate, counts, points, summary, table
-from fused_rnn.bench.worker import Team, serve
-from fused_rnn.cli import cli
+from fused_rnn.commands.bench import readme, scaling, worker
+from fused_rnn.commands.bench.grid import CELLS, SEQUENCES, Point
+from fused_rnn.commands.bench.providers import build
+from fused_rnn.commands.bench.scaling import AtThreads, Rate, counts, points, summary, table
+from fused_rnn.commands.bench.worker import Team, serve
+from fused_rnn.commands.cli import cli
 
 POINT = Point("GRU", "inference", "fp32", 4, 2, 8)
 

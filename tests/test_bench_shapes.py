@@ -11,14 +11,14 @@ from rich.console import Console
 from test_bench import RUN, row, some_results
 
 from fused_rnn import ops
-from fused_rnn.bench import machine
-from fused_rnn.bench.grid import SEQUENCES, Point
-from fused_rnn.bench.measure import Timing, measure
-from fused_rnn.bench.providers import HALF
-from fused_rnn.bench.results import Results, time_row
-from fused_rnn.bench.tables import duration, report
-from fused_rnn.bench.verdict import judge, verdict
-from fused_rnn.cli import cli
+from fused_rnn.commands import machine
+from fused_rnn.commands.bench.grid import SEQUENCES, Point
+from fused_rnn.commands.bench.measure import Timing, measure
+from fused_rnn.commands.bench.providers import HALF
+from fused_rnn.commands.bench.results import Results, time_row
+from fused_rnn.commands.bench.tables import duration, report
+from fused_rnn.commands.bench.verdict import judge, verdict
+from fused_rnn.commands.cli import cli
 
 
 def shaped_results(micros: dict[str, tuple[float, float]], spread: float = 1.1) -> Results:

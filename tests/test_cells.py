@@ -10,7 +10,7 @@ from tolerances import assert_same_formula
 from torch import Tensor
 
 from fused_rnn.cells import CELLS
-from fused_rnn.cells.loop import run_layer
+from fused_rnn.reference.loop import run_layer
 
 CASES = [case for case in option_cases((torch.float64,)) if not case.reset and case.save == "gates"]
 

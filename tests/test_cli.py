@@ -17,13 +17,14 @@ from click.testing import CliRunner
 from test_bench import two_pages
 
 import fused_rnn
-from fused_rnn import info, ops
-from fused_rnn.bench.grid import GRIDS, Grid
-from fused_rnn.bench.limits import Limits
-from fused_rnn.bench.measure import Timing
-from fused_rnn.bench.results import Results
-from fused_rnn.cli import cli
-from fused_rnn.demo import char_lm, show
+from fused_rnn import ops
+from fused_rnn.commands import info
+from fused_rnn.commands.bench.grid import GRIDS, Grid
+from fused_rnn.commands.bench.limits import Limits
+from fused_rnn.commands.bench.measure import Timing
+from fused_rnn.commands.bench.results import Results
+from fused_rnn.commands.cli import cli
+from fused_rnn.commands.demo import char_lm, show
 from fused_rnn.dispatch import BACKENDS
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -111,7 +112,7 @@ def test_memory_is_measured_at_ones_own_shape(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(ops.MISSING is not None, reason=str(ops.MISSING))
 def test_bench_of_streams(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fused_rnn.bench.stream.SIZES", (8,))
+    monkeypatch.setattr("fused_rnn.commands.bench.stream.SIZES", (8,))
     out = ("--out", str(tmp_path))
     printed = run("bench", "--stream", "--cell", "GRU", "--minutes", "0", *out)
     assert "GRU H=8 " in printed and " µs" in printed and "int8" in printed
@@ -130,10 +131,10 @@ def test_bench_of_streams(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_an_error_leaves_the_streams_measured_before_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fused_rnn.bench.stream.SIZES", (8, 16))
-    monkeypatch.setattr("fused_rnn.bench.stream.measure_limits", lambda *_: Limits(1e11, ((1 << 12, 1e11),)))
+    monkeypatch.setattr("fused_rnn.commands.bench.stream.SIZES", (8, 16))
+    monkeypatch.setattr("fused_rnn.commands.bench.stream.measure_limits", lambda *_: Limits(1e11, ((1 << 12, 1e11),)))
     times = iter([dict.fromkeys(("cell", "torch", "auto", "stream"), Timing(1e-3, 1e-3, 1e-3, 5))])
-    monkeypatch.setattr("fused_rnn.bench.stream.measure", lambda *_: next(times))
+    monkeypatch.setattr("fused_rnn.commands.bench.stream.measure", lambda *_: next(times))
     asked = ["bench", "--stream", "--cell", "GRU", "--minutes", "0", "--out", str(tmp_path)]
     assert isinstance(CliRunner().invoke(cli, asked).exception, StopIteration)
     assert {point.H for point, _, _ in Results.load(tmp_path / "stream-fp32-1t.json").rows} == {8}
@@ -162,7 +163,7 @@ def test_an_option_that_would_have_no_effect_is_refused(
     kind: str, takes: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every one that is not taken; those that are taken get past the check."""
-    from fused_rnn import cli as module
+    from fused_rnn.commands import cli as module
 
     assert {option for param in module.bench.params for option in param.opts if option != "--help"} == {*ANYTHING}
     monkeypatch.chdir(tmp_path)

@@ -14,8 +14,8 @@ from tolerances import assert_as_good_as_torch, error, tf32
 from torch import Tensor
 
 import fused_rnn
-from fused_rnn.cuda_loops import module as cuda_module
-from fused_rnn.cuda_loops import plans
+from fused_rnn.cuda import module as cuda_module
+from fused_rnn.cuda import plans
 
 pytestmark = [
     pytest.mark.gpu,

@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import fused_rnn
-from fused_rnn import dispatch, fastest, missing, ops
+from fused_rnn import dispatch, missing, ops
 from fused_rnn.cells import CELLS
-from fused_rnn.dispatch import BACKENDS, choose
+from fused_rnn.dispatch import BACKENDS, choose, fastest
 from fused_rnn.nn import base
 from fused_rnn.problem import Problem
 
@@ -310,7 +310,7 @@ def test_an_unknown_cell_is_refused_with_a_reason(monkeypatch: pytest.MonkeyPatc
 
 def test_every_backend_has_the_cells_that_it_says() -> None:
     pytest.importorskip("triton")
-    from fused_rnn.triton_kernels import device
-    from fused_rnn.triton_kernels.cells import KERNELS
+    from fused_rnn.triton import device
+    from fused_rnn.triton.cells import KERNELS
 
     assert tuple(KERNELS) == device.CELLS

@@ -104,10 +104,10 @@ def test_the_picture_is_that_of_the_committed_results() -> None:
 def test_the_first_lines_say_what_was_measured() -> None:
     """The figures in README's prose, and on the front page, which no command writes."""
     pytest.importorskip("rich", reason="pip install '.[cli]'")
-    from fused_rnn.bench.goals import judged
-    from fused_rnn.bench.grid import Point
-    from fused_rnn.bench.results import Results, geometric_mean
-    from fused_rnn.bench.tables import regions
+    from fused_rnn.commands.bench.goals import judged
+    from fused_rnn.commands.bench.grid import Point
+    from fused_rnn.commands.bench.results import Results, geometric_mean
+    from fused_rnn.commands.bench.tables import regions
 
     folder = ROOT / "benchmarks/results"
     means: dict[str, list[float]] = {}

@@ -17,7 +17,7 @@ import torch
 from tolerances import assert_same_formula
 
 import fused_rnn
-from fused_rnn.demo.char_lm import Characters, CharLM, Trainee, corpus, windows
+from fused_rnn.commands.demo.char_lm import Characters, CharLM, Trainee, corpus, windows
 
 ROOT = Path(__file__).parent.parent
 

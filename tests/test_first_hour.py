@@ -80,7 +80,7 @@ def test_the_import_is_light(tmp_path: Path) -> None:
 CALLS = """
 import warnings
 import torch, fused_rnn
-from fused_rnn.info import as_text
+from fused_rnn.commands.info import as_text
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     gru = fused_rnn.GRU(4, 4)

@@ -19,9 +19,9 @@ from click.testing import CliRunner
 from gpu_scripts import SCRIPTS, script
 
 import fused_rnn
-from fused_rnn.bench.grid import Point
-from fused_rnn.bench.measure import Timing
-from fused_rnn.bench.results import Results, time_row
+from fused_rnn.commands.bench.grid import Point
+from fused_rnn.commands.bench.measure import Timing
+from fused_rnn.commands.bench.results import Results, time_row
 
 SCRIPT = SCRIPTS / "gpu.py"
 
@@ -191,9 +191,7 @@ def test_a_plan_bounds_each_of_its_stages(
     assert "stages: got frist, expected some of build, " in capsys.readouterr().err
 
 
-def test_what_comes_next_depends_on_the_smoke(
-    gpu: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_what_comes_next_depends_on_the_smoke(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def stages() -> list[str]:
         _without_a_machine(gpu, monkeypatch, tmp_path / "out", {}, "next")
         return [s["stage"] for s in json.loads((tmp_path / "out" / "summary.json").read_text())["stages"]]
@@ -407,7 +405,7 @@ def test_the_worst_points_are_profiled(
 ) -> None:
     from test_bench_gpu import row, some_results
 
-    from fused_rnn.bench.grid import Point
+    from fused_rnn.commands.bench.grid import Point
 
     module, out = script("gpu_profile"), gpu.WORK
     results = some_results()
@@ -441,13 +439,13 @@ def test_sanitizers_say_what_they_found_and_how_far_they_came(gpu: ModuleType) -
 
 def test_the_benchmark_is_a_quick_one(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its arguments are ones that the command line takes."""
-    from fused_rnn.cli import cli
+    from fused_rnn.commands.cli import cli
 
     commands, plans = [], []
     monkeypatch.setattr(gpu, "run", lambda name, command, *_, **__: commands.append(command) or name)
     gpu.bench(gpu.WORK, 480.0)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr("fused_rnn.bench.run.execute", lambda plan, console: plans.append(plan))
+    monkeypatch.setattr("fused_rnn.commands.bench.run.execute", lambda plan, console: plans.append(plan))
     done = CliRunner().invoke(cli, commands[0][3:], catch_exceptions=False)
     assert done.exit_code == 0, done.output
     assert (plans[0].grid, plans[0].dtypes, plans[0].memory) == ("quick-cuda", ("bf16", "tf32"), False)

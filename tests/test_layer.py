@@ -1,4 +1,4 @@
-"""What GPU backends share, over loops in plain PyTorch: what fused_rnn.layer.loops.Loops means, as a program.
+"""What GPU backends share, over loops in plain PyTorch: what fused_rnn.gpu.loops.Loops means, as a program.
 
 In float64 it is compared with the reference loop, of which it has nothing but the cells' formulas.
 """
@@ -18,8 +18,8 @@ from torch import Tensor
 
 from fused_rnn import dispatch
 from fused_rnn.cells import CELLS
-from fused_rnn.layer import op, precision, run
-from fused_rnn.layer.loops import Layer, Loops
+from fused_rnn.gpu import op, precision, run
+from fused_rnn.gpu.loops import Layer, Loops
 
 
 class PlainLoops:

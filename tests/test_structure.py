@@ -15,8 +15,8 @@ from torch.utils._device import _device_constructors
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "fused_rnn"
 
-# nn → functional → autograd → dispatch → backends → {cells, ops, layer}: a part may import those after it, and itself.
-TOOLS = ["__main__", "cli", "demo", "info", "bench"]
+# nn → functional → autograd → dispatch → backends → {cells, ops, gpu}: a part may import those after it, and itself.
+TOOLS = ["__main__", "commands"]
 ORDER = [
     *TOOLS,
     "convert",
@@ -27,31 +27,26 @@ ORDER = [
     "autograd",
     "dispatch",
     "backends",
-    "triton_kernels",
-    "cuda_loops",
+    "triton",
+    "cuda",
     "plan",
-    "layer",
+    "gpu",
     "ops",
-    "flops",
     "onnx",
     "missing",
-    "rerun",
-    "vmap",
-    "per_sample",
+    "transforms",
+    "reference",
     "cells",
 ]
 # Small parts beside the chain: only names and checks of plain tensors.
 LEAVES = {
     "problem": set(),
-    "fastest": set(),
     "checks": {"cells"},
-    "flops": set(),
-    "onnx": {"cells"},
-    "rerun": set(),
+    "onnx": {"cells", "reference"},
     "missing": set(),
     "untraced": set(),
-    "vmap": {"per_sample", "cells"},
-    "per_sample": {"cells"},
+    "transforms": {"reference", "cells"},
+    "reference": {"cells"},
     "cells": set(),
     "_C": set(),
 }

@@ -12,7 +12,7 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from fused_rnn.triton_kernels.trips import trips
+from fused_rnn.triton.trips import trips
 
 ROOT = Path(__file__).parent.parent
 
@@ -32,7 +32,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     ids=["each_architecture", "teams"],
 )
 def test_kernels_compile_without_spills(chosen: list[str]) -> None:
-    done = run("-m", "fused_rnn.triton_kernels.cubin", "--jobs", "1", *chosen)
+    done = run("-m", "fused_rnn.triton.cubin", "--jobs", "1", *chosen)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "0 with a fault" in done.stdout
     assert "registers" in done.stdout
@@ -41,8 +41,8 @@ def test_kernels_compile_without_spills(chosen: list[str]) -> None:
 
 
 def test_what_counts_as_a_fault() -> None:
-    from fused_rnn.triton_kernels import tiles
-    from fused_rnn.triton_kernels.cubin import Job, Outcome
+    from fused_rnn.triton import tiles
+    from fused_rnn.triton.cubin import Job, Outcome
 
     shape = tiles.Shape("gru", 3, "half", 32, False)
     plan = tiles.shipped(shape, tiles.ARCHITECTURES["sm_80"])[0]
@@ -93,7 +93,7 @@ def test_a_fault_fails() -> None:
     program = """
 import sys
 from dataclasses import replace
-from fused_rnn.triton_kernels import cubin, tiles
+from fused_rnn.triton import cubin, tiles
 def odd(shape, device, made=tiles.shipped):
     return [replace(p, tile=replace(p.tile, batch=24)) for p in made(shape, device)]
 if __name__ == "__main__":
@@ -110,9 +110,9 @@ def test_sizes_are_never_compiled_for() -> None:
     """T, B and R are arguments that Triton does not specialise on: no 1, no multiple of 16 makes another kernel."""
     program = """
 from collections import defaultdict
-from fused_rnn.triton_kernels import aot
-from fused_rnn.triton_kernels.backward import bwd_kernel
-from fused_rnn.triton_kernels.forward import fwd_kernel
+from fused_rnn.triton import aot
+from fused_rnn.triton.backward import bwd_kernel
+from fused_rnn.triton.forward import fwd_kernel
 for kernel in (fwd_kernel, bwd_kernel):
     pointers = aot._pointers(kernel, "bfloat16", defaultdict(bool))
     for p in kernel.params:
@@ -125,9 +125,9 @@ for kernel in (fwd_kernel, bwd_kernel):
 # Of each operand of a product: whether it was rounded on its way there, and whether that was before the loop over time.
 ROUNDED = r"""
 import re, sys
-from fused_rnn.layer.loops import CELLS
-from fused_rnn.triton_kernels.aot import compile_kernel
-from fused_rnn.triton_kernels.tiles import Plan, Tile
+from fused_rnn.gpu.loops import CELLS
+from fused_rnn.triton.aot import compile_kernel
+from fused_rnn.triton.tiles import Plan, Tile
 
 def rounded(made, operand):
     while operand in made:

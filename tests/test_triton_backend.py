@@ -21,10 +21,10 @@ from fused_rnn.backends import triton as backend
 from fused_rnn.cells import CELLS
 from fused_rnn.dispatch import choose
 from fused_rnn.functional import lstm
-from fused_rnn.layer.loops import CELLS as LAYER_CELLS
-from fused_rnn.layer.loops import Layer
-from fused_rnn.triton_kernels import aot, device, launch, tiles
-from fused_rnn.triton_kernels.tiles import ARCHITECTURES, Plan, Shape, Tile
+from fused_rnn.gpu.loops import CELLS as LAYER_CELLS
+from fused_rnn.gpu.loops import Layer
+from fused_rnn.triton import aot, device, launch, tiles
+from fused_rnn.triton.tiles import ARCHITECTURES, Plan, Shape, Tile
 
 pytestmark = MARKS
 QUICK = ("test_schema", "test_faketensor")
@@ -473,7 +473,7 @@ def test_tf32_is_what_torch_says() -> None:
 
 def test_tuning_keeps_the_fastest(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """With a clock that likes one plan, that plan is what the table holds afterwards."""
-    from fused_rnn.triton_kernels import tune
+    from fused_rnn.triton import tune
 
     monkeypatch.setenv("FUSED_RNN_TRITON_TILES", str(tmp_path / "tiles.json"))
     tiles._measured.cache_clear()

@@ -13,8 +13,8 @@ from tolerances import error, tf32
 from torch import Tensor
 
 import fused_rnn
-from fused_rnn.triton_kernels import tiles
-from fused_rnn.triton_kernels.tiles import Tile
+from fused_rnn.triton import tiles
+from fused_rnn.triton.tiles import Tile
 
 pytest.importorskip("triton", reason="Triton is not installed")
 pytestmark = [
@@ -129,8 +129,8 @@ def test_the_host_never_waits(loop: str) -> None:
 
 
 def test_another_length_or_batch_compiles_nothing(loop: str) -> None:
-    from fused_rnn.triton_kernels.backward import bwd_kernel
-    from fused_rnn.triton_kernels.forward import fwd_kernel
+    from fused_rnn.triton.backward import bwd_kernel
+    from fused_rnn.triton.forward import fwd_kernel
 
     def compiled() -> int:
         caches = [cache[0] for kernel in (fwd_kernel, bwd_kernel) for cache in kernel.device_caches.values()]

@@ -18,7 +18,7 @@ from judge import by_backend, by_reference, by_torch
 from tolerances import assert_as_good_as_torch
 from triton_cases import LOOPS, MARKS, here, quicker_interpreter
 
-from fused_rnn.triton_kernels import cells, launch, tiles
+from fused_rnn.triton import cells, launch, tiles
 
 pytestmark = MARKS
 

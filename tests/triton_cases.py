@@ -17,12 +17,12 @@ import torch
 from cases import Case, Inputs
 from torch import Tensor
 
-# Read when fused_rnn.triton_kernels' kernels are first imported, which is when the first of them runs.
+# Read when fused_rnn.triton' kernels are first imported, which is when the first of them runs.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from fused_rnn.triton_kernels.tiles import Tile
+from fused_rnn.triton.tiles import Tile
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 MARKS = [pytest.mark.gpu] if DEVICE == "cuda" else []  # where they run on a GPU, `pytest -m gpu` runs them

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 import fused_rnn
-from fused_rnn.bench import machine
+from fused_rnn.commands import machine
 
 NETWORKS = [("LSTM", 128, 1), ("GRU", 256, 2), ("LSTM", 512, 1)]  # cell, D = H, layers
 BLOCK, COLD = 120, 20  # steps of a turn, and how many of them are not counted

@@ -1,7 +1,7 @@
 """Answer requests in a pool of processes, each with a stream of its own.
 
-    python examples/deploying/pool.py            workers are started anew, and load the checkpoint
-    python examples/deploying/pool.py --fork     workers are forked, and share the memory of what was loaded before
+python examples/deploying/pool.py            workers are started anew, and load the checkpoint
+python examples/deploying/pool.py --fork     workers are forked, and share the memory of what was loaded before
 """
 
 import multiprocessing

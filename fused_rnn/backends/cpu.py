@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fused_rnn import ops
 from fused_rnn.cells import unknown
-from fused_rnn.rerun import without_gradient
+from fused_rnn.transforms.op_gradient import without_gradient
 
 if TYPE_CHECKING:
     from fused_rnn.problem import Problem

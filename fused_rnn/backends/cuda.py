@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from fused_rnn.cells import CELLS, unknown
-from fused_rnn.cuda_loops import launch, module, plans
-from fused_rnn.layer import op
-from fused_rnn.rerun import without_gradient
+from fused_rnn.cuda import launch, module, plans
+from fused_rnn.gpu import op
+from fused_rnn.transforms.op_gradient import without_gradient
 
 if TYPE_CHECKING:
-    from fused_rnn.layer.loops import Layer, Loops
+    from fused_rnn.gpu.loops import Layer, Loops
     from fused_rnn.problem import Problem
 
 NAME = "cuda"

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from fused_rnn.cells import CELLS, unknown
-from fused_rnn.cells.gradient import backward_layer
-from fused_rnn.cells.loop import run_layer, without_autocast
+from fused_rnn.reference.gradient import backward_layer
+from fused_rnn.reference.loop import run_layer, without_autocast
 
 if TYPE_CHECKING:
     from fused_rnn.problem import Problem

@@ -1,4 +1,4 @@
-"""The Triton loops (fused_rnn.triton_kernels): any NVIDIA or AMD GPU that Triton compiles for, no build."""
+"""The Triton loops (fused_rnn.triton): any NVIDIA or AMD GPU that Triton compiles for, no build."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from fused_rnn.cells import CELLS, unknown
-from fused_rnn.layer import op
-from fused_rnn.rerun import without_gradient
-from fused_rnn.triton_kernels import device as devices
-from fused_rnn.triton_kernels import tiles
+from fused_rnn.gpu import op
+from fused_rnn.transforms.op_gradient import without_gradient
+from fused_rnn.triton import device as devices
+from fused_rnn.triton import tiles
 
 if TYPE_CHECKING:
-    from fused_rnn.layer.loops import Layer, Loops
+    from fused_rnn.gpu.loops import Layer, Loops
     from fused_rnn.problem import Problem
 
 NAME = "triton"
@@ -76,7 +76,7 @@ def describe(problem: Problem) -> str:
 
 
 def _loops(layer: Layer, x: Tensor, backward: bool) -> Loops:
-    from fused_rnn.triton_kernels import launch  # and Triton with it
+    from fused_rnn.triton import launch  # and Triton with it
 
     reason = devices.refusal(x.device.type)
     if reason is not None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fused_rnn.cells.spec import Spec
+from fused_rnn.cells.descriptor import Spec
 
 
 def step(gates_x: Tensor, gates_h: Tensor, h: Tensor, c: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from fused_rnn import dispatch
 from fused_rnn.dispatch import BACKENDS
-from fused_rnn.layer.precision import tf32_allowed
+from fused_rnn.gpu.precision import tf32_allowed
 from fused_rnn.nn.plain import is_functorch, is_jit_tracing
 from fused_rnn.problem import Problem
 

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 
 from fused_rnn import checks
-from fused_rnn.cells.loop import without_autocast
+from fused_rnn.reference.loop import without_autocast
 
 
 class Layout:

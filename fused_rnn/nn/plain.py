@@ -17,7 +17,7 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
 
 from fused_rnn import ops
-from fused_rnn.rerun import is_jit_tracing
+from fused_rnn.transforms.op_gradient import is_jit_tracing
 
 # The op for a single step, None where the extension is not built, and its number for each cell. It is the builtin under
 # OpOverload.__call__: a frame of Python less, 0.25 µs of 4.

@@ -142,9 +142,9 @@ def computing(loops: Any, plain: Any) -> type:
 def fake_library() -> None:
     from emulated import emulated
 
-    from fused_rnn.bench import grid, limits, measure
-    from fused_rnn.cuda_loops import launch, module
-    from fused_rnn.triton_kernels import device
+    from fused_rnn.commands.bench import grid, limits, measure
+    from fused_rnn.cuda import launch, module
+    from fused_rnn.triton import device
 
     plain, limits_of, plan = launch.Loops, limits.measure_limits, sys.modules["fused_rnn.plan"]
     module._emulated = Counted(emulated())
@@ -155,7 +155,7 @@ def fake_library() -> None:
         """When it is first asked for: most processes never do."""
         import gpu_triton_cache
 
-        from fused_rnn.triton_kernels import launch
+        from fused_rnn.triton import launch
 
         gpu_triton_cache.install()
         launch.Loops = computing(launch.Loops, plain)

@@ -1,0 +1,220 @@
+"""A benchmark run: every point of a plan, within a budget of time, into one result file per dtype and thread count."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from itertools import product
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from fused_rnn.commands.bench.goals import goal_table
+from fused_rnn.commands.bench.grid import CELLS, GRIDS, MODES, Point, Shape
+from fused_rnn.commands.bench.heat import heat_map, step_plot
+from fused_rnn.commands.bench.limits import Ceilings, measure_limits
+from fused_rnn.commands.bench.measure import Timing, float32_as, measure
+from fused_rnn.commands.bench.memory import SIZES, peak_memory
+from fused_rnn.commands.bench.plot import plot
+from fused_rnn.commands.bench.providers import BASELINE, HALF, OTHERS
+from fused_rnn.commands.bench.results import FLOOR, MEMORY, Results, Row, continued, setting, time_row
+from fused_rnn.commands.bench.tables import report
+from fused_rnn.commands.bench.verdict import verdict
+from fused_rnn.commands.machine import OUT, crowded, describe
+from fused_rnn.dispatch import BACKENDS
+
+PROVIDERS = {
+    "cpu": ("torch", "cell", "loop", "cpu", "auto"),
+    "cuda": ("torch", HALF, "cell", *(name for name in ("cuda", "triton") if name in BACKENDS), "auto"),
+}
+DEFAULT_DTYPES = {"cpu": ("fp32", "bf16"), "cuda": ("tf32", "bf16")}
+SAVE_EVERY = 30.0  # seconds: who is killed, by a kernel that hangs for one, has lost no more than that
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to measure: a grid or, where some are given, shapes (T, B, D, H), with layers and bidirectional.
+
+    budget_s is for each pair of dtype and thread count.
+    """
+
+    device: str = "cpu"
+    grid: str = "cpu"
+    cells: tuple[str, ...] = CELLS
+    dtypes: tuple[str, ...] = ("fp32", "bf16")
+    threads: tuple[int, ...] = (1, 2)
+    modes: tuple[str, ...] = MODES
+    variants: tuple[str, ...] = ("plain",)
+    providers: tuple[str, ...] = PROVIDERS["cpu"]
+    budget_s: float = 600.0
+    memory: bool = True
+    shapes: tuple[Shape, ...] = ()
+    layers: int = 1
+    bidirectional: bool = False
+    out: Path = OUT / "cpu"
+
+    def path(self, dtype: str, threads: int) -> Path:
+        """The result file; a quick run and shapes have one of their own and leave the careful one alone."""
+        prefix = "shapes-" if self.shapes else "quick-" if self.grid.startswith("quick") else ""
+        suffix = f"-{threads}t" if self.device == "cpu" else ""
+        return self.out / f"{prefix}{dtype}{suffix}.json"
+
+    def points(self, dtype: str) -> list[Point]:
+        """Every point, the dearest first: they take what they must, and the others share evenly what is left."""
+        if self.shapes:
+            kinds = product(self.cells, self.modes, self.variants, self.shapes)
+            points = [
+                Point(cell, mode, dtype, T, B, H, variant, D, self.layers, self.bidirectional)
+                for cell, mode, variant, (T, B, D, H) in kinds
+            ]
+        else:
+            points = list(GRIDS[self.grid].points(dtype, self.cells, self.modes, self.variants))
+        return sorted(points, key=lambda point: -point.flops)
+
+    def memory_points(self, dtype: str) -> list[Point]:
+        """Where peak memory is measured: the shapes, or one long point of each cell and mode."""
+        if self.shapes:
+            return self.points(dtype)
+        modes = [mode for mode in self.modes if mode != "step"]
+        return [Point(cell, mode, dtype, *SIZES) for cell, mode in product(self.cells, modes)]
+
+
+def execute(plan: Plan, console: Console) -> list[Path]:
+    """Measure everything in the plan, print the tables, write the files; returns their paths.
+
+    What has been measured so far is written now and then, and when an interrupt or an error ends the run.
+    """
+    paths = []
+    before = torch.get_num_threads()
+    try:
+        for dtype in plan.dtypes:
+            for threads in plan.threads:
+                torch.set_num_threads(threads)
+                with float32_as(dtype, plan.device):
+                    paths.append(_execute_one(plan, dtype, threads, console))
+    finally:
+        torch.set_num_threads(before)
+    return paths
+
+
+def _execute_one(plan: Plan, dtype: str, threads: int, console: Console) -> Path:
+    path = plan.path(dtype, threads)
+    before = crowded(threads)
+    facts = describe(plan.device) | {"dtype": dtype, "threads": threads}
+    limits = measure_limits(dtype, plan.device)
+    facts["limits"] = asdict(limits)
+    console.rule(f"{facts['device_name']}, {setting(facts)}")
+    small, large = limits.read[0][1], limits.read[-1][1]
+    console.print(
+        f"Limits: {limits.flops / 1e9:.0f} GFLOP/s ({limits.by}); reads {small / 1e9:.0f} GB/s from the first cache, "
+        f"{large / 1e9:.0f} GB/s from memory.\n"
+        f"Our kernels: {facts['kernels']}. torch {facts['torch']}, commit {facts['commit'] or 'unknown'}."
+    )
+    path, results, said = continued(path, facts)
+    if said is not None:
+        console.print(said)
+    results.runs.append(facts)
+    rows: list[Row] = []
+    try:
+        run = len(results.runs) - 1
+        ceilings = Ceilings(limits, lambda: measure_limits(dtype, plan.device), plan.device)
+        _times(plan, dtype, ceilings, run, console, rows, save=lambda so_far: results.with_(so_far).save(path))
+        facts["limits"] = asdict(ceilings.limits)
+        if ceilings.said():
+            console.print(ceilings.said())
+        if plan.memory:
+            _memory(plan, dtype, threads, run, console, rows)
+    finally:
+        results.replace(rows)
+        if results.rows:
+            results.save(path)
+    measured = results.of_run(len(results.runs) - 1) if rows else Results([facts])
+    console.print(report(measured))
+    if (table := goal_table(measured)) is not None:
+        console.print(table)
+    if (why := before or crowded(threads)) is not None:
+        console.print(why, style="yellow")
+    elif (words := verdict(measured)).plain:
+        console.print(words)
+    console.print(f"Written to {path}{_draw(plan, results, path)}", soft_wrap=True)
+    return path
+
+
+def _ours(plan: Plan) -> list[str]:
+    """Our backends that are measured alone; the automatic choice where there is none."""
+    alone = [provider for provider in plan.providers if provider not in OTHERS]
+    return alone or [provider for provider in plan.providers if provider == "auto"]
+
+
+def _draw(plan: Plan, results: Results, path: Path) -> str:
+    """The pictures of a grid beside its file; their names, to be read behind the file's."""
+    if plan.shapes:
+        return ""
+    ours = _ours(plan) or ["auto"]
+    pictures = [path.with_suffix(".png"), *(path.with_name(f"{path.stem}-{p}.png") for p in ours[1:])]
+    for provider, picture in zip(ours, pictures, strict=True):
+        plot(results, provider, picture)
+        if plan.device == "cuda":
+            heat_map(results, provider, picture.with_stem(f"{picture.stem}-map"))
+            step_plot(results, provider, picture.with_stem(f"{picture.stem}-steps"))
+    drawn = ", ".join(picture.name for picture in pictures if picture.exists())
+    return f" and {drawn}" if drawn else ""
+
+
+def _times(
+    plan: Plan,
+    dtype: str,
+    ceilings: Ceilings,
+    run: int,
+    console: Console,
+    rows: list[Row],
+    save: Callable[[list[Row]], None],
+) -> None:
+    """Append to `rows`, which has what was measured whatever ends this."""
+    points = plan.points(dtype)
+
+    def limits() -> list[Row]:
+        """The last word on them is that of the last point."""
+        floors = {row.point: ceilings.limits.floor(row.point, plan.device) for row in rows}
+        return [time_row(point, FLOOR, Timing(s, s, s, 1), run) for point, s in floors.items()]
+
+    saved = time.perf_counter()
+    end = saved + plan.budget_s
+    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+    try:
+        with Progress(*columns, console=console, transient=True) as progress:
+            task = progress.add_task("", total=len(points))
+            for index, point in enumerate(points):
+                progress.update(task, description=str(point))
+                share = max(0.0, end - time.perf_counter()) / (len(points) - index)
+                timings = measure(point, list(plan.providers), plan.device, share)
+                rows += [time_row(point, provider, timing, run) for provider, timing in timings.items()]
+                for timing in timings.values():
+                    if timing.refused is None:
+                        ceilings.check(point, timing.p50)
+                progress.advance(task)
+                if time.perf_counter() - saved > SAVE_EVERY:
+                    save(rows + limits())
+                    saved = time.perf_counter()
+    finally:
+        rows += limits()
+
+
+def _memory(plan: Plan, dtype: str, threads: int, run: int, console: Console, rows: list[Row]) -> None:
+    """Append to `rows` the peak memory of torch.nn and of each of our backends, both ways to save."""
+    ours = _ours(plan)
+    points = plan.memory_points(dtype)
+    wanted: list[tuple[Point, str, str | None]]
+    wanted = [(point, provider, None) for point in points for provider in (BASELINE, *ours)]
+    wanted += [(point, provider, "recompute") for point in points if point.mode == "training" for provider in ours]
+    with console.status("Peak memory, each in a process of its own"):
+        for point, provider, save in wanted:
+            name = provider if save is None else f"{provider} save={save}"
+            try:
+                mib = round(peak_memory(point, provider, plan.device, threads, save) / 2**20, 1)
+                rows.append(Row(point, name, MEMORY, run, mib, mib, mib, 1))
+            except RuntimeError as error:
+                rows.append(Row(point, name, MEMORY, run, refused=str(error)))
