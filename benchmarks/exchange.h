@@ -82,7 +82,7 @@ FUSED_RNN_DEVICE void rounds_of_a_grid(uint32_t* words, uint32_t* counter, uint3
     if (lane == 0) {
       store_global(reinterpret_cast<uint4*>(round + rank * 4), uint4{own, own, own, own});
       add_release(counter, 1);
-      const Patience patience;
+      const SpinTimeout patience;
       while (load_acquire(counter) < uint32_t(s + 1) * uint32_t(members)) {
         patience.spend("2 s for the members of the team");
         pause();
@@ -107,7 +107,7 @@ FUSED_RNN_DEVICE void rounds_of_flags(uint32_t* counters, int members, int round
   for (int s = 0; s < rounds; ++s) {
     if (lane == 0) add_release(counters + rank * kApart, 1);
     for (int m = lane; m < members; m += kWarp) {
-      const Patience patience;
+      const SpinTimeout patience;
       while ((seen = load_acquire(counters + m * kApart)) < uint32_t(s + 1)) {
         patience.spend("2 s for the members of the team");
         pause();

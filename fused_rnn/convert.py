@@ -25,10 +25,11 @@ _OURS: tuple[type[Fused], ...] = (LSTM, GRU, RNN, LSTMCell, GRUCell, RNNCell)
 _BOTH: tuple[type[Fused], ...] = (both.LSTM, both.GRU, both.RNN, both.LSTMCell, both.GRUCell, both.RNNCell)
 # From torch.nn's class, by keep_class, and there from every class of the three kinds.
 _CLASSES: dict[bool, dict[type[nn.Module], type[Fused]]] = {
-    keep_class: {cls._fused_twin: cls for cls in classes} for keep_class, classes in ((False, _OURS), (True, _BOTH))
+    keep_class: {cls._fused_counterpart: cls for cls in classes}
+    for keep_class, classes in ((False, _OURS), (True, _BOTH))
 }
 _TWINS: dict[type[nn.Module], type[nn.Module]] = {
-    cls: ours._fused_twin for ours in (*_OURS, *_BOTH) for cls in (ours, ours._fused_twin)
+    cls: ours._fused_counterpart for ours in (*_OURS, *_BOTH) for cls in (ours, ours._fused_counterpart)
 }
 # What an instance may have of its own under a name that our classes need.
 _IN_THE_WAY = ("forward", "backend", "save")
@@ -256,7 +257,7 @@ def _ours(kind: type[nn.Module], parametrized: bool, keep_class: bool) -> type[n
     if not issubclass(kind, Fused):
         return _derived(kind) if issubclass(kind, tuple(_TWINS)) else None  # type: ignore[arg-type]  # is hashable
     if keep_class:
-        return None if issubclass(kind, kind._fused_twin) else _derived(kind)  # type: ignore[arg-type]
+        return None if issubclass(kind, kind._fused_counterpart) else _derived(kind)  # type: ignore[arg-type]
     origin = vars(kind).get("_fused_from")
     return origin if origin is not None and issubclass(origin, Fused) else None
 
@@ -315,7 +316,7 @@ def _derived(kind: type[nn.Module]) -> type[nn.Module]:
     Every super() in the user's methods then finds ours: the order of bases is kind's up to torch.nn's class, ours, and
     torch.nn's.
     """
-    twin = next(_TWINS[cls] for cls in kind.__mro__ if cls in _TWINS)
+    counterpart = next(_TWINS[cls] for cls in kind.__mro__ if cls in _TWINS)
     own = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "_fused_from": kind}
     root: type = kind
     while root.__base__ is not None and root.__base__.__dictoffset__:
@@ -323,7 +324,7 @@ def _derived(kind: type[nn.Module]) -> type[nn.Module]:
     # Python gives an object only a class of the same layout, which begins at the first base: with ABC or Generic, which
     # have no __dict__, that must be kind.
     first = (_Derived, kind) if root.__base__ is object else (kind, _Derived)
-    return _class(kind.__name__, (*first, _CLASSES[True][twin]), own)
+    return _class(kind.__name__, (*first, _CLASSES[True][counterpart]), own)
 
 
 def _class(name: str, bases: tuple[type, ...], own: dict[str, Any]) -> type[nn.Module]:

@@ -386,7 +386,7 @@ def _layer(
     reset: Tensor | None,
     keep_hidden: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """One layer. keep_hidden: the caller's own y, which he may change in place, gets a twin for backward."""
+    """One layer. keep_hidden: the caller's own y, which he may change in place, gets a counterpart for backward."""
     cell, directions = problem.cell, _DIRECTIONS[problem.recurrences]
     if problem.needs_grad and not backend.DIFFERENTIABLE:
         return autograd.layer(

@@ -44,9 +44,9 @@ step: Callable[..., list[Tensor]] = _absent
 
 
 # A step past the dispatcher, where this torch lends its tensors to plain functions.
-quick_step: Callable[..., tuple[Tensor, ...] | None] | None = None
+fast_path: Callable[..., tuple[Tensor, ...] | None] | None = None
 # All that may watch a call, or change what operators mean, and that a step past the dispatcher would slip by: while any
-# of it is on, a step is the op. Each is called on every step, in some 30 ns. Beside them csrc/ops/lent.cpp asks for the
+# of it is on, a step is the op. Each is called on every step, in some 30 ns. Beside them csrc/ops/dlpack_view.cpp asks for the
 # level of forward-mode differentiation, which a variable in Python alone tells, and for the callbacks of profilers.
 # A gradient, which is not asked for here, is what saved-tensor hooks, anomaly detection and checkpointing go with;
 # inference mode and deterministic filling are torch.empty's, by which results are made; tensor subclasses, conjugate,
@@ -165,7 +165,7 @@ if _C is not None:
     forward = torch.ops.fused_rnn.forward.default
     backward = torch.ops.fused_rnn.backward.default
     step = torch.ops.fused_rnn.step.default
-    quick_step = _C.quick_step if _lends_tensors() else None
+    fast_path = _C.fast_path if _lends_tensors() else None
     torch.library.register_fake("fused_rnn::forward", _forward_fake)
     torch.library.register_fake("fused_rnn::backward", _backward_fake)
     torch.library.register_fake("fused_rnn::step", _step_fake)

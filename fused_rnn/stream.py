@@ -279,7 +279,7 @@ class _Packed:
         )  # fmt: skip
         self._state = h, c  # whose memory the native stream works in
         like = torch.empty(batch, self._width, dtype=dtype, device=h.device)
-        self.quick: Quick | None = None if ops.quick_step is None else self._native.quick_step(like)
+        self.quick: Quick | None = None if ops.fast_path is None else self._native.fast_path(like)
 
     def take(self, weights: Sequence[Tensor]) -> None:
         for k, w in enumerate(weights):

@@ -20,11 +20,11 @@ export ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1:halt_on_erro
 export PYTHONPATH=$out  # the package there is the one that is imported
 cd "$out"
 tests=()
-for name in functional activations nonfinite ops quick_step stream threads watchers; do tests+=("../../tests/test_$name.py"); done
+for name in functional activations nonfinite ops fast_path stream threads watchers; do tests+=("../../tests/test_$name.py"); done
 isas=${*:-$("$python" -c 'import fused_rnn._C as C; print(C.available_isas().replace(",", " "))')}
 for isa in $isas; do  # --capture=sys: what a sanitizer writes as it ends the process is not swallowed
   export FUSED_RNN_ISA=$isa
   "$python" ../../scripts/sanitize_cases.py
   "$python" -m pytest -q -x --capture=sys -p no:cacheprovider -c ../../pyproject.toml --rootdir ../.. "${tests[@]}" \
-    -k "one_step or strided or empty or integer_kind or activation or bits or memory or stays_there or refuses or harmless or quick_step or infinity or nan or watch or (test_stream and not instruction_set and not compiled) or threads"
+    -k "one_step or strided or empty or integer_kind or activation or bits or memory or stays_there or refuses or harmless or fast_path or infinity or nan or watch or (test_stream and not instruction_set and not compiled) or threads"
 done

@@ -12,7 +12,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 from cases import DTYPES, Case, inputs, option_cases, shape_cases
-from judge import by_backend, forward
+from oracle import by_backend, forward
 
 import fused_rnn
 from fused_rnn import _C

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from cases import Case, Inputs, inputs
-from judge import forward
+from oracle import forward
 from torch import Tensor
 
 # Enough work for the kernels to share it out, by the batch and by the hidden units.

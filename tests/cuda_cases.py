@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from cases import Case, Inputs
-from judge import Results, differentiate, forward
+from oracle import Results, differentiate, forward
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 

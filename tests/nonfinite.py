@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 from cases import Case, Inputs, inputs
-from judge import Results, by_reference, by_torch
+from oracle import Results, by_reference, by_torch
 from tolerances import assert_as_good_as_torch
 from torch import Tensor
 

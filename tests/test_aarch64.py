@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from cases import DTYPES, Case, Inputs, inputs
-from judge import Results, by_reference, by_torch
+from oracle import Results, by_reference, by_torch
 from tolerances import assert_as_good_as_torch
 from torch import Tensor
 

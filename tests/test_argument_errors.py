@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from counterparts import CELLS, SEQUENCES, make
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
-from twins import CELLS, SEQUENCES, make
 
 from fused_rnn import checks, functional
 

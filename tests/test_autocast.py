@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 import torch._dynamo
+from counterparts import CELLS, MODULES, SEQUENCES, cast, flatten, make, states
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pack_padded_sequence
-from twins import CELLS, MODULES, SEQUENCES, cast, flatten, make, states
 
 import fused_rnn
 from fused_rnn import ops

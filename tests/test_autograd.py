@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from cases import Case, Inputs, inputs
-from judge import by_backend, forward, require
+from oracle import by_backend, forward, require
 from tolerances import GRADCHECK, assert_same_formula
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from cases import Case, Inputs, inputs, option_cases
-from judge import by_reference, differentiate, forward
+from oracle import by_reference, differentiate, forward
 from tolerances import assert_same_formula
 from torch import Tensor
 
@@ -31,12 +31,12 @@ def module(case: Case, weights: list[Tensor]) -> torch.nn.RNNBase:
 
 def run_module(case: Case, given: Inputs) -> list[Tensor]:
     """torch.nn on a PackedSequence where there are lengths; it takes none of zero: they are left out and put back."""
-    twin = module(case, [w.detach() for w in given.weights])
-    parameters = dict(zip(twin._flat_weights_names, given.weights, strict=True))
+    counterpart = module(case, [w.detach() for w in given.weights])
+    parameters = dict(zip(counterpart._flat_weights_names, given.weights, strict=True))
 
     def call(x: object, hx: list[Tensor]) -> list[object]:
         packed_hx = tuple(hx) if case.cell == "lstm" else hx[0] if hx else None
-        y, states = torch.func.functional_call(twin, parameters, (x, packed_hx if hx else None))
+        y, states = torch.func.functional_call(counterpart, parameters, (x, packed_hx if hx else None))
         return [y, *(states if isinstance(states, tuple) else (states,))]
 
     if given.lengths is None:

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 import torch._dynamo
+from counterparts import CELLS, MODULES, SEQUENCES, flatten, make, outputs_and_gradients, states
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
-from twins import CELLS, MODULES, SEQUENCES, flatten, make, outputs_and_gradients, states
 
 import fused_rnn
 from fused_rnn import ops
@@ -225,7 +225,7 @@ class Model(nn.Module):
 def test_torchscript(name: str, kind: str) -> None:
     """It holds torch's operators: takes any length, has a gradient, and can be saved for runtimes without our ops."""
     options = {} if name in CELLS else {"num_layers": 2, "bidirectional": True}
-    ours, twin = make(name, 4, 6, **options)
+    ours, counterpart = make(name, 4, 6, **options)
     example, model = torch.randn(3, 4) if name in CELLS else torch.randn(1, 3, 4), Model(ours)
     scripted = torch.jit.script(model) if kind == "script" else torch.jit.trace(model, (example,), check_trace=False)
     loaded = saved_and_loaded(scripted)
@@ -233,11 +233,11 @@ def test_torchscript(name: str, kind: str) -> None:
         assert "fused_rnn::" not in str(loaded.graph)
     for size in (1, 2, 33):
         x = torch.randn(size, 4) if name in CELLS else torch.randn(size, 3, 4)
-        got, expected = flatten(loaded(x)), flatten(twin(x))
+        got, expected = flatten(loaded(x)), flatten(counterpart(x))
         assert_close(got, expected)
         grads = [
             torch.autograd.grad(sum(t.sum() for t in outputs), list(module.parameters()))
-            for outputs, module in ((got, loaded), (expected, twin))
+            for outputs, module in ((got, loaded), (expected, counterpart))
         ]
         assert_close(*grads)
     next(ours.parameters()).data.zero_()  # torch.jit.script and trace share the weights with the module
@@ -247,7 +247,7 @@ def test_torchscript(name: str, kind: str) -> None:
 @pytest.mark.parametrize("converted", [False, True])
 @pytest.mark.parametrize("name", CELLS)
 def test_scripted_subclass_of_a_cell(name: str, converted: bool) -> None:
-    """It overrides no forward: the twin's is compiled, with what the subclass brings along."""
+    """It overrides no forward: the counterpart's is compiled, with what the subclass brings along."""
 
     class Scaled(CELLS[name][converted]):  # type: ignore[misc]
         def __init__(self, *args: Any) -> None:
@@ -312,7 +312,7 @@ def test_fake_tensors(name: str, grad: bool) -> None:
     """Shapes and dtypes without data, as planners of memory and of parallelism run models."""
     with FakeTensorMode(), torch.set_grad_enabled(grad):
         for size in ((3, 4),) if name in CELLS else ((5, 3, 4), (1, 3, 4)):
-            ours, twin = MODULES[name][0](4, 6), MODULES[name][1](4, 6)
-            results = [flatten(module(torch.empty(size))) for module in (ours, twin)]
+            ours, counterpart = MODULES[name][0](4, 6), MODULES[name][1](4, 6)
+            results = [flatten(module(torch.empty(size))) for module in (ours, counterpart)]
             facts = [[(t.shape, t.dtype, t.requires_grad) for t in result] for result in results]
             assert facts[0] == facts[1]

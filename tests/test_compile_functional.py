@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 from cases import Case, Inputs, inputs
-from judge import forward, require
+from oracle import forward, require
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 import torch._dynamo
+from counterparts import CELLS, flatten, make
 from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp, stack_module_state, vmap
-from twins import CELLS, flatten, make
 
 pytestmark = [
     pytest.mark.compile,

@@ -13,8 +13,8 @@ import torch
 from cases import PROJECTIONS, Case, Inputs, inputs
 from cuda_cases import EXCHANGES, NUMBERS, Row, by_torch_in_tf32, case_of, rounded, rows
 from emulated import on_the_emulator
-from judge import Results, by_backend, by_reference, by_torch, forward
 from nonfinite import assert_as_in_torch, with_nan, with_silence
+from oracle import Results, by_backend, by_reference, by_torch, forward
 from tolerances import assert_as_good_as_torch, tf32
 from torch import Tensor
 
@@ -279,14 +279,14 @@ def test_compiles_as_one_graph_for_any_length() -> None:
 
 
 def test_module_takes_a_packed_sequence_and_autocast() -> None:
-    ours, twin = fused_rnn.LSTM(3, 4, 2, backend="cuda"), torch.nn.LSTM(3, 4, 2)
-    ours.load_state_dict(twin.state_dict())
+    ours, counterpart = fused_rnn.LSTM(3, 4, 2, backend="cuda"), torch.nn.LSTM(3, 4, 2)
+    ours.load_state_dict(counterpart.state_dict())
     x = torch.nn.utils.rnn.pack_padded_sequence(torch.randn(5, 3, 3), [2, 5, 1], enforce_sorted=False)
     with on_the_emulator():
-        (packed, (h, c)), (expected, (h_twin, c_twin)) = ours(x), twin(x)
+        (packed, (h, c)), (expected, (h_counterpart, c_counterpart)) = ours(x), counterpart(x)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             assert ours(x)[1][0].dtype == torch.bfloat16
-    for a, b in ((packed.data, expected.data), (h, h_twin), (c, c_twin)):
+    for a, b in ((packed.data, expected.data), (h, h_counterpart), (c, c_counterpart)):
         torch.testing.assert_close(a, b)
 
 

@@ -1,4 +1,4 @@
-"""The CUDA loops' very source on the CPU: under AddressSanitizer and UBSan, for races, and with mistakes planted in it.
+"""The CUDA loops' very source on the CPU: under AddressSanitizer and UBSan, for races, and with mutations planted in it.
 
 Loops alone, against float64 loops: what is around them (products over all steps, autograd, modules) has its own tests.
 """
@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from cuda_emulated import build, cases, mistakes
+from cuda_emulated import build, cases, mutations
 
 DRIVER = Path(build.__file__).parent / "drive.py"
 pytestmark = pytest.mark.skipif(shutil.which(build.CXX) is None, reason=f"no {build.CXX}")
@@ -86,21 +86,21 @@ def test_a_write_past_a_global_array_is_caught(cut: str, tmp_path: Path) -> None
     assert "AddressSanitizer: heap-buffer-overflow" in found, found
 
 
-@pytest.mark.parametrize("name", mistakes.MISTAKES)
+@pytest.mark.parametrize("name", mutations.MUTATIONS)
 def test_mistake_is_caught(name: str, tmp_path: Path) -> None:
-    mistake = mistakes.MISTAKES[name]
-    library = build.module(mistake.by, mistake.instance, mistakes.plant(mistake, tmp_path))
-    found = drive(mistake.by, library, list(mistake.cases), mistakes.SEEDS[mistake.by], tmp_path)
-    assert mistake.says in found, found or "not caught"
+    mutation = mutations.MUTATIONS[name]
+    library = build.module(mutation.by, mutation.instance, mutations.plant(mutation, tmp_path))
+    found = drive(mutation.by, library, list(mutation.cases), mutations.SEEDS[mutation.by], tmp_path)
+    assert mutation.says in found, found or "not caught"
 
 
 @pytest.mark.parametrize("by", list(build.FLAVOURS))
 def test_without_a_mistake_all_is_well(by: str, tmp_path: Path) -> None:
-    """What is caught above is caught because of the mistake."""
-    told = {mistake.instance: set[cases.Case]() for mistake in mistakes.MISTAKES.values() if mistake.by == by}
-    for mistake in mistakes.MISTAKES.values():
-        if mistake.by == by:
-            told[mistake.instance] |= set(mistake.cases)
+    """What is caught above is caught because of the mutation."""
+    told = {mutation.instance: set[cases.Case]() for mutation in mutations.MUTATIONS.values() if mutation.by == by}
+    for mutation in mutations.MUTATIONS.values():
+        if mutation.by == by:
+            told[mutation.instance] |= set(mutation.cases)
     for instance, some in told.items():
         library = build.module(by, instance)
-        assert not (found := drive(by, library, sorted(some), mistakes.SEEDS[by], tmp_path)), found
+        assert not (found := drive(by, library, sorted(some), mutations.SEEDS[by], tmp_path)), found

@@ -9,7 +9,7 @@ import pytest
 import torch
 from cases import Case, Inputs, inputs
 from cuda_cases import EXCHANGES, Row, by_torch_in_tf32, case_of, rows
-from judge import by_backend, by_reference, by_torch
+from oracle import by_backend, by_reference, by_torch
 from tolerances import assert_as_good_as_torch, error, tf32
 from torch import Tensor
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from counterparts import CELLS, SEQUENCES, flatten, make
 from torch import Tensor
 from torch.nn.utils.rnn import pack_padded_sequence
-from twins import CELLS, SEQUENCES, flatten, make
 
 OTHER = "meta"  # it has no numbers: whatever lands there is found out
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from cases import Case, inputs
-from judge import forward, require
+from oracle import forward, require
 from torch import Tensor
 from torch.nn.utils.rnn import pack_padded_sequence
 
@@ -124,23 +124,23 @@ def test_nothing_depends_on_the_length() -> None:
 
 
 @pytest.fixture
-def twin_calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+def counterpart_calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """The calls that torch.nn's own forward gets on a device that is left to torch: here the cpu, for want of a GPU."""
     calls: list[str] = []
     monkeypatch.setattr(base, "ON_A_GPU", "cpu")
     dispatch._choose_cached.cache_clear()
     for cls in (fused_rnn.LSTM, fused_rnn.GRUCell):
 
-        def forward(module: Any, *args: Any, twin: Any = cls._fused_twin) -> Any:
-            calls.append(twin.__name__)
-            return twin.forward(module, *args)
+        def forward(module: Any, *args: Any, counterpart: Any = cls._fused_counterpart) -> Any:
+            calls.append(counterpart.__name__)
+            return counterpart.forward(module, *args)
 
-        monkeypatch.setattr(cls, "_fused_twin", type("Twin", (), {"forward": staticmethod(forward)}))
+        monkeypatch.setattr(cls, "_fused_counterpart", type("Counterpart", (), {"forward": staticmethod(forward)}))
     yield calls
     dispatch._choose_cached.cache_clear()
 
 
-def test_a_device_that_is_left_to_torch(twin_calls: list[str]) -> None:
+def test_a_device_that_is_left_to_torch(counterpart_calls: list[str]) -> None:
     """The whole call goes to torch.nn's forward: it keeps the weights flat for cuDNN, and takes packed input."""
     lstm, cell, x = fused_rnn.LSTM(3, 4, 2), fused_rnn.GRUCell(3, 4), torch.randn(5, 2, 3)
     y = lstm(x)[0]
@@ -148,11 +148,11 @@ def test_a_device_that_is_left_to_torch(twin_calls: list[str]) -> None:
     cell(x[0])
     with torch.no_grad():
         lstm.eval()(x)
-    assert twin_calls == ["LSTM", "LSTM", "GRUCell", "LSTM"]
+    assert counterpart_calls == ["LSTM", "LSTM", "GRUCell", "LSTM"]
     torch.testing.assert_close(y, fused_rnn.functional.lstm(x, list(lstm.parameters()), num_layers=2)[0])
 
 
-def test_what_cudnn_cannot_do_is_kept_from_it(twin_calls: list[str]) -> None:
+def test_what_cudnn_cannot_do_is_kept_from_it(counterpart_calls: list[str]) -> None:
     """Its backward refuses eval mode; it keeps all gates; it knows no reset, no lengths, no vmap, no forward mode."""
     lstm, x = fused_rnn.LSTM(3, 4), torch.randn(5, 2, 3)
     lstm.eval()(x)[0].sum().backward()
@@ -162,7 +162,7 @@ def test_what_cudnn_cannot_do_is_kept_from_it(twin_calls: list[str]) -> None:
     lstm(x)[0].sum().backward()
     lstm.save, lstm.backend = "gates", "cpu"
     lstm(x)
-    assert twin_calls == []
+    assert counterpart_calls == []
 
 
 # --- on a GPU: by what was measured

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 from cases import Case, inputs
-from judge import forward, require
+from counterparts import CELLS, MODULES, flatten, make
+from oracle import forward, require
 from tolerances import assert_same_formula
 from torch import Tensor, nn
 from torch.func import functional_call, grad, stack_module_state, vmap
 from torch.utils._python_dispatch import TorchDispatchMode
-from twins import CELLS, MODULES, flatten, make
 
 from fused_rnn import cells, ops
 
@@ -56,7 +56,7 @@ def launches() -> Iterator[list[tuple[str, int, int]]]:
 def pairs(name: str, options: dict[str, Any]) -> tuple[list[nn.Module], list[nn.Module]]:
     """Members of an ensemble, ours and torch's, alike in twos."""
     both = [make(name, 4, 5, seed=k, dtype=torch.float64, **options) for k in range(MEMBERS)]
-    return [ours for ours, _ in both], [twin for _, twin in both]
+    return [ours for ours, _ in both], [counterpart for _, counterpart in both]
 
 
 def example(name: str, *lead: int) -> Tensor:
@@ -71,7 +71,7 @@ def value(outputs: Any) -> Tensor:
 @pytest.mark.parametrize(("name", "options"), OPTIONS, ids=[f"{n}-{'-'.join(o) or 'plain'}" for n, o in OPTIONS])
 def test_an_ensemble_is_one_launch_a_layer(name: str, options: dict[str, Any], shared: bool) -> None:
     """Values and gradients are those of torch.nn's modules, one after the other."""
-    members, twins = pairs(name, options)
+    members, counterparts = pairs(name, options)
     x = example(name) if shared else example(name, MEMBERS)
     parameters, buffers = stack_module_state(members)
     run = vmap(lambda p, b, x: functional_call(members[0], (p, b), (x,)), (0, 0, None if shared else 0))
@@ -88,19 +88,19 @@ def test_an_ensemble_is_one_launch_a_layer(name: str, options: dict[str, Any], s
     assert seen == [(op, batch, directions * MEMBERS) for op in ("forward", "backward") for _ in range(layers)]
     for one, other in zip(outputs, inferred, strict=True):
         assert_same_formula(one.detach(), other)
-    for k, twin in enumerate(twins):
-        expected = flatten(twin(x if shared else x[k]))
+    for k, counterpart in enumerate(counterparts):
+        expected = flatten(counterpart(x if shared else x[k]))
         value(expected).backward()
         for one, other in zip(outputs, expected, strict=True):
             assert_same_formula(one[k].detach(), other.detach())
-        for key, p in twin.named_parameters():
+        for key, p in counterpart.named_parameters():
             assert_same_formula(parameters[key].grad[k], p.grad)
 
 
 @pytest.mark.parametrize(("name", "options"), OPTIONS, ids=[f"{n}-{'-'.join(o) or 'plain'}" for n, o in OPTIONS])
 def test_per_sample_gradients(name: str, options: dict[str, Any]) -> None:
     """vmap(grad): one batch forward, one backward a layer; the gradients torch.nn's has for each sample."""
-    ours, twin = make(name, 4, 5, dtype=torch.float64, **options)
+    ours, counterpart = make(name, 4, 5, dtype=torch.float64, **options)
     samples = example(name, MEMBERS)
     parameters = {key: p.detach() for key, p in ours.named_parameters()}
     with launches() as seen:
@@ -111,10 +111,10 @@ def test_per_sample_gradients(name: str, options: dict[str, Any]) -> None:
     assert [op for op, *_ in seen] == ["forward"] * layers + ["backward"] * layers
     for k, sample in enumerate(samples):
         sample = sample.clone().requires_grad_()
-        twin.zero_grad()
-        value(twin(sample)).backward()
+        counterpart.zero_grad()
+        value(counterpart(sample)).backward()
         assert_same_formula(dx[k], sample.grad)
-        for key, p in twin.named_parameters():
+        for key, p in counterpart.named_parameters():
             assert_same_formula(got[key][k], p.grad)
 
 
@@ -148,13 +148,13 @@ def test_per_sample_gradients_of_ragged_samples(cell: str, dtype: torch.dtype) -
 @pytest.mark.parametrize("name", MODULES)
 def test_training_a_mapped_module_is_training_on_a_larger_batch(name: str) -> None:
     """Where the sum of the samples' gradients is asked for, none of them is computed by itself."""
-    ours, twin = make(name, 4, 5, dtype=torch.float64)
+    ours, counterpart = make(name, 4, 5, dtype=torch.float64)
     samples = example(name, MEMBERS)
     with launches() as seen:
         value(vmap(ours)(samples)).backward()
     assert seen == [("forward", 3 * MEMBERS, 1), ("backward", 3 * MEMBERS, 1)]
-    sum(value(twin(sample)) for sample in samples).backward()
-    for p, q in zip(ours.parameters(), twin.parameters(), strict=True):
+    sum(value(counterpart(sample)) for sample in samples).backward()
+    for p, q in zip(ours.parameters(), counterpart.parameters(), strict=True):
         assert_same_formula(p.grad, q.grad)
 
 
@@ -162,7 +162,7 @@ def test_every_module_is_covered() -> None:
     assert {name for name, _ in OPTIONS} == set(MODULES)
 
 
-@pytest.mark.skipif(ops.quick_step is None, reason="this torch lends no tensors")
+@pytest.mark.skipif(ops.fast_path is None, reason="this torch lends no tensors")
 @pytest.mark.parametrize("name", ["LSTM", "GRU", "RNNCell"])
 def test_a_wrapped_tensor_is_not_asked_for(name: str) -> None:
     """torch refuses to lend what vmap has wrapped, by a C++ exception: a millisecond, more than an ensemble takes."""
@@ -174,12 +174,12 @@ def test_a_wrapped_tensor_is_not_asked_for(name: str) -> None:
     def asked(parameters: dict[str, Tensor]) -> Tensor:
         start = time.process_time()
         extras = () if cell else (None, None)
-        assert ops.quick_step(parameters, True, x, None, None, code, -1 if cell else 0, *extras) is None
+        assert ops.fast_path(parameters, True, x, None, None, code, -1 if cell else 0, *extras) is None
         times.append(time.process_time() - start)
         return parameters["weight_hh" if cell else "weight_hh_l0"]
 
     with torch.no_grad():
-        assert ops.quick_step(dict(ours.named_parameters()), True, x, None, None, code, -1 if cell else 0) is not None
+        assert ops.fast_path(dict(ours.named_parameters()), True, x, None, None, code, -1 if cell else 0) is not None
         parameters, _ = stack_module_state([ours, ours])
         for _ in range(20):
             vmap(asked)(parameters)

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 import torch._dynamo
+from counterparts import CELLS, SEQUENCES, flatten, make, states
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.nn.utils.rnn import pack_padded_sequence
-from twins import CELLS, SEQUENCES, flatten, make, states
 
 from fused_rnn import ops
 

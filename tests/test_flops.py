@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 from cases import Case, Inputs, inputs
-from judge import forward, require
+from counterparts import CELLS as CELL_MODULES
+from counterparts import MODULES, flatten, make
+from oracle import forward, require
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
-from twins import CELLS as CELL_MODULES
-from twins import MODULES, flatten, make
 
 from fused_rnn import ops
 from fused_rnn.cells import CELLS
@@ -78,10 +78,10 @@ def test_recompute_runs_forward_once_more(cell: str) -> None:
 
 def test_by_hand() -> None:
     """2·T·B·G·H·(D + H) a layer, of as many as torch's own GRU counts."""
-    ours, twin = make("GRU", 4, 6)
+    ours, counterpart = make("GRU", 4, 6)
     x = torch.randn(5, 3, 4)
     with torch.no_grad():
-        assert count(lambda: ours(x)) == 2 * 5 * 3 * 3 * 6 * (4 + 6) == count(lambda: twin(x))
+        assert count(lambda: ours(x)) == 2 * 5 * 3 * 3 * 6 * (4 + 6) == count(lambda: counterpart(x))
 
 
 @pytest.mark.parametrize("grad", [True, False])

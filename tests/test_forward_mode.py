@@ -6,29 +6,29 @@ from typing import Any
 
 import pytest
 import torch
+from counterparts import CELLS, MODULES, flatten, make
 from tolerances import assert_same_formula
 from torch import Tensor
 from torch.func import functional_call, hessian, jacfwd, jacrev, jvp, vmap
-from twins import CELLS, MODULES, flatten, make
 
 
 def problem(name: str, **options: Any) -> tuple[Any, Any, Tensor, dict[str, Tensor]]:
-    ours, twin = make(name, 2, 3, dtype=torch.float64, **options)
+    ours, counterpart = make(name, 2, 3, dtype=torch.float64, **options)
     x = torch.randn(3, 2, dtype=torch.float64) if name in CELLS else torch.randn(4, 3, 2, dtype=torch.float64)
-    return ours, twin, x, {key: p.detach() for key, p in ours.named_parameters()}
+    return ours, counterpart, x, {key: p.detach() for key, p in ours.named_parameters()}
 
 
 @pytest.mark.parametrize("name", MODULES)
 def test_jvp(name: str) -> None:
     """Along a direction of input and parameters; mapped over several directions, too."""
     options = {} if name in CELLS else {"num_layers": 2, "bidirectional": True}
-    ours, twin, x, parameters = problem(name, **options)
+    ours, counterpart, x, parameters = problem(name, **options)
     tangents = (torch.randn_like(x), {key: torch.randn_like(p) for key, p in parameters.items()})
 
     def push(module: Any, dx: Tensor) -> tuple[Any, Any]:
         return jvp(lambda x, p: tuple(flatten(functional_call(module, p, (x,)))), (x, parameters), (dx, tangents[1]))
 
-    for one, other in zip(flatten(push(ours, tangents[0])), flatten(push(twin, tangents[0])), strict=True):
+    for one, other in zip(flatten(push(ours, tangents[0])), flatten(push(counterpart, tangents[0])), strict=True):
         assert_same_formula(one, other)
     several = torch.stack([tangents[0], -2 * tangents[0]])
     mapped = vmap(lambda dx: push(ours, dx)[1])(several)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from cases import Case, inputs, option_cases, shape_cases
-from judge import by_backend, by_reference, by_torch, forward, over_draws, require
+from oracle import by_backend, by_reference, by_torch, forward, over_draws, require
 from tolerances import assert_as_good_as_torch, assert_same_formula
 
 from fused_rnn import functional

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from counterparts import CELLS, MODULES, SEQUENCES, flatten, make
 from torch import Tensor, nn
 from torch.ao.quantization import get_default_qconfig_mapping
 from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
 from torch.nn.utils import parametrizations
-from twins import CELLS, MODULES, SEQUENCES, flatten, make
 
 import fused_rnn
 
@@ -115,10 +115,10 @@ def test_prepare_fx(name: str) -> None:
 def test_nobody_else_sees_it(name: str) -> None:
     """pickle, repr and the class go by the class's own module; Dynamo's torch.nn.modules is another; and it goes with
     our class."""
-    ours, twin = make(name, 4, 6)
+    ours, counterpart = make(name, 4, 6)
     kind = type(ours)
     assert kind.__module__.startswith("fused_rnn.") and ours.__module__ == "torch.nn"
     assert f"{kind.__module__}".encode() in pickle.dumps(ours)
-    assert repr(ours) == repr(twin)
+    assert repr(ours) == repr(counterpart)
     assert fused_rnn.to_torch(ours).__module__ == "torch.nn.modules.rnn"
     assert "__module__" not in vars(ours)

@@ -344,9 +344,11 @@ def test_tests_that_cannot_be_collected_are_told(
 
 
 def test_every_file_that_needs_a_gpu_is_named() -> None:
-    """But for planted mistakes, which are the interpreter's: one of them may hang a GPU."""
+    """But for mutations, which are the interpreter's: one of them may hang a GPU."""
     here = Path(__file__)
-    others = [path for path in here.parent.glob("test_*.py") if path.name not in (here.name, "test_triton_mistakes.py")]
+    others = [
+        path for path in here.parent.glob("test_*.py") if path.name not in (here.name, "test_triton_mutations.py")
+    ]
     marked = {path for path in others if any(word in path.read_text() for word in ("pytest.mark.gpu", "= MARKS"))}
     lanes = script("gpu_tests").LANES.values()
     assert {f"tests/{path.name}" for path in marked} == {file for files, _ in lanes for file in files}

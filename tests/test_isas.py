@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from cases import Case
-from judge import require
+from oracle import require
 
 from fused_rnn import ops
 

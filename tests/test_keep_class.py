@@ -45,7 +45,7 @@ def call(module: nn.Module) -> list[Tensor]:
     return [y, *torch.autograd.grad(y.square().sum(), list(module.parameters()))]
 
 
-def no_twin(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_counterpart(monkeypatch: pytest.MonkeyPatch) -> None:
     for cls in THEIRS.values():
         monkeypatch.setattr(cls, "forward", lambda *_: pytest.fail("torch.nn's forward was called"))
 
@@ -64,7 +64,7 @@ def test_arguments_are_those_of_ours(
     assert vars(module).keys() == vars(ours).keys()
     assert getattr(module, "nonlinearity", None) == getattr(theirs, "nonlinearity", None)
     expected = call(theirs)
-    no_twin(monkeypatch)
+    no_counterpart(monkeypatch)
     torch.testing.assert_close(call(module), expected)
 
 

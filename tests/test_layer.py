@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from cases import PROJECTIONS, Case, inputs, option_cases
-from judge import by_backend, by_reference, by_torch
+from oracle import by_backend, by_reference, by_torch
 from tolerances import assert_as_good_as_torch, assert_same_formula
 from torch import Tensor
 

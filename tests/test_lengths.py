@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from cases import Case
-from judge import require
+from oracle import require
 from torch import Tensor
 
 import fused_rnn
@@ -51,11 +51,11 @@ def test_what_is_left_out_is_not_missed(name: str, projected: int, lengths: str)
     torch.manual_seed(0)
     options: dict[str, Any] = {"bidirectional": True, "dtype": torch.float64}
     options |= {"proj_size": projected} if projected else {}
-    judge = getattr(fused_rnn, name)(D, H, 2, backend="reference", **options)
+    oracle = getattr(fused_rnn, name)(D, H, 2, backend="reference", **options)
     ours = getattr(fused_rnn, name)(D, H, 2, backend="cpu", **options)
-    ours.load_state_dict(judge.state_dict())
+    ours.load_state_dict(oracle.state_dict())
     ends = torch.tensor(LENGTHS[lengths])
-    expected = outcome(judge, ends, 0.0)
+    expected = outcome(oracle, ends, 0.0)
     for ours.save, threads in itertools.product(("gates", "recompute"), (1, 2)):
         torch.set_num_threads(threads)
         for a, b in zip(outcome(ours, ends, float("nan")), expected, strict=True):

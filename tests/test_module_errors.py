@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 import torch
+from counterparts import CELLS, MODULES, SEQUENCES, flatten, make
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
-from twins import CELLS, MODULES, SEQUENCES, flatten, make
 
 from fused_rnn.dispatch import BACKENDS
 
@@ -189,14 +189,14 @@ def test_wrong_input_meets_what_it_meets_in_torch(name: str, case: str, grad: bo
     for module in make(name, 5, 7):
         with torch.set_grad_enabled(grad):
             results.append(outcome(module, arguments, {}))
-    (ours, got), (twin, expected) = results
+    (ours, got), (counterpart, expected) = results
     said = (NO_TENSOR_OF_A_CELL if name in CELLS else NO_TENSOR).get(case.removesuffix(", one step"))
-    if twin is not None and said is not None:
+    if counterpart is not None and said is not None:
         assert ours is TypeError
         assert got.startswith(said.format("h_0" if "LSTM" in name else "hx"))
         assert "expected a pair (h_0, c_0) of tensors" in got or "expected a tensor" in got
-    elif twin is not None:
-        assert (ours, got) == (twin, expected)
+    elif counterpart is not None:
+        assert (ours, got) == (counterpart, expected)
     else:
         assert ours is None, got
         for a, b in zip(got, expected, strict=True):
@@ -422,21 +422,21 @@ def test_what_torch_does_not_refuse_is_refused_in_our_words() -> None:
 def test_rows_of_equal_lengths_may_come_in_three_dimensions(backend: str | None) -> None:
     """As they may to torch's LSTM, by whichever backend."""
     given = PackedSequence(torch.randn(4, 3, 5), torch.tensor([3, 3, 3, 3]))
-    ours, twin = make("LSTM", 5, 7, extras={"backend": backend})
-    for a, b in zip(flatten(ours(given)), flatten(twin(given)), strict=True):
+    ours, counterpart = make("LSTM", 5, 7, extras={"backend": backend})
+    for a, b in zip(flatten(ours(given)), flatten(counterpart(given)), strict=True):
         torch.testing.assert_close(a, b)
 
 
 def test_dropout_takes_states_of_its_layers_alone() -> None:
     """Packed, in training, where the layers run one by one."""
     for name in SEQUENCES:
-        ours, twin = make(name, 5, 7, 2, dropout=0.5)
+        ours, counterpart = make(name, 5, 7, 2, dropout=0.5)
         states = (h(4, 3, 7), h(4, 3, 7)) if name == "LSTM" else h(4, 3, 7)
         with pytest.raises((ValueError, RuntimeError)) as refused:
             ours(PACKED, states)
-        if name != "LSTM":  # whose twin reads the first two rows
+        if name != "LSTM":  # whose counterpart reads the first two rows
             with pytest.raises(RuntimeError) as expected:
-                twin(PACKED, states)
+                counterpart(PACKED, states)
             assert str(refused.value) == str(expected.value)
 
 
@@ -457,9 +457,9 @@ def test_sparse_tensors_meet_what_they_meet_in_torch(name: str, layout: str, gra
         hx = strange if which == "hx" else state
         given = (strange if which == "input" else x, (hx, hx) if "LSTM" in name else hx)
         with torch.set_grad_enabled(grad):
-            (ours, got), (twin, expected) = (outcome(module, given, {}) for module in make(name, 5, 7))
-        assert ours == twin
-        if twin is not None:
+            (ours, got), (counterpart, expected) = (outcome(module, given, {}) for module in make(name, 5, 7))
+        assert ours == counterpart
+        if counterpart is not None:
             assert got == expected
         else:
             torch.testing.assert_close(got, expected)
@@ -500,11 +500,11 @@ def test_no_lengths_of_no_sequences() -> None:
 
 def test_a_named_pair_of_states() -> None:
     states = namedtuple("states", "h c")
-    ours, twin = make("LSTM", 5, 7)
+    ours, counterpart = make("LSTM", 5, 7)
     with pytest.raises(RuntimeError) as theirs:
-        twin(X, states(h(1, 3, 6), h(1, 3, 7)))
+        counterpart(X, states(h(1, 3, 6), h(1, 3, 7)))
     with pytest.raises(RuntimeError, match=re.escape(str(theirs.value))):
         ours(X, states(h(1, 3, 6), h(1, 3, 7)))
     right = h(1, 3, 7), h(1, 3, 7)
-    for one, other in zip(flatten(ours(X, states(*right))), flatten(twin(X, right)), strict=True):
+    for one, other in zip(flatten(ours(X, states(*right))), flatten(counterpart(X, right)), strict=True):
         torch.testing.assert_close(one, other)

@@ -6,9 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-from torch.nn.utils.rnn import pack_padded_sequence, pack_sequence, pad_packed_sequence
-from twins import (
+from counterparts import (
     CELLS,
     MODULES,
     SEQUENCES,
@@ -20,6 +18,8 @@ from twins import (
     outputs_and_gradients,
     states,
 )
+from torch import Tensor
+from torch.nn.utils.rnn import pack_padded_sequence, pack_sequence, pad_packed_sequence
 
 # torch's own remark about its own kernels
 pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
@@ -57,19 +57,19 @@ def configurations(*extra: dict[str, Any]) -> pytest.MarkDecorator:
 @pytest.mark.parametrize("backend", [*BACKENDS, "torch"])
 @configurations()
 def test_sequence(name: str, options: dict[str, Any], backend: str | None, dtype: torch.dtype) -> None:
-    ours, twin = make(name, 5, 7, extras={"backend": backend}, dtype=dtype, **options)
+    ours, counterpart = make(name, 5, 7, extras={"backend": backend}, dtype=dtype, **options)
     x = torch.randn(4, 3, 5, dtype=dtype)
-    batch = 4 if twin.batch_first else 3
-    assert_alike(ours, twin, x)
-    assert_alike(ours, twin, x, states(twin, batch, dtype))
+    batch = 4 if counterpart.batch_first else 3
+    assert_alike(ours, counterpart, x)
+    assert_alike(ours, counterpart, x, states(counterpart, batch, dtype))
 
 
 @configurations()
 def test_unbatched(name: str, options: dict[str, Any]) -> None:
-    ours, twin = make(name, 5, 7, dtype=torch.float64, **options)
+    ours, counterpart = make(name, 5, 7, dtype=torch.float64, **options)
     x = torch.randn(4, 5, dtype=torch.float64)
-    assert_alike(ours, twin, x)
-    assert_alike(ours, twin, x, states(twin, None, torch.float64))
+    assert_alike(ours, counterpart, x)
+    assert_alike(ours, counterpart, x, states(counterpart, None, torch.float64))
 
 
 @pytest.mark.parametrize("lengths", [[2, 5, 1, 4], [5, 4, 4, 1], [3, 3, 3, 3]], ids=str)
@@ -78,17 +78,17 @@ def test_unbatched(name: str, options: dict[str, Any]) -> None:
 def test_packed(name: str, options: dict[str, Any], lengths: list[int], enforce_sorted: bool) -> None:
     if enforce_sorted and sorted(lengths, reverse=True) != lengths:
         lengths = sorted(lengths, reverse=True)
-    ours, twin = make(name, 5, 7, dtype=torch.float64, **options)
+    ours, counterpart = make(name, 5, 7, dtype=torch.float64, **options)
     x = torch.randn(5, 4, 5, dtype=torch.float64)
     packed = pack_padded_sequence(x, lengths, enforce_sorted=enforce_sorted)
-    assert_alike(ours, twin, packed)
-    assert_alike(ours, twin, packed, states(twin, 4, torch.float64))
+    assert_alike(ours, counterpart, packed)
+    assert_alike(ours, counterpart, packed, states(counterpart, 4, torch.float64))
 
 
 def test_packed_of_single_precision() -> None:
-    ours, twin = make("LSTM", 5, 7, 2, bidirectional=True)
+    ours, counterpart = make("LSTM", 5, 7, 2, bidirectional=True)
     packed = pack_sequence([torch.randn(n, 5) for n in (3, 9, 1, 4)], enforce_sorted=False)
-    assert_alike(ours, twin, packed, states(twin, 4))
+    assert_alike(ours, counterpart, packed, states(counterpart, 4))
     y, _ = ours(packed)
     assert type(y) is type(packed)
     assert y.batch_sizes is packed.batch_sizes and y.unsorted_indices is packed.unsorted_indices
@@ -98,28 +98,28 @@ def test_packed_of_single_precision() -> None:
 @pytest.mark.parametrize("name", SEQUENCES)
 def test_edges_of_time_and_batch(name: str, size: tuple[int, ...]) -> None:
     for options in ({}, {"num_layers": 2, "bidirectional": True}):
-        ours, twin = make(name, 5, 7, **options)
-        assert_alike(ours, twin, torch.randn(size))
-        assert_alike(ours, twin, torch.randn(size), states(twin, size[1]))
+        ours, counterpart = make(name, 5, 7, **options)
+        assert_alike(ours, counterpart, torch.randn(size))
+        assert_alike(ours, counterpart, torch.randn(size), states(counterpart, size[1]))
 
 
 @pytest.mark.parametrize(("input_size", "hidden_size"), [(1, 1), (3, 33), (130, 2)])
 @pytest.mark.parametrize("name", SEQUENCES)
 def test_odd_sizes(name: str, input_size: int, hidden_size: int) -> None:
-    ours, twin = make(name, input_size, hidden_size, dtype=torch.float64)
-    assert_alike(ours, twin, torch.randn(6, 2, input_size, dtype=torch.float64))
+    ours, counterpart = make(name, input_size, hidden_size, dtype=torch.float64)
+    assert_alike(ours, counterpart, torch.randn(6, 2, input_size, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
 @pytest.mark.parametrize("name", SEQUENCES)
 def test_dropout_draws_the_masks_that_torch_draws(name: str, packed: bool) -> None:
-    ours, twin = make(name, 5, 7, 3, dropout=0.4, bidirectional=True, dtype=torch.float64)
+    ours, counterpart = make(name, 5, 7, 3, dropout=0.4, bidirectional=True, dtype=torch.float64)
     x: Any = torch.randn(6, 3, 5, dtype=torch.float64)
     if packed:
         x = pack_padded_sequence(x, [2, 6, 3], enforce_sorted=False)
-    assert_alike(ours, twin, x, states(twin, 3, torch.float64))
-    ours.eval(), twin.eval()
-    assert_alike(ours, twin, x, states(twin, 3, torch.float64))
+    assert_alike(ours, counterpart, x, states(counterpart, 3, torch.float64))
+    ours.eval(), counterpart.eval()
+    assert_alike(ours, counterpart, x, states(counterpart, 3, torch.float64))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -130,11 +130,11 @@ def test_dropout_draws_the_masks_that_torch_draws(name: str, packed: bool) -> No
     ids=name_of,
 )
 def test_cell(name: str, options: dict[str, Any], backend: str | None, dtype: torch.dtype) -> None:
-    ours, twin = make(name, 5, 7, extras={"backend": backend}, dtype=dtype, **options)
+    ours, counterpart = make(name, 5, 7, extras={"backend": backend}, dtype=dtype, **options)
     for size in ((3,), (1,), (0,), ()):
         x, h = torch.randn(*size, 5, dtype=dtype), torch.randn(*size, 7, dtype=dtype)
-        assert_alike(ours, twin, x)
-        assert_alike(ours, twin, x, (h, torch.randn_like(h)) if name == "LSTMCell" else h)
+        assert_alike(ours, counterpart, x)
+        assert_alike(ours, counterpart, x, (h, torch.randn_like(h)) if name == "LSTMCell" else h)
 
 
 @configurations()
@@ -164,10 +164,10 @@ def with_resets(module: Any, x: Tensor, reset: Tensor, hx: Any) -> tuple[Tensor,
 @pytest.mark.parametrize("batch_first", [False, True])
 @pytest.mark.parametrize("name", SEQUENCES)
 def test_reset_zeroes_the_state_that_enters_a_step(name: str, batch_first: bool) -> None:
-    ours, twin = make(name, 5, 7, 2, batch_first=batch_first, dtype=torch.float64)
+    ours, counterpart = make(name, 5, 7, 2, batch_first=batch_first, dtype=torch.float64)
     x, reset, hx = torch.randn(6, 3, 5, dtype=torch.float64), torch.rand(6, 3) < 0.4, states(ours, 3, torch.float64)
-    twin.batch_first = False
-    y, final = with_resets(twin, x, reset, hx)
+    counterpart.batch_first = False
+    y, final = with_resets(counterpart, x, reset, hx)
     if batch_first:
         y_ours, final_ours = ours(x.transpose(0, 1), hx, reset=reset.t())
         y_ours = y_ours.transpose(0, 1)
@@ -259,15 +259,21 @@ def test_single_steps_without_gradient(name: str) -> None:
     more: list[dict[str, Any]] = [{"batch_first": True}, {"num_layers": 2}, {"bidirectional": True}]
     more += [{"proj_size": 3}, {"proj_size": 3, "bias": False}] if name == "LSTM" else []
     for options in ({}, {"bias": False}, *(more if name in SEQUENCES else [])):
-        ours, twin = make(name, 5, 7, **options)
+        ours, counterpart = make(name, 5, 7, **options)
         for batch in (1, 3):
             size = (batch, 5) if name in CELLS else (batch, 1, 5) if options.get("batch_first") else (1, batch, 5)
             h = torch.randn(batch, 7)
-            given = states(twin, batch) if name in SEQUENCES else (h, torch.randn_like(h)) if name == "LSTMCell" else h
+            given = (
+                states(counterpart, batch)
+                if name in SEQUENCES
+                else (h, torch.randn_like(h))
+                if name == "LSTMCell"
+                else h
+            )
             for hx in (None, given):
                 x = torch.randn(size)
                 with torch.no_grad():
-                    got, expected = ours(x, hx), twin(x, hx)
+                    got, expected = ours(x, hx), counterpart(x, hx)
                 assert isinstance(got, tuple) == isinstance(expected, tuple)
                 for a, b in zip(flatten(got), flatten(expected), strict=True):
                     torch.testing.assert_close(a, b)
@@ -277,9 +283,9 @@ def test_single_steps_without_gradient(name: str) -> None:
 
 @pytest.mark.parametrize("name", SEQUENCES)
 def test_an_output_may_be_changed_in_place_and_a_weight_may_not(name: str) -> None:
-    ours, twin = make(name, 5, 7, 2, dtype=torch.float64)
+    ours, counterpart = make(name, 5, 7, 2, dtype=torch.float64)
     x, gradients = torch.randn(4, 3, 5, dtype=torch.float64), []
-    for module in (ours, twin):
+    for module in (ours, counterpart):
         y, _ = module(x)
         y.relu_()
         y.sum().backward()
@@ -294,9 +300,9 @@ def test_an_output_may_be_changed_in_place_and_a_weight_may_not(name: str) -> No
 
 @pytest.mark.parametrize("name", MODULES)
 def test_backward_in_eval_mode(name: str) -> None:
-    ours, twin = make(name, 5, 7, dtype=torch.float64)
+    ours, counterpart = make(name, 5, 7, dtype=torch.float64)
     x = torch.randn(2, 5, dtype=torch.float64)
-    assert_alike(ours.eval(), twin.eval(), x)
+    assert_alike(ours.eval(), counterpart.eval(), x)
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -342,8 +348,8 @@ def test_mixed_states_under_autocast(name: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", MODULES)
 def test_sixteen_bits(name: str, dtype: torch.dtype) -> None:
-    ours, twin = make(name, 5, 7, dtype=dtype)
-    assert_alike(ours, twin, torch.randn(2, 5, dtype=dtype))
+    ours, counterpart = make(name, 5, 7, dtype=dtype)
+    assert_alike(ours, counterpart, torch.randn(2, 5, dtype=dtype))
 
 
 @pytest.mark.parametrize("name", SEQUENCES)

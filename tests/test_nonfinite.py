@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from cases import DTYPES, Case
-from judge import by_backend, forward, require
 from nonfinite import assert_as_in_torch, option_cases, spoiled, with_nan, with_silence
+from oracle import by_backend, forward, require
 
 import fused_rnn
 from fused_rnn.cells import CELLS

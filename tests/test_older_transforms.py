@@ -7,14 +7,14 @@ from typing import Any
 import pytest
 import torch
 from cases import Case, Inputs, inputs
-from judge import forward, require
+from counterparts import MODULES, flatten, make
+from oracle import forward, require
 from tolerances import assert_same_formula
 from torch import Tensor
 from torch._vmap_internals import _vmap
 from torch.autograd.functional import hessian, jacobian
 from torch.func import functionalize, grad, vjp, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
-from twins import MODULES, flatten, make
 
 from fused_rnn.cells import CELLS
 
@@ -57,17 +57,19 @@ def test_batched_gradients(cell: str, options: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("name", MODULES)
 def test_jacobian_and_hessian_vectorized(name: str) -> None:
-    ours, twin = make(name, 3, 4, dtype=torch.float64)
+    ours, counterpart = make(name, 3, 4, dtype=torch.float64)
     x = torch.randn(2, 3, dtype=torch.float64)
 
     def y(module: Any) -> Any:
         return lambda x: flatten(module(x))[0]
 
-    assert_same_formula(jacobian(y(ours), x, vectorize=True), jacobian(y(twin), x))
-    squared = [hessian(lambda x, m=m: y(m)(x).square().sum(), x, vectorize=v) for m, v in ((ours, True), (twin, False))]
+    assert_same_formula(jacobian(y(ours), x, vectorize=True), jacobian(y(counterpart), x))
+    squared = [
+        hessian(lambda x, m=m: y(m)(x).square().sum(), x, vectorize=v) for m, v in ((ours, True), (counterpart, False))
+    ]
     assert_same_formula(*squared)
     forwards = jacobian(y(ours), x, vectorize=True, strategy="forward-mode")
-    assert_same_formula(forwards, jacobian(y(twin), x))
+    assert_same_formula(forwards, jacobian(y(counterpart), x))
     assert torch.autograd.gradcheck(y(ours), x.requires_grad_(), check_batched_grad=True)
 
 
@@ -95,7 +97,7 @@ def test_the_older_vmap_over_lengths() -> None:
 @pytest.mark.parametrize("name", MODULES)
 def test_functionalize(name: str, backend: str | None) -> None:
     """Values, the gradient from outside, and under vmap; under no_grad, too."""
-    module, twin = make(name, 3, 4, extras={"backend": backend}, dtype=torch.float64)
+    module, counterpart = make(name, 3, 4, extras={"backend": backend}, dtype=torch.float64)
     x = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
 
     def y(x: Tensor) -> Tensor:
@@ -104,11 +106,11 @@ def test_functionalize(name: str, backend: str | None) -> None:
     with torch.no_grad():
         assert_same_formula(functionalize(y)(x), y(x))
     got = functionalize(y)(x)
-    assert_same_formula(got, flatten(twin(x))[0])
-    tensors, theirs = [x, *module.parameters()], [x, *twin.parameters()]
+    assert_same_formula(got, flatten(counterpart(x))[0])
+    tensors, theirs = [x, *module.parameters()], [x, *counterpart.parameters()]
     for one, other in zip(
         torch.autograd.grad(got.square().sum(), tensors),
-        torch.autograd.grad(flatten(twin(x))[0].square().sum(), theirs),
+        torch.autograd.grad(flatten(counterpart(x))[0].square().sum(), theirs),
         strict=True,
     ):
         assert_same_formula(one, other)
@@ -121,13 +123,13 @@ def test_functionalize(name: str, backend: str | None) -> None:
 @pytest.mark.parametrize("name", MODULES)
 def test_functionalize_with_a_gradient_of_torch_func(name: str) -> None:
     """An op has no gradient there, so it is torch's kernels that run, and ours, asked for by name, say why not."""
-    module, twin = make(name, 3, 4, dtype=torch.float64)
+    module, counterpart = make(name, 3, 4, dtype=torch.float64)
     x = torch.randn(2, 3, dtype=torch.float64)
 
     def loss(module: Any) -> Any:
         return lambda x: flatten(module(x))[0].square().sum()
 
-    expected = grad(loss(twin))(x)
+    expected = grad(loss(counterpart))(x)
     assert_same_formula(functionalize(grad(loss(module)))(x), expected)
     assert_same_formula(grad(functionalize(loss(module)))(x), expected)
     assert_same_formula(make_fx(functionalize(grad(loss(module))))(x)(x), expected)

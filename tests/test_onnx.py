@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 import torch._dynamo
+from counterparts import CELLS, MODULES, SEQUENCES, flatten, make, states
 from torch import Tensor, nn
-from twins import CELLS, MODULES, SEQUENCES, flatten, make, states
 
 import fused_rnn
 

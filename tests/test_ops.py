@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from cases import Case, Inputs, inputs
-from judge import require
+from oracle import require
 from torch import Tensor
 
 from fused_rnn import ops

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from counterparts import CELLS, MODULES, SEQUENCES, assert_alike, assert_same, flatten, make, states
 from torch.nn.utils.rnn import pack_padded_sequence
-from twins import CELLS, MODULES, SEQUENCES, assert_alike, assert_same, flatten, make, states
 
 import fused_rnn
 from fused_rnn import dispatch
@@ -35,9 +35,9 @@ def test_a_result_is_a_view_only_where_torchs_is(name: str, form: str, grad: boo
     """In-place operations that PyTorch refuses on views, such as h.detach_(), run where they run with torch.nn."""
     for options in ({}, {"num_layers": 2}, {"bidirectional": True}):
         for steps in (1, 3):
-            ours, twin, *given = call_in_form(name, form, steps, options, backend)
+            ours, counterpart, *given = call_in_form(name, form, steps, options, backend)
             with torch.set_grad_enabled(grad):
-                pairs = list(zip(flatten(ours(*given)), flatten(twin(*given)), strict=True))
+                pairs = list(zip(flatten(ours(*given)), flatten(counterpart(*given)), strict=True))
             for a, b in pairs:
                 assert b._is_view() or not a._is_view()
                 assert a.shape == b.shape
@@ -155,11 +155,11 @@ def test_weights_made_in_inference_mode(name: str, steps: int, needs: bool, back
             outcomes.append([p.grad for p in module.parameters()])
         except RuntimeError as error:
             outcomes.append(str(error))
-    ours, twin = outcomes
-    if isinstance(twin, str):
-        assert ours == twin or (name, steps, needs) == ("LSTM", 1, False)  # oneDNN saves what it has no use for
+    ours, counterpart = outcomes
+    if isinstance(counterpart, str):
+        assert ours == counterpart or (name, steps, needs) == ("LSTM", 1, False)  # oneDNN saves what it has no use for
     else:
-        for p, q in zip(ours, twin, strict=True):
+        for p, q in zip(ours, counterpart, strict=True):
             assert p is not None or backend == "torch"
             if q is not None:  # torch loses that of a matrix, whose transpose is an inference tensor again
                 torch.testing.assert_close(p, q)

@@ -98,9 +98,9 @@ def test_threads_do_not_show(kind: str) -> None:
 def test_few_rows_are_as_good_as_torch(kind: str) -> None:
     """A call of up to 16 rows in all takes its weights unpacked, and sums in another order than a stream."""
     module, x = make(kind), torch.randn(5, 3, 9)
-    twin = fused_rnn.to_torch(copy.deepcopy(module))
+    counterpart = fused_rnn.to_torch(copy.deepcopy(module))
     with torch.no_grad():
-        torchs, reference = twin(x)[0], copy.deepcopy(twin).double()(x.double())[0]
+        torchs, reference = counterpart(x)[0], copy.deepcopy(counterpart).double()(x.double())[0]
     assert error(by_steps(module.stream(3), x), reference) <= allowed(torchs, reference)
 
 
@@ -158,8 +158,8 @@ def test_int8_is_the_module_of_rounded_weights(kind: str, batch: int) -> None:
             if parameter.dim() == 2:
                 scale = parameter.abs().amax(1, keepdim=True) / 127
                 parameter.copy_((parameter / scale).round() * scale)
-        twin = fused_rnn.to_torch(module)
-        torchs, reference = twin(x)[0], copy.deepcopy(twin).double()(x.double())[0]
+        counterpart = fused_rnn.to_torch(module)
+        torchs, reference = counterpart(x)[0], copy.deepcopy(counterpart).double()(x.double())[0]
     assert error(by_steps(stream, x), reference) <= allowed(torchs, reference)
 
 
@@ -322,9 +322,9 @@ def test_copies() -> None:
     module, x = make("LSTM", dtype=torch.bfloat16), torch.randn(3, 1, 9).bfloat16()
     stream = module.stream()
     by_steps(stream, x)
-    twins = [copy.deepcopy(stream), copy.copy(stream), pickle.loads(pickle.dumps(stream))]
+    counterparts = [copy.deepcopy(stream), copy.copy(stream), pickle.loads(pickle.dumps(stream))]
     expected = by_steps(stream, x)
-    assert all(torch.equal(by_steps(twin, x), expected) for twin in twins)
+    assert all(torch.equal(by_steps(counterpart, x), expected) for counterpart in counterparts)
 
 
 # ---- around it ----

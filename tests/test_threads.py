@@ -12,7 +12,7 @@ import pytest
 import torch
 from after_fork import NARROW, WIDE
 from cases import Case, inputs
-from judge import by_backend, by_reference, by_torch, require
+from oracle import by_backend, by_reference, by_torch, require
 from tolerances import assert_as_good_as_torch
 
 

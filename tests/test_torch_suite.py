@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 import torch
+from counterparts import MODULES, flatten
 from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 from torch.nn.utils.rnn import PackedSequence
-from twins import MODULES, flatten
 
 pytest.importorskip("expecttest", reason="torch.testing's own tests import expecttest, which is not installed")
 with warnings.catch_warnings():

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from cases import Case, Inputs, inputs
-from judge import forward, require
+from oracle import forward, require
 from tolerances import assert_same_formula
 from torch import Tensor
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap

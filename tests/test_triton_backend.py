@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 from cases import Case, Inputs, inputs
-from judge import Results, by_backend, forward
 from nonfinite import assert_as_in_torch, with_nan, with_silence
+from oracle import Results, by_backend, forward
 from tolerances import tf32
 from torch import Tensor
 from triton_cases import DEVICE, LOOPS, MARKS, here, quicker_interpreter
@@ -225,12 +225,12 @@ def test_autocast_gives_its_dtype() -> None:
 
 
 def test_module_takes_a_packed_sequence() -> None:
-    ours, twin = fused_rnn.LSTM(3, 4, 2, backend="triton"), torch.nn.LSTM(3, 4, 2)
-    ours.load_state_dict(twin.state_dict())
-    ours, twin = ours.to(DEVICE), twin.to(DEVICE)
+    ours, counterpart = fused_rnn.LSTM(3, 4, 2, backend="triton"), torch.nn.LSTM(3, 4, 2)
+    ours.load_state_dict(counterpart.state_dict())
+    ours, counterpart = ours.to(DEVICE), counterpart.to(DEVICE)
     x = torch.nn.utils.rnn.pack_padded_sequence(torch.randn(5, 3, 3, device=DEVICE), [2, 5, 1], enforce_sorted=False)
-    (packed, (h, c)), (expected, (h_twin, c_twin)) = ours(x), twin(x)
-    for a, b in ((packed.data, expected.data), (h, h_twin), (c, c_twin)):
+    (packed, (h, c)), (expected, (h_counterpart, c_counterpart)) = ours(x), counterpart(x)
+    for a, b in ((packed.data, expected.data), (h, h_counterpart), (c, c_counterpart)):
         torch.testing.assert_close(a, b)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from cases import Case, inputs
-from judge import by_backend, by_reference
+from oracle import by_backend, by_reference
 from tolerances import error, tf32
 from torch import Tensor
 

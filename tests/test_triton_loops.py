@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from cases import PROJECTIONS, Case, Inputs, inputs
-from judge import Results, by_backend, by_reference, by_torch, over_draws
+from oracle import Results, by_backend, by_reference, by_torch, over_draws
 from tolerances import assert_as_good_as_torch
 from triton_cases import DTYPES, LOOPS, MARKS, ROWS, Row, case_of, here, quicker_interpreter
 

@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import fused_rnn
 from fused_rnn import ops
 
-quick: Any = ops.quick_step
+quick: Any = ops.fast_path
 needs_quick = pytest.mark.skipif(
     quick is None, reason="the extension is not built, or this torch does not lend tensors"
 )

@@ -39,18 +39,18 @@ struct BackwardLoop {
     far = out_vectors * panel_size<Kind>(G * p.H, 1) * int64_t(sizeof(A)) > kNearBytes;
   }
 
-  Memory layout(Carver& carve, int threads_in_group) const {
+  Memory layout(Arena& arena, int threads_in_group) const {
     Memory m{};
-    m.barrier = carve.take<int64_t>(Barrier::words(threads_in_group));
-    m.w_hh = carve.take<A>(out_vectors * panel_size<Kind>(G * p.H, 1));
-    m.dh = carve.take<S>(p.B * dh_stride);
-    if (Cell::has_cell) m.dc = carve.take<S>(p.B * unit_stride);
-    for (auto& g : m.gates) g = carve.take<A>(p.B * gate_stride);
+    m.barrier = arena.take<int64_t>(Barrier::words(threads_in_group));
+    m.w_hh = arena.take<A>(out_vectors * panel_size<Kind>(G * p.H, 1));
+    m.dh = arena.take<S>(p.B * dh_stride);
+    if (Cell::has_cell) m.dc = arena.take<S>(p.B * unit_stride);
+    for (auto& g : m.gates) g = arena.take<A>(p.B * gate_stride);
     if (project) {
-      m.w_hr = carve.take<A>(unit_vectors * panel_size<Kind>(p.P, 1));
-      m.dm = carve.take<S>(p.B * unit_stride);
-      m.out = carve.take<A>(p.B * out_stride);
-      m.zero = carve.take<S>(kPanelVectors * L);
+      m.w_hr = arena.take<A>(unit_vectors * panel_size<Kind>(p.P, 1));
+      m.dm = arena.take<S>(p.B * unit_stride);
+      m.out = arena.take<A>(p.B * out_stride);
+      m.zero = arena.take<S>(kPanelVectors * L);
     }
     return m;
   }
@@ -262,15 +262,15 @@ struct BackwardLoop {
     auto& [loop, base, group_bytes] = *(Context*)context;
     const Share s = share(me, team, loop.p.R, loop.p.B, loop.panels);
     if (s.idle) return;
-    Region region;
-    Carver carve{base + s.group * group_bytes};
-    const Memory m = loop.layout(carve, team);
+    FlushDenormals region;
+    Arena arena{base + s.group * group_bytes};
+    const Memory m = loop.layout(arena, team);
     for (int r = s.group; r < loop.p.R; r += s.groups) loop.recurrence(m, r, s);
   }
   static void run(const Backward& backward) {
     const BackwardLoop loop(backward);
     const int threads = backward.p.threads;
-    Carver measure{nullptr};
+    Arena measure{nullptr};
     loop.layout(measure, threads);
     const int groups = int(backward.p.R < threads ? backward.p.R : threads);
     Context context{loop, (char*)fused_rnn::cpu::scratch(measure.used * groups), measure.used};

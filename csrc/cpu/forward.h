@@ -62,37 +62,37 @@ struct ForwardLoop {
   bool projects() const { return p.P != p.H || p.weights[0].w_hr; }
 
   // What a `Packing` makes, and a call that packs for itself.
-  void layout_weights(Carver& carve, Memory& m) const {
+  void layout_weights(Arena& arena, Memory& m) const {
     if (!unpacked) {
-      m.w_ih = carve.take<W>(unit_vectors * panel_size<Kind>(p.D, G));
-      m.w_hh = carve.take<W>(unit_vectors * panel_size<Kind>(p.P, G));
-      if (projects()) m.w_hr = carve.take<W>(out_vectors * panel_size<Kind>(p.H, 1));
+      m.w_ih = arena.take<W>(unit_vectors * panel_size<Kind>(p.D, G));
+      m.w_hh = arena.take<W>(unit_vectors * panel_size<Kind>(p.P, G));
+      if (projects()) m.w_hr = arena.take<W>(out_vectors * panel_size<Kind>(p.H, 1));
     }
     if constexpr (kScaled<Kind>) {
-      m.scale_ih = carve.take<S>(unit_vectors * G * L);
-      m.scale_hh = carve.take<S>(unit_vectors * G * L);
-      if (projects()) m.scale_hr = carve.take<S>(out_vectors * L);
+      m.scale_ih = arena.take<S>(unit_vectors * G * L);
+      m.scale_hh = arena.take<S>(unit_vectors * G * L);
+      if (projects()) m.scale_hr = arena.take<S>(out_vectors * L);
     }
-    m.bias = carve.take<S>(row);
+    m.bias = arena.take<S>(row);
   }
-  Memory layout(Carver& carve, int threads_in_group) const {
+  Memory layout(Arena& arena, int threads_in_group) const {
     Memory m{};
-    m.barrier = carve.take<int64_t>(Barrier::words(threads_in_group));
+    m.barrier = arena.take<int64_t>(Barrier::words(threads_in_group));
     if (f.packed) {
-      Carver whole{(char*)f.packed};
+      Arena whole{(char*)f.packed};
       layout_weights(whole, m);
     } else {
-      layout_weights(carve, m);
+      layout_weights(arena, m);
     }
-    m.zero = carve.take<S>(kPanelVectors * L);
-    m.pre = carve.take<S>(chunk_steps * p.B * row);
-    if (Cell::has_cell) m.c = carve.take<S>(p.B * c_stride);
-    for (auto& h : m.h) h = carve.take<A>(p.B * h_stride);
+    m.zero = arena.take<S>(kPanelVectors * L);
+    m.pre = arena.take<S>(chunk_steps * p.B * row);
+    if (Cell::has_cell) m.c = arena.take<S>(p.B * c_stride);
+    for (auto& h : m.h) h = arena.take<A>(p.B * h_stride);
     if (projects()) {
-      m.m = carve.take<A>(p.B * m_stride);
-      m.wide = carve.take<S>(p.B * out_vectors * L);
+      m.m = arena.take<A>(p.B * m_stride);
+      m.wide = arena.take<S>(p.B * out_vectors * L);
     }
-    if (!direct_x) m.x = carve.take<A>(threads_in_group * chunk_steps * p.B * x_stride);
+    if (!direct_x) m.x = arena.take<A>(threads_in_group * chunk_steps * p.B * x_stride);
     return m;
   }
 
@@ -404,9 +404,9 @@ struct ForwardLoop {
     auto& [loop, base, group_bytes] = *(Context*)context;
     const Share s = share(me, team, loop.p.R, loop.p.B, loop.panels);
     if (s.idle) return;
-    Region region;
-    Carver carve{base + s.group * group_bytes};
-    const Memory m = loop.layout(carve, team);
+    FlushDenormals region;
+    Arena arena{base + s.group * group_bytes};
+    const Memory m = loop.layout(arena, team);
     for (int r = s.group; r < loop.p.R; r += s.groups) loop.recurrence(m, r, s);
   }
   struct Context {
@@ -418,7 +418,7 @@ struct ForwardLoop {
   static void run(const Forward& forward) {
     const ForwardLoop loop(forward);
     const int threads = forward.p.threads;
-    Carver measure{nullptr};
+    Arena measure{nullptr};
     loop.layout(measure, threads);
     const int groups = int(forward.p.R < threads ? forward.p.R : threads);
     Context context{loop, (char*)fused_rnn::cpu::scratch(measure.used * groups), measure.used};

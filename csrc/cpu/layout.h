@@ -90,7 +90,7 @@ static ALWAYS_INLINE int64_t row_stride(int64_t n) {  // of operands: padded to 
 }
 
 // Lays arrays out one after the other, 64-byte aligned; with a null base it only measures.
-struct Carver {
+struct Arena {
   char* base;
   size_t used = 0;
   template <class X>
@@ -145,16 +145,16 @@ struct Rows {
 
 // Small numbers cost x86 a hundred cycles each when they turn denormal: flushed to zero inside the loops, restored after. On Arm too, where
 // they cost nothing, for a sigmoid to be 0 at -inf: what stood in its place, times an infinity, would be one.
-struct [[maybe_unused]] Region {
+struct [[maybe_unused]] FlushDenormals {
 #if defined(__x86_64__)
   unsigned saved;
-  ALWAYS_INLINE Region() : saved(_mm_getcsr()) {
+  ALWAYS_INLINE FlushDenormals() : saved(_mm_getcsr()) {
     _mm_setcsr(saved | 0x8040u);
 #if defined(FUSED_RNN_AMX)
     amx_configured = 0;
 #endif
   }
-  ALWAYS_INLINE ~Region() {
+  ALWAYS_INLINE ~FlushDenormals() {
     _mm_setcsr(saved);
 #if defined(FUSED_RNN_AMX)
     if (amx_configured) _tile_release();
@@ -163,11 +163,11 @@ struct [[maybe_unused]] Region {
   }
 #elif defined(__aarch64__)
   uint64_t saved;
-  ALWAYS_INLINE Region() {
+  ALWAYS_INLINE FlushDenormals() {
     asm volatile("mrs %0, fpcr" : "=r"(saved));
     asm volatile("msr fpcr, %0" ::"r"(saved | uint64_t(1) << 24));
   }
-  ALWAYS_INLINE ~Region() { asm volatile("msr fpcr, %0" ::"r"(saved)); }
+  ALWAYS_INLINE ~FlushDenormals() { asm volatile("msr fpcr, %0" ::"r"(saved)); }
 #endif
 };
 

@@ -37,10 +37,10 @@ struct PackLoop {
     f.p = pack.p;
     f.packed = pack.packed ? pack.packed : &pack;  // only whether there is one is asked
     const Loop loop(f);
-    Carver carve{(char*)pack.packed};
+    Arena arena{(char*)pack.packed};
     typename Loop::Memory m{};
-    loop.layout_weights(carve, m);
-    *pack.bytes = int64_t(carve.used);
+    loop.layout_weights(arena, m);
+    *pack.bytes = int64_t(arena.used);
     if (!pack.packed) return;
     const Weights& w = pack.p.weights[0];
     if constexpr (!kNarrow<Kind>) {
@@ -56,11 +56,11 @@ struct PackLoop {
   static void narrowed(const Loop& loop, const Forward& f, const Weights& w, const typename Loop::Memory& m) {
     using Wide = ForwardLoop<F32, T, Cell>;
     const Wide wide(f);
-    Carver measure{nullptr};
+    Arena measure{nullptr};
     typename Wide::Memory from{};
     wide.layout_weights(measure, from);
-    Carver carve{(char*)fused_rnn::cpu::scratch(measure.used)};
-    wide.layout_weights(carve, from);
+    Arena arena{(char*)fused_rnn::cpu::scratch(measure.used)};
+    wide.layout_weights(arena, from);
     wide.pack(from, w, 0, wide.panels);
     if (wide.projects()) wide.pack_projection(from, w, 0, wide.out_vectors);
     const Problem& p = f.p;

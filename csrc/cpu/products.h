@@ -58,7 +58,7 @@ struct ProductsLoop {
   // Of the gradient vectors, which row block of W_ih gate g is: none for GRU's n_h, and n_x is torch's n.
   static constexpr int input_gate(int d) { return DG == G ? d : d == 2 ? -1 : d == 3 ? 2 : d; }
 
-  Memory layout(Carver& shared, Carver& own, int threads) const {
+  Memory layout(Arena& shared, Arena& own, int threads) const {
     Memory m{};
     m.barrier = shared.take<int64_t>(Barrier::words(threads));
     if (f.dx) m.w_ih = shared.take<A>(((p.D + L - 1) / L) * panel_size<Kind>(G * p.H, 1));
@@ -329,10 +329,10 @@ struct ProductsLoop {
   };
   static void body(void* context, int me, int team) {
     auto& [loop, base] = *(Context*)context;
-    Region region;
-    Carver shared{nullptr}, own{nullptr};
+    FlushDenormals region;
+    Arena shared{nullptr}, own{nullptr};
     loop.layout(shared, own, team);
-    Carver carve_shared{base}, carve_own{base + shared.used + own.used * me};
+    Arena carve_shared{base}, carve_own{base + shared.used + own.used * me};
     const Memory m = loop.layout(carve_shared, carve_own, team);
     Barrier barrier(m.barrier, team);
     memset((void*)m.zero, 0, W * sizeof(S));
@@ -344,7 +344,7 @@ struct ProductsLoop {
   static void run(const Products& products) {
     const ProductsLoop loop(products);
     const int threads = products.p.threads;
-    Carver shared{nullptr}, own{nullptr}, ignored{nullptr}, alone{nullptr};
+    Arena shared{nullptr}, own{nullptr}, ignored{nullptr}, alone{nullptr};
     loop.layout(shared, own, threads);
     loop.layout(ignored, alone, 1);  // a team that comes out smaller than asked has more units each
     Context context{loop, (char*)fused_rnn::cpu::scratch(shared.used + own.used * size_t(threads) + alone.used)};

@@ -4,7 +4,7 @@
 // exp(k x) = 2^n exp(k r), n = round(k x / ln 2), |k r| <= ln 2 / 2. From s = 2^n and v = expm1(k r):
 //   1 + exp(k x) = (s + 1) + s v: one rounding, since s + 1 is exact wherever the 1 matters
 //
-//   sigmoid(x)   = 1 / (1 + exp(-x)): exp must not overflow. Where a Region flushes
+//   sigmoid(x)   = 1 / (1 + exp(-x)): exp must not overflow. Where a FlushDenormals flushes
 //                  denormal numbers (layout.h), it is 0 from -88 on
 //
 //   tanh(|x|)    = 1 - 2 / (1 + exp(2 |x|)) from |x| = 0.55 on, an odd polynomial below

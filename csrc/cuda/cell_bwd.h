@@ -1,7 +1,7 @@
 // One thread's cell in the backward loops: the gradients it carries, what it reads, what it writes.
 #pragma once
+#include "index.h"
 #include "storage.h"
-#include "time.h"
 
 namespace fused_rnn::cuda {
 
@@ -14,7 +14,7 @@ class BackwardCell {
   static constexpr bool kBefore = Cell::has_cell || Cell::needs_h_prev;  // and the one that entered it
 
  public:
-  Place at;
+  UnitIndex at;
 
   FUSED_RNN_DEVICE BackwardCell(const BackwardLoop& p, int r, int b, int u) : at(p.steps, r, b, u) {
     if (!at.inside) return;
@@ -28,7 +28,7 @@ class BackwardCell {
 
   // Asks for what `run` of this step reads from memory, the last that the step after it does: it arrives behind the exchange and the
   // product. All of it stays as it lay in memory until `run`: a conversion here would wait for it.
-  FUSED_RNN_DEVICE void fetch(const BackwardLoop& p, const Walk& walk, int step) {
+  FUSED_RNN_DEVICE void fetch(const BackwardLoop& p, const TimeIndex& walk, int step) {
     const int t = walk.time(step), local = t - walk.first_time;
     valid_ = at.valid(t);
     if (!valid_) return;
@@ -46,7 +46,7 @@ class BackwardCell {
     before_.load(p, first ? p.first_state : p.states, first ? at.in_state(p.steps) : here + back);
   }
   // What the step after the last one here left to it: for a loop that goes on where another one ended.
-  FUSED_RNN_DEVICE void resume(const BackwardLoop& p, const Walk& walk) {
+  FUSED_RNN_DEVICE void resume(const BackwardLoop& p, const TimeIndex& walk) {
     if (p.steps.step1 >= p.steps.T) return;
     reaches_ = at.live(p.steps, walk.time(p.steps.step1));
   }
@@ -71,7 +71,7 @@ class BackwardCell {
   // Gradient g of the recurrent side, as it is stored and as the next product reads it.
   FUSED_RNN_DEVICE Storage recurrent(int g) const { return narrow<Storage>(d_[g]); }
 
-  FUSED_RNN_DEVICE void store(const BackwardLoop& p, const Walk& walk, int step) const {
+  FUSED_RNN_DEVICE void store(const BackwardLoop& p, const TimeIndex& walk, int step) const {
     if (!at.inside) return;
     Storage* out = static_cast<Storage*>(p.dgates) + steps_size(p.steps, walk.time(step), kGradients) + at.in_step(p.steps, kGradients);
     // The recurrent side's G come last, so that either side's are G vectors in a row.

@@ -1,8 +1,8 @@
 // One thread's cell in the forward loops: its state, what it reads, what it writes. The loops differ only in where the
 // recurrent product comes from and in where the next one reads h.
 #pragma once
+#include "index.h"
 #include "storage.h"
-#include "time.h"
 
 namespace fused_rnn::cuda {
 
@@ -15,9 +15,9 @@ class ForwardCell {
   static constexpr bool kState = Cell::has_cell || Cell::needs_h_prev;
 
  public:
-  Place at;
+  UnitIndex at;
 
-  FUSED_RNN_DEVICE ForwardCell(const ForwardLoop& p, const Walk& walk, int r, int b, int u) : at(p.steps, r, b, u) {
+  FUSED_RNN_DEVICE ForwardCell(const ForwardLoop& p, const TimeIndex& walk, int r, int b, int u) : at(p.steps, r, b, u) {
     if (!at.inside) return;
     const int i = at.in_state(p.steps);
     if (kState) state_ = static_cast<const Acc*>(p.state)[i];
@@ -39,7 +39,7 @@ class ForwardCell {
 
   // Asks for what `run` of this step reads from memory, the last that the step before does: it arrives behind the exchange and the product.
   // Whether the state enters the step after that is asked for with it, since `entering` must know a step ahead.
-  FUSED_RNN_DEVICE void fetch(const ForwardLoop& p, const Walk& walk, int step) {
+  FUSED_RNN_DEVICE void fetch(const ForwardLoop& p, const TimeIndex& walk, int step) {
     const int t = walk.time(step), next = t + walk.pace;
     const Storage* x = static_cast<const Storage*>(p.gx) + steps_size(p.steps, t - walk.first_time, G) + at.in_step(p.steps, G);
     if (at.valid(t)) {
@@ -50,7 +50,7 @@ class ForwardCell {
   }
 
   // recurrent: h_{t-1} W_hh^T, zero where the state does not enter.
-  FUSED_RNN_DEVICE void run(const Walk& walk, int step, const Acc (&recurrent)[G]) {
+  FUSED_RNN_DEVICE void run(const TimeIndex& walk, int step, const Acc (&recurrent)[G]) {
     Acc a[Cell::preactivations];
     FUSED_RNN_UNROLL
     for (int g = 0; g < G; ++g) a[g] = widen(x_[g]) + recurrent[g];
@@ -73,7 +73,7 @@ class ForwardCell {
   FUSED_RNN_DEVICE Storage hidden() const { return h_; }
 
   // Writes what a step leaves behind, after the team has what it waits for.
-  FUSED_RNN_DEVICE void store(const ForwardLoop& p, const Walk& walk, int step) const {
+  FUSED_RNN_DEVICE void store(const ForwardLoop& p, const TimeIndex& walk, int step) const {
     if (!at.inside) return;
     const int t = walk.time(step), local = t - walk.first_time;
     const bool valid = at.valid(t);

@@ -130,7 +130,7 @@ class Exchange {
       if (threadIdx.x == 0) expect(turn_ & 1);
     } else if (team_.exchange == ExchangeKind::grid) {
       if (threadIdx.x == 0) {
-        const Patience patience;
+        const SpinTimeout patience;
         while (load_acquire(arrived_) < uint32_t(turn_) * uint32_t(team_.members)) {
           patience.spend("2 s for the members of the team to be counted in");
           pause();

@@ -3,7 +3,7 @@
 // reaches the state of the step before.
 #pragma once
 #include "cell_bwd.h"
-#include "member.h"
+#include "cta_rank.h"
 
 namespace fused_rnn::cuda {
 
@@ -14,8 +14,8 @@ persistent_bwd_kernel(const FUSED_RNN_GRID_CONSTANT BackwardLoop p) {
   using Operand = typename Number::Operand;
   constexpr int G = Cell::gates, kGradients = Cell::gradients;
   const Team& team = p.team;
-  const Member me(p.steps, team);
-  const Walk walk(p.steps, me.r);
+  const CtaRank me(p.steps, team);
+  const TimeIndex walk(p.steps, me.r);
   const SharedLayout at = shared_layout(team, tile(Number::kKind, true, NT));
   Operand* operands = shared_array<Operand>(at.operands, at.operands_count);
   float* partial = shared_array<float>(at.partial, at.partial_count);
@@ -30,7 +30,7 @@ persistent_bwd_kernel(const FUSED_RNN_GRID_CONSTANT BackwardLoop p) {
   // A loop that goes on where another one ended starts from the gradients that one left: a warp a row.
   const bool resumes = p.steps.step1 < p.steps.T;
   for (int b = int(threadIdx.x) / 32; resumes && b < team.rows; b += int(blockDim.x) / 32) {
-    const Place place(p.steps, me.r, me.first_b + b, 0);
+    const UnitIndex place(p.steps, me.r, me.first_b + b, 0);
     const int t = walk.time(p.steps.step1);
     if (!place.valid(t)) continue;
     const Storage* left = static_cast<const Storage*>(p.dgates) + steps_size(p.steps, t, kGradients) + place.in_step(p.steps, kGradients);

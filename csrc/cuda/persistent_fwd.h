@@ -1,7 +1,7 @@
 // The forward loop over all of time in one launch: one kernel for every cell, number, team and exchange.
 #pragma once
 #include "cell_fwd.h"
-#include "member.h"
+#include "cta_rank.h"
 
 namespace fused_rnn::cuda {
 
@@ -13,8 +13,8 @@ persistent_fwd_kernel(const FUSED_RNN_GRID_CONSTANT ForwardLoop p) {
   using Operand = typename Number::Operand;
   constexpr int G = Cell::gates;
   const Team& team = p.team;
-  const Member me(p.steps, team);
-  const Walk walk(p.steps, me.r);
+  const CtaRank me(p.steps, team);
+  const TimeIndex walk(p.steps, me.r);
   const SharedLayout at = shared_layout(team, tile(Number::kKind, false, NT));
   Operand* operands = shared_array<Operand>(at.operands, at.operands_count);
   float* partial = shared_array<float>(at.partial, at.partial_count);
@@ -29,7 +29,7 @@ persistent_fwd_kernel(const FUSED_RNN_GRID_CONSTANT ForwardLoop p) {
 
   // h0, where the state enters the first step: a warp a row.
   for (int b = int(threadIdx.x) / 32; b < team.rows; b += int(blockDim.x) / 32) {
-    const Place place(p.steps, me.r, me.first_b + b, 0);
+    const UnitIndex place(p.steps, me.r, me.first_b + b, 0);
     if (!place.live(p.steps, walk.time(p.steps.step0))) continue;
     const Storage* h0 = static_cast<const Storage*>(p.h0) + place.in_state(p.steps);
     Operand* to = exchange.current() + b * exchange.stride();

@@ -30,7 +30,7 @@ pointwise_fwd_kernel(const FUSED_RNN_GRID_CONSTANT ForwardLoop p) {
   constexpr int G = Cell::gates;
   const Flat flat(p.steps);
   if (!flat.inside) return;
-  const Walk walk(p.steps, flat.r);
+  const TimeIndex walk(p.steps, flat.r);
   ForwardCell<Cell, Storage, Math> cell(p, walk, flat.r, flat.b, flat.u);
   cell.enter();
   cell.fetch(p, walk, p.steps.step0);
@@ -59,7 +59,7 @@ pointwise_bwd_kernel(const FUSED_RNN_GRID_CONSTANT BackwardLoop p) {
   using Acc = Accumulator<Storage>;
   const Flat flat(p.steps);
   if (!flat.inside) return;
-  const Walk walk(p.steps, flat.r);
+  const TimeIndex walk(p.steps, flat.r);
   BackwardCell<Cell, Storage, Math> cell(p, flat.r, flat.b, flat.u);
   cell.resume(p, walk);
   const Acc product = p.given ? Acc(widen(static_cast<const Storage*>(p.given)[cell.at.in_state(p.steps)])) : Acc(0);

@@ -1,5 +1,5 @@
-// What lent.cpp uses of DLPack 1.3 (github.com/dmlc/dlpack), a C interface whose layout is fixed within a major version. torch's copy
-// refuses to be included beside the stable ABI.
+// What dlpack_view.cpp uses of DLPack 1.3 (github.com/dmlc/dlpack), a C interface whose layout is fixed within a major version. torch's
+// copy refuses to be included beside the stable ABI.
 #pragma once
 #include <cstdint>
 

@@ -2,8 +2,8 @@
 #include "../cpu/isa.h"
 #include "../cuda/bind_plan.h"
 #include "../pybind.h"
+#include "fast_path.h"
 #include "layer.h"
-#include "quick_step.h"
 #include "stream.h"
 
 PYBIND11_MODULE(_C, m) {
@@ -13,5 +13,5 @@ PYBIND11_MODULE(_C, m) {
   m.def("available_isas", &fused_rnn::cpu::available_isas, "The instruction sets this processor can run, best first, comma-separated.");
   fused_rnn::cuda::bind_plan(m);  // plans can be asked for on any machine
   fused_rnn::ops::add_stream(m.ptr());
-  if (fused_rnn::ops::add_quick_step(m.ptr()) != 0) throw pybind11::error_already_set();
+  if (fused_rnn::ops::add_fast_path(m.ptr()) != 0) throw pybind11::error_already_set();
 }

@@ -9,7 +9,7 @@
 #include "../cpu/isa.h"
 #include "../cpu/team.h"
 #include "../pybind.h"
-#include "lent.h"
+#include "dlpack_view.h"
 #include "tensors.h"
 
 namespace fused_rnn::ops {
@@ -164,7 +164,7 @@ PyObject* step(PyObject* self, PyObject* const* args, Py_ssize_t count) {
 }
 PyMethodDef step_method{"step", as_method(step), METH_FASTCALL, "step(x, out): y, or None for a call out of the ordinary."};
 
-py::object quick_step(const std::shared_ptr<Stream>& stream, const py::object& like) {
+py::object fast_path(const std::shared_ptr<Stream>& stream, const py::object& like) {
   constexpr uint8_t bits[] = {32, 64, 16, 16};  // by Dtype
   const Dtype dtype = stream->problem().dtype;
   const uint8_t code = dtype == Dtype::bf16 ? dlpack::kBfloat : dlpack::kFloat;
@@ -192,7 +192,7 @@ void add_stream(PyObject* module) {
             stream.run(reinterpret_cast<const void*>(x), T, reinterpret_cast<void*>(y));
           },
           py::call_guard<py::gil_scoped_release>())
-      .def("quick_step", &quick_step)
+      .def("fast_path", &fast_path)
       .def_property_readonly("step_bytes", &Stream::step_bytes);
 }
 

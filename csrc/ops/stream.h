@@ -45,7 +45,7 @@ class Stream {
   Problem layer(int64_t l, const Weights& w) const;
 };
 
-// Adds the class Stream to the module. Its quick_step(like) makes a function step(x, out) that returns None for whatever is not an
+// Adds the class Stream to the module. Its fast_path(like) makes a function step(x, out) that returns None for whatever is not an
 // ordinary call on ordinary tensors; like: an empty tensor [B, P] as the results shall be.
 void add_stream(PyObject* module);
 

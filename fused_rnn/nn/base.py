@@ -19,18 +19,18 @@ from fused_rnn.gpu.precision import tf32_allowed
 from fused_rnn.nn.plain import is_functorch, is_jit_tracing
 from fused_rnn.problem import Problem
 
-ON_A_GPU = "cuda"  # where the twin may be the faster one
+ON_A_GPU = "cuda"  # where the counterpart may be the faster one
 
 
 class Fused(nn.Module):
-    """A module that takes the place of its twin, torch.nn's class of the same name.
+    """A module that takes the place of its counterpart, torch.nn's class of the same name.
 
-    A call out of the ordinary goes to the twin's own forward, which raises torch's error for it, in the words of the
+    A call out of the ordinary goes to the counterpart's own forward, which raises torch's error for it, in the words of the
     torch installed, or computes what only torch's operators can. All attributes but `backend`, `save` and `stream`
     begin with _fused, for users' subclasses have names of their own.
     """
 
-    _fused_twin: ClassVar[type[nn.Module]]
+    _fused_counterpart: ClassVar[type[nn.Module]]
     _fused_cell: str  # its name in cells.CELLS
     _fused_states: ClassVar[int] = 1  # how many states a step has: h, or h and c
     # On the class too, for modules whose state was saved by torch.nn, which has no such attribute.
@@ -54,24 +54,24 @@ class Fused(nn.Module):
         self._fused_backend = known_backend(value)
 
     def __prepare_scriptable__(self) -> Any:
-        """torch.jit.script compiles the twin in this module's place, on the same weights. Of a class of the user's it
-        compiles an instance with the twin's forward, or, where it has a forward of its own, the module itself."""
+        """torch.jit.script compiles the counterpart in this module's place, on the same weights. Of a class of the user's it
+        compiles an instance with the counterpart's forward, or, where it has a forward of its own, the module itself."""
         kind = type(self)
         if overrides_forward(kind):
             return self
-        theirs = self._fused_twin if "_fused_twin" in vars(kind) else kind
-        twin = theirs.__new__(theirs)
-        twin.__setstate__({key: value for key, value in vars(self).items() if not key.startswith("_fused")})
-        unmark_leaf(twin)
+        theirs = self._fused_counterpart if "_fused_counterpart" in vars(kind) else kind
+        counterpart = theirs.__new__(theirs)
+        counterpart.__setstate__({key: value for key, value in vars(self).items() if not key.startswith("_fused")})
+        unmark_leaf(counterpart)
         if theirs is kind:
-            twin.__dict__["forward"] = MethodType(self._fused_twin.forward, twin)
-        return twin
+            counterpart.__dict__["forward"] = MethodType(self._fused_counterpart.forward, counterpart)
+        return counterpart
 
 
 def overrides_forward(cls: type[Fused]) -> bool:
     """Whether a class has a forward of the user's, and not ours."""
     owner = next(base for base in cls.__mro__ if "forward" in vars(base))
-    return "_fused_twin" not in vars(owner)
+    return "_fused_counterpart" not in vars(owner)
 
 
 # What an instance has in the place of its class's __module__. torch.fx's tracers take a module for a leaf, and so for a
@@ -81,7 +81,7 @@ _LEAF = {"__module__": "torch.nn"}
 
 
 def mark_leaf(module: nn.Module) -> None:
-    """Have torch.fx take a module of ours for a leaf, as it does its twin. Not one whose forward is the user's."""
+    """Have torch.fx take a module of ours for a leaf, as it does its counterpart. Not one whose forward is the user's."""
     if overrides_forward(type(module)):  # type: ignore[arg-type]
         unmark_leaf(module)
     else:
@@ -101,15 +101,15 @@ def known_backend(backend: str | None) -> str | None:
     return backend
 
 
-def prefers_twin(module: Fused, weights: Sequence[Tensor], input: Tensor | PackedSequence) -> bool:
-    """Whether the twin is to run a call that has no lengths and no reset."""
+def prefers_counterpart(module: Fused, weights: Sequence[Tensor], input: Tensor | PackedSequence) -> bool:
+    """Whether the counterpart is to run a call that has no lengths and no reset."""
     backend, device = module._fused_backend, weights[0].device.type
     if backend is not None:
         return backend == "torch" and _casts_alike(device)
     # A trace shall find torch's own operators, which any runtime and the ONNX exporter know.
     if is_jit_tracing():
         return True
-    return device == ON_A_GPU and _casts_alike(device) and _twin_can(module) and _is_left(module, weights, input)
+    return device == ON_A_GPU and _casts_alike(device) and _counterpart_can(module) and _is_left(module, weights, input)
 
 
 def _casts_alike(device: str) -> bool:
@@ -143,8 +143,8 @@ def _is_left(module: Fused, weights: Sequence[Tensor], input: Tensor | PackedSeq
     )  # fmt: skip
 
 
-def _twin_can(module: Fused) -> bool:
-    """Whether the twin would give what we promise: then it is cuDNN's best customer. It keeps the weights in one chunk,
+def _counterpart_can(module: Fused) -> bool:
+    """Whether the counterpart would give what we promise: then it is cuDNN's best customer. It keeps the weights in one chunk,
     casts them as one under autocast, and takes packed input as it is; functional, which owns no weights, cannot.
 
     cuDNN has no backward in eval mode, keeps all its gates, and has no rule for transforms.

@@ -19,34 +19,34 @@ from fused_rnn.nn import cells, rnn
 class LSTM(rnn.LSTM, TorchLSTM):
     """fused_rnn.LSTM, and a torch.nn.LSTM."""
 
-    _fused_twin = TorchLSTM
+    _fused_counterpart = TorchLSTM
 
 
 class GRU(rnn.GRU, TorchGRU):
     """fused_rnn.GRU, and a torch.nn.GRU."""
 
-    _fused_twin = TorchGRU
+    _fused_counterpart = TorchGRU
 
 
 class RNN(rnn.RNN, TorchRNN):
     """fused_rnn.RNN, and a torch.nn.RNN."""
 
-    _fused_twin = TorchRNN
+    _fused_counterpart = TorchRNN
 
 
 class LSTMCell(cells.LSTMCell, TorchLSTMCell):
     """fused_rnn.LSTMCell, and a torch.nn.LSTMCell."""
 
-    _fused_twin = TorchLSTMCell
+    _fused_counterpart = TorchLSTMCell
 
 
 class GRUCell(cells.GRUCell, TorchGRUCell):
     """fused_rnn.GRUCell, and a torch.nn.GRUCell."""
 
-    _fused_twin = TorchGRUCell
+    _fused_counterpart = TorchGRUCell
 
 
 class RNNCell(cells.RNNCell, TorchRNNCell):
     """fused_rnn.RNNCell, and a torch.nn.RNNCell."""
 
-    _fused_twin = TorchRNNCell
+    _fused_counterpart = TorchRNNCell

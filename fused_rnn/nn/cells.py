@@ -16,10 +16,11 @@ from torch.nn import LSTMCell as TorchLSTMCell
 from torch.nn import RNNCell as TorchRNNCell
 
 from fused_rnn import functional
-from fused_rnn.nn.base import Fused, known_backend, prefers_twin
+from fused_rnn.nn.base import Fused, known_backend, prefers_counterpart
+from fused_rnn.nn.counterpart import refuse, run_counterpart
 from fused_rnn.nn.plain import (
     CELL_CODES,
-    QUICK_STEP,
+    FAST_PATH,
     STEP,
     STEP_SIZE,
     STEPPING,
@@ -27,7 +28,6 @@ from fused_rnn.nn.plain import (
     is_ordinary_mode,
     is_plain_hx,
 )
-from fused_rnn.nn.twin import refuse, run_twin
 
 _WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")  # the latter two None where there is no bias
 _LSTM, _GRU = CELL_CODES["lstm"], CELL_CODES["gru"]
@@ -41,7 +41,7 @@ class Cell(Fused, nn.RNNCellBase):
     """Base of the cells: torch.nn.RNNCellBase, which owns the weights, with a forward of our own."""
 
     def __init__(self, *args: Any, num_chunks: int, backend: str | None = None, **kwargs: Any) -> None:
-        if not isinstance(self, self._fused_twin):
+        if not isinstance(self, self._fused_counterpart):
             kwargs["num_chunks"] = num_chunks  # for RNNCellBase; torch's own class comes before it, and knows its gates
         super().__init__(*args, **kwargs)
         self._fused_backend = known_backend(backend)
@@ -56,8 +56,8 @@ def _step(module: Cell, input: Any, h: Any, c: Any, code: int) -> Sequence[Tenso
     """The new states without gradient, by the op alone; None where the call is another one. As sequence.step."""
     if is_grad_enabled() or is_compiling() or STEP is None or module._fused_backend not in STEPPING:
         return None
-    if QUICK_STEP is not None:
-        stepped = QUICK_STEP(module._parameters, module.bias, input, h, c, code, -1)
+    if FAST_PATH is not None:
+        stepped = FAST_PATH(module._parameters, module.bias, input, h, c, code, -1)
         if stepped is not None:
             return stepped
     if (
@@ -79,8 +79,8 @@ def _run(module: Cell, function: Callable[..., Any], input: Any, hx: Any) -> Any
     """forward, of any call. function: functional.lstm_cell, gru_cell or rnn_cell."""
     weights, states, backend = _read_weights(module), module._fused_states, module._fused_backend
     plain = are_plain((input, *weights)) and is_plain_hx(hx, states)
-    if not plain or prefers_twin(module, weights, input):
-        return run_twin(module, weights, input, hx)
+    if not plain or prefers_counterpart(module, weights, input):
+        return run_counterpart(module, weights, input, hx)
     try:
         if input.dim() != 1:
             return function(input, hx, weights, backend=backend)
@@ -136,7 +136,7 @@ class LSTMCell(Cell):
         (torch.Size([3, 20]), torch.Size([3, 20]))
     """
 
-    _fused_twin = TorchLSTMCell
+    _fused_counterpart = TorchLSTMCell
     _fused_cell = "lstm"
     _fused_states = 2
 
@@ -195,7 +195,7 @@ class GRUCell(Cell):
         torch.Size([3, 20])
     """
 
-    _fused_twin = TorchGRUCell
+    _fused_counterpart = TorchGRUCell
     _fused_cell = "gru"
 
     def __init__(
@@ -251,7 +251,7 @@ class RNNCell(Cell):
     __constants__: list[str] = TorchRNNCell.__constants__
     nonlinearity: str
 
-    _fused_twin = TorchRNNCell
+    _fused_counterpart = TorchRNNCell
 
     def __init__(
         self,
@@ -278,7 +278,7 @@ class RNNCell(Cell):
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """One step: h'. Shapes and errors stand in the class's docstring."""
         if self.nonlinearity not in _RNN:  # torch.nn refuses it here, not in __init__
-            refused: Tensor = run_twin(self, _read_weights(self), input, hx)
+            refused: Tensor = run_counterpart(self, _read_weights(self), input, hx)
             return refused
         code, function = _RNN[self.nonlinearity]
         stepped = _step(self, input, hx, None, code)

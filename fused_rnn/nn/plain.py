@@ -25,7 +25,7 @@ STEP: Callable[..., list[Tensor]] | None
 STEP = ops.step._op if ops.MISSING is None else None  # type: ignore[attr-defined]
 CELL_CODES = ops.CODES
 # The same without the dispatcher, in half the time. It returns None for a call that is another one, or STEP's.
-QUICK_STEP = ops.quick_step
+FAST_PATH = ops.fast_path
 STEPPING = (None, "cpu")  # the backends that it may stand for
 # Up to this many numbers in its input the op is the fastest (1.1 to 3.3 times torch's cells); beyond, dispatch is asked
 # what is, which takes 5 µs of 150 or more. Intel Xeon with AMX, 1 thread, November 2026.
@@ -60,8 +60,8 @@ def is_ordinary_mode() -> bool:
 
 __all__ = [
     "CELL_CODES",
+    "FAST_PATH",
     "PLAIN",
-    "QUICK_STEP",
     "STEP",
     "STEPPING",
     "STEP_SIZE",

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-# Bound now: who rebinds torch.nn.LSTM to ours would otherwise find ours as its own twin.
+# Bound now: who rebinds torch.nn.LSTM to ours would otherwise find ours as its own counterpart.
 from torch.nn import GRU as TorchGRU
 from torch.nn import LSTM as TorchLSTM
 from torch.nn import RNN as TorchRNN
@@ -79,7 +79,7 @@ class LSTM(Recurrent):
         False
     """
 
-    _fused_twin = TorchLSTM
+    _fused_counterpart = TorchLSTM
     _fused_states = 2
 
     if TYPE_CHECKING:  # at run time the arguments are whatever the torch installed takes
@@ -177,7 +177,7 @@ class GRU(Recurrent):
         >>> output, h_n = gru(torch.randn(3, 5, 10), reset=reset)
     """
 
-    _fused_twin = TorchGRU
+    _fused_counterpart = TorchGRU
 
     if TYPE_CHECKING:  # at run time the arguments are whatever the torch installed takes
         __call__: SequenceCall[Tensor]
@@ -259,7 +259,7 @@ class RNN(Recurrent):
         (torch.Size([5, 3, 20]), torch.Size([1, 3, 20]))
     """
 
-    _fused_twin = TorchRNN
+    _fused_counterpart = TorchRNN
 
     if TYPE_CHECKING:  # at run time the arguments are whatever the torch installed takes
         __call__: SequenceCall[Tensor]

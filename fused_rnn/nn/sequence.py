@@ -13,11 +13,12 @@ from torch.compiler import is_compiling
 from torch.nn.utils.rnn import PackedSequence
 
 from fused_rnn import checks, functional
-from fused_rnn.nn.base import Fused, known_backend, overrides_forward, prefers_twin
+from fused_rnn.nn.base import Fused, known_backend, overrides_forward, prefers_counterpart
+from fused_rnn.nn.counterpart import check_packed, refuse, run_counterpart, state_rows
 from fused_rnn.nn.packed import Layout, is_unshared
 from fused_rnn.nn.plain import (
     CELL_CODES,
-    QUICK_STEP,
+    FAST_PATH,
     STEP,
     STEP_SIZE,
     STEPPING,
@@ -25,7 +26,6 @@ from fused_rnn.nn.plain import (
     is_ordinary_mode,
     is_plain_hx,
 )
-from fused_rnn.nn.twin import check_packed, refuse, run_twin, state_rows
 from fused_rnn.stream import Stream
 
 # torch.nn's forward goes by the mode too, and not by RNN's `nonlinearity`.
@@ -78,7 +78,7 @@ class Recurrent(Fused, nn.RNNBase):
     _fused_checks: ClassVar[bool] = False  # whether a subclass overrides any of _CHECKS
 
     def __init__(self, mode: str, *args: Any, backend: str | None = None, save: str = "gates", **kwargs: Any) -> None:
-        if not isinstance(self, self._fused_twin):
+        if not isinstance(self, self._fused_counterpart):
             args = (mode, *args)  # for RNNBase; torch's own class comes before it, and knows its mode
         super().__init__(*args, **kwargs)
         self._fused_backend = known_backend(backend)
@@ -145,10 +145,10 @@ class Recurrent(Fused, nn.RNNBase):
 
 
 def overrides_checks(cls: type[Recurrent]) -> bool:
-    """Whether a class, or one above it, has other checks than its twin. One without a twin, as a library may put
+    """Whether a class, or one above it, has other checks than its counterpart. One without a counterpart, as a library may put
     between ours, is none that anybody calls."""
-    twin = getattr(cls, "_fused_twin", cls)
-    return any(getattr(cls, name, None) is not getattr(twin, name, None) for name in _CHECKS)
+    counterpart = getattr(cls, "_fused_counterpart", cls)
+    return any(getattr(cls, name, None) is not getattr(counterpart, name, None) for name in _CHECKS)
 
 
 def known_save(save: str) -> str:
@@ -180,8 +180,8 @@ def step(module: Recurrent, input: Any, hx: Any, lengths: Any, reset: Any) -> Se
             return None
         h, c = hx
     time = 1 if module.batch_first else 0
-    if QUICK_STEP is not None:
-        stepped = QUICK_STEP(module._parameters, module.bias, input, h, c, _CODES[module.mode], time, lengths, reset)
+    if FAST_PATH is not None:
+        stepped = FAST_PATH(module._parameters, module.bias, input, h, c, _CODES[module.mode], time, lengths, reset)
         if stepped is not None:
             return stepped
     if (
@@ -214,8 +214,12 @@ def run(module: Recurrent, input: Any, hx: Any, lengths: Any, reset: Any) -> Res
         input = input._replace(data=input.data.flatten(0, 1))
     weights = read_weights(module)
     plain = are_plain((input.data if packed else input, *weights))
-    if not plain or not is_plain_hx(hx, module._fused_states) or (not extras and prefers_twin(module, weights, input)):
-        return run_twin(module, weights, input, hx, extras)
+    if (
+        not plain
+        or not is_plain_hx(hx, module._fused_states)
+        or (not extras and prefers_counterpart(module, weights, input))
+    ):
+        return run_counterpart(module, weights, input, hx, extras)
     try:
         if reset is not None:
             reset = checks.as_reset(reset, weights[0].device)

@@ -1,4 +1,5 @@
 // Each primitive against its plain meaning.
+#include <cfloat>
 #include "cuda/primitives/activations.h"
 #include "cuda/primitives/barrier.h"
 #include "cuda/primitives/copy.h"
@@ -6,7 +7,6 @@
 #include "cuda/primitives/mma.h"
 #include "cuda/primitives/types.h"
 #include "harness.h"
-#include <cfloat>
 
 using namespace fused_rnn::cuda;
 using harness::Buffer;

@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 from cases import Case, Inputs
-from judge import torch_cells
+from counterparts import MODULES, flatten
+from oracle import torch_cells
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.func import functional_call
 from torch.nn.utils.rnn import PackedSequence
-from twins import MODULES, flatten
 
 import fused_rnn
 from fused_rnn import functional

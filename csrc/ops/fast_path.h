@@ -4,7 +4,7 @@
 
 namespace fused_rnn::ops {
 
-// Adds use_exchange, watch_steps and quick_step to the module. 0, or -1 with a Python exception set.
-int add_quick_step(PyObject* module);
+// Adds use_exchange, watch_steps and fast_path to the module. 0, or -1 with a Python exception set.
+int add_fast_path(PyObject* module);
 
 }  // namespace fused_rnn::ops

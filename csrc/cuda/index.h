@@ -6,11 +6,11 @@
 namespace fused_rnn::cuda {
 
 // One recurrence's walk through time.
-struct Walk {
+struct TimeIndex {
   int T, first_time;  // first_time: of the window
   int origin, pace;   // the time of step 0; what a step adds to it, 1 or -1
 
-  FUSED_RNN_DEVICE Walk(const Steps& s, int r) : T(s.T) {
+  FUSED_RNN_DEVICE TimeIndex(const Steps& s, int r) : T(s.T) {
     const bool backwards = (s.reversed >> (r % s.period)) & 1;
     first_time = backwards ? T - s.window1 : s.window0;
     origin = backwards ? T - 1 : 0;
@@ -22,12 +22,12 @@ struct Walk {
 };
 
 // One cell (sequence b, unit u of recurrence r): offsets within a step take 32 bits, a step's place 64.
-struct Place {
+struct UnitIndex {
   int r, b, u;
   bool inside;     // of the batch and of the hidden size
   int length;  // 0 outside
 
-  FUSED_RNN_DEVICE Place(const Steps& s, int r, int b, int u) : r(r), b(b), u(u), inside(b < s.B && u < s.H) {
+  FUSED_RNN_DEVICE UnitIndex(const Steps& s, int r, int b, int u) : r(r), b(b), u(u), inside(b < s.B && u < s.H) {
     const int given = inside && s.lengths ? int(s.lengths[b]) : s.T;
     length = !inside ? 0 : given < s.T ? given : s.T;  // waits for the load here, once, and not in the loop
   }

@@ -1,4 +1,4 @@
-#include "lent.h"
+#include "dlpack_view.h"
 
 namespace at {
 // Not of the stable ABI, hence weak: where it is not there, every call takes the way on which callbacks are called.

@@ -1,4 +1,4 @@
-"""Planted mistakes in the Triton kernels: what the loop tests compare by must catch every one of them.
+"""Planted mutations in the Triton kernels: what the loop tests compare by must catch every one of them.
 
 Each is one edit of a kernel's source, run in the kernel's place. What no test here can catch is a missing wait of a
 team: the interpreter runs its programs one after the other.
@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from cases import Case, inputs
-from judge import by_backend, by_reference, by_torch
+from oracle import by_backend, by_reference, by_torch
 from tolerances import assert_as_good_as_torch
 from triton_cases import LOOPS, MARKS, here, quicker_interpreter
 
@@ -24,7 +24,7 @@ pytestmark = MARKS
 
 MASKED = Case("lstm", T=5, B=5, H=17, bidirectional=True, lengths=True, reset=True)
 # file, text in it, what to write instead, case, loops in which it must be seen
-MISTAKES: dict[str, tuple[str, str, str, Case, tuple[str, ...]]] = {
+MUTATIONS: dict[str, tuple[str, str, str, Case, tuple[str, ...]]] = {
     "lstm: gates i and f swapped": ("lstm", "c = f * c + i * g", "c = i * c + f * g", Case("lstm"), ("c",)),
     "lstm: order i, f, o, g": (
         "lstm",
@@ -163,9 +163,9 @@ def judged(case: Case, loop: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, in the interpreter, of what nobody wrote
-@pytest.mark.parametrize("mistake", MISTAKES)
-def test_mistake_is_caught(mistake: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    name, old, new, case, loops = MISTAKES[mistake]
+@pytest.mark.parametrize("mutation", MUTATIONS)
+def test_mistake_is_caught(mutation: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    name, old, new, case, loops = MUTATIONS[mutation]
     module: Any = planted(name, old, new, tmp_path)
     if name == "forward":
         monkeypatch.setattr(launch, "fwd_kernel", module.fwd_kernel)
@@ -181,6 +181,6 @@ def test_mistake_is_caught(mistake: str, monkeypatch: pytest.MonkeyPatch, tmp_pa
 
 
 def test_unchanged_kernels_pass() -> None:
-    """The same comparison without a mistake: what is caught above is caught because of it."""
-    for case in {case for *_, case, _ in MISTAKES.values()}:
+    """The same comparison without a mutation: what is caught above is caught because of it."""
+    for case in {case for *_, case, _ in MUTATIONS.values()}:
         judged(case, "c")

@@ -1,14 +1,14 @@
 // A layer's forward, or one step, for the modules where no gradient is asked for: past torch's dispatcher and past the layers of Python
 // above it, which together take longer than a small step, or a short sequence, takes in all. Whatever is not an ordinary call,
-// on ordinary tensors (lent.h), with nothing watching, gets None and takes the way through the op.
-#include "quick_step.h"
+// on ordinary tensors (dlpack_view.h), with nothing watching, gets None and takes the way through the op.
+#include "fast_path.h"
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 
 #include <cstring>
 #include <new>
 
-#include "lent.h"
+#include "dlpack_view.h"
 #include "tensors.h"
 
 namespace fused_rnn::ops {
@@ -76,10 +76,10 @@ bool within(const dlpack::Tensor& lengths, int64_t T) {
   return true;
 }
 
-// quick_step(parameters, bias, x, h, c, cell, axis, [lengths, reset]): as the op fused_rnn::step on a cell's x of two dimensions, and as
+// fast_path(parameters, bias, x, h, c, cell, axis, [lengths, reset]): as the op fused_rnn::step on a cell's x of two dimensions, and as
 // fused_rnn::forward of one recurrence on a layer's three, in float32 or float64. parameters: a module's own, by name; bias: whether it has
 // biases. axis: the one that is time in an x of three dimensions, -1 in a cell. reset is laid out as x. A tuple, or None.
-PyObject* quick_step(PyObject*, PyObject* const* args, Py_ssize_t count) {
+PyObject* fast_path(PyObject*, PyObject* const* args, Py_ssize_t count) {
   if ((count != 7 && count != 9) || !exchange || !PyDict_Check(args[0]) || aoti_torch_grad_mode_is_enabled()) Py_RETURN_NONE;
   PyObject *const x_object = args[2], *const h_object = args[3], *const c_object = args[4];
   const int cell = int(PyLong_AsLong(args[5])), axis = int(PyLong_AsLong(args[6]));
@@ -165,12 +165,12 @@ PyMethodDef methods[] = {
     {"use_exchange", as_method(use_exchange), METH_FASTCALL,
      "Hand over torch.Tensor's DLPack exchange API; False if it is of another version."},
     {"watch_steps", as_method(watch_steps), METH_FASTCALL, "Hand over what says that a step has to be seen as an op."},
-    {"quick_step", as_method(quick_step), METH_FASTCALL, "A layer without gradient, or a single step, past the dispatcher; or None."},
+    {"fast_path", as_method(fast_path), METH_FASTCALL, "A layer without gradient, or a single step, past the dispatcher; or None."},
     {nullptr, nullptr, 0, nullptr},
 };
 
 }  // namespace
 
-int add_quick_step(PyObject* module) { return PyModule_AddFunctions(module, methods); }
+int add_fast_path(PyObject* module) { return PyModule_AddFunctions(module, methods); }
 
 }  // namespace fused_rnn::ops

@@ -4,11 +4,11 @@
 
 namespace fused_rnn::cuda {
 
-struct Member {
+struct CtaRank {
   int index, team, teams;  // member of a team, team of the launch
   int r, first_b, first_u;
 
-  FUSED_RNN_DEVICE Member(const Steps& s, const Team& team)
+  FUSED_RNN_DEVICE CtaRank(const Steps& s, const Team& team)
       : index(int(blockIdx.x) % team.members), team(int(blockIdx.x) / team.members), teams(s.R * s.tiles) {
     r = this->team / s.tiles;
     first_b = (s.tile0 + this->team % s.tiles) * team.rows;

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fused_rnn
 from fused_rnn import ops
 
-quick: Any = ops.quick_step
+quick: Any = ops.fast_path
 pytestmark = pytest.mark.skipif(quick is None, reason="the extension is not built, or this torch does not lend tensors")
 CELLS = {"LSTM": 0, "GRU": 1, "RNN": 2}
 
@@ -21,7 +21,7 @@ CELLS = {"LSTM": 0, "GRU": 1, "RNN": 2}
 def call(
     name: str, dtype: torch.dtype = torch.float32, sequence: bool = True, given: bool = True, **kwargs: Any
 ) -> Any:
-    """(module, arguments of quick_step, arguments of the op) for one step of B = 3, D = 5, H = 18."""
+    """(module, arguments of fast_path, arguments of the op) for one step of B = 3, D = 5, H = 18."""
     torch.manual_seed(0)
     module = getattr(fused_rnn, name + ("" if sequence else "Cell"))(5, 18, dtype=dtype, **kwargs)
     x = torch.randn(1, 3, 5, dtype=dtype)

@@ -10,7 +10,7 @@
 
 namespace fused_rnn::cuda {
 
-class Patience {
+class SpinTimeout {
  public:
 #if defined(FUSED_RNN_BOUNDED_SPINS) && defined(__CUDA_ARCH__)
   FUSED_RNN_DEVICE void spend(const char* what) const {

@@ -28,11 +28,11 @@ MODULES = {**SEQUENCES, **CELLS}
 
 def make(name: str, *args: Any, seed: int = 0, extras: dict[str, Any] | None = None, **kwargs: Any) -> Any:
     """(ours, torch's), each built after the same seed. extras: arguments that only ours has."""
-    ours, twin = MODULES[name]
+    ours, counterpart = MODULES[name]
     torch.manual_seed(seed)
     first = ours(*args, **(extras or {}), **kwargs)
     torch.manual_seed(seed)
-    return first, twin(*args, **kwargs)
+    return first, counterpart(*args, **kwargs)
 
 
 def states(module: nn.RNNBase, batch: int | None, dtype: torch.dtype = torch.float32) -> Any:
@@ -89,9 +89,9 @@ def cast(value: Any, dtype: torch.dtype) -> Any:
     return None if value is None else tuple(cast(part, dtype) for part in value)
 
 
-def assert_alike(ours: nn.Module, twin: nn.Module, *args: Any) -> None:
-    """Outputs and gradients equal the twin's in number, shape and dtype, and in value as tolerances.py has it."""
-    got, expected = outputs_and_gradients(ours, *args), outputs_and_gradients(twin, *args)
+def assert_alike(ours: nn.Module, counterpart: nn.Module, *args: Any) -> None:
+    """Outputs and gradients equal the counterpart's in number, shape and dtype, and in value as tolerances.py has it."""
+    got, expected = outputs_and_gradients(ours, *args), outputs_and_gradients(counterpart, *args)
     assert got.keys() == expected.keys()
     for name in [name for name, t in got.items() if not t.is_floating_point()]:  # the indices of a PackedSequence
         assert torch.equal(got.pop(name), expected.pop(name)), name
@@ -99,7 +99,7 @@ def assert_alike(ours: nn.Module, twin: nn.Module, *args: Any) -> None:
         for name, t in got.items():
             tolerances.assert_same_formula(t, expected[name])
     else:
-        wide = outputs_and_gradients(copy.deepcopy(twin).double(), *(cast(a, torch.float64) for a in args))
+        wide = outputs_and_gradients(copy.deepcopy(counterpart).double(), *(cast(a, torch.float64) for a in args))
         tolerances.assert_as_good_as_torch(got, expected, {name: wide[name] for name in got})
 
 

@@ -1,7 +1,7 @@
 """torch.nn's class of the same name in a module's place: for calls that only torch's operators run, and for its errors.
 
 What is refused reaches no kernel, torch's included, which check less than we do: they read past the end of a state
-that is too small. Torch's words for it come from the twin's own forward on stand-ins.
+that is too small. Torch's words for it come from the counterpart's own forward on stand-ins.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from fused_rnn.nn.base import Fused
 from fused_rnn.nn.plain import is_autocasting, is_tracing
 
 
-def run_twin(module: Fused, weights: Sequence[Tensor], input: Any, hx: Any, extras: bool = False) -> Any:
-    """The twin's result for a call on other than plain tensors, or its error. extras: lengths or reset were given.
+def run_counterpart(module: Fused, weights: Sequence[Tensor], input: Any, hx: Any, extras: bool = False) -> Any:
+    """The counterpart's result for a call on other than plain tensors, or its error. extras: lengths or reset were given.
 
-    Raises NotImplementedError where the twin would have a result, but not the one that was asked for, and a TypeError
-    of ours for what is no tensor: on that the twin does not decide, but stumbles (no attribute 'dim').
+    Raises NotImplementedError where the counterpart would have a result, but not the one that was asked for, and a TypeError
+    of ours for what is no tensor: on that the counterpart does not decide, but stumbles (no attribute 'dim').
     """
     try:
         with _untraced():
@@ -39,7 +39,7 @@ def run_twin(module: Fused, weights: Sequence[Tensor], input: Any, hx: Any, extr
             f"alone, got an input of type {type(input).__name__} and parameters of "
             f"type {', '.join({type(p).__name__ for p in module.parameters()})}"
         )
-    return module._fused_twin.forward(module, input, hx)
+    return module._fused_counterpart.forward(module, input, hx)
 
 
 def refuse(module: Fused, weights: Sequence[Tensor], input: Any, hx: Any, error: Exception) -> Any:
@@ -171,8 +171,8 @@ class _NothingToSay(Exception):
 
 
 def _raise_in_torchs_words(module: Any, weights: Sequence[Tensor], input: Any, hx: Any) -> None:
-    """Run the twin's forward on stand-ins, with another _VF at the point where its checks in Python end."""
-    forward = module._fused_twin.forward
+    """Run the counterpart's forward on stand-ins, with another _VF at the point where its checks in Python end."""
+    forward = module._fused_counterpart.forward
     if not isinstance(forward, FunctionType) or "_VF" not in forward.__globals__:  # somebody's own
         return
     if isinstance(input, PackedSequence) and input.data.dim() == 2:
