@@ -2,8 +2,8 @@
 fused_rnn._cuda as well, the CUDA loops, by nvcc, GPU or not; the architectures are TORCH_CUDA_ARCH_LIST's.
 FUSED_RNN_CUDA_DEBUG=1: a CTA that waits 2 s for another one fails the kernel and says so, where it would hang the GPU.
 MAX_JOBS: compilers at a time. FUSED_RNN_ISAS: of the instruction sets only these, and the baseline.
-Of torch the headers and libraries are read, and it is not imported: FUSED_RNN_TORCH names its folder, else it is that of
-this environment, or of the one that pip installs into from an isolated build."""
+Of torch the headers and libraries are read, and it is not imported: FUSED_RNN_TORCH names its folder, else it is that
+of this environment, or of the one that pip installs into from an isolated build."""
 
 from __future__ import annotations
 
