@@ -44,8 +44,8 @@ step: Callable[..., list[Tensor]] = _absent
 # A step past the dispatcher, where this torch lends its tensors to plain functions.
 fast_path: Callable[..., tuple[Tensor, ...] | None] | None = None
 # All that may watch a call, or change what operators mean, and that a step past the dispatcher would slip by: while any
-# of it is on, a step is the op. Each is called on every step, in some 30 ns. Beside them csrc/ops/dlpack_view.cpp asks for the
-# level of forward-mode differentiation, which a variable in Python alone tells, and for the callbacks of profilers.
+# of it is on, a step is the op. Each is called on every step, in some 30 ns. Beside them csrc/ops/dlpack_view.cpp asks
+# for the level of forward-mode differentiation, which a variable in Python alone tells, and for profilers' callbacks.
 # A gradient, which is not asked for here, is what saved-tensor hooks, anomaly detection and checkpointing go with;
 # inference mode and deterministic filling are torch.empty's, by which results are made; tensor subclasses, conjugate,
 # negative, functional, batched, sparse and meta tensors are not read; Dynamo is asked for by the modules.

@@ -141,8 +141,10 @@ class Recurrent(Fused, nn.RNNBase):
 
 
 def overrides_checks(cls: type[Recurrent]) -> bool:
-    """Whether a class, or one above it, has other checks than its counterpart. One without a counterpart, as a library may put
-    between ours, is none that anybody calls."""
+    """Whether a class, or one above it, has other checks than its counterpart.
+
+    A class without a counterpart, as a library may put between ours, is none that anybody calls.
+    """
     counterpart = getattr(cls, "_fused_counterpart", cls)
     return any(getattr(cls, name, None) is not getattr(counterpart, name, None) for name in _CHECKS)
 
