@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 from torch import Tensor
 
@@ -146,6 +148,15 @@ def rnn(
         cell, x, weights, [hx], num_layers, bidirectional, dropout, training, lengths, reset, save, backend
     )
     return y, h_n
+
+
+# The layers' function of each cell.
+LAYERS: dict[str, Callable[..., Any]] = {
+    "lstm": lstm,
+    "gru": gru,
+    "rnn_tanh": rnn,
+    "rnn_relu": partial(rnn, nonlinearity="relu"),
+}
 
 
 def lstm_cell(

@@ -6,13 +6,13 @@ namespace fused_rnn::ops {
 
 std::vector<Tensor> cpu_backward(MaybeTensor dy, std::vector<Tensor> dstates, Tensor x, std::vector<Tensor> weights,
                                  std::vector<Tensor> states, MaybeTensor lengths, MaybeTensor reset, Tensor hidden, Tensor saved,
-                                 std::vector<Tensor> histories, StringHandle cell_name, std::vector<int64_t> directions, StringHandle save_name, bool need_dx,
-                                 bool need_dw);
+                                 std::vector<Tensor> histories, StringHandle cell_name, std::vector<int64_t> directions,
+                                 StringHandle save_name, bool need_dx, bool need_dw);
 
 namespace {
 
-std::vector<Tensor> cpu_forward(Tensor x, std::vector<Tensor> weights, std::vector<Tensor> states, MaybeTensor lengths, MaybeTensor reset, StringHandle cell_name, std::vector<int64_t> directions, StringHandle save_name,
-                                bool keep_hidden) {
+std::vector<Tensor> cpu_forward(Tensor x, std::vector<Tensor> weights, std::vector<Tensor> states, MaybeTensor lengths, MaybeTensor reset,
+                                StringHandle cell_name, std::vector<int64_t> directions, StringHandle save_name, bool keep_hidden) {
   const std::string cell = taken(cell_name), save = taken(save_name);
   MaybeTensor h0, c0;
   if (!states.empty()) h0 = states[0];

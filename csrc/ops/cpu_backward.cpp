@@ -50,8 +50,8 @@ struct Gradient {
 
 std::vector<Tensor> cpu_backward(MaybeTensor dy, std::vector<Tensor> dstates, Tensor x, std::vector<Tensor> weights,
                                  std::vector<Tensor> states, MaybeTensor lengths, MaybeTensor reset, Tensor hidden, Tensor saved,
-                                 std::vector<Tensor> histories, StringHandle cell_name, std::vector<int64_t> directions, StringHandle save_name, bool need_dx,
-                                 bool need_dw) {
+                                 std::vector<Tensor> histories, StringHandle cell_name, std::vector<int64_t> directions,
+                                 StringHandle save_name, bool need_dx, bool need_dw) {
   const std::string cell = taken(cell_name), save = taken(save_name);
   const bool recompute = save == "recompute";
   MaybeTensor h0, c0, dh_n, dc_n;
