@@ -22,7 +22,7 @@ from fused_rnn.commands.bench.memory import peak_memory
 from fused_rnn.commands.bench.plot import plot
 from fused_rnn.commands.bench.providers import baseline, build, supports
 from fused_rnn.commands.bench.results import FLOOR, TIME, Results, Row, continued, geometric_mean, setting, time_row
-from fused_rnn.commands.bench.run import Plan, execute
+from fused_rnn.commands.bench.run import Workload, execute
 from fused_rnn.commands.bench.tables import losses, region_table, regions, report
 
 RUN = {
@@ -113,12 +113,12 @@ def test_no_point_of_a_run_is_past_its_limits(tmp_path: Path, monkeypatch: pytes
     """Ceilings far too low, as on a disturbed machine."""
     limits = Limits(1e6, ((1 << 12, 1e3), (1 << 20, 1e3)))
     monkeypatch.setattr("fused_rnn.commands.bench.run.measure_limits", lambda *_: limits)
-    plan = Plan(
+    workload = Workload(
         shapes=((3, 2, 5, 16), (4, 1, 5, 64)), cells=("GRU",), dtypes=("fp32",), threads=(1,), modes=SEQUENCES,
         budget_s=0.0, memory=False, out=tmp_path, providers=("torch", "auto"),
     )  # fmt: skip
     console = Console(file=io.StringIO(), width=80)
-    (path,) = execute(plan, console)
+    (path,) = execute(workload, console)
     results = Results.load(path)
     for point, provider, metric in results.rows:
         floor, ours = results.value(point, FLOOR, metric), results.value(point, provider, metric)
@@ -294,12 +294,12 @@ def test_a_run_beside_another_machines_file(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setitem(GRIDS, "tiny", Grid(T=(2,), B=(2,), H=(4,), steps=()))
     some_results().save(tmp_path / "fp32-1t.json")
     before = (tmp_path / "fp32-1t.json").read_bytes()
-    plan = Plan(
+    workload = Workload(
         grid="tiny", dtypes=("fp32",), threads=(1,), budget_s=0.0, memory=False, out=tmp_path, cells=("GRU",),
         providers=("torch", "auto"),
     )  # fmt: skip
     console = Console(file=io.StringIO(), width=400)
-    assert execute(plan, console) == [tmp_path / "fp32-1t-2.json"]
+    assert execute(workload, console) == [tmp_path / "fp32-1t-2.json"]
     assert isinstance(console.file, io.StringIO)
     assert f"{tmp_path / 'fp32-1t.json'} holds results of a CPU with torch 2" in console.file.getvalue()
     assert (tmp_path / "fp32-1t.json").read_bytes() == before
@@ -395,9 +395,9 @@ def test_plot_is_a_picture(tmp_path: Path) -> None:
 
 def test_a_whole_run_writes_what_it_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(GRIDS, "tiny", Grid(T=(1, 2), B=(2,), H=(4,), steps=(4,)))
-    plan = Plan(grid="tiny", dtypes=("fp32",), threads=(1,), budget_s=0.0, memory=False, out=tmp_path)
+    workload = Workload(grid="tiny", dtypes=("fp32",), threads=(1,), budget_s=0.0, memory=False, out=tmp_path)
     threads = torch.get_num_threads()
-    (path,) = execute(plan, Console(file=io.StringIO(), width=200))
+    (path,) = execute(workload, Console(file=io.StringIO(), width=200))
     assert torch.get_num_threads() == threads
     results = Results.load(path)
     assert set(results.providers()) == {"torch", "cell", "loop", "cpu", "auto"}
@@ -414,11 +414,11 @@ def test_a_run_that_is_killed_has_written_what_it_had(tmp_path: Path, monkeypatc
     """Rows of an earlier run stay, with the run that they are from."""
     monkeypatch.setitem(GRIDS, "tiny", Grid(T=(1, 2), B=(2,), H=(4,), steps=()))
     monkeypatch.setattr("fused_rnn.commands.bench.run.SAVE_EVERY", 0.0)
-    plan = Plan(
+    workload = Workload(
         grid="tiny", cells=("GRU",), dtypes=("fp32",), threads=(1,), modes=("inference",), budget_s=0.0, memory=False,
         out=tmp_path, providers=("torch", "cpu"),
     )  # fmt: skip
-    (path,) = execute(plan, Console(file=io.StringIO()))
+    (path,) = execute(workload, Console(file=io.StringIO()))
     on_disk: list[Results] = []
     original = measure_module.measure
 
@@ -427,7 +427,7 @@ def test_a_run_that_is_killed_has_written_what_it_had(tmp_path: Path, monkeypatc
         return original(*args)  # type: ignore[arg-type]
 
     monkeypatch.setattr("fused_rnn.commands.bench.run.measure", measured)
-    execute(plan, Console(file=io.StringIO()))
+    execute(workload, Console(file=io.StringIO()))
     before, halfway = on_disk
     assert {row.run for row in before.rows.values()} == {0}
     assert {(point.T, row.run) for (point, _, _), row in halfway.rows.items()} == {(1, 0), (2, 1)}
@@ -439,7 +439,7 @@ def test_what_was_measured_before_an_error_is_kept(
     where: str, stop: type[BaseException], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(GRIDS, "tiny", Grid(T=(1, 2, 3), B=(2,), H=(4,), steps=()))
-    plan = Plan(
+    workload = Workload(
         grid="tiny", cells=("GRU",), dtypes=("fp32",), threads=(1,), modes=("inference",), budget_s=0.0,
         memory=where == "memory", out=tmp_path, providers=("torch", "cpu"),
     )  # fmt: skip
@@ -459,7 +459,7 @@ def test_what_was_measured_before_an_error_is_kept(
         monkeypatch.setattr("fused_rnn.commands.bench.run.SIZES", (1, 2, 4))
         monkeypatch.setattr("fused_rnn.commands.bench.run._ours", lambda plan: ["cpu", "auto"])
     with pytest.raises(stop):
-        execute(plan, Console(file=io.StringIO()))
+        execute(workload, Console(file=io.StringIO()))
     results = Results.load(tmp_path / "fp32-1t.json")
     points = {point.T for point, name, metric in results.rows if metric == TIME and name == "torch"}
     assert points == ({2, 3} if where == "times" else {1, 2, 3}), "the dearest first"
@@ -505,9 +505,9 @@ def test_a_gpus_results_have_names_of_their_own(monkeypatch: pytest.MonkeyPatch)
         assert machine.folder("cuda") == Path("benchmarks/results") / folder
         assert machine.folder("cpu") == Path("benchmarks/results/cpu")
         assert machine.folder("cuda", machine.OUT) == Path("bench-out") / folder
-    assert Plan(device="cuda", grid="cuda", out=Path("a")).path("bf16", 8) == Path("a/bf16.json")
-    assert Plan(device="cuda", grid="quick-cuda", out=Path("a")).path("tf32", 8) == Path("a/quick-tf32.json")
-    assert Plan(out=Path("a")).path("fp32", 2) == Path("a/fp32-2t.json")
+    assert Workload(device="cuda", grid="cuda", out=Path("a")).path("bf16", 8) == Path("a/bf16.json")
+    assert Workload(device="cuda", grid="quick-cuda", out=Path("a")).path("tf32", 8) == Path("a/quick-tf32.json")
+    assert Workload(out=Path("a")).path("fp32", 2) == Path("a/fp32-2t.json")
     assert setting({**RUN, "device": "cuda"}) == "fp32"
     assert setting({**RUN, "threads": 2}) == "fp32, 2 threads"
     assert readme.markers("cuda") != readme.markers("triton") != readme.markers("cpu")
@@ -569,11 +569,11 @@ def test_a_gpus_clock_waits_once_a_block(monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
 def test_a_whole_run_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(GRIDS, "tiny", Grid(T=(4,), B=(8,), H=(32,), steps=(32,)))
-    plan = Plan(
+    workload = Workload(
         device="cuda", grid="tiny", cells=("GRU",), dtypes=("tf32",), threads=(1,), budget_s=0.0, out=tmp_path,
         providers=("torch", "cell", "triton", "auto"),
     )  # fmt: skip
-    (path,) = execute(plan, Console(file=io.StringIO(), width=200))
+    (path,) = execute(workload, Console(file=io.StringIO(), width=200))
     results = Results.load(path)
     assert set(results.providers()) == {"torch", "cell", "triton", "auto"}
     assert all(row.refused is None for row in results.rows.values()), [r for r in results.rows.values() if r.refused]

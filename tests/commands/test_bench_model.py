@@ -16,8 +16,9 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 import fused_rnn
 from fused_rnn.commands.bench import model
+from fused_rnn.commands.bench.factory import ModelError, example, floating, load
 from fused_rnn.commands.bench.measure import Timing
-from fused_rnn.commands.bench.model import Gain, ModelCall, ModelError, compare, example, load, verdict, visits
+from fused_rnn.commands.bench.model import Gain, ModelCall, compare, verdict, visits
 from fused_rnn.commands.cli import cli
 
 PROGRAM = """
@@ -126,7 +127,7 @@ def test_inputs_that_carry_a_graph(wrap: Any) -> None:
     """What they were computed by is no part of the model; that they have a gradient is."""
     leaf = torch.randn(4, 2, 5, requires_grad=True)
     given = example(lambda: (nn.GRU(5, 6), wrap(leaf * 2)))
-    found = model._floating((given.args, given.kwargs))
+    found = floating((given.args, given.kwargs))
     assert found and all(tensor.is_leaf and tensor.requires_grad for tensor in found)
     _, said = compare(lambda: (nn.GRU(5, 6), wrap(leaf * 2)), "training", 0.0)
     assert "gradients by " in said
