@@ -4,8 +4,8 @@
 
 namespace fused_rnn::ops {
 
-// With save="recompute" the state is kept every so many steps; fused_rnn/ops.py reads it from the module.
-constexpr int64_t kCheckpointEvery = 32;
+// With save="recompute" the states but h are kept every so many steps: transforms/fake.py says so too.
+constexpr int64_t kCheckpointEvery = 64;
 // Their number for T steps, and one or two rows more: torch.compile takes a symbolic size that may be 1 for another program.
 inline int64_t checkpoint_rows(int64_t T) { return T / kCheckpointEvery + 2; }
 
