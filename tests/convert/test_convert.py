@@ -138,8 +138,10 @@ def test_a_class_of_the_users_gets_our_forward_under_its_own(monkeypatch: pytest
     assert isinstance(mine, Mine) and isinstance(mine, fused_rnn.LSTM) and isinstance(mine, nn.LSTM)
     assert type(mine) is type(model[1])
     assert (mine.backend, mine.save, repr(mine)) == (
-        "cpu", "recompute", "Mine(2, 3, proj_size=2, num_layers=2, bidirectional=True, backend='cpu', save='recompute')"
-    )  # fmt: skip
+        "cpu",
+        "recompute",
+        "Mine(2, 3, proj_size=2, num_layers=2, bidirectional=True, backend='cpu', save='recompute')",
+    )
     monkeypatch.setattr(nn.LSTM, "forward", lambda *_: pytest.fail("torch.nn's forward was called"))
     torch.testing.assert_close(mine(x)[0], theirs)
     for copied in (pickle.loads(pickle.dumps(mine)), copy.deepcopy(mine)):
