@@ -125,7 +125,7 @@ for kernel in (fwd_kernel, bwd_kernel):
 # Of each operand of a product: whether it was rounded on its way there, and whether that was before the loop over time.
 ROUNDED = r"""
 import re, sys
-from fused_rnn.gpu.loops import CELLS
+from fused_rnn.cells import CELLS
 from fused_rnn.triton.aot import compile_kernel
 from fused_rnn.triton.tiles import Plan, Tile
 

@@ -19,9 +19,9 @@ from triton_cases import DEVICE, LOOPS, MARKS, here, quicker_interpreter
 import fused_rnn
 from fused_rnn.backends import triton as backend
 from fused_rnn.cells import CELLS
+from fused_rnn.cells import CELLS as LAYER_CELLS
 from fused_rnn.dispatch import choose
 from fused_rnn.functional import lstm
-from fused_rnn.gpu.loops import CELLS as LAYER_CELLS
 from fused_rnn.gpu.loops import Layer
 from fused_rnn.triton import aot, device, launch, tiles
 from fused_rnn.triton.tiles import ARCHITECTURES, Plan, Shape, Tile
@@ -238,7 +238,7 @@ def test_one_step() -> None:
     cell = fused_rnn.LSTMCell(3, 4, device=DEVICE)
     x, h, c = (torch.randn(2, n, device=DEVICE) for n in (3, 4, 4))
     weights = [cell.weight_ih, cell.weight_hh, cell.bias_ih, cell.bias_hh]
-    ours = backend.step(x, h, c, [w.detach() for w in weights], "lstm")
+    ours = backend.step(x, [w.detach() for w in weights], [h, c], "lstm")
     torch.testing.assert_close(ours, list(cell(x, (h, c))))
 
 
