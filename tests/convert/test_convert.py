@@ -231,7 +231,7 @@ def test_below_a_compiled_module(kind: Any) -> None:
     except torch._dynamo.exc.InternalTorchDynamoError as error:  # 2.15, of super().forward in a class of nn.LSTM's
         pytest.skip(f"torch {torch.__version__} cannot compile its own class: {error}")
     fused_rnn.convert(compiled)
-    assert isinstance(model[0], fused_rnn.nn.sequence.Recurrent)
+    assert isinstance(model[0], fused_rnn.nn.recurrent.Recurrent)
     torch.testing.assert_close(compiled(x)[0], theirs)
 
 
