@@ -134,9 +134,15 @@ def launches(
     """What the planner has run at these H and the B of ARCHITECTURE.md's table, where a step of it can be timed."""
     for hidden, batch in product(sizes, plan_table.BATCH):
         plan = fused_rnn.plan(
-            cell, batch, hidden, dtype=DTYPES[number], tf32=number == "tf32", backward=backward, device=COUNTED[:5],
+            cell,
+            batch,
+            hidden,
+            dtype=DTYPES[number],
+            tf32=number == "tf32",
+            backward=backward,
+            device=COUNTED[:5],
             **forced,
-        )  # fmt: skip
+        )
         if plan.exchange in step_cycles.MARKS:
             yield step_cycles.Launch(cell, plan, batch, hidden, backward)
 
