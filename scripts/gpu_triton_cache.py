@@ -28,10 +28,10 @@ import gpu_cases as cases  # noqa: E402
 
 from fused_rnn.commands.bench.grid import GRIDS  # noqa: E402
 from fused_rnn.triton import device as devices  # noqa: E402
-from fused_rnn.triton import tiles  # noqa: E402
+from fused_rnn.triton.target import Target  # noqa: E402
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-H100 = tiles.Device("sm_90", 132, 227 * 1024)
+H100 = Target("sm_90", 132, 227 * 1024)
 signatures: dict[str, dict[int, str]] = {}  # of the launches that were asked for
 found: list[bool] = []  # of each kernel that was asked for, whether the cache had it
 
@@ -101,8 +101,8 @@ def install() -> None:
     torch.cuda.current_device = lambda: 0
     torch.cuda.is_current_stream_capturing = lambda: False
     devices.refusal = lambda _: None
-    devices.device_of = lambda _: H100
-    devices.device_at = lambda _: H100  # type: ignore[assignment]
+    devices.target_of = lambda _: H100
+    devices.target_at = lambda _: H100  # type: ignore[assignment]
 
 
 def smoke() -> None:

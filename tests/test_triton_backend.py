@@ -1,4 +1,4 @@
-"""The Triton backend around its loops: ops, transforms, choice of plan, what it refuses and how it says so."""
+"""The Triton backend around its loops: ops, transforms, choice of schedule, what it refuses and how it says so."""
 
 from __future__ import annotations
 
@@ -23,8 +23,9 @@ from fused_rnn.dispatch import choose
 from fused_rnn.functional import lstm
 from fused_rnn.gpu.loops import CELLS as LAYER_CELLS
 from fused_rnn.gpu.loops import Layer
-from fused_rnn.triton import aot, device, launch, tiles
-from fused_rnn.triton.tiles import ARCHITECTURES, Plan, Shape, Tile
+from fused_rnn.triton import aot, device, launch, measured, planner
+from fused_rnn.triton.schedule import Schedule, Shape, Tile
+from fused_rnn.triton.target import ARCHITECTURES, INTERPRETER
 
 pytestmark = MARKS
 QUICK = ("test_schema", "test_faketensor")
@@ -70,9 +71,11 @@ def test_ops_pass_opcheck(cell: str, save: str) -> None:
 @pytest.mark.parametrize("loop", LOOPS)
 def test_same_bits_every_time_all_written_and_none_shared(loop: str, save: str) -> None:
     """No atomics in a gradient. Uninitialised memory is NaN here: none may come out."""
-    case = Case("gru" if loop < "b" else "lstm", T=3, B=3, H=17, bidirectional=True, lengths=True, reset=True)
+    case = Case(
+        "gru" if loop.startswith("solo") else "lstm", T=3, B=3, H=17, bidirectional=True, lengths=True, reset=True
+    )
     given = here(inputs(case))
-    with tiles.override(**LOOPS[loop]):
+    with planner.override(**LOOPS[loop]):
         runs = []
         for _ in range(2):
             call = backward_arguments(case, given, save)
@@ -90,7 +93,7 @@ def test_a_team_counts_every_arrival(monkeypatch: pytest.MonkeyPatch) -> None:
     original = launch.new_counters
     monkeypatch.setattr(launch, "new_counters", lambda *args: made.append(original(*args)) or made[-1])
     case = Case("lstm", T=4, B=33, H=17, bidirectional=True)
-    with tiles.override(loop="b", tile=Tile(16, 16, 16, 4)):
+    with planner.override(loop="cooperative", tile=Tile(16, 16, 16, 4)):
         by_backend(case, here(inputs(case)), "triton")
     forward_counts, backward_counts = (counters[:, 0].tolist() for counters in made)
     assert forward_counts == [2 * 4] * 6  # 2 directions x 3 batch tiles; a team of 2, 4 steps
@@ -124,11 +127,12 @@ def test_padding_may_hold_anything() -> None:
 @pytest.mark.parametrize("cell", CELLS)
 def test_what_is_not_finite(cell: str, loop: str, dtype: torch.dtype) -> None:
     def run(case: Case, given: Inputs) -> Results:
-        with tiles.override(**LOOPS[loop]):
+        with planner.override(**LOOPS[loop]):
             results = by_backend(case, here(given), "triton")
         return {name: value.cpu() for name, value in results.items()}
 
-    case = Case(cell, T=3, D=5, hx=loop > "b", bidirectional=loop > "b", dtype=dtype)
+    team = not loop.startswith("solo")
+    case = Case(cell, T=3, D=5, hx=team, bidirectional=team, dtype=dtype)
     for make in (with_silence, with_nan):
         assert_as_in_torch(case, make(case), run)
 
@@ -269,7 +273,7 @@ def test_sizes_beyond_the_kernels_reach_are_refused_by_the_op_too() -> None:
 
 
 def test_more_steps_than_a_team_can_count_are_refused() -> None:
-    team = Plan("b", Tile(16, 16, 16, 4), 64)
+    team = Schedule("cooperative", Tile(16, 16, 16, 4), 64)
     for steps, refused in ((1 << 24, False), (1 << 25, True)):
         layer = Layer(LAYER_CELLS["gru"], steps, 16, 1024, (1,), None, None)
         with pytest.raises(NotImplementedError, match=r"beyond the 2\^31") if refused else nullcontext():
@@ -359,12 +363,15 @@ def test_arguments_have_the_types_that_are_compiled_for(cell: str, save: str, mo
     assert {kernel for kernel, *_ in launched} == {launch.fwd_kernel, launch.bwd_kernel}
     names = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32", torch.int64: "*i64"}
     for kernel, constants, args in launched:
-        expected = aot._pointers(kernel, "bfloat16", {"REPLAY": save == "recompute", **constants})
-        named = zip(kernel.arg_names, args, strict=False)
-        assert {name: names[given.dtype] for name, given in named if isinstance(given, Tensor)} == expected
+        expected = aot._pointers(kernel, cell, "bfloat16", {"REPLAY": save == "recompute", **constants})
+        given = dict(zip(kernel.arg_names, args, strict=False))
+        for name, kinds in expected.items():
+            found = given[name]
+            assert kinds == (tuple(names[t.dtype] for t in found) if isinstance(found, tuple) else names[found.dtype])
+        assert not any(isinstance(value, (Tensor, tuple)) for name, value in given.items() if name not in expected)
 
 
-# --- which plan
+# --- which schedule
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
@@ -375,13 +382,13 @@ def test_there_is_a_plan_for_everything(arch: str) -> None:
             for hidden in (1, 17, 32, 130, 256, 512, 768, 1024, 2048, 5000):
                 for backward in (False, True):
                     shape = Shape(cell.name, cell.gates, kind, hidden, backward)
-                    shipped = tiles.shipped(shape, known)
+                    shipped = planner.shipped(shape, known)
                     for batch in (1, 16, 64, 256, 4096):
-                        plan = tiles.choose(shape, known, batch, 2)
-                        assert plan in shipped
-                        assert plan.team * plan.spread * plan.tile.units >= hidden
-                        assert plan.loop != "b" or plan.team * 2 <= known.processors
-                        assert plan.loop != "c" or batch > 64 or hidden > 2000 or known.processors < 80
+                        schedule = planner.choose(shape, known, batch, 2)
+                        assert schedule in shipped
+                        assert schedule.team * schedule.spread * schedule.tile.units >= hidden
+                        assert schedule.loop != "cooperative" or schedule.team * 2 <= known.processors
+                        assert schedule.loop != "stepwise" or batch > 64 or hidden > 2000 or known.processors < 80
 
 
 def test_h_up_to_512_never_takes_a_launch_a_step_on_an_h100() -> None:
@@ -389,59 +396,63 @@ def test_h_up_to_512_never_takes_a_launch_a_step_on_an_h100() -> None:
         for hidden in (32, 64, 128, 256, 512):
             for batch in (1, 8, 32, 64, 128, 256):
                 shape = Shape("lstm", gates, "half", hidden, False)
-                assert tiles.choose(shape, ARCHITECTURES["sm_90"], batch, 1).loop in "ab"
+                assert planner.choose(shape, ARCHITECTURES["sm_90"], batch, 1).loop != "stepwise"
 
 
-def test_forcing_a_plan() -> None:
+def test_forcing_a_schedule() -> None:
     shape = Shape("lstm", 4, "half", 100, False)
-    with tiles.override(loop="b", tile=Tile(16, 32, 32, 4), spread=2):
-        with tiles.override(loop="c"):
-            assert tiles.choose(shape, tiles.INTERPRETER, 1, 1).loop == "c"
-        assert tiles.choose(shape, tiles.INTERPRETER, 1, 1) == Plan("b", Tile(16, 32, 32, 4), 2, 2)
-    with pytest.raises(ValueError, match="loop: expected one of a, b, c, got 'd'"), tiles.override(loop="d"):
-        tiles.choose(shape, tiles.INTERPRETER, 1, 1)
+    with planner.override(loop="cooperative", tile=Tile(16, 32, 32, 4), spread=2):
+        with planner.override(loop="stepwise"):
+            assert planner.choose(shape, INTERPRETER, 1, 1).loop == "stepwise"
+        assert planner.choose(shape, INTERPRETER, 1, 1) == Schedule("cooperative", Tile(16, 32, 32, 4), 2, 2)
+    message = "loop: expected one of solo, cooperative, stepwise, got 'd'"
+    with pytest.raises(ValueError, match=message), planner.override(loop="d"):
+        planner.choose(shape, INTERPRETER, 1, 1)
 
 
 def test_a_measured_table_comes_first(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("FUSED_RNN_TRITON_TILES", str(tmp_path / "tiles.json"))
-    monkeypatch.setattr(tiles, "_forced", {})
-    tiles._measured.cache_clear()
+    monkeypatch.setattr(planner, "_forced", {})
+    measured._table.cache_clear()
     known, shape = ARCHITECTURES["sm_90"], Shape("gru", 3, "half", 512, True)
-    small, large = Plan("b", Tile(16, 16, 64, 4), 32, hold=True), Plan("c", Tile(64, 64, 32, 8), 8)
+    small, large = (
+        Schedule("cooperative", Tile(16, 16, 64, 4), 32, hold=True),
+        Schedule("stepwise", Tile(64, 64, 32, 8), 8),
+    )
     try:
-        before = tiles.choose(shape, known, 16, 1)
-        tiles.record(shape, known, [(64, small), (256, large)], {"device": "a test"})
+        before = planner.choose(shape, known, 16, 1)
+        measured.record(shape, known, [(64, small), (256, large)], {"device": "a test"})
         assert before not in (small, large)
-        assert tiles.choose(shape, known, 16, 1) == small
-        assert tiles.choose(shape, known, 64, 2) == large
-        assert tiles.choose(shape, known, 4096, 1) == large  # beyond what was measured: the last
-        assert tiles.choose(shape._replace(backward=False), known, 16, 1) != small
-        assert tiles.choose(shape, known, 8, 5) == large  # five teams of 32 are more than there are multiprocessors
+        assert planner.choose(shape, known, 16, 1) == small
+        assert planner.choose(shape, known, 64, 2) == large
+        assert planner.choose(shape, known, 4096, 1) == large  # beyond what was measured: the last
+        assert planner.choose(shape._replace(backward=False), known, 16, 1) != small
+        assert planner.choose(shape, known, 8, 5) == large  # five teams of 32 are more than there are multiprocessors
         assert [path.name for path in tmp_path.iterdir()] == ["tiles.json"]
         assert (
             json.loads((tmp_path / "tiles.json").read_text())["notes"]["sm_90/gru/half/512/backward"]["device"]
             == "a test"
         )
     finally:
-        tiles._measured.cache_clear()
+        measured._table.cache_clear()
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"plans": {"k": [[1, {"loop": "a"}]]}}'])
+@pytest.mark.parametrize("text", ["{", "[]", '{"schedules": {"k": [[1, {"loop": "solo"}]]}}'])
 def test_a_table_that_cannot_be_read_is_named(text: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     path = tmp_path / "tiles.json"
     path.write_text(text)
     monkeypatch.setenv("FUSED_RNN_TRITON_TILES", str(path))
-    tiles._measured.cache_clear()
+    measured._table.cache_clear()
     try:
         with pytest.raises(RuntimeError, match=r"tiles.json: not a table that this version's tune wrote"):
-            tiles.choose(Shape("gru", 3, "half", 512, True), ARCHITECTURES["sm_90"], 16, 1)
+            planner.choose(Shape("gru", 3, "half", 512, True), ARCHITECTURES["sm_90"], 16, 1)
     finally:
-        tiles._measured.cache_clear()
+        measured._table.cache_clear()
 
 
-def test_description_names_the_plan() -> None:
+def test_description_names_the_schedule() -> None:
     text = backend.describe(PROBLEM)
-    assert "forward: loop a, one program" in text
+    assert "forward: loop solo, one program" in text
     assert "backward: " in text
     assert "not on a GPU" in backend.describe(PROBLEM._replace(device="xpu")) or "nothing" in backend.describe(
         PROBLEM._replace(device="xpu")
@@ -472,14 +483,16 @@ def test_tf32_is_what_torch_says() -> None:
 
 
 def test_tuning_keeps_the_fastest(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """With a clock that likes one plan, that plan is what the table holds afterwards."""
+    """With a clock that likes one schedule, that schedule is what the table holds afterwards."""
     from fused_rnn.triton import tune
 
     monkeypatch.setenv("FUSED_RNN_TRITON_TILES", str(tmp_path / "tiles.json"))
-    tiles._measured.cache_clear()
-    known = tiles.INTERPRETER if DEVICE == "cpu" else device.device_at(0)
-    favourite = Plan("c", Tile(16, 16, 16, 4), 1)
-    monkeypatch.setattr(tune, "candidates", lambda *_: [Plan("a", Tile(16, 16, 16, 4), 1, registers=True), favourite])
+    measured._table.cache_clear()
+    known = INTERPRETER if DEVICE == "cpu" else device.target_at(0)
+    favourite = Schedule("stepwise", Tile(16, 16, 16, 4), 1)
+    monkeypatch.setattr(
+        tune, "candidates", lambda *_: [Schedule("solo", Tile(16, 16, 16, 4), 1, registers=True), favourite]
+    )
     for backward in (False, True):
         shape, times = Shape("lstm", 4, "ieee", 5, backward), iter((2.0, 1.0))
 
@@ -489,6 +502,6 @@ def test_tuning_keeps_the_fastest(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
 
         try:
             tune.tune(shape, torch.float32, known, 2, [3], clock)
-            assert tiles.choose(shape, known, 1, 1) == favourite
+            assert planner.choose(shape, known, 1, 1) == favourite
         finally:
-            tiles._measured.cache_clear()
+            measured._table.cache_clear()
