@@ -44,6 +44,10 @@ class Case(NamedTuple):
         return 2 if self.bidirectional else 1
 
     @property
+    def has_c(self) -> bool:
+        return len(CELLS[self.cell].states) > 1
+
+    @property
     def P(self) -> int:
         return self.proj or self.H
 
@@ -75,7 +79,6 @@ class Inputs(NamedTuple):
 def inputs(case: Case, seed: int = 0) -> Inputs:
     """Random tensors in the case's dtype, weights as torch initialises them. lengths hold 0 and T where B allows it."""
     random = torch.Generator().manual_seed(seed)
-    has_c = CELLS[case.cell].has_c
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=random, dtype=torch.float64)
@@ -87,7 +90,7 @@ def inputs(case: Case, seed: int = 0) -> Inputs:
             shapes += [(rows,), (rows,)] if case.bias else []
             shapes += [(case.P, case.H)] if case.proj else []
             weights += [(torch.rand(*s, generator=random, dtype=torch.float64) * 2 - 1) * case.H**-0.5 for s in shapes]
-    states = [(case.layers * case.R, case.B, case.P), (case.layers * case.R, case.B, case.H)][: 1 + has_c]
+    states = [(case.layers * case.R, case.B, case.P), (case.layers * case.R, case.B, case.H)][: 1 + case.has_c]
     lengths = torch.randint(0, case.T + 1, (case.B,), generator=random)
     if case.B > 2:
         lengths[0], lengths[-1] = 0, case.T

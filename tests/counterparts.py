@@ -90,7 +90,7 @@ def cast(value: Any, dtype: torch.dtype) -> Any:
 
 
 def assert_alike(ours: nn.Module, counterpart: nn.Module, *args: Any) -> None:
-    """Outputs and gradients equal the counterpart's in number, shape and dtype, and in value as tolerances.py has it."""
+    """Outputs and gradients equal the counterpart's in number, shape and dtype, and in value up to tolerances.py."""
     got, expected = outputs_and_gradients(ours, *args), outputs_and_gradients(counterpart, *args)
     assert got.keys() == expected.keys()
     for name in [name for name, t in got.items() if not t.is_floating_point()]:  # the indices of a PackedSequence

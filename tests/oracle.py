@@ -10,9 +10,8 @@ from cases import Case, Inputs, inputs
 from torch import _VF, Tensor
 
 from fused_rnn import functional
-from fused_rnn.cells import CELLS
+from fused_rnn.call import Kinds
 from fused_rnn.dispatch import BACKENDS
-from fused_rnn.reference.loop import weights_per_recurrence
 
 Results = dict[str, Tensor]
 
@@ -82,13 +81,14 @@ def by_torch(case: Case, given: Inputs) -> Results:
 def torch_cells(case: Case, given: Inputs) -> list[Tensor]:
     """The stack as a user without our kernels writes it when he needs resets: torch's cells in a Python loop."""
     cells = {"lstm": _VF.lstm_cell, "gru": _VF.gru_cell, "rnn_tanh": _VF.rnn_tanh_cell, "rnn_relu": _VF.rnn_relu_cell}
-    x, (steps, batch), has_c = given.x, given.x.shape[:2], CELLS[case.cell].has_c
+    x, (steps, batch), has_c = given.x, given.x.shape[:2], case.has_c
     finals: list[list[Tensor]] = []
+    count = len(given.weights) // (case.layers * case.R)
     for layer, weights in enumerate(
-        zip(*[iter(weights_per_recurrence(given.weights, case.layers * case.R))] * case.R, strict=True)
+        zip(*[iter(Kinds(count, case.bias, bool(case.proj)).split(given.weights))] * case.R, strict=True)
     ):
         ys = []
-        for r, (w_ih, w_hh, b_ih, b_hh, w_hr) in enumerate(weights):
+        for r, (w_ih, w_hh, b_ih, b_hh, w_hr, _) in enumerate(weights):
             widths = (case.P, case.H)[: 1 + has_c]
             state = [s[layer * case.R + r] for s in given.hx] or [x.new_zeros(batch, width) for width in widths]
             outputs = [x.new_zeros(batch, case.P)] * steps

@@ -9,6 +9,7 @@ from oracle import by_reference, differentiate, forward
 from tolerances import assert_same_formula
 from torch import Tensor
 
+from fused_rnn.call import LayerCall
 from fused_rnn.cells import CELLS
 from fused_rnn.reference.loop import run_layer
 
@@ -100,17 +101,15 @@ def test_an_input_per_recurrence(cell: str) -> None:
     case = Case(cell, layers=3, D=17, dtype=torch.float64)
     given, directions = inputs(case), (1, -1, -1)
     x = torch.randn(5, 3, 3, 17, dtype=torch.float64)
-    h0, c0 = given.hx[0], given.hx[1] if cell == "lstm" else None
-    y, h_n, c_n = run_layer(x, given.weights, h0, c0, None, None, cell, directions)
+    y, h_n, *others = run_layer(LayerCall(x, given.weights, given.hx, None, None, cell, directions))
     count = len(given.weights) // 3
     for r, direction in enumerate(directions):
         weights = given.weights[r * count : (r + 1) * count]
-        alone = run_layer(
-            x[:, :, r], weights, h0[r : r + 1], None if c0 is None else c0[r : r + 1], None, None, cell, (direction,)
-        )
+        states = [s[r : r + 1] for s in given.hx]
+        alone = run_layer(LayerCall(x[:, :, r], weights, states, None, None, cell, (direction,)))
         assert_same_formula(y[..., r * 17 : (r + 1) * 17], alone[0])
         assert_same_formula(h_n[r], alone[1][0])
-        assert (c_n is None) == (alone[2] is None)
+        assert len(alone) == 2 + len(others)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -295,7 +295,7 @@ def test_one_step() -> None:
     x, h, c = (torch.randn(2, n) for n in (3, 4, 4))
     weights = [w.detach() for w in (cell.weight_ih, cell.weight_hh, cell.bias_ih, cell.bias_hh)]
     with on_the_emulator():
-        ours = backend.step(x, h, c, weights, "lstm")
+        ours = backend.step(x, weights, [h, c], "lstm")
     torch.testing.assert_close(ours, list(cell(x, (h, c))))
 
 

@@ -1,4 +1,4 @@
-"""The CUDA loops' very source on the CPU: under AddressSanitizer and UBSan, for races, and with mutations planted in it.
+"""The CUDA loops' very source on the CPU: under AddressSanitizer and UBSan, for races, and with planted mutations.
 
 Loops alone, against float64 loops: what is around them (products over all steps, autograd, modules) has its own tests.
 """

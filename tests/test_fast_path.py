@@ -16,6 +16,7 @@ from fused_rnn import ops
 quick: Any = ops.fast_path
 pytestmark = pytest.mark.skipif(quick is None, reason="the extension is not built, or this torch does not lend tensors")
 CELLS = {"LSTM": 0, "GRU": 1, "RNN": 2}
+KINDS = {"LSTM": "lstm", "GRU": "gru", "RNN": "rnn_tanh"}
 
 
 def call(
@@ -33,11 +34,17 @@ def call(
     if not given:
         h = c = None  # type: ignore[assignment]
     w = [module._parameters.get(key + ("_l0" if sequence else "")) for key in (*NAMES, "weight_hr")]
+    weights, states = [t for t in w if t is not None], [s for s in (h, c) if s is not None]
+    options = (None, None, KINDS[name], [1], "none", False) if sequence else (KINDS[name],)
     return (
         module,
         (module._parameters, module.bias, x, h, c, CELLS[name], 0 if sequence else -1),
-        (x, h, c, *w, CELLS[name]),
+        (x, weights, states, *options),
     )
+
+
+def by_op(arguments: Any) -> Any:
+    return (ops.forward if len(arguments) > 4 else ops.step)(*arguments)
 
 
 NAMES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
@@ -50,9 +57,10 @@ NAMES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 @pytest.mark.parametrize("name", CELLS)
 def test_it_is_the_op(name: str, bias: bool, sequence: bool, given: bool, dtype: torch.dtype) -> None:
     _, arguments, of_op = call(name, dtype, sequence, given, bias=bias)
-    before = [t.clone() for t in of_op if isinstance(t, Tensor)]
+    tensors = [of_op[0], *of_op[1], *of_op[2]]
+    before = [t.clone() for t in tensors]
     with torch.no_grad():
-        made, expected = quick(*arguments), ops.step(*of_op)
+        made, expected = quick(*arguments), by_op(of_op)
     assert len(made) == len(expected)
     for a, b in zip(made, expected, strict=True):
         assert torch.equal(a, b)
@@ -60,14 +68,14 @@ def test_it_is_the_op(name: str, bias: bool, sequence: bool, given: bool, dtype:
         assert not a.requires_grad
         assert a.untyped_storage().resizable()
     assert len({t.data_ptr() for t in made}) == len(made)
-    for t, kept in zip((t for t in of_op if isinstance(t, Tensor)), before, strict=True):
+    for t, kept in zip(tensors, before, strict=True):
         assert torch.equal(t, kept)
 
 
 def test_projection() -> None:
     _, arguments, of_op = call("LSTM", proj_size=7)
     with torch.no_grad():
-        for a, b in zip(quick(*arguments), ops.step(*of_op), strict=True):
+        for a, b in zip(quick(*arguments), by_op(of_op), strict=True):
             assert torch.equal(a, b)
 
 
@@ -84,7 +92,8 @@ def test_a_sequence_is_the_op(name: str, projected: int, batch: int, given: bool
     cell = {"LSTM": "lstm", "GRU": "gru", "RNN": "rnn_tanh"}[name]
     with torch.no_grad():
         made = quick(module._parameters, True, x, h, c, CELLS[name], 0)
-        expected = ops.forward(x, list(module.parameters()), h, c, None, None, cell, [1], "none", False)
+        given_states = [s for s in (h, c) if s is not None]
+        expected = ops.forward(x, list(module.parameters()), given_states, None, None, cell, [1], "none", False)
         assert made[0].shape == expected[0].shape
         for a, b in zip(made, expected, strict=True):
             assert torch.equal(a, b)
@@ -97,9 +106,8 @@ def test_the_modules_take_it(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any, **__: Any) -> None:
         raise AssertionError("the op was called")
 
-    monkeypatch.setattr("fused_rnn.nn.sequence.STEP", fail)
     monkeypatch.setattr("fused_rnn.nn.rnn.run", fail)
-    monkeypatch.setattr("fused_rnn.nn.cells.STEP", fail)
+    monkeypatch.setattr("fused_rnn.nn.cells._run", fail)
     with torch.no_grad():
         for sequence in (True, False):
             module, (_, _, x, h, *_), _ = call("GRU", sequence=sequence)
@@ -123,14 +131,14 @@ def test_a_dispatch_mode_sees_the_op() -> None:
     module, (_, _, x, h, *_), _ = call("GRU")
     with torch.no_grad(), Calls() as mode:
         module(x, h)
-    assert "fused_rnn.step.default" in mode.seen
+    assert "fused_rnn.forward.default" in mode.seen
 
 
 def test_a_profiler_sees_the_op() -> None:
     module, (_, _, x, h, *_), _ = call("GRU")
     with torch.no_grad(), torch.profiler.profile() as profile:
         module(x, h)
-    assert "fused_rnn::step" in {event.key for event in profile.key_averages()}
+    assert "fused_rnn::forward" in {event.key for event in profile.key_averages()}
 
 
 class Functions(TorchFunctionMode):
@@ -210,7 +218,8 @@ def test_lengths_and_resets(name: str, projected: int, given: tuple[bool, bool],
     cell = {"LSTM": "lstm", "GRU": "gru", "RNN": "rnn_tanh"}[name]
     with torch.no_grad():
         made = quick(module._parameters, True, x, h, c, CELLS[name], 0, lengths, reset)
-        expected = ops.forward(x, list(module.parameters()), h, c, lengths, reset, cell, [1], "none", False)
+        states = [s for s in (h, c) if s is not None]
+        expected = ops.forward(x, list(module.parameters()), states, lengths, reset, cell, [1], "none", False)
         for a, b in zip(made, expected, strict=True):
             assert torch.equal(a, b)
         plain = quick(module._parameters, True, x, h, c, CELLS[name], 0, None, None)

@@ -17,16 +17,17 @@ from tolerances import assert_as_good_as_torch, assert_same_formula
 from torch import Tensor
 
 from fused_rnn import dispatch
-from fused_rnn.cells import CELLS
-from fused_rnn.gpu import op, precision, run
+from fused_rnn.call import BackwardCall, LayerCall
+from fused_rnn.gpu import op, precision
 from fused_rnn.gpu.loops import Layer, Loops
+from fused_rnn.transforms import fake
 
 
 class PlainLoops:
     """Step by step and recurrence by recurrence; backward by autograd through one step's cell."""
 
     def __init__(self, layer: Layer) -> None:
-        self.layer, self.spec = layer, CELLS[layer.cell.name]
+        self.layer, self.cell = layer, layer.cell
 
     def _places(self, window: tuple[int, int]) -> Iterator[tuple[int, int, int, Tensor, Tensor]]:
         """(r, t, t's place in a window's buffer, which rows run it, which of those the state before reaches)."""
@@ -40,97 +41,105 @@ class PlainLoops:
                 live = valid if layer.reset is None else valid & (layer.reset[t] == 0).unsqueeze(-1)
                 yield r, t, t - base, valid, live
 
-    def _cell(self, gx: Tensor, gh: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-        """(h', the state after) from gates [B, G, H] and the state before: c of LSTM, h of GRU."""
-        c = state if self.layer.cell.has_c else None
-        h, c = self.spec.step(gx.flatten(1), gh.flatten(1), state, c)
-        return h, h if c is None else c
+    def _step(self, gx: Tensor, gh: Tensor, before: list[Tensor]) -> tuple[Tensor, ...]:
+        """The states after, from gates [B, G, H] and the states before."""
+        return self.cell.step(gx.unbind(1), gh.unbind(1), before, ())
 
     def _kept(self, gx: Tensor, gh: Tensor) -> Tensor:
         """Of LSTM its activated gates, of GRU r, z, n and n's recurrent side: [B, S, H]."""
-        if self.layer.cell.has_c:
+        if not self.cell.apart:
             i, f, g, o = (gx + gh).unbind(1)
             return torch.stack([i.sigmoid(), f.sigmoid(), g.tanh(), o.sigmoid()], 1)
         r, z = ((gx + gh)[:, k].sigmoid() for k in range(2))
         return torch.stack([r, z, (gx[:, 2] + r * gh[:, 2]).tanh(), gh[:, 2]], 1)
 
     def _recurrent(self, h: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
-        gh = torch.einsum("bk,gnk->bgn", h, w)
+        return self._biased(torch.einsum("bk,gnk->bgn", h, w), bias)
+
+    def _biased(self, gh: Tensor, bias: Tensor | None) -> Tensor:
         if bias is not None:
-            gh[:, -1] += bias
+            gh[:, -self.cell.apart :] += bias
         return gh
 
     def forward(
-        self, *, gx: Tensor, w: Tensor, bias: Any, h0: Tensor, state: Any, y: Tensor, h_n: Tensor, saved: Any,
-        cells: Any, checkpoints: Any, every: int,
+        self, *, gx: Tensor, w: Tensor, bias: Any, h0: Tensor, carried: list[Tensor], y: Tensor, h_n: Tensor,
+        saved: Any, histories: list[Tensor], checkpoints: list[Tensor], every: int,
     ) -> None:  # fmt: skip
         h_n.copy_(h0)
-        state = torch.zeros_like(h0) if state is None else state
+        others = carried[self.cell.reads_h :]
         for step in range(self.layer.steps):
-            if checkpoints is not None and step % every == 0:
-                checkpoints[step // every] = state
+            if step % every == 0:
+                for checkpoint, state in zip(checkpoints, others, strict=False):
+                    checkpoint[step // every] = state
             for r, t, _, valid, live in self._places((step, step + 1)):
-                gh = self._recurrent(h_n[r] * live, w[r], None if bias is None else bias[r])
-                h, s = self._cell(gx[t, :, r], gh, state[r] * live)
-                h_n[r], state[r] = torch.where(valid, h, h_n[r]), torch.where(valid, s, state[r])
-                y[t, :, r] = h * valid
-                if saved is not None and self.layer.cell.stored:
+                before = [s[r] * live for s in (h_n, *others)]
+                gh = self._recurrent(before[0], w[r], None if bias is None else bias[r])
+                for state, new in zip((h_n, *others), self._step(gx[t, :, r], gh, before), strict=True):
+                    state[r] = torch.where(valid, new, state[r])
+                y[t, :, r] = h_n[r] * valid
+                if saved is not None and self.cell.saved:
                     saved[t, :, r] = self._kept(gx[t, :, r], gh) * valid.unsqueeze(-1)
-                if cells is not None:
-                    cells[t, :, r] = state[r]
+                for history, state in zip(histories, others, strict=False):
+                    history[t, :, r] = state[r]
+        if self.cell.reads_h:
+            carried[0].copy_(h_n)
 
     def replay(
-        self, *, gx: Tensor, given: Tensor, bias: Any, h0: Tensor, hidden: Tensor, state: Any, saved: Tensor,
-        cells: Any, window: tuple[int, int],
+        self, *, gx: Tensor, given: Tensor, bias: Any, h0: Tensor, hidden: Tensor, carried: list[Tensor],
+        saved: Tensor, histories: list[Tensor], window: tuple[int, int],
     ) -> None:  # fmt: skip
         for r, _, at, valid, live in self._places(window):
-            gh = given[at, :, r].clone()
-            if bias is not None:
-                gh[:, -1] += bias[r]
+            gh = self._biased(given[at, :, r].clone(), None if bias is None else bias[r])
             saved[at, :, r] = self._kept(gx[at, :, r], gh) * valid.unsqueeze(-1)
-            if cells is not None:
-                state[r] = torch.where(valid, self._cell(gx[at, :, r], gh, state[r] * live)[1], state[r])
-                cells[at, :, r] = state[r]
+            after = self._step(gx[at, :, r], gh, [h0[r], *(s[r] * live for s in carried)])
+            for state, new, history in zip(carried, after[1:], histories, strict=True):
+                state[r] = torch.where(valid, new, state[r])
+                history[at, :, r] = state[r]
 
     def backward(
-        self, *, dy: Any, w: Tensor, states: Tensor, first_state: Tensor, saved: Any, dgates: Tensor, dh: Tensor,
-        dc: Any, window: tuple[int, int] | None = None,
+        self, *, dy: Any, w: Tensor, states: list[Tensor], first: list[Tensor], saved: Any, dgates: Tensor,
+        dstates: list[Tensor], window: tuple[int, int] | None = None,
     ) -> None:  # fmt: skip
         layer, window = self.layer, window or (0, self.layer.steps)
-        has_c, G = layer.cell.has_c, layer.cell.gates
         for r, t, at, valid, live in reversed(list(self._places(window))):
-            here, before_t = (at, t)[not has_c], t - layer.directions[r]
-            begins = (window[0] if has_c else 0) == (t if layer.directions[r] > 0 else layer.steps - 1 - t)
-            before = first_state[r] if begins else states[here - layer.directions[r], :, r]
-            if layer.directions[r] < 0 and layer.lengths is not None:
-                before = torch.where((before_t >= layer.lengths).unsqueeze(-1), first_state[r], before)
-            dh_t = dh[r] + (0 if dy is None else dy[t, :, r]) * valid
-            d, carried, dc_before = self._pull(
-                dh_t, None if dc is None else dc[r], saved if saved is None else saved[at, :, r], before * live,
-                states[here, :, r],
-            )  # fmt: skip
+            step = t if layer.directions[r] > 0 else layer.steps - 1 - t
+            before, after = [], []
+            for k, (history, entering) in enumerate(zip(states, first, strict=True)):
+                here = at if k else t  # of h there is all of time
+                if step == (window[0] if k else 0):
+                    state = entering[r]
+                else:
+                    state = history[here - layer.directions[r], :, r]
+                if layer.directions[r] < 0 and layer.lengths is not None:
+                    state = torch.where((t + 1 >= layer.lengths).unsqueeze(-1), entering[r], state)
+                before.append(state * live)
+                after.append(history[here, :, r])
+            d_after = [d[r] for d in dstates]
+            d_after[0] = d_after[0] + (0 if dy is None else dy[t, :, r]) * valid
+            d, d_before = self._pull(d_after, saved if saved is None else saved[at, :, r], before, after)
             d = torch.where(valid.unsqueeze(-1), d, 0)
             dgates[t, :, r] = d
-            carried = carried + torch.einsum("bgn,gnk->bk", d[:, -G:], w[r])
-            dh[r] = torch.where(valid, carried * live, dh[r])
-            if dc is not None:
-                dc[r] = torch.where(valid, dc_before * live, dc[r])
+            d_before[0] = d_before[0] + torch.einsum("bgn,gnk->bk", d[:, -self.cell.gates :], w[r])
+            for dstate, new in zip(dstates, d_before, strict=True):
+                dstate[r] = torch.where(valid, new * live, dstate[r])
 
-    def _pull(self, dh: Tensor, dc: Any, kept: Any, before: Tensor, state: Tensor) -> tuple[Tensor, Tensor, Any]:
-        """Gradients of the gates [B, DG, H], of h_{t-1} by the cell alone, of c_{t-1}."""
-        name = self.layer.cell.name
+    def _pull(
+        self, d_after: list[Tensor], kept: Any, before: list[Tensor], after: list[Tensor]
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Gradients of the gates [B, G + apart, H], and of the states before by the formula alone."""
+        name, dh = self.cell.name, d_after[0]
         if name == "lstm":
-            i, f, g, o = kept.unbind(1)
-            dc = dc + dh * o * (1 - state.tanh() ** 2)
-            d = [dc * g * i * (1 - i), dc * before * f * (1 - f), dc * i * (1 - g * g), dh * state.tanh() * o * (1 - o)]
-            return torch.stack(d, 1), torch.zeros_like(dh), dc * f
+            (i, f, g, o), c = kept.unbind(1), after[1]
+            dc = d_after[1] + dh * o * (1 - c.tanh() ** 2)
+            d = [dc * g * i * (1 - i), dc * before[1] * f * (1 - f), dc * i * (1 - g * g), dh * c.tanh() * o * (1 - o)]
+            return torch.stack(d, 1), [torch.zeros_like(dh), dc * f]
         if name == "gru":
             r, z, n, hn = kept.unbind(1)
             dn = dh * (1 - z) * (1 - n * n)
-            d = [dn, dn * hn * r * (1 - r), dh * (before - n) * z * (1 - z), dn * r]
-            return torch.stack(d, 1), dh * z, None
-        slope = 1 - state * state if name == "rnn_tanh" else (state > 0).to(dh.dtype)
-        return (dh * slope).unsqueeze(1), torch.zeros_like(dh), None
+            d = [dn, dn * hn * r * (1 - r), dh * (before[0] - n) * z * (1 - z), dn * r]
+            return torch.stack(d, 1), [dh * z]
+        slope = 1 - after[0] * after[0] if name == "rnn_tanh" else (after[0] > 0).to(dh.dtype)
+        return (dh * slope).unsqueeze(1), [torch.zeros_like(dh)]
 
 
 def make(layer: Layer, x: Tensor, backward: bool) -> Loops:
@@ -143,9 +152,13 @@ def _backend() -> Iterator[None]:
     if not hasattr(torch.ops.fused_rnn, "plain_forward"):
         op.define("plain", make, ("CPU",))
     plain = SimpleNamespace(
-        NAME="plain", DIFFERENTIABLE=False, stack=None, supports=lambda problem: None,
-        forward=torch.ops.fused_rnn.plain_forward.default, backward=torch.ops.fused_rnn.plain_backward.default,
-    )  # fmt: skip
+        NAME="plain",
+        DIFFERENTIABLE=False,
+        stack=None,
+        supports=lambda problem: None,
+        forward=lambda call: torch.ops.fused_rnn.plain_forward.default(*call),
+        backward=lambda call: torch.ops.fused_rnn.plain_backward.default(*call),
+    )
     patch = pytest.MonkeyPatch()
     patch.setitem(dispatch.BACKENDS, "plain", plain)
     dispatch._choose_cached.cache_clear()
@@ -162,7 +175,7 @@ MORE = [
 
 @pytest.mark.parametrize("case", [*option_cases((torch.float64,)), *MORE], ids=str)
 def test_float64_is_the_reference(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run, "CHECKPOINT_EVERY", 4)
+    monkeypatch.setattr(fake, "CHECKPOINT_EVERY", 4)
     given = inputs(case)
     ours, reference = by_backend(case, given, "plain"), by_reference(case, given)
     assert ours.keys() == reference.keys()
@@ -181,12 +194,12 @@ def test_float32_projection(options: dict[str, Any]) -> None:
 def test_opcheck_with_a_projection(save: str) -> None:
     case = Case("lstm", T=2, B=2, H=4, proj=3, bidirectional=True, lengths=True, reset=True, dtype=torch.float64)
     given = inputs(case)
-    tail = (given.weights, *given.hx, given.lengths, given.reset, "lstm", [1, -1], save)
+    call = LayerCall(given.x, given.weights, given.hx, given.lengths, given.reset, "lstm", [1, -1], save, True)
     forward, backward = torch.ops.fused_rnn.plain_forward.default, torch.ops.fused_rnn.plain_backward.default
-    torch.library.opcheck(forward, (given.x, *tail, True), test_utils=("test_schema", "test_faketensor"))
-    saved, cells, hidden = forward(given.x, *tail, True)[-3:]
-    call = (*given.dout, given.x, *tail[:5], hidden, saved, cells, *tail[5:], True, True)
-    torch.library.opcheck(backward, call, test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(forward, tuple(call), test_utils=("test_schema", "test_faketensor"))
+    saved, *histories, hidden = forward(*call)[3:]
+    back = BackwardCall(given.dout[0], given.dout[1:], *call[:5], hidden, saved, histories, *call[5:8], True, True)
+    torch.library.opcheck(backward, tuple(back), test_utils=("test_schema", "test_faketensor"))
 
 
 @pytest.mark.parametrize("matmul", ["ieee", "tf32", "none"])

@@ -24,6 +24,7 @@ ORDER = [
     "stream",
     "untraced",
     "functional",
+    "layers",
     "autograd",
     "dispatch",
     "backends",
@@ -41,12 +42,13 @@ ORDER = [
 # Small parts beside the chain: only names and checks of plain tensors.
 LEAVES = {
     "problem": set(),
-    "checks": {"cells"},
-    "onnx": {"cells", "reference"},
+    "call": {"cells"},
+    "checks": {"call", "cells"},
+    "onnx": {"call", "cells", "reference"},
     "missing": set(),
     "untraced": set(),
-    "transforms": {"reference", "cells"},
-    "reference": {"cells"},
+    "transforms": {"call", "reference", "cells"},
+    "reference": {"call", "cells"},
     "cells": set(),
     "_C": set(),
 }

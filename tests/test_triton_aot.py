@@ -114,7 +114,7 @@ def test_sizes_are_never_compiled_for() -> None:
     """T, B and R are arguments that Triton does not specialise on: no 1, no multiple of 16 makes another kernel."""
     program = """
 from collections import defaultdict
-from fused_rnn.triton.cubin import CELLS
+from fused_rnn.cells import CELLS
 from fused_rnn.triton import aot
 from fused_rnn.triton.backward import bwd_kernel
 from fused_rnn.triton.forward import fwd_kernel
@@ -130,7 +130,7 @@ for kernel in (fwd_kernel, bwd_kernel):
 # Of each operand of a product: whether it was rounded on its way there, and whether that was before the loop over time.
 ROUNDED = r"""
 import re, sys
-from fused_rnn.triton.cubin import CELLS
+from fused_rnn.cells import CELLS
 from fused_rnn.triton.aot import compile_kernel
 from fused_rnn.triton.schedule import Schedule, Tile
 

@@ -21,7 +21,6 @@ from fused_rnn.backends import triton as backend
 from fused_rnn.cells import CELLS
 from fused_rnn.dispatch import choose
 from fused_rnn.functional import lstm
-from fused_rnn.gpu.loops import CELLS as LAYER_CELLS
 from fused_rnn.gpu.loops import Layer
 from fused_rnn.triton import aot, device, launch, measured, planner
 from fused_rnn.triton.schedule import Schedule, Shape, Tile
@@ -242,7 +241,7 @@ def test_one_step() -> None:
     cell = fused_rnn.LSTMCell(3, 4, device=DEVICE)
     x, h, c = (torch.randn(2, n, device=DEVICE) for n in (3, 4, 4))
     weights = [cell.weight_ih, cell.weight_hh, cell.bias_ih, cell.bias_hh]
-    ours = backend.step(x, h, c, [w.detach() for w in weights], "lstm")
+    ours = backend.step(x, [w.detach() for w in weights], [h, c], "lstm")
     torch.testing.assert_close(ours, list(cell(x, (h, c))))
 
 
@@ -267,7 +266,7 @@ def test_reasons() -> None:
 def test_sizes_beyond_the_kernels_reach_are_refused_by_the_op_too() -> None:
     """Under vmap B and R grow after dispatch has asked. Shapes alone: nobody has such tensors."""
     for sizes, message in (((1 << 31, 1, 1), "T = 2147483648"), ((1, 1 << 20, 1024), "B·R·H·4 = 4294967296")):
-        layer = Layer(LAYER_CELLS["gru"], *sizes, (1,), None, None)
+        layer = Layer(CELLS["gru"], *sizes, (1,), None, None)
         with pytest.raises(RuntimeError, match=f"x: .*{message}"):
             backend._loops(layer, torch.zeros(1, 1, 1, device=DEVICE), False)
 
@@ -275,7 +274,7 @@ def test_sizes_beyond_the_kernels_reach_are_refused_by_the_op_too() -> None:
 def test_more_steps_than_a_team_can_count_are_refused() -> None:
     team = Schedule("cooperative", Tile(16, 16, 16, 4), 64)
     for steps, refused in ((1 << 24, False), (1 << 25, True)):
-        layer = Layer(LAYER_CELLS["gru"], steps, 16, 1024, (1,), None, None)
+        layer = Layer(CELLS["gru"], steps, 16, 1024, (1,), None, None)
         with pytest.raises(NotImplementedError, match=r"beyond the 2\^31") if refused else nullcontext():
             launch.new_counters(layer, team, torch.device(DEVICE))
 
@@ -363,7 +362,7 @@ def test_arguments_have_the_types_that_are_compiled_for(cell: str, save: str, mo
     assert {kernel for kernel, *_ in launched} == {launch.fwd_kernel, launch.bwd_kernel}
     names = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32", torch.int64: "*i64"}
     for kernel, constants, args in launched:
-        expected = aot._pointers(kernel, cell, "bfloat16", {"REPLAY": save == "recompute", **constants})
+        expected = aot._pointers(kernel, CELLS[cell], "bfloat16", {"REPLAY": save == "recompute", **constants})
         given = dict(zip(kernel.arg_names, args, strict=False))
         for name, kinds in expected.items():
             found = given[name]

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fused_rnn.call import wide
 from fused_rnn.cuda import module, plans
 from fused_rnn.gpu.directions import direction_bits
-from fused_rnn.gpu.loops import Layer, wide
+from fused_rnn.gpu.loops import Layer
 
 CODES = {"lstm": 0, "gru": 1, "rnn_tanh": 2, "rnn_relu": 3}  # csrc/params.h's Cell
 
@@ -56,18 +57,19 @@ class Loops:
         w: Tensor,
         bias: Tensor | None,
         h0: Tensor,
-        state: Tensor | None,
+        carried: list[Tensor],
         y: Tensor,
         h_n: Tensor,
         saved: Tensor | None,
-        cells: Tensor | None,
-        checkpoints: Tensor | None,
+        histories: list[Tensor],
+        checkpoints: list[Tensor],
         every: int,
     ) -> None:
+        state, cells = carried[0] if carried else None, histories[0] if histories else None
         given = {
             "gx": gx.data_ptr(), "w": w.data_ptr(), "bias": _at(bias), "h0": h0.data_ptr(), "state": _at(state),
             "y": y.data_ptr(), "h_n": h_n.data_ptr(), "saved": _at(saved), "cells": _at(cells),
-            "checkpoints": _at(checkpoints), "every": every,
+            "checkpoints": _at(checkpoints[0] if checkpoints else None), "every": every,
         }  # fmt: skip
         if self.plan is not None:
             self._run("forward", y, given)
@@ -89,12 +91,13 @@ class Loops:
         bias: Tensor | None,
         h0: Tensor,
         hidden: Tensor,
-        state: Tensor | None,
+        carried: list[Tensor],
         saved: Tensor,
-        cells: Tensor | None,
+        histories: list[Tensor],
         window: tuple[int, int],
     ) -> None:
         first, last = window
+        state, cells = carried[0] if carried else None, histories[0] if histories else None
         if state is None:  # GRU's gates do not depend on it
             state = torch.zeros(h0.shape, dtype=wide(h0.dtype), device=h0.device)
         self._run_pointwise("forward", {
@@ -108,29 +111,29 @@ class Loops:
         *,
         dy: Tensor | None,
         w: Tensor,
-        states: Tensor,
-        first_state: Tensor,
+        states: list[Tensor],
+        first: list[Tensor],
         saved: Tensor | None,
         dgates: Tensor,
-        dh: Tensor,
-        dc: Tensor | None,
+        dstates: list[Tensor],
         window: tuple[int, int] | None = None,
     ) -> None:
-        first, last = window or (0, self.layer.steps)
+        read, entering, dh, dc = states[-1], first[-1], dstates[0], dstates[1] if len(dstates) > 1 else None
+        begin, last = window or (0, self.layer.steps)
         given = {
-            "dy": _at(dy), "w": w.data_ptr(), "states": states.data_ptr(), "first_state": first_state.data_ptr(),
+            "dy": _at(dy), "w": w.data_ptr(), "states": read.data_ptr(), "first_state": entering.data_ptr(),
             "saved": _at(saved), "dgates": dgates.data_ptr(), "dh": dh.data_ptr(), "dc": _at(dc),
-            "states_are_wide": int(states.dtype != w.dtype), "window0": first, "window1": last,
+            "states_are_wide": int(read.dtype != w.dtype), "window0": begin, "window1": last,
         }  # fmt: skip
         if self.plan is not None:
-            self._run("backward", w, given | {"step0": first, "step1": last, "close": int(first == 0)})
+            self._run("backward", w, given | {"step0": begin, "step1": last, "close": int(begin == 0)})
             return
         product = w.new_empty(self.layer.recurrences, self.layer.batch, self.layer.hidden)
-        for step in range(last - 1, first - 1, -1):
+        for step in range(last - 1, begin - 1, -1):
             self._to_the_step_before(dgates, w, step + 1, product)
             product_of = {"given": product.data_ptr() if step + 1 < self.layer.steps else 0}
             self._run_pointwise("backward", given | product_of | {"step0": step, "step1": step + 1})
-        if first == 0:
+        if begin == 0:
             self._to_the_step_before(dgates, w, 0, product)
             self._run_pointwise("backward", given | {"given": product.data_ptr(), "step0": 0, "step1": 0, "close": 1})
 

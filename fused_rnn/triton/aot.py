@@ -14,7 +14,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fused_rnn.triton._bridge import Cell
+from fused_rnn.cells import Cell
 from fused_rnn.triton.backward import bwd_kernel
 from fused_rnn.triton.compile import constants_backward, constants_forward, constants_schedule, options
 from fused_rnn.triton.device import activation_of
@@ -59,7 +59,7 @@ def _pointers(kernel: Any, cell: Cell, dtype: str, constants: Mapping[str, Any])
     own, wide = f"*{DTYPES[dtype]}", "*fp32"
     history = (wide if replay else own,) * others
     every: Pointers = {
-        "carried": (wide,) * (others + cell.reads_h),
+        "carried": (wide,) * (others if replay else cell.carried),
         "histories": history if constants.get("SAVE") else (),
         "checkpoints": (wide,) * others if constants.get("CHECKPOINT") else (),
         "states": (own, *history),

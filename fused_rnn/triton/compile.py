@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from fused_rnn.triton._bridge import Cell
+from fused_rnn.cells import Cell
 from fused_rnn.triton.cells import kernels
 from fused_rnn.triton.schedule import Schedule
 from fused_rnn.triton.target import Target

@@ -18,8 +18,8 @@ from multiprocessing import get_context
 from typing import NamedTuple
 
 from fused_rnn.gpu.loops import CELLS as _OLD
+from fused_rnn.cells import CELLS
 from fused_rnn.triton import planner
-from fused_rnn.triton._bridge import cell_of
 from fused_rnn.triton.compile import SPILLS, fewest_spills
 from fused_rnn.triton.schedule import Schedule, Shape
 from fused_rnn.triton.target import ARCHITECTURES

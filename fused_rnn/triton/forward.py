@@ -128,7 +128,7 @@ def fwd_kernel(
     w,  # [R, G, H, H]
     bias,  # [R, APART, H]          of the recurrent side of the gates that are apart
     h0,  # [R, B, H]
-    carried,  # a [R, B, H] float32 for each state but h, before them h if READS_H: read at step0, written at step1
+    carried,  # a [R, B, H] float32 for each state but h, before them h if READS_H: in at step0, out at step1; REPLAY: no h
     lengths,  # [B] int64           HAS_LENGTHS only
     reset,  # [T, B] int32          HAS_RESET only; narrower would lead Triton to a slower layout of the products
     y,  # [T, B, R, H]
@@ -239,6 +239,13 @@ def fwd_kernel(
             if step % every == 0:
                 store_each(checkpoints, (step // every) * width + at_rb, s, own)
 
+        # The first step of a row enters with h0; the reverse direction of a short sequence starts at its own end.
+        first = b * 0 + step == 0
+        if HAS_LENGTHS:
+            first = first | (t == tl.where(backwards, length - 1, -2))
+        before = tl.where(backwards, t + 1, t - 1)
+        h_row = tl.multiple_of(tl.where(first, h0 + row_rb * H, y + before * width + row * H), [ALIGN])
+
         if REPLAY:
             acc = to_float32(load_gates(given + local * G, row, n, own, G, H))
         elif REGISTERS:
@@ -248,12 +255,6 @@ def fwd_kernel(
             for g in tl.static_range(G):
                 acc = acc + (dot(h_in, held[g], tl.full((BB, BH), 0.0, tl.float32), PRECISION),)
         else:
-            # The first step of a row enters with h0; the reverse direction of a short sequence starts at its own end.
-            first = b * 0 + step == 0
-            if HAS_LENGTHS:
-                first = first | (t == tl.where(backwards, length - 1, -2))
-            before = tl.where(backwards, t + 1, t - 1)
-            h_row = tl.multiple_of(tl.where(first, h0 + row_rb * H, y + before * width + row * H), [ALIGN])
             if COUNT:
                 if i % NT == 0:
                     wait(counter, TEAM * step)
@@ -263,7 +264,10 @@ def fwd_kernel(
                 acc = product_streamed(h_row, live, w_r, n, G, H, BK, PRECISION)
 
         entering = where_each(live, s, zero) if HAS_RESET else s
-        if not READS_H:
+        if REPLAY and READS_H:
+            h_in = tl.load(h_row[:, None] + n[None, :], mask=own & live[:, None], other=0.0)
+            entering = (h_in.to(tl.float32),) + entering
+        elif not READS_H:
             entering = zeros(1, BB, BH) + entering
         after, kept = CELL(to_float32(x), acc, apart, entering, ACTIVATION)
         s_new = ()

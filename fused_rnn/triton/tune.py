@@ -20,9 +20,9 @@ import torch
 import triton
 from torch import Tensor
 
-from fused_rnn.gpu.loops import CELLS, Layer
+from fused_rnn.cells import CELLS
+from fused_rnn.gpu.loops import Layer
 from fused_rnn.triton import measured, planner
-from fused_rnn.triton._bridge import cell_of
 from fused_rnn.triton.device import activation_of, kind_of, precision_of, target_at
 from fused_rnn.triton.launch import LaunchConfig, Loops, waves
 from fused_rnn.triton.schedule import Schedule, Shape
@@ -54,7 +54,7 @@ def runner(
     shape: Shape, schedule: Schedule, dtype: torch.dtype, target: Target, steps: int, batch: int
 ) -> Callable[[], None]:
     """A function that runs one loop of a layer with made-up inputs."""
-    cell, hidden = cell_of(CELLS[shape.cell]), shape.hidden
+    cell, hidden = CELLS[shape.cell], shape.hidden
     layer = Layer(cell, steps, batch, hidden, (1,), None, None)
     precision, activation = precision_of(shape.kind, target), activation_of(shape.kind, target)
     loops = Loops(layer, LaunchConfig(schedule, target, precision, activation))
@@ -80,7 +80,7 @@ def runner(
         return run_backward
     gx, h_n = random(steps, batch, 1, cell.gates, hidden), torch.empty_like(h0)
     bias = random(1, cell.apart, hidden) if cell.apart else None
-    carried = wide(cell.reads_h + len(histories))
+    carried = wide(cell.carried)
 
     def run_forward() -> None:
         kept: dict[str, list[Tensor]] = {"carried": carried, "histories": histories, "checkpoints": []}
