@@ -43,18 +43,18 @@ def function(backend: str, call: LayerCall) -> Outputs:
         if in_transform():
             _keep_from_dynamo()
             return _untraced(*args)
-        outputs = LayerFunction.apply(*args)
+        outputs = LayerFunction.apply(*args)  # type: ignore[no-untyped-call]
     elif in_transform():
-        outputs = LayerFunction.apply(*args)
+        outputs = LayerFunction.apply(*args)  # type: ignore[no-untyped-call]
     else:
         # Without what apply costs where there is a setup_context: it binds its arguments by `inspect.signature` on each
         # call (26 of 38 µs, torch 2.13), to fill in defaults that there are not.
-        outputs = super(Function, LayerFunction).apply(*args)  # type: ignore[misc]
+        outputs = super(Function, LayerFunction).apply(*args)  # type: ignore[no-untyped-call]
     return outputs
 
 
 def _untraced(*args: Any) -> Outputs:
-    outputs: Outputs = LayerFunction.apply(*args)
+    outputs: Outputs = LayerFunction.apply(*args)  # type: ignore[no-untyped-call]
     return outputs
 
 
@@ -119,7 +119,8 @@ class LayerFunction(Function):
         call = BackwardCall(dy, dstates, *layer[:5], hidden, saved, histories, *layer[5:8], need_dx, need_dw)
         # torch.compile has no double backward, but within what it compiles torch.func has.
         if torch.is_grad_enabled() and (in_transform() or not torch.compiler.is_compiling()):
-            dx, *grads = LayerBackward.apply(backend, len(dstates), given, *call[10:], *_flat(call))
+            args = (backend, len(dstates), given, *call[10:], *_flat(call))
+            dx, *grads = LayerBackward.apply(*args)  # type: ignore[no-untyped-call]
         else:
             dx, *grads = BACKENDS[backend].backward(call)
         grads += [None] * (given + len(weights) - len(grads))

@@ -27,17 +27,17 @@ class Weights(NamedTuple):
 
 
 class Kinds(NamedTuple):
-    """Which weights a recurrence has. count: of them all."""
+    """Which weights a recurrence has. number: of them all."""
 
-    count: int
+    number: int
     bias: bool
     projects: bool
 
     def split(self, flat: Sequence[Any]) -> list[Weights]:
         """Of every recurrence its weights by name. flat: tensors, shapes, or what else stands for each weight."""
         each = []
-        for first in range(0, len(flat), self.count):
-            own = flat[first : first + self.count]
+        for first in range(0, len(flat), self.number):
+            own = flat[first : first + self.number]
             b_ih, b_hh = own[2:4] if self.bias else (None, None)
             matrices = 2 + 2 * self.bias + self.projects
             w_hr = own[matrices - 1] if self.projects else None
@@ -163,7 +163,12 @@ class BackwardCall(NamedTuple):
     @property
     def layer(self) -> LayerCall:
         """The call of forward."""
-        return LayerCall(*self[2:7], *self[10:13])  # type: ignore[arg-type]
+        return LayerCall(*self[2:7], *self[10:13])
+
+
+def all_or_none(tensors: Sequence[Tensor], number: int) -> list[Tensor | None]:
+    """The tensors, one for each of this many states; None for each where none was given."""
+    return [*tensors] if tensors else [None] * number
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:

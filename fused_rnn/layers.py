@@ -79,7 +79,7 @@ def run(
     finals = []
     for layer in range(num_layers):
         last, first = layer == num_layers - 1, layer * recurrences
-        own = weights[first * kinds.count : (first + recurrences) * kinds.count]
+        own = weights[first * kinds.number : (first + recurrences) * kinds.number]
         entering = [s[first : first + recurrences] for s in given]
         # The caller's own y, which he may change in place, gets a copy for backward.
         call = LayerCall(x, own, entering, lengths, reset, cell, directions, keep, keeps and last)
@@ -205,7 +205,7 @@ def _with_a_feature(
     x: Tensor, weights: Sequence[Tensor], recurrences: int, kinds: Kinds
 ) -> tuple[Tensor, Sequence[Tensor]]:
     """Input of no features as one of a feature that is zero: no loop over time need know of it."""
-    first = range(0, recurrences * kinds.count, kinds.count)  # the w_ih of the first layer
+    first = range(0, recurrences * kinds.number, kinds.number)  # the w_ih of the first layer
     return pad(x, (0, 1)), [pad(w, (0, 1)) if k in first else w for k, w in enumerate(weights)]
 
 

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_rnn.call import LayerCall, Weights
+from fused_rnn.call import LayerCall, Weights, all_or_none
 from fused_rnn.cells import Cell
 
 # ONNX's node for a cell, which of our gates stands in each of its places, and its other attributes.
@@ -99,7 +99,7 @@ def forward(call: LayerCall) -> list[Tensor]:
             zeros = torch.zeros_like(w_hh)
             w_ih = torch.cat([w_ih, *(w_hh if r == other else zeros for other in range(recurrences))], -1)
         inner.append(Weights(w_ih, w_hh @ w, b_ih, b_hh, None))
-    m, m_n, c_n = _node(x, inner, [None, *states[1:]], lengths, call.spec, directions)
+    m, m_n, c_n = _node(x, inner, [None, *states[1:]] if states else [], lengths, call.spec, directions)
     hidden = m.shape[-1] // recurrences
     y = torch.cat([m.narrow(-1, r * hidden, hidden) @ w.t() for r, w in enumerate(w_hr)], -1)
     h_n = torch.stack([m_n[r] @ w.t() for r, w in enumerate(w_hr)])
@@ -118,7 +118,7 @@ def _at_first_step(x: Tensor, h: Tensor, lengths: Tensor | None, direction: int)
 def _node(
     x: Tensor,
     weights: Sequence[Weights],
-    states: Sequence[Tensor | None],
+    states: Sequence[Any],
     lengths: Tensor | None,
     spec: Cell,
     directions: Sequence[int],
@@ -130,12 +130,12 @@ def _node(
 
     def stacked(kind: int) -> Tensor:
         """One kind of the weights, [R, ...], its gates in ONNX's order."""
-        each = [[w[kind].narrow(0, gate * hidden, hidden) for gate in order] for w in weights]
+        each = [[w[:4][kind].narrow(0, gate * hidden, hidden) for gate in order] for w in weights]
         # No split, of several results, and no view of all: the exporter's optimiser folds these into the weights.
         return torch.cat([torch.cat(gates).unsqueeze(0) for gates in each])
 
     biases = None if weights[0].b_ih is None else torch.cat([stacked(2), stacked(3)], 1)
-    given = [*states, *[None] * count][:count]
+    given = all_or_none(states, count)
     if "activations" in attributes:
         attributes = {"activations": attributes["activations"] * recurrences}
     outputs = torch.onnx.ops.symbolic_multi_out(

@@ -49,7 +49,7 @@ fast_path: Callable[..., tuple[Tensor, ...] | None] | None = None
 # A gradient, which is not asked for here, is what saved-tensor hooks, anomaly detection and checkpointing go with;
 # inference mode and deterministic filling are torch.empty's, by which results are made; tensor subclasses, conjugate,
 # negative, functional, batched, sparse and meta tensors are not read; Dynamo is asked for by the modules.
-# tests/test_watchers.py has one of each.
+# tests/ops/test_watchers.py has one of each.
 _WATCHERS = (
     torch._C._are_functorch_transforms_active,
     torch._C._is_any_autocast_enabled,

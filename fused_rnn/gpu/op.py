@@ -72,7 +72,7 @@ def layer_of(call: LayerCall) -> tuple[Layer, list[Weights]]:
     width = call.weights[1].shape[-1] if kinds.projects else hidden
     shapes = kinds.shapes(cell, x.shape[-1], hidden, width)
     for i, weight in enumerate(call.weights):
-        _check(f"weights[{i}]", weight, shapes[i % kinds.count], x)
+        _check(f"weights[{i}]", weight, shapes[i % kinds.number], x)
     _check_states("0", cell, call.states, call, x)
     _check("lengths", call.lengths, (batch,), x, torch.int64)
     _check("reset", call.reset, (steps, batch), x, torch.bool)
@@ -126,8 +126,10 @@ def _implement(make: Make) -> tuple[Callable[..., list[Tensor]], Callable[..., l
             _check_backward(call)
             if x.shape[1] == 0:
                 return [torch.zeros_like(t) for t in fake.backward(*call)]
-            kept = {"saved": aligned(call.saved), "histories": [aligned(t) for t in call.histories]}
-            return run.backward(layer, make(layer, x, True), call._replace(x=x.contiguous(), **kept), weights)
+            call = call._replace(
+                x=x.contiguous(), saved=aligned(call.saved), histories=[aligned(t) for t in call.histories]
+            )
+            return run.backward(layer, make(layer, x, True), call, weights)
 
     return forward, backward
 

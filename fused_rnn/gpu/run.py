@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fused_rnn.call import BackwardCall, LayerCall, Weights, wide
+from fused_rnn.call import BackwardCall, LayerCall, Weights, all_or_none, wide
 from fused_rnn.gpu import projection
 from fused_rnn.gpu.loops import Layer, Loops
 from fused_rnn.gpu.products import input_gradient, input_product, weight_gradients, window_of
@@ -37,7 +37,7 @@ def forward(layer: Layer, loops: Loops, call: LayerCall, weights: Sequence[Weigh
     if projects and h0 is not None:
         projection.enter(layer, gx, h0, weights)
     h_first = x.new_zeros(recurrences, batch, hidden) if projects or h0 is None else aligned(h0)
-    carried = _wide(layer, x, [h0] * cell.reads_h + list(call.states[1:] or [None] * more))
+    carried = _wide(layer, x, all_or_none(call.states, 1 + more)[not cell.reads_h :])
     y = x.new_empty(steps, batch, recurrences * hidden)  # as it leaves: a view may not be changed in place
     m = y.view(steps, batch, recurrences, hidden)
     h_n = torch.empty_like(h_first)
@@ -68,7 +68,7 @@ def backward(layer: Layer, loops: Loops, call: BackwardCall, weights: Sequence[W
     initial = [aligned(state) for state in call.layer.initial()]
     hidden = aligned(call.hidden).view(steps, batch, recurrences, -1)
     dy = None if call.dy is None else aligned(call.dy).view(hidden.shape)
-    dh_n, *dmore = call.dstates or [None] * len(cell.states)
+    dh_n, *dmore = all_or_none(call.dstates, len(cell.states))
     dm, dm_n = dy, dh_n  # gradients of what the loops put out
     if projects:
         dm = None if dy is None else projection.pull(dy, weights)
@@ -86,7 +86,7 @@ def backward(layer: Layer, loops: Loops, call: BackwardCall, weights: Sequence[W
             saved=call.saved if cell.saved else None, dgates=dgates, dstates=dstates,
         )  # fmt: skip
 
-    dh0, dw_hr = dstates[0], []
+    dh0, dw_hr = dstates[0], list[Tensor]()
     if projects:
         dh0, dw_hr = projection.gradients(layer, dy, dh_n, weights, dgates, m)
     dinitial = [d.to(x.dtype, copy=True) for d in (dh0, *dstates[1:])] if call.states else []

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fused_rnn.call import LayerCall
+from fused_rnn.call import LayerCall, all_or_none
 from fused_rnn.reference.loop import run_layer
 
 
@@ -25,5 +25,5 @@ def backward_layer(dy: Tensor | None, dstates: Sequence[Tensor], call: LayerCall
 
     # vjp rather than autograd.grad: a tensor that stands for two arguments (tied weights) gets a gradient for each.
     outputs, pull = torch.func.vjp(run, call.x, *states, *call.weights)[:2]
-    given = (dy, *(dstates or [None] * len(states)))
+    given = (dy, *all_or_none(dstates, len(states)))
     return list(pull(tuple(torch.zeros_like(o) if g is None else g for o, g in zip(outputs, given, strict=True))))

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_rnn.call import LayerCall
+from fused_rnn.call import LayerCall, all_or_none
 
 Op = Callable[..., list[Tensor]]
 
@@ -41,7 +41,7 @@ def register(name: str, forward: Op, backward: Op, library: torch.library.Librar
         dx, *dtensors = without_gradient(
             backward, grads[0], douts, *call[:5], y, saved, histories, *call[5:8], need_dx, need_dw
         )
-        dweights = dtensors[given:] or [None] * len(call.weights)
+        dweights = all_or_none(dtensors[given:], len(call.weights))
         return (dx if need_dx else None, dweights, dtensors[:given], *[None] * 6)
 
     torch.library.register_autograd(name, pull, setup_context=setup_context, lib=library)

@@ -30,7 +30,7 @@ def backward(op: Callable[..., list[Tensor]], n: int, call: BackwardCall) -> lis
         (steps, rows), width = x.shape[:2], call.weights[0].shape[0]
         # With the identity for W_ih, the gradient of the input product is what comes out as x's.
         one = torch.eye(width, dtype=x.dtype, device=x.device)
-        count = layer.kinds.count
+        count = layer.kinds.number
         through = [one if k % count == 0 else w for k, w in enumerate(call.weights)]
         nothing = x.new_zeros(steps, rows, recurrences, width)
         dgates, *dstates = op(*call._replace(x=nothing, weights=through, need_dx=True, need_dw=False))

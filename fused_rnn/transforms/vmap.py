@@ -126,7 +126,8 @@ def _fold_each(tensors: Sequence[Tensor], dims: Sequence[int | None], n: int, at
 
 def forward(op: Callable[..., list[Tensor]], n: int, dims: Dims, *args: Any) -> Result | None:
     """fused_rnn::forward over a mapped dimension; None where it has to be looped."""
-    call, where = LayerCall(*args), LayerCall(*dims)
+    call = LayerCall(*args)
+    where: Any = LayerCall(*dims)
     states, history = len(call.spec.states), _where_rows(call.save)
     if all(d is None for d in where.weights):
         folded = call._replace(
@@ -154,7 +155,8 @@ def forward(op: Callable[..., list[Tensor]], n: int, dims: Dims, *args: Any) -> 
 
 def backward(op: Callable[..., list[Tensor]], n: int, dims: Dims, *args: Any) -> Result | None:
     """fused_rnn::backward over a mapped dimension; None where it has to be looped."""
-    call, where = BackwardCall(*args), BackwardCall(*dims)
+    call = BackwardCall(*args)
+    where: Any = BackwardCall(*dims)
     history, given = _where_rows(call.save), len(call.states)
     outputs: list[Tensor]
     out_dims: list[int | None]
