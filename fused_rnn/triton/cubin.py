@@ -17,14 +17,12 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from typing import NamedTuple
 
-from fused_rnn.gpu.loops import CELLS as _OLD
 from fused_rnn.cells import CELLS
 from fused_rnn.triton import planner
 from fused_rnn.triton.compile import SPILLS, fewest_spills
 from fused_rnn.triton.schedule import Schedule, Shape
 from fused_rnn.triton.target import ARCHITECTURES
 
-CELLS = {name: cell_of(cell) for name, cell in _OLD.items()}
 ARCHS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
 KINDS = {"half": ("bfloat16", "ieee"), "tf32": ("float32", "tf32"), "ieee": ("float32", "ieee")}
 # Each side of every border in the tile tables; at 130 rows are not a multiple of 16 bytes, 768 is no power of two.

@@ -18,6 +18,7 @@ from triton_cases import DEVICE, LOOPS, MARKS, here, quicker_interpreter
 
 import fused_rnn
 from fused_rnn.backends import triton as backend
+from fused_rnn.call import BackwardCall, LayerCall
 from fused_rnn.cells import CELLS
 from fused_rnn.dispatch import choose
 from fused_rnn.functional import lstm
@@ -36,17 +37,16 @@ def _quick() -> None:
     quicker_interpreter()
 
 
-def arguments(case: Case, given: Inputs, save: str, keep_hidden: bool = True) -> tuple[Any, ...]:
-    h0, c0 = [*given.hx, None, None][:2] if case.hx else (None, None)
-    directions = [1, -1][: case.R]
-    return given.x, given.weights, h0, c0, given.lengths, given.reset, case.cell, directions, save, keep_hidden
+def call_of(case: Case, given: Inputs, save: str, keep_hidden: bool = True) -> LayerCall:
+    masks, directions = (given.lengths, given.reset), [1, -1][: case.R]
+    return LayerCall(given.x, given.weights, given.hx, *masks, case.cell, directions, save, keep_hidden)
 
 
-def backward_arguments(case: Case, given: Inputs, save: str) -> tuple[Any, ...]:
-    call = arguments(case, given, save)
-    saved, cells, hidden = backend.forward(*call)[-3:]
-    dc_n = given.dout[2] if case.cell == "lstm" else None
-    return (*given.dout[:2], dc_n, *call[:6], hidden, saved, cells, *call[6:9], True, True)
+def backward_of(case: Case, given: Inputs, save: str) -> BackwardCall:
+    call, states = call_of(case, given, save), len(CELLS[case.cell].states)
+    saved, *histories, hidden = backend.forward(call)[1 + states :]
+    kept = (hidden, saved, histories)
+    return BackwardCall(given.dout[0], given.dout[1:], *call[:5], *kept, *call[5:8], True, True)
 
 
 # --- the ops
@@ -58,12 +58,14 @@ def test_ops_pass_opcheck(cell: str, save: str) -> None:
     case = Case(cell, T=2, B=2, H=3, bidirectional=True, lengths=True, reset=True)
     given = here(inputs(case))
     full = (*QUICK, "test_aot_dispatch_dynamic") if (cell, save) == ("lstm", "gates") else QUICK
-    torch.library.opcheck(backend.forward_op, arguments(case, given, save), test_utils=full)
-    torch.library.opcheck(backend.forward_op, arguments(case, given, save, keep_hidden=False), test_utils=QUICK)
+    torch.library.opcheck(backend.forward_op, tuple(call_of(case, given, save)), test_utils=full)
+    unkept = call_of(case, given, save, keep_hidden=False)
+    torch.library.opcheck(backend.forward_op, tuple(unkept), test_utils=QUICK)
     if save != "none":
-        call = backward_arguments(case, given, save)
-        torch.library.opcheck(backend.backward_op, call, test_utils=full)
-        torch.library.opcheck(backend.backward_op, (None, *call[1:-2], False, False), test_utils=QUICK)
+        call = backward_of(case, given, save)
+        torch.library.opcheck(backend.backward_op, tuple(call), test_utils=full)
+        few = call._replace(dy=None, need_dx=False, need_dw=False)
+        torch.library.opcheck(backend.backward_op, tuple(few), test_utils=QUICK)
 
 
 @pytest.mark.parametrize("save", ["gates", "recompute"])
@@ -77,8 +79,8 @@ def test_same_bits_every_time_all_written_and_none_shared(loop: str, save: str) 
     with planner.override(**LOOPS[loop]):
         runs = []
         for _ in range(2):
-            call = backward_arguments(case, given, save)
-            runs.append([*backend.forward(*arguments(case, given, save)), *backend.backward(*call)])
+            grads = backend.backward(backward_of(case, given, save))
+            runs.append([*backend.forward(call_of(case, given, save)), *grads])
     for one, other in zip(*runs, strict=True):
         assert not one.isnan().any()
         assert torch.equal(one, other)
@@ -149,13 +151,10 @@ def test_an_input_per_recurrence() -> None:
     case = Case("gru", T=3, bidirectional=True)
     given = here(inputs(case))
     each = given.x.unsqueeze(2).repeat(1, 1, 2, 1)
-    shared, apart = (
-        backend.forward(*arguments(case, given._replace(x=x), "gates", keep_hidden=True)) for x in (given.x, each)
-    )
+    shared, apart = (backend.forward(call_of(case, given._replace(x=x), "gates")) for x in (given.x, each))
     torch.testing.assert_close(shared[:2], apart[:2])
-    call = backward_arguments(case, given._replace(x=each), "gates")
-    dx, *rest = backend.backward(*call)
-    sum_dx, *others = backend.backward(*backward_arguments(case, given, "gates"))
+    dx, *rest = backend.backward(backward_of(case, given._replace(x=each), "gates"))
+    sum_dx, *others = backend.backward(backward_of(case, given, "gates"))
     torch.testing.assert_close(dx.sum(2), sum_dx)
     torch.testing.assert_close(rest, others)
 
@@ -291,7 +290,7 @@ def test_reasons_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(NotImplementedError, match="triton: Triton is not installed"):
         forward(case, inputs(case), "triton")
     with pytest.raises(RuntimeError, match="x: Triton is not installed"):
-        backend.forward(*arguments(case, inputs(case), "none"))
+        backend.forward(call_of(case, inputs(case), "none"))
 
 
 def test_wrong_devices_are_refused() -> None:
@@ -300,40 +299,49 @@ def test_wrong_devices_are_refused() -> None:
     assert given.lengths is not None
     wrong = given._replace(lengths=given.lengths.to("meta"))
     with pytest.raises(RuntimeError, match=r"got tensors on .* and on meta, expected all on one device"):
-        backend.forward(*arguments(case, wrong, "none"))
+        backend.forward(call_of(case, wrong, "none"))
 
 
-WRONG: list[tuple[int, Any, str]] = [
-    (0, torch.zeros(5, 3), r"x: got \[5, 3\], expected \[T, B, D\] or \[T, B, 2, D\]"),
-    (0, torch.zeros(0, 3, 4), r"x: got \[0, 3, 4\], expected at least one step"),
-    (2, torch.zeros(2, 3, 5), r"h0: got \[2, 3, 5\], expected \[2, 3, 17\]"),
-    (3, torch.zeros(2, 3, 17, dtype=torch.float64), "c0: got torch.float64, expected torch.float32"),
-    (4, torch.zeros(3, dtype=torch.int32), "lengths: got torch.int32, expected torch.int64"),
-    (5, torch.zeros(5, 2, dtype=torch.bool), r"reset: got \[5, 2\], expected \[5, 3\]"),
-    (7, [1], "weights: got 8 tensors for 1 recurrence"),
-    (7, [], "weights: got 8 tensors for 0 recurrence"),
-    (8, "all", "save: got 'all', expected none, gates or recompute"),
+WRONG: list[tuple[str, Any, str]] = [
+    ("x", torch.zeros(5, 3), r"x: got \[5, 3\], expected \[T, B, D\] or \[T, B, 2, D\]"),
+    ("x", torch.zeros(0, 3, 4), r"x: got \[0, 3, 4\], expected at least one step"),
+    ("h", torch.zeros(2, 3, 5), r"h0: got \[2, 3, 5\], expected \[2, 3, 17\]"),
+    ("c", torch.zeros(2, 3, 17, dtype=torch.float64), "c0: got torch.float64, expected torch.float32"),
+    ("lengths", torch.zeros(3, dtype=torch.int32), "lengths: got torch.int32, expected torch.int64"),
+    ("reset", torch.zeros(5, 2, dtype=torch.bool), r"reset: got \[5, 2\], expected \[5, 3\]"),
+    ("directions", [1], "weights: got 8 tensors for 1 recurrence"),
+    ("directions", [], "weights: got 8 tensors for 0 recurrence"),
+    ("save", "all", "save: got 'all', expected none, gates or recompute"),
 ]
 
 
-@pytest.mark.parametrize(("at", "value", "message"), WRONG, ids=[message[:20] for *_, message in WRONG])
-def test_the_op_names_what_does_not_fit(at: int, value: Any, message: str) -> None:
+@pytest.mark.parametrize(("name", "value", "message"), WRONG, ids=[message[:20] for *_, message in WRONG])
+def test_the_op_names_what_does_not_fit(name: str, value: Any, message: str) -> None:
     """No pointer reaches a kernel with sizes that are not its own."""
     case = Case("lstm", bidirectional=True, lengths=True, reset=True)
-    call = list(arguments(case, here(inputs(case)), "none"))
-    call[at] = value.to(DEVICE) if isinstance(value, Tensor) else value
+    call = call_of(case, here(inputs(case)), "none")
+    value = value.to(DEVICE) if isinstance(value, Tensor) else value
+    if name in "hc":
+        name, value = "states", [value if name == state else t for state, t in zip("hc", call.states, strict=True)]
     with pytest.raises(RuntimeError, match=message):
-        backend.forward(*call)
+        backend.forward(call._replace(**{name: value}))
 
 
-@pytest.mark.parametrize("at", range(12))
-def test_the_backward_op_names_what_does_not_fit(at: int) -> None:
-    names = ("dy", "dh_n", "dc_n", "x", "weights", "h0", "c0", "lengths", "reset", "hidden", "saved", "cells")
+@pytest.mark.parametrize(
+    ("field", "at", "named"),
+    [
+        ("dy", None, "dy"), ("dstates", 0, "h_n's gradient"), ("dstates", 1, "c_n's gradient"), ("x", None, "weights"),
+        ("weights", 0, "weights"), ("states", 0, "h0"), ("states", 1, "c0"), ("lengths", None, "lengths"),
+        ("reset", None, "reset"), ("hidden", None, "hidden"), ("saved", None, "saved"), ("histories", 0, "histories"),
+    ],
+)  # fmt: skip
+def test_the_backward_op_names_what_does_not_fit(field: str, at: int | None, named: str) -> None:
     case = Case("lstm", T=2, B=3, H=4, lengths=True, reset=True)
-    call = list(backward_arguments(case, here(inputs(case)), "gates"))
-    call[at] = [w[..., :-1] for w in call[at]] if at == 4 else call[at][..., :-1]
-    with pytest.raises(RuntimeError, match=f"{names[at] if at != 3 else 'weights'}.*: got .*, expected"):
-        backend.backward(*call)
+    call = backward_of(case, here(inputs(case)), "gates")
+    given = getattr(call, field)
+    cut = given[..., :-1] if at is None else [t[..., :-1] if j == at else t for j, t in enumerate(given)]
+    with pytest.raises(RuntimeError, match=f"{named}.*: got .*, expected"):
+        backend.backward(call._replace(**{field: cut}))
 
 
 def test_directions_without_a_pattern() -> None:
@@ -358,7 +366,7 @@ def test_arguments_have_the_types_that_are_compiled_for(cell: str, save: str, mo
     monkeypatch.setattr(launch._Launches, "__call__", spied)
     for masks in (False, True):
         case = Case(cell, T=2, B=2, H=3, dtype=torch.bfloat16, lengths=masks, reset=masks)
-        backend.backward(*backward_arguments(case, here(inputs(case)), save))
+        backend.backward(backward_of(case, here(inputs(case)), save))
     assert {kernel for kernel, *_ in launched} == {launch.fwd_kernel, launch.bwd_kernel}
     names = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32", torch.int64: "*i64"}
     for kernel, constants, args in launched:
