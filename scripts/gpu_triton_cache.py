@@ -41,9 +41,14 @@ class Utils:
 
     def get_device_properties(self, _: int) -> dict[str, int]:
         return {
-            "max_shared_mem": H100.shared, "multiprocessor_count": H100.processors, "max_num_regs": 65536,
-            "warpSize": 32, "sm_clock_rate": 1980000, "mem_clock_rate": 2619000, "mem_bus_width": 5120,
-        }  # fmt: skip
+            "max_shared_mem": H100.shared,
+            "multiprocessor_count": H100.processors,
+            "max_num_regs": 65536,
+            "warpSize": 32,
+            "sm_clock_rate": 1980000,
+            "mem_clock_rate": 2619000,
+            "mem_bus_width": 5120,
+        }
 
     def load_binary(self, _: str, kernel: bytes, *__: Any) -> tuple[int, int, int, int, int]:
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -139,9 +144,12 @@ def compile_launchers() -> None:
             for name, source in sources:
                 with suppress(ImportError):
                     build.compile_module_from_src(
-                        src=source, name=name, library_dirs=[nvidia.libdevice_dir, stub],
-                        include_dirs=nvidia.include_dirs, libraries=nvidia.libraries,
-                    )  # fmt: skip
+                        src=source,
+                        name=name,
+                        library_dirs=[nvidia.libdevice_dir, stub],
+                        include_dirs=nvidia.include_dirs,
+                        libraries=nvidia.libraries,
+                    )
 
 
 def main() -> None:

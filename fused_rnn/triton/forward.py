@@ -128,7 +128,7 @@ def fwd_kernel(
     w,  # [R, G, H, H]
     bias,  # [R, APART, H]          of the recurrent side of the gates that are apart
     h0,  # [R, B, H]
-    carried,  # a [R, B, H] float32 for each state but h, and h first if READS_H, but for REPLAY: in at step0, out at step1
+    carried,  # a [R, B, H] float32 each, in at step0, out at step1: h if READS_H and not REPLAY, then all other states
     lengths,  # [B] int64           HAS_LENGTHS only
     reset,  # [T, B] int32          HAS_RESET only; narrower would lead Triton to a slower layout of the products
     y,  # [T, B, R, H]
