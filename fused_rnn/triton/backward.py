@@ -150,11 +150,11 @@ def bwd_kernel(
     w,  # [R, G, H, H]
     states,  # h [T, B, R, H], then a [window, B, R, H] for each other state
     first,  # a [R, B, H] for each state: what enters the first of these
-    lengths,  # [B] int64           HAS_LENGTHS only
-    reset,  # [T, B] int32          HAS_RESET only
     saved,  # [window, B, R, S, H]
     dgates,  # [T, B, R, APART + G, H]: of the input side of gates that are apart, then of all gates' recurrent side
     dstates,  # a [R, B, H] float32 for each state. in: its gradient after the last step to run; out: before the first
+    lengths,  # [B] int64           HAS_LENGTHS only
+    reset,  # [T, B] int32          HAS_RESET only
     counters,  # [R * tiles, 32] int32 COUNT only
     steps,  # T
     batch,  # B

@@ -16,13 +16,8 @@ Made = TypeVar("Made")
 
 
 def _constants(cell: Cell, hidden: int, size: int) -> dict[str, Any]:
-    return {
-        "G": cell.gates,
-        "S": cell.saved,
-        "APART": cell.apart,
-        "H": hidden,
-        "ALIGN": math.gcd(hidden * size, 16),
-    }
+    align = math.gcd(hidden * size, 16)
+    return {"G": cell.gates, "S": cell.saved, "APART": cell.apart, "H": hidden, "ALIGN": align}
 
 
 def constants_forward(cell: Cell, hidden: int, size: int, save: bool, checkpoint: bool, replay: bool) -> dict[str, Any]:

@@ -129,13 +129,13 @@ def fwd_kernel(
     bias,  # [R, APART, H]          of the recurrent side of the gates that are apart
     h0,  # [R, B, H]
     carried,  # a [R, B, H] float32 each, in at step0, out at step1: h if READS_H and not REPLAY, then all other states
-    lengths,  # [B] int64           HAS_LENGTHS only
-    reset,  # [T, B] int32          HAS_RESET only; narrower would lead Triton to a slower layout of the products
     y,  # [T, B, R, H]
     h_n,  # [R, B, H]               written with the last step
     saved,  # [window, B, R, S, H]  SAVE only
     histories,  # a [window, B, R, H] for each state but h   SAVE only
     checkpoints,  # a [ceil(T / every), R, B, H] float32 for each state but h, entering step j * every   CHECKPOINT only
+    lengths,  # [B] int64           HAS_LENGTHS only
+    reset,  # [T, B] int32          HAS_RESET only; narrower would lead Triton to a slower layout of the products
     counters,  # [R * tiles, 32] int32 COUNT only
     steps,  # T
     batch,  # B

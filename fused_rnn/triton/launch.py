@@ -91,14 +91,14 @@ class _Launches:
             yield first, last
 
     def run(
-        self,
-        tensors: tuple[Any, ...],
-        counters: Tensor,
-        window: tuple[int, int],
-        ranges: Sequence[tuple[int, int, int]],
+        self, tensors: Sequence[Any], counters: Tensor, window: tuple[int, int], ranges: Sequence[tuple[int, int, int]]
     ) -> None:
         """A launch for each wave of teams and each range of steps, with `every` of forward or `close` of backward."""
         layer, schedule = self.layer, self.config.schedule
+        # What the kernel is not compiled for it does not touch: another tensor stands for it.
+        given = (*tensors, layer.lengths, layer.reset)
+        absent = next(t for t in given if t is not None)
+        tensors = [tuple(t) if isinstance(t, list) else absent if t is None else t for t in given]
         sizes, bits = (layer.steps, layer.batch, layer.recurrences), direction_bits(layer.directions)
         for tile0, tiles in waves(layer.batch, layer.recurrences, schedule, self.config.target):
             own = counters[tile0 * layer.recurrences :] if schedule.loop == "cooperative" else counters
@@ -154,9 +154,8 @@ class Loops:
         checkpoints: list[Tensor],
         every: int,
     ) -> None:
-        window = (0, self.layer.steps)
-        states = (carried, histories, checkpoints)
-        self._forward(self.config, window, gx, None, w, bias, h0, y, h_n, saved, *states, every)
+        tensors = (gx, None, w, bias, h0, carried, y, h_n, saved, histories, checkpoints)
+        self._forward(self.config, (0, self.layer.steps), tensors, every)
 
     def replay(
         self,
@@ -172,38 +171,16 @@ class Loops:
         window: tuple[int, int],
     ) -> None:
         config = replace(self.config, schedule=planner.replay(self.layer.hidden))
-        self._forward(config, window, gx, given, None, bias, h0, hidden, h0, saved, carried, histories, [], 1)
+        tensors: Sequence[Any] = (gx, given, None, bias, h0, carried, hidden, h0, saved, histories, [])
+        self._forward(config, window, tensors, 1)
 
-    def _forward(
-        self,
-        config: LaunchConfig,
-        window: tuple[int, int],
-        gx: Tensor,
-        given: Tensor | None,
-        w: Tensor | None,
-        bias: Tensor | None,
-        h0: Tensor,
-        y: Tensor,
-        h_n: Tensor,
-        saved: Tensor | None,
-        carried: list[Tensor],
-        histories: list[Tensor],
-        checkpoints: list[Tensor],
-        every: int,
-    ) -> None:
-        """The forward loop over a window of time: shapes as in fwd_kernel."""
-        layer = self.layer
+    def _forward(self, config: LaunchConfig, window: tuple[int, int], tensors: Sequence[Any], every: int) -> None:
+        """The forward loop over a window of time. tensors: fwd_kernel's, in its order."""
+        layer, (gx, given, *_, saved, _, checkpoints) = self.layer, tensors
         made = (saved is not None, bool(checkpoints), given is not None)
-        launches = _Launches(
-            fwd_kernel, layer, config, constants_forward(layer.cell, layer.hidden, gx.element_size(), *made)
-        )
-        # What the kernel is not compiled for it does not touch: h0 stands for it.
-        given, w, bias, lengths, reset, saved = (
-            h0 if t is None else t for t in (given, w, bias, layer.lengths, layer.reset, saved)
-        )
-        states = (tuple(histories), tuple(checkpoints))
-        tensors = (gx, given, w, bias, h0, tuple(carried), lengths, reset, y, h_n, saved, *states)
-        counters = new_counters(layer, config.schedule, y.device)
+        constants = constants_forward(layer.cell, layer.hidden, gx.element_size(), *made)
+        launches = _Launches(fwd_kernel, layer, config, constants)
+        counters = new_counters(layer, config.schedule, gx.device)
         launches.run(tensors, counters, window, [(*steps, every) for steps in launches.ranges(*window)])
 
     def backward(
@@ -223,12 +200,10 @@ class Loops:
             self.counters = new_counters(layer, schedule, dgates.device)
         constants = constants_backward(layer.cell, layer.hidden, w.element_size(), dy is not None)
         launches = _Launches(bwd_kernel, layer, self.config, constants)
-        dy, lengths, reset, saved = (w if t is None else t for t in (dy, layer.lengths, layer.reset, saved))  # as above
-        tensors = (dy, w, tuple(states), tuple(first), lengths, reset, saved, dgates, tuple(dstates))
         ranges = [(*steps, 0) for steps in launches.ranges(*window)][::-1]
         if window[0] == 0 and not schedule.registers:  # the product of step 0, for the gradient of h0
             if schedule.loop != "stepwise" and self.config.target.arch != "interpreter":
                 ranges[-1] = (*ranges[-1][:2], 1)
             else:
                 ranges.append((0, 0, 1))
-        launches.run(tensors, self.counters, window, ranges)
+        launches.run((dy, w, states, first, saved, dgates, dstates), self.counters, window, ranges)
