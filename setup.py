@@ -197,7 +197,7 @@ class Build(build_ext):
 
     def command(self, ext: Extension, source: str, number: str) -> list[str]:
         if source.endswith(".cu"):
-            return [str(NVCC), *NVCC_FLAGS, *gencodes(), *[f"-DFUSED_RNN_NUMBER={number}"] * bool(number)]
+            return [str(NVCC), *NVCC_FLAGS, *gencodes(), *[f"-DFUSED_RNN_PRECISION={number}"] * bool(number)]
         path = Path(source)
         macros = [f"-D{name}={value}" for name, value in ext.define_macros]
         flags = COMMON + ISA_FLAGS.get(path.name, []) + ["-fopenmp"] * (path.name == "team.cpp") + EXTRA

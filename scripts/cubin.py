@@ -180,7 +180,7 @@ def compile_one(cell: str, number: str, arch: str) -> tuple[list[Kernel], str]:
     """The kernels of one object file, and what went wrong."""
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernels.cubin"
-        command = ["nvcc", *FLAGS, f"-arch={arch}", f"-DFUSED_RNN_NUMBER={number}", str(SOURCE / f"{cell}.cu")]
+        command = ["nvcc", *FLAGS, f"-arch={arch}", f"-DFUSED_RNN_PRECISION={number}", str(SOURCE / f"{cell}.cu")]
         done = subprocess.run([*command, "-o", str(cubin)], capture_output=True, text=True, check=False)
         if done.returncode != 0:
             return [], f"{arch} {cell} {number}: {done.stderr.strip()[-2000:]}"

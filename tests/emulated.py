@@ -43,7 +43,7 @@ def _units() -> Iterator[tuple[str, list[str]]]:
     """Source files with what each is compiled with besides."""
     for cell in sorted((SOURCE / "cuda/instantiate").glob("*.cu")):
         for number in NUMBERS:
-            yield f"cuda/instantiate/{cell.name}", [f"-DFUSED_RNN_NUMBER={number}"]
+            yield f"cuda/instantiate/{cell.name}", [f"-DFUSED_RNN_PRECISION={number}"]
     yield from ((source, []) for source in PLAIN)
 
 

@@ -1,4 +1,4 @@
-// From a loop's step to its time, and from a thread's cell to its places in memory.
+// From a loop's step to its time, and from a thread's unit to its places in memory.
 #pragma once
 #include "params.h"
 #include "primitives/platform.h"
@@ -21,7 +21,7 @@ struct TimeIndex {
   FUSED_RNN_DEVICE bool starts(int t, int length) const { return t == (pace < 0 ? length - 1 : 0); }
 };
 
-// One cell (sequence b, unit u of recurrence r): offsets within a step take 32 bits, a step's place 64.
+// One element (sequence b, unit u of recurrence r): offsets within a step take 32 bits, a step's place 64.
 struct UnitIndex {
   int r, b, u;
   bool inside;     // of the batch and of the hidden size

@@ -1,5 +1,5 @@
 // What a file in instantiate/ makes: every kernel of one cell. The build compiles such a file once for each number, with
-// FUSED_RNN_NUMBER naming it (bf16, f16, tf32, ieee or f64), so that they compile side by side.
+// FUSED_RNN_PRECISION naming it (bf16, f16, tf32, ieee or f64), so that they compile side by side.
 #pragma once
 #include "kernels.h"
 #include "persistent_bwd.h"
@@ -8,36 +8,36 @@
 
 namespace fused_rnn::cuda {
 
-template <NumberKind> struct ProductOf;
-template <> struct ProductOf<NumberKind::bf16> {
+template <Precision> struct PolicyOf;
+template <> struct PolicyOf<Precision::bf16> {
   using Type = Bf16Product;
 };
-template <> struct ProductOf<NumberKind::f16> {
+template <> struct PolicyOf<Precision::f16> {
   using Type = F16Product;
 };
-template <> struct ProductOf<NumberKind::tf32> {
+template <> struct PolicyOf<Precision::tf32> {
   using Type = Tf32Product;
 };
-template <> struct ProductOf<NumberKind::ieee> {
+template <> struct PolicyOf<Precision::ieee> {
   using Type = IeeeProduct;
 };
 
-template <class Formula, NumberKind kKind>
+template <class Formula, Precision kPrecision>
 Kernels kernels_of() {
-  if constexpr (kKind == NumberKind::f64) {
+  if constexpr (kPrecision == Precision::f64) {
     return {{}, {}, &pointwise_fwd_kernel<Formula, double, Libm<double>>, &pointwise_bwd_kernel<Formula, double, Libm<double>>};
   } else {
-    using Number = typename ProductOf<kKind>::Type;
-    constexpr int kMost = most_batch_tiles(kKind);  // kernels that the planner does not ask for are not made
-    return {{&persistent_fwd_kernel<Formula, Number, 1>, &persistent_fwd_kernel<Formula, Number, 2>,
-             kMost < 4 ? nullptr : &persistent_fwd_kernel<Formula, Number, kMost>},
-            {&persistent_bwd_kernel<Formula, Number, 1>, &persistent_bwd_kernel<Formula, Number, 2>,
-             kMost < 4 ? nullptr : &persistent_bwd_kernel<Formula, Number, kMost>},
-            &pointwise_fwd_kernel<Formula, typename Number::Storage, typename Number::Math>,
-            &pointwise_bwd_kernel<Formula, typename Number::Storage, typename Number::Math>};
+    using Policy = typename PolicyOf<kPrecision>::Type;
+    constexpr int kMost = most_batch_tiles(kPrecision);  // kernels that the planner does not ask for are not made
+    return {{&persistent_fwd_kernel<Formula, Policy, 1>, &persistent_fwd_kernel<Formula, Policy, 2>,
+             kMost < 4 ? nullptr : &persistent_fwd_kernel<Formula, Policy, kMost>},
+            {&persistent_bwd_kernel<Formula, Policy, 1>, &persistent_bwd_kernel<Formula, Policy, 2>,
+             kMost < 4 ? nullptr : &persistent_bwd_kernel<Formula, Policy, kMost>},
+            &pointwise_fwd_kernel<Formula, typename Policy::Storage, typename Policy::Math>,
+            &pointwise_bwd_kernel<Formula, typename Policy::Storage, typename Policy::Math>};
   }
 }
 
-#define FUSED_RNN_INSTANTIATE(Formula) template Kernels kernels_of<Formula, NumberKind::FUSED_RNN_NUMBER>();
+#define FUSED_RNN_INSTANTIATE(Formula) template Kernels kernels_of<Formula, Precision::FUSED_RNN_PRECISION>();
 
 }  // namespace fused_rnn::cuda

@@ -8,25 +8,25 @@ namespace fused_rnn::cuda {
 namespace {
 
 template <class Formula>
-Kernels find(NumberKind number) {
-  switch (number) {
-    case NumberKind::bf16: return kernels_of<Formula, NumberKind::bf16>();
-    case NumberKind::f16: return kernels_of<Formula, NumberKind::f16>();
-    case NumberKind::tf32: return kernels_of<Formula, NumberKind::tf32>();
-    case NumberKind::ieee: return kernels_of<Formula, NumberKind::ieee>();
-    case NumberKind::f64: return kernels_of<Formula, NumberKind::f64>();
+Kernels find(Precision precision) {
+  switch (precision) {
+    case Precision::bf16: return kernels_of<Formula, Precision::bf16>();
+    case Precision::f16: return kernels_of<Formula, Precision::f16>();
+    case Precision::tf32: return kernels_of<Formula, Precision::tf32>();
+    case Precision::ieee: return kernels_of<Formula, Precision::ieee>();
+    case Precision::f64: return kernels_of<Formula, Precision::f64>();
   }
   return {};
 }
 
 }  // namespace
 
-Kernels find_kernels(Cell cell, NumberKind number) {
+Kernels find_kernels(Cell cell, Precision precision) {
   switch (cell) {
-    case Cell::lstm: return find<Lstm>(number);
-    case Cell::gru: return find<Gru>(number);
-    case Cell::rnn_tanh: return find<RnnTanh>(number);
-    case Cell::rnn_relu: return find<RnnRelu>(number);
+    case Cell::lstm: return find<Lstm>(precision);
+    case Cell::gru: return find<Gru>(precision);
+    case Cell::rnn_tanh: return find<RnnTanh>(precision);
+    case Cell::rnn_relu: return find<RnnRelu>(precision);
   }
   return {};
 }

@@ -9,7 +9,7 @@ namespace fused_rnn::cuda {
 using ForwardKernel = void (*)(ForwardLoop);
 using BackwardKernel = void (*)(BackwardLoop);
 
-// Of one cell and number: persistent ones by kBatchTiles, pointwise ones for the storage type. Null where there is none.
+// Of one cell and precision: persistent ones by kBatchTiles, pointwise ones for the storage type. Null where there is none.
 struct Kernels {
   ForwardKernel persistent_fwd[3];
   BackwardKernel persistent_bwd[3];
@@ -18,9 +18,9 @@ struct Kernels {
 };
 
 // Instantiated in instantiate/<cell>.cu, each number in an object file of its own.
-template <class Formula, NumberKind kKind>
+template <class Formula, Precision kPrecision>
 Kernels kernels_of();
 
-Kernels find_kernels(Cell cell, NumberKind number);
+Kernels find_kernels(Cell cell, Precision precision);
 
 }  // namespace fused_rnn::cuda

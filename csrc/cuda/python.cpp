@@ -115,27 +115,27 @@ PYBIND11_MODULE(FUSED_RNN_MODULE, m) {
   m.def("seed", [](uint64_t seed) { emulated_seed = seed; }, "The order in which the emulator's threads run.");
 #endif
   m.def("workspace_bytes", [](const Plan& plan, int kind, int64_t R) {
-    const WorkspaceBytes bytes = workspace_bytes(plan, NumberKind(kind), R);
+    const WorkspaceBytes bytes = workspace_bytes(plan, Precision(kind), R);
     return bytes.arrived + bytes.operand;
   });
   m.def("forward", [](int cell, int kind, const Plan& plan, uintptr_t workspace, uintptr_t stream, const py::dict& given) {
     const ForwardLoop loop = forward_of(given);
     run_unlocked([&] {
-      return run_forward(Cell(cell), NumberKind(kind), loop, plan, reinterpret_cast<void*>(workspace), reinterpret_cast<void*>(stream));
+      return run_forward(Cell(cell), Precision(kind), loop, plan, reinterpret_cast<void*>(workspace), reinterpret_cast<void*>(stream));
     });
   });
   m.def("backward", [](int cell, int kind, const Plan& plan, uintptr_t workspace, uintptr_t stream, const py::dict& given) {
     const BackwardLoop loop = backward_of(given);
     run_unlocked([&] {
-      return run_backward(Cell(cell), NumberKind(kind), loop, plan, reinterpret_cast<void*>(workspace), reinterpret_cast<void*>(stream));
+      return run_backward(Cell(cell), Precision(kind), loop, plan, reinterpret_cast<void*>(workspace), reinterpret_cast<void*>(stream));
     });
   });
   m.def("pointwise_forward", [](int cell, int kind, uintptr_t stream, const py::dict& given) {
     const ForwardLoop loop = forward_of(given);
-    run_unlocked([&] { return run_pointwise(Cell(cell), NumberKind(kind), loop, reinterpret_cast<void*>(stream)); });
+    run_unlocked([&] { return run_pointwise(Cell(cell), Precision(kind), loop, reinterpret_cast<void*>(stream)); });
   });
   m.def("pointwise_backward", [](int cell, int kind, uintptr_t stream, const py::dict& given) {
     const BackwardLoop loop = backward_of(given);
-    run_unlocked([&] { return run_pointwise(Cell(cell), NumberKind(kind), loop, reinterpret_cast<void*>(stream)); });
+    run_unlocked([&] { return run_pointwise(Cell(cell), Precision(kind), loop, reinterpret_cast<void*>(stream)); });
   });
 }

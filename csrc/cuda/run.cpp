@@ -17,10 +17,10 @@ int tiles_of_a_launch(const Plan& plan) {
 const char* kNotBuilt = "this build has no kernel for the problem";
 
 template <class Loop>
-std::string run(void (*kernel)(Loop), NumberKind number, Loop loop, const Plan& plan, void* workspace, void* stream) {
+std::string run(void (*kernel)(Loop), Precision precision, Loop loop, const Plan& plan, void* workspace, void* stream) {
   if (!kernel) return kNotBuilt;
   const bool grid = plan.team.exchange == ExchangeKind::grid;
-  const WorkspaceBytes bytes = workspace_bytes(plan, number, loop.steps.R);
+  const WorkspaceBytes bytes = workspace_bytes(plan, precision, loop.steps.R);
   uint32_t* arrived = static_cast<uint32_t*>(workspace);
   if (grid) {
     if (std::string error = clear(arrived, bytes.arrived / 4, stream); !error.empty()) return error;
@@ -42,31 +42,31 @@ std::string run(void (*kernel)(Loop), NumberKind number, Loop loop, const Plan& 
 template <class Loop>
 std::string run_flat(void (*kernel)(Loop), const Loop& loop, void* stream) {
   if (!kernel) return kNotBuilt;
-  const int64_t cells = int64_t(loop.steps.R) * loop.steps.B * loop.steps.H;
-  return launch(kernel, loop, {(cells + kPointwiseThreads - 1) / kPointwiseThreads, kPointwiseThreads, 1, 0, false}, stream);
+  const int64_t units = int64_t(loop.steps.R) * loop.steps.B * loop.steps.H;
+  return launch(kernel, loop, {(units + kPointwiseThreads - 1) / kPointwiseThreads, kPointwiseThreads, 1, 0, false}, stream);
 }
 
 int index_of(int nt) { return int(std::find(std::begin(kBatchTiles), std::end(kBatchTiles), nt) - std::begin(kBatchTiles)); }
 
 }  // namespace
 
-WorkspaceBytes workspace_bytes(const Plan& plan, NumberKind number, int64_t R) {
+WorkspaceBytes workspace_bytes(const Plan& plan, Precision precision, int64_t R) {
   if (plan.team.exchange != ExchangeKind::grid) return {0, 0};
   const int64_t teams = R * tiles_of_a_launch(plan);
-  return {R * plan.tiles * kCounterWords * 4, 2 * teams * plan.team.rows * plan.team.depth * tile(number, false, plan.nt).size};
+  return {R * plan.tiles * kCounterWords * 4, 2 * teams * plan.team.rows * plan.team.depth * tile(precision, false, plan.nt).size};
 }
 
-std::string run_forward(Cell cell, NumberKind number, ForwardLoop loop, const Plan& plan, void* workspace, void* stream) {
-  return run(find_kernels(cell, number).persistent_fwd[index_of(plan.nt)], number, loop, plan, workspace, stream);
+std::string run_forward(Cell cell, Precision precision, ForwardLoop loop, const Plan& plan, void* workspace, void* stream) {
+  return run(find_kernels(cell, precision).persistent_fwd[index_of(plan.nt)], precision, loop, plan, workspace, stream);
 }
-std::string run_backward(Cell cell, NumberKind number, BackwardLoop loop, const Plan& plan, void* workspace, void* stream) {
-  return run(find_kernels(cell, number).persistent_bwd[index_of(plan.nt)], number, loop, plan, workspace, stream);
+std::string run_backward(Cell cell, Precision precision, BackwardLoop loop, const Plan& plan, void* workspace, void* stream) {
+  return run(find_kernels(cell, precision).persistent_bwd[index_of(plan.nt)], precision, loop, plan, workspace, stream);
 }
-std::string run_pointwise(Cell cell, NumberKind number, const ForwardLoop& loop, void* stream) {
-  return run_flat(find_kernels(cell, number).pointwise_fwd, loop, stream);
+std::string run_pointwise(Cell cell, Precision precision, const ForwardLoop& loop, void* stream) {
+  return run_flat(find_kernels(cell, precision).pointwise_fwd, loop, stream);
 }
-std::string run_pointwise(Cell cell, NumberKind number, const BackwardLoop& loop, void* stream) {
-  return run_flat(find_kernels(cell, number).pointwise_bwd, loop, stream);
+std::string run_pointwise(Cell cell, Precision precision, const BackwardLoop& loop, void* stream) {
+  return run_flat(find_kernels(cell, precision).pointwise_bwd, loop, stream);
 }
 
 }  // namespace fused_rnn::cuda

@@ -39,7 +39,7 @@ ABSENT = (
 namespace fused_rnn::cuda {
 """
     + "".join(
-        f"template <> __attribute__((weak)) Kernels kernels_of<{formula}, NumberKind::{number}>() {{ return {{}}; }}\n"
+        f"template <> __attribute__((weak)) Kernels kernels_of<{formula}, Precision::{number}>() {{ return {{}}; }}\n"
         for formula in CELLS.values()
         for number in NUMBERS
     )
@@ -54,12 +54,12 @@ SMALLEST = """
 #include "cuda/instantiate.h"
 namespace fused_rnn::cuda {{
 template <>
-Kernels kernels_of<{formula}, NumberKind::{number}>() {{
-  using Number = ProductOf<NumberKind::{number}>::Type;
-  return {{{{&persistent_fwd_kernel<{formula}, Number, 1>}},
-          {{&persistent_bwd_kernel<{formula}, Number, 1>}},
-          &pointwise_fwd_kernel<{formula}, Number::Storage, Number::Math>,
-          &pointwise_bwd_kernel<{formula}, Number::Storage, Number::Math>}};
+Kernels kernels_of<{formula}, Precision::{number}>() {{
+  using Policy = PolicyOf<Precision::{number}>::Type;
+  return {{{{&persistent_fwd_kernel<{formula}, Policy, 1>}},
+          {{&persistent_bwd_kernel<{formula}, Policy, 1>}},
+          &pointwise_fwd_kernel<{formula}, Policy::Storage, Policy::Math>,
+          &pointwise_bwd_kernel<{formula}, Policy::Storage, Policy::Math>}};
 }}
 }}  // namespace fused_rnn::cuda
 """
@@ -110,7 +110,7 @@ def module(flavour: str, instance: Instance, csrc: Path = ROOT / "csrc") -> Path
     """The shared library of a flavour. csrc: the sources, or a copy of them with a mistake."""
     CACHE.mkdir(parents=True, exist_ok=True)
     flags, formula = FLAVOURS[flavour], CELLS[instance.cell]
-    number = f"-DFUSED_RNN_NUMBER={instance.number}"
+    number = f"-DFUSED_RNN_PRECISION={instance.number}"
     if instance.smallest:
         kernels = _object(csrc, _text("smallest", SMALLEST.format(formula=formula, number=instance.number)), flags)
     else:

@@ -37,16 +37,16 @@ class Mutation(NamedTuple):
         return Instance(self.cases[0].cell, self.cases[0].number, smallest=True)
 
 
-FWD, BWD, EXCHANGE, NUMBERS = "cuda/persistent_fwd.h", "cuda/persistent_bwd.h", "cuda/exchange.h", "cuda/numbers.h"
+FWD, BWD, EXCHANGE, PRECISION = "cuda/persistent_fwd.h", "cuda/persistent_bwd.h", "cuda/exchange.h", "cuda/precision.h"
 WEIGHTS = "cuda/weights.h"
 WRONG = "error "
 
 MUTATIONS: dict[str, Mutation] = {
     # ---- barriers of a CTA
-    "forward: no barrier between product and cells": Mutation(
+    "forward: no barrier between product and units": Mutation(
         FWD, "partial);\n    sync_threads();", "partial);", "races", "RACE", (CTA,)
     ),
-    "backward: no barrier between product and cells": Mutation(
+    "backward: no barrier between product and units": Mutation(
         BWD, "partial);\n      sync_threads();", "partial);", "races", "RACE", (CTA,)
     ),
     "backward: no barrier between the last product and dh0": Mutation(
@@ -191,7 +191,7 @@ MUTATIONS: dict[str, Mutation] = {
     ),
     # ---- which number is where
     "weights: two registers of a fragment change places": Mutation(
-        NUMBERS,
+        PRECISION,
         "add(low[m], {a[m][0], a[m][4], a[m][1], a[m][5]}",
         "add(low[m], {a[m][0], a[m][1], a[m][4], a[m][5]}",
         "plain",
@@ -199,7 +199,7 @@ MUTATIONS: dict[str, Mutation] = {
         (CTA,),
     ),
     "operand: the upper half of a block is the lower one again": Mutation(
-        NUMBERS,
+        PRECISION,
         "high[m], {a[m][2], a[m][6], a[m][3], a[m][7]}, {b.z, b.w}",
         "high[m], {a[m][2], a[m][6], a[m][3], a[m][7]}, {b.x, b.y}",
         "plain",
@@ -210,7 +210,7 @@ MUTATIONS: dict[str, Mutation] = {
         WEIGHTS, "return found[i].of[n];", "return found[i].of[kRows - 1 - n];", "plain", WRONG, (ALIGNED,)
     ),
     "weights: 16 bytes from the row above": Mutation(
-        WEIGHTS, "at(row0 + Number::row(q))", "at(row0 + Number::row(0))", "plain", WRONG, (ALIGNED,)
+        WEIGHTS, "at(row0 + Policy::row(q))", "at(row0 + Policy::row(0))", "plain", WRONG, (ALIGNED,)
     ),
     "forward: gates in the wrong order": Mutation(
         WEIGHTS, "const int g = row / units_, ", "const int g = gates_ - 1 - row / units_, ", "plain", WRONG, (CTA,)
@@ -223,13 +223,13 @@ MUTATIONS: dict[str, Mutation] = {
         "cuda/index.h", "return s.reset ? s.reset[", "return s.reset ? 0 * s.reset[", "plain", WRONG, (RESET,)
     ),
     "forward: h enters the product in spite of a reset": Mutation(
-        "cuda/cell_fwd.h", "next_reset_ == 0 ? h_", "true ? h_", "plain", WRONG, (RESET,)
+        "cuda/unit_fwd.h", "next_reset_ == 0 ? h_", "true ? h_", "plain", WRONG, (RESET,)
     ),
     "backward: a gradient passes a reset": Mutation(
-        "cuda/cell_bwd.h", "dh_ += reaches_ ? product", "dh_ += true ? product", "plain", WRONG, (RESET,)
+        "cuda/unit_bwd.h", "dh_ += reaches_ ? product", "dh_ += true ? product", "plain", WRONG, (RESET,)
     ),
     "forward: a checkpoint a step late": Mutation(
-        "cuda/cell_fwd.h", "(step + 1) % p.every == 0", "step % p.every == 0", "plain", WRONG, (WINDOWS,)
+        "cuda/unit_fwd.h", "(step + 1) % p.every == 0", "step % p.every == 0", "plain", WRONG, (WINDOWS,)
     ),
 }
 

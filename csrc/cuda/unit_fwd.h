@@ -1,4 +1,4 @@
-// One thread's cell in the forward loops: its state, what it reads, what it writes. The loops differ only in where the
+// One thread's unit in the forward loops: its state, what it reads, what it writes. The loops differ only in where the
 // recurrent product comes from and in where the next one reads h.
 #pragma once
 #include "index.h"
@@ -7,7 +7,7 @@
 namespace fused_rnn::cuda {
 
 template <class Cell, class Storage, class Math>
-class ForwardCell {
+class ForwardUnit {
   static_assert(!(Cell::has_cell && Cell::needs_h_prev), "one state is carried: c, or h in full precision");
   using Acc = Accumulator<Storage>;
   static constexpr int G = Cell::gates;
@@ -17,7 +17,7 @@ class ForwardCell {
  public:
   UnitIndex at;
 
-  FUSED_RNN_DEVICE ForwardCell(const ForwardLoop& p, const TimeIndex& walk, int r, int b, int u) : at(p.steps, r, b, u) {
+  FUSED_RNN_DEVICE ForwardUnit(const ForwardLoop& p, const TimeIndex& walk, int r, int b, int u) : at(p.steps, r, b, u) {
     if (!at.inside) return;
     const int i = at.in_state(p.steps);
     if (kState) state_ = static_cast<const Acc*>(p.state)[i];
@@ -30,7 +30,7 @@ class ForwardCell {
     if (at.valid(walk.time(p.steps.step0))) next_reset_ = at.reset(p.steps, walk.time(p.steps.step0));
   }
 
-  // The state as it enters this step. A thread enters all of its cells before it fetches for any: loads on their way would be waited for.
+  // The state as it enters this step. A thread enters all of its units before it fetches for any: loads on their way would be waited for.
   FUSED_RNN_DEVICE void enter() {
     if (next_reset_ != 0) state_ = 0;
     next_reset_ = 0;

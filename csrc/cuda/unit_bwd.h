@@ -1,4 +1,4 @@
-// One thread's cell in the backward loops: the gradients it carries, what it reads, what it writes.
+// One thread's unit in the backward loops: the gradients it carries, what it reads, what it writes.
 #pragma once
 #include "index.h"
 #include "storage.h"
@@ -6,7 +6,7 @@
 namespace fused_rnn::cuda {
 
 template <class Cell, class Storage, class Math>
-class BackwardCell {
+class BackwardUnit {
   static_assert(!(Cell::has_cell && (Cell::needs_h || Cell::needs_h_prev)), "one state is read: c, or h");
   using Acc = Accumulator<Storage>;
   static constexpr int G = Cell::gates, kGradients = Cell::gradients;
@@ -16,13 +16,13 @@ class BackwardCell {
  public:
   UnitIndex at;
 
-  FUSED_RNN_DEVICE BackwardCell(const BackwardLoop& p, int r, int b, int u) : at(p.steps, r, b, u) {
+  FUSED_RNN_DEVICE BackwardUnit(const BackwardLoop& p, int r, int b, int u) : at(p.steps, r, b, u) {
     if (!at.inside) return;
     dh_ = static_cast<const Acc*>(p.dh)[at.in_state(p.steps)];
     if (Cell::has_cell) dc_ = static_cast<const Acc*>(p.dc)[at.in_state(p.steps)];
   }
 
-  // Forgets what was fetched for the step before. A thread does so for all of its cells before it fetches for any: loads on their way
+  // Forgets what was fetched for the step before. A thread does so for all of its units before it fetches for any: loads on their way
   // would be waited for.
   FUSED_RNN_DEVICE void forget() { reset_ = 0; }
 
