@@ -11,7 +11,7 @@ struct BackwardLoop {
   using A = typename Kind::Operand;
   using S = typename Kind::Accumulator;
   using V = Vec<S>;
-  static constexpr int L = kLanes<S>, G = Cell::gates, SV = Cell::saved, DG = Cell::gradients;
+  static constexpr int L = kLanes<S>, G = Cell::gates, SV = Cell::saved, DG = kGradients<Cell>;
 
   const Backward& f;
   const Problem& p;
@@ -44,7 +44,7 @@ struct BackwardLoop {
     m.barrier = arena.take<int64_t>(Barrier::words(threads_in_group));
     m.w_hh = arena.take<A>(out_vectors * panel_size<Kind>(G * p.H, 1));
     m.dh = arena.take<S>(p.B * dh_stride);
-    if (Cell::has_cell) m.dc = arena.take<S>(p.B * unit_stride);
+    if (Cell::states > 1) m.dc = arena.take<S>(p.B * unit_stride);
     for (auto& g : m.gates) g = arena.take<A>(p.B * gate_stride);
     if (project) {
       m.w_hr = arena.take<A>(unit_vectors * panel_size<Kind>(p.P, 1));
@@ -75,7 +75,7 @@ struct BackwardLoop {
   void load_state(const Memory& m, int r, int64_t b0, int64_t b1) const {
     for (int64_t b = b0; b < b1; ++b) {
       convert_row(m.dh + b * dh_stride, (const S*)f.dh + (r * p.B + b) * p.P, p.P, dh_stride);
-      if (Cell::has_cell) convert_row(m.dc + b * unit_stride, (const S*)f.dc + (r * p.B + b) * p.H, p.H, unit_stride);
+      if (Cell::states > 1) convert_row(m.dc + b * unit_stride, (const S*)f.dc + (r * p.B + b) * p.H, p.H, unit_stride);
       for (auto* g : m.gates) memset((void*)(g + b * gate_stride), 0, size_t(gate_stride) * sizeof(A));
       if (project) memset((void*)(m.out + b * out_stride), 0, size_t(out_stride) * sizeof(A));
     }
@@ -135,12 +135,13 @@ struct BackwardLoop {
     T* const unprojected = at<T>(f.unprojected, (t_row * B * R + r) * H);
     S* const dh_rows = projects ? m.dm : m.dh;
     S* const dc_rows = m.dc;
-    constexpr int most = Cell::has_cell ? 2 : 1;  // the LSTM alone has an activation here
+    constexpr int most = Cell::states > 1 ? 2 : 1;  // the LSTM alone has an activation here
     const auto body = [&](auto size, const int64_t (&units)[most], const int64_t (&rows)[most]) __attribute__((always_inline)) {
       constexpr int N = decltype(size)::value;
       using P = Pack<S, N>;
       bool on[N], zero[N];
-      P s[SV ? SV : 1] = {}, c{}, c_prev{}, h_prev{}, h{}, dh{}, dc{}, carry{}, d[DG];
+      P s[SV ? SV : 1] = {}, before[Cell::states] = {}, after[Cell::states] = {}, dstate[Cell::states], d[DG];
+      P &c = after[Cell::states - 1], &c_prev = before[Cell::states - 1], &h = after[0], &dh = dstate[0], &dc = dstate[Cell::states - 1];
 #pragma GCC unroll 4
       for (int e = 0; e < N; ++e) {
         const int64_t b = rows[e], first = units[e] * L;
@@ -150,24 +151,24 @@ struct BackwardLoop {
         if (masked) on[e] = active(t, b), zero[e] = cut(t, b), from_memory = has_prev && active(t_prev, b);
 #pragma GCC unroll 4
         for (int i = 0; i < SV; ++i) s[i].v[e] = load(saved + (b * R * SV + i) * H + first, n);
-        if (Cell::has_cell) {
+        if (Cell::states > 1) {
           c.v[e] = load(cells + b * R * H + first, n);
           if (!zero[e]) c_prev.v[e] = from_memory ? load(cells_prev + b * R * H + first, n) : load(c0 + b * H + first, n);
           dc.v[e] = load(dc_rows + b * dc_stride + first);
         }
-        if (Cell::needs_h) h.v[e] = load(hidden + b * R * width + first, n);
-        if (Cell::needs_h_prev && !zero[e])
-          h_prev.v[e] = from_memory ? load(hidden_prev + b * R * width + first, n) : load(h0 + b * width + first, n);
+        if (Cell::backward_after & 1) h.v[e] = load(hidden + b * R * width + first, n);
+        if ((Cell::backward_before & 1) && !zero[e])
+          before[0].v[e] = from_memory ? load(hidden_prev + b * R * width + first, n) : load(h0 + b * width + first, n);
         dh.v[e] = load(dh_rows + b * dh_row + first);
       }
-      Cell::template backward<Polynomial<S, N>>(s, c_prev, c, h_prev, h, dh, dc, carry, d);
+      Cell::template backward<Polynomial<S, N>>(s, before, after, dstate, d);
 #pragma GCC unroll 4
       for (int e = 0; e < N; ++e) {
         const int64_t b = rows[e], first = units[e] * L;
         const int n = lanes_left(H, first, L);
         if (on[e]) {
-          if (Cell::has_cell) store(dc_rows + b * dc_stride + first, zero[e] ? V{} : dc.v[e]);
-          if (!projects) store(dh_rows + b * dh_row + first, zero[e] ? V{} : carry.v[e]);
+          if (Cell::states > 1) store(dc_rows + b * dc_stride + first, zero[e] ? V{} : dc.v[e]);
+          if (!projects) store(dh_rows + b * dh_row + first, zero[e] ? V{} : dh.v[e]);
         }
         if (projects) store(unprojected + b * R * H + first, on[e] ? h.v[e] : V{}, n);
         T* const out = dgates + b * R * DG * H + first;
@@ -176,7 +177,7 @@ struct BackwardLoop {
         for (int i = 0; i < DG; ++i) {
           const V gradient = on[e] ? d[i].v[e] : V{};
           store(out + i * H, gradient, n);
-          if (i < G) store(operand + i * H, zero[e] ? V{} : gradient, n);
+          if (i >= Cell::apart) store(operand + (i - Cell::apart) * H, zero[e] ? V{} : gradient, n);
         }
       }
     };
@@ -248,7 +249,7 @@ struct BackwardLoop {
     if (split_units) barrier.wait(s.me);
     for (int64_t b = part(p.B, s.me, s.size); b < part(p.B, s.me + 1, s.size); ++b) {
       memcpy((S*)f.dh + (r * p.B + b) * p.P, m.dh + b * dh_stride, size_t(p.P) * sizeof(S));
-      if (Cell::has_cell) memcpy((S*)f.dc + (r * p.B + b) * p.H, m.dc + b * unit_stride, size_t(p.H) * sizeof(S));
+      if (Cell::states > 1) memcpy((S*)f.dc + (r * p.B + b) * p.H, m.dc + b * unit_stride, size_t(p.H) * sizeof(S));
     }
     barrier.wait(s.me);
   }

@@ -19,7 +19,7 @@ struct ForwardLoop {
   using S = typename Kind::Accumulator;
   using V = Vec<S>;
   using O = Order<Cell>;
-  static constexpr int L = kLanes<S>, G = Cell::gates, PA = Cell::preactivations, SV = Cell::saved;
+  static constexpr int L = kLanes<S>, G = Cell::gates, PA = kGradients<Cell>, SV = Cell::saved;
   static constexpr bool kUnpackable = Kind::k_group == 1 && !kNarrow<Kind>;
 
   const Forward& f;
@@ -86,7 +86,7 @@ struct ForwardLoop {
     }
     m.zero = arena.take<S>(kPanelVectors * L);
     m.pre = arena.take<S>(chunk_steps * p.B * row);
-    if (Cell::has_cell) m.c = arena.take<S>(p.B * c_stride);
+    if (Cell::states > 1) m.c = arena.take<S>(p.B * c_stride);
     for (auto& h : m.h) h = arena.take<A>(p.B * h_stride);
     if (projects()) {
       m.m = arena.take<A>(p.B * m_stride);
@@ -107,10 +107,9 @@ struct ForwardLoop {
       const int64_t u0 = j * O::units;
       const int nu = int(unit_vectors - u0 < O::units ? unit_vectors - u0 : O::units);
       for (int v = 0; v < nu * G; ++v) {
-        const int unit = G == 1 ? v : 0;
-        const int64_t first = (u0 + unit) * L;
+        const int gx = O::x_gate(v % G), gh = v % G;
+        const int64_t first = (u0 + v / G) * L;
         const int n = lanes_left(p.H, first, L);
-        const int gx = G == 1 ? 0 : O::x_gate(v), gh = G == 1 ? 0 : O::h_gate(v);
         pack_rows<Kind, T>(m.w_ih + u0 * panel_size<Kind>(p.D, G), nu * G, v, (const T*)w.w_ih + (gx * p.H + first) * p.D, p.D, n, p.D);
         if (uses_h)
           pack_rows<Kind, T>(m.w_hh + u0 * panel_size<Kind>(p.P, G), nu * G, v, (const T*)w.w_hh + (gh * p.H + first) * p.P, p.P, n, p.P);
@@ -128,13 +127,9 @@ struct ForwardLoop {
       for (int a = 0; a < PA; ++a) store(out + a * L, V{});
       for (int g = 0; g < G && w.b_ih; ++g) {
         const V bi = load((const T*)w.b_ih + g * p.H + u * L, n), bh = load((const T*)w.b_hh + g * p.H + u * L, n);
-        int cx = 0, ch = 0;  // where gate g of each product lands
-        for (int v = 0; v < G; ++v) {
-          if (O::x_gate(v) == g || G == 1) cx = O::x_offset + v;
-          if (O::h_gate(v) == g || G == 1) ch = O::h_offset + v;
-        }
-        store(out + cx * L, load(out + cx * L) + bi);
-        store(out + ch * L, load(out + ch * L) + bh);
+        S *const x_side = out + O::x_column(g) * L, *const h_side = out + O::h_column(g) * L;
+        store(x_side, load(x_side) + bi);
+        store(h_side, load(h_side) + bh);
       }
     }
   }
@@ -147,7 +142,7 @@ struct ForwardLoop {
       if (cut(t, b)) memset((void*)h, 0, size_t(h_stride) * sizeof(A));
       memset((void*)(m.h[1] + b * h_stride), 0, size_t(h_stride) * sizeof(A));
       if (projects()) memset((void*)(m.m + b * m_stride), 0, size_t(m_stride) * sizeof(A));
-      if (Cell::has_cell) convert_row(m.c + b * c_stride, (const S*)f.c + (r * p.B + b) * p.H, p.H, c_stride);
+      if (Cell::states > 1) convert_row(m.c + b * c_stride, (const S*)f.c + (r * p.B + b) * p.H, p.H, c_stride);
     }
   }
 
@@ -158,12 +153,12 @@ struct ForwardLoop {
     const int64_t k = input ? p.D : p.P;
     const int64_t u0 = j * O::units;
     const int nu = int(unit_vectors - u0 < O::units ? unit_vectors - u0 : O::units);
-    const int64_t column = u0 * PA * L + (input ? O::x_offset : O::h_offset) * L;
+    const int64_t column = u0 * PA * L + (input ? 0 : O::h_offset) * L;
     if constexpr (kUnpackable) {
       if (unpacked) {
         for (int v = 0; v < nu * G; ++v) {
-          const int64_t first = (u0 + (G == 1 ? v : 0)) * L;
-          const int g = G == 1 ? 0 : input ? O::x_gate(v) : O::h_gate(v);
+          const int64_t first = (u0 + v / G) * L;
+          const int g = input ? O::x_gate(v % G) : v % G;
           multiply_rows<T>(rows, a, lda, (const T*)(input ? w.w_ih : w.w_hh) + (g * p.H + first) * k, k, lanes_left(p.H, first, L), k,
                            init + column + v * L, ldi, c + column + v * L, row);
         }
@@ -201,10 +196,8 @@ struct ForwardLoop {
     for (int64_t q = 0; q < in.blocks; ++q) {
       S* c = m.pre + (q * p.B + b0) * row;
       product(m, p.weights[r], in.a + (q * p.B + b0) * in.lda, in.lda, in.rows, true, j, q + 1 == in.blocks ? next : -1, m.bias, 0, c);
-      if constexpr (O::h_offset > O::x_offset) {  // the recurrent product's own column starts from its bias
-        const int64_t column = j * PA * L + (PA - 1) * L;
-        for (int64_t i = 0; i < in.rows; ++i) store(c + i * row + column, load(m.bias + column));
-      }
+      for (int64_t i = 0; i < in.rows && Cell::apart; ++i)  // the recurrent product's own columns start from their bias
+        for (int v = G; v < PA; ++v) store(c + i * row + (j * PA + v) * L, load(m.bias + (j * PA + v) * L));
     }
   }
 
@@ -220,14 +213,15 @@ struct ForwardLoop {
     T* const y = project ? nullptr : at<T>(f.y, (t * p.B * R + r) * H);
     T* const hidden = project ? nullptr : at<T>(f.hidden, (t * p.B * R + r) * H);
     T* const saved = SV ? at<T>(f.saved, (t_row * p.B * R + r) * SV * H) : nullptr;
-    T* const cells = Cell::has_cell ? at<T>(f.cells, (t_row * p.B * R + r) * H) : nullptr;
+    T* const cells = (Cell::states > 1) ? at<T>(f.cells, (t_row * p.B * R + r) * H) : nullptr;
     A* const unprojected = m.m;
     S* const c_state = m.c;
     const auto body = [&](auto size, const int64_t (&units)[kPack], const int64_t (&rows)[kPack]) __attribute__((always_inline)) {
       constexpr int N = decltype(size)::value;
       using P = Pack<S, N>;
       bool on[N], zero[N], zero_next[N];
-      P a[PA], s[SV ? SV : 1], c{}, h{}, h_prev{};
+      P a[PA], s[SV ? SV : 1], before[Cell::states] = {}, after[Cell::states];
+      P &c = after[Cell::states - 1], &h = after[0];
 #pragma GCC unroll 4
       for (int e = 0; e < N; ++e) {
         const int64_t b = rows[e], first = units[e] * L;
@@ -236,15 +230,15 @@ struct ForwardLoop {
         const S* a_row = pre + b * pre_stride + first * PA;
 #pragma GCC unroll 4
         for (int i = 0; i < PA; ++i) a[i].v[e] = load(a_row + O::column(i) * L);
-        if (Cell::has_cell && !zero[e]) c.v[e] = load(c_state + b * cell_stride + first);
-        if (Cell::needs_h_prev) h_prev.v[e] = load(h_in + b * in_stride + first);
+        if (Cell::states > 1 && !zero[e]) before[Cell::states - 1].v[e] = load(c_state + b * cell_stride + first);
+        if (Cell::reads_h) before[0].v[e] = load(h_in + b * in_stride + first);
       }
-      Cell::template forward<Polynomial<S, N>>(a, h_prev, c, h, s);
+      Cell::template forward<Polynomial<S, N>>(a, before, after, s);
 #pragma GCC unroll 4
       for (int e = 0; e < N; ++e) {
         const int64_t b = rows[e], first = units[e] * L, out = b * R * H + first;
         const int n = lanes_left(H, first, L);
-        if (Cell::has_cell && on[e]) store(c_state + b * cell_stride + first, c.v[e]);
+        if (Cell::states > 1 && on[e]) store(c_state + b * cell_stride + first, c.v[e]);
         V now = rounded<T>(h.v[e]);
         if (project) {
           store(unprojected + b * unprojected_stride + first, zero_padded<Kind>(now, n));
@@ -312,18 +306,18 @@ struct ForwardLoop {
       clear(f.y, t, p.P);
       clear(f.hidden, t, p.P);
       if (SV) clear(f.saved, t_row, SV * p.H);
-      if (Cell::has_cell) clear(f.cells, t_row, p.H);
+      if (Cell::states > 1) clear(f.cells, t_row, p.H);
       if (!last && cut(t_next, b)) memset((void*)(h_out + b * h_stride), 0, size_t(h_stride) * sizeof(A));
       else memcpy((void*)(h_out + b * h_stride), h_in + b * h_stride, size_t(h_stride) * sizeof(A));
     }
   }
 
   void checkpoint(const Memory& m, int r, int64_t step, const A* h, int64_t b0, int64_t b1) const {
-    const int64_t size = p.P + (Cell::has_cell ? p.H : 0);
+    const int64_t size = p.P + ((Cell::states > 1) ? p.H : 0);
     for (int64_t b = b0; b < b1; ++b) {
       S* out = (S*)f.checkpoints + ((step / f.every * p.R + r) * p.B + b) * size;
       convert_row(out, h + b * h_stride, p.P, p.P);
-      if (Cell::has_cell) memcpy(out + p.P, m.c + b * c_stride, size_t(p.H) * sizeof(S));
+      if (Cell::states > 1) memcpy(out + p.P, m.c + b * c_stride, size_t(p.H) * sizeof(S));
     }
   }
 
@@ -395,7 +389,7 @@ struct ForwardLoop {
     }
     for (int64_t b = part(p.B, s.me, s.size); b < part(p.B, s.me + 1, s.size); ++b) {
       convert_row((S*)f.h + (r * p.B + b) * p.P, h_in + b * h_stride, p.P, p.P);
-      if (Cell::has_cell) memcpy((S*)f.c + (r * p.B + b) * p.H, m.c + b * c_stride, size_t(p.H) * sizeof(S));
+      if (Cell::states > 1) memcpy((S*)f.c + (r * p.B + b) * p.H, m.c + b * c_stride, size_t(p.H) * sizeof(S));
     }
     barrier.wait(s.me);
   }

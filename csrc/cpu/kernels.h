@@ -68,10 +68,11 @@ static void run_cell(const Args& args) {
 template <template <class, class, class> class Loop, class Args>
 static void run(const Args& args) {
   switch (args.p.cell) {
-    case fused_rnn::Cell::lstm: return run_cell<Loop, Args, Lstm>(args);
-    case fused_rnn::Cell::gru: return run_cell<Loop, Args, Gru>(args);
-    case fused_rnn::Cell::rnn_tanh: return run_cell<Loop, Args, RnnTanh>(args);
-    case fused_rnn::Cell::rnn_relu: return run_cell<Loop, Args, std::conditional_t<kActivates<Args>, RnnRelu, RnnTanh>>(args);
+    case fused_rnn::Cell::lstm: return run_cell<Loop, Args, fused_rnn::Lstm>(args);
+    case fused_rnn::Cell::gru: return run_cell<Loop, Args, fused_rnn::Gru>(args);
+    case fused_rnn::Cell::rnn_tanh: return run_cell<Loop, Args, fused_rnn::RnnTanh>(args);
+    case fused_rnn::Cell::rnn_relu:
+      return run_cell<Loop, Args, std::conditional_t<kActivates<Args>, fused_rnn::RnnRelu, fused_rnn::RnnTanh>>(args);
   }
 }
 

@@ -37,7 +37,7 @@ template <class Kind, class T, class Cell>
 struct ProductsLoop {
   using A = typename Kind::Operand;
   using S = typename Kind::Accumulator;
-  static constexpr int L = kKindLanes<Kind>, G = Cell::gates, DG = Cell::gradients, W = kPanelVectors * L;
+  static constexpr int L = kKindLanes<Kind>, G = Cell::gates, DG = kGradients<Cell>, W = kPanelVectors * L;
   static constexpr int64_t kLd = kDepth + 64 / int64_t(sizeof(A));  // row stride of the transposed dgates: not a power of two
 
   const Products& f;
@@ -55,8 +55,9 @@ struct ProductsLoop {
 
   ProductsLoop(const Products& products) : f(products), p(products.p), rows((products.p.stop - products.p.start) * products.p.B) {}
 
-  // Of the gradient vectors, which row block of W_ih gate g is: none for GRU's n_h, and n_x is torch's n.
-  static constexpr int input_gate(int d) { return DG == G ? d : d == 2 ? -1 : d == 3 ? 2 : d; }
+  // Which row blocks of W_ih and of W_hh belong to gradient d, -1: none.
+  static constexpr int input_gate(int d) { return d < G ? Order<Cell>::x_gate(d) : -1; }
+  static constexpr int recurrent_gate(int d) { return d < Cell::apart ? -1 : d - Cell::apart; }
 
   Memory layout(Arena& shared, Arena& own, int threads) const {
     Memory m{};
@@ -200,7 +201,7 @@ struct ProductsLoop {
       for (int d = 0; d < DG; ++d) {
         transpose_into(m.left + d * units * kLd, (const T*)f.dgates + (r * DG + d) * p.H + u0, ld, row, units, depth);
         if (input_gate(d) >= 0) left_x[count_x] = d * units, dw_x[count_x++] = input_gate(d) * p.H + u0;
-        if (d < G) left_h[count_h] = d * units, dw_h[count_h++] = d * p.H + u0;
+        if (recurrent_gate(d) >= 0) left_h[count_h] = d * units, dw_h[count_h++] = recurrent_gate(d) * p.H + u0;
       }
       for (int64_t k = 0; k < depth; ++k) m.row[k] = x + row[k] * ld_x;
       weight_gradient(m, (S*)f.dw_ih[r], p.D, depth, first, count_x, left_x, dw_x, units);
@@ -212,9 +213,10 @@ struct ProductsLoop {
       if (!from_zero) weight_gradient(m, (S*)f.dw_hh[r], p.P, depth, first, count_h, left_h, dw_h, units);
       for (int d = 0; d < DG && (f.db_ih || from_zero); ++d) {
         column_sums(m.sums, (const T*)f.dgates + (r * DG + d) * p.H + u0, ld, row, units, depth);
-        if (from_zero && d < G) zero_gradient((S*)f.dw_hh[r] + dw_h[d] * round_up(p.P, L), round_up(p.P, L), first, m.sums, units);
+        const int64_t h_row = recurrent_gate(d) * p.H + u0;
+        if (from_zero && h_row >= 0) zero_gradient((S*)f.dw_hh[r] + h_row * round_up(p.P, L), round_up(p.P, L), first, m.sums, units);
         if (f.db_ih && input_gate(d) >= 0) accumulate((double*)f.db_ih[r] + input_gate(d) * p.H + u0, m.sums, units, first);
-        if (f.db_ih && d < G) accumulate((double*)f.db_hh[r] + d * p.H + u0, m.sums, units, first);
+        if (f.db_ih && h_row >= 0) accumulate((double*)f.db_hh[r] + h_row, m.sums, units, first);
       }
       if (f.dprojected) {
         const int64_t o0 = part(p.P, me, team), outs = part(p.P, me + 1, team) - o0, zero = 0;
