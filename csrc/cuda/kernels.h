@@ -1,6 +1,7 @@
 // The kernels that were built, by what they are for.
 #pragma once
-#include "../params.h"
+#include <string_view>
+
 #include "params.h"
 #include "tiles.h"
 
@@ -17,10 +18,11 @@ struct Kernels {
   BackwardKernel pointwise_bwd;
 };
 
-// Instantiated in instantiate/<cell>.cu, each number in an object file of its own.
+// Instantiated in instantiate.cu, each cell and precision in an object file of its own.
 template <class Formula, Precision kPrecision>
 Kernels kernels_of();
 
-Kernels find_kernels(Cell cell, Precision precision);
+// None of them where there is no cell of this name.
+Kernels find_kernels(std::string_view cell, Precision precision);
 
 }  // namespace fused_rnn::cuda

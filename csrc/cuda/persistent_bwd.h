@@ -12,7 +12,7 @@ FUSED_RNN_KERNEL(kThreads)
 persistent_bwd_kernel(const FUSED_RNN_GRID_CONSTANT BackwardLoop p) {
   using Storage = typename Policy::Storage;
   using Operand = typename Policy::Operand;
-  constexpr int G = Cell::gates, kGradients = Cell::gradients;
+  constexpr int G = Cell::gates, kAll = kGradients<Cell>;
   const Team& team = p.team;
   const CtaRank me(p.steps, team);
   const TimeIndex walk(p.steps, me.r);
@@ -33,10 +33,10 @@ persistent_bwd_kernel(const FUSED_RNN_GRID_CONSTANT BackwardLoop p) {
     const UnitIndex place(p.steps, me.r, me.first_b + b, 0);
     const int t = walk.time(p.steps.step1);
     if (!place.valid(t)) continue;
-    const Storage* left = static_cast<const Storage*>(p.dgates) + steps_size(p.steps, t, kGradients) + place.in_step(p.steps, kGradients);
+    const Storage* left = static_cast<const Storage*>(p.dgates) + steps_size(p.steps, t, kAll) + place.in_step(p.steps, kAll);
     for (int g = 0; g < G; ++g) {
       Operand* to = exchange.current() + b * exchange.stride() + g * padded;
-      const Storage* from = left + (g + kGradients - G) * width;
+      const Storage* from = left + (Cell::apart + g) * width;
       FUSED_RNN_UNROLL_BY(8)
       for (int u = lane(); u < width; u += 32) to[u] = Policy::operand(from[u]);
     }

@@ -22,32 +22,28 @@ class Loops:
     """fused_rnn.gpu.loops.Loops. Nothing here reads a tensor or waits for the device: all of it can be captured."""
 
     def __init__(self, layer: Layer, x: Tensor, backward: bool) -> None:
-        self.layer, self.kind = layer, plans.number_kind(x.dtype)
+        self.layer, self.kind, self.module = layer, plans.number_kind(x.dtype), module.loaded()
         self.plan = plans.choose(
             module.device_index(x.device), self.kind, backward, layer.cell.gates, layer.batch, layer.hidden,
             layer.recurrences,
         )  # fmt: skip
         bits, self.period = direction_bits(layer.directions)
-        self.common = {
-            "T": layer.steps, "B": layer.batch, "R": layer.recurrences, "H": layer.hidden, "reversed": bits,
-            "period": self.period, "lengths": _at(layer.lengths), "reset": _at(layer.reset),
-        }  # fmt: skip
+        self.steps = self.module.Steps(
+            T=layer.steps, B=layer.batch, R=layer.recurrences, H=layer.hidden, reversed=bits, period=self.period,
+            lengths=_at(layer.lengths), reset=_at(layer.reset),
+        )  # fmt: skip
         self.stream = torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
 
-    def _workspace(self, like: Tensor) -> Tensor:
-        """What the members of teams share in global memory."""
-        size = module.loaded().workspace_bytes(self.plan, self.kind, self.layer.recurrences)
-        return torch.empty(size, dtype=torch.uint8, device=like.device)
+    def _forward(self, plan: Any, **given: Any) -> Any:
+        return self.module.Forward(self.layer.cell.name, self.kind, plan, self.steps, **given)
 
-    def _run(self, name: str, like: Tensor, given: dict[str, Any]) -> None:
-        """A persistent loop."""
-        workspace = self._workspace(like)
-        code, run = CODES[self.layer.cell.name], getattr(module.loaded(), name)
-        run(code, self.kind, self.plan, workspace.data_ptr(), self.stream, self.common | given)
+    def _backward(self, plan: Any, **given: Any) -> Any:
+        return self.module.Backward(self.layer.cell.name, self.kind, plan, self.steps, **given)
 
-    def _run_pointwise(self, name: str, given: dict[str, Any]) -> None:
-        run = getattr(module.loaded(), f"pointwise_{name}")
-        run(CODES[self.layer.cell.name], self.kind, self.stream, self.common | given)
+    def _run(self, loop: Any, like: Tensor) -> None:
+        """A persistent loop. Its teams share in global memory what is in the workspace."""
+        workspace = torch.empty(loop.workspace_bytes, dtype=torch.uint8, device=like.device)
+        loop.run(workspace.data_ptr(), self.stream)
 
     def forward(
         self,
@@ -65,21 +61,24 @@ class Loops:
         every: int,
     ) -> None:
         given = {
-            "gx": gx.data_ptr(), "w": w.data_ptr(), "bias": _at(bias), "h0": h0.data_ptr(), "state": _at(state),
-            "y": y.data_ptr(), "h_n": h_n.data_ptr(), "saved": _at(saved), "cells": _at(cells),
-            "checkpoints": _at(checkpoints), "every": every,
+            "gx": gx.data_ptr(), "w": w.data_ptr(), "bias": _at(bias), "h0": h0.data_ptr(), "carried": [_at(state)],
+            "y": y.data_ptr(), "h_n": h_n.data_ptr(), "saved": _at(saved), "histories": [_at(cells)],
+            "checkpoints": [_at(checkpoints)], "every": every,
         }  # fmt: skip
         if self.plan is not None:
-            self._run("forward", y, given)
+            self._run(self._forward(self.plan, **given), y)
             return
         layer = self.layer
         weights = w.view(layer.recurrences, -1, layer.hidden).transpose(1, 2)
         entering = h0.clone()
         product = gx.new_empty(layer.batch, layer.recurrences, weights.shape[2])
-        given |= {"given": product.data_ptr(), "entering": entering.data_ptr()}
+        loop, turned = (
+            self._forward(None, given=product.data_ptr(), entering=entering.data_ptr(), **given),
+            product.transpose(0, 1),
+        )
         for step in range(layer.steps):
-            torch.bmm(entering, weights, out=product.transpose(0, 1))
-            self._run_pointwise("forward", given | {"step0": step, "step1": step + 1})
+            torch.bmm(entering, weights, out=turned)
+            loop.run_step(step, self.stream)
 
     def replay(
         self,
@@ -94,14 +93,12 @@ class Loops:
         cells: Tensor | None,
         window: tuple[int, int],
     ) -> None:
-        first, last = window
         if state is None:  # GRU's gates do not depend on it
             state = torch.zeros(h0.shape, dtype=wide(h0.dtype), device=h0.device)
-        self._run_pointwise("forward", {
-            "gx": gx.data_ptr(), "given": given.data_ptr(), "bias": _at(bias), "h0": h0.data_ptr(),
-            "state": state.data_ptr(), "saved": saved.data_ptr(), "cells": _at(cells), "cells_are_wide": 1,
-            "step0": first, "step1": last, "window0": first, "window1": last,
-        })  # fmt: skip
+        self._forward(
+            None, window=window, gx=gx.data_ptr(), given=given.data_ptr(), bias=_at(bias), h0=h0.data_ptr(),
+            carried=[state.data_ptr()], saved=saved.data_ptr(), histories=[_at(cells)], wide=True,
+        ).run(0, self.stream)  # fmt: skip
 
     def backward(
         self,
@@ -116,23 +113,25 @@ class Loops:
         dc: Tensor | None,
         window: tuple[int, int] | None = None,
     ) -> None:
-        first, last = window or (0, self.layer.steps)
+        layer = self.layer
+        first, last = window = window or (0, layer.steps)
+        pad = [0] * layer.cell.has_c
         given = {
-            "dy": _at(dy), "w": w.data_ptr(), "states": states.data_ptr(), "first_state": first_state.data_ptr(),
-            "saved": _at(saved), "dgates": dgates.data_ptr(), "dh": dh.data_ptr(), "dc": _at(dc),
-            "states_are_wide": int(states.dtype != w.dtype), "window0": first, "window1": last,
+            "window": window, "dy": _at(dy), "w": w.data_ptr(), "states": [*pad, states.data_ptr()],
+            "first": [*pad, first_state.data_ptr()], "saved": _at(saved), "dgates": dgates.data_ptr(),
+            "dstates": [dh.data_ptr(), _at(dc)], "wide": states.dtype != w.dtype,
         }  # fmt: skip
         if self.plan is not None:
-            self._run("backward", w, given | {"step0": first, "step1": last, "close": int(first == 0)})
+            self._run(self._backward(self.plan, **given), w)
             return
-        product = w.new_empty(self.layer.recurrences, self.layer.batch, self.layer.hidden)
+        product = w.new_empty(layer.recurrences, layer.batch, layer.hidden)
+        loop = self._backward(None, given=product.data_ptr(), **given)
         for step in range(last - 1, first - 1, -1):
             self._to_the_step_before(dgates, w, step + 1, product)
-            product_of = {"given": product.data_ptr() if step + 1 < self.layer.steps else 0}
-            self._run_pointwise("backward", given | product_of | {"step0": step, "step1": step + 1})
+            loop.run_step(step, self.stream)
         if first == 0:
             self._to_the_step_before(dgates, w, 0, product)
-            self._run_pointwise("backward", given | {"given": product.data_ptr(), "step0": 0, "step1": 0, "close": 1})
+            loop.close(self.stream)
 
     def _to_the_step_before(self, dgates: Tensor, w: Tensor, step: int, product: Tensor) -> None:
         """product [R, B, H] = the recurrent side of a step's dgates times W_hh."""

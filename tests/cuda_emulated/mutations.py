@@ -21,6 +21,7 @@ CLUSTER_4 = Case("lstm", "bf16", "cluster 4", 4, 3, 50)
 GRID = Case("lstm", "bf16", "grid", 4, 3, 33)
 ALIGNED = Case("lstm", "bf16", "grid", 4, 3, 48)  # rows of W_hh are whole vectors
 RESET = CTA._replace(reset=True, T=7)
+RECOMPUTED = CTA._replace(T=7, save="recompute")
 WINDOWS = Case("gru", "bf16", "cta", 7, 3, 17, "fr", save="recompute")
 
 
@@ -34,7 +35,7 @@ class Mutation(NamedTuple):
 
     @property
     def instance(self) -> Instance:
-        return Instance(self.cases[0].cell, self.cases[0].number, smallest=True)
+        return Instance(self.cases[0].cell, self.cases[0].precision, smallest=True)
 
 
 FWD, BWD, EXCHANGE, PRECISION = "cuda/persistent_fwd.h", "cuda/persistent_bwd.h", "cuda/exchange.h", "cuda/precision.h"
@@ -189,7 +190,7 @@ MUTATIONS: dict[str, Mutation] = {
     "grid: threads do not wait for each other's copies": Mutation(
         EXCHANGE, "copy_wait<0>();\n      sync_threads();", "copy_wait<0>();", "races", "RACE", (GRID,)
     ),
-    # ---- which number is where
+    # ---- what is where
     "weights: two registers of a fragment change places": Mutation(
         PRECISION,
         "add(low[m], {a[m][0], a[m][4], a[m][1], a[m][5]}",
@@ -216,7 +217,7 @@ MUTATIONS: dict[str, Mutation] = {
         WEIGHTS, "const int g = row / units_, ", "const int g = gates_ - 1 - row / units_, ", "plain", WRONG, (CTA,)
     ),
     "backward: resumes from the input side's gradients": Mutation(
-        BWD, "(g + kGradients - G) * width", "g * width", "plain", WRONG, (WINDOWS,)
+        BWD, "(Cell::apart + g) * width", "g * width", "plain", WRONG, (WINDOWS,)
     ),
     # ---- masks
     "a reset is not seen": Mutation(
@@ -226,10 +227,10 @@ MUTATIONS: dict[str, Mutation] = {
         "cuda/unit_fwd.h", "next_reset_ == 0 ? h_", "true ? h_", "plain", WRONG, (RESET,)
     ),
     "backward: a gradient passes a reset": Mutation(
-        "cuda/unit_bwd.h", "dh_ += reaches_ ? product", "dh_ += true ? product", "plain", WRONG, (RESET,)
+        "cuda/unit_bwd.h", "dstate_[0] += reaches_ ? product", "dstate_[0] += true ? product", "plain", WRONG, (RESET,)
     ),
     "forward: a checkpoint a step late": Mutation(
-        "cuda/unit_fwd.h", "(step + 1) % p.every == 0", "step % p.every == 0", "plain", WRONG, (WINDOWS,)
+        "cuda/unit_fwd.h", "(step + 1) % p.every == 0", "step % p.every == 0", "plain", WRONG, (RECOMPUTED,)
     ),
 }
 
