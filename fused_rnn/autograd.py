@@ -7,68 +7,55 @@ correct, slow, and runs only where a second derivative is really taken.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import FunctionCtx
 
+from fused_rnn.call import BackwardCall, LayerCall
+from fused_rnn.cells import CELLS
 from fused_rnn.checks import in_transform
 from fused_rnn.dispatch import BACKENDS
 from fused_rnn.reference.gradient import backward_layer
 from fused_rnn.reference.loop import without_autocast
 from fused_rnn.transforms import vmap
 
-Gradients = tuple[Any, ...]
 Outputs = tuple[Tensor, ...]
 
 
-def layer(
-    cell: str,
-    x: Tensor,
-    weights: Sequence[Tensor],
-    h0: Tensor | None,
-    c0: Tensor | None,
-    lengths: Tensor | None,
-    reset: Tensor | None,
-    directions: Sequence[int],
-    save: str,
-    keep_hidden: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(y, h_n, c_n or None) of one layer by its cell's Function."""
-    run: Callable[..., Outputs] = _run
-    if torch.compiler.is_compiling() and in_transform():
-        _keep_from_dynamo()
-        run = _untraced
-    outputs = run(cell, x, h0, c0, lengths, reset, directions, save, keep_hidden, backend, *weights)
-    return outputs[0], outputs[1], outputs[2] if cell == "lstm" else None
+def layer(backend: ModuleType, call: LayerCall) -> Sequence[Tensor]:
+    """One layer by a backend: y and the states after. What is kept for backward, if anything, the Function keeps."""
+    if call.save == "none" or backend.DIFFERENTIABLE:
+        outputs: Sequence[Tensor] = backend.forward(call._replace(save="none", keep_hidden=False))
+        return outputs
+    return function(backend.NAME, call)[: 1 + len(call.spec.states)]
 
 
-def _run(cell: str, x: Any, h0: Any, c0: Any, lengths: Any, reset: Any, *tail: Any) -> Outputs:
-    """All outputs of the cell's Function. tail: directions, save, keep_hidden, backend and the weights."""
+def function(backend: str, call: LayerCall) -> Outputs:
+    """All outputs of the layer's forward op, by the Function."""
+    x, weights, states, lengths, reset, *options = call
+    args = (backend, len(states), *options, x, lengths, reset, *states, *weights)
     outputs: Outputs
-    if cell == "lstm":
-        outputs = _apply(LSTMFunction, x, h0, c0, lengths, reset, *tail)
-    elif cell == "gru":
-        outputs = _apply(GRUFunction, x, h0, lengths, reset, *tail)
+    if torch.compiler.is_compiling():
+        if in_transform():
+            _keep_from_dynamo()
+            return _untraced(*args)
+        outputs = LayerFunction.apply(*args)  # type: ignore[no-untyped-call]
+    elif in_transform():
+        outputs = LayerFunction.apply(*args)  # type: ignore[no-untyped-call]
     else:
-        outputs = _apply(RNNFunction, x, h0, lengths, reset, cell.removeprefix("rnn_"), *tail)
+        # Without what apply costs where there is a setup_context: it binds its arguments by `inspect.signature` on each
+        # call (26 of 38 µs, torch 2.13), to fill in defaults that there are not.
+        outputs = super(Function, LayerFunction).apply(*args)  # type: ignore[no-untyped-call]
     return outputs
 
 
-def _apply(function: type[Function], *args: Any) -> Any:
-    """function.apply(*args), without what it costs in eager mode: where there is a setup_context, apply binds its
-    arguments by `inspect.signature` on each call (26 of 38 µs, torch 2.13), to fill in defaults that there are not."""
-    if torch.compiler.is_compiling() or in_transform():
-        return function.apply(*args)
-    return super(Function, function).apply(*args)  # type: ignore[misc]
-
-
 def _untraced(*args: Any) -> Outputs:
-    return _run(*args)
+    outputs: Outputs = LayerFunction.apply(*args)  # type: ignore[no-untyped-call]
+    return outputs
 
 
 def _keep_from_dynamo() -> None:
@@ -79,91 +66,171 @@ def _keep_from_dynamo() -> None:
 
 _keep_from_dynamo._dynamo_marked_constant = True  # type: ignore[attr-defined]  # called while Dynamo traces
 
+_PLAIN = 6  # arguments of LayerFunction before its tensors: backend, number of states, and a LayerCall's options
 
-def _vmap(
-    cell: str, info: Any, dims: Sequence[Any], weight_dims: Sequence[Any], args: Sequence[Any], call: Sequence[Any]
-) -> tuple[tuple[Tensor, ...], tuple[int | None, ...]]:
-    """A Function's rule under vmap: itself, on a larger batch or with more recurrences. Made by torch
-    (generate_vmap_rule), it would compute the weights' gradients sample by sample where their sum is asked for.
 
-    args: x, h0, c0, lengths, reset; dims: where they are mapped.
-    call: directions, save, keep_hidden, backend and the weights.
+def _call_of(args: Sequence[Any]) -> LayerCall:
+    """A LayerCall of LayerFunction's arguments, or of what stands for each of them."""
+    first = _PLAIN + 3 + args[1]
+    x, lengths, reset = args[_PLAIN : _PLAIN + 3]
+    return LayerCall(x, args[first:], args[_PLAIN + 3 : first], lengths, reset, *args[2:_PLAIN])
+
+
+class LayerFunction(Function):
+    """One layer of any cell. ::
+
+        apply(backend, number of states, cell, directions, save, keep_hidden, x, lengths, reset, *states, *weights)
+            → (y, *states after, saved, *histories, hidden)
+
+    Inputs and outputs as in LayerCall. Twice differentiable in x, states and weights; works under torch.func.vmap; has
+    no forward-mode derivative.
     """
-    x, *rest = args
-    directions, save, keep_hidden, backend, *weights = call
 
-    def op(x, weights, h0, c0, lengths, reset, cell, directions, save, keep_hidden):  # type: ignore[no-untyped-def]
-        return list(_run(cell, x, h0, c0, lengths, reset, directions, save, keep_hidden, backend, *weights))
+    @staticmethod
+    def forward(*args: Any) -> Outputs:
+        return tuple(BACKENDS[args[0]].forward(_call_of(args)))
 
-    rule, every = vmap.rule(op, vmap.forward), (dims[0], list(weight_dims), *dims[1:], None, None, None, None)
-    outputs, out_dims = rule(info, every, x, weights, *rest, cell, directions, save, keep_hidden)
-    return tuple(outputs), tuple(out_dims)
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        call, backend = _call_of(inputs), inputs[0]
+        kept = output[1 + len(call.spec.states) :]
+        saved, *histories, hidden = kept
+        ctx.mark_non_differentiable(*kept)
+        ctx.set_materialize_grads(False)
+        # All go through save_for_backward: a weight (or y, where there is no copy of it) changed in place must raise.
+        ctx.save_for_backward(
+            call.x, call.lengths, call.reset, hidden if call.keep_hidden else output[0], saved, *histories,
+            *call.states, *call.weights,
+        )  # fmt: skip
+        ctx.call = (backend, len(call.states), call.cell, tuple(call.directions), call.save)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None, *douts: Tensor | None) -> tuple[Any, ...]:
+        backend, given, cell, directions, save = ctx.call
+        count = len(CELLS[cell].states)
+        x, lengths, reset, hidden, saved, *rest = ctx.saved_tensors
+        histories, states, weights = rest[: count - 1], rest[count - 1 : count - 1 + given], rest[count - 1 + given :]
+        need_dx, need_dw = ctx.needs_input_grad[_PLAIN], any(ctx.needs_input_grad[_PLAIN + 3 + given :])
+        none = [None] * (_PLAIN + 3 + given + len(weights))
+        if dy is None and all(d is None for d in douts[:count]):
+            return tuple(none)
+        layer = LayerCall(x, weights, states, lengths, reset, cell, directions, save)
+        dstates = _together(layer, douts[:count])
+        call = BackwardCall(dy, dstates, *layer[:5], hidden, saved, histories, *layer[5:8], need_dx, need_dw)
+        # torch.compile has no double backward, but within what it compiles torch.func has.
+        if torch.is_grad_enabled() and (in_transform() or not torch.compiler.is_compiling()):
+            args = (backend, len(dstates), given, *call[10:], *_flat(call))
+            dx, *grads = LayerBackward.apply(*args)  # type: ignore[no-untyped-call]
+        else:
+            dx, *grads = BACKENDS[backend].backward(call)
+        grads += [None] * (given + len(weights) - len(grads))
+        return (*none[:_PLAIN], dx if need_dx else None, None, None, *grads)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Outputs, tuple[int | None, ...]]:
+        """Itself, on a larger batch or with more recurrences. Made by torch (generate_vmap_rule), it would compute the
+        weights' gradients sample by sample where their sum is asked for."""
+        call, dims = _call_of(args), _call_of((args[0], args[1], *in_dims[2:]))
+
+        def op(*call: Any) -> list[Tensor]:
+            return list(function(args[0], LayerCall(*call)))
+
+        outputs, out_dims = vmap.rule(op, vmap.forward)(info, tuple(map(_as_list, dims)), *call)
+        return tuple(outputs), tuple(out_dims)
 
 
-def _save(
-    ctx: Any,
-    cell: str,
-    x: Tensor,
-    h0: Tensor | None,
-    c0: Tensor | None,
-    lengths: Tensor | None,
-    reset: Tensor | None,
-    directions: Sequence[int],
-    save: str,
-    keep_hidden: bool,
-    backend: str,
-    weights: Sequence[Tensor],
-    outputs: Sequence[Tensor],
-) -> None:
-    saved, cells, hidden = outputs[-3:]
-    ctx.mark_non_differentiable(saved, cells, hidden)
-    ctx.set_materialize_grads(False)
-    # All go through save_for_backward: a weight (or y, where there is no copy of it) changed in place must raise.
-    ctx.save_for_backward(x, h0, c0, lengths, reset, hidden if keep_hidden else outputs[0], saved, cells, *weights)
-    ctx.call = (cell, tuple(directions), save, backend)
+def _as_list(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
 
 
-def _backward(ctx: Any, dy: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, need_dw: bool) -> Sequence[Any]:
-    """→ [dx, dh0, dc0, one per weight], None for what is not needed."""
-    x, h0, c0, lengths, reset, hidden, saved, cells, *weights = ctx.saved_tensors
-    cell, directions, save, backend = ctx.call
-    need_dx = ctx.needs_input_grad[0]
-    if dy is None and dh_n is None and dc_n is None:
-        return [None] * (3 + len(weights))
-    # torch.compile has no double backward, but within what it compiles torch.func has.
-    if torch.is_grad_enabled() and (in_transform() or not torch.compiler.is_compiling()):
-        args = (dy, dh_n, dc_n, x, h0, c0, lengths, reset, hidden, saved, cells)
-        grads = _apply(LayerBackward, *args, cell, directions, save, backend, need_dx, need_dw, *weights)
-    else:
-        grads = BACKENDS[backend].backward(
-            dy,
-            dh_n,
-            dc_n,
-            x,
-            weights,
-            h0,
-            c0,
-            lengths,
-            reset,
-            hidden,
-            saved,
-            cells,
-            cell,
-            directions,
-            save,
-            need_dx,
-            need_dw,
-        )
-    dx, dh0, dc0, *dweights = grads
+def _together(call: LayerCall, dstates: Sequence[Tensor | None]) -> list[Tensor]:
+    """Gradients of the states after: all of them, or none."""
+    if all(d is None for d in dstates):
+        return []
+    return [call.x.new_zeros(shape) if d is None else d for d, shape in zip(dstates, call.state_shapes(), strict=True)]
+
+
+def _flat(call: BackwardCall) -> list[Any]:
+    """A BackwardCall's tensors, in the order of LayerBackward's arguments."""
     return [
-        dx if need_dx else None,
-        None if h0 is None else dh0,
-        None if c0 is None else dc0,
-        *(dweights if need_dw else [None] * len(weights)),
-    ]
+        call.dy, call.x, call.lengths, call.reset, call.hidden, call.saved, *call.histories, *call.dstates,
+        *call.states, *call.weights,
+    ]  # fmt: skip
 
 
-class LSTMFunction(Function):
+class LayerBackward(Function):
+    """The backward of one layer as a Function: the backend's kernels forward, the reference composite backward. ::
+
+        apply(backend, number of dstates, number of states, cell, directions, save, need_dx, need_dw, *tensors)
+            → (dx, *gradients of the states given, *gradients of the weights)
+
+    tensors: dy, x, lengths, reset, hidden, saved, the histories, dstates, states and weights.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def _call(args: Sequence[Any]) -> BackwardCall:
+        dcount, given, cell = args[1:4]
+        dy, x, lengths, reset, hidden, saved, *rest = args[8:]
+        lists = []
+        for count in (len(CELLS[cell].states) - 1, dcount, given):
+            lists.append(rest[:count])
+            rest = rest[count:]
+        histories, dstates, states = lists
+        return BackwardCall(dy, dstates, x, rest, states, lengths, reset, hidden, saved, histories, *args[3:8])
+
+    @staticmethod
+    def forward(*args: Any) -> Outputs:
+        return tuple(BACKENDS[args[0]].backward(LayerBackward._call(args)))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        call = LayerBackward._call(inputs)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(call.dy, call.x, call.lengths, call.reset, *call.dstates, *call.states, *call.weights)
+        ctx.call = inputs[1:8]
+
+    @staticmethod
+    def backward(ctx: Any, *ddgrads: Tensor | None) -> tuple[Any, ...]:
+        dcount, given, cell, directions, _, need_dx, need_dw = ctx.call
+        dy, x, lengths, reset, *rest = ctx.saved_tensors
+        differentiable = [dy, x, *rest]  # dy, x, dstates, states, weights
+        present = [i for i, t in enumerate(differentiable) if t is not None]
+        more = len(CELLS[cell].states) - 1
+
+        def first(*tensors: Tensor) -> list[Tensor]:
+            full: list[Any] = [None] * len(differentiable)
+            for i, t in zip(present, tensors, strict=True):
+                full[i] = t
+            dy, x, *rest = full
+            dstates, states, weights = rest[:dcount], rest[dcount : dcount + given], rest[dcount + given :]
+            call = LayerCall(x, weights, states, lengths, reset, cell, directions)
+            dx, *grads = backward_layer(dy, dstates, call)
+            return [dx, *(grads[: more + 1] if given else []), *grads[more + 1 :]]
+
+        with without_autocast(x):
+            outputs, pull = torch.func.vjp(first, *(differentiable[i] for i in present))[:2]
+            # Those of forward's outputs that are placeholders (dx, the weights not asked for) got no gradient.
+            ddx, *ddrest = ddgrads
+            weights = len(rest) - dcount - given
+            asked = [ddx if need_dx else None, *ddrest[:given], *(ddrest[given:] if need_dw else [None] * weights)]
+            grads = pull([torch.zeros_like(o) if g is None else g for o, g in zip(outputs, asked, strict=True)])
+        full: list[Any] = [None] * len(differentiable)
+        for i, g in zip(present, grads, strict=True):
+            full[i] = g
+        return (*[None] * 8, full[0], full[1], *[None] * (4 + more), *full[2:])
+
+
+def _function(cell: str, states: Sequence[Tensor | None], x: Tensor, *rest: Any) -> Outputs:
+    """The layer's Function, as LSTMFunction and its like call it. rest: lengths, reset, directions, save, keep_hidden,
+    backend, weights."""
+    lengths, reset, directions, save, keep_hidden, backend, *weights = rest
+    call = LayerCall(x, weights, (), lengths, reset, cell, directions, save, keep_hidden)
+    return function(backend, call._replace(states=_together(call, states)))
+
+
+class LSTMFunction:
     """One LSTM layer. ::
 
         apply(x, h0, c0, lengths, reset, directions, save, keep_hidden, backend, *weights)
@@ -198,41 +265,14 @@ class LSTMFunction(Function):
     """
 
     @staticmethod
-    def vmap(info: Any, in_dims: Any, x: Any, h0: Any, c0: Any, lengths: Any, reset: Any, *call: Any) -> Any:
-        return _vmap("lstm", info, in_dims[:5], in_dims[9:], (x, h0, c0, lengths, reset), call)
-
-    @staticmethod
-    def forward(
-        x: Tensor,
-        h0: Tensor | None,
-        c0: Tensor | None,
-        lengths: Tensor | None,
-        reset: Tensor | None,
-        directions: Sequence[int],
-        save: str,
-        keep_hidden: bool,
-        backend: str,
-        *weights: Tensor,
-    ) -> Outputs:
-        return tuple(
-            BACKENDS[backend].forward(x, weights, h0, c0, lengths, reset, "lstm", directions, save, keep_hidden)
-        )
-
-    @staticmethod
-    def setup_context(ctx: FunctionCtx, inputs: tuple[Any, ...], output: Any) -> None:
-        x, h0, c0, lengths, reset, directions, save, keep_hidden, backend, *weights = inputs
-        _save(ctx, "lstm", x, h0, c0, lengths, reset, directions, save, keep_hidden, backend, weights, output)
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, *_: Any) -> Gradients:
-        dx, dh0, dc0, *dweights = _backward(ctx, dy, dh_n, dc_n, any(ctx.needs_input_grad[9:]))
-        return (dx, dh0, dc0, None, None, None, None, None, None, *dweights)
+    def apply(x: Tensor, h0: Tensor | None, c0: Tensor | None, *rest: Any) -> Outputs:
+        return _function("lstm", (h0, c0), x, *rest)
 
 
-class GRUFunction(Function):
+class GRUFunction:
     """One GRU layer (the reset gate after the recurrent product). ::
 
-        apply(x, h0, lengths, reset, directions, save, keep_hidden, backend, *weights) → (y, h_n, saved, cells, hidden)
+        apply(x, h0, lengths, reset, directions, save, keep_hidden, backend, *weights) → (y, h_n, saved, hidden)
 
     Weights of 3H rows, gate order r, z, n; all else as in :class:`LSTMFunction`.
     Source: Cho et al. 2014; gates as in torch.nn.GRU.
@@ -243,42 +283,15 @@ class GRUFunction(Function):
     """
 
     @staticmethod
-    def vmap(info: Any, in_dims: Any, x: Any, h0: Any, lengths: Any, reset: Any, *call: Any) -> Any:
-        dims = (*in_dims[:2], None, *in_dims[2:4])
-        return _vmap("gru", info, dims, in_dims[8:], (x, h0, None, lengths, reset), call)
-
-    @staticmethod
-    def forward(
-        x: Tensor,
-        h0: Tensor | None,
-        lengths: Tensor | None,
-        reset: Tensor | None,
-        directions: Sequence[int],
-        save: str,
-        keep_hidden: bool,
-        backend: str,
-        *weights: Tensor,
-    ) -> Outputs:
-        return tuple(
-            BACKENDS[backend].forward(x, weights, h0, None, lengths, reset, "gru", directions, save, keep_hidden)
-        )
-
-    @staticmethod
-    def setup_context(ctx: FunctionCtx, inputs: tuple[Any, ...], output: Any) -> None:
-        x, h0, lengths, reset, directions, save, keep_hidden, backend, *weights = inputs
-        _save(ctx, "gru", x, h0, None, lengths, reset, directions, save, keep_hidden, backend, weights, output)
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor | None, dh_n: Tensor | None, *_: Any) -> Gradients:
-        dx, dh0, _dc0, *dweights = _backward(ctx, dy, dh_n, None, any(ctx.needs_input_grad[8:]))
-        return (dx, dh0, None, None, None, None, None, None, *dweights)
+    def apply(x: Tensor, h0: Tensor | None, *rest: Any) -> Outputs:
+        return _function("gru", (h0,), x, *rest)
 
 
-class RNNFunction(Function):
+class RNNFunction:
     """One plain recurrent layer. ::
 
         apply(x, h0, lengths, reset, nonlinearity, directions, save, keep_hidden, backend, *weights)
-            → (y, h_n, saved, cells, hidden)
+            → (y, h_n, saved, hidden)
 
     nonlinearity: "tanh" or "relu".  Weights of H rows; all else as in :class:`LSTMFunction`.
     Source: Elman 1990; as in torch.nn.RNN.
@@ -289,103 +302,7 @@ class RNNFunction(Function):
     """
 
     @staticmethod
-    def vmap(info: Any, in_dims: Any, x: Any, h0: Any, lengths: Any, reset: Any, kind: str, *call: Any) -> Any:
-        dims = (*in_dims[:2], None, *in_dims[2:4])
-        return _vmap(f"rnn_{kind}", info, dims, in_dims[9:], (x, h0, None, lengths, reset), call)
-
-    @staticmethod
-    def forward(
-        x: Tensor,
-        h0: Tensor | None,
-        lengths: Tensor | None,
-        reset: Tensor | None,
-        nonlinearity: str,
-        directions: Sequence[int],
-        save: str,
-        keep_hidden: bool,
-        backend: str,
-        *weights: Tensor,
+    def apply(
+        x: Tensor, h0: Tensor | None, lengths: Tensor | None, reset: Tensor | None, nonlinearity: str, *rest: Any
     ) -> Outputs:
-        cell = f"rnn_{nonlinearity}"
-        return tuple(
-            BACKENDS[backend].forward(x, weights, h0, None, lengths, reset, cell, directions, save, keep_hidden)
-        )
-
-    @staticmethod
-    def setup_context(ctx: FunctionCtx, inputs: tuple[Any, ...], output: Any) -> None:
-        x, h0, lengths, reset, nonlinearity, directions, save, keep_hidden, backend, *weights = inputs
-        cell = f"rnn_{nonlinearity}"
-        _save(ctx, cell, x, h0, None, lengths, reset, directions, save, keep_hidden, backend, weights, output)
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor | None, dh_n: Tensor | None, *_: Any) -> Gradients:
-        dx, dh0, _dc0, *dweights = _backward(ctx, dy, dh_n, None, any(ctx.needs_input_grad[9:]))
-        return (dx, dh0, None, None, None, None, None, None, None, *dweights)
-
-
-class LayerBackward(Function):
-    """The backward of one layer as a Function: the backend's kernels forward, the reference composite backward."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(  # type: ignore[no-untyped-def]
-        dy,
-        dh_n,
-        dc_n,
-        x,
-        h0,
-        c0,
-        lengths,
-        reset,
-        hidden,
-        saved,
-        cells,
-        cell,
-        directions,
-        save,
-        backend,
-        need_dx,
-        need_dw,
-        *weights,
-    ):
-        kept = (hidden, saved, cells)
-        return tuple(
-            BACKENDS[backend].backward(
-                dy, dh_n, dc_n, x, weights, h0, c0, lengths, reset, *kept, cell, directions, save, need_dx, need_dw
-            )
-        )
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        dy, dh_n, dc_n, x, h0, c0, lengths, reset, _, _, _, cell, directions, _, _, need_dx, need_dw, *weights = inputs
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(dy, dh_n, dc_n, x, h0, c0, lengths, reset, *weights)
-        ctx.call = (cell, directions, need_dx, need_dw)
-
-    @staticmethod
-    def backward(ctx: Any, *ddgrads: Tensor | None) -> Gradients:
-        dy, dh_n, dc_n, x, h0, c0, lengths, reset, *weights = ctx.saved_tensors
-        cell, directions, need_dx, need_dw = ctx.call
-        given = (dy, dh_n, dc_n, x, h0, c0, *weights)
-        present = [i for i, t in enumerate(given) if t is not None]
-
-        def first(*tensors: Tensor) -> list[Tensor]:
-            full: list[Any] = [None] * len(given)
-            for i, t in zip(present, tensors, strict=True):
-                full[i] = t
-            dy, dh_n, dc_n, x, h0, c0, *weights = full
-            return backward_layer(dy, dh_n, dc_n, x, weights, h0, c0, lengths, reset, cell, directions)
-
-        with without_autocast(x):
-            outputs, pull = torch.func.vjp(first, *(given[i] for i in present))[:2]
-            # Those of forward's outputs that are placeholders (dx, dc0, the weights not asked for) got no gradient.
-            ddx, ddh0, ddc0, *ddweights = ddgrads
-            asked = [ddx if need_dx else None, None if h0 is None else ddh0]
-            asked += [None if c0 is None else ddc0] if cell == "lstm" else []
-            asked += ddweights if need_dw else [None] * len(weights)
-            grads = pull([torch.zeros_like(o) if g is None else g for o, g in zip(outputs, asked, strict=True)])
-        full: list[Any] = [None] * len(given)
-        for i, g in zip(present, grads, strict=True):
-            full[i] = g
-        return (*full[:6], *[None] * 11, *full[6:])
+        return _function(f"rnn_{nonlinearity}", (h0,), x, lengths, reset, *rest)

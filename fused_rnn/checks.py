@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from fused_rnn.call import Kinds, counts, kinds
 from fused_rnn.cells import CELLS
 
 # The modes of make_fx, torch.export and AOTAutograd: no value is to be read under them.
@@ -43,33 +44,32 @@ def misplaced(hx: Any) -> str:
     return "; reset is given by name: reset=" if "bool" in dtype else ""
 
 
-def parse(cell: str, shapes: Shapes, input_size: int, num_layers: int, recurrences: int) -> tuple[int, int, int]:
-    """(H, P, weights per recurrence) of a stack of layers with weights of these shapes. Raises ValueError."""
+def parse(cell: str, shapes: Shapes, input_size: int, num_layers: int, recurrences: int) -> tuple[int, int, Kinds]:
+    """(H, P, which weights) of a stack of layers with weights of these shapes. Raises ValueError."""
     if num_layers < 1:
         raise ValueError(f"num_layers: got {num_layers}, expected at least 1")
-    spec, projects = CELLS[cell], CELLS[cell].has_c
+    spec = CELLS[cell]
     count, left_over = divmod(len(shapes), num_layers * recurrences)
-    if left_over or count not in ((2, 3, 4, 5) if projects else (2, 4)):
+    found = None if left_over else kinds(spec, count)
+    if found is None:
         raise ValueError(
-            f"weights: got {len(shapes)} tensors, expected {'2, 3, 4 or 5' if projects else '2 or 4'}"
+            f"weights: got {len(shapes)} tensors, expected {counts(spec)}"
             f" for each of {num_layers} layer(s) × {recurrences} direction(s)"
         )
-    projects = count in (3, 5)
     rows, width = shapes[1] if len(shapes[1]) == 2 else (0, 1)
     hidden = rows // spec.gates
-    if rows != hidden * spec.gates or (width != hidden and not projects):
+    if rows != hidden * spec.gates or (width != hidden and not found.projects):
         raise ValueError(
             f"weights[1]: got {shape_text(shapes[1])},"
-            f" expected w_hh [{spec.gates}·H, {'P' if projects else 'H'}] of a {cell}"
+            f" expected w_hh [{spec.gates}·H, {'P' if found.projects else 'H'}] of a {cell}"
         )
-    biases = [(rows,), (rows,)] if count >= 4 else []
-    expected = [(rows, input_size), (rows, width), *biases, *([(width, hidden)] if projects else [])]
+    expected = found.shapes(spec, input_size, hidden, width)
     for k, shape in enumerate(shapes):
         if k == count * recurrences:  # every layer above the first reads all directions of the one below
             expected[0] = (rows, recurrences * width)
         if shape != expected[k % count]:
             raise ValueError(f"weights[{k}]: got {shape_text(shape)}, expected {shape_text(expected[k % count])}")
-    return hidden, width, count
+    return hidden, width, found
 
 
 _parse_cached = lru_cache(maxsize=4096)(parse)
@@ -77,7 +77,7 @@ _parse_cached = lru_cache(maxsize=4096)(parse)
 
 def check_weights(
     cell: str, x: Tensor, weights: Sequence[Tensor], input_size: int, num_layers: int, recurrences: int
-) -> tuple[int, int, int]:
+) -> tuple[int, int, Kinds]:
     """What `parse` says of the weights, which have x's dtype and device. Raises ValueError."""
     sizes = check_shapes(cell, weights, input_size, num_layers, recurrences)
     check_dtypes(x, weights)
@@ -86,7 +86,7 @@ def check_weights(
 
 def check_shapes(
     cell: str, weights: Sequence[Tensor], input_size: int, num_layers: int, recurrences: int
-) -> tuple[int, int, int]:
+) -> tuple[int, int, Kinds]:
     """What `parse` says of the weights. Raises ValueError, TypeError for what are no tensors."""
     try:
         if isinstance(weights, Tensor):  # type: ignore[unreachable]  # which would be a sequence of its rows

@@ -28,7 +28,7 @@ _CLASSES: dict[bool, dict[type[nn.Module], type[Fused]]] = {
     keep_class: {cls._fused_counterpart: cls for cls in classes}
     for keep_class, classes in ((False, _OURS), (True, _BOTH))
 }
-_TWINS: dict[type[nn.Module], type[nn.Module]] = {
+_COUNTERPARTS: dict[type[nn.Module], type[nn.Module]] = {
     cls: ours._fused_counterpart for ours in (*_OURS, *_BOTH) for cls in (ours, ours._fused_counterpart)
 }
 # What an instance may have of its own under a name that our classes need.
@@ -249,13 +249,13 @@ def _modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 def _ours(kind: type[nn.Module], parametrized: bool, keep_class: bool) -> type[nn.Module] | None:
     """The class that stands for one of torch.nn's, of ours, or derived from either; None for one that may stay."""
-    if kind in _TWINS:
-        cls = _CLASSES[keep_class][_TWINS[kind]]
+    if kind in _COUNTERPARTS:
+        cls = _CLASSES[keep_class][_COUNTERPARTS[kind]]
         return None if cls is kind else cls
     if _is_reparametrized(kind, parametrized):
         return _reparametrized(kind, _ours(kind.__bases__[0], False, keep_class))
     if not issubclass(kind, Fused):
-        return _derived(kind) if issubclass(kind, tuple(_TWINS)) else None  # type: ignore[arg-type]  # is hashable
+        return _derived(kind) if issubclass(kind, tuple(_COUNTERPARTS)) else None  # type: ignore[arg-type]  # is hashable
     if keep_class:
         return None if issubclass(kind, kind._fused_counterpart) else _derived(kind)  # type: ignore[arg-type]
     origin = vars(kind).get("_fused_from")
@@ -264,8 +264,8 @@ def _ours(kind: type[nn.Module], parametrized: bool, keep_class: bool) -> type[n
 
 def _theirs(kind: type[nn.Module], parametrized: bool) -> type[nn.Module] | None:
     """The inverse of _ours; None for a class that has no part in it, a user's derived from ours among them."""
-    if kind in _TWINS:
-        return None if _TWINS[kind] is kind else _TWINS[kind]
+    if kind in _COUNTERPARTS:
+        return None if _COUNTERPARTS[kind] is kind else _COUNTERPARTS[kind]
     if _is_reparametrized(kind, parametrized):
         return _reparametrized(kind, _theirs(kind.__bases__[0], False))
     origin = vars(kind).get("_fused_from")
@@ -316,7 +316,7 @@ def _derived(kind: type[nn.Module]) -> type[nn.Module]:
     Every super() in the user's methods then finds ours: the order of bases is kind's up to torch.nn's class, ours, and
     torch.nn's.
     """
-    counterpart = next(_TWINS[cls] for cls in kind.__mro__ if cls in _TWINS)
+    counterpart = next(_COUNTERPARTS[cls] for cls in kind.__mro__ if cls in _COUNTERPARTS)
     own = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "_fused_from": kind}
     root: type = kind
     while root.__base__ is not None and root.__base__.__dictoffset__:

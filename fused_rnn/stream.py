@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -12,7 +11,8 @@ from torch._C import _is_tracing as is_tracing  # torch.jit.trace
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling, is_exporting
 
-from fused_rnn import checks, functional, ops
+from fused_rnn import checks, layers, ops
+from fused_rnn.call import Kinds
 from fused_rnn.cells import CELLS
 from fused_rnn.transforms import op_gradient
 
@@ -83,7 +83,7 @@ class Stream:
             wide = torch.float64 if self.dtype == torch.float64 else torch.float32
             place: dict[str, Any] = {"dtype": wide if packs else self.dtype, "device": self.device}
             self._h = torch.zeros(num_layers, batch_size, width, **place)
-            self._c = torch.zeros(num_layers, batch_size, hidden, **place) if CELLS[cell].has_c else None
+            self._c = torch.zeros(num_layers, batch_size, hidden, **place) if len(CELLS[cell].states) > 1 else None
             kind = _Packed if packs else _Buffered
             self._runner: _Runner = kind(cell, backend, weights, self.input_size, sizes, self._h, self._c, self.dtype)
             self._runner.take(flat)
@@ -245,7 +245,7 @@ def _again(
 class _Runner(Protocol):
     """Runs the steps of a stream, whose state it is given."""
 
-    sizes: tuple[int, int, int]  # H, P, weights a layer
+    sizes: tuple[int, int, Kinds]  # H, P, the weights of a layer
     quick: Quick | None
 
     def take(self, weights: Sequence[Tensor]) -> None:
@@ -264,18 +264,18 @@ class _Packed:
         _backend: str | None,
         weights: str | None,
         input_size: int,
-        sizes: tuple[int, int, int],
+        sizes: tuple[int, int, Kinds],
         h: Tensor,
         c: Tensor | None,
         dtype: torch.dtype,
     ) -> None:
         self.sizes = sizes
-        hidden, self._width, self._count = sizes
+        hidden, self._width, self._kinds = sizes
         layers, batch, _ = h.shape
         self._narrow = weights
         self._native = ops._C.Stream(
-            ops.CODES[cell], _DTYPES[dtype], NARROW[weights], batch, input_size, hidden, self._width, layers,
-            self._count in (3, 5), h.data_ptr(), 0 if c is None else c.data_ptr(),
+            ops.CELLS[cell], _DTYPES[dtype], NARROW[weights], batch, input_size, hidden, self._width, layers,
+            self._kinds.projects, h.data_ptr(), 0 if c is None else c.data_ptr(),
         )  # fmt: skip
         self._state = h, c  # whose memory the native stream works in
         like = torch.empty(batch, self._width, dtype=dtype, device=h.device)
@@ -288,12 +288,8 @@ class _Packed:
             if self._narrow == "int8" and not bool(w.isfinite().all()):
                 raise ValueError(f"weights[{k}]: got a value that is not finite, which int8 cannot hold")
         plain = [w.resolve_neg().contiguous() for w in weights]
-        layers = []
-        for first in range(0, len(plain), self._count):
-            own = [w.data_ptr() for w in plain[first : first + self._count]]
-            biases = own[2:4] if self._count >= 4 else [0, 0]
-            layers.append([*own[:2], *biases, own[-1] if self._count in (3, 5) else 0])
-        self._native.pack(layers)
+        each = self._kinds.split(plain)
+        self._native.pack([[0 if t is None else t.data_ptr() for t in w[:5]] for w in each])
 
     def run(self, x: Tensor) -> Tensor:
         if is_compiling():
@@ -325,7 +321,7 @@ class _Buffered:
         backend: str | None,
         _weights: str | None,
         _input_size: int,
-        sizes: tuple[int, int, int],
+        sizes: tuple[int, int, Kinds],
         h: Tensor,
         c: Tensor | None,
         _dtype: torch.dtype,
@@ -333,7 +329,7 @@ class _Buffered:
         self.sizes = sizes
         self._h, self._c = h, c
         self._weights: list[Tensor] = []
-        self._function = partial(functional.LAYERS[cell], num_layers=h.size(0), backend=backend)
+        self._cell, self._backend = cell, backend
 
     def take(self, weights: Sequence[Tensor]) -> None:
         if not self._weights:
@@ -351,11 +347,8 @@ class _Buffered:
             return self._advance(x)
 
     def _advance(self, x: Tensor) -> Tensor:
-        y: Tensor
-        if self._c is None:
-            y, h = self._function(x, self._weights, self._h)
-        else:
-            y, (h, c) = self._function(x, self._weights, (self._h, self._c))
-            self._c.copy_(c)
-        self._h.copy_(h)
+        states = [self._h] if self._c is None else [self._h, self._c]
+        y, *after = layers.run(self._cell, x, self._weights, states, self._h.size(0), backend=self._backend)
+        for state, new in zip(states, after, strict=True):
+            state.copy_(new)
         return y

@@ -27,11 +27,11 @@ SILENT = 60  # and for a start; a process whose main thread never lets go of the
 # Files with tests that need a GPU, named one by one: others import what a machine with a GPU may lack. And in how many
 # processes they run: Triton's spend their time in its compiler.
 LANES = {
-    "cuda": (("tests/test_cuda_gpu.py",), 2),
+    "cuda": (("tests/cuda/test_gpu.py",), 2),
     "autocast": (("tests/test_autocast.py",), 1),
-    "emulator": (("tests/test_emulator.py",), 1),
-    "bench": (("tests/test_bench.py", "tests/test_bench_gpu.py"), 1),
-    "triton": (("tests/test_triton_gpu.py", "tests/test_triton_loops.py", "tests/test_triton_backend.py"), 12),
+    "emulator": (("tests/emulator/test_emulator.py",), 1),
+    "bench": (("tests/commands/test_bench.py", "tests/commands/test_bench_gpu.py"), 1),
+    "triton": (("tests/triton/test_gpu.py", "tests/triton/test_loops.py", "tests/triton/test_backend.py"), 12),
 }
 
 

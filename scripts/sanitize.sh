@@ -20,7 +20,9 @@ export ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1:halt_on_erro
 export PYTHONPATH=$out  # the package there is the one that is imported
 cd "$out"
 tests=()
-for name in functional activations nonfinite ops fast_path stream threads watchers; do tests+=("../../tests/test_$name.py"); done
+for name in test_functional test_nonfinite test_stream cpu/test_activations cpu/test_threads ops/test_ops ops/test_fast_path ops/test_watchers; do
+  tests+=("../../tests/$name.py")
+done
 isas=${*:-$("$python" -c 'import fused_rnn._C as C; print(C.available_isas().replace(",", " "))')}
 for isa in $isas; do  # --capture=sys: what a sanitizer writes as it ends the process is not swallowed
   export FUSED_RNN_ISA=$isa

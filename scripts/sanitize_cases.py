@@ -1,4 +1,4 @@
-"""Every case of tests/cases.py by the CPU kernels, with one thread and three, with gradients, without, and as a stream.
+"""Every case of tests/common/cases.py by the CPU kernels on one thread and three, with gradients and without, streamed.
 
 Nothing is compared, the sanitizers alone judge (scripts/sanitize.sh): the tests compare, with code compiled as it is
 installed, and spend nearly all their time on the reference loop.
@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests/common"))
 from cases import DTYPES, Case, inputs, option_cases, shape_cases
 from oracle import by_backend, forward
 

@@ -26,7 +26,7 @@ import wheels
 ROOT = Path(__file__).resolve().parent.parent
 PLACE = ROOT / "build/wheel-check"
 # What depends on torch's version: the ops, the modules' contract with torch.nn, autograd, conversion. No compilers.
-TESTS = ("test_ops", "test_modules", "test_module_contract", "test_fast_path", "test_convert")
+TESTS = ("ops/test_ops", "ops/test_fast_path", "nn/test_modules", "nn/test_contract", "convert/test_convert")
 NEEDS = ("numpy", "pytest>=8", "pytest-timeout>=2.3")
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
 from fused_rnn import GRUFunction, LSTMFunction, RNNFunction, autograd
+from fused_rnn.call import LayerCall
 from fused_rnn.cells import CELLS
 
 BACKENDS = ["cpu", "reference"]
@@ -90,10 +91,9 @@ def test_a_function_over_each_backend(cell: str, with_state: bool) -> None:
     for backend in ("cpu", "torch", "reference"):
         require(backend, case)
         tensors = leaves(given)
-        h0, c0 = [*tensors[1 : 1 + len(given.hx)], None, None][:2]
-        weights = tensors[1 + len(given.hx) :]
-        outputs = autograd.layer(cell, tensors[0], weights, h0, c0, None, None, (1, -1), "gates", True, backend)
-        outputs = [o for o in outputs if o is not None]
+        states, weights = tensors[1 : 1 + len(given.hx)], tensors[1 + len(given.hx) :]
+        call = LayerCall(tensors[0], weights, states, None, None, cell, (1, -1), "gates", True)
+        outputs = list(autograd.function(backend, call)[: 1 + len(CELLS[cell].states)])
         results.append([*outputs, *torch.autograd.grad(outputs, tensors, given.dout)])
     for one, other, third in zip(*results, strict=True):
         assert_same_formula(one, third)

@@ -32,6 +32,10 @@ pointwise_fwd_kernel(const FUSED_RNN_GRID_CONSTANT ForwardLoop p) {
   if (!flat.inside) return;
   const TimeIndex walk(p.steps, flat.r);
   ForwardUnit<Cell, Storage, Math> unit(p, walk, flat.r, flat.b, flat.u);
+  if (p.hidden) {
+    unit.take(p, walk, p.hidden);
+    unit.take_carried();
+  }
   unit.enter();
   unit.fetch(p, walk, p.steps.step0);
   for (int step = p.steps.step0; step < p.steps.step1; ++step) {

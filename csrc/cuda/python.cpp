@@ -3,6 +3,7 @@
 #include <optional>
 #include <tuple>
 
+#include "../cells/all.h"
 #include "../pybind.h"
 #include "bind_plan.h"
 #include "run.h"
@@ -75,6 +76,10 @@ PYBIND11_MODULE(FUSED_RNN_MODULE, m) {
   m.doc() = "The CUDA loops of fused_rnn: plans, and loops bound to addresses.";
   bind_plan(m);
   m.attr("ARCHITECTURES") = FUSED_RNN_ARCHITECTURES;
+  py::list cells;
+  for (const CellDescriptor& cell : kCells.of)
+    if (cell.name) cells.append(cell.name);
+  m.attr("CELLS") = py::tuple(cells);
   m.def(
       "device",
       [](int index) {
@@ -98,7 +103,7 @@ PYBIND11_MODULE(FUSED_RNN_MODULE, m) {
   bind_loop<ForwardLoop>(m, "Forward")
       .def(py::init([](const std::string& cell, int precision, const Plan* plan, const Steps& steps,
                        std::optional<std::pair<int, int>> window, Address gx, Address given, Address w, Address bias, Address h0,
-                       const Addresses& carried, Address y, Address h_n, Address saved, const Addresses& histories,
+                       Address hidden, const Addresses& carried, Address y, Address h_n, Address saved, const Addresses& histories,
                        const Addresses& checkpoints, int every, Address entering, bool wide) {
              ForwardLoop loop{};
              loop.steps = within(steps, window);
@@ -107,11 +112,13 @@ PYBIND11_MODULE(FUSED_RNN_MODULE, m) {
              loop.w = at(w);
              loop.bias = at(bias);
              loop.h0 = at(h0);
+             loop.hidden = at(hidden);
              fill(loop.carried, carried);
              loop.y = at(y);
              loop.h_n = at(h_n);
              loop.saved = at(saved);
              fill(loop.histories, histories);
+             loop.keeps_histories = !histories.empty();
              fill(loop.checkpoints, checkpoints);
              loop.every = every;
              loop.workspace.operand = at(entering);
@@ -119,9 +126,9 @@ PYBIND11_MODULE(FUSED_RNN_MODULE, m) {
              return Bound<ForwardLoop>(cell, Precision(precision), plan, loop);
            }),
            py::arg("cell"), py::arg("precision"), py::arg("plan"), py::arg("steps"), py::kw_only(), py::arg("window") = py::none(),
-           py::arg("gx"), py::arg("given") = 0, py::arg("w") = 0, py::arg("bias") = 0, py::arg("h0"), py::arg("carried") = none,
-           py::arg("y") = 0, py::arg("h_n") = 0, py::arg("saved") = 0, py::arg("histories") = none, py::arg("checkpoints") = none,
-           py::arg("every") = 1, py::arg("entering") = 0, py::arg("wide") = false);
+           py::arg("gx"), py::arg("given") = 0, py::arg("w") = 0, py::arg("bias") = 0, py::arg("h0"), py::arg("hidden") = 0,
+           py::arg("carried") = none, py::arg("y") = 0, py::arg("h_n") = 0, py::arg("saved") = 0, py::arg("histories") = none,
+           py::arg("checkpoints") = none, py::arg("every") = 1, py::arg("entering") = 0, py::arg("wide") = false);
   bind_loop<BackwardLoop>(m, "Backward")
       .def(py::init([](const std::string& cell, int precision, const Plan* plan, const Steps& steps,
                        std::optional<std::pair<int, int>> window, Address dy, Address given, Address w, const Addresses& states,

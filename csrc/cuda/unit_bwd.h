@@ -15,8 +15,7 @@ class BackwardUnit {
 
   FUSED_RNN_DEVICE BackwardUnit(const BackwardLoop& p, int r, int b, int u) : at(p.steps, r, b, u) {
     if (!at.inside) return;
-    FUSED_RNN_UNROLL
-    for (int s = 0; s < kStates; ++s) dstate_[s] = static_cast<const Acc*>(p.dstates[s])[at.in_state(p.steps)];
+    each<kStates>([&](auto s) { dstate_[s] = static_cast<const Acc*>(p.dstates[s])[at.in_state(p.steps)]; });
   }
 
   // Forgets what was fetched for the step before. A thread does so for all of its units before it fetches for any: loads on their way
@@ -34,18 +33,18 @@ class BackwardUnit {
     FUSED_RNN_UNROLL
     for (int s = 0; s < Cell::saved; ++s) kept_[s] = kept[s * p.steps.H];
     if (p.dy) dy_ = static_cast<const Storage*>(p.dy)[steps_size(p.steps, t, 1) + i];
-    FUSED_RNN_UNROLL
-    for (int s = 0; s < kStates; ++s)
-      if (reads_after(s)) after_[s].load(s > 0 && p.histories_are_wide, p.states[s], steps_size(p.steps, s > 0 ? local : t, 1) + i);
+    each<kStates>([&](auto s) {
+      if constexpr (reads_after(s))
+        after_[s].load(s > 0 && p.histories_are_wide, p.states[s], steps_size(p.steps, s > 0 ? local : t, 1) + i);
+    });
     reset_ = at.reset(p.steps, t);
-    const bool starts = walk.starts(t, at.length);
-    FUSED_RNN_UNROLL
-    for (int s = 0; s < kStates; ++s) {
-      if (!reads_before(s)) continue;
-      const bool first = starts || (s > 0 && step == p.steps.window0);
-      const int64_t here = steps_size(p.steps, s > 0 ? local : t, 1) + i, back = steps_size(p.steps, -walk.pace, 1);
-      before_[s].load(s > 0 && p.histories_are_wide, first ? p.first[s] : p.states[s], first ? at.in_state(p.steps) : here + back);
-    }
+    each<kStates>([&](auto s) {
+      if constexpr (reads_before(s)) {
+        const bool first = walk.starts(t, at.length) || (s > 0 && step == p.steps.window0);
+        const int64_t here = steps_size(p.steps, s > 0 ? local : t, 1) + i, back = steps_size(p.steps, -walk.pace, 1);
+        before_[s].load(s > 0 && p.histories_are_wide, first ? p.first[s] : p.states[s], first ? at.in_state(p.steps) : here + back);
+      }
+    });
   }
   // What the step after the last one here left to it: for a loop that goes on where another one ended.
   FUSED_RNN_DEVICE void resume(const BackwardLoop& p, const TimeIndex& walk) {
@@ -63,16 +62,14 @@ class BackwardUnit {
     Acc kept[Cell::saved > 0 ? Cell::saved : 1], before[kStates], after[kStates], dstate[kStates];
     FUSED_RNN_UNROLL
     for (int s = 0; s < Cell::saved; ++s) kept[s] = widen(kept_[s]);
-    FUSED_RNN_UNROLL
-    for (int s = 0; s < kStates; ++s) {
-      after[s] = after_[s].value(s > 0 && p.histories_are_wide);
-      before[s] = live() ? before_[s].value(s > 0 && p.histories_are_wide) : Acc(0);
+    each<kStates>([&](auto s) {
+      if constexpr (reads_after(s)) after[s] = after_[s].value(s > 0 && p.histories_are_wide);
+      if constexpr (reads_before(s)) before[s] = live() ? before_[s].value(s > 0 && p.histories_are_wide) : Acc(0);
       dstate[s] = dstate_[s];
-    }
+    });
     dstate[0] += widen(dy_);
     Cell::template backward<Math>(kept, before, after, dstate, d_);
-    FUSED_RNN_UNROLL
-    for (int s = 0; s < kStates; ++s) dstate_[s] = live() ? dstate[s] : Acc(0);
+    each<kStates>([&](auto s) { dstate_[s] = live() ? dstate[s] : Acc(0); });
   }
 
   // Gradient g of the recurrent side, as it is stored and as the next product reads it.
@@ -87,8 +84,7 @@ class BackwardUnit {
 
   FUSED_RNN_DEVICE void finish(const BackwardLoop& p) const {
     if (!at.inside) return;
-    FUSED_RNN_UNROLL
-    for (int s = 0; s < kStates; ++s) static_cast<Acc*>(p.dstates[s])[at.in_state(p.steps)] = dstate_[s];
+    each<kStates>([&](auto s) { static_cast<Acc*>(p.dstates[s])[at.in_state(p.steps)] = dstate_[s]; });
   }
 
  private:

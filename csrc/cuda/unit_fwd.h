@@ -20,23 +20,30 @@ class ForwardUnit {
   FUSED_RNN_DEVICE ForwardUnit(const ForwardLoop& p, const TimeIndex& walk, int r, int b, int u) : at(p.steps, r, b, u) {
     if (!at.inside) return;
     const int i = at.in_state(p.steps);
-    FUSED_RNN_UNROLL
-    for (int k = 0; k < kCarried; ++k) carried_[k] = static_cast<const Acc*>(p.carried[k])[i];
-    FUSED_RNN_UNROLL
-    for (int k = 0; k < kApart; ++k) bias_[k] = widen(static_cast<const Storage*>(p.bias)[(r * kApart + k) * p.steps.H + u]);
+    each<kCarried>([&](auto k) { carried_[k] = static_cast<const Acc*>(p.carried[k])[i]; });
+    each<kApart>([&](auto k) { bias_[k] = widen(static_cast<const Storage*>(p.bias)[(r * kApart + k) * p.steps.H + u]); });
     h_ = static_cast<const Storage*>(p.h0)[i];
+    if (keeps_checkpoints(p) && p.steps.step0 == 0) checkpoint(p, 0);
+    if (p.y) take(p, walk, p.y);
+    if (at.valid(walk.time(p.steps.step0))) next_reset_ = at.reset(p.steps, walk.time(p.steps.step0));
+  }
+
+  // h as it enters step0, of the steps before it; y: [T, B, R, H].
+  FUSED_RNN_DEVICE void take(const ForwardLoop& p, const TimeIndex& walk, const void* y) {
     const int before = walk.pace < 0 ? walk.T - p.steps.step0 : p.steps.step0 - 1;  // the time of the step before
     const int t = walk.pace < 0 || before < at.length ? before : at.length - 1;     // or the sequence's last
-    if (keeps_checkpoints(p) && p.steps.step0 == 0) checkpoint(p, 0);
-    if (p.y && t >= 0 && t < at.length) h_ = static_cast<const Storage*>(p.y)[steps_size(p.steps, t, 1) + at.in_step(p.steps, 1)];
-    if (at.valid(walk.time(p.steps.step0))) next_reset_ = at.reset(p.steps, walk.time(p.steps.step0));
+    if (t >= 0 && t < at.length) h_ = static_cast<const Storage*>(y)[steps_size(p.steps, t, 1) + at.in_step(p.steps, 1)];
+  }
+  // Likewise what is carried of it, where nobody kept it in the accumulation type.
+  FUSED_RNN_DEVICE void take_carried() {
+    if (Cell::reads_h) carried_[0] = widen(h_);
   }
 
   // The states as they enter this step. A thread enters all of its units before it fetches for any: loads on their way would be waited for.
   FUSED_RNN_DEVICE void enter() {
-    FUSED_RNN_UNROLL
-    for (int k = 0; k < kCarried; ++k)
+    each<kCarried>([&](auto k) {
       if (next_reset_ != 0) carried_[k] = 0;
+    });
     next_reset_ = 0;
     renew(at.u);  // offsets that were kept from step to step would take the registers that the weights need
   }
@@ -58,14 +65,11 @@ class ForwardUnit {
     Acc a[kGradients<Cell>], before[kStates] = {}, after[kStates];
     FUSED_RNN_UNROLL
     for (int g = 0; g < G; ++g) a[g] = g < G - kApart ? widen(x_[g]) + recurrent[g] : widen(x_[g]);
-    FUSED_RNN_UNROLL
-    for (int k = 0; k < kApart; ++k) a[G + k] = recurrent[G - kApart + k] + bias_[k];
-    FUSED_RNN_UNROLL
-    for (int k = 0; k < kCarried; ++k) before[kFirst + k] = carried_[k];
+    each<kApart>([&](auto k) { a[G + k] = recurrent[G - kApart + k] + bias_[k]; });
+    each<kCarried>([&](auto k) { before[kFirst + k] = carried_[k]; });
     Cell::template forward<Math>(a, before, after, kept_);
     if (!at.valid(walk.time(step))) return;
-    FUSED_RNN_UNROLL
-    for (int k = 0; k < kCarried; ++k) carried_[k] = after[kFirst + k];
+    each<kCarried>([&](auto k) { carried_[k] = after[kFirst + k]; });
     h_ = narrow<Storage>(after[0]);
   }
 
@@ -87,20 +91,18 @@ class ForwardUnit {
       FUSED_RNN_UNROLL
       for (int s = 0; s < Cell::saved; ++s) saved[s * p.steps.H] = valid ? narrow<Storage>(kept_[s]) : Storage{};
     }
-    if (kStates > 1 && p.histories[0]) {
+    if (kStates > 1 && p.keeps_histories) {
       const int64_t i = steps_size(p.steps, local, 1) + at.in_step(p.steps, 1);
-      FUSED_RNN_UNROLL
-      for (int s = 1; s < kStates; ++s) {
-        if (p.histories_are_wide) static_cast<Acc*>(p.histories[s - 1])[i] = carried_[s - kFirst];
-        else static_cast<Storage*>(p.histories[s - 1])[i] = narrow<Storage>(carried_[s - kFirst]);
-      }
+      each<kStates - 1>([&](auto s) {
+        if (p.histories_are_wide) static_cast<Acc*>(p.histories[s])[i] = carried_[s + 1 - kFirst];
+        else static_cast<Storage*>(p.histories[s])[i] = narrow<Storage>(carried_[s + 1 - kFirst]);
+      });
     }
   }
 
   FUSED_RNN_DEVICE void finish(const ForwardLoop& p) const {
     if (!at.inside) return;
-    FUSED_RNN_UNROLL
-    for (int k = 0; k < kCarried; ++k) static_cast<Acc*>(p.carried[k])[at.in_state(p.steps)] = carried_[k];
+    each<kCarried>([&](auto k) { static_cast<Acc*>(p.carried[k])[at.in_state(p.steps)] = carried_[k]; });
     if (p.h_n && p.steps.step1 == p.steps.T) static_cast<Storage*>(p.h_n)[at.in_state(p.steps)] = h_;
   }
 
@@ -109,8 +111,7 @@ class ForwardUnit {
   // The states that enter a step.
   FUSED_RNN_DEVICE void checkpoint(const ForwardLoop& p, int step) const {
     const int64_t i = steps_size(p.steps, step / p.every, 1) + at.in_state(p.steps);
-    FUSED_RNN_UNROLL
-    for (int s = 1; s < kStates; ++s) static_cast<Acc*>(p.checkpoints[s - 1])[i] = carried_[s - kFirst];
+    each<kStates - 1>([&](auto s) { static_cast<Acc*>(p.checkpoints[s])[i] = carried_[s + 1 - kFirst]; });
   }
 
   Acc carried_[kCarried > 0 ? kCarried : 1] = {}, bias_[kApart > 0 ? kApart : 1] = {};

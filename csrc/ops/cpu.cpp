@@ -4,17 +4,19 @@
 
 namespace fused_rnn::ops {
 
-std::vector<Tensor> cpu_backward(MaybeTensor dy, MaybeTensor dh_n, MaybeTensor dc_n, Tensor x, std::vector<Tensor> weights, MaybeTensor h0,
-                                 MaybeTensor c0, MaybeTensor lengths, MaybeTensor reset, Tensor hidden, Tensor saved, Tensor cells,
-                                 StringHandle cell_name, std::vector<int64_t> directions, StringHandle save_name, bool need_dx,
-                                 bool need_dw);
+std::vector<Tensor> cpu_backward(MaybeTensor dy, std::vector<Tensor> dstates, Tensor x, std::vector<Tensor> weights,
+                                 std::vector<Tensor> states, MaybeTensor lengths, MaybeTensor reset, Tensor hidden, Tensor saved,
+                                 std::vector<Tensor> histories, StringHandle cell_name, std::vector<int64_t> directions,
+                                 StringHandle save_name, bool need_dx, bool need_dw);
 
 namespace {
 
-std::vector<Tensor> cpu_forward(Tensor x, std::vector<Tensor> weights, MaybeTensor h0, MaybeTensor c0, MaybeTensor lengths,
-                                MaybeTensor reset, StringHandle cell_name, std::vector<int64_t> directions, StringHandle save_name,
-                                bool keep_hidden) {
+std::vector<Tensor> cpu_forward(Tensor x, std::vector<Tensor> weights, std::vector<Tensor> states, MaybeTensor lengths, MaybeTensor reset,
+                                StringHandle cell_name, std::vector<int64_t> directions, StringHandle save_name, bool keep_hidden) {
   const std::string cell = taken(cell_name), save = taken(save_name);
+  MaybeTensor h0, c0;
+  if (!states.empty()) h0 = states[0];
+  if (states.size() > 1) c0 = states[1];
   const bool keep_gates = save == "gates", recompute = save == "recompute";
   STD_TORCH_CHECK(keep_gates || recompute || save == "none", "fused_rnn: save is '", save, "', expected none, gates or recompute");
   const Layer layer(x, weights, h0, c0, lengths, reset, cell_of(cell), directions);
@@ -28,7 +30,7 @@ std::vector<Tensor> cpu_forward(Tensor x, std::vector<Tensor> weights, MaybeTens
   if (lstm) c = layer.state(c0, p.H);
   if (keep_gates) {
     saved = empty(y, {p.T, p.B, p.R, saved_of(p.cell), p.H});
-    cells = empty(y, lstm ? Sizes{p.T, p.B, p.R, p.H} : Sizes{0});
+    if (lstm) cells = empty(y, Sizes{p.T, p.B, p.R, p.H});
   } else if (recompute) {
     saved = empty({checkpoint_rows(p.T), p.R, p.B, p.P + (lstm ? p.H : 0)}, accumulation_type(y));
     cells = empty(y, {0});
@@ -64,7 +66,7 @@ std::vector<Tensor> cpu_forward(Tensor x, std::vector<Tensor> weights, MaybeTens
   if (lstm) out.push_back(converted(*c, y.scalar_type()));
   if (save != "none") {
     out.push_back(*saved);
-    out.push_back(*cells);
+    if (lstm) out.push_back(*cells);
     out.push_back(*hidden);
   }
   return out;
@@ -131,6 +133,15 @@ std::vector<Tensor> cpu_step(Tensor x, MaybeTensor h, MaybeTensor c, Tensor w_ih
   return out;
 }
 
+std::vector<Tensor> cpu_step_of(Tensor x, std::vector<Tensor> weights, std::vector<Tensor> states, StringHandle name) {
+  MaybeTensor h, c, b_ih, b_hh, w_hr;
+  if (!states.empty()) h = states[0];
+  if (states.size() > 1) c = states[1];
+  if (weights.size() >= 4) b_ih = weights[2], b_hh = weights[3];
+  if (weights.size() % 2) w_hr = weights.back();
+  return cpu_step(x, h, c, weights[0], weights[1], b_ih, b_hh, w_hr, int64_t(cell_of(taken(name))));
+}
+
 Tensor cpu_activation(Tensor x, int64_t which) {
   const Tensor in = as_contiguous(x), out = empty(in, sizes_of(in));
   STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float || x.scalar_type() == ScalarType::Double, "fused_rnn: x must be float32 or float64");
@@ -143,18 +154,18 @@ Tensor cpu_activation(Tensor x, int64_t which) {
 
 STABLE_TORCH_LIBRARY(fused_rnn, m) {
   m.def(
-      "forward(Tensor x, Tensor[] weights, Tensor? h0, Tensor? c0, Tensor? lengths, Tensor? reset, str cell, int[] directions, str save, "
+      "forward(Tensor x, Tensor[] weights, Tensor[] states, Tensor? lengths, Tensor? reset, str cell, int[] directions, str save, "
       "bool keep_hidden) -> Tensor[]");
   m.def(
-      "backward(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor x, Tensor[] weights, Tensor? h0, Tensor? c0, Tensor? lengths, Tensor? "
+      "backward(Tensor? dy, Tensor[] dstates, Tensor x, Tensor[] weights, Tensor[] states, Tensor? lengths, Tensor? "
       "reset, "
-      "Tensor hidden, Tensor saved, Tensor cells, str cell, int[] directions, str save, bool need_dx, bool need_dw) -> Tensor[]");
-  m.def("step(Tensor x, Tensor? h, Tensor? c, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, Tensor? w_hr, int cell) -> Tensor[]");
+      "Tensor hidden, Tensor saved, Tensor[] histories, str cell, int[] directions, str save, bool need_dx, bool need_dw) -> Tensor[]");
+  m.def("step(Tensor x, Tensor[] weights, Tensor[] states, str cell) -> Tensor[]");
   m.def("activation(Tensor x, int which) -> Tensor");
 }
 STABLE_TORCH_LIBRARY_IMPL(fused_rnn, CPU, m) {
   m.impl("forward", TORCH_BOX(&fused_rnn::ops::cpu_forward));
   m.impl("backward", TORCH_BOX(&fused_rnn::ops::cpu_backward));
-  m.impl("step", TORCH_BOX(&fused_rnn::ops::cpu_step));
+  m.impl("step", TORCH_BOX(&fused_rnn::ops::cpu_step_of));
   m.impl("activation", TORCH_BOX(&fused_rnn::ops::cpu_activation));
 }

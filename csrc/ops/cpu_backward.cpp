@@ -48,12 +48,18 @@ struct Gradient {
 
 }  // namespace
 
-std::vector<Tensor> cpu_backward(MaybeTensor dy, MaybeTensor dh_n, MaybeTensor dc_n, Tensor x, std::vector<Tensor> weights, MaybeTensor h0,
-                                 MaybeTensor c0, MaybeTensor lengths, MaybeTensor reset, Tensor hidden, Tensor saved, Tensor cells,
-                                 StringHandle cell_name, std::vector<int64_t> directions, StringHandle save_name, bool need_dx,
-                                 bool need_dw) {
+std::vector<Tensor> cpu_backward(MaybeTensor dy, std::vector<Tensor> dstates, Tensor x, std::vector<Tensor> weights,
+                                 std::vector<Tensor> states, MaybeTensor lengths, MaybeTensor reset, Tensor hidden, Tensor saved,
+                                 std::vector<Tensor> histories, StringHandle cell_name, std::vector<int64_t> directions,
+                                 StringHandle save_name, bool need_dx, bool need_dw) {
   const std::string cell = taken(cell_name), save = taken(save_name);
   const bool recompute = save == "recompute";
+  MaybeTensor h0, c0, dh_n, dc_n;
+  if (!states.empty()) h0 = states[0];
+  if (states.size() > 1) c0 = states[1];
+  if (!dstates.empty()) dh_n = dstates[0];
+  if (dstates.size() > 1) dc_n = dstates[1];
+  Tensor cells = histories.empty() ? empty(x, {0}) : histories[0];
   STD_TORCH_CHECK(recompute || save == "gates", "fused_rnn: save is '", save, "', expected gates or recompute");
   const Layer layer(x, weights, h0, c0, lengths, reset, cell_of(cell), directions);
   const Problem& p = layer.p;
@@ -189,7 +195,9 @@ std::vector<Tensor> cpu_backward(MaybeTensor dy, MaybeTensor dh_n, MaybeTensor d
     }
   }
 
-  std::vector<Tensor> out{dx, h0 ? converted(dh, x.scalar_type()) : empty(x, {0}), c0 ? converted(*dc, x.scalar_type()) : empty(x, {0})};
+  std::vector<Tensor> out{dx};
+  if (h0) out.push_back(converted(dh, x.scalar_type()));
+  if (c0) out.push_back(converted(*dc, x.scalar_type()));
   for (const Gradient& g : gradients) out.push_back(g.finish());
   return out;
 }

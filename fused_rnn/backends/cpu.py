@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from fused_rnn import ops
 from fused_rnn.cells import unknown
+from fused_rnn.reference.loop import without_autocast
 from fused_rnn.transforms.op_gradient import without_gradient
 
 if TYPE_CHECKING:
+    from fused_rnn.call import BackwardCall, LayerCall
     from fused_rnn.problem import Problem
 
 NAME = "cpu"
@@ -29,7 +31,7 @@ def supports(problem: Problem) -> str | None:
         return f"it runs tensors on the cpu, these are on {problem.device}"
     if problem.dtype not in DTYPES:
         return f"it knows float32, float64, bfloat16 and float16, not {problem.dtype}"
-    if (reason := unknown(problem.cell, ops.CODES)) is not None:
+    if (reason := unknown(problem.cell, ops.CELLS)) is not None:
         return reason
     if problem.hidden_size == 0:
         return "it has no loop over no hidden units"
@@ -40,28 +42,21 @@ def supports(problem: Problem) -> str | None:
     return None
 
 
-def _run(op: Callable[..., list[Tensor]], args: tuple[Any, ...]) -> list[Tensor]:
-    if torch.is_autocast_enabled("cpu"):  # or torch operations inside the op would be recast
-        with torch.autocast("cpu", enabled=False):
-            return without_gradient(op, *args)
-    return without_gradient(op, *args)
+def forward(call: LayerCall) -> list[Tensor]:
+    """One layer: the op fused_rnn::forward."""
+    with without_autocast(call.x):  # or torch operations inside the op would be recast
+        return without_gradient(ops.forward, *call)
 
 
-def forward(*args: Any) -> list[Tensor]:
-    """One layer: the op fused_rnn::forward, whose schema says arguments and result."""
-    return _run(ops.forward, args)
+def backward(call: BackwardCall) -> list[Tensor]:
+    """One layer's gradients: the op fused_rnn::backward."""
+    with without_autocast(call.x):
+        return without_gradient(ops.backward, *call)
 
 
-def backward(*args: Any) -> list[Tensor]:
-    """One layer's gradients: the op fused_rnn::backward, whose schema says arguments and result."""
-    return _run(ops.backward, args)
-
-
-def step(x: Tensor, h: Tensor | None, c: Tensor | None, weights: Sequence[Tensor], cell: str) -> list[Tensor]:
-    """One step: x [B, D], h [B, P], c [B, H], None for zeros → [h'] or [h', c']; no gradient. fused_rnn::step."""
-    w_ih, w_hh, *rest = weights
-    b_ih, b_hh = rest[:2] if len(rest) >= 2 else (None, None)
-    return ops.step(x, h, c, w_ih, w_hh, b_ih, b_hh, rest[-1] if len(rest) in (1, 3) else None, ops.CODES[cell])
+def step(x: Tensor, weights: Sequence[Tensor], states: Sequence[Tensor], cell: str) -> list[Tensor]:
+    """One step: x [B, D], states [B, ·] or () for zeros → the states after; no gradient. The op fused_rnn::step."""
+    return ops.step(x, weights, states, cell)
 
 
 def describe(problem: Problem) -> str:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from fused_rnn.call import BackwardCall, LayerCall
 from fused_rnn.cells import CELLS, unknown
 from fused_rnn.reference.gradient import backward_layer
 from fused_rnn.reference.loop import run_layer, without_autocast
@@ -28,61 +29,31 @@ def supports(problem: Problem) -> str | None:
     return None
 
 
-def forward(
-    x: Tensor,
-    weights: Sequence[Tensor],
-    h0: Tensor | None,
-    c0: Tensor | None,
-    lengths: Tensor | None,
-    reset: Tensor | None,
-    cell: str,
-    directions: Sequence[int],
-    save: str,
-    keep_hidden: bool,
-) -> list[Tensor]:
-    """One layer; arguments and result as those of the op fused_rnn::forward, with nothing in `saved` and `cells`."""
-    with without_autocast(x):  # the matrix products would fall back into 16 bit
-        y, h_n, c_n = run_layer(x, weights, h0, c0, lengths, reset, cell, directions)
-    outputs = [y, h_n] if c_n is None else [y, h_n, c_n]
-    if save != "none":
-        outputs += [x.new_empty(0), x.new_empty(0), y.clone() if keep_hidden else x.new_empty(0)]
+def forward(call: LayerCall) -> list[Tensor]:
+    """One layer; result as of the op fused_rnn::forward, with nothing in what it keeps."""
+    with without_autocast(call.x):  # the matrix products would fall back into 16 bit
+        outputs = run_layer(call)
+    if call.save != "none":
+        nothing = [call.x.new_empty(0) for _ in call.spec.states]  # saved, and a history for each state but h
+        outputs += [*nothing, outputs[0].clone() if call.keep_hidden else call.x.new_empty(0)]
     return outputs
 
 
-def backward(
-    dy: Tensor | None,
-    dh_n: Tensor | None,
-    dc_n: Tensor | None,
-    x: Tensor,
-    weights: Sequence[Tensor],
-    h0: Tensor | None,
-    c0: Tensor | None,
-    lengths: Tensor | None,
-    reset: Tensor | None,
-    hidden: Tensor,
-    saved: Tensor,
-    cells: Tensor,
-    cell: str,
-    directions: Sequence[int],
-    save: str,
-    need_dx: bool,
-    need_dw: bool,
-) -> list[Tensor]:
-    """One layer's gradients by running it again; arguments and result as those of the op fused_rnn::backward."""
-    with without_autocast(x):
-        dx, dh0, *rest = backward_layer(dy, dh_n, dc_n, x, weights, h0, c0, lengths, reset, cell, directions)
-    none = x.new_empty(0)
-    dc0 = rest.pop(0) if CELLS[cell].has_c else none
-    states = (none if h0 is None else dh0, none if c0 is None else dc0)
-    return [dx if need_dx else none, *states, *(rest if need_dw else [])]
+def backward(call: BackwardCall) -> list[Tensor]:
+    """One layer's gradients by running it again; result as of the op fused_rnn::backward."""
+    with without_autocast(call.x):
+        dx, *grads = backward_layer(call.dy, call.dstates, call.layer)
+    count = len(call.layer.spec.states)
+    given = grads[:count] if call.states else []
+    return [dx if call.need_dx else call.x.new_empty(0), *given, *(grads[count:] if call.need_dw else [])]
 
 
-def step(x: Tensor, h: Tensor | None, c: Tensor | None, weights: Sequence[Tensor], cell: str) -> list[Tensor]:
-    """One step: x [B, D], h [B, P], c [B, H], None for zeros → [h'] or [h', c']. Differentiable."""
+def step(x: Tensor, weights: Sequence[Tensor], states: Sequence[Tensor], cell: str) -> list[Tensor]:
+    """One step: x [B, D], states [B, ·] or () for zeros → the states after. Differentiable."""
+    call = LayerCall(x.unsqueeze(0), weights, [s.unsqueeze(0) for s in states], None, None, cell, (1,))
     with without_autocast(x):
-        h, c = (t if t is None else t.unsqueeze(0) for t in (h, c))
-        _, h_n, c_n = run_layer(x.unsqueeze(0), weights, h, c, None, None, cell, (1,))
-    return [s.squeeze(0).clone() for s in (h_n, c_n) if s is not None]  # no views, as those of other backends
+        _, *after = run_layer(call)
+    return [s.squeeze(0).clone() for s in after]  # no views, as those of other backends
 
 
 def describe(problem: Problem) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from fused_rnn.triton import device as devices
 from fused_rnn.triton import tiles
 
 if TYPE_CHECKING:
+    from fused_rnn.call import BackwardCall, LayerCall
     from fused_rnn.gpu.loops import Layer, Loops
     from fused_rnn.problem import Problem
 
@@ -98,16 +99,16 @@ def _loops(layer: Layer, x: Tensor, backward: bool) -> Loops:
 forward_op, backward_op = op.define("triton", _loops, ("CPU", "CUDA"))  # CPU: in the interpreter
 
 
-def forward(*args: Any) -> list[Tensor]:
-    """One layer: the op fused_rnn::triton_forward, arguments and result as of fused_rnn::forward."""
-    return without_gradient(forward_op, *args)
+def forward(call: LayerCall) -> list[Tensor]:
+    """One layer: the op fused_rnn::triton_forward, as fused_rnn::forward."""
+    return without_gradient(forward_op, *call)
 
 
-def backward(*args: Any) -> list[Tensor]:
-    """One layer's gradients: the op fused_rnn::triton_backward, arguments and result as of fused_rnn::backward."""
-    return without_gradient(backward_op, *args)
+def backward(call: BackwardCall) -> list[Tensor]:
+    """One layer's gradients: the op fused_rnn::triton_backward, as fused_rnn::backward."""
+    return without_gradient(backward_op, *call)
 
 
-def step(x: Tensor, h: Tensor | None, c: Tensor | None, weights: Sequence[Tensor], cell: str) -> list[Tensor]:
-    """One step: x [B, D], h [B, P], c [B, H], None for zeros → [h'] or [h', c']; no gradient."""
-    return op.step(forward_op, x, h, c, weights, cell)
+def step(x: Tensor, weights: Sequence[Tensor], states: Sequence[Tensor], cell: str) -> list[Tensor]:
+    """One step: x [B, D], states [B, ·] or () for zeros → the states after; no gradient."""
+    return op.step(forward_op, x, weights, states, cell)

@@ -2,28 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 from torch import Tensor
 
-# (gates of the input side [B, G·H], of the recurrent side [B, G·H], h [B, P], c [B, H] or None) → (h' [B, H], c' or
-# None). The biases are already in: b_ih in the input side, b_hh in the recurrent one. A projection of h' is the loop's.
-Step = Callable[[Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor | None]]
+# (the gates' input sides, their recurrent sides, G tensors [B, H] each, the states h [B, P] and others [B, H], the
+# parameter vectors [H]) → the states after. The biases are already in: b_ih in the input side, b_hh in the recurrent
+# one. A projection of h is the loop's.
+Step = Callable[[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]], tuple[Tensor, ...]]
 
 
-class Spec(NamedTuple):
+class Cell(NamedTuple):
     """A cell.
 
-    gates: G, the pre-activations of width H.  stored: S, the vectors kept per step for backward.
-    has_c: whether there is a second state beside h.  step: the formula.
+    gates: G, the pre-activations of width H.
+    states: their names. The first is the output, and goes through W_hh.
+    saved: S, the gate vectors kept per step for backward.
+    step: the formula.
+    params: names of vectors of one number per unit, [H] each, beside the matrices and biases.
+    apart: how many of the last gates enter the formula with their input and recurrent side apart. Of all others it sees
+        the sum of both.
+    reads_h: the formula reads h itself, not only what W_hh makes of it.
+    projects: h may have a projection.
     """
 
     name: str
     gates: int
-    stored: int
-    has_c: bool
+    states: tuple[str, ...]
+    saved: int
     step: Step
+    params: tuple[str, ...] = ()
+    apart: int = 0
+    reads_h: bool = False
+    projects: bool = False
+
+    @property
+    def gradients(self) -> int:
+        """G + apart, the vectors that backward makes of a step: first the input sides of the gates that enter apart,
+        then the recurrent sides of all. So the input side is the first G of them, and the recurrent side the last G."""
+        return self.gates + self.apart
+
+    @property
+    def carried(self) -> int:
+        """How many states a loop carries in the accumulation dtype: all but h, and h too where the formula reads it."""
+        return len(self.states) - 1 + self.reads_h
 
 
 def unknown(cell: str, known: Iterable[str]) -> str | None:

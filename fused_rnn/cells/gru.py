@@ -5,17 +5,18 @@ Source: Cho et al. 2014; the "reset after" form, with a bias of its own inside i
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
-from fused_rnn.cells.descriptor import Spec
+from fused_rnn.cells.descriptor import Cell
 
 
-def step(gates_x: Tensor, gates_h: Tensor, h: Tensor, c: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """n = tanh(x_n + r·h_n), h' = n + z·(h - n).  gates_x, gates_h [B, 3H], h [B, H] → (h' [B, H], None)."""
-    x_r, x_z, x_n = gates_x.chunk(3, -1)
-    h_r, h_z, h_n = gates_h.chunk(3, -1)
-    n = (x_n + (x_r + h_r).sigmoid() * h_n).tanh()
-    return n + (x_z + h_z).sigmoid() * (h - n), None
+def step(x: Sequence[Tensor], r: Sequence[Tensor], s: Sequence[Tensor], p: Sequence[Tensor]) -> tuple[Tensor]:
+    """n = tanh(x_n + r·h_n), h' = n + z·(h - n)."""
+    reset, z = (x[0] + r[0]).sigmoid(), (x[1] + r[1]).sigmoid()
+    n = (x[2] + reset * r[2]).tanh()
+    return (n + z * (s[0] - n),)
 
 
-GRU = Spec("gru", gates=3, stored=4, has_c=False, step=step)
+GRU = Cell("gru", gates=3, states=("h",), saved=4, step=step, apart=1, reads_h=True)

@@ -6,17 +6,18 @@ torch.nn.LSTM.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
-from fused_rnn.cells.descriptor import Spec
+from fused_rnn.cells.descriptor import Cell
 
 
-def step(gates_x: Tensor, gates_h: Tensor, h: Tensor, c: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """c' = f·c + i·g, h' = o·tanh(c').  gates_x, gates_h [B, 4H], c [B, H] → (h' [B, H], c' [B, H])."""
-    i, f, g, o = (gates_x + gates_h).chunk(4, -1)
-    assert c is not None
-    c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+def step(x: Sequence[Tensor], r: Sequence[Tensor], s: Sequence[Tensor], p: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """c' = f·c + i·g, h' = o·tanh(c')."""
+    i, f, g, o = (a + b for a, b in zip(x, r, strict=True))
+    c = f.sigmoid() * s[1] + i.sigmoid() * g.tanh()
     return o.sigmoid() * c.tanh(), c
 
 
-LSTM = Spec("lstm", gates=4, stored=4, has_c=True, step=step)
+LSTM = Cell("lstm", gates=4, states=("h", "c"), saved=4, step=step, projects=True)

@@ -5,20 +5,22 @@ Source: Elman 1990; as in torch.nn.RNN.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
-from fused_rnn.cells.descriptor import Spec
+from fused_rnn.cells.descriptor import Cell
 
 
-def step_tanh(gates_x: Tensor, gates_h: Tensor, h: Tensor, c: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """h' = tanh(gates_x + gates_h).  gates_x, gates_h [B, H] → (h' [B, H], None)."""
-    return (gates_x + gates_h).tanh(), None
+def tanh(x: Sequence[Tensor], r: Sequence[Tensor], s: Sequence[Tensor], p: Sequence[Tensor]) -> tuple[Tensor]:
+    """h' = tanh(x + r)."""
+    return ((x[0] + r[0]).tanh(),)
 
 
-def step_relu(gates_x: Tensor, gates_h: Tensor, h: Tensor, c: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """h' = relu(gates_x + gates_h).  gates_x, gates_h [B, H] → (h' [B, H], None)."""
-    return (gates_x + gates_h).relu(), None
+def relu(x: Sequence[Tensor], r: Sequence[Tensor], s: Sequence[Tensor], p: Sequence[Tensor]) -> tuple[Tensor]:
+    """h' = relu(x + r)."""
+    return ((x[0] + r[0]).relu(),)
 
 
-RNN_TANH = Spec("rnn_tanh", gates=1, stored=0, has_c=False, step=step_tanh)
-RNN_RELU = Spec("rnn_relu", gates=1, stored=0, has_c=False, step=step_relu)
+RNN_TANH = Cell("rnn_tanh", gates=1, states=("h",), saved=0, step=tanh)
+RNN_RELU = Cell("rnn_relu", gates=1, states=("h",), saved=0, step=relu)

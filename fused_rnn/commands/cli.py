@@ -171,7 +171,7 @@ def bench(
     measured again replace the old ones; nothing else in a file is touched, and a file from another machine or torch is
     left alone. An option that would have no effect is refused.
     """
-    from fused_rnn.commands.bench.run import DEFAULT_DTYPES, PROVIDERS, Plan, execute
+    from fused_rnn.commands.bench.run import DEFAULT_DTYPES, PROVIDERS, Workload, execute
     from fused_rnn.commands.machine import OUT, folder, make_ignored
 
     _check_kind()
@@ -209,7 +209,7 @@ def bench(
     if layers and "layers" in variants:
         raise click.BadParameter("got 'layers', which has three, with --layers", param_hint="--variant")
     short = quick or bool(shapes)
-    plan = Plan(
+    workload = Workload(
         device=device,
         grid=device if not quick else "quick" if device == "cpu" else f"quick-{device}",
         cells=cells or CELLS,
@@ -225,8 +225,8 @@ def bench(
         bidirectional=bidirectional,
         out=out,
     )
-    assert plan.grid in GRIDS
-    execute(plan, Console())
+    assert workload.grid in GRIDS
+    execute(workload, Console())
 
 
 def _scaling_points(
@@ -254,7 +254,8 @@ def _scaling(
 
 
 def _model(model: str, threads: tuple[int, ...], modes: tuple[str, ...], device: str, minutes: float | None) -> None:
-    from fused_rnn.commands.bench.model import ModelError, execute
+    from fused_rnn.commands.bench.factory import ModelError
+    from fused_rnn.commands.bench.model import execute
 
     if "step" in modes:
         raise click.BadParameter("got 'step' with --model, expected inference or training", param_hint="--mode")

@@ -5,36 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
-from fused_rnn import cells as specs
-
-
-@dataclass(frozen=True)
-class Cell:
-    """What a layer and its loops know of a cell.
-
-    gates: G.  stored: S vectors kept for backward.  gradients: DG vectors made by backward. DG is G + 1 where the last
-    gate's input side and recurrent side differ: then the last gate's input side comes first, so that the input side is
-    the first G of them, and the recurrent side the last G.
-    """
-
-    name: str
-    gates: int
-    stored: int
-    gradients: int
-    has_c: bool  # a second state, c
-    has_state: bool  # something is carried in the accumulation dtype: c of LSTM, h of GRU
-    hidden_bias: bool  # the last gate's recurrent bias stays inside the cell
-
-
-def _cell(spec: specs.Spec) -> Cell:
-    apart = spec.name == "gru"  # its reset gate multiplies the recurrent side of n alone
-    return Cell(spec.name, spec.gates, spec.stored, spec.gates + apart, spec.has_c, spec.has_c or apart, apart)
-
-
-CELLS: dict[str, Cell] = {name: _cell(spec) for name, spec in specs.CELLS.items()}
+from fused_rnn.cells import Cell
 
 
 @dataclass(frozen=True)
@@ -58,9 +31,11 @@ class Loops(Protocol):
     """A backend's loops over time, for one layer and one call of forward or backward. They write what they are given.
 
     Every tensor is contiguous and starts at an address that 16 divides.
-    window: steps first .. last - 1 in each recurrence's own order; gx, given, saved, a cell's c hold these alone, a
-    recurrence that runs backwards in time the last ones; y, h and dgates hold all of time, t ascending.
+    window: steps first .. last - 1 in each recurrence's own order; gx, given, saved and the histories hold these alone,
+    a recurrence that runs backwards in time the last ones; y, h and dgates hold all of time, t ascending.
     "wide" is the accumulation dtype: float32, float64 for float64.
+    carried: the states that a loop carries wide, h first if the cell reads it, then all others.
+    A history is a state over time, for each state but h, whose history is y.
     """
 
     def forward(
@@ -68,14 +43,14 @@ class Loops(Protocol):
         *,
         gx: Tensor,  # [T, B, R, G, H]  input product and biases, less `bias`
         w: Tensor,  # [R, G, H, H]      W_hh
-        bias: Tensor | None,  # [R, H]  of the last gate's recurrent side, of a cell with hidden_bias
+        bias: Tensor | None,  # [R, apart, H]  of the recurrent sides that enter the cell apart, None if there are none
         h0: Tensor,  # [R, B, H]
-        state: Tensor | None,  # [R, B, H] wide, of a cell with has_state: in the first one, out the last
+        carried: list[Tensor],  # [R, B, H] wide each: in the first ones, out the last
         y: Tensor,  # out: [T, B, R, H], zeros past a sequence's end
         h_n: Tensor,  # out: [R, B, H]
         saved: Tensor | None,  # out: [T, B, R, S, H], zeros past the end
-        cells: Tensor | None,  # out: [T, B, R, H], of a cell with c
-        checkpoints: Tensor | None,  # out: [>= ceil(T / every), R, B, H] wide: row k the c that enters step k * every
+        histories: list[Tensor],  # out: [T, B, R, H] each, or none of them
+        checkpoints: list[Tensor],  # out: [>= ceil(T / every), R, B, H] wide each, or none: row k what enters k * every
         every: int,
     ) -> None: ...
 
@@ -84,12 +59,12 @@ class Loops(Protocol):
         *,
         gx: Tensor,  # [window, B, R, G, H]
         given: Tensor,  # [window, B, R, G, H]  the recurrent product, ready-made
-        bias: Tensor | None,  # [R, H]
+        bias: Tensor | None,  # [R, apart, H]
         h0: Tensor,  # [R, B, H]
         hidden: Tensor,  # [T, B, R, H]  y
-        state: Tensor | None,  # [R, B, H] wide, of a cell with c: the one entering the window; may be overwritten
+        carried: list[Tensor],  # [R, B, H] wide each: all states but h, as they enter the window; may be overwritten
         saved: Tensor,  # out: [window, B, R, S, H]
-        cells: Tensor | None,  # out: [window, B, R, H] wide
+        histories: list[Tensor],  # out: [window, B, R, H] wide each
         window: tuple[int, int],
     ) -> None: ...
 
@@ -98,16 +73,10 @@ class Loops(Protocol):
         *,
         dy: Tensor | None,  # [T, B, R, H]; what it holds past a sequence's end is not to be used
         w: Tensor,  # [R, G, H, H]
-        states: Tensor,  # c_t [window, B, R, H] of a cell with c, else h_t [T, B, R, H]
-        first_state: Tensor,  # [R, B, H]  what enters the first of these
+        states: list[Tensor],  # h_t [T, B, R, H], then the histories [window, B, R, H]
+        first: list[Tensor],  # [R, B, H] each: what enters the first of these
         saved: Tensor | None,  # [window, B, R, S, H]
-        dgates: Tensor,  # out: [T, B, R, DG, H], zeros past the end
-        dh: Tensor,  # [R, B, H] wide, in: gradient of h after the window; out: before it
-        dc: Tensor | None,  # likewise of c
+        dgates: Tensor,  # out: [T, B, R, G + apart, H], zeros past the end
+        dstates: list[Tensor],  # [R, B, H] wide each, in: gradients of the states after the window; out: before it
         window: tuple[int, int] | None = None,  # a call for each, from the last window to the first
     ) -> None: ...
-
-
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """In what states and their gradients are summed up."""
-    return torch.float64 if dtype == torch.float64 else torch.float32

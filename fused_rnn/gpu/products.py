@@ -7,8 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fused_rnn.gpu.loops import Cell, Layer
-from fused_rnn.gpu.weights import Weights
+from fused_rnn.call import Weights
+from fused_rnn.cells import Cell
+from fused_rnn.gpu.loops import Layer
+from fused_rnn.gpu.weights import input_bias
 from fused_rnn.reference.sequence import entering, zero_past_end
 
 
@@ -18,13 +20,15 @@ def _rows(x: Tensor, r: int, first: int, last: int) -> Tensor:
     return part.reshape(-1, x.shape[-1])
 
 
-def input_product(x: Tensor, weights: Weights, cell: Cell, windows: Sequence[tuple[int, int]], hidden: int) -> Tensor:
+def input_product(
+    x: Tensor, weights: Sequence[Weights], cell: Cell, windows: Sequence[tuple[int, int]], hidden: int
+) -> Tensor:
     """x @ W_ih^T + b over each recurrence's window of time: [window, B, R, G, H]."""
     recurrences, length = len(windows), windows[0][1] - windows[0][0]
     gx = x.new_empty(length, x.shape[1], recurrences, cell.gates, hidden)
-    biases = [weights.input_bias(r, cell) for r in range(recurrences)]
+    biases = [input_bias(w, cell) for w in weights]
     if x.dim() == 3 and all(window == windows[0] for window in windows):
-        w = weights.w_ih[0] if recurrences == 1 else torch.cat(weights.w_ih)
+        w = weights[0].w_ih if recurrences == 1 else torch.cat([w.w_ih for w in weights])
         rows, out = _rows(x, 0, *windows[0]), gx.view(-1, recurrences * cell.gates * hidden)
         whole = [b for b in biases if b is not None]
         if whole:
@@ -35,7 +39,8 @@ def input_product(x: Tensor, weights: Weights, cell: Cell, windows: Sequence[tup
     flat = gx.view(-1, recurrences, cell.gates * hidden)
     for r, window in enumerate(windows):
         rows, bias = _rows(x, r, *window), biases[r]
-        product = torch.mm(rows, weights.w_ih[r].t()) if bias is None else torch.addmm(bias, rows, weights.w_ih[r].t())
+        w = weights[r].w_ih.t()
+        product = torch.mm(rows, w) if bias is None else torch.addmm(bias, rows, w)
         flat[:, r] = product
     return gx
 
@@ -45,27 +50,27 @@ def window_of(direction: int, steps: int, first: int, last: int) -> tuple[int, i
     return (first, last) if direction > 0 else (steps - last, steps - first)
 
 
-def _last_gate(w: Tensor, cell: Cell, to_front: bool) -> Tensor:
-    """Rows of gates as dgates' input side has them, whose last gate comes first where it has two sides; or back."""
-    if cell.gradients == cell.gates:
+def _apart(w: Tensor, cell: Cell, to_front: bool) -> Tensor:
+    """Rows of gates as dgates' input side has them, in which the last gates that are apart come first; or back."""
+    if not cell.apart:
         return w
-    rows = w.shape[0] // cell.gates
+    rows = w.shape[0] // cell.gates * cell.apart
     split = w.shape[0] - rows if to_front else rows
     return torch.cat([w[split:], w[:split]])
 
 
-def input_gradient(x: Tensor, weights: Weights, cell: Cell, dgates: Tensor) -> Tensor:
+def input_gradient(x: Tensor, weights: Sequence[Weights], cell: Cell, dgates: Tensor) -> Tensor:
     """dgates @ W_ih, summed over the recurrences where they share x. dgates: [T, B, R, DG, H]."""
     recurrences, units = dgates.shape[2], dgates.shape[4]
     flat = dgates.view(-1, recurrences, cell.gradients * units)[:, :, : cell.gates * units]
-    w_ih = [_last_gate(w, cell, to_front=True) for w in weights.w_ih]
+    w_ih = [_apart(w.w_ih, cell, to_front=True) for w in weights]
     if x.dim() == 4:
         dx = torch.empty(flat.shape[0], recurrences, x.shape[3], dtype=x.dtype, device=x.device)
         for r in range(recurrences):
             dx[:, r] = torch.mm(flat[:, r], w_ih[r])
         return dx.view(x.shape)
     # A product for each: sums of twice the length round worse, which in 16 bits is less than what is rounded between.
-    if cell.gradients == cell.gates and x.dtype.itemsize == 2 and recurrences > 1:
+    if not cell.apart and x.dtype.itemsize == 2 and recurrences > 1:
         return torch.mm(flat.reshape(flat.shape[0], -1), torch.cat(w_ih)).view(x.shape)
     dx = torch.mm(flat[:, 0], w_ih[0])
     for r in range(1, recurrences):
@@ -75,11 +80,11 @@ def input_gradient(x: Tensor, weights: Weights, cell: Cell, dgates: Tensor) -> T
 
 def recurrent_side(dgates: Tensor, cell: Cell, r: int) -> Tensor:
     """What acts on W_hh of recurrence r: [T, B, G·H], a view."""
-    return dgates[:, :, r, cell.gradients - cell.gates :].flatten(2)
+    return dgates[:, :, r, cell.apart :].flatten(2)
 
 
 def weight_gradients(
-    layer: Layer, x: Tensor, weights: Weights, h_first: Tensor, hidden: Tensor, dgates: Tensor
+    layer: Layer, x: Tensor, weights: Sequence[Weights], h_first: Tensor, hidden: Tensor, dgates: Tensor
 ) -> list[list[Tensor]]:
     """Per recurrence [w_ih, w_hh] or [w_ih, w_hh, b_ih, b_hh]. No atomics: one product each. hidden: [T, B, R, P]."""
     cell, steps = layer.cell, layer.steps
@@ -88,7 +93,7 @@ def weight_gradients(
     for r, direction in enumerate(layer.directions):
         input_side = dgates[:, :, r, : cell.gates].flatten(0, 1).flatten(1)
         recurrent = recurrent_side(dgates, cell, r)
-        dw_ih = _last_gate(torch.mm(input_side.t(), _rows(x, r, 0, steps)), cell, to_front=False)
+        dw_ih = _apart(torch.mm(input_side.t(), _rows(x, r, 0, steps)), cell, to_front=False)
         if layer.reset is None and layer.lengths is None:
             # h_{t-1} is y one step off, not a copy; what is left is the first step, which saw h0, or zeros: a NaN times
             # those is NaN.
@@ -100,7 +105,7 @@ def weight_gradients(
             before = zero_past_end(before, layer.lengths)  # where gradients are 0, and NaN times that is NaN
             dw_hh = torch.mm(recurrent.flatten(0, 1).t(), before.flatten(0, 1))
         outputs.append([dw_ih, dw_hh])
-        if weights.b_ih:
-            db_ih = _last_gate(input_side.sum(0), cell, to_front=False)
-            outputs[-1] += [db_ih, recurrent.sum((0, 1)) if cell.gradients != cell.gates else db_ih.clone()]
+        if weights[r].b_ih is not None:
+            db_ih = _apart(input_side.sum(0), cell, to_front=False)
+            outputs[-1] += [db_ih, recurrent.sum((0, 1)) if cell.apart else db_ih.clone()]
     return outputs

@@ -8,14 +8,15 @@ second exchange a step.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fused_rnn.gpu.loops import Layer, wide
+from fused_rnn.call import Weights, wide
+from fused_rnn.gpu.loops import Layer
 from fused_rnn.gpu.products import recurrent_side
-from fused_rnn.gpu.weights import Weights
 from fused_rnn.reference.sequence import zero_past_end
 
 
@@ -51,30 +52,30 @@ def _where_empty(layer: Layer, state: Tensor | None, else_: Tensor) -> Tensor:
     return torch.where((layer.lengths == 0).unsqueeze(-1), torch.zeros_like(else_) if state is None else state, else_)
 
 
-def enter(layer: Layer, gx: Tensor, h0: Tensor, weights: Weights) -> None:
+def enter(layer: Layer, gx: Tensor, h0: Tensor, weights: Sequence[Weights]) -> None:
     """Add what h0 [R, B, P] gives to the gates, to gx [T, B, R, G, H]."""
     flat = gx.flatten(3)
-    for r, w_hh in enumerate(weights.w_hh):
-        flat[:, :, r][_first(layer, r)] += _unless_reset(layer, r, torch.mm(h0[r], w_hh.t()))
+    for r, w in enumerate(weights):
+        flat[:, :, r][_first(layer, r)] += _unless_reset(layer, r, torch.mm(h0[r], w.w_hh.t()))
 
 
-def leave(layer: Layer, m: Tensor, h0: Tensor | None, weights: Weights) -> tuple[Tensor, Tensor]:
+def leave(layer: Layer, m: Tensor, h0: Tensor | None, weights: Sequence[Weights]) -> tuple[Tensor, Tensor]:
     """y [T, B, R·P] and h_n [R, B, P] from m [T, B, R, H]."""
-    recurrences, width = layer.recurrences, weights.w_hr[0].shape[0]
+    recurrences, width = layer.recurrences, weights[0].w_hr.shape[0]
     whole = m.new_empty(*m.shape[:2], recurrences * width)
     y = whole.view(*m.shape[:3], width)
     h_n = m.new_empty(recurrences, layer.batch, width)
-    for r, w_hr in enumerate(weights.w_hr):
-        y[:, :, r] = torch.mm(m[:, :, r].flatten(0, 1), w_hr.t()).view(*m.shape[:2], width)
+    for r, w in enumerate(weights):
+        y[:, :, r] = torch.mm(m[:, :, r].flatten(0, 1), w.w_hr.t()).view(*m.shape[:2], width)
         h_n[r] = _where_empty(layer, None if h0 is None else h0[r], y[:, :, r][_last(layer, r)])
     return whole, h_n
 
 
-def pull(dy: Tensor, weights: Weights) -> Tensor:
+def pull(dy: Tensor, weights: Sequence[Weights]) -> Tensor:
     """dy [..., R, P], its places behind the projection, to m's [..., R, H]."""
-    dm = dy.new_empty(*dy.shape[:-1], weights.w_hr[0].shape[1])
-    for r, w_hr in enumerate(weights.w_hr):
-        dm[..., r, :] = torch.mm(dy[..., r, :].reshape(-1, dy.shape[-1]), w_hr).view(*dy.shape[:-2], -1)
+    dm = dy.new_empty(*dy.shape[:-1], weights[0].w_hr.shape[1])
+    for r, w in enumerate(weights):
+        dm[..., r, :] = torch.mm(dy[..., r, :].reshape(-1, dy.shape[-1]), w.w_hr).view(*dy.shape[:-2], -1)
     return dm
 
 
@@ -84,13 +85,13 @@ def unprojected(saved: Tensor, cells: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def gradients(
-    layer: Layer, dy: Tensor | None, dh_n: Tensor | None, weights: Weights, dgates: Tensor, m: Tensor | None
+    layer: Layer, dy: Tensor | None, dh_n: Tensor | None, weights: Sequence[Weights], dgates: Tensor, m: Tensor | None
 ) -> tuple[Tensor, list[Tensor]]:
     """dh0 [R, B, P], and dw_hr of each recurrence where m [T, B, R, H] is given. dy: [T, B, R, P], dh_n: [R, B, P]."""
     dh0, dw_hr = [], []
-    for r, w_hh in enumerate(weights.w_hh):
+    for r, w in enumerate(weights):
         # What step t sends back to the output that entered it.
-        sent = torch.mm(recurrent_side(dgates, layer.cell, r).flatten(0, 1), w_hh).view(*dgates.shape[:2], -1)
+        sent = torch.mm(recurrent_side(dgates, layer.cell, r).flatten(0, 1), w.w_hh).view(*dgates.shape[:2], -1)
         if layer.reset is not None:
             sent.masked_fill_((layer.reset != 0).unsqueeze(-1), 0)
         ending = None if dh_n is None else dh_n[r]

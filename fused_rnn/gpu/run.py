@@ -3,31 +3,24 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from fused_rnn.call import BackwardCall, LayerCall, Weights, all_or_none, wide
 from fused_rnn.gpu import projection
-from fused_rnn.gpu.loops import Layer, Loops, wide
+from fused_rnn.gpu.loops import Layer, Loops
 from fused_rnn.gpu.products import input_gradient, input_product, weight_gradients, window_of
-from fused_rnn.gpu.weights import Weights, aligned
+from fused_rnn.gpu.weights import aligned, recurrent, recurrent_bias
 from fused_rnn.reference.sequence import entering
-
-# Steps whose gates are made again at a time under save="recompute", and between which LSTM's c is kept.
-CHECKPOINT_EVERY = 64
+from fused_rnn.transforms import fake
 
 
-def checkpoint_rows(steps: int) -> int:
-    """Of the tensor that keeps c: one more than needed, for torch.compile takes a size that may be 1 for a constant."""
-    return steps // CHECKPOINT_EVERY + 2
-
-
-def _states(layer: Layer, state: Tensor | None, like: Tensor, width: int) -> Tensor:
-    return like.new_zeros(layer.recurrences, layer.batch, width) if state is None else aligned(state)
-
-
-def _wide(layer: Layer, like: Tensor, *states: Tensor | None) -> list[Tensor]:
-    """States [R, B, H] in the accumulation dtype, in memory of their own: the loops write to them."""
+def _wide(layer: Layer, like: Tensor, states: Sequence[Tensor | None]) -> list[Tensor]:
+    """States [R, B, H] in the accumulation dtype, in memory of their own: the loops write to them. None for zeros."""
+    if not states:
+        return []
     shape = (layer.recurrences, layer.batch, layer.hidden)
     count = math.prod(shape)
     rows = like.new_zeros(len(states), (count + 3) // 4 * 4, dtype=wide(like.dtype))  # 16 divides each one's address
@@ -35,102 +28,71 @@ def _wide(layer: Layer, like: Tensor, *states: Tensor | None) -> list[Tensor]:
     return [m if state is None else m.copy_(state) for m, state in zip(made, states, strict=True)]
 
 
-def forward(
-    layer: Layer,
-    loops: Loops,
-    x: Tensor,
-    weights: Weights,
-    h0: Tensor | None,
-    c0: Tensor | None,
-    save: str,
-    keep_hidden: bool,
-) -> list[Tensor]:
-    """As the op: [y, h_n] (+ [c_n]), with `save` other than none also [saved, cells, hidden]."""
+def forward(layer: Layer, loops: Loops, call: LayerCall, weights: Sequence[Weights]) -> list[Tensor]:
+    """As the op: [y, states after], and what is kept for backward, if anything."""
     cell, steps, batch, hidden, recurrences = layer.cell, layer.steps, layer.batch, layer.hidden, layer.recurrences
-    gates, recompute = save == "gates", save == "recompute"
+    x, projects, more = call.x, call.kinds.projects, len(cell.states) - 1
     gx = input_product(x, weights, cell, [(0, steps)] * recurrences, hidden)
-    if weights.w_hr and h0 is not None:
+    h0 = call.states[0] if call.states else None
+    if projects and h0 is not None:
         projection.enter(layer, gx, h0, weights)
-    h_first = _states(layer, None if weights.w_hr else h0, x, hidden)
-    state = _wide(layer, x, c0 if cell.has_c else h0)[0] if cell.has_state else None
+    h_first = x.new_zeros(recurrences, batch, hidden) if projects or h0 is None else aligned(h0)
+    carried = _wide(layer, x, all_or_none(call.states, 1 + more)[not cell.reads_h :])
     y = x.new_empty(steps, batch, recurrences * hidden)  # as it leaves: a view may not be changed in place
     m = y.view(steps, batch, recurrences, hidden)
     h_n = torch.empty_like(h_first)
-    saved = x.new_empty(steps, batch, recurrences, cell.stored, hidden) if gates else None
-    cells = x.new_empty(steps, batch, recurrences, hidden) if gates and cell.has_c else None
-    checkpoints = None
-    if recompute and cell.has_c:
+    saved_shape, shapes, dtype = fake.kept_shapes(call)
+    saved, histories, checkpoints = None, [], []
+    if call.save == "gates":
+        saved, histories = x.new_empty(saved_shape), [x.new_empty(shape) for shape in shapes]
+    elif call.save == "recompute":
         # Rows that no step fills are zero, so that equal calls give equal results.
-        checkpoints = x.new_zeros(checkpoint_rows(steps), recurrences, batch, hidden, dtype=wide(x.dtype))
+        checkpoints = [x.new_zeros(shape, dtype=dtype) for shape in shapes]
     loops.forward(
-        gx=gx, w=weights.recurrent(cell), bias=weights.hidden_bias(cell), h0=h_first, state=state, y=m, h_n=h_n,
-        saved=saved, cells=cells, checkpoints=checkpoints, every=CHECKPOINT_EVERY,
+        gx=gx, w=recurrent(weights, cell), bias=recurrent_bias(weights, cell), h0=h_first, carried=carried, y=m,
+        h_n=h_n, saved=saved, histories=histories, checkpoints=checkpoints, every=fake.CHECKPOINT_EVERY,
     )  # fmt: skip
-    if weights.w_hr:
+    if projects:
         y, h_n = projection.leave(layer, m, h0, weights)
-    outputs = [y, h_n]
-    if cell.has_c and state is not None:
-        outputs.append(state.to(x.dtype, copy=True))
-    if save == "none":
+    outputs = [y, h_n, *(state.to(x.dtype, copy=True) for state in carried[cell.reads_h :])]
+    if call.save == "none":
         return outputs
-    # Three tensors, never one of them twice: an op's results may not alias.
-    kept = (saved if gates else checkpoints, cells, y.clone() if keep_hidden else None)
-    return [*outputs, *(x.new_empty(0) if t is None else t for t in kept)]
+    hidden_copy = y.clone() if call.keep_hidden else x.new_empty(0)
+    return [*outputs, x.new_empty(0) if saved is None else saved, *histories, *checkpoints, hidden_copy]
 
 
-def backward(
-    layer: Layer,
-    loops: Loops,
-    dy: Tensor | None,
-    dh_n: Tensor | None,
-    dc_n: Tensor | None,
-    x: Tensor,
-    weights: Weights,
-    h0: Tensor | None,
-    c0: Tensor | None,
-    hidden: Tensor,
-    saved: Tensor,
-    cells: Tensor,
-    save: str,
-    need_dx: bool,
-    need_dw: bool,
-) -> list[Tensor]:
-    """As the op: [dx, dh0, dc0], then one gradient per weight if need_dw."""
+def backward(layer: Layer, loops: Loops, call: BackwardCall, weights: Sequence[Weights]) -> list[Tensor]:
+    """As the op: [dx, gradients of the states given, of the weights if they are wanted]."""
     cell, steps, batch, units, recurrences = layer.cell, layer.steps, layer.batch, layer.hidden, layer.recurrences
-    h_first = _states(layer, h0, x, weights.w_hh[0].shape[1])
-    hidden = aligned(hidden).view(steps, batch, recurrences, -1)
-    dy = None if dy is None else aligned(dy).view(hidden.shape)
+    x, projects = call.x, call.layer.kinds.projects
+    initial = [aligned(state) for state in call.layer.initial()]
+    hidden = aligned(call.hidden).view(steps, batch, recurrences, -1)
+    dy = None if call.dy is None else aligned(call.dy).view(hidden.shape)
+    dh_n, *dmore = all_or_none(call.dstates, len(cell.states))
     dm, dm_n = dy, dh_n  # gradients of what the loops put out
-    if weights.w_hr:
+    if projects:
         dm = None if dy is None else projection.pull(dy, weights)
         dm_n = None if dh_n is None else projection.pull(dh_n.transpose(0, 1), weights).transpose(0, 1)
     dgates = x.new_empty(steps, batch, recurrences, cell.gradients, units)
-    dh, *rest = _wide(layer, x, dm_n, dc_n) if cell.has_c else _wide(layer, x, dm_n)
-    dc = rest[0] if cell.has_c else None
-    m = x.new_empty(steps, batch, recurrences, units) if weights.w_hr and need_dw else None
-    if save == "recompute" and cell.stored:
-        _backward_by_chunks(layer, loops, x, weights, h_first, hidden, saved, dm, dgates, dh, dc, m)
+    dstates = _wide(layer, x, [dm_n, *dmore])
+    m = x.new_empty(steps, batch, recurrences, units) if projects and call.need_dw else None
+    if call.save == "recompute" and (cell.saved or call.histories):
+        _backward_by_chunks(layer, loops, call, weights, initial, hidden, dm, dgates, dstates, m)
     else:
-        states, first_state = hidden, h_first
-        if cell.has_c:
-            the_same_zeros = h0 is None and c0 is None and h_first.shape[2] == units
-            states, first_state = cells, h_first if the_same_zeros else _states(layer, c0, x, units)
         if m is not None:
-            m.copy_(projection.unprojected(saved, cells, x.dtype))
+            m.copy_(projection.unprojected(call.saved, call.histories[0], x.dtype))
         loops.backward(
-            dy=dm, w=weights.recurrent(cell), states=states, first_state=first_state,
-            saved=saved if cell.stored else None, dgates=dgates, dh=dh, dc=dc,
+            dy=dm, w=recurrent(weights, cell), states=[hidden, *call.histories], first=initial,
+            saved=call.saved if cell.saved else None, dgates=dgates, dstates=dstates,
         )  # fmt: skip
 
-    if weights.w_hr:
+    dh0, dw_hr = dstates[0], list[Tensor]()
+    if projects:
         dh0, dw_hr = projection.gradients(layer, dy, dh_n, weights, dgates, m)
-    else:
-        dh0, dw_hr = dh, []
-    dh0 = x.new_empty(0) if h0 is None else dh0.to(x.dtype, copy=True)
-    dc0 = x.new_empty(0) if c0 is None or dc is None else dc.to(x.dtype, copy=True)
-    outputs = [input_gradient(x, weights, cell, dgates) if need_dx else x.new_empty(0), dh0, dc0]
-    if need_dw:
-        for r, each in enumerate(weight_gradients(layer, x, weights, h_first, hidden, dgates)):
+    dinitial = [d.to(x.dtype, copy=True) for d in (dh0, *dstates[1:])] if call.states else []
+    outputs = [input_gradient(x, weights, cell, dgates) if call.need_dx else x.new_empty(0), *dinitial]
+    if call.need_dw:
+        for r, each in enumerate(weight_gradients(layer, x, weights, initial[0], hidden, dgates)):
             outputs += [*each, *dw_hr[r : r + 1]]
     return outputs
 
@@ -138,42 +100,40 @@ def backward(
 def _backward_by_chunks(
     layer: Layer,
     loops: Loops,
-    x: Tensor,
-    weights: Weights,
-    h0: Tensor,
+    call: BackwardCall,
+    weights: Sequence[Weights],
+    initial: list[Tensor],
     hidden: Tensor,
-    checkpoints: Tensor,
     dy: Tensor | None,
     dgates: Tensor,
-    dh: Tensor,
-    dc: Tensor | None,
+    dstates: list[Tensor],
     m: Tensor | None,
 ) -> None:
     """save="recompute": chunk by chunk from the end, gates are made again by one product, then run backward over."""
     cell, steps, batch, units, recurrences = layer.cell, layer.steps, layer.batch, layer.hidden, layer.recurrences
-    w, bias = weights.recurrent(cell), weights.hidden_bias(cell)
-    for first in range((steps - 1) // CHECKPOINT_EVERY * CHECKPOINT_EVERY, -1, -CHECKPOINT_EVERY):
-        last = min(first + CHECKPOINT_EVERY, steps)
+    x, h0, every = call.x, initial[0], fake.CHECKPOINT_EVERY
+    w, bias = recurrent(weights, cell), recurrent_bias(weights, cell)
+    for first in range((steps - 1) // every * every, -1, -every):
+        last = min(first + every, steps)
         windows = [window_of(direction, steps, first, last) for direction in layer.directions]
         gx = input_product(x, weights, cell, windows, units)
         given = torch.empty_like(gx)
         for r, window in enumerate(windows):
             before = entering(hidden[:, :, r], h0[r], layer.lengths, layer.reset, layer.directions[r], *window)
-            product = torch.mm(before.flatten(0, 1), weights.w_hh[r].t())
+            product = torch.mm(before.flatten(0, 1), weights[r].w_hh.t())
             given.view(-1, recurrences, cell.gates * units)[:, r] = product
-        saved = x.new_empty(last - first, batch, recurrences, cell.stored, units)
-        # c is kept wide here: it is made from a wide checkpoint and lives no longer than the chunk.
-        cells = x.new_empty(*saved.shape[:3], units, dtype=wide(x.dtype)) if cell.has_c else None
-        state = aligned(checkpoints[first // CHECKPOINT_EVERY]) if cell.has_c else None
+        saved = x.new_empty(last - first, batch, recurrences, cell.saved, units)
+        # Histories are kept wide here: they are made from a wide checkpoint and live no longer than the chunk.
+        histories = [x.new_empty(*saved.shape[:3], units, dtype=wide(x.dtype)) for _ in call.histories]
+        states = [aligned(history[first // every]) for history in call.histories]
         loops.replay(
-            gx=gx, given=given, bias=bias, h0=h0, hidden=hidden, state=None if state is None else state.clone(),
-            saved=saved, cells=cells, window=(first, last),
+            gx=gx, given=given, bias=bias, h0=h0, hidden=hidden, carried=[state.clone() for state in states],
+            saved=saved, histories=histories, window=(first, last),
         )  # fmt: skip
-        if m is not None and cells is not None:
+        if m is not None:
             for r, window in enumerate(windows):
-                m[slice(*window), :, r] = projection.unprojected(saved[:, :, r], cells[:, :, r], x.dtype)
-        states, first_state = (hidden, h0) if cells is None or state is None else (cells, state)
+                m[slice(*window), :, r] = projection.unprojected(saved[:, :, r], histories[0][:, :, r], x.dtype)
         loops.backward(
-            dy=dy, w=w, states=states, first_state=first_state, saved=saved, dgates=dgates, dh=dh, dc=dc,
-            window=(first, last),
+            dy=dy, w=w, states=[hidden, *histories], first=[h0, *states], saved=saved if cell.saved else None,
+            dgates=dgates, dstates=dstates, window=(first, last),
         )  # fmt: skip

@@ -25,8 +25,8 @@ ON_A_GPU = "cuda"  # where the counterpart may be the faster one
 class Fused(nn.Module):
     """A module that takes the place of its counterpart, torch.nn's class of the same name.
 
-    A call out of the ordinary goes to the counterpart's own forward, which raises torch's error for it, in the words of the
-    torch installed, or computes what only torch's operators can. All attributes but `backend`, `save` and `stream`
+    A call out of the ordinary goes to the counterpart's own forward, which raises torch's error for it, in the words of
+    the torch installed, or computes what only torch's operators can. All attributes but `backend`, `save` and `stream`
     begin with _fused, for users' subclasses have names of their own.
     """
 
@@ -54,8 +54,10 @@ class Fused(nn.Module):
         self._fused_backend = known_backend(value)
 
     def __prepare_scriptable__(self) -> Any:
-        """torch.jit.script compiles the counterpart in this module's place, on the same weights. Of a class of the user's it
-        compiles an instance with the counterpart's forward, or, where it has a forward of its own, the module itself."""
+        """torch.jit.script compiles the counterpart in this module's place, on the same weights.
+
+        Of a user's class: an instance with the counterpart's forward, or, where it has its own, the module itself.
+        """
         kind = type(self)
         if overrides_forward(kind):
             return self
@@ -81,7 +83,7 @@ _LEAF = {"__module__": "torch.nn"}
 
 
 def mark_leaf(module: nn.Module) -> None:
-    """Have torch.fx take a module of ours for a leaf, as it does its counterpart. Not one whose forward is the user's."""
+    """Have torch.fx take a module of ours for a leaf, as it does the counterpart, unless its forward is the user's."""
     if overrides_forward(type(module)):  # type: ignore[arg-type]
         unmark_leaf(module)
     else:
@@ -144,10 +146,10 @@ def _is_left(module: Fused, weights: Sequence[Tensor], input: Tensor | PackedSeq
 
 
 def _counterpart_can(module: Fused) -> bool:
-    """Whether the counterpart would give what we promise: then it is cuDNN's best customer. It keeps the weights in one chunk,
-    casts them as one under autocast, and takes packed input as it is; functional, which owns no weights, cannot.
+    """Whether the counterpart would give what we promise: then it is cuDNN's best customer.
 
-    cuDNN has no backward in eval mode, keeps all its gates, and has no rule for transforms.
+    It keeps the weights in one chunk, casts them as one under autocast, and takes packed input as it is; functional,
+    which owns no weights, cannot. cuDNN has no backward in eval mode, keeps all gates, and has no rule for transforms.
     """
     if is_compiling() or is_functorch() or forward_ad._current_level >= 0:
         return False

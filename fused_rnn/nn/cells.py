@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,26 +14,20 @@ from torch.nn import GRUCell as TorchGRUCell
 from torch.nn import LSTMCell as TorchLSTMCell
 from torch.nn import RNNCell as TorchRNNCell
 
-from fused_rnn import functional
+from fused_rnn import layers
 from fused_rnn.nn.base import Fused, known_backend, prefers_counterpart
 from fused_rnn.nn.counterpart import refuse, run_counterpart
 from fused_rnn.nn.plain import (
     CELL_CODES,
     FAST_PATH,
-    STEP,
-    STEP_SIZE,
     STEPPING,
     are_plain,
-    is_ordinary_mode,
     is_plain_hx,
 )
 
 _WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")  # the latter two None where there is no bias
 _LSTM, _GRU = CELL_CODES["lstm"], CELL_CODES["gru"]
-_RNN: dict[str, tuple[int, Callable[..., Any]]] = {
-    "tanh": (CELL_CODES["rnn_tanh"], functional.rnn_cell),
-    "relu": (CELL_CODES["rnn_relu"], partial(functional.rnn_cell, nonlinearity="relu")),
-}
+_RNN = {"tanh": CELL_CODES["rnn_tanh"], "relu": CELL_CODES["rnn_relu"]}
 
 
 class Cell(Fused, nn.RNNCellBase):
@@ -54,42 +47,26 @@ class Cell(Fused, nn.RNNCellBase):
 
 def _step(module: Cell, input: Any, h: Any, c: Any, code: int) -> Sequence[Tensor] | None:
     """The new states without gradient, by the op alone; None where the call is another one. As sequence.step."""
-    if is_grad_enabled() or is_compiling() or STEP is None or module._fused_backend not in STEPPING:
+    if is_grad_enabled() or is_compiling() or FAST_PATH is None or module._fused_backend not in STEPPING:
         return None
-    if FAST_PATH is not None:
-        stepped = FAST_PATH(module._parameters, module.bias, input, h, c, code, -1)
-        if stepped is not None:
-            return stepped
-    if (
-        type(input) is not Tensor
-        or not is_ordinary_mode()  # before any size, of which torch.jit.trace keeps what becomes of it
-        or input.dim() != 2
-        or input.numel() > STEP_SIZE
-        or not input.is_cpu
-    ):
-        return None
-    try:
-        w: dict[str, Any] = module._parameters
-        return STEP(input, h, c, w["weight_ih"], w["weight_hh"], w["bias_ih"], w["bias_hh"], None, code)
-    except (KeyError, RuntimeError):
-        return None  # a computed weight, or an input that the op refuses, as the slow way will in torch's words
+    return FAST_PATH(module._parameters, module.bias, input, h, c, code, -1)
 
 
-def _run(module: Cell, function: Callable[..., Any], input: Any, hx: Any) -> Any:
-    """forward, of any call. function: functional.lstm_cell, gru_cell or rnn_cell."""
-    weights, states, backend = _read_weights(module), module._fused_states, module._fused_backend
-    plain = are_plain((input, *weights)) and is_plain_hx(hx, states)
+def _run(module: Cell, input: Any, hx: Any) -> Any:
+    """forward, of any call."""
+    weights, pair, backend = _read_weights(module), module._fused_states == 2, module._fused_backend
+    plain = are_plain((input, *weights)) and is_plain_hx(hx, module._fused_states)
     if not plain or prefers_counterpart(module, weights, input):
         return run_counterpart(module, weights, input, hx)
     try:
+        states = () if hx is None else hx if pair else (hx,)
         if input.dim() != 1:
-            return function(input, hx, weights, backend=backend)
-        x = input.unsqueeze(0)
-        if states == 1:
-            return function(x, None if hx is None else hx.unsqueeze(0), weights, backend=backend).squeeze(0)
-        batched = None if hx is None else (hx[0].unsqueeze(0), hx[1].unsqueeze(0))
-        h, c = function(x, batched, weights, backend=backend)
-        return h.squeeze(0), c.squeeze(0)
+            after = layers.step(module._fused_cell, input, states, weights, backend)
+        else:
+            states = [state.unsqueeze(0) for state in states]
+            after = layers.step(module._fused_cell, input.unsqueeze(0), states, weights, backend)
+            after = [state.squeeze(0) for state in after]
+        return tuple(after) if pair else after[0]
     except ValueError as error:
         return refuse(module, weights, input, hx, error)
 
@@ -164,7 +141,7 @@ class LSTMCell(Cell):
             stepped = _step(self, input, hx[0], hx[1], _LSTM)
         else:
             stepped = None
-        return _run(self, functional.lstm_cell, input, hx) if stepped is None else (stepped[0], stepped[1])
+        return _run(self, input, hx) if stepped is None else (stepped[0], stepped[1])
 
 
 class GRUCell(Cell):
@@ -217,7 +194,7 @@ class GRUCell(Cell):
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """One step: h'. Shapes and errors stand in the class's docstring."""
         stepped = _step(self, input, hx, None, _GRU)
-        return _run(self, functional.gru_cell, input, hx) if stepped is None else stepped[0]
+        return _run(self, input, hx) if stepped is None else stepped[0]
 
 
 class RNNCell(Cell):
@@ -280,6 +257,5 @@ class RNNCell(Cell):
         if self.nonlinearity not in _RNN:  # torch.nn refuses it here, not in __init__
             refused: Tensor = run_counterpart(self, _read_weights(self), input, hx)
             return refused
-        code, function = _RNN[self.nonlinearity]
-        stepped = _step(self, input, hx, None, code)
-        return _run(self, function, input, hx) if stepped is None else stepped[0]
+        stepped = _step(self, input, hx, None, _RNN[self.nonlinearity])
+        return _run(self, input, hx) if stepped is None else stepped[0]

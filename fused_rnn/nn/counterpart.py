@@ -23,10 +23,11 @@ from fused_rnn.nn.plain import is_autocasting, is_tracing
 
 
 def run_counterpart(module: Fused, weights: Sequence[Tensor], input: Any, hx: Any, extras: bool = False) -> Any:
-    """The counterpart's result for a call on other than plain tensors, or its error. extras: lengths or reset were given.
+    """The counterpart's result for a call on other than plain tensors, or its error.
 
-    Raises NotImplementedError where the counterpart would have a result, but not the one that was asked for, and a TypeError
-    of ours for what is no tensor: on that the counterpart does not decide, but stumbles (no attribute 'dim').
+    extras: lengths or reset were given. Raises NotImplementedError where the counterpart would have a result, but not
+    the one that was asked for, and a TypeError of ours for what is no tensor: on that the counterpart does not decide,
+    but stumbles (no attribute 'dim').
     """
     try:
         with _untraced():

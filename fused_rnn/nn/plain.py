@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, nn, strided
@@ -14,23 +14,15 @@ from torch._C import _is_any_autocast_enabled as is_autocasting
 from torch._C import _is_tracing as is_tracing
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
-from torch.autograd import forward_ad
 
 from fused_rnn import ops
 from fused_rnn.transforms.op_gradient import is_jit_tracing
 
-# The op for a single step, None where the extension is not built, and its number for each cell. It is the builtin under
-# OpOverload.__call__: a frame of Python less, 0.25 µs of 4.
-STEP: Callable[..., list[Tensor]] | None
-STEP = ops.step._op if ops.MISSING is None else None  # type: ignore[attr-defined]
-CELL_CODES = ops.CODES
-# The same without the dispatcher, in half the time. It returns None for a call that is another one, or STEP's.
+# The number by which FAST_PATH knows a cell.
+CELL_CODES = ops.CELLS
+# A step, or a layer in one direction, without gradient and without the dispatcher; None for any other call.
 FAST_PATH = ops.fast_path
 STEPPING = (None, "cpu")  # the backends that it may stand for
-# Up to this many numbers in its input the op is the fastest (1.1 to 3.3 times torch's cells); beyond, dispatch is asked
-# what is, which takes 5 µs of 150 or more. Intel Xeon with AMX, 1 thread, November 2026.
-STEP_SIZE = 4096
-
 # Any other subclass (ExpandedWeight of per-sample gradients, DTensor, a quantized weight) gives torch's operators a
 # meaning of its own and knows nothing of our ops. Fake and functional tensors are how torch traces; our ops know them.
 PLAIN = frozenset((Tensor, nn.Parameter, nn.Buffer, FakeTensor, FunctionalTensor))
@@ -53,23 +45,15 @@ def is_plain_hx(hx: object, states: int) -> bool:
     return isinstance(hx, (tuple, list)) and len(hx) == states and are_plain(hx)
 
 
-def is_ordinary_mode() -> bool:
-    """Whether nothing is on that fused_rnn::step knows nothing of: tracing, autocast, a transform, forward-mode AD."""
-    return not (is_tracing() or is_autocasting() or is_functorch() or forward_ad._current_level >= 0)
-
-
 __all__ = [
     "CELL_CODES",
     "FAST_PATH",
     "PLAIN",
-    "STEP",
     "STEPPING",
-    "STEP_SIZE",
     "are_plain",
     "is_autocasting",
     "is_functorch",
     "is_jit_tracing",
-    "is_ordinary_mode",
     "is_plain_hx",
     "is_tracing",
 ]

@@ -12,24 +12,20 @@ from torch._jit_internal import unused
 from torch.compiler import is_compiling
 from torch.nn.utils.rnn import PackedSequence
 
-from fused_rnn import checks, functional
+from fused_rnn import checks, layers
 from fused_rnn.nn.base import Fused, known_backend, overrides_forward, prefers_counterpart
 from fused_rnn.nn.counterpart import check_packed, refuse, run_counterpart, state_rows
 from fused_rnn.nn.packed import Layout, is_unshared
 from fused_rnn.nn.plain import (
     CELL_CODES,
     FAST_PATH,
-    STEP,
-    STEP_SIZE,
     STEPPING,
     are_plain,
-    is_ordinary_mode,
     is_plain_hx,
 )
 from fused_rnn.stream import Stream
 
 # torch.nn's forward goes by the mode too, and not by RNN's `nonlinearity`.
-_FUNCTIONS = {cell.upper(): function for cell, function in functional.LAYERS.items()}
 _CODES = {cell.upper(): code for cell, code in CELL_CODES.items()}
 
 # Methods of torch.nn's modules that a subclass may override to check its input otherwise.
@@ -145,16 +141,18 @@ class Recurrent(Fused, nn.RNNBase):
 
 
 def overrides_checks(cls: type[Recurrent]) -> bool:
-    """Whether a class, or one above it, has other checks than its counterpart. One without a counterpart, as a library may put
-    between ours, is none that anybody calls."""
+    """Whether a class, or one above it, has other checks than its counterpart.
+
+    A class without a counterpart, as a library may put between ours, is none that anybody calls.
+    """
     counterpart = getattr(cls, "_fused_counterpart", cls)
     return any(getattr(cls, name, None) is not getattr(counterpart, name, None) for name in _CHECKS)
 
 
 def known_save(save: str) -> str:
-    """save, if functional knows it; raises ValueError."""
-    if save not in functional.SAVES:
-        raise ValueError(f"save: got {save!r}, expected one of {', '.join(map(repr, functional.SAVES))}")
+    """save, if layers knows it; raises ValueError."""
+    if save not in layers.SAVES:
+        raise ValueError(f"save: got {save!r}, expected one of {', '.join(map(repr, layers.SAVES))}")
     return save
 
 
@@ -167,7 +165,7 @@ def step(module: Recurrent, input: Any, hx: Any, lengths: Any, reset: Any) -> Se
     if (
         is_grad_enabled()
         or is_compiling()  # before any size, on which nothing traced may specialise
-        or STEP is None
+        or FAST_PATH is None
         or module.num_layers != 1
         or module.bidirectional
         or module._fused_checks
@@ -180,28 +178,7 @@ def step(module: Recurrent, input: Any, hx: Any, lengths: Any, reset: Any) -> Se
             return None
         h, c = hx
     time = 1 if module.batch_first else 0
-    if FAST_PATH is not None:
-        stepped = FAST_PATH(module._parameters, module.bias, input, h, c, _CODES[module.mode], time, lengths, reset)
-        if stepped is not None:
-            return stepped
-    if (
-        lengths is not None
-        or reset is not None
-        or type(input) is not Tensor
-        or not is_ordinary_mode()  # before any size, of which torch.jit.trace keeps what becomes of it
-        or input.dim() != 3
-        or input.size(time) != 1
-        or not input.is_cpu
-        or input.numel() > STEP_SIZE
-    ):
-        return None
-    try:
-        w: dict[str, Any] = module._parameters
-        b_ih, b_hh = (w["bias_ih_l0"], w["bias_hh_l0"]) if module.bias else (None, None)
-        w_hr = w["weight_hr_l0"] if module.proj_size else None
-        return STEP(input, h, c, w["weight_ih_l0"], w["weight_hh_l0"], b_ih, b_hh, w_hr, _CODES[module.mode])
-    except (KeyError, RuntimeError):
-        return None  # a computed weight, or an input that the op refuses, as the slow way will in torch's words
+    return FAST_PATH(module._parameters, module.bias, input, h, c, _CODES[module.mode], time, lengths, reset)
 
 
 def run(module: Recurrent, input: Any, hx: Any, lengths: Any, reset: Any) -> Result:
@@ -225,7 +202,18 @@ def run(module: Recurrent, input: Any, hx: Any, lengths: Any, reset: Any) -> Res
             reset = checks.as_reset(reset, weights[0].device)
         if packed:
             return _run_packed(module, input, hx, weights, reset)
-        return _run_padded(module, input, hx, weights, lengths, reset)
+        if reset is not None and 2 <= input.dim() <= 3:
+            reset = _time_first(module, reset, input.shape[:-1])
+        if module._fused_checks and 2 <= input.dim() <= 3:
+            _check(module, input, hx)
+        if input.dim() != 3:
+            return _run_unbatched(module, input, hx, weights, lengths, reset)
+        if not module.batch_first:
+            return _run_layers(module, input, weights, hx, lengths, reset)
+        # The loops read steps that lie one after the other. Copied here, and not in each of them, it is the copy that
+        # backward has, and the caller may write to the input.
+        y, hx = _run_layers(module, input.transpose(0, 1).contiguous(), weights, hx, lengths, reset)
+        return (y.transpose_(0, 1) if is_unshared(y, module._fused_backend) else y.transpose(0, 1)), hx
     except ValueError as error:
         return refuse(module, weights, input, hx, error)
 
@@ -242,25 +230,12 @@ def read_weights(module: Recurrent) -> list[Tensor]:
     return [getattr(module, name) for name in names]
 
 
-def _run_padded(
+def _run_unbatched(
     module: Recurrent, input: Tensor, hx: Any, weights: Sequence[Tensor], lengths: Any, reset: Tensor | None
 ) -> Result:
-    """forward of [T, B, D], [B, T, D] or [T, D]."""
-    dims = input.dim()
-    if reset is not None and 2 <= dims <= 3:
-        reset = _time_first(module, reset, input.shape[:-1])
-    if module._fused_checks and 2 <= dims <= 3:
-        _check(module, input, hx)
-    if dims == 3:
-        if not module.batch_first:
-            return _run_layers(module, input, weights, hx, lengths, reset)
-        # The loops read steps that lie one after the other. Copied here, and not in each of them, it is the copy that
-        # backward has, and the caller may write to the input.
-        x = input.transpose(0, 1).contiguous()
-        y, hx = _run_layers(module, x, weights, hx, lengths, reset)
-        return (y.transpose_(0, 1) if is_unshared(y, module._fused_backend) else y.transpose(0, 1)), hx
-    if dims != 2:
-        raise ValueError(f"input: got {dims} dimensions, expected two or three")
+    """forward of [T, D]."""
+    if input.dim() != 2:
+        raise ValueError(f"input: got {input.dim()} dimensions, expected two or three")
     hx = _map(module, lambda s: s.unsqueeze(1), hx)
     if lengths is not None:
         lengths = checks.as_lengths(lengths)
@@ -325,20 +300,23 @@ def _run_layers(
     reset: Tensor | None,
     num_layers: int | None = None,
 ) -> Result:
-    """The call of functional: x [T, B, D], hx of [L·R, B, ·] or None → y [T, B, R·P], the final hx."""
-    return _FUNCTIONS[module.mode](
+    """x [T, B, D], hx of [L·R, B, ·] or None → y [T, B, R·P], the final hx."""
+    pair = module._fused_states == 2
+    y, *after = layers.run(
+        module._fused_cell,
         x,
         weights,
-        hx,
-        num_layers=num_layers or module.num_layers,
-        bidirectional=module.bidirectional,
-        dropout=module.dropout,
-        training=module.training,
-        lengths=lengths,
-        reset=reset,
-        save=module._fused_save,
-        backend=module._fused_backend,
+        () if hx is None else hx if pair else (hx,),
+        num_layers or module.num_layers,
+        module.bidirectional,
+        module.dropout,
+        module.training,
+        lengths,
+        reset,
+        module._fused_save,
+        module._fused_backend,
     )
+    return y, tuple(after) if pair else after[0]
 
 
 def _time_first(module: Recurrent, reset: Tensor, shape: Sequence[int]) -> Tensor:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from fused_rnn.cells import CELLS, Spec
+from fused_rnn.call import LayerCall, Weights
+from fused_rnn.cells import Cell
 from fused_rnn.reference.sequence import zero_past_end
 
 
@@ -23,101 +24,59 @@ def without_autocast(x: Tensor) -> AbstractContextManager[None]:
     return torch.autocast(x.device.type, enabled=False)
 
 
-def weights_per_recurrence(weights: Sequence[Tensor], recurrences: int) -> list[list[Tensor | None]]:
-    """The flat list as one [w_ih, w_hh, b_ih, b_hh, w_hr] per recurrence, None for a bias or projection it lacks."""
-    count = len(weights) // recurrences
-    split: list[list[Tensor | None]] = []
-    for r in range(recurrences):
-        w = list(weights[r * count : (r + 1) * count])
-        biases = w[2:4] if count >= 4 else [None, None]
-        split.append([w[0], w[1], *biases, w[-1] if count in (3, 5) else None])
-    return split
+def run_layer(call: LayerCall) -> list[Tensor]:
+    """One layer: [y [T, B, R·P], h_n [R, B, P], the other states after [R, B, H]], in x's dtype.
 
-
-def run_layer(
-    x: Tensor,
-    weights: Sequence[Tensor],
-    h0: Tensor | None,
-    c0: Tensor | None,
-    lengths: Tensor | None,
-    reset: Tensor | None,
-    cell: str,
-    directions: Sequence[int],
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Run one layer, all its R = len(directions) recurrences, over all of time.
-
-    x: [T, B, D], or [T, B, R, D] with an input per recurrence.
-    weights: per recurrence w_ih [G·H, D], w_hh [G·H, P], (b_ih, b_hh [G·H]), (w_hr [P, H]).
-    h0: [R, B, P], c0: [R, B, H], None for zeros.  lengths: [B] int64, reset: [T, B] bool, or None.
-    directions: +1 or -1 each.
-    Returns y [T, B, R·P], h_n [R, B, P] and c_n [R, B, H] (None unless the cell has c), in x's dtype; 16-bit types
-    compute in float32.
-    Differentiable any number of times, in forward mode too, in x, weights, h0 and c0; works under vmap.
+    16-bit types compute in float32. Differentiable any number of times, in forward mode too, in x, weights and states;
+    works under vmap.
     """
-    dtype, spec = x.dtype, CELLS[cell]
+    dtype = call.x.dtype
     if dtype in (torch.bfloat16, torch.float16):
-        x, h0, c0 = x.float(), h0 if h0 is None else h0.float(), c0 if c0 is None else c0.float()
-        weights = [w.float() for w in weights]
-    x = zero_past_end(x, lengths)
-    ys, hs, cs = [], [], []
-    for r, w in enumerate(weights_per_recurrence(weights, len(directions))):
-        y, h, c = _run_recurrence(
-            x if x.dim() == 3 else x[:, :, r],
-            w,
-            None if h0 is None else h0[r],
-            None if c0 is None else c0[r],
-            lengths,
-            reset,
-            spec,
-            directions[r],
-        )
+        weights, states = [w.float() for w in call.weights], [s.float() for s in call.states]
+        call = call._replace(x=call.x.float(), weights=weights, states=states)
+    x, spec, initial = zero_past_end(call.x, call.lengths), call.spec, call.initial()
+    ys, finals = [], []
+    for r, (w, direction) in enumerate(zip(call.each, call.directions, strict=True)):
+        own = x if x.dim() == 3 else x[:, :, r]
+        y, after = _run_recurrence(own, w, [s[r] for s in initial], call.lengths, call.reset, spec, direction)
         ys.append(y)
-        hs.append(h)
-        if c is not None:
-            cs.append(c)
+        finals.append(after)
     y = ys[0] if len(ys) == 1 else torch.cat(ys, -1)
-    return y.to(dtype), torch.stack(hs).to(dtype), torch.stack(cs).to(dtype) if cs else None
+    return [y.to(dtype), *(torch.stack(each).to(dtype) for each in zip(*finals, strict=True))]
 
 
 def _run_recurrence(
     x: Tensor,
-    w: Sequence[Tensor | None],
-    h: Tensor | None,
-    c: Tensor | None,
+    w: Weights,
+    states: Sequence[Tensor],
     lengths: Tensor | None,
     reset: Tensor | None,
-    spec: Spec,
+    spec: Cell,
     direction: int,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    w_ih, w_hh, b_ih, b_hh, w_hr = w
-    assert w_ih is not None and w_hh is not None
-    (steps, batch), hidden = x.shape[:2], w_hh.shape[0] // spec.gates
-    gates_x = linear(x, w_ih, b_ih)
-    if h is None:
-        h = x.new_zeros(batch, w_hh.shape[1])
-    if c is None and spec.has_c:
-        c = x.new_zeros(batch, hidden)
+) -> tuple[Tensor, Sequence[Tensor]]:
+    """x [T, B, D], states [B, ·] → y [T, B, P] and the states after."""
+    steps = x.shape[0]
+    gates_x = linear(x, w.w_ih, w.b_ih)
     outputs: list[Tensor] = []
     for t in range(steps) if direction > 0 else range(steps - 1, -1, -1):
-        h_in, c_in = h, c
+        entering = states
         over = None if lengths is None else (t >= lengths).unsqueeze(-1)
         # What stands still enters no step: the gradient of zero that comes back, times a NaN in it, would be one.
         for gone in (over, None if reset is None else reset[t].unsqueeze(-1)):
             if gone is not None:
-                h_in = h_in.masked_fill(gone, 0)
-                c_in = None if c_in is None else c_in.masked_fill(gone, 0)
-        h_new, c_new = spec.step(gates_x[t], linear(h_in, w_hh, b_hh), h_in, c_in)
-        if w_hr is not None:
-            h_new = linear(h_new, w_hr)
+                entering = [s.masked_fill(gone, 0) for s in entering]
+        gates_h = linear(entering[0], w.w_hh, w.b_hh)
+        new = spec.step(gates_x[t].chunk(spec.gates, -1), gates_h.chunk(spec.gates, -1), entering, w.params)
+        if w.w_hr is not None:
+            new = (linear(new[0], w.w_hr), *new[1:])
         if over is None:
-            h, c = h_new, c_new
-            outputs.append(h)
+            states = new
+            outputs.append(new[0])
         else:
             # Past its end a sequence's state stands still. A reverse loop meets those steps first, and so enters the
             # last valid one with h0.
-            h = torch.where(over, h, h_new)
-            c = None if c is None or c_new is None else torch.where(over, c, c_new)
-            outputs.append(h_new.masked_fill(over, 0))
+            states = [torch.where(over, s, n) for s, n in zip(states, new, strict=True)]
+            outputs.append(new[0].masked_fill(over, 0))
     if direction < 0:
         outputs.reverse()
-    return torch.stack(outputs), h, c
+    return torch.stack(outputs), states

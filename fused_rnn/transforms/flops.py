@@ -14,69 +14,46 @@ from math import prod
 from types import ModuleType
 from typing import Any
 
+from fused_rnn.call import BackwardCall, LayerCall
+
 Shape = Sequence[int]
 Formula = Callable[..., int]
 
 _COUNTER = "torch.utils.flop_counter"
 
 
-def _products(weights: Sequence[Shape], recurrences: int) -> tuple[int, int, int]:
+def _products(call: LayerCall) -> tuple[int, int, int]:
     """Multiplications for a step of one row, in all recurrences: by W_ih, by W_hh, by W_hr."""
-    count = len(weights) // recurrences
-    kinds = [sum(prod(w) for w in weights[kind::count]) for kind in (0, 1)]
-    return kinds[0], kinds[1], sum(prod(w) for w in weights[count - 1 :: count]) if count in (3, 5) else 0
+    each = call.each
+    return (
+        sum(prod(w.w_ih) for w in each),
+        sum(prod(w.w_hh) for w in each),
+        sum(prod(w.w_hr) for w in each if w.w_hr is not None),
+    )
 
 
-def forward(
-    x: Shape,
-    weights: Sequence[Shape],
-    h0: Any,
-    c0: Any,
-    lengths: Any,
-    reset: Any,
-    cell: str,
-    directions: Sequence[int],
-    *_: Any,
-    **__: Any,
-) -> int:
+def forward(*args: Any, **_: Any) -> int:
     """fused_rnn::forward: every step multiplies by W_ih, W_hh and the projection."""
-    return 2 * x[0] * x[1] * sum(_products(weights, len(directions)))
+    call = LayerCall(*args)
+    x: Any = call.x
+    return int(2 * x[0] * x[1] * sum(_products(call)))
 
 
-def backward(
-    dy: Any,
-    dh_n: Any,
-    dc_n: Any,
-    x: Shape,
-    weights: Sequence[Shape],
-    h0: Any,
-    c0: Any,
-    lengths: Any,
-    reset: Any,
-    hidden: Any,
-    saved: Any,
-    cells: Any,
-    cell: str,
-    directions: Sequence[int],
-    save: str,
-    need_dx: bool,
-    need_dw: bool,
-    **_: Any,
-) -> int:
+def backward(*args: Any, **_: Any) -> int:
     """fused_rnn::backward: the state's gradient through all steps, but into an h0 that was not given; x's and the
     weights' where they are asked for; with save="recompute" all of forward once more."""
+    call = BackwardCall(*args)
+    x: Any = call.x
     steps, batch = x[:2]
-    w_ih, w_hh, w_hr = _products(weights, len(directions))
-    through = w_hh * (steps - (h0 is None)) + w_hr * steps
-    asked = need_dx * w_ih + need_dw * (w_ih + w_hh + w_hr) + (save == "recompute") * (w_ih + w_hh + w_hr)
-    return 2 * batch * (through + steps * asked)
+    w_ih, w_hh, w_hr = _products(call.layer)
+    through = w_hh * (steps - (not call.states)) + w_hr * steps
+    weights = (call.need_dw + (call.save == "recompute")) * (w_ih + w_hh + w_hr)
+    return int(2 * batch * (through + steps * (call.need_dx * w_ih + weights)))
 
 
-def step(
-    x: Shape, h: Any, c: Any, w_ih: Shape, w_hh: Shape, b_ih: Any, b_hh: Any, w_hr: Shape | None, *_: Any, **__: Any
-) -> int:
-    """fused_rnn::step: one step of x [..., D]."""
-    return 2 * prod(x[:-1]) * (prod(w_ih) + prod(w_hh) + (0 if w_hr is None else prod(w_hr)))
+def step(x: Shape, weights: Sequence[Shape], *_: Any, **__: Any) -> int:
+    """fused_rnn::step: one step of x [B, D]."""
+    return 2 * x[0] * sum(prod(w) for w in weights if len(w) == 2)
 
 
 class _WhenImported(MetaPathFinder):

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fused_rnn.call import LayerCall, all_or_none
+
 Op = Callable[..., list[Tensor]]
 
 
@@ -20,26 +22,27 @@ def register(name: str, forward: Op, backward: Op, library: torch.library.Librar
     """Give the op `forward`, registered as `name`, a gradient by `backward`. Differentiable once."""
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        x, weights, h0, c0, lengths, reset, cell, directions, _, _ = inputs
+        call = LayerCall(*inputs)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, h0, c0, lengths, reset, *weights)
-        ctx.call = (cell, directions)
+        ctx.save_for_backward(call.x, call.lengths, call.reset, *call.states, *call.weights)
+        ctx.call = (len(call.states), call.cell, call.directions)
 
     def pull(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             raise RuntimeError(f"{name}: an op by itself is differentiable once; differentiate the module instead")
-        x, h0, c0, lengths, reset, *weights = ctx.saved_tensors
-        cell, directions = ctx.call
-        layer = (x, weights, h0, c0, lengths, reset)
-        outputs = without_gradient(forward, *layer, cell, directions, "gates", False)
-        dc_n = grads[2] if cell == "lstm" else None
+        x, lengths, reset, *rest = ctx.saved_tensors
+        given, cell, directions = ctx.call
+        call = LayerCall(x, rest[given:], rest[:given], lengths, reset, cell, directions, "gates")
+        y, *others = without_gradient(forward, *call)
+        count = len(call.spec.states)
+        saved, *histories, _ = others[count:]
+        douts = [torch.zeros_like(s) if d is None else d for s, d in zip(others, grads[1 : count + 1], strict=False)]
         need_dx, need_dw = ctx.needs_input_grad[0], any(ctx.needs_input_grad[1])
-        dx, dh0, dc0, *dweights = without_gradient(
-            backward, grads[0], grads[1], dc_n, *layer, outputs[0], *outputs[-3:-1], cell, directions, "gates",
-            need_dx, need_dw,
-        )  # fmt: skip
-        states = (None if h0 is None else dh0, None if c0 is None else dc0)
-        return (dx if need_dx else None, dweights or [None] * len(weights), *states, *[None] * 6)
+        dx, *dtensors = without_gradient(
+            backward, grads[0], douts, *call[:5], y, saved, histories, *call[5:8], need_dx, need_dw
+        )
+        dweights = all_or_none(dtensors[given:], len(call.weights))
+        return (dx if need_dx else None, dweights, dtensors[:given], *[None] * 6)
 
     torch.library.register_autograd(name, pull, setup_context=setup_context, lib=library)
 

@@ -6,70 +6,49 @@ the gradients of the gates, and the products that make gradients of weights of t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from fused_rnn.cells import CELLS
+from fused_rnn.call import BackwardCall, LayerCall
 from fused_rnn.reference.sequence import entering, zero_past_end
 
 
-def supports(cell: str, weights: Sequence[Tensor], directions: Sequence[int], save: str) -> bool:
-    """Not with a projection, whose gradient takes another exchange, nor where GRU's gates were not kept."""
-    return save == "gates" and len(weights) // len(directions) in (2, 4)
+def supports(call: LayerCall) -> bool:
+    """Not with a projection, whose gradient takes another exchange, nor where the gates' gradients do not tell all
+    (parameter vectors, gates whose sides are apart), but for a GRU's, if its gates were kept."""
+    tells_all = not call.spec.params and (not call.spec.apart or call.cell == "gru")
+    return call.save == "gates" and not call.kinds.projects and tells_all
 
 
-def backward(
-    op: Callable[..., list[Tensor]],
-    n: int,
-    dy: Tensor | None,
-    dh_n: Tensor | None,
-    dc_n: Tensor | None,
-    x: Tensor,
-    weights: Sequence[Tensor],
-    h0: Tensor | None,
-    c0: Tensor | None,
-    lengths: Tensor | None,
-    reset: Tensor | None,
-    hidden: Tensor,
-    saved: Tensor,
-    cells: Tensor,
-    cell: str,
-    directions: Sequence[int],
-    save: str,
-    need_dx: bool,
-) -> list[Tensor]:
-    """As fused_rnn::backward, of a batch of N·B rows; [dx, dh0, dc0] of that batch, then per weight [N, ...]."""
-    kind = x.device.type
-    with torch.autocast(kind, enabled=False):
-        count, (steps, rows) = len(weights) // len(directions), x.shape[:2]
-        width = weights[0].shape[0]
+def backward(op: Callable[..., list[Tensor]], n: int, call: BackwardCall) -> list[Tensor]:
+    """As fused_rnn::backward, of a batch of N·B rows; [dx, dstates] of that batch, then per weight [N, ...]."""
+    x, layer = call.x, call.layer
+    spec, each, recurrences = layer.spec, layer.each, layer.recurrences
+    with torch.autocast(x.device.type, enabled=False):
+        (steps, rows), width = x.shape[:2], call.weights[0].shape[0]
         # With the identity for W_ih, the gradient of the input product is what comes out as x's.
         one = torch.eye(width, dtype=x.dtype, device=x.device)
-        nothing = x.new_zeros(steps, rows, len(directions), width)
-        through = [one if k % count == 0 else w for k, w in enumerate(weights)]
-        dgates, dh0, dc0 = op(
-            dy, dh_n, dc_n, nothing, through, h0, c0, lengths, reset, hidden, saved, cells, cell, directions, save,
-            True, False,
-        )  # fmt: skip
-        each = [dgates[:, :, r] for r in range(len(directions))]
+        count = layer.kinds.number
+        through = [one if k % count == 0 else w for k, w in enumerate(call.weights)]
+        nothing = x.new_zeros(steps, rows, recurrences, width)
+        dgates, *dstates = op(*call._replace(x=nothing, weights=through, need_dx=True, need_dw=False))
         dx = x.new_empty(0)
-        if need_dx:
-            parts = [torch.matmul(d, weights[r * count]) for r, d in enumerate(each)]
+        if call.need_dx:
+            parts = [torch.matmul(dgates[:, :, r], w.w_ih) for r, w in enumerate(each)]
             dx = torch.stack(parts, 2) if x.dim() == 4 else torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
-        x = zero_past_end(x, lengths)
-        outputs = [dx, dh0, dc0]
-        hidden = hidden.unflatten(2, (len(directions), -1))
-        for r, d in enumerate(each):
-            recurrent = d
-            if cell == "gru":  # its reset gate multiplies the recurrent side of the last gate
-                units = width // CELLS[cell].gates
-                recurrent = torch.cat([d[..., :-units], d[..., -units:] * saved[:, :, r, 0]], -1)
-            own = hidden[:, :, r]
-            before = entering(own, torch.zeros_like(own[0]) if h0 is None else h0[r], lengths, reset, directions[r])
+        x = zero_past_end(x, call.lengths)
+        outputs = [dx, *dstates]
+        hidden, h0 = call.hidden.unflatten(2, (recurrences, -1)), layer.initial()[0]
+        for r, (w, direction) in enumerate(zip(each, call.directions, strict=True)):
+            d = recurrent = dgates[:, :, r]
+            if spec.apart:  # of a GRU the reset gate multiplies the recurrent side of the last gate
+                units = width // spec.gates
+                recurrent = torch.cat([d[..., :-units], d[..., -units:] * call.saved[:, :, r, 0]], -1)
+            before = entering(hidden[:, :, r], h0[r], call.lengths, call.reset, direction)
             outputs += [_product(d, x if x.dim() == 3 else x[:, :, r], n), _product(recurrent, before, n)]
-            if count == 4:
+            if w.b_ih is not None:
                 outputs += [_sum(d, n), _sum(recurrent, n)]
         return outputs
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from fused_rnn.cells import CELLS
+from fused_rnn.call import BackwardCall, LayerCall
 from fused_rnn.transforms import per_sample
 
 Dims = Sequence[Any]
@@ -115,123 +115,92 @@ def _ensemble(weights: Sequence[Tensor], dims: Sequence[int | None], n: int) -> 
     return [w for member in zip(*columns, strict=True) for w in member]
 
 
-def _where_saved(save: str) -> tuple[int, int]:
-    """The positions of B and R in `saved`: [T, B, R, S, H] for gates, [K, R, B, ·] for checkpoints."""
+def _where_rows(save: str) -> tuple[int, int]:
+    """The positions of B and R in a history: [T, B, R, H] for gates, [K, R, B, H] for checkpoints."""
     return (1, 2) if save == "gates" else (2, 1)
 
 
-def forward(
-    op: Callable[..., list[Tensor]],
-    n: int,
-    dims: Dims,
-    x: Tensor,
-    weights: Sequence[Tensor],
-    h0: Tensor | None,
-    c0: Tensor | None,
-    lengths: Tensor | None,
-    reset: Tensor | None,
-    cell: str,
-    directions: Sequence[int],
-    save: str,
-    keep_hidden: bool,
-) -> Result | None:
+def _fold_each(tensors: Sequence[Tensor], dims: Sequence[int | None], n: int, at: int) -> list[Tensor]:
+    return [_fold(t, d, n, at) for t, d in zip(tensors, dims, strict=True)]
+
+
+def forward(op: Callable[..., list[Tensor]], n: int, dims: Dims, *args: Any) -> Result | None:
     """fused_rnn::forward over a mapped dimension; None where it has to be looped."""
-    x_dim, weight_dims, h0_dim, c0_dim, lengths_dim, reset_dim = dims[:6]
-    states = 3 if cell == "lstm" else 2
-    saved_batch, saved_recurrence = _where_saved(save)
-    if all(d is None for d in weight_dims):
-        folded = (_fold(lengths, lengths_dim, n, 0), _fold(reset, reset_dim, n, 1))
-        outputs = op(
-            _fold(x, x_dim, n, 1), weights, _fold(h0, h0_dim, n, 1), _fold(c0, c0_dim, n, 1), *folded,
-            cell, directions, save, keep_hidden,
-        )  # fmt: skip
-        places = [1] * states + [saved_batch, 1, 1]
-    elif lengths_dim is None and reset_dim is None:
-        outputs = op(
-            x if x_dim is None and x.dim() == 3 else _per_recurrence(x, x_dim, n, len(directions)),
-            _ensemble(weights, weight_dims, n), _fold(h0, h0_dim, n, 0), _fold(c0, c0_dim, n, 0), lengths, reset,
-            cell, list(directions) * n, save, keep_hidden,
-        )  # fmt: skip
-        places = [2] + [0] * (states - 1) + [saved_recurrence, 2, 2]
+    call = LayerCall(*args)
+    where: Any = LayerCall(*dims)
+    states, history = len(call.spec.states), _where_rows(call.save)
+    if all(d is None for d in where.weights):
+        folded = call._replace(
+            x=_fold(call.x, where.x, n, 1),
+            states=_fold_each(call.states, where.states, n, 1),
+            lengths=_fold(call.lengths, where.lengths, n, 0),
+            reset=_fold(call.reset, where.reset, n, 1),
+        )
+        places = [1] * (1 + states) + [1] + [history[0]] * (states - 1) + [1]
+    elif where.lengths is None and where.reset is None:
+        shared = where.x is None and call.x.dim() == 3
+        folded = call._replace(
+            x=call.x if shared else _per_recurrence(call.x, where.x, n, call.recurrences),
+            weights=_ensemble(call.weights, where.weights, n),
+            states=_fold_each(call.states, where.states, n, 0),
+            directions=list(call.directions) * n,
+        )
+        places = [2] + [0] * states + [2] + [history[1]] * (states - 1) + [2]
     else:
         return None
-    places = places[: len(outputs)]
-    out_dims = [None if _absent(t) else at for t, at in zip(outputs, places, strict=True)]
+    outputs = op(*folded)
+    out_dims = [None if _absent(t) else at for t, at in zip(outputs, places, strict=False)]
     return [t if at is None else _unfold(t, n, at) for t, at in zip(outputs, out_dims, strict=True)], out_dims
 
 
-def backward(
-    op: Callable[..., list[Tensor]],
-    n: int,
-    dims: Dims,
-    dy: Tensor | None,
-    dh_n: Tensor | None,
-    dc_n: Tensor | None,
-    x: Tensor,
-    weights: Sequence[Tensor],
-    h0: Tensor | None,
-    c0: Tensor | None,
-    lengths: Tensor | None,
-    reset: Tensor | None,
-    hidden: Tensor,
-    saved: Tensor,
-    cells: Tensor,
-    cell: str,
-    directions: Sequence[int],
-    save: str,
-    need_dx: bool,
-    need_dw: bool,
-) -> Result | None:
+def backward(op: Callable[..., list[Tensor]], n: int, dims: Dims, *args: Any) -> Result | None:
     """fused_rnn::backward over a mapped dimension; None where it has to be looped."""
-    (
-        dy_dim,
-        dh_dim,
-        dc_dim,
-        x_dim,
-        weight_dims,
-        h0_dim,
-        c0_dim,
-        lengths_dim,
-        reset_dim,
-        hidden_dim,
-        saved_dim,
-        cells_dim,
-    ) = dims[:12]
-    saved_batch, saved_recurrence = _where_saved(save)
+    call = BackwardCall(*args)
+    where: Any = BackwardCall(*dims)
+    history, given = _where_rows(call.save), len(call.states)
     outputs: list[Tensor]
     out_dims: list[int | None]
-    shared = all(d is None for d in weight_dims)
-    if shared and (not need_dw or per_sample.supports(cell, weights, directions, save)):
-        batch = (
-            _fold(dy, dy_dim, n, 1), _fold(dh_n, dh_dim, n, 1), _fold(dc_n, dc_dim, n, 1),
-            _fold(x, x_dim, n, 1), weights, _fold(h0, h0_dim, n, 1), _fold(c0, c0_dim, n, 1),
-            _fold(lengths, lengths_dim, n, 0), _fold(reset, reset_dim, n, 1),
-            _fold(hidden, hidden_dim, n, 1), _fold(saved, saved_dim, n, saved_batch), _fold(cells, cells_dim, n, 1),
-            cell, directions, save, need_dx,
-        )  # fmt: skip
-        outputs = per_sample.backward(op, n, *batch) if need_dw else op(*batch, False)
-        rows, dweights = outputs[:3], outputs[3:]
+    shared = all(d is None for d in where.weights)
+    if shared and (not call.need_dw or per_sample.supports(call.layer)):
+        batch = call._replace(
+            dy=_fold(call.dy, where.dy, n, 1),
+            dstates=_fold_each(call.dstates, where.dstates, n, 1),
+            x=_fold(call.x, where.x, n, 1),
+            states=_fold_each(call.states, where.states, n, 1),
+            lengths=_fold(call.lengths, where.lengths, n, 0),
+            reset=_fold(call.reset, where.reset, n, 1),
+            hidden=_fold(call.hidden, where.hidden, n, 1),
+            saved=_fold(call.saved, where.saved, n, 1),
+            histories=_fold_each(call.histories, where.histories, n, history[0]),
+        )
+        outputs = per_sample.backward(op, n, batch) if call.need_dw else op(*batch)
+        rows, dweights = outputs[: 1 + given], outputs[1 + given :]
         out_dims = [None if _absent(t) else 1 for t in rows]
         rows = [t if at is None else _unfold(t, n, at) for t, at in zip(rows, out_dims, strict=True)]
         return [*rows, *dweights], out_dims + [0] * len(dweights)
-    if lengths_dim is not None or reset_dim is not None:
+    if where.lengths is not None or where.reset is not None:
         return None
     # dx must come out per member, even of an x that all members share.
-    common = x_dim is None and x.dim() == 3 and not need_dx
-    dx, dh0, dc0, *dweights = op(
-        _fold(dy, dy_dim, n, 2), _fold(dh_n, dh_dim, n, 0), _fold(dc_n, dc_dim, n, 0),
-        x if common else _per_recurrence(x, x_dim, n, len(directions)), _ensemble(weights, weight_dims, n),
-        _fold(h0, h0_dim, n, 0), _fold(c0, c0_dim, n, 0), lengths, reset,
-        _fold(hidden, hidden_dim, n, 2), _fold(saved, saved_dim, n, saved_recurrence), _fold(cells, cells_dim, n, 2),
-        cell, list(directions) * n, save, need_dx, need_dw,
-    )  # fmt: skip
-    states = [t if _absent(t) else _unfold(t, n, 0) for t in (dh0, dc0)]
-    outputs = [_unfold(dx, n, 2) if need_dx else dx, *states]
-    out_dims = [2 if need_dx else None, *(None if _absent(t) else 0 for t in states)]
-    if need_dx and x.dim() - (x_dim is not None) == 3:
+    common = where.x is None and call.x.dim() == 3 and not call.need_dx
+    ensemble = call._replace(
+        dy=_fold(call.dy, where.dy, n, 2),
+        dstates=_fold_each(call.dstates, where.dstates, n, 0),
+        x=call.x if common else _per_recurrence(call.x, where.x, n, len(call.directions)),
+        weights=_ensemble(call.weights, where.weights, n),
+        states=_fold_each(call.states, where.states, n, 0),
+        hidden=_fold(call.hidden, where.hidden, n, 2),
+        saved=_fold(call.saved, where.saved, n, 2),
+        histories=_fold_each(call.histories, where.histories, n, history[1]),
+        directions=list(call.directions) * n,
+    )
+    dx, *rest = op(*ensemble)
+    states, dweights = rest[:given], rest[given:]
+    outputs = [_unfold(dx, n, 2) if call.need_dx else dx, *(_unfold(t, n, 0) for t in states)]
+    out_dims = [2 if call.need_dx else None, *[0] * given]
+    if call.need_dx and call.x.dim() - (where.x is not None) == 3:
         outputs[0] = outputs[0].sum(3)
-    if need_dw:
-        count = len(weights)
+    if call.need_dw:
+        count = len(call.weights)
         outputs += [torch.stack(dweights[j::count]) for j in range(count)]
         out_dims += [0] * count
     return outputs, out_dims
@@ -242,27 +211,21 @@ def step(
     n: int,
     dims: Dims,
     x: Tensor,
-    h: Tensor | None,
-    c: Tensor | None,
-    *weights_and_cell: Any,
+    weights: Sequence[Tensor],
+    states: Sequence[Tensor],
+    cell: str,
 ) -> Result | None:
     """fused_rnn::step over a mapped dimension; None where it has to be looped."""
-    x_dim, h_dim, c_dim, *weight_dims, _ = dims
-    ranks = [t.dim() - (d is not None) for t, d in ((x, x_dim), (h, h_dim), (c, c_dim)) if t is not None]
-    if any(rank != 2 for rank in ranks):
-        return None
+    x_dim, weight_dims, state_dims, _ = dims
     if any(d is not None for d in weight_dims):
-        *weights, code = weights_and_cell
-        present = [(w, d) for w, d in zip(weights, weight_dims, strict=True) if w is not None]
-        members = _ensemble([w for w, _ in present], [d for _, d in present], n)
         rows = x.unsqueeze(1).expand(-1, n, -1) if x_dim is None else x.movedim(x_dim, 1)
-        states = [
-            None if t is None else t.expand(n, *t.shape) if d is None else t.movedim(d, 0)
-            for t, d in ((h, h_dim), (c, c_dim))
+        entering = [
+            t.expand(n, *t.shape) if d is None else t.movedim(d, 0) for t, d in zip(states, state_dims, strict=True)
         ]
         # A step has one recurrence; a layer of one step has as many as it is given.
         layer = torch.ops.fused_rnn.forward.default
-        outputs = layer(rows.unsqueeze(0), members, *states, None, None, list(CELLS)[code], [1] * n, "none", False)
+        members = _ensemble(weights, weight_dims, n)
+        outputs = layer(*LayerCall(rows.unsqueeze(0), members, entering, None, None, cell, [1] * n))
         return outputs[1:], [0] * (len(outputs) - 1)
-    outputs = op(_fold(x, x_dim, n, 0), _fold(h, h_dim, n, 0), _fold(c, c_dim, n, 0), *weights_and_cell)
+    outputs = op(_fold(x, x_dim, n, 0), weights, _fold_each(states, state_dims, n, 0), cell)
     return [_unfold(t, n, 0) for t in outputs], [0] * len(outputs)

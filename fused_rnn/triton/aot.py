@@ -14,7 +14,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fused_rnn.gpu.loops import Cell
+from fused_rnn.cells import Cell
 from fused_rnn.triton.backward import bwd_kernel
 from fused_rnn.triton.device import activations_of
 from fused_rnn.triton.forward import fwd_kernel

@@ -121,7 +121,7 @@ def jobs(archs: list[str], cells: list[str], kinds: list[str], hidden: list[int]
 
 def compile_job(job: Job) -> Outcome:
     """Compile under the register bound that a launch would take."""
-    from fused_rnn.gpu.loops import CELLS as KINDS_OF_CELL
+    from fused_rnn.cells import CELLS as KINDS_OF_CELL
     from fused_rnn.triton import aot
     from fused_rnn.triton.launch import fewest_spills
 

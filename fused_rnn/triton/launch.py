@@ -10,8 +10,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from fused_rnn.cells import Cell
 from fused_rnn.gpu.directions import direction_bits
-from fused_rnn.gpu.loops import Cell, Layer
+from fused_rnn.gpu.loops import Layer
 from fused_rnn.triton.backward import bwd_kernel
 from fused_rnn.triton.cells import KERNELS
 from fused_rnn.triton.forward import fwd_kernel
@@ -75,12 +76,12 @@ def constants_forward(cell: Cell, hidden: int, size: int, save: bool, checkpoint
     return {
         "CELL": KERNELS[cell.name].fwd,
         "G": cell.gates,
-        "S": cell.stored,
+        "S": cell.saved,
         "H": hidden,
         "ALIGN": math.gcd(hidden * size, 16),
-        "HAS_C": cell.has_c,
-        "HAS_STATE": cell.has_state,
-        "HIDDEN_BIAS": cell.hidden_bias,
+        "HAS_C": len(cell.states) > 1,
+        "HAS_STATE": cell.carried > 0,
+        "HIDDEN_BIAS": cell.apart > 0,
         "SAVE": save,
         "CHECKPOINT": checkpoint,
         "REPLAY": replay,
@@ -92,11 +93,11 @@ def constants_backward(cell: Cell, hidden: int, size: int, has_dy: bool) -> dict
     return {
         "CELL": KERNELS[cell.name].bwd,
         "G": cell.gates,
-        "S": cell.stored,
+        "S": cell.saved,
         "DG": cell.gradients,
         "H": hidden,
         "ALIGN": math.gcd(hidden * size, 16),
-        "HAS_C": cell.has_c,
+        "HAS_C": len(cell.states) > 1,
         "NEEDS_STATE": KERNELS[cell.name].needs_state,
         "NEEDS_BEFORE": KERNELS[cell.name].needs_before,
         "HAS_DY": has_dy,
@@ -221,17 +222,16 @@ class Loops:
         w: Tensor,
         bias: Tensor | None,
         h0: Tensor,
-        state: Tensor | None,
+        carried: list[Tensor],
         y: Tensor,
         h_n: Tensor,
         saved: Tensor | None,
-        cells: Tensor | None,
-        checkpoints: Tensor | None,
+        histories: list[Tensor],
+        checkpoints: list[Tensor],
         every: int,
     ) -> None:
-        self._forward(
-            self.how, (0, self.layer.steps), gx, None, w, bias, h0, state, y, h_n, saved, cells, checkpoints, every
-        )
+        state, cells, kept = (each[0] if each else None for each in (carried, histories, checkpoints))
+        self._forward(self.how, (0, self.layer.steps), gx, None, w, bias, h0, state, y, h_n, saved, cells, kept, every)
 
     def replay(
         self,
@@ -241,11 +241,12 @@ class Loops:
         bias: Tensor | None,
         h0: Tensor,
         hidden: Tensor,
-        state: Tensor | None,
+        carried: list[Tensor],
         saved: Tensor,
-        cells: Tensor | None,
+        histories: list[Tensor],
         window: tuple[int, int],
     ) -> None:
+        state, cells = (each[0] if each else None for each in (carried, histories))
         if state is None:  # GRU's gates do not depend on it
             state = torch.zeros(h0.shape, dtype=torch.float32, device=h0.device)
         how = replace(self.how, plan=replay(self.layer.hidden))
@@ -295,16 +296,16 @@ class Loops:
         *,
         dy: Tensor | None,
         w: Tensor,
-        states: Tensor,
-        first_state: Tensor,
+        states: list[Tensor],
+        first: list[Tensor],
         saved: Tensor | None,
         dgates: Tensor,
-        dh: Tensor,
-        dc: Tensor | None,
+        dstates: list[Tensor],
         window: tuple[int, int] | None = None,
     ) -> None:
         layer, how, plan = self.layer, self.how, self.how.plan
-        first, last = window or (0, layer.steps)
+        read, entering, dh, dc = states[-1], first[-1], dstates[0], dstates[1] if len(dstates) > 1 else None
+        begin, last = window or (0, layer.steps)
         bits, period = direction_bits(layer.directions)
         if self.counters is None:
             self.counters = new_counters(layer, plan, dgates.device)
@@ -312,8 +313,8 @@ class Loops:
         dy, lengths, reset, saved, dc = (
             w if t is None else t for t in (dy, layer.lengths, layer.reset, saved, dc)
         )  # as in forward
-        ranges = [(a, b, 0) for a, b in _ranges(how, first, last)][::-1]
-        if first == 0 and not plan.registers:
+        ranges = [(a, b, 0) for a, b in _ranges(how, begin, last)][::-1]
+        if begin == 0 and not plan.registers:
             if plan.loop != "c" and how.device.arch != "interpreter":
                 ranges[-1] = (*ranges[-1][:2], 1)
             else:
@@ -323,7 +324,7 @@ class Loops:
             own = self.counters[tile0 * layer.recurrences :] if plan.loop == "b" else self.counters
             for step0, step1, close in ranges:
                 args = (
-                    dy, w, states, first_state, lengths, reset, saved, dgates, dh, dc, own, layer.steps, layer.batch,
-                    layer.recurrences, tiles, tile0, step0, step1, first, last, close, bits, period,
+                    dy, w, read, entering, lengths, reset, saved, dgates, dh, dc, own, layer.steps, layer.batch,
+                    layer.recurrences, tiles, tile0, step0, step1, begin, last, close, bits, period,
                 )  # fmt: skip
                 launch(tiles, args)

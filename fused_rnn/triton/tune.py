@@ -19,7 +19,8 @@ import torch
 import triton
 from torch import Tensor
 
-from fused_rnn.gpu.loops import CELLS, Layer
+from fused_rnn.cells import CELLS
+from fused_rnn.gpu.loops import Layer
 from fused_rnn.triton import tiles
 from fused_rnn.triton.device import activations_of, device_at, kind_of, precision_of
 from fused_rnn.triton.launch import How, Loops, waves
@@ -57,26 +58,27 @@ def runner(shape: Shape, plan: Plan, dtype: torch.dtype, device: Device, steps: 
     def random(*sizes: int) -> Tensor:
         return torch.rand(*sizes, device=where).sub_(0.5).to(dtype)
 
-    w, state = random(1, cell.gates, hidden, hidden), torch.zeros(1, batch, hidden, device=where)
+    w = random(1, cell.gates, hidden, hidden)
+    wide = [torch.zeros(1, batch, hidden, device=where) for _ in cell.states]
     h0, y = random(1, batch, hidden), random(steps, batch, hidden)
-    saved = random(steps, batch, 1, cell.stored, hidden) if cell.stored else None
-    cells = random(steps, batch, 1, hidden) if cell.has_c else None
+    saved = random(steps, batch, 1, cell.saved, hidden) if cell.saved else None
+    histories = [random(steps, batch, 1, hidden) for _ in cell.states[1:]]
     if shape.backward:
-        dgates, dc = random(steps, batch, 1, cell.gradients, hidden), torch.zeros_like(state) if cell.has_c else None
+        dgates = random(steps, batch, 1, cell.gradients, hidden)
 
         def run_backward() -> None:
             loops.counters = None  # a run counts from zero
             loops.backward(
-                dy=y, w=w, states=y if cells is None else cells, first_state=h0, saved=saved, dgates=dgates, dh=state,
-                dc=dc,
-            )  # fmt: skip
+                dy=y, w=w, states=[y, *histories], first=[h0] * len(wide), saved=saved, dgates=dgates, dstates=wide
+            )
 
         return run_backward
     gx, h_n = random(steps, batch, 1, cell.gates, hidden), torch.empty_like(h0)
-    bias = random(1, hidden) if cell.hidden_bias else None
+    bias = random(1, cell.apart, hidden) if cell.apart else None
     return lambda: loops.forward(
-        gx=gx, w=w, bias=bias, h0=h0, state=state, y=y, h_n=h_n, saved=saved, cells=cells, checkpoints=None, every=1
-    )
+        gx=gx, w=w, bias=bias, h0=h0, carried=wide[: cell.carried], y=y, h_n=h_n, saved=saved, histories=histories,
+        checkpoints=[], every=1,
+    )  # fmt: skip
 
 
 def by_events(run: Callable[[], None], repeats: int = 7) -> float:

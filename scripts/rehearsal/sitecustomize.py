@@ -168,6 +168,6 @@ def fake_library() -> None:
 
 if os.environ.get("FUSED_RNN_REHEARSAL"):
     os.environ["FUSED_RNN_REHEARSAL"] = sys.executable  # by which the stand-ins know where a command begins
-    sys.path[:0] = [str(ROOT), str(ROOT / "scripts"), str(ROOT / "tests")]
+    sys.path[:0] = [str(ROOT), str(ROOT / "scripts"), str(ROOT / "tests/common")]
     fake_torch()
     fake_library()

@@ -16,8 +16,8 @@ import sys
 import time
 from pathlib import Path
 
-TESTS = Path(__file__).parent.parent
-sys.path[:0] = [path for path in (str(TESTS), str(TESTS.parent)) if path not in sys.path]  # the tests' own helpers
+ROOT = Path(__file__).parents[2]
+sys.path[:0] = [path for path in (str(ROOT / "tests/common"), str(ROOT)) if path not in sys.path]
 
 
 def _arguments() -> argparse.Namespace:

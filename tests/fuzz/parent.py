@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from types import TracebackType
 
-ROOT = Path(__file__).parent.parent.parent
+ROOT = Path(__file__).parents[2]
 STARTING = 300.0  # seconds for importing torch on a busy machine
 # Threads that wait do not spin, for the processor may be in use by others.
 ENVIRONMENT = {"OMP_WAIT_POLICY": "passive", "PYTHONWARNINGS": "ignore"}

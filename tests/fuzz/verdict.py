@@ -1,4 +1,4 @@
-"""Whether ours is as good as torch's, by the rule of tests/tolerances.py, also where values are no ordinary numbers."""
+"""Whether ours is as good as torch's, by the rule of common/tolerances.py, also where values are not ordinary."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A benchmark run: every point of a plan, within a budget of time, into one result file per dtype and thread count."""
+"""A benchmark run: every point of a workload, in a budget of time, into one result file per dtype and thread count."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from fused_rnn.commands.bench.cudnn import accepted_dtypes
 from fused_rnn.commands.bench.goals import goal_table
 from fused_rnn.commands.bench.grid import CELLS, GRIDS, MODES, Point, Shape
 from fused_rnn.commands.bench.heat import heat_map, step_plot
@@ -35,7 +36,7 @@ SAVE_EVERY = 30.0  # seconds: who is killed, by a kernel that hangs for one, has
 
 
 @dataclass(frozen=True)
-class Plan:
+class Workload:
     """What to measure: a grid or, where some are given, shapes (T, B, D, H), with layers and bidirectional.
 
     budget_s is for each pair of dtype and thread count.
@@ -82,29 +83,30 @@ class Plan:
         return [Point(cell, mode, dtype, *SIZES) for cell, mode in product(self.cells, modes)]
 
 
-def execute(plan: Plan, console: Console) -> list[Path]:
-    """Measure everything in the plan, print the tables, write the files; returns their paths.
+def execute(workload: Workload, console: Console) -> list[Path]:
+    """Measure everything in the workload, print the tables, write the files; returns their paths.
 
     What has been measured so far is written now and then, and when an interrupt or an error ends the run.
     """
     paths = []
     before = torch.get_num_threads()
     try:
-        for dtype in plan.dtypes:
-            for threads in plan.threads:
+        for dtype in workload.dtypes:
+            for threads in workload.threads:
                 torch.set_num_threads(threads)
-                with float32_as(dtype, plan.device):
-                    paths.append(_execute_one(plan, dtype, threads, console))
+                with float32_as(dtype, workload.device):
+                    paths.append(_execute_one(workload, dtype, threads, console))
     finally:
         torch.set_num_threads(before)
     return paths
 
 
-def _execute_one(plan: Plan, dtype: str, threads: int, console: Console) -> Path:
-    path = plan.path(dtype, threads)
+def _execute_one(workload: Workload, dtype: str, threads: int, console: Console) -> Path:
+    path = workload.path(dtype, threads)
     before = crowded(threads)
-    facts = describe(plan.device) | {"dtype": dtype, "threads": threads}
-    limits = measure_limits(dtype, plan.device)
+    facts = describe(workload.device) | {"dtype": dtype, "threads": threads}
+    facts |= {"cudnn_dtypes": accepted_dtypes()} if workload.device == "cuda" else {}
+    limits = measure_limits(dtype, workload.device)
     facts["limits"] = asdict(limits)
     console.rule(f"{facts['device_name']}, {setting(facts)}")
     small, large = limits.read[0][1], limits.read[-1][1]
@@ -120,13 +122,13 @@ def _execute_one(plan: Plan, dtype: str, threads: int, console: Console) -> Path
     rows: list[Row] = []
     try:
         run = len(results.runs) - 1
-        ceilings = Ceilings(limits, lambda: measure_limits(dtype, plan.device), plan.device)
-        _times(plan, dtype, ceilings, run, console, rows, save=lambda so_far: results.with_(so_far).save(path))
+        ceilings = Ceilings(limits, lambda: measure_limits(dtype, workload.device), workload.device)
+        _times(workload, dtype, ceilings, run, console, rows, save=lambda so_far: results.with_(so_far).save(path))
         facts["limits"] = asdict(ceilings.limits)
         if ceilings.said():
             console.print(ceilings.said())
-        if plan.memory:
-            _memory(plan, dtype, threads, run, console, rows)
+        if workload.memory:
+            _memory(workload, dtype, threads, run, console, rows)
     finally:
         results.replace(rows)
         if results.rows:
@@ -139,25 +141,25 @@ def _execute_one(plan: Plan, dtype: str, threads: int, console: Console) -> Path
         console.print(why, style="yellow")
     elif (words := verdict(measured)).plain:
         console.print(words)
-    console.print(f"Written to {path}{_draw(plan, results, path)}", soft_wrap=True)
+    console.print(f"Written to {path}{_draw(workload, results, path)}", soft_wrap=True)
     return path
 
 
-def _ours(plan: Plan) -> list[str]:
+def _ours(workload: Workload) -> list[str]:
     """Our backends that are measured alone; the automatic choice where there is none."""
-    alone = [provider for provider in plan.providers if provider not in OTHERS]
-    return alone or [provider for provider in plan.providers if provider == "auto"]
+    alone = [provider for provider in workload.providers if provider not in OTHERS]
+    return alone or [provider for provider in workload.providers if provider == "auto"]
 
 
-def _draw(plan: Plan, results: Results, path: Path) -> str:
+def _draw(workload: Workload, results: Results, path: Path) -> str:
     """The pictures of a grid beside its file; their names, to be read behind the file's."""
-    if plan.shapes:
+    if workload.shapes:
         return ""
-    ours = _ours(plan) or ["auto"]
+    ours = _ours(workload) or ["auto"]
     pictures = [path.with_suffix(".png"), *(path.with_name(f"{path.stem}-{p}.png") for p in ours[1:])]
     for provider, picture in zip(ours, pictures, strict=True):
         plot(results, provider, picture)
-        if plan.device == "cuda":
+        if workload.device == "cuda":
             heat_map(results, provider, picture.with_stem(f"{picture.stem}-map"))
             step_plot(results, provider, picture.with_stem(f"{picture.stem}-steps"))
     drawn = ", ".join(picture.name for picture in pictures if picture.exists())
@@ -165,7 +167,7 @@ def _draw(plan: Plan, results: Results, path: Path) -> str:
 
 
 def _times(
-    plan: Plan,
+    workload: Workload,
     dtype: str,
     ceilings: Ceilings,
     run: int,
@@ -174,15 +176,15 @@ def _times(
     save: Callable[[list[Row]], None],
 ) -> None:
     """Append to `rows`, which has what was measured whatever ends this."""
-    points = plan.points(dtype)
+    points = workload.points(dtype)
 
     def limits() -> list[Row]:
         """The last word on them is that of the last point."""
-        floors = {row.point: ceilings.limits.floor(row.point, plan.device) for row in rows}
+        floors = {row.point: ceilings.limits.floor(row.point, workload.device) for row in rows}
         return [time_row(point, FLOOR, Timing(s, s, s, 1), run) for point, s in floors.items()]
 
     saved = time.perf_counter()
-    end = saved + plan.budget_s
+    end = saved + workload.budget_s
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
     try:
         with Progress(*columns, console=console, transient=True) as progress:
@@ -190,7 +192,7 @@ def _times(
             for index, point in enumerate(points):
                 progress.update(task, description=str(point))
                 share = max(0.0, end - time.perf_counter()) / (len(points) - index)
-                timings = measure(point, list(plan.providers), plan.device, share)
+                timings = measure(point, list(workload.providers), workload.device, share)
                 rows += [time_row(point, provider, timing, run) for provider, timing in timings.items()]
                 for timing in timings.values():
                     if timing.refused is None:
@@ -203,10 +205,10 @@ def _times(
         rows += limits()
 
 
-def _memory(plan: Plan, dtype: str, threads: int, run: int, console: Console, rows: list[Row]) -> None:
+def _memory(workload: Workload, dtype: str, threads: int, run: int, console: Console, rows: list[Row]) -> None:
     """Append to `rows` the peak memory of torch.nn and of each of our backends, both ways to save."""
-    ours = _ours(plan)
-    points = plan.memory_points(dtype)
+    ours = _ours(workload)
+    points = workload.memory_points(dtype)
     wanted: list[tuple[Point, str, str | None]]
     wanted = [(point, provider, None) for point in points for provider in (BASELINE, *ours)]
     wanted += [(point, provider, "recompute") for point in points if point.mode == "training" for provider in ours]
@@ -214,7 +216,7 @@ def _memory(plan: Plan, dtype: str, threads: int, run: int, console: Console, ro
         for point, provider, save in wanted:
             name = provider if save is None else f"{provider} save={save}"
             try:
-                mib = round(peak_memory(point, provider, plan.device, threads, save) / 2**20, 1)
+                mib = round(peak_memory(point, provider, workload.device, threads, save) / 2**20, 1)
                 rows.append(Row(point, name, MEMORY, run, mib, mib, mib, 1))
             except RuntimeError as error:
                 rows.append(Row(point, name, MEMORY, run, refused=str(error)))

@@ -1,0 +1,176 @@
+"""One layer's call, forward and backward: the arguments of the ops in their order, with what they mean by name.
+
+`op(*call)` calls an op, `LayerCall(*arguments)` reads what an op was called with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fused_rnn.cells import CELLS, Cell
+
+
+class Weights(NamedTuple):
+    """The weights of one recurrence: w_ih [G·H, D], w_hh [G·H, P], biases [G·H] or None, w_hr [P, H] or None, params
+    [H] each."""
+
+    w_ih: Any
+    w_hh: Any
+    b_ih: Any
+    b_hh: Any
+    w_hr: Any
+    params: tuple[Any, ...] = ()
+
+
+class Kinds(NamedTuple):
+    """Which weights a recurrence has. number: of them all."""
+
+    number: int
+    bias: bool
+    projects: bool
+
+    def split(self, flat: Sequence[Any]) -> list[Weights]:
+        """Of every recurrence its weights by name. flat: tensors, shapes, or what else stands for each weight."""
+        each = []
+        for first in range(0, len(flat), self.number):
+            own = flat[first : first + self.number]
+            b_ih, b_hh = own[2:4] if self.bias else (None, None)
+            matrices = 2 + 2 * self.bias + self.projects
+            w_hr = own[matrices - 1] if self.projects else None
+            each.append(Weights(own[0], own[1], b_ih, b_hh, w_hr, tuple(own[matrices:])))
+        return each
+
+    def shapes(self, cell: Cell, input_size: int, hidden: int, width: int) -> list[tuple[int, ...]]:
+        """The shape of every weight."""
+        rows = cell.gates * hidden
+        biases, projection = [(rows,)] * (2 * self.bias), [(width, hidden)] * self.projects
+        return [(rows, input_size), (rows, width), *biases, *projection, *[(hidden,)] * len(cell.params)]
+
+
+def kinds(cell: Cell, count: int) -> Kinds | None:
+    """Which weights a recurrence of a cell has if it has this many; None where it cannot have as many."""
+    matrices = count - len(cell.params)
+    if matrices not in ((2, 3, 4, 5) if cell.projects else (2, 4)):
+        return None
+    return Kinds(count, matrices >= 4, matrices % 2 == 1)
+
+
+def counts(cell: Cell) -> str:
+    """How many weights a recurrence of a cell may have, as errors write it."""
+    extra = len(cell.params)
+    each = [str(n + extra) for n in ((2, 3, 4, 5) if cell.projects else (2, 4))]
+    return f"{', '.join(each[:-1])} or {each[-1]}"
+
+
+class LayerCall(NamedTuple):
+    """One layer, all its R recurrences, over all of time.
+
+    x: [T, B, D], or [T, B, R, D] with an input per recurrence.
+    weights: per recurrence w_ih [G·H, D], w_hh [G·H, P], (b_ih, b_hh [G·H]), (w_hr [P, H]), params [H].
+    states: () for zeros, or one for each of the cell's: h [R, B, P], the others [R, B, H].
+    lengths: [B] int64, reset: [T, B] bool, or None.
+    cell: its name.  directions: +1 or -1 each.
+    save: what is kept for backward, "gates", "recompute" or "none".
+    keep_hidden: whether backward gets a copy of y, so that y may be changed in place.
+    """
+
+    x: Tensor
+    weights: Sequence[Tensor]
+    states: Sequence[Tensor]
+    lengths: Tensor | None
+    reset: Tensor | None
+    cell: str
+    directions: Sequence[int]
+    save: str = "none"
+    keep_hidden: bool = False
+
+    @property
+    def spec(self) -> Cell:
+        """The cell's descriptor."""
+        return CELLS[self.cell]
+
+    @property
+    def recurrences(self) -> int:
+        """R."""
+        return len(self.directions)
+
+    @property
+    def hidden_size(self) -> int:
+        """H."""
+        return self.weights[1].shape[0] // self.spec.gates
+
+    @property
+    def width(self) -> int:
+        """P: of the output of one recurrence."""
+        return self.weights[1].shape[1]
+
+    @property
+    def kinds(self) -> Kinds:
+        """Which weights a recurrence has. Raises RuntimeError for a number of weights that the cell cannot have."""
+        count, left_over = divmod(len(self.weights), max(1, self.recurrences))
+        found = None if left_over else kinds(self.spec, count)
+        if found is None:
+            raise RuntimeError(
+                f"weights: got {len(self.weights)} tensors for {self.recurrences} recurrence(s) of a {self.cell},"
+                f" expected {counts(self.spec)} each"
+            )
+        return found
+
+    @property
+    def each(self) -> list[Weights]:
+        """The weights of every recurrence, by name."""
+        return self.kinds.split(self.weights)
+
+    def state_shapes(self) -> list[tuple[int, ...]]:
+        """[R, B, P] of h, [R, B, H] of every other state."""
+        batch = self.x.shape[1]
+        widths = [self.width] + [self.hidden_size] * (len(self.spec.states) - 1)
+        return [(self.recurrences, batch, width) for width in widths]
+
+    def initial(self) -> list[Tensor]:
+        """The states, zeros where none were given."""
+        return list(self.states) or [self.x.new_zeros(shape) for shape in self.state_shapes()]
+
+
+class BackwardCall(NamedTuple):
+    """The gradients of a LayerCall, whose arguments it repeats.
+
+    dy: [T, B, R·P] or None.  dstates: () or one for each state.
+    hidden, saved, histories: what forward kept.
+    need_dx, need_dw: whether x's and the weights' gradients are wanted.
+    """
+
+    dy: Tensor | None
+    dstates: Sequence[Tensor]
+    x: Tensor
+    weights: Sequence[Tensor]
+    states: Sequence[Tensor]
+    lengths: Tensor | None
+    reset: Tensor | None
+    hidden: Tensor
+    saved: Tensor
+    histories: Sequence[Tensor]
+    cell: str
+    directions: Sequence[int]
+    save: str
+    need_dx: bool
+    need_dw: bool
+
+    @property
+    def layer(self) -> LayerCall:
+        """The call of forward."""
+        return LayerCall(*self[2:7], *self[10:13])
+
+
+def all_or_none(tensors: Sequence[Tensor], number: int) -> list[Tensor | None]:
+    """The tensors, one for each of this many states; None for each where none was given."""
+    return [*tensors] if tensors else [None] * number
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """In what states and sums are kept: float32, float64 for float64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32

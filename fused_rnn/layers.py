@@ -1,0 +1,214 @@
+"""A call on its way from tensors to a backend: checks, autocast, dispatch, layer by layer, dropout between them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn.functional import pad
+
+from fused_rnn import autograd, checks
+from fused_rnn.call import Kinds, LayerCall
+from fused_rnn.cells import CELLS
+from fused_rnn.dispatch import resolve
+from fused_rnn.gpu.precision import tf32_allowed
+from fused_rnn.problem import Problem
+from fused_rnn.transforms.op_gradient import functionalizes, is_jit_tracing, stands_alone
+
+SAVES = ("gates", "recompute")
+_DIRECTIONS = {1: (1,), 2: (1, -1)}
+
+States = Sequence[Tensor | None]  # () or None for zeros
+
+
+def run(
+    cell: str,
+    x: Tensor,
+    weights: Sequence[Tensor],
+    states: States = (),
+    num_layers: int = 1,
+    bidirectional: bool = False,
+    dropout: float = 0.0,
+    training: bool = False,
+    lengths: Tensor | Sequence[int] | None = None,
+    reset: Tensor | Sequence[Sequence[bool]] | None = None,
+    save: str = "gates",
+    backend: str | None = None,
+) -> Sequence[Tensor]:
+    """A stack of layers of any cell: y [T, B, R·P] and the states after, h [L·R, B, P], the others [L·R, B, H].
+
+    states: shaped as those returned. All else as in fused_rnn.functional.lstm.
+    """
+    checks.check_tensor("x", x)
+    device = x.device.type
+    if device != "meta" and torch.is_autocast_enabled(device):
+        x, weights, states = _autocast(x, weights, states)
+    if save not in SAVES:
+        raise ValueError(f"save: got {save!r}, expected one of {', '.join(map(repr, SAVES))}")
+    recurrences = 2 if bidirectional else 1
+    steps, batch, input_size = checks.check_sequence(x)
+    hidden, width, kinds = checks.check_weights(cell, x, weights, input_size, num_layers, recurrences)
+    given = _checked(cell, states, x, (num_layers * recurrences, batch), (width, hidden), "0", "[L·R, B, {}]")
+    if lengths is not None:
+        lengths = checks.check_lengths(lengths, x)
+    if reset is not None:
+        reset = checks.check_reset(reset, x)
+    if input_size == 0:
+        (x, weights), input_size = _with_a_feature(x, weights, recurrences, kinds), 1
+    # An exported program holds the op as inference wants it; transforms.op_gradient has its gradient.
+    needs_grad = _needs_grad(x, weights, given)
+    keeps, transformed = needs_grad and not stands_alone(), checks.in_transform()
+    if keeps and num_layers == 1 and steps == 1:
+        weights = _savable(weights, x, *given)
+    problem = Problem(
+        cell, x.dtype, device, steps == 1, batch, input_size, hidden, width, num_layers, recurrences, kinds.bias,
+        keeps, _forward_ad(), save if keeps else "none", lengths is not None, reset is not None,
+        transformed, device == "cuda" and tf32_allowed(), transformed and needs_grad and _functionalizes_gradient(),
+    )  # fmt: skip
+    chosen = resolve(problem, backend)
+    if chosen.stack is not None:
+        whole: Sequence[Tensor] = chosen.stack(
+            x, weights, given, lengths, cell, num_layers, recurrences, dropout, training
+        )
+        return whole
+    keep, directions = ("none", save)[keeps], _DIRECTIONS[recurrences]
+    if num_layers == 1:
+        return autograd.layer(chosen, LayerCall(x, weights, given, lengths, reset, cell, directions, keep, keeps))
+    finals = []
+    for layer in range(num_layers):
+        last, first = layer == num_layers - 1, layer * recurrences
+        own = weights[first * kinds.number : (first + recurrences) * kinds.number]
+        entering = [s[first : first + recurrences] for s in given]
+        # The caller's own y, which he may change in place, gets a copy for backward.
+        call = LayerCall(x, own, entering, lengths, reset, cell, directions, keep, keeps and last)
+        x, *after = autograd.layer(chosen, call)
+        finals.append(after)
+        if dropout > 0 and training and not last:
+            x = torch.dropout(x, dropout, True)
+    return x, *map(torch.cat, zip(*finals, strict=True))
+
+
+def step(
+    cell: str, x: Tensor, states: States, weights: Sequence[Tensor], backend: str | None = None
+) -> Sequence[Tensor]:
+    """One step: x [B, D], states [B, H] → the states after. All else as in fused_rnn.functional.lstm_cell."""
+    checks.check_tensor("x", x)
+    device = x.device.type
+    if device != "meta" and torch.is_autocast_enabled(device):
+        x, weights, states = _autocast(x, weights, states)
+    if x.dim() != 2:
+        raise ValueError(f"x: got {checks.shape_text(x.shape)}, expected two dimensions [B, D]")
+    batch, input_size = x.shape
+    hidden, _, kinds = checks.check_weights(cell, x, weights, input_size, 1, 1)
+    if kinds.projects:
+        raise ValueError(
+            f"weights: got {len(weights)} tensors, with a projection; a single step has none, expected 2 or 4"
+        )
+    given = _checked(cell, states, x, (batch,), (hidden, hidden), "", "[B, H]")
+    if input_size == 0:
+        (x, weights), input_size = _with_a_feature(x, weights, 1, kinds), 1
+    needs_grad = _needs_grad(x, weights, given)
+    keeps, transformed = needs_grad and not stands_alone(), checks.in_transform()  # as in `run`
+    if keeps:
+        weights = _savable(weights, x, *given)
+    problem = Problem(
+        cell, x.dtype, device, True, batch, input_size, hidden, hidden, 1, 1, kinds.bias,
+        keeps, _forward_ad(), "gates" if keeps else "none", False, False, transformed,
+        device == "cuda" and tf32_allowed(), transformed and needs_grad and _functionalizes_gradient(),
+    )  # fmt: skip
+    chosen = resolve(problem, backend)
+    # A trace, which is checked without gradients, is to be the same with and without: the op of one step has none.
+    if chosen.DIFFERENTIABLE or not (needs_grad or is_jit_tracing()):
+        after: Sequence[Tensor] = chosen.step(x, weights, given, cell)
+        return after
+    entering = [s.unsqueeze(0) for s in given]
+    save = "gates" if keeps else "none"
+    _, *after = autograd.layer(chosen, LayerCall(x.unsqueeze(0), weights, entering, None, None, cell, (1,), save))
+    return [_first(s) for s in after]
+
+
+def _checked(
+    cell: str,
+    states: States,
+    x: Tensor,
+    lead: tuple[int, ...],
+    sizes: tuple[int, int],
+    suffix: str,
+    letters: str,
+) -> Sequence[Tensor]:
+    """The states, zeros for what is None; () where all are. sizes: (P, H). Raises ValueError."""
+    if all(s is None for s in states):
+        return ()
+    names, given = CELLS[cell].states, []
+    for k, (name, state) in enumerate(zip(names, states, strict=True)):
+        shape = (*lead, sizes[min(k, 1)])
+        if state is None:
+            state = x.new_zeros(shape)
+        else:
+            checks.check_state(name + suffix, state, x, shape, letters.format("PH"[min(k, 1)]))
+        given.append(state)
+    return given
+
+
+def _needs_grad(x: Tensor, weights: Sequence[Tensor], states: Sequence[Tensor]) -> bool:
+    if not torch.is_grad_enabled():
+        return False
+    if x.requires_grad:
+        return True
+    for t in (*states, *weights):
+        if t.requires_grad:
+            return True
+    # A tensor that is batched inside a gradient does not say that it requires one.
+    return checks.in_transform()
+
+
+def _savable(weights: Sequence[Tensor], *inputs: Tensor) -> Sequence[Tensor]:
+    """The weights of a single step. Made in inference mode they cannot be saved for backward, which where no input asks
+    for a gradient has no use for them: torch does not save them then, so our Functions get copies."""
+    if torch.compiler.is_compiling() or not weights[0].is_inference():
+        return weights
+    if any(t.requires_grad for t in inputs):
+        return weights
+    return [w.clone() for w in weights]
+
+
+def _forward_ad() -> bool:
+    return forward_ad._current_level >= 0
+
+
+_forward_ad._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as checks.in_transform
+
+
+def _functionalizes_gradient() -> bool:
+    """Whether functionalize is under way together with grad, vjp or the like of torch.func: ops that are registered
+    with a gradient have none in these."""
+    if not functionalizes():
+        return False
+    kinds = torch._C._functorch.TransformType
+    levels = torch._C._functorch.get_interpreter_stack() or ()
+    return any(level.key() in (kinds.Grad, kinds.Jvp) for level in levels)
+
+
+def _autocast(x: Tensor, weights: Sequence[Tensor], states: States) -> tuple[Tensor, Sequence[Tensor], States]:
+    """The rule of autocast's own list for lstm_cell and the like: floating tensors, but for float64, take its dtype."""
+    dtype = torch.get_autocast_dtype(x.device.type)
+
+    def cast(t: Tensor) -> Tensor:
+        return t if t.dtype == torch.float64 or not t.is_floating_point() else t.to(dtype)
+
+    return cast(x), [cast(w) for w in weights], [s if s is None else cast(s) for s in states]
+
+
+def _with_a_feature(
+    x: Tensor, weights: Sequence[Tensor], recurrences: int, kinds: Kinds
+) -> tuple[Tensor, Sequence[Tensor]]:
+    """Input of no features as one of a feature that is zero: no loop over time need know of it."""
+    first = range(0, recurrences * kinds.number, kinds.number)  # the w_ih of the first layer
+    return pad(x, (0, 1)), [pad(w, (0, 1)) if k in first else w for k, w in enumerate(weights)]
+
+
+def _first(state: Tensor) -> Tensor:
+    """state [1, B, H], which nobody else holds, as [B, H], and no view: detach_() works on it, as it does in torch."""
+    return state.squeeze_(0) if checks.is_as_it_seems(state) else state.squeeze(0)

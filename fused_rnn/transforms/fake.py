@@ -1,0 +1,68 @@
+"""What the ops of a layer return, by shape and dtype alone: their fake kernels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fused_rnn.call import BackwardCall, LayerCall, wide
+
+# Steps between which save="recompute" keeps the states but h, and whose gates are made again at a time.
+CHECKPOINT_EVERY = 64
+
+
+def checkpoint_rows(steps: Any) -> Any:
+    """Of a history of checkpoints: one more than needed, for torch.compile takes a size of 1 for a constant."""
+    return steps // CHECKPOINT_EVERY + 2
+
+
+def same_device(x: Tensor, *others: Tensor | None) -> None:
+    """A real call with one argument on the meta device ends up in a fake kernel: it must not be answered."""
+    for t in others:
+        if t is not None and t.device != x.device:
+            raise RuntimeError(f"fused_rnn: got tensors on {x.device} and on {t.device}, expected all on one device")
+
+
+def kept_shapes(call: LayerCall) -> tuple[tuple[Any, ...], list[tuple[Any, ...]], torch.dtype]:
+    """Of `saved`, and of every history and their dtype."""
+    (steps, batch), recurrences, hidden = call.x.shape[:2], call.recurrences, call.hidden_size
+    more = len(call.spec.states) - 1
+    if call.save == "gates":
+        rows = (steps, batch, recurrences)
+        return (*rows, call.spec.saved, hidden), [(*rows, hidden)] * more, call.x.dtype
+    return (0,), [(checkpoint_rows(steps), recurrences, batch, hidden)] * more, wide(call.x.dtype)
+
+
+def forward(*args: Any) -> list[Tensor]:
+    """A layer's forward: [y, states after], and what it keeps: [saved, histories, hidden]."""
+    call = LayerCall(*args)
+    x = call.x
+    same_device(x, *call.weights, *call.states, call.lengths, call.reset)
+    y = x.new_empty(*x.shape[:2], call.recurrences * call.width)
+    outputs = [y, *(x.new_empty(shape) for shape in call.state_shapes())]
+    if call.save == "none":
+        return outputs
+    saved, histories, dtype = kept_shapes(call)
+    hidden = torch.empty_like(y) if call.keep_hidden else x.new_empty(0)
+    return [*outputs, x.new_empty(saved), *(x.new_empty(shape, dtype=dtype) for shape in histories), hidden]
+
+
+def backward(*args: Any) -> list[Tensor]:
+    """A layer's backward: [dx, gradients of the states given, of the weights]."""
+    call = BackwardCall(*args)
+    x = call.x
+    tensors = (call.dy, *call.dstates, *call.states, call.lengths, call.reset, call.hidden, call.saved)
+    same_device(x, *tensors, *call.histories, *call.weights)
+    dx = x.new_empty(x.shape if call.need_dx else 0)
+    states = [x.new_empty(state.shape) for state in call.states]
+    return [dx, *states, *([w.new_empty(w.shape) for w in call.weights] if call.need_dw else [])]
+
+
+def step(*args: Any) -> list[Tensor]:
+    """One step: the states after."""
+    x, weights, states, cell = args
+    call = LayerCall(x.unsqueeze(0), weights, states, None, None, cell, (1,))
+    same_device(x, *weights, *states)
+    return [x.new_empty(shape[1:]) for shape in call.state_shapes()]

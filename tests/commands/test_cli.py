@@ -1,0 +1,304 @@
+"""The command line as a user calls it, and the demo's parts."""
+
+from __future__ import annotations
+
+import math
+import re
+import runpy
+import subprocess
+import sys
+from itertools import islice
+from pathlib import Path
+
+import click
+import pytest
+import torch
+from click.testing import CliRunner
+
+import fused_rnn
+from fused_rnn import ops
+from fused_rnn.commands import info
+from fused_rnn.commands.bench.grid import GRIDS, Grid
+from fused_rnn.commands.bench.limits import Limits
+from fused_rnn.commands.bench.measure import Timing
+from fused_rnn.commands.bench.results import Results
+from fused_rnn.commands.cli import cli
+from fused_rnn.commands.demo import char_lm, show
+from fused_rnn.dispatch import BACKENDS
+
+from .test_bench import two_pages
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model and windows of a size for tests."""
+    for name, value in {"HIDDEN": 16, "BATCH": 4, "LENGTH": 8}.items():
+        monkeypatch.setattr(char_lm, name, value)
+
+
+def run(*arguments: str, code: int = 0) -> str:
+    result = CliRunner().invoke(cli, list(arguments))
+    assert result.exit_code == code, result.output
+    return result.output
+
+
+def test_info_names_every_backend_and_the_versions() -> None:
+    text = run("info")
+    assert f"{fused_rnn.__version__}, from {Path(fused_rnn.__file__).parent}" in re.sub(r"\n *", "", text)
+    assert torch.__version__ in text
+    for name in BACKENDS:
+        assert name in text
+    assert "available" in text
+
+
+def test_info_gives_a_reason_for_what_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(BACKENDS["cpu"], "supports", lambda problem: "the weather is bad")
+    assert "not available: the weather is bad" in info.as_text()
+
+
+def test_info_needs_neither_click_nor_rich() -> None:
+    block = "import sys; sys.modules['click'] = None; sys.modules['rich'] = None; sys.argv = ['x', *{}]\n"
+    code = block + "from fused_rnn.__main__ import main; main()"
+    done = subprocess.run([sys.executable, "-c", code.format(["info"])], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert fused_rnn.__version__ in done.stdout
+    done = subprocess.run([sys.executable, "-c", code.format(["demo"])], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "pip install click rich matplotlib numpy" in done.stderr
+
+
+def test_bench_writes_files_and_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(GRIDS, "cpu", Grid(T=(2,), B=(8,), H=(4,), steps=(4,)))
+    out = ("--out", str(tmp_path / "results"))
+    run("bench", "--dtype", "fp32", "--threads", "1", "--cell", "GRU", "--minutes", "0", "--no-memory", *out)
+    assert (tmp_path / "results" / "fp32-1t.json").exists()
+    page, full = two_pages(tmp_path)
+    assert "tables written" in run("bench", "--readme", str(page), *out)
+    assert "**fp32, 1 thread**" in full.read_text()
+    assert "| training, batches of 8 to 128, fp32 | – | **" in page.read_text()
+
+
+def test_bench_writes_where_git_looks_away_and_says_where(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(GRIDS, "cpu", Grid(T=(2,), B=(8,), H=(4,), steps=(4,)))
+    monkeypatch.chdir(tmp_path)
+    subprocess.run(["git", "init", "-q"], check=True)
+    printed = run("bench", "--dtype", "fp32", "--threads", "1", "--cell", "GRU", "--minutes", "0", "--no-memory")
+    assert Path("bench-out/cpu/fp32-1t.json").exists()
+    assert "bench-out/cpu/fp32-1t.json" in " ".join(printed.split())
+    assert [path.name for path in tmp_path.iterdir() if path.name != ".git"] == ["bench-out"]
+    assert not subprocess.run(["git", "status", "--porcelain"], check=True, capture_output=True).stdout
+
+
+def test_bench_of_ones_own_shape(tmp_path: Path) -> None:
+    asked = ("--shape", "6,3,5,8", "--shape", "1,1,5,8", "--cell", "GRU", "--layers", "2", "--bidirectional")
+    printed = run("bench", *asked, "--minutes", "0", "--threads", "1", "--out", str(tmp_path))
+    for part in ("T=6 B=3 D=5 H=8", "2 layers, both directions", "Training: GRU ", "as fast as torch.nn: "):
+        assert part in printed, part
+    assert str(tmp_path / "shapes-fp32-1t.json") in printed
+    assert max(map(len, printed.splitlines())) <= max(80, 11 + len(str(tmp_path / "shapes-fp32-1t.json")))
+    points = {point for point, _, _ in Results.load(tmp_path / "shapes-fp32-1t.json").rows}
+    assert len(points) == 4
+    assert {(p.width, p.layers, p.directions) for p in points} == {(5, 2, 2)}
+
+
+def test_memory_is_measured_at_ones_own_shape(tmp_path: Path) -> None:
+    asked = ("--shape", "6,3,5,8", "--cell", "RNN", "--mode", "inference", "--memory")
+    printed = run("bench", *asked, "--minutes", "0", "--threads", "1", "--out", str(tmp_path))
+    assert "Peak memory, T=6 B=3 D=5 H=8: MiB, × torch.nn's" in " ".join(printed.split())
+    metrics = {metric for _, _, metric in Results.load(tmp_path / "shapes-fp32-1t.json").rows}
+    assert metrics == {"time_us", "peak_memory_mib"}
+
+
+@pytest.mark.skipif(ops.MISSING is not None, reason=str(ops.MISSING))
+def test_bench_of_streams(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fused_rnn.commands.bench.stream.SIZES", (8,))
+    out = ("--out", str(tmp_path))
+    printed = run("bench", "--stream", "--cell", "GRU", "--minutes", "0", *out)
+    assert "GRU H=8 " in printed and " µs" in printed and "int8" in printed
+    assert max(map(len, printed.splitlines()[:-2])) <= 80
+    results = Results.load(tmp_path / "stream-fp32-1t.json")
+    (point,) = {point for point, _, _ in results.rows}
+    assert set(results.speedups("stream")) == {point}
+    assert all(row.p50 for row in results.rows.values())
+    run("bench", "--stream", "--cell", "RNN", "--minutes", "0", *out)
+    both = Results.load(tmp_path / "stream-fp32-1t.json")
+    assert {point.cell for point, _, _ in both.rows} == {"GRU", "RNN"}, "the rows of the first run stay"
+    results.save(tmp_path / "fp32-1t.json")
+    page, full = two_pages(tmp_path)
+    run("bench", "--readme", str(page), *out)
+    assert f"| GRU, int8 weights | {results.value(point, 'stream int8'):.3g} (" in full.read_text()
+
+
+def test_an_error_leaves_the_streams_measured_before_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fused_rnn.commands.bench.stream.SIZES", (8, 16))
+    monkeypatch.setattr("fused_rnn.commands.bench.stream.measure_limits", lambda *_: Limits(1e11, ((1 << 12, 1e11),)))
+    times = iter([dict.fromkeys(("cell", "torch", "auto", "stream"), Timing(1e-3, 1e-3, 1e-3, 5))])
+    monkeypatch.setattr("fused_rnn.commands.bench.stream.measure", lambda *_: next(times))
+    asked = ["bench", "--stream", "--cell", "GRU", "--minutes", "0", "--out", str(tmp_path)]
+    assert isinstance(CliRunner().invoke(cli, asked).exception, StopIteration)
+    assert {point.H for point, _, _ in Results.load(tmp_path / "stream-fp32-1t.json").rows} == {8}
+
+
+ANYTHING = {
+    "--cell": "GRU", "--dtype": "bf16", "--threads": "1", "--shape": "8,2,8,8", "--layers": "2",
+    "--bidirectional": None, "--mode": "training", "--variant": "layers", "--provider": "loop", "--device": "cuda",
+    "--quick": None, "--minutes": "0", "--memory": None, "--stream": None, "--model": "a:b", "--scaling": None,
+    "--out": "nowhere", "--choose": None, "--readme": "README.md",
+}  # fmt: skip
+GRID = {"--cell", "--dtype", "--threads", "--mode", "--variant", "--provider", "--device", "--minutes", "--memory"}
+KINDS = {
+    "--readme": {"--device", "--out"},
+    "--choose": {"--device", "--out"},
+    "--model": {"--threads", "--mode", "--device", "--minutes"},
+    "--stream": {"--cell", "--threads", "--minutes", "--out"},
+    "--scaling": {"--cell", "--dtype", "--threads", "--shape", "--layers", "--bidirectional"}
+    | {"--mode", "--minutes", "--out"},
+    "--shape": GRID | {"--layers", "--bidirectional", "--out"},
+}
+
+
+@pytest.mark.parametrize(("kind", "takes"), KINDS.items())
+def test_an_option_that_would_have_no_effect_is_refused(
+    kind: str, takes: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every one that is not taken; those that are taken get past the check."""
+    from fused_rnn.commands import cli as module
+
+    assert {option for param in module.bench.params for option in param.opts if option != "--help"} == {*ANYTHING}
+    monkeypatch.chdir(tmp_path)
+    Path("README.md").touch()
+    passed = module._check_kind
+
+    def stop() -> None:
+        passed()
+        raise click.ClickException("gets past the check")
+
+    monkeypatch.setattr(module, "_check_kind", stop)
+    asked = [kind] if ANYTHING[kind] is None else [kind, str(ANYTHING[kind])]
+    earlier = list(KINDS)[: list(KINDS).index(kind)]
+    for option, value in ANYTHING.items():
+        if option == kind:
+            continue
+        arguments = ["bench", *asked, option, *([] if value is None else [value])]
+        text = " ".join(CliRunner().invoke(cli, arguments).output.split())
+        if option in takes or kind in KINDS.get(option, ()):
+            assert "gets past the check" in text, option
+        else:
+            refused, other = (kind, option) if option in earlier else (option, kind)
+            assert f"Invalid value for {refused}: does not go with {other}" in text
+    assert "gets past the check" in CliRunner().invoke(cli, ["bench", *asked, "--device", "cpu", "--no-memory"]).output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["bench", "--provider", "nobody"], "got 'nobody', expected one of"),
+        (["bench", "--dtype", "int8"], "Invalid value"),
+        (["bench", "--dtype", "tf32"], "which is a GPU's"),
+        (["bench", "--threads", "0"], "Invalid value"),
+        (["bench", "--readme", "no-such-file"], "does not exist"),
+        (["bench", "--shape", "1,2,3"], "got '1,2,3', expected T,B,D,H: four positive integers"),
+        (["bench", "--shape", "1,2,0,4"], "expected T,B,D,H"),
+        (["bench", "--layers", "2"], "goes with --shape"),
+        (["bench", "--bidirectional"], "goes with --shape"),
+        (["bench", "--shape", "1,2,3,4", "--mode", "step"], "give a shape with T=1"),
+        (["bench", "--shape", "1,2,3,4", "--quick"], "does not go with --shape"),
+        (["bench", "--shape", "1,2,3,4", "--layers", "2", "--variant", "layers"], "'layers', which has three"),
+        (["demo", "--steps", "0"], "Invalid value"),
+        (["demo", "--cell", "Transformer"], "Invalid value"),
+    ],
+)
+def test_bad_arguments_are_refused_in_words(arguments: list[str], message: str) -> None:
+    assert message in run(*arguments, code=2)
+
+
+def test_readme_without_results_is_a_clear_error(tmp_path: Path) -> None:
+    page, _ = two_pages(tmp_path)
+    assert "no result file" in run("bench", "--readme", str(page), "--out", str(tmp_path), code=1)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_bench_on_a_missing_gpu_says_so() -> None:
+    assert "no GPU" in run("bench", "--device", "cuda", code=1)
+
+
+@pytest.mark.usefixtures("small")
+def test_demo_trains_both_alike_and_draws(tmp_path: Path) -> None:
+    text = run("demo", "--steps", "4", "--out", str(tmp_path))
+    assert "LSTM" in text
+    assert "GRU" in text
+    assert (tmp_path / "char_lm.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.usefixtures("small")
+def test_demo_stops_when_the_time_is_up(tmp_path: Path) -> None:
+    text = run("demo", "--steps", "1000000", "--minutes", "0.001", "--cell", "GRU", "--out", str(tmp_path))
+    assert "time is up" in text
+
+
+@pytest.mark.usefixtures("small")
+def test_demo_fails_if_the_curves_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(show, "TOLERANCE", -1.0)
+    text = run("demo", "--steps", "2", "--cell", "LSTM", "--out", str(tmp_path), code=1)
+    assert "differ by more than rounding explains" in text
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("cell", ["LSTM", "GRU"])
+def test_both_trainings_have_the_same_losses(cell: str) -> None:
+    *_, (theirs, ours) = char_lm.train_both(cell, char_lm.corpus(50_000), steps=8)
+    assert len(ours.losses) == 8
+    assert max(abs(a - b) for a, b in zip(theirs.losses, ours.losses, strict=True)) < 1e-4
+    assert ours.losses[-1] < ours.losses[0]
+    assert type(ours.model.rnn).__module__.startswith("fused_rnn")
+    assert type(theirs.model.rnn).__module__.startswith("torch")
+
+
+def test_corpus_is_real_source_and_repeatable() -> None:
+    text = char_lm.corpus(100_000)
+    assert len(text) == 100_000
+    assert text == char_lm.corpus(100_000)
+    assert "import " in text
+    assert text.isascii()
+
+
+def test_characters_round_trip() -> None:
+    characters = char_lm.Characters("hello")
+    assert len(characters) == 4
+    assert characters.decode(characters.encode("hole")) == "hole"
+
+
+@pytest.mark.usefixtures("small")
+def test_windows_read_on_where_the_last_one_ended() -> None:
+    codes = torch.arange(4 * 40)
+    (x0, y0), (x1, _) = islice(char_lm.windows(codes), 2)
+    assert x0.shape == y0.shape == (8, 4)
+    assert torch.equal(x0 + 1, y0)
+    assert torch.equal(x1[0], y0[-1])
+    assert math.isclose(float(x0[0, 1] - x0[0, 0]), 40)
+
+
+@pytest.mark.usefixtures("small")
+def test_generation_is_repeatable() -> None:
+    characters = char_lm.Characters("abc ")
+    torch.manual_seed(0)
+    model = char_lm.CharLM(fused_rnn.GRU, len(characters))
+    first = char_lm.generate(model, characters, "ab", 20, seed=1)
+    assert len(first) == 22
+    assert first == char_lm.generate(model, characters, "ab", 20, seed=1)
+
+
+@pytest.mark.usefixtures("small")
+def test_the_example_trains_and_prints(capsys: pytest.CaptureFixture[str]) -> None:
+    runpy.run_path(str(EXAMPLES / "char_lm.py"))["main"](steps=2)
+    printed = capsys.readouterr().out
+    assert "torch.LSTM" in printed
+    assert "fused_rnn.LSTM" in printed
+
+
+@pytest.mark.parametrize("name", ["swap.py", "lengths_and_resets.py", "streaming.py"])
+def test_the_short_examples_run(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+    assert capsys.readouterr().out

@@ -1,0 +1,39 @@
+"""The "cuda" backend over the emulator: csrc/cuda, compiled by g++ into a module that takes tensors on the cpu."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+import emulated_build
+
+from fused_rnn import dispatch
+from fused_rnn.cuda import module, plans
+
+
+@cache
+def emulated() -> ModuleType:
+    """The module with every kernel, imported."""
+    spec = importlib.util.spec_from_file_location("_emulated", emulated_build.module("plain"))
+    assert spec is not None
+    assert spec.loader is not None
+    loaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    return loaded
+
+
+@contextmanager
+def on_the_emulator(seed: int = 0, **forced: Any) -> Iterator[ModuleType]:
+    """The "cuda" backend runs tensors on the cpu, by plans with these parts. seed: the order in which threads run."""
+    loaded = emulated()
+    loaded.seed(seed)
+    dispatch._choose_cached.cache_clear()  # what it remembers of the cpu holds no longer
+    try:
+        with module.emulating(loaded), plans.override(**forced):
+            yield loaded
+    finally:
+        dispatch._choose_cached.cache_clear()

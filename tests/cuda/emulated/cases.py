@@ -1,0 +1,211 @@
+"""The cases of the CUDA loops: every kernel meets every option in pairs, drawn by a fixed seed."""
+
+from __future__ import annotations
+
+import itertools
+import pickle
+import random
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from cuda_cases import PRECISIONS
+from tolerances import TIMES_TORCH, ULPS, error
+from torch import Tensor
+
+from fused_rnn.cells import CELLS
+
+from . import reference
+
+EPS = {name: torch.finfo(dtype).eps for name, dtype in PRECISIONS.items()} | {"tf32": 2.0**-10}
+
+# ExchangeKind, members, and hidden sizes that such a team can have: units of a member are a multiple of 16.
+EXCHANGES: dict[str, tuple[int, int, tuple[int, ...]]] = {
+    "cta": (0, 1, (1, 3, 17, 48)),
+    "cluster 2": (1, 2, (17, 33, 64)),
+    "cluster 3": (1, 3, (48,)),
+    "cluster 4": (1, 4, (50, 64)),
+    "cluster 8": (1, 8, (117, 128)),
+    "cluster 16": (1, 16, (245, 256)),
+    "grid": (2, 0, (17, 33, 48, 130)),
+    "stepwise": (-1, 0, (1, 3, 17, 130)),
+}
+
+
+class Case(NamedTuple):
+    cell: str
+    precision: str
+    exchange: str
+    T: int
+    B: int
+    H: int
+    directions: str = "f"  # of each recurrence: forwards, reverse
+    lengths: bool = False
+    reset: bool = False
+    save: str = "saved"  # none, saved, recompute (by windows of `every` steps)
+    every: int = 2
+    rows: int = 8
+
+    @property
+    def name(self) -> str:
+        options = ("lengths" * self.lengths, "reset" * self.reset, self.save)
+        shape = f"T{self.T} B{self.B} H{self.H} {self.directions} rows{self.rows}"
+        return " ".join([self.cell, self.precision, self.exchange, shape, *filter(None, options)])
+
+
+CHOICES: dict[str, tuple[Any, ...]] = {
+    "exchange": tuple(EXCHANGES),
+    "T": (1, 2, 7),
+    "B": (1, 3, 33),
+    "H": (1, 3, 17, 33, 48, 50, 64, 117, 128, 130, 245, 256),
+    "directions": ("f", "r", "fr", "frf"),
+    "lengths": (False, True),
+    "reset": (False, True),
+    "save": ("saved", "none", "recompute"),
+    "every": (2, 3),
+    "rows": (8, 16, 32),
+}
+
+
+# The race detector's time grows with the square of the threads that run together.
+SMALL: dict[str, tuple[Any, ...]] = {
+    "exchange": ("cta", "cluster 2", "cluster 4", "cluster 8", "grid", "stepwise"),
+    "T": (1, 2, 4),
+    "B": (1, 3, 9),
+    "rows": (8, 16),
+}
+
+
+def _possible(row: dict[str, Any], smallest: set[tuple[str, str]]) -> bool:
+    kind, members, widths = EXCHANGES[row["exchange"]]
+    if row["H"] not in widths or (row["cell"].startswith("rnn") and row["save"] == "recompute"):
+        return False
+    if row["precision"] == "f64" and kind >= 0:
+        return False
+    if row["precision"] == "ieee" and row["rows"] > (16 if row["H"] < 200 else 8):  # what fits
+        return False
+    units = 16 * -(-row["H"] // (16 * members)) if members else 16
+    if units * row["rows"] > 512:  # two cells a thread
+        return False
+    if row["kernel"] in smallest and row["rows"] > 8 and kind >= 0:
+        return False
+    # What takes the emulator seconds.
+    teams = len(row["directions"]) * -(-row["B"] // row["rows"])
+    return not (members >= 8 and teams > 2) and not (row["H"] >= 117 and teams > 4)
+
+
+def pairwise(
+    kernels: list[tuple[str, str]], smallest: set[tuple[str, str]], seed: int, small: bool = False
+) -> list[Case]:
+    """Cases in which any two choices that can meet do, each kernel counting as one choice.
+
+    smallest: kernels with 8 rows alone.
+    """
+    drawn = random.Random(seed)
+    choices = {"kernel": tuple(kernels), **CHOICES, **(SMALL if small else {})}
+
+    def draw() -> dict[str, Any]:
+        while True:
+            row: dict[str, Any] = {}
+            row["kernel"] = drawn.choice(choices["kernel"])
+            row["cell"], row["precision"] = row["kernel"]
+            row["exchange"] = "stepwise" if row["precision"] == "f64" else drawn.choice(choices["exchange"])
+            widths = EXCHANGES[row["exchange"]][2]
+            row["H"] = drawn.choice(widths[:2] if small else widths)
+            for name in choices:
+                if name not in row:
+                    row[name] = drawn.choice(choices[name])
+            if _possible(row, smallest):
+                return row
+
+    def pairs(row: dict[str, Any]) -> set[Any]:
+        return set(itertools.combinations([(name, row[name]) for name in choices], 2))
+
+    pool = [draw() for _ in range(100 + 150 * len(kernels))]
+    left = set().union(*map(pairs, pool))
+    rows = []
+    while left:
+        best = max(pool, key=lambda row: len(pairs(row) & left))
+        left -= pairs(best)
+        rows.append(best)
+    return [Case(**{name: row[name] for name in Case._fields}) for row in rows]
+
+
+def _raw(t: Tensor, dtype: torch.dtype) -> np.ndarray[Any, Any]:
+    """As it lies in memory; numpy has no bfloat16."""
+    t = t.detach().to(dtype).contiguous()
+    return (t.view(torch.int16) if dtype == torch.bfloat16 else t).numpy()
+
+
+def job(case: Case) -> dict[str, Any]:
+    """What drive.py needs: the case, its inputs, the results in float64 and the error that each may have."""
+    generator = torch.Generator().manual_seed(hash_of(case))
+    dtype, spec, recurrences = PRECISIONS[case.precision], CELLS[case.cell], len(case.directions)
+    steps, batch, units = case.T, case.B, case.H
+
+    def normal(*shape: int, scale: float = 1.0) -> Tensor:
+        drawn = torch.randn(*shape, generator=generator, dtype=torch.float64) * scale
+        return drawn.to(dtype).double()
+
+    given = {
+        "gx": normal(steps, batch, recurrences, spec.gates, units),
+        "w": normal(recurrences, spec.gates, units, units, scale=units**-0.5),
+        "bias": normal(recurrences, spec.apart, units, scale=0.3),
+        "dy": normal(steps, batch, recurrences, units),
+        "lengths": torch.full((batch,), steps),
+        "reset": torch.zeros(steps, batch, dtype=torch.int32),
+    }
+    for i in range(len(spec.states)):
+        given[f"s{i}"] = normal(recurrences, batch, units, scale=0.5)
+        given[f"ds{i}"] = normal(recurrences, batch, units)
+    if case.lengths:  # one sequence at least is whole, and where there are several one is empty
+        given["lengths"] = torch.randint(1, steps + 1, (batch,), generator=generator)
+        given["lengths"][0], given["lengths"][batch // 2] = 0, steps
+    if case.reset:
+        given["reset"] = (torch.rand(steps, batch, generator=generator) < 0.3).to(torch.int32)
+    backwards = [direction == "r" for direction in case.directions]
+    if case.cell == "rnn_relu":
+        reference.leave_the_kink(given, backwards, dtype)
+    right = reference.run(case.cell, given, backwards, torch.float64)
+    own = reference.run(case.cell, given, backwards, dtype, tf32=case.precision == "tf32")
+    allowed = {}
+    for name, t in right.items():
+        # A gradient's rounding is that of the largest gradient: it may be what a cancellation has left.
+        scale = max(1.0, float(t.abs().max()))
+        allowed[name] = TIMES_TORCH * error(own[name], t) + ULPS * EPS[case.precision] * scale
+    if case.precision == "f64":
+        allowed = {name: 1e-11 * max(1.0, float(t.abs().max())) for name, t in right.items()}
+
+    past = torch.arange(steps)[:, None] >= given["lengths"]
+    for name in ("gx", "dy"):  # nobody may use these
+        given[name] = given[name].clone()
+        given[name][past] = float("nan")
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    arrays = {name: given[name].numpy() for name in ("lengths", "reset")}
+    for name, t in given.items():
+        if name not in arrays:
+            arrays[name] = _raw(t, wide if name.startswith("ds") else dtype)
+            arrays[f"wide {name}"] = _raw(t, wide)
+    kind, members, _ = EXCHANGES[case.exchange]
+    return {
+        "case": case._asdict() | {"kind": kind, "members": members, "name": case.name},
+        "spec": {
+            "gates": spec.gates,
+            "states": len(spec.states),
+            "saved": spec.saved,
+            "apart": spec.apart,
+            "reads_h": spec.reads_h,
+        },
+        "given": arrays,
+        "right": {name: t.numpy() for name, t in right.items()},
+        "allowed": allowed,
+    }
+
+
+def hash_of(case: Case) -> int:
+    return sum(ord(c) * 31**i for i, c in enumerate(case.name)) % 2**31
+
+
+def write(cases: list[Case], seeds: int, path: Path) -> None:
+    path.write_bytes(pickle.dumps({"jobs": [job(case) for case in cases], "seeds": seeds}))

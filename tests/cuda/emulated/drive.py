@@ -1,0 +1,279 @@
+"""Runs cases in a process of its own, which may be a sanitizer's: with NumPy alone, and all memory from malloc.
+
+    python drive.py LIBRARY CASES [CUT]
+
+CASES: as cases.write wrote it. CUT names an output that is made one element too short, to see that somebody notices.
+Prints a line for each failure, and ends with how many runs there were.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import pickle
+import sys
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+Array = np.ndarray[Any, Any]
+KINDS = ("bf16", "f16", "tf32", "ieee", "f64")
+TYPES: dict[str, Any] = {"bf16": np.int16, "f16": np.float16, "tf32": np.float32, "ieee": np.float32, "f64": np.float64}
+cut = sys.argv[3] if len(sys.argv) > 3 else ""
+
+
+def load(path: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location("_emulated", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def widen(a: Array) -> Array:
+    if a.dtype == np.int16:
+        return (a.view(np.uint16).astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+    return a.astype(np.float64)
+
+
+def narrow(a: Array, dtype: Any) -> Array:
+    if dtype != np.int16:
+        return np.ascontiguousarray(a.astype(dtype))
+    bits = np.ascontiguousarray(a.astype(np.float32)).view(np.uint32)
+    bits = bits + 0x7FFF + (bits >> 16 & 1)
+    return (bits >> 16).astype(np.uint16).view(np.int16)
+
+
+class Run:
+    """One case under one schedule. Every array is an allocation of its own; outputs start as NaN in every format."""
+
+    def __init__(self, module: ModuleType, job: dict[str, Any]) -> None:
+        self.module, self.case, self.right, self.allowed = module, job["case"], job["right"], job["allowed"]
+        case, spec = self.case, job["spec"]
+        self.T, self.B, self.H, self.R = case["T"], case["B"], case["H"], len(case["directions"])
+        self.cell, self.kind = case["cell"], KINDS.index(case["precision"])
+        self.G, self.S, self.apart, self.states = spec["gates"], spec["saved"], spec["apart"], spec["states"]
+        self.first = 0 if spec["reads_h"] else 1  # state that is carried
+        self.storage = TYPES[case["precision"]]
+        self.wide = np.float64 if self.storage is np.float64 else np.float32
+        self.given = {name: np.array(a) for name, a in job["given"].items()}
+        self.backwards = [direction == "r" for direction in case["directions"]]
+        self.held: list[Array] = []  # arrays must outlive the calls that were given their addresses
+        self.bad: list[str] = []
+        lengths, reset = (self.address(self.given[name]) if case[name] else 0 for name in ("lengths", "reset"))
+        self.steps = module.Steps(
+            T=self.T, B=self.B, R=self.R, H=self.H, lengths=lengths, reset=reset, period=min(self.R, 2),
+            reversed=sum(1 << r for r, is_reverse in enumerate(self.backwards[:2]) if is_reverse),
+        )  # fmt: skip
+        self.y = self.poisoned("y", self.T, self.B, self.R, self.H)
+        self.dgates = self.poisoned("dgates", self.T, self.B, self.R, self.G + self.apart, self.H)
+        self.dstates = [self.given[f"ds{i}"].copy() for i in range(self.states)]
+
+    def poisoned(self, name: str, *shape: int, dtype: Any = None) -> Array:
+        dtype = np.dtype(dtype or self.storage)
+        size = int(np.prod(shape)) - (name == cut)
+        made = np.full(size * dtype.itemsize, 0xFF, np.uint8)
+        self.held.append(made)
+        return made.view(dtype) if name == cut else made.view(dtype).reshape(shape)
+
+    def address(self, a: Array | None) -> int:
+        if a is None:
+            return 0
+        self.held.append(a)
+        return int(a.ctypes.data)
+
+    def told(self, given: dict[str, Any]) -> dict[str, Any]:
+        """A loop's arguments: arrays become addresses."""
+
+        def one(v: Any) -> Any:
+            if isinstance(v, list):
+                return [self.address(a) for a in v]
+            return self.address(v) if v is None or isinstance(v, np.ndarray) else v
+
+        return {name: one(v) for name, v in given.items()}
+
+    def bind(self, direction: str, plan: Any, given: dict[str, Any]) -> Any:
+        return getattr(self.module, direction)(self.cell, self.kind, plan, self.steps, **self.told(given))
+
+    def run_planned(self, direction: str, given: dict[str, Any]) -> None:
+        loop = self.bind(direction, self.plan(direction == "Backward"), given)
+        # What was here before must not matter.
+        size = loop.workspace_bytes
+        loop.run(self.address(np.full(size, 0xFF, np.uint8)) if size else 0, 0)
+
+    def plan(self, backward: bool) -> Any:
+        shape = (self.G, self.B, self.H, self.R)
+        plan = self.module.make_plan(
+            self.kind, backward, *shape, self.module.device(0), self.case["kind"], self.case["members"],
+            self.case["rows"],
+        )  # fmt: skip
+        if plan.refusal:
+            raise RuntimeError(plan.refusal)
+        return plan
+
+    def check(self, name: str, ours: Array, right: Array | None = None) -> None:
+        if name == cut:
+            return
+        right = self.right[name] if right is None else right
+        off = np.abs(widen(ours) - right)
+        made = float(off.max()) if not np.isnan(off).any() else float("inf")
+        if not made <= self.allowed[name]:
+            self.bad.append(f"{name}: error {made:.3g}, allowed {self.allowed[name]:.3g}")
+
+    # ---- the walk of a recurrence
+
+    def time(self, r: int, step: int) -> int:
+        return self.T - 1 - step if self.backwards[r] else step
+
+    def window(self, a: Array, first: int, last: int) -> Array:
+        """Of [T, B, R, ..]: steps first .. last - 1 of each recurrence, as the loops want them."""
+        parts = [
+            a[self.T - last : self.T - first, :, r] if b else a[first:last, :, r] for r, b in enumerate(self.backwards)
+        ]
+        return np.ascontiguousarray(np.stack(parts, 2))
+
+    def entering(self, r: int, step: int) -> Array:
+        """h before a step, [B, H]; anything where the sequence is not alive."""
+        t, h0 = self.time(r, step), widen(self.given["s0"][r])
+        before = t + 1 if self.backwards[r] else t - 1
+        if not 0 <= before < self.T:
+            return h0
+        begins = (t == self.given["lengths"] - 1) if self.backwards[r] else np.zeros(self.B, bool)
+        return np.where(begins[:, None], h0, widen(self.y[before, :, r]))
+
+    def product(self, h: Array) -> Array:
+        """[R, B, H] → [B, R, G, H]"""
+        rounded = widen(narrow(np.nan_to_num(h), self.storage))
+        return np.asarray(np.einsum("rbk,rguk->brgu", rounded, widen(self.given["w"])))
+
+    # ---- forward
+
+    def forward(self) -> None:
+        case, given, others = self.case, self.given, range(1, self.states)
+        save, every = case["save"], case["every"]
+        steps = (self.T, self.B, self.R)
+        self.saved = self.poisoned("saved", *steps, self.S, self.H) if self.S and save == "saved" else None
+        self.are_wide = every == 3  # histories: both occur
+        kept = self.wide if self.are_wide else None
+        self.histories = [self.poisoned("history", *steps, self.H, dtype=kept) for _ in others if save == "saved"]
+        rows = (-(-self.T // every), self.R, self.B, self.H)
+        self.checkpoints = [self.poisoned("checkpoint", *rows, dtype=self.wide) for _ in others if save == "recompute"]
+        carried = [given[f"wide s{i}"].copy() for i in range(self.first, self.states)]
+        h_n = self.poisoned("h_n", self.R, self.B, self.H)
+        loop = {
+            "gx": given["gx"], "w": given["w"], "bias": given["bias"], "h0": given["s0"], "carried": carried,
+            "y": self.y, "h_n": h_n, "saved": self.saved, "histories": self.histories, "wide": self.are_wide,
+            "checkpoints": self.checkpoints, "every": every,
+        }  # fmt: skip
+        if case["kind"] < 0:
+            self.forward_by_steps(loop)
+        else:
+            self.run_planned("Forward", loop)
+        self.check("y", self.y)
+        self.check("end0", h_n)
+        for i in others:
+            self.check(f"end{i}", carried[i - self.first])
+        for i, rows in enumerate(self.checkpoints, 1):
+            self.check(f"entered{i}", rows, self.right[f"entered{i}"][::every])
+
+    def forward_by_steps(self, loop: dict[str, Any]) -> None:
+        entering = self.poisoned("entering", self.R, self.B, self.H)
+        products = self.poisoned("given", self.B, self.R, self.G, self.H)
+        bound = self.bind("Forward", None, loop | {"given": products, "entering": entering})
+        h = widen(self.given["s0"])
+        for step in range(self.T):
+            products[:] = narrow(self.product(h), self.storage)
+            bound.run_step(step, 0)
+            h = widen(entering)
+
+    # ---- backward
+
+    def backward(self) -> None:
+        save, every = self.case["save"], self.case["every"]
+        if save == "none" and self.S:
+            return
+        if save == "recompute":
+            for first in range((self.T - 1) // every * every, -1, -every):
+                self.backward_over(first, min(first + every, self.T))
+        else:
+            first_of = [self.given[f"{'wide ' * self.are_wide}s{i}"] for i in range(1, self.states)]
+            if not self.histories:  # nothing is saved, and nothing of it read
+                first_of = []
+            self.backward_by(self.histories, first_of, self.saved, self.are_wide, (0, self.T))
+        self.check("dgates", self.dgates)
+        for i, d in enumerate(self.dstates):
+            self.check(f"d{i}", d)
+
+    def backward_over(self, first: int, last: int) -> None:
+        """A window whose gates are made again from its first states and from y."""
+        steps = (last - first, self.B, self.R)
+        given = self.poisoned("given", self.T, self.B, self.R, self.G, self.H)
+        for step in range(first, last):
+            found = narrow(self.product(np.stack([self.entering(r, step) for r in range(self.R)])), self.storage)
+            for r in range(self.R):
+                given[self.time(r, step), :, r] = found[:, r]
+        saved = self.poisoned("saved", *steps, self.S, self.H)
+        histories = [self.poisoned("history", *steps, self.H, dtype=self.wide) for _ in self.checkpoints]
+        entered = [np.ascontiguousarray(rows[first // self.case["every"]]) for rows in self.checkpoints]
+        h = self.poisoned("h", self.R, self.B, self.H, dtype=self.wide)
+        loop = {
+            "window": (first, last), "gx": self.window(self.given["gx"], first, last), "bias": self.given["bias"],
+            "given": self.window(given, first, last), "h0": self.given["s0"], "hidden": self.y, "saved": saved,
+            "histories": histories,
+            "wide": True, "carried": [h, *(rows.copy() for rows in entered)][self.first :],
+        }  # fmt: skip
+        self.bind("Forward", None, loop).run(0, 0)
+        self.backward_by(histories, entered, saved, True, (first, last))
+
+    def backward_by(
+        self, histories: list[Array], first_of: list[Array], saved: Array | None, wide: bool, window: tuple[int, int]
+    ) -> None:
+        first, last = window
+        loop = {
+            "window": window, "states": [self.y, *histories], "first": [self.given["s0"], *first_of], "saved": saved,
+            "wide": wide, "dy": self.given["dy"], "w": self.given["w"], "dgates": self.dgates, "dstates": self.dstates,
+        }  # fmt: skip
+        if self.case["kind"] >= 0:
+            self.run_planned("Backward", loop)
+            return
+        product = self.poisoned("product", self.R, self.B, self.H)
+        bound = self.bind("Backward", None, loop | {"given": product})
+        for step in range(last - 1, first - 1, -1):
+            self.pull(step + 1, product)
+            bound.run_step(step, 0)
+        if first == 0:
+            self.pull(0, product)
+            bound.close(0)
+
+    def pull(self, step: int, product: Array) -> None:
+        """product [R, B, H]: the recurrent side's gradients of a step through W_hh."""
+        if step == self.T:
+            return
+        d = np.stack([widen(self.dgates[self.time(r, step), :, r, self.apart :]) for r in range(self.R)])
+        product[:] = narrow(np.einsum("rbgu,rguk->rbk", d, widen(self.given["w"])), self.storage)
+
+
+def main() -> int:
+    module = load(sys.argv[1])
+    with open(sys.argv[2], "rb") as file:
+        told = pickle.load(file)
+    runs = failures = 0
+    for job in told["jobs"]:
+        for seed in range(told["seeds"]):
+            module.seed(seed)
+            run = Run(module, job)
+            try:
+                run.forward()
+                run.backward()
+            except RuntimeError as error:
+                run.bad.append(str(error))
+            runs += 1
+            if run.bad:
+                failures += 1
+                print(f"FAILED {job['case']['name']}, seed {seed}: " + "; ".join(run.bad), flush=True)
+    print(f"{runs} runs, {failures} failed")
+    return failures > 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

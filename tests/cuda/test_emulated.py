@@ -1,0 +1,108 @@
+"""The CUDA loops' very source on the CPU: under AddressSanitizer and UBSan, for races, and with planted mutations.
+
+Loops alone, against float64 loops: what is around them (products over all steps, autograd, modules) has its own tests.
+"""
+
+from __future__ import annotations
+
+import functools
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import emulated_build as build
+import pytest
+
+from .emulated import cases, mutations
+
+DRIVER = Path(build.__file__).parent / "drive.py"
+pytestmark = pytest.mark.skipif(shutil.which(build.CXX) is None, reason=f"no {build.CXX}")
+
+# Every cell in every precision, and of these six with all of their tiles, not the smallest alone.
+SANITIZED = [(cell, precision) for cell in build.CELLS for precision in build.PRECISIONS]
+ALL_TILES = {
+    *(("lstm", "bf16"), ("gru", "bf16"), ("rnn_tanh", "bf16")),
+    *(("gru", "tf32"), ("lstm", "ieee"), ("rnn_relu", "ieee")),
+}
+SMALLEST = {kernel for kernel in SANITIZED if kernel not in ALL_TILES and kernel[1] != "f64"}
+SEEDS = 2  # the cases share no schedule: each new one meets others
+
+
+@functools.cache
+def sanitized() -> list[cases.Case]:
+    return cases.pairwise(SANITIZED, SMALLEST, seed=1)
+
+
+def drive(flavour: str, library: Path, told: list[cases.Case], seeds: int, folder: Path, cut: str = "") -> str:
+    """What went wrong, or nothing."""
+    path = folder / "cases.pickle"
+    cases.write(told, seeds, path)
+    command = [sys.executable, str(DRIVER), str(library), str(path), *([cut] if cut else [])]
+    done = subprocess.run(
+        command, env=build.environment(flavour), capture_output=True, text=True, check=False, timeout=500
+    )
+    if done.returncode == 0:
+        assert f"{len(told) * seeds} runs, 0 failed" in done.stdout, done.stdout
+        return ""
+    return done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("kernel", SANITIZED, ids="-".join)
+def test_address_and_undefined_behaviour(kernel: tuple[str, str], tmp_path: Path) -> None:
+    library = build.module("asan", [build.Instance(*kernel, smallest=kernel in SMALLEST)])
+    told = [case for case in sanitized() if (case.cell, case.precision) == kernel]
+    assert told
+    assert not (found := drive("asan", library, told, SEEDS, tmp_path)), found
+
+
+@pytest.mark.parametrize("kernel", [("lstm", "bf16"), ("gru", "bf16"), ("rnn_tanh", "tf32")], ids="-".join)
+def test_races(kernel: tuple[str, str], tmp_path: Path) -> None:
+    is_smallest = kernel in SMALLEST
+    library = build.module("races", [build.Instance(*kernel, smallest=is_smallest)])
+    told = cases.pairwise([kernel], {kernel} if is_smallest else set(), seed=2, small=True)
+    assert not (found := drive("races", library, told, 1, tmp_path)), found
+
+
+def test_cases_are_many() -> None:
+    """Every cell in every precision meets every exchange, every length of a loop, and so on."""
+    told = sanitized()
+    for kernel in SANITIZED:
+        met = [case for case in told if (case.cell, case.precision) == kernel]
+        for name in ("exchange", "T", "B", "directions", "lengths", "reset", "save", "every"):
+            choices = set(cases.CHOICES[name])
+            if kernel[1] == "f64" and name == "exchange":
+                choices = {"stepwise"}
+            if kernel[0].startswith("rnn") and name == "save":
+                choices -= {"recompute"}
+            assert {getattr(case, name) for case in met} >= choices, (kernel, name)
+    assert {case.H for case in told} >= set(cases.CHOICES["H"])
+    assert {case.rows for case in told} == {8, 16, 32}
+
+
+@pytest.mark.parametrize("cut", ["y", "h_n", "saved", "dgates"])
+def test_a_write_past_a_global_array_is_caught(cut: str, tmp_path: Path) -> None:
+    """AddressSanitizer watches the arrays that the loops are given."""
+    library = build.module("asan", [build.Instance("gru", "ieee")])
+    found = drive("asan", library, [cases.Case("gru", "ieee", "cta", 2, 3, 5)], 1, tmp_path, cut)
+    assert "AddressSanitizer: heap-buffer-overflow" in found, found
+
+
+@pytest.mark.parametrize("name", mutations.MUTATIONS)
+def test_mistake_is_caught(name: str, tmp_path: Path) -> None:
+    mutation = mutations.MUTATIONS[name]
+    library = build.module(mutation.by, [mutation.instance], mutations.plant(mutation, tmp_path))
+    found = drive(mutation.by, library, list(mutation.cases), mutations.SEEDS[mutation.by], tmp_path)
+    assert mutation.says in found, found or "not caught"
+
+
+@pytest.mark.parametrize("by", list(build.FLAVOURS))
+def test_without_a_mistake_all_is_well(by: str, tmp_path: Path) -> None:
+    """What is caught above is caught because of the mutation."""
+    told = {mutation.instance: set[cases.Case]() for mutation in mutations.MUTATIONS.values() if mutation.by == by}
+    for mutation in mutations.MUTATIONS.values():
+        if mutation.by == by:
+            told[mutation.instance] |= set(mutation.cases)
+    for instance, some in told.items():
+        library = build.module(by, [instance])
+        assert not (found := drive(by, library, sorted(some), mutations.SEEDS[by], tmp_path)), found

@@ -1,0 +1,158 @@
+"""Kernels compiled ahead of time with no GPU, a sample of what `make cubin` compiles all of; the interpreter is off."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+from fused_rnn.triton.trips import trips
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        ["--arch", "sm_80", "sm_90", "sm_100", "sm_120", "gfx942", "--cell", "gru", "--kind", "half", "--hidden", "32"],
+        ["--arch", "sm_90", "--cell", "rnn_tanh", "--kind", "tf32", "--hidden", "256"],
+    ],
+    ids=["each_architecture", "teams"],
+)
+def test_kernels_compile_without_spills(chosen: list[str]) -> None:
+    done = run("-m", "fused_rnn.triton.cubin", "--jobs", "1", *chosen)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "0 with a fault" in done.stdout
+    assert "registers" in done.stdout
+    assert "bytes shared" in done.stdout
+    assert (", 1 trips to memory" in done.stdout) == ("tf32" in chosen)
+
+
+def test_what_counts_as_a_fault() -> None:
+    from fused_rnn.triton import tiles
+    from fused_rnn.triton.cubin import Job, Outcome
+
+    shape = tiles.Shape("gru", 3, "half", 32, False)
+    plan = tiles.shipped(shape, tiles.ARCHITECTURES["sm_80"])[0]
+    outcome = Outcome(Job("sm_80", shape, "bfloat16", "ieee", plan, ()), registers=64, shared=163 * 1024)
+    assert outcome.fault == ""
+    assert outcome._replace(shared=163 * 1024 + 1).fault.startswith("takes 166913 bytes of shared memory")
+    assert outcome._replace(spills=tiles.SPILLS).fault == ""
+    assert outcome._replace(spills=72).fault == "spills 72 bytes a thread"
+    assert outcome._replace(error="PassManager failed").fault == "PassManager failed"
+    team = replace(plan, tile=replace(plan.tile, depth=8))
+    for backward, most in ((False, 1), (True, 3)):  # of four parts
+        held = outcome._replace(job=outcome.job._replace(plan=team, shape=shape._replace(backward=backward)))
+        assert held._replace(trips=most).fault == ""
+        assert held._replace(trips=most + 1).fault.startswith(f"takes {most + 1} trips to memory")
+
+
+def listed(*instructions: tuple[str, int | None, tuple[int, ...]]) -> str:
+    """As cuobjdump prints them: code, the scoreboard that it sets, those that it waits for."""
+    lines = []
+    for place, (code, sets, waits) in enumerate(instructions):
+        control = 1 | (7 if sets is None else sets) << 5 | 7 << 8 | sum(1 << board for board in waits) << 11
+        lines.append(f"/*{16 * place:04x}*/  {code} ;  /* 0x{0:016x} */\n  /* 0x{control << 41:016x} */\n")
+    return "".join(lines)
+
+
+POLL = [("LDG.E.STRONG.GPU R1, desc[UR4][R2.64]", 5, ()), ("CCTL.IVALL", None, (5,))]
+ONE = ("@!P3 LDG.E.128.STRONG.GPU R8, desc[UR4][R2.64]", 0, ())
+TWO = ("LDG.E.128.STRONG.GPU R12, desc[UR4][R2.64+0x200]", 1, ())
+INPUT = ("LDG.E.128 R16, desc[UR4][R6.64]", 2, ())  # of the next step
+STORES = [("STS.128 [R4], R8", None, (0,)), ("STS.128 [R4+0x200], R12", None, (1,))]
+PRODUCT = ("HMMA.16816.F32.BF16 R20, R24, R28, R20", None, (3,))
+
+
+def test_trips_to_memory() -> None:
+    assert trips(listed(*POLL, ONE, TWO, INPUT, *STORES, PRODUCT, PRODUCT)) == 1
+    assert trips(listed(*POLL, ONE, STORES[0], PRODUCT, TWO, STORES[1], PRODUCT)) == 2
+    assert trips(listed(*POLL, ONE, INPUT, ("NOP", None, (2,)), TWO, *STORES, PRODUCT)) == 1
+    # A scoreboard that two loads have set is released when both have come; DEPBAR says by an operand what it waits for.
+    assert trips(listed(*POLL, ONE, (TWO[0], 0, ()), STORES[0], TWO, STORES[0], TWO, PRODUCT)) == 2
+    assert trips(listed(*POLL, ONE, ("DEPBAR.LE SB0, 0x0", None, ()), TWO, PRODUCT)) == 2
+    assert trips(listed(*POLL, ONE, PRODUCT, *STORES, TWO)) == 1  # behind the last product is another step
+    with pytest.raises(ValueError, match="no team"):
+        trips(listed(ONE, PRODUCT))
+
+
+def test_a_fault_fails() -> None:
+    """A tile that Triton cannot compile: sizes must be powers of two."""
+    program = """
+import sys
+from dataclasses import replace
+from fused_rnn.triton import cubin, tiles
+def odd(shape, device, made=tiles.shipped):
+    return [replace(p, tile=replace(p.tile, batch=24)) for p in made(shape, device)]
+if __name__ == "__main__":
+    shape = tiles.Shape("gru", 3, "half", 32, True)
+    plan = odd(shape, tiles.ARCHITECTURES["sm_90"])[0]
+    outcome = cubin.compile_job(cubin.Job("sm_90", shape, "bfloat16", "ieee", plan, ()))
+    sys.exit(3 if outcome.fault else 0)
+"""
+    done = run("-c", program)
+    assert done.returncode == 3, done.stdout + done.stderr
+
+
+def test_sizes_are_never_compiled_for() -> None:
+    """T, B and R are arguments that Triton does not specialise on: no 1, no multiple of 16 makes another kernel."""
+    program = """
+from collections import defaultdict
+from fused_rnn.triton import aot
+from fused_rnn.triton.backward import bwd_kernel
+from fused_rnn.triton.forward import fwd_kernel
+for kernel in (fwd_kernel, bwd_kernel):
+    pointers = aot._pointers(kernel, "bfloat16", defaultdict(bool))
+    for p in kernel.params:
+        assert p.is_constexpr or p.name in pointers or p.do_not_specialize, p.name
+"""
+    done = run("-c", program)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+# Of each operand of a product: whether it was rounded on its way there, and whether that was before the loop over time.
+ROUNDED = r"""
+import re, sys
+from fused_rnn.cells import CELLS
+from fused_rnn.triton.aot import compile_kernel
+from fused_rnn.triton.tiles import Plan, Tile
+
+def rounded(made, operand):
+    while operand in made:
+        line, name, text = made[operand]
+        if "cvt.rna.tf32" in text:
+            return line
+        operand = re.search(r"%\w+", text)[0]
+
+for loop, team, how in (("a", 1, {"registers": True}), ("b", 2, {"hold": True}), ("b", 2, {})):
+    plan = Plan(loop, Tile(16, 32 // team, 32, 4, 1 if how else 2), team, **how)
+    for backward in (False, True):
+        text = compile_kernel(CELLS["gru"], "float32", "tf32", 32, plan, "sm_90", backward, reset=True).asm["ttgir"]
+        lines = text.splitlines()
+        made = {m[1]: (i, *m.groups()) for i, m in enumerate(re.match(r"\s*(%\w+) = (.*)", x) for x in lines) if m}
+        begins = next(i for i, line in enumerate(lines) if "scf.for" in line)
+        products = [re.search(r"tt.dot (%\w+), (%\w+)", line) for line in lines]
+        for operands in filter(None, products):
+            left, right = (rounded(made, name) for name in operands.groups())
+            assert left > begins, operands[0]
+            assert (right < begins) if how else (right > begins), operands[0]
+        assert any(products)
+"""
+
+
+def test_tf32_operands_are_rounded() -> None:
+    """To nearest, a resident W_hh once: tensor cores would cut the low bits off."""
+    done = run("-c", ROUNDED)
+    assert done.returncode == 0, done.stdout + done.stderr
