@@ -2,8 +2,8 @@
 fused_rnn._cuda as well, the CUDA loops, by nvcc, GPU or not; the architectures are TORCH_CUDA_ARCH_LIST's.
 FUSED_RNN_CUDA_DEBUG=1: a CTA that waits 2 s for another one fails the kernel and says so, where it would hang the GPU.
 MAX_JOBS: compilers at a time. FUSED_RNN_ISAS: of the instruction sets only these, and the baseline.
-Of torch the headers and libraries are read, and it is not imported: FUSED_RNN_TORCH names its folder, else it is that of
-this environment, or of the one that pip installs into from an isolated build."""
+Of torch the headers and libraries are read, and it is not imported: FUSED_RNN_TORCH names its folder, else it is that
+of this environment, or of the one that pip installs into from an isolated build."""
 
 from __future__ import annotations
 
@@ -188,7 +188,8 @@ class Build(build_ext):
         """The path of the object: compiled, or there already of the same sources by the same command."""
         command = self.command(ext, source, kernel)
         version = NVCC_VERSION if source.endswith(".cu") else self.cxx_version
-        inputs = [source, *ext.depends]
+        own = ("csrc", "cells", "cpu") if Path(source).parent.name == "cpu" else None  # the loops, which take minutes
+        inputs = [source, *(header for header in ext.depends if own is None or Path(header).parent.name in own)]
         content = hashlib.sha256(b"".join(Path(path).read_bytes() for path in inputs)).hexdigest()[:12]
         if knows_python(source):
             version += f" torch {TORCH_VERSION} Python {sys.version}"  # whose headers may change in their place

@@ -48,6 +48,7 @@ struct NumberedCell {
 // In the cell's header: its own number, by which tables of functions find it. Two cells of one number do not compile.
 #define FUSED_RNN_CELL(number_, Cell) \
   static_assert(number_ >= 0 && number_ < kMostCells && Cell::states <= kMostStates, #Cell); \
+  static_assert(!Cell::projects || !(Cell::reads_h || ((Cell::backward_after | Cell::backward_before) & 1)), #Cell); \
   template <> \
   struct NumberedCell<number_> { \
     using Type = Cell; \

@@ -188,8 +188,8 @@ struct ProductsLoop {
 
   void weights_of(const Memory& m, int r, int me, int team) const {
     const int64_t u0 = part(p.H, me, team), units = part(p.H, me + 1, team) - u0;
-    const int64_t t0 = first_time(p, r), ld_x = f.x_per_recurrence ? p.R * p.D : p.D;
-    const T* x = (const T*)f.x + t0 * p.B * ld_x + (f.x_per_recurrence ? r * p.D : 0);
+    const int64_t t0 = first_time(p, r);
+    const T* x = (const T*)f.x.data + t0 * f.x.time + r * f.x.recurrence;
     const int64_t ld = p.R * DG * p.H;
     const int64_t chosen = choose(m, r);
     for (int64_t k0 = 0; k0 == 0 || k0 < chosen; k0 += kDepth) {
@@ -203,7 +203,7 @@ struct ProductsLoop {
         if (input_gate(d) >= 0) left_x[count_x] = d * units, dw_x[count_x++] = input_gate(d) * p.H + u0;
         if (recurrent_gate(d) >= 0) left_h[count_h] = d * units, dw_h[count_h++] = recurrent_gate(d) * p.H + u0;
       }
-      for (int64_t k = 0; k < depth; ++k) m.row[k] = x + row[k] * ld_x;
+      for (int64_t k = 0; k < depth; ++k) m.row[k] = x + row[k] / p.B * f.x.time + row[k] % p.B * f.x.batch;
       weight_gradient(m, (S*)f.dw_ih[r], p.D, depth, first, count_x, left_x, dw_x, units);
       bool from_zero = true;  // the first step without an initial state
       for (int64_t k = 0; k < depth; ++k) {
@@ -227,6 +227,9 @@ struct ProductsLoop {
     }
   }
 
+  int64_t dx_stride() const { return f.x.recurrence ? p.R * p.D : p.D; }
+  T* dx_of(int r) const { return (T*)f.dx + first_time(p, r) * p.B * dx_stride() + (f.x.recurrence ? r * p.D : 0); }
+
   // dx of a few rows, from W_ih as it stands: reading it is most of the work.
   void input_of_few(int r) const {
     for (int64_t column = 0; column < p.D; column += W) {
@@ -238,8 +241,8 @@ struct ProductsLoop {
   // A panel of columns of rows [k, k + N).
   template <int N>
   void input_rows(int r, int64_t column, int64_t k) const {
-    const int64_t ld = p.R * DG * p.H, ld_x = f.x_per_recurrence ? p.R * p.D : p.D, D = p.D, H = p.H;
-    T* dx = (T*)f.dx + first_time(p, r) * p.B * ld_x + (f.x_per_recurrence ? r * D : 0) + k * ld_x + column;
+    const int64_t ld = p.R * DG * p.H, ld_x = dx_stride(), D = p.D, H = p.H;
+    T* dx = dx_of(r) + k * ld_x + column;
     int n[kPanelVectors];
     for (int v = 0; v < kPanelVectors; ++v) n[v] = lanes_left(D, column + v * L, L);
     Vec<S> sum[N][kPanelVectors] = {};
@@ -288,12 +291,12 @@ struct ProductsLoop {
     for (int64_t j = part(panels, me, team); j < part(panels, me + 1, team); ++j)
       for (int v = 0; v < vectors_of(j); ++v)
         pack_columns<Kind, T>(m.w_ih + j * kPanelVectors * panel_size<Kind>(G * p.H, 1), vectors_of(j), v,
-                              (const T*)w.w_ih + (j * kPanelVectors + v) * L, p.D, lanes_left(p.D, (j * kPanelVectors + v) * L, L),
-                              G * p.H);
+                              (const T*)w.w_ih + (j * kPanelVectors + v) * L, p.D, lanes_left(p.D, (j * kPanelVectors + v) * L, L), G * p.H,
+                              Order<Cell>::x_gate(0) * p.H);
     barrier.wait(me);
-    const int64_t stride = row_stride<Kind>(G * p.H), ld = p.R * DG * p.H, ld_x = f.x_per_recurrence ? p.R * p.D : p.D;
-    T* dx = (T*)f.dx + first_time(p, r) * p.B * ld_x + (f.x_per_recurrence ? r * p.D : 0);
-    const bool direct = DG == G && sizeof(A) == sizeof(T) && (G * p.H) % Kind::k_multiple == 0 && !p.lengths;
+    const int64_t stride = row_stride<Kind>(G * p.H), ld = p.R * DG * p.H, ld_x = dx_stride();
+    T* dx = dx_of(r);
+    const bool direct = sizeof(A) == sizeof(T) && (G * p.H) % Kind::k_multiple == 0 && !p.lengths;
     for (int64_t k = part(rows, me, team); k < part(rows, me + 1, team) && p.lengths && !f.add_dx; ++k)
       if (!active(first_time(p, r) + k / p.B, k % p.B)) memset((void*)(dx + k * ld_x), 0, size_t(p.D) * sizeof(T));
     const int64_t chosen = choose(m, r), end = part(chosen, me + 1, team);
@@ -301,12 +304,7 @@ struct ProductsLoop {
       const Chosen row{m.live, k0};
       const int64_t n = end - k0 < kDxRows ? end - k0 : kDxRows;
       const T* dgates = (const T*)f.dgates + r * DG * p.H;
-      if (!direct)
-        for (int64_t k = 0; k < n; ++k)
-          for (int d = 0; d < DG; ++d)
-            if (input_gate(d) >= 0)
-              convert_row(m.dx_left + k * stride + input_gate(d) * p.H, dgates + row[k] * ld + d * p.H, p.H,
-                          input_gate(d) + 1 == G ? stride - (G - 1) * p.H : p.H);
+      for (int64_t k = 0; k < n && !direct; ++k) convert_row(m.dx_left + k * stride, dgates + row[k] * ld, G * p.H, stride);
       for (int64_t j = 0; j < panels; ++j) {
         const int nv = vectors_of(j);
         multiply_panel<Kind>(n, nv,

@@ -101,12 +101,16 @@ forward_op, backward_op = op.define("triton", _loops, ("CPU", "CUDA"))  # CPU: i
 
 def forward(call: LayerCall) -> list[Tensor]:
     """One layer: the op fused_rnn::triton_forward, as fused_rnn::forward."""
-    return without_gradient(forward_op, *call)
+    with without_gradient():
+        result: list[Tensor] = forward_op(*call)
+    return result
 
 
 def backward(call: BackwardCall) -> list[Tensor]:
     """One layer's gradients: the op fused_rnn::triton_backward, as fused_rnn::backward."""
-    return without_gradient(backward_op, *call)
+    with without_gradient():
+        result: list[Tensor] = backward_op(*call)
+    return result
 
 
 def step(x: Tensor, weights: Sequence[Tensor], states: Sequence[Tensor], cell: str) -> list[Tensor]:
