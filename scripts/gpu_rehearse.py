@@ -92,9 +92,9 @@ def copy_tree(tree: Path, pack: Path | None) -> int:
         shutil.copy(program, there)
     for module in there.glob("_C.*.so"):  # what stands for the GPU needs it before anything is unpacked
         shutil.copy(module, tree / "fused_rnn")
-    emulated = ROOT / "build" / "emulated"
+    emulated = ROOT / "build" / "cuda_emulated"
     emulated.mkdir(parents=True, exist_ok=True)
-    (tree / "build" / "emulated").symlink_to(emulated)
+    (tree / "build" / "cuda_emulated").symlink_to(emulated)
     return travels
 
 

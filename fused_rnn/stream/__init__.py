@@ -157,10 +157,8 @@ class Stream:
     def state(self, value: State) -> None:
         several = len(self._states) > 1
         if several and not (isinstance(value, (tuple, list)) and len(value) == len(self._states)):
-            names = ', '.join(self._states)
+            names = ", ".join(self._states)
             raise TypeError(f"state: got {type(value).__name__}, expected a pair ({names}) of tensors")
-                f"state: got {type(value).__name__}, expected a pair ({', '.join(self._states)}) of tensors"
-            )
         given = tuple(value) if several else (value,)
         for (name, buffer), new in zip(self._states.items(), given, strict=True):
             self._check(f"state ({name})", new, tuple(buffer.shape), "[L, B, P]" if name == "h" else "[L, B, H]")
