@@ -12,6 +12,7 @@ from counterparts import CELLS, MODULES, SEQUENCES, flatten, make, states
 from torch import Tensor, nn
 
 import fused_rnn
+from fused_rnn.call import LayerCall
 
 onnxruntime = pytest.importorskip("onnxruntime", reason="exported models are checked in onnxruntime")
 pytest.importorskip("onnxscript", reason="torch.onnx.export needs onnxscript")
@@ -210,7 +211,7 @@ def test_a_reset_is_refused() -> None:
 def test_an_ensemble_is_refused() -> None:
     x, w = torch.empty(5, 3, 4), [torch.empty(24, 4), torch.empty(24, 6)]
     with pytest.raises(NotImplementedError, match=r"directions: got \[1, 1, 1\], expected \[1\] or \[-1\] or \[1, "):
-        fused_rnn.onnx.forward(x, w * 3, None, None, None, None, "lstm", [1, 1, 1], "none", False)
+        fused_rnn.onnx.forward(LayerCall(x, w * 3, (), None, None, "lstm", [1, 1, 1]))
 
 
 def test_every_cell_has_a_node() -> None:

@@ -44,14 +44,14 @@ def supports(problem: Problem) -> str | None:
 
 def forward(call: LayerCall) -> list[Tensor]:
     """One layer: the op fused_rnn::forward."""
-    with without_autocast(call.x):  # or torch operations inside the op would be recast
-        return without_gradient(ops.forward, *call)
+    with without_gradient(), without_autocast(call.x):  # or torch operations inside the op would be recast
+        return ops.forward(*call)
 
 
 def backward(call: BackwardCall) -> list[Tensor]:
     """One layer's gradients: the op fused_rnn::backward."""
-    with without_autocast(call.x):
-        return without_gradient(ops.backward, *call)
+    with without_gradient(), without_autocast(call.x):
+        return ops.backward(*call)
 
 
 def step(x: Tensor, weights: Sequence[Tensor], states: Sequence[Tensor], cell: str) -> list[Tensor]:

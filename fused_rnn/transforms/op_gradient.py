@@ -8,6 +8,7 @@ runs; without this, training it would leave out every gradient that has to pass 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -33,14 +34,14 @@ def register(name: str, forward: Op, backward: Op, library: torch.library.Librar
         x, lengths, reset, *rest = ctx.saved_tensors
         given, cell, directions = ctx.call
         call = LayerCall(x, rest[given:], rest[:given], lengths, reset, cell, directions, "gates")
-        y, *others = without_gradient(forward, *call)
+        with without_gradient():
+            y, *others = forward(*call)
         count = len(call.spec.states)
         saved, *histories, _ = others[count:]
         douts = [torch.zeros_like(s) if d is None else d for s, d in zip(others, grads[1 : count + 1], strict=False)]
         need_dx, need_dw = ctx.needs_input_grad[0], any(ctx.needs_input_grad[1])
-        dx, *dtensors = without_gradient(
-            backward, grads[0], douts, *call[:5], y, saved, histories, *call[5:8], need_dx, need_dw
-        )
+        with without_gradient():
+            dx, *dtensors = backward(grads[0], douts, *call[:5], y, saved, histories, *call[5:8], need_dx, need_dw)
         dweights = all_or_none(dtensors[given:], len(call.weights))
         return (dx if need_dx else None, dweights, dtensors[:given], *[None] * 6)
 
@@ -70,9 +71,10 @@ def _is_recorded() -> bool:
     return torch._C._is_tracing() or (torch._C._are_functorch_transforms_active() and functionalizes())
 
 
-def without_gradient(op: Op, *args: Any) -> list[Tensor]:
-    """op(*args) past the gradient above, which takes 15 µs to find that nobody asks for it. A trace has to see it."""
+def without_gradient() -> AbstractContextManager[None]:
+    """A context in which an op is called past the gradient above, which takes 15 µs to find that nobody asks for it.
+    A trace has to see it."""
     if torch.compiler.is_compiling() or _is_recorded():
-        return op(*args)
-    with torch._C._AutoDispatchBelowAutograd():
-        return op(*args)
+        return nullcontext()
+    below: AbstractContextManager[None] = torch._C._AutoDispatchBelowAutograd()
+    return below
