@@ -1,5 +1,4 @@
-// LSTM whose forget gate is 1 - i: Greff et al. 2017, "CIFG". A trial of a new cell, which the package does not have:
-// csrc/cells/all.h includes it, after its own.
+// LSTM whose forget gate is 1 - i: Greff et al. 2017, "CIFG". A trial of a new cell.
 //
 //   i, o = sigmoid(a_i, a_o)    g = tanh(a_g)    c' = c + i (g - c)    h' = o tanh(c')
 #pragma once
