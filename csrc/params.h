@@ -3,11 +3,12 @@
 #pragma once
 #include <cstdint>
 
+#include "cells/cell.h"
+
 namespace fused_rnn {
 
 enum class Dtype : int { f32, f64, bf16, f16 };
 enum class Narrow : int { none, bf16, int8 };  // what packed weights are kept in: the kind's own type, or fewer bits
-enum class Cell : int { lstm, gru, rnn_tanh, rnn_relu };
 
 struct Weights {       // of one recurrence, row-major, in the tensors' dtype
   const void* w_ih;    // [G H, D]
@@ -19,7 +20,7 @@ struct Weights {       // of one recurrence, row-major, in the tensors' dtype
 };
 
 struct Problem {
-  Cell cell;
+  const CellDescriptor* cell;
   Dtype dtype;
   int64_t T, B, D, H, P, R;
   int64_t start, stop;       // loop steps to run, 0 <= start < stop <= T; step s is time s, or T-1-s in a reverse recurrence
@@ -29,69 +30,69 @@ struct Problem {
   int threads;
 };
 
+struct Input {         // in the tensors' dtype: element d of recurrence r's row b at time t is data[t time + b batch + r recurrence + d]
+  const void* data;
+  int64_t time, batch, recurrence;  // recurrence: 0 where all have the same x
+};
+
 // Arrays over time have `stop - start` rows where they belong to a range of steps: time t of recurrence r is row
 // t - first_time(r). With start = 0 and stop = T that is simply t.
 struct Forward {
   Problem p;
-  const void* x;         // [T, B, D], or [T, B, R, D] with x_per_recurrence
-  bool x_per_recurrence;
+  Input x;
   bool h_is_zero;        // h entering step `start` is all zero: its product can be left out
-  void* h;               // [R, B, P] accumulation dtype: state entering step `start` in, state after step stop-1 out
-  void* c;               // [R, B, H] accumulation dtype, LSTM only, likewise
+  void* states[kMostStates];       // h [R, B, P], the others [R, B, H], accumulation dtype: entering step `start` in, after stop-1 out
   void* y;               // [T, B, R, P] or null
   void* hidden;          // [T, B, R, P] or null: a second copy of y
   void* saved;           // [stop-start, B, R, S, H] or null
-  void* cells;           // [stop-start, B, R, H] or null
-  void* checkpoints;     // [T / every rounded up, R, B, P (+ H)] accumulation dtype, or null: the state entering every `every`-th step
-  int64_t every;
-  const void* packed;    // the weights of the one recurrence as Packing made them, or null
-  Narrow narrow;         // what they are kept in
-  int64_t turn;          // packed: calls before this one; every other one starts from the end of the weights
+  void* histories[kMostStates];    // of each state but h: [stop-start, B, R, H] or null
+  void* checkpoints[kMostStates];  // likewise: [T / every rounded up, R, B, H] accumulation dtype, or null: entering every `every`-th step
+  int64_t every;  // 0 without checkpoints
+  const void* packed;  // the weights of the one recurrence as Packing made them, or null
+  Narrow narrow;  // what they are kept in
+  int64_t turn;  // packed: calls before this one; every other one starts from the end of the weights
 };
 
 // Weights as the forward loop reads them, for calls that shall not pack them anew.
 struct Packing {
-  Problem p;             // R = 1; T does not matter
-  Narrow narrow;         // for dtype f32 alone
-  void* packed;          // out, 64-byte aligned, or null: only measured
-  int64_t* bytes;        // out: how many it takes
+  Problem p;  // R = 1; T does not matter
+  Narrow narrow;  // for dtype f32 alone
+  void* packed;  // out, 64-byte aligned, or null: only measured
+  int64_t* bytes;  // out: how many it takes
 };
 
 struct Backward {
   Problem p;
-  const void* dy;        // [T, B, R, P] or null
-  const void* hidden;    // [T, B, R, P]
-  const void* saved;     // [stop-start or T, B, R, S, H]
-  const void* cells;     // [stop-start or T, B, R, H]
-  bool saved_whole;      // saved and cells cover all of T
-  const void* h0;        // [R, B, P] accumulation dtype: state that entered step `start`
-  const void* c0;        // [R, B, H]
-  void* dh;              // [R, B, P] accumulation dtype: gradient of the state after step stop-1 in, of the one entering `start` out
-  void* dc;              // [R, B, H] likewise
-  void* dgates;          // [stop-start, B, R, gradients, H] out
-  bool need_dh;          // false: dh out is not wanted, which saves the last product
-  void* dprojected;      // [stop-start, B, R, P] out, projection only: the whole gradient of h_t
-  void* unprojected;     // [stop-start, B, R, H] out, projection only: o tanh(c), what W_hr multiplied
+  const void* dy;  // [T, B, R, P] or null
+  const void* hidden;  // [T, B, R, P]
+  const void* saved;  // [stop-start or T, B, R, S, H]
+  const void* histories[kMostStates];  // of each state but h: [stop-start or T, B, R, H]
+  bool whole;  // saved and histories cover all of T
+  const void* first[kMostStates];  // h [R, B, P], the others [R, B, H], accumulation dtype: states that entered step `start`
+  void* dstates[kMostStates];  // likewise: gradients of the states after step stop-1 in, of those entering `start` out
+  void* dgates;  // [stop-start, B, R, gradients, H] out
+  bool need_dh;  // false: dh out is not wanted, which saves the last product
+  void* dprojected;  // [stop-start, B, R, P] out, projection only: the whole gradient of h_t
+  void* unprojected;  // [stop-start, B, R, H] out, projection only: what W_hr multiplied
 };
 
 // The products over all steps of a range that turn dgates into gradients of weights and input.
 struct Products {
   Problem p;
-  const void* dgates;       // [stop-start, B, R, gradients, H]
-  const void* x;            // as in Forward
-  bool x_per_recurrence;
-  const void* hidden;       // [T, B, R, P]
-  const void* h0;           // [R, B, P] in the tensors' dtype, or null
-  const void* dprojected;   // as in Backward, or null
+  const void* dgates;  // [stop-start, B, R, gradients, H]
+  Input x;
+  const void* hidden;  // [T, B, R, P]
+  const void* h0;  // [R, B, P] in the tensors' dtype, or null
+  const void* dprojected;  // as in Backward, or null
   const void* unprojected;
-  void* const* dw_ih;       // per recurrence, accumulation dtype, added to: [G H, D rounded up to whole vectors], or null: not wanted
-  void* const* dw_hh;       // [G H, P rounded up]
-  void* const* dw_hr;       // [P, H rounded up]
-  void* const* db_ih;       // [G H], in double
-  void* const* db_hh;       // [G H], in double
-  void* dx;                 // [T, B, D] or [T, B, R, D], or null
-  bool add_dx;              // dx is added to, not written
-  bool first;               // dw_* and db_* hold nothing yet: written, not added to
+  void* const* dw_ih;  // per recurrence, accumulation dtype, added to: [G H, D rounded up to whole vectors], or null: not wanted
+  void* const* dw_hh;  // [G H, P rounded up]
+  void* const* dw_hr;  // [P, H rounded up]
+  void* const* db_ih;  // [G H], in double
+  void* const* db_hh;  // [G H], in double
+  void* dx;  // [T, B, D], or [T, B, R, D] where each recurrence has its x, or null
+  bool add_dx;  // dx is added to, not written
+  bool first;  // dw_* and db_* hold nothing yet: written, not added to
 };
 
 // Always inline: this header is part of translation units compiled for different ISAs.

@@ -24,8 +24,8 @@ try:
 except ImportError as error:
     _C, MISSING = None, missing.reason("_C", error)
 
-# The cells that there are CPU loops for, with the number that fast_path and streams take for a name.
-CELLS = {"lstm": 0, "gru": 1, "rnn_tanh": 2, "rnn_relu": 3}  # csrc/params.h's Cell
+# The cells that there are CPU loops for.
+CELLS: tuple[str, ...] = () if _C is None else tuple(cell["name"] for cell in _C.cells())
 
 
 def _absent(*_: Any) -> list[Tensor]:

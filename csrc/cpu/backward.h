@@ -11,7 +11,7 @@ struct BackwardLoop {
   using A = typename Kind::Operand;
   using S = typename Kind::Accumulator;
   using V = Vec<S>;
-  static constexpr int L = kLanes<S>, G = Cell::gates, SV = Cell::saved, DG = Cell::gradients;
+  static constexpr int L = kLanes<S>, G = Cell::gates, SV = Cell::saved, DG = kGradients<Cell>, ST = Cell::states;
 
   const Backward& f;
   const Problem& p;
@@ -23,7 +23,8 @@ struct BackwardLoop {
   struct Memory {
     int64_t* barrier;
     A *w_hh, *w_hr;
-    S *dh, *dc, *dm, *zero;
+    S *dh, *dm, *zero;
+    S* dstates[ST];  // but dh
     A *gates[2], *out;
   };
 
@@ -44,7 +45,7 @@ struct BackwardLoop {
     m.barrier = arena.take<int64_t>(Barrier::words(threads_in_group));
     m.w_hh = arena.take<A>(out_vectors * panel_size<Kind>(G * p.H, 1));
     m.dh = arena.take<S>(p.B * dh_stride);
-    if (Cell::has_cell) m.dc = arena.take<S>(p.B * unit_stride);
+    for (int i = 1; i < ST; ++i) m.dstates[i] = arena.take<S>(p.B * unit_stride);
     for (auto& g : m.gates) g = arena.take<A>(p.B * gate_stride);
     if (project) {
       m.w_hr = arena.take<A>(unit_vectors * panel_size<Kind>(p.P, 1));
@@ -74,8 +75,9 @@ struct BackwardLoop {
 
   void load_state(const Memory& m, int r, int64_t b0, int64_t b1) const {
     for (int64_t b = b0; b < b1; ++b) {
-      convert_row(m.dh + b * dh_stride, (const S*)f.dh + (r * p.B + b) * p.P, p.P, dh_stride);
-      if (Cell::has_cell) convert_row(m.dc + b * unit_stride, (const S*)f.dc + (r * p.B + b) * p.H, p.H, unit_stride);
+      convert_row(m.dh + b * dh_stride, (const S*)f.dstates[0] + (r * p.B + b) * p.P, p.P, dh_stride);
+      for (int i = 1; i < ST; ++i)
+        convert_row(m.dstates[i] + b * unit_stride, (const S*)f.dstates[i] + (r * p.B + b) * p.H, p.H, unit_stride);
       for (auto* g : m.gates) memset((void*)(g + b * gate_stride), 0, size_t(gate_stride) * sizeof(A));
       if (project) memset((void*)(m.out + b * out_stride), 0, size_t(out_stride) * sizeof(A));
     }
@@ -119,28 +121,33 @@ struct BackwardLoop {
   // The cell's backward for rows [b0, b1) of panel j; `gates` takes the operand of the next (earlier) step. Copies as in forward.h.
   __attribute__((noinline)) void cell(const Memory& m, int r, int64_t step, A* gates, int64_t j, int64_t b0, int64_t b1) const {
     const Weights& w = p.weights[r];
-    const int64_t t = time(w, step), t_prev = t - w.direction, t_row = t - first_time(p, r), shift = f.saved_whole ? 0 : first_time(p, r);
-    const int64_t B = p.B, R = p.R, H = p.H, width = p.P, gates_stride = gate_stride, dc_stride = unit_stride;
+    const int64_t t = time(w, step), t_prev = t - w.direction, t_row = t - first_time(p, r), shift = f.whole ? 0 : first_time(p, r);
+    const int64_t B = p.B, R = p.R, H = p.H, width = p.P, gates_stride = gate_stride, state_stride = unit_stride;
     const int64_t dh_row = project ? unit_stride : dh_stride;
-    const bool has_prev = step > p.start || (f.saved_whole && step > 0), masked = p.lengths || p.reset, projects = project;
+    const bool has_prev = step > p.start || (f.whole && step > 0), masked = p.lengths || p.reset, projects = project;
     const int64_t row = t * B * R + r, row_prev = (has_prev ? t_prev : t) * B * R + r, kept_shift = shift * B * R;
     const T* const saved = at<const T>(f.saved, (row - kept_shift) * SV * H);
-    const T* const cells = at<const T>(f.cells, (row - kept_shift) * H);
-    const T* const cells_prev = at<const T>(f.cells, (row_prev - kept_shift) * H);
     const T* const hidden = at<const T>(f.hidden, row * width);
     const T* const hidden_prev = at<const T>(f.hidden, row_prev * width);
-    const S* const h0 = at<const S>(f.h0, r * B * width);
-    const S* const c0 = at<const S>(f.c0, r * B * H);
+    const S* const h0 = at<const S>(f.first[0], r * B * width);
     T* const dgates = at<T>(f.dgates, (t_row * B * R + r) * DG * H);
     T* const unprojected = at<T>(f.unprojected, (t_row * B * R + r) * H);
     S* const dh_rows = projects ? m.dm : m.dh;
-    S* const dc_rows = m.dc;
-    constexpr int most = Cell::has_cell ? 2 : 1;  // the LSTM alone has an activation here
+    const T *histories[ST], *histories_prev[ST];
+    const S* first_states[ST];
+    S* dstates[ST];
+    for (int i = 1; i < ST; ++i) {
+      histories[i] = at<const T>(f.histories[i], (row - kept_shift) * H);
+      histories_prev[i] = at<const T>(f.histories[i], (row_prev - kept_shift) * H);
+      first_states[i] = at<const S>(f.first[i], r * B * H);
+      dstates[i] = m.dstates[i];
+    }
+    constexpr int most = ST > 1 ? 2 : 1;  // cells of one state have no activation here
     const auto body = [&](auto size, const int64_t (&units)[most], const int64_t (&rows)[most]) __attribute__((always_inline)) {
       constexpr int N = decltype(size)::value;
       using P = Pack<S, N>;
       bool on[N], zero[N];
-      P s[SV ? SV : 1] = {}, c{}, c_prev{}, h_prev{}, h{}, dh{}, dc{}, carry{}, d[DG];
+      P s[SV ? SV : 1] = {}, before[ST] = {}, after[ST] = {}, dstate[ST], d[DG];
 #pragma GCC unroll 4
       for (int e = 0; e < N; ++e) {
         const int64_t b = rows[e], first = units[e] * L;
@@ -150,33 +157,36 @@ struct BackwardLoop {
         if (masked) on[e] = active(t, b), zero[e] = cut(t, b), from_memory = has_prev && active(t_prev, b);
 #pragma GCC unroll 4
         for (int i = 0; i < SV; ++i) s[i].v[e] = load(saved + (b * R * SV + i) * H + first, n);
-        if (Cell::has_cell) {
-          c.v[e] = load(cells + b * R * H + first, n);
-          if (!zero[e]) c_prev.v[e] = from_memory ? load(cells_prev + b * R * H + first, n) : load(c0 + b * H + first, n);
-          dc.v[e] = load(dc_rows + b * dc_stride + first);
+#pragma GCC unroll 4
+        for (int i = 1; i < ST; ++i) {
+          if (Cell::backward_after >> i & 1) after[i].v[e] = load(histories[i] + b * R * H + first, n);
+          if ((Cell::backward_before >> i & 1) && !zero[e])
+            before[i].v[e] = from_memory ? load(histories_prev[i] + b * R * H + first, n) : load(first_states[i] + b * H + first, n);
+          dstate[i].v[e] = load(dstates[i] + b * state_stride + first);
         }
-        if (Cell::needs_h) h.v[e] = load(hidden + b * R * width + first, n);
-        if (Cell::needs_h_prev && !zero[e])
-          h_prev.v[e] = from_memory ? load(hidden_prev + b * R * width + first, n) : load(h0 + b * width + first, n);
-        dh.v[e] = load(dh_rows + b * dh_row + first);
+        if (Cell::backward_after & 1) after[0].v[e] = load(hidden + b * R * width + first, n);
+        if ((Cell::backward_before & 1) && !zero[e])
+          before[0].v[e] = from_memory ? load(hidden_prev + b * R * width + first, n) : load(h0 + b * width + first, n);
+        dstate[0].v[e] = load(dh_rows + b * dh_row + first);
       }
-      Cell::template backward<Polynomial<S, N>>(s, c_prev, c, h_prev, h, dh, dc, carry, d);
+      Cell::template backward<Polynomial<S, N>>(s, before, after, dstate, d);
 #pragma GCC unroll 4
       for (int e = 0; e < N; ++e) {
         const int64_t b = rows[e], first = units[e] * L;
         const int n = lanes_left(H, first, L);
         if (on[e]) {
-          if (Cell::has_cell) store(dc_rows + b * dc_stride + first, zero[e] ? V{} : dc.v[e]);
-          if (!projects) store(dh_rows + b * dh_row + first, zero[e] ? V{} : carry.v[e]);
+#pragma GCC unroll 4
+          for (int i = 1; i < ST; ++i) store(dstates[i] + b * state_stride + first, zero[e] ? V{} : dstate[i].v[e]);
+          if (!projects) store(dh_rows + b * dh_row + first, zero[e] ? V{} : dstate[0].v[e]);
         }
-        if (projects) store(unprojected + b * R * H + first, on[e] ? h.v[e] : V{}, n);
+        if (projects) store(unprojected + b * R * H + first, on[e] ? after[0].v[e] : V{}, n);
         T* const out = dgates + b * R * DG * H + first;
         A* const operand = gates + b * gates_stride + first;
 #pragma GCC unroll 4
         for (int i = 0; i < DG; ++i) {
           const V gradient = on[e] ? d[i].v[e] : V{};
           store(out + i * H, gradient, n);
-          if (i < G) store(operand + i * H, zero[e] ? V{} : gradient, n);
+          if (i >= Cell::apart) store(operand + (i - Cell::apart) * H, zero[e] ? V{} : gradient, n);
         }
       }
     };
@@ -247,8 +257,8 @@ struct BackwardLoop {
     for (int64_t o = o0; o < o1 && f.need_dh; ++o) hidden_gradient(m, r, -1, in, o, -1, b0, after);
     if (split_units) barrier.wait(s.me);
     for (int64_t b = part(p.B, s.me, s.size); b < part(p.B, s.me + 1, s.size); ++b) {
-      memcpy((S*)f.dh + (r * p.B + b) * p.P, m.dh + b * dh_stride, size_t(p.P) * sizeof(S));
-      if (Cell::has_cell) memcpy((S*)f.dc + (r * p.B + b) * p.H, m.dc + b * unit_stride, size_t(p.H) * sizeof(S));
+      memcpy((S*)f.dstates[0] + (r * p.B + b) * p.P, m.dh + b * dh_stride, size_t(p.P) * sizeof(S));
+      for (int i = 1; i < ST; ++i) memcpy((S*)f.dstates[i] + (r * p.B + b) * p.H, m.dstates[i] + b * unit_stride, size_t(p.H) * sizeof(S));
     }
     barrier.wait(s.me);
   }

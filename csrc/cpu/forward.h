@@ -19,15 +19,16 @@ struct ForwardLoop {
   using S = typename Kind::Accumulator;
   using V = Vec<S>;
   using O = Order<Cell>;
-  static constexpr int L = kLanes<S>, G = Cell::gates, PA = Cell::preactivations, SV = Cell::saved;
+  static constexpr int L = kLanes<S>, G = Cell::gates, PA = kGradients<Cell>, SV = Cell::saved, ST = Cell::states;
   static constexpr bool kUnpackable = Kind::k_group == 1 && !kNarrow<Kind>;
 
   const Forward& f;
   const Problem& p;
   int64_t unit_vectors, panels, row;  // row: stride of the pre-activations, [rows, unit vectors, preactivations, lanes]
   int64_t out_vectors;                // of the projection
-  int64_t chunk_steps, x_stride, h_stride, m_stride, c_stride;
-  bool unpacked, direct_x;
+  int64_t chunk_steps, x_stride, h_stride, m_stride, state_stride;
+  bool unpacked;
+  bool joined_x, direct_x;  // x's rows are equally far apart over all steps and sequences; and it is an operand as it stands
   bool uses_h;  // false: a single step from a zero state, for which W_hh does nothing
   bool far;  // the packed weights do not fit L2 together with the rest
 
@@ -36,7 +37,8 @@ struct ForwardLoop {
     int64_t* barrier;
     W *w_ih, *w_hh, *w_hr;
     S *scale_ih, *scale_hh, *scale_hr;
-    S *bias, *zero, *pre, *c;
+    S *bias, *zero, *pre;
+    S* states[ST];  // but h
     A *h[2], *m, *x;
     S* wide;  // projection: one tile's results before they are rounded
   };
@@ -53,11 +55,12 @@ struct ForwardLoop {
     x_stride = row_stride<Kind>(p.D);
     h_stride = row_stride<Kind>(p.P);
     m_stride = row_stride<Kind>(p.H);
-    c_stride = off_pages<S>(unit_vectors * L);
+    state_stride = off_pages<S>(unit_vectors * L);
     uses_h = !f.h_is_zero || p.stop - p.start > 1;
     far = unit_vectors * (panel_size<Kind>(p.D, G) + panel_size<Kind>(p.P, G)) * int64_t(sizeof(W)) > kNearBytes;
     unpacked = kUnpackable && !f.packed && (p.stop - p.start) * p.B <= (far ? kFarUnpackedRows : kUnpackedRows);
-    direct_x = sizeof(A) == sizeof(T) && p.D % Kind::k_multiple == 0;
+    joined_x = p.B == 1 || p.T == 1 || f.x.time == p.B * f.x.batch;
+    direct_x = joined_x && sizeof(A) == sizeof(T) && p.D % Kind::k_multiple == 0;
   }
   bool projects() const { return p.P != p.H || p.weights[0].w_hr; }
 
@@ -86,7 +89,7 @@ struct ForwardLoop {
     }
     m.zero = arena.take<S>(kPanelVectors * L);
     m.pre = arena.take<S>(chunk_steps * p.B * row);
-    if (Cell::has_cell) m.c = arena.take<S>(p.B * c_stride);
+    for (int i = 1; i < ST; ++i) m.states[i] = arena.take<S>(p.B * state_stride);
     for (auto& h : m.h) h = arena.take<A>(p.B * h_stride);
     if (projects()) {
       m.m = arena.take<A>(p.B * m_stride);
@@ -107,10 +110,9 @@ struct ForwardLoop {
       const int64_t u0 = j * O::units;
       const int nu = int(unit_vectors - u0 < O::units ? unit_vectors - u0 : O::units);
       for (int v = 0; v < nu * G; ++v) {
-        const int unit = G == 1 ? v : 0;
-        const int64_t first = (u0 + unit) * L;
+        const int gx = O::x_gate(v % G), gh = v % G;
+        const int64_t first = (u0 + v / G) * L;
         const int n = lanes_left(p.H, first, L);
-        const int gx = G == 1 ? 0 : O::x_gate(v), gh = G == 1 ? 0 : O::h_gate(v);
         pack_rows<Kind, T>(m.w_ih + u0 * panel_size<Kind>(p.D, G), nu * G, v, (const T*)w.w_ih + (gx * p.H + first) * p.D, p.D, n, p.D);
         if (uses_h)
           pack_rows<Kind, T>(m.w_hh + u0 * panel_size<Kind>(p.P, G), nu * G, v, (const T*)w.w_hh + (gh * p.H + first) * p.P, p.P, n, p.P);
@@ -128,13 +130,9 @@ struct ForwardLoop {
       for (int a = 0; a < PA; ++a) store(out + a * L, V{});
       for (int g = 0; g < G && w.b_ih; ++g) {
         const V bi = load((const T*)w.b_ih + g * p.H + u * L, n), bh = load((const T*)w.b_hh + g * p.H + u * L, n);
-        int cx = 0, ch = 0;  // where gate g of each product lands
-        for (int v = 0; v < G; ++v) {
-          if (O::x_gate(v) == g || G == 1) cx = O::x_offset + v;
-          if (O::h_gate(v) == g || G == 1) ch = O::h_offset + v;
-        }
-        store(out + cx * L, load(out + cx * L) + bi);
-        store(out + ch * L, load(out + ch * L) + bh);
+        S *const x_side = out + O::x_column(g) * L, *const h_side = out + O::h_column(g) * L;
+        store(x_side, load(x_side) + bi);
+        store(h_side, load(h_side) + bh);
       }
     }
   }
@@ -143,11 +141,12 @@ struct ForwardLoop {
     const int64_t t = time(w, p.start);
     for (int64_t b = b0; b < b1; ++b) {
       A* h = m.h[0] + b * h_stride;
-      convert_row(h, (const S*)f.h + (r * p.B + b) * p.P, p.P, h_stride);
+      convert_row(h, (const S*)f.states[0] + (r * p.B + b) * p.P, p.P, h_stride);
       if (cut(t, b)) memset((void*)h, 0, size_t(h_stride) * sizeof(A));
       memset((void*)(m.h[1] + b * h_stride), 0, size_t(h_stride) * sizeof(A));
       if (projects()) memset((void*)(m.m + b * m_stride), 0, size_t(m_stride) * sizeof(A));
-      if (Cell::has_cell) convert_row(m.c + b * c_stride, (const S*)f.c + (r * p.B + b) * p.H, p.H, c_stride);
+      for (int i = 1; i < ST; ++i)
+        convert_row(m.states[i] + b * state_stride, (const S*)f.states[i] + (r * p.B + b) * p.H, p.H, state_stride);
     }
   }
 
@@ -158,12 +157,12 @@ struct ForwardLoop {
     const int64_t k = input ? p.D : p.P;
     const int64_t u0 = j * O::units;
     const int nu = int(unit_vectors - u0 < O::units ? unit_vectors - u0 : O::units);
-    const int64_t column = u0 * PA * L + (input ? O::x_offset : O::h_offset) * L;
+    const int64_t column = u0 * PA * L + (input ? 0 : O::h_offset) * L;
     if constexpr (kUnpackable) {
       if (unpacked) {
         for (int v = 0; v < nu * G; ++v) {
-          const int64_t first = (u0 + (G == 1 ? v : 0)) * L;
-          const int g = G == 1 ? 0 : input ? O::x_gate(v) : O::h_gate(v);
+          const int64_t first = (u0 + v / G) * L;
+          const int g = input ? O::x_gate(v % G) : v % G;
           multiply_rows<T>(rows, a, lda, (const T*)(input ? w.w_ih : w.w_hh) + (g * p.H + first) * k, k, lanes_left(p.H, first, L), k,
                            init + column + v * L, ldi, c + column + v * L, row);
         }
@@ -180,31 +179,28 @@ struct ForwardLoop {
   }
 
   // The input of steps [s0, s1): x itself where it is an operand as it stands, else converted rows.
-  struct Input {
+  struct Operand {
     const A* a;
     int64_t lda, blocks, rows;  // `rows` rows from b0 on in each of `blocks` time steps; or one block of all rows of all steps
   };
-  Input stage_input(const Memory& m, int r, int me, int64_t s0, int64_t s1, int64_t b0, int64_t b1) const {
+  Operand stage_input(const Memory& m, int r, int me, int64_t s0, int64_t s1, int64_t b0, int64_t b1) const {
     const int64_t t0 = p.weights[r].direction > 0 ? s0 : p.T - s1, steps = s1 - s0;
-    const int64_t ld = f.x_per_recurrence ? p.R * p.D : p.D;
-    const T* x = (const T*)f.x + t0 * p.B * ld + (f.x_per_recurrence ? r * p.D : 0);
+    const T* x = (const T*)f.x.data + t0 * f.x.time + r * f.x.recurrence;
     const bool whole = b0 == 0 && b1 == p.B;
-    const Input in{(const A*)x, ld, whole ? 1 : steps, whole ? steps * p.B : b1 - b0};
+    const Operand in{(const A*)x, p.B == 1 ? f.x.time : f.x.batch, whole ? 1 : steps, whole ? steps * p.B : b1 - b0};
     if (direct_x) return in;
     A* copy = m.x + me * chunk_steps * p.B * x_stride;
-    for (int64_t q = 0; q < in.blocks; ++q)
-      for (int64_t i = 0; i < in.rows; ++i) convert_row(copy + (q * p.B + b0 + i) * x_stride, x + (q * p.B + b0 + i) * ld, p.D, x_stride);
+    for (int64_t q = 0; q < steps; ++q)
+      for (int64_t b = b0; b < b1; ++b) convert_row(copy + (q * p.B + b) * x_stride, x + q * f.x.time + b * f.x.batch, p.D, x_stride);
     return {copy, x_stride, in.blocks, in.rows};
   }
   // Its product, for panel j; panel `next` follows (-1: none).
-  void input(const Memory& m, int r, const Input& in, int64_t b0, int64_t j, int64_t next) const {
+  void input(const Memory& m, int r, const Operand& in, int64_t b0, int64_t j, int64_t next) const {
     for (int64_t q = 0; q < in.blocks; ++q) {
       S* c = m.pre + (q * p.B + b0) * row;
       product(m, p.weights[r], in.a + (q * p.B + b0) * in.lda, in.lda, in.rows, true, j, q + 1 == in.blocks ? next : -1, m.bias, 0, c);
-      if constexpr (O::h_offset > O::x_offset) {  // the recurrent product's own column starts from its bias
-        const int64_t column = j * PA * L + (PA - 1) * L;
-        for (int64_t i = 0; i < in.rows; ++i) store(c + i * row + column, load(m.bias + column));
-      }
+      for (int64_t i = 0; i < in.rows && Cell::apart; ++i)  // the recurrent product's own columns start from their bias
+        for (int v = G; v < PA; ++v) store(c + i * row + (j * PA + v) * L, load(m.bias + (j * PA + v) * L));
     }
   }
 
@@ -215,19 +211,20 @@ struct ForwardLoop {
                                       int64_t b0, int64_t b1) const {
     const Weights& w = p.weights[r];
     const int64_t t = time(w, step), t_row = t - first_time(p, r), t_next = t + w.direction;
-    const int64_t H = p.H, R = p.R, pre_stride = row, in_stride = h_stride, cell_stride = c_stride, unprojected_stride = m_stride;
+    const int64_t H = p.H, R = p.R, pre_stride = row, in_stride = h_stride, kept_stride = state_stride, unprojected_stride = m_stride;
     const bool project = projects(), last = step + 1 == p.T, masked = p.lengths || p.reset;
     T* const y = project ? nullptr : at<T>(f.y, (t * p.B * R + r) * H);
     T* const hidden = project ? nullptr : at<T>(f.hidden, (t * p.B * R + r) * H);
     T* const saved = SV ? at<T>(f.saved, (t_row * p.B * R + r) * SV * H) : nullptr;
-    T* const cells = Cell::has_cell ? at<T>(f.cells, (t_row * p.B * R + r) * H) : nullptr;
     A* const unprojected = m.m;
-    S* const c_state = m.c;
+    S* states[ST];
+    T* histories[ST];
+    for (int i = 1; i < ST; ++i) states[i] = m.states[i], histories[i] = at<T>(f.histories[i], (t_row * p.B * R + r) * H);
     const auto body = [&](auto size, const int64_t (&units)[kPack], const int64_t (&rows)[kPack]) __attribute__((always_inline)) {
       constexpr int N = decltype(size)::value;
       using P = Pack<S, N>;
       bool on[N], zero[N], zero_next[N];
-      P a[PA], s[SV ? SV : 1], c{}, h{}, h_prev{};
+      P a[PA], s[SV ? SV : 1], before[ST] = {}, after[ST];
 #pragma GCC unroll 4
       for (int e = 0; e < N; ++e) {
         const int64_t b = rows[e], first = units[e] * L;
@@ -236,16 +233,20 @@ struct ForwardLoop {
         const S* a_row = pre + b * pre_stride + first * PA;
 #pragma GCC unroll 4
         for (int i = 0; i < PA; ++i) a[i].v[e] = load(a_row + O::column(i) * L);
-        if (Cell::has_cell && !zero[e]) c.v[e] = load(c_state + b * cell_stride + first);
-        if (Cell::needs_h_prev) h_prev.v[e] = load(h_in + b * in_stride + first);
+#pragma GCC unroll 4
+        for (int i = 1; i < ST; ++i)
+          if (!zero[e]) before[i].v[e] = load(states[i] + b * kept_stride + first);
+        if (Cell::reads_h) before[0].v[e] = load(h_in + b * in_stride + first);
       }
-      Cell::template forward<Polynomial<S, N>>(a, h_prev, c, h, s);
+      Cell::template forward<Polynomial<S, N>>(a, before, after, s);
 #pragma GCC unroll 4
       for (int e = 0; e < N; ++e) {
         const int64_t b = rows[e], first = units[e] * L, out = b * R * H + first;
         const int n = lanes_left(H, first, L);
-        if (Cell::has_cell && on[e]) store(c_state + b * cell_stride + first, c.v[e]);
-        V now = rounded<T>(h.v[e]);
+#pragma GCC unroll 4
+        for (int i = 1; i < ST; ++i)
+          if (on[e]) store(states[i] + b * kept_stride + first, after[i].v[e]);
+        V now = rounded<T>(after[0].v[e]);
         if (project) {
           store(unprojected + b * unprojected_stride + first, zero_padded<Kind>(now, n));
         } else {
@@ -261,7 +262,9 @@ struct ForwardLoop {
 #pragma GCC unroll 4
           for (int i = 0; i < SV; ++i) store(kept + i * H, s[i].v[e], n);
         }
-        if (cells) store(cells + out, c.v[e], n);
+#pragma GCC unroll 4
+        for (int i = 1; i < ST; ++i)
+          if (histories[i]) store(histories[i] + out, after[i].v[e], n);
       }
     };
     for_packs<kPack>(u0, u1, b0, b1, body);
@@ -312,19 +315,18 @@ struct ForwardLoop {
       clear(f.y, t, p.P);
       clear(f.hidden, t, p.P);
       if (SV) clear(f.saved, t_row, SV * p.H);
-      if (Cell::has_cell) clear(f.cells, t_row, p.H);
+      for (int i = 1; i < ST; ++i) clear(f.histories[i], t_row, p.H);
       if (!last && cut(t_next, b)) memset((void*)(h_out + b * h_stride), 0, size_t(h_stride) * sizeof(A));
       else memcpy((void*)(h_out + b * h_stride), h_in + b * h_stride, size_t(h_stride) * sizeof(A));
     }
   }
 
-  void checkpoint(const Memory& m, int r, int64_t step, const A* h, int64_t b0, int64_t b1) const {
-    const int64_t size = p.P + (Cell::has_cell ? p.H : 0);
-    for (int64_t b = b0; b < b1; ++b) {
-      S* out = (S*)f.checkpoints + ((step / f.every * p.R + r) * p.B + b) * size;
-      convert_row(out, h + b * h_stride, p.P, p.P);
-      if (Cell::has_cell) memcpy(out + p.P, m.c + b * c_stride, size_t(p.H) * sizeof(S));
-    }
+  void checkpoint(const Memory& m, int r, int64_t step, int64_t b0, int64_t b1) const {
+    for (int i = 1; i < ST; ++i)
+      for (int64_t b = b0; b < b1; ++b) {
+        S* out = (S*)f.checkpoints[i] + ((step / f.every * p.R + r) * p.B + b) * p.H;
+        memcpy(out, m.states[i] + b * state_stride, size_t(p.H) * sizeof(S));
+      }
   }
 
   void recurrence(const Memory& m, int r, const Share& s) const {
@@ -361,14 +363,14 @@ struct ForwardLoop {
     for (int64_t s0 = p.start; s0 < p.stop; s0 += chunk_steps) {
       const int64_t s1 = s0 + chunk_steps < p.stop ? s0 + chunk_steps : p.stop;
       const int64_t chunk_end = live_end(p, w.direction > 0 ? s0 : p.T - s1, b0, b1);  // at its earliest time
-      const Input in = stage_input(m, r, s.me, s0, s1, b0, chunk_end);
+      const Operand in = stage_input(m, r, s.me, s0, s1, b0, chunk_end);
       const bool by_panel = s1 - s0 == 1;  // both products of a panel and its cells at once
       for (int64_t j = j0; j < j1 && !by_panel && in.rows; ++j) input(m, r, in, b0, j, j + 1 < j1 ? j + 1 : -1);
       for (int64_t step = s0; step < s1; ++step) {
         S* pre = m.pre + (w.direction > 0 ? step - s0 : s1 - 1 - step) * p.B * row;
-        if (f.checkpoints && step % f.every == 0) {
-          checkpoint(m, r, step, h_in, part(p.B, s.me, s.size), part(p.B, s.me + 1, s.size));
-          if (split_units) barrier.wait(s.me);  // c of all units is read there, before this step changes it
+        if (ST > 1 && f.every && step % f.every == 0) {
+          checkpoint(m, r, step, part(p.B, s.me, s.size), part(p.B, s.me + 1, s.size));
+          if (split_units) barrier.wait(s.me);  // states of all units are read there, before this step changes them
         }
         const bool skip = step == p.start && f.h_is_zero, from_end = (step + turn) & 1;
         const int64_t end = live_end(p, time(w, step), b0, chunk_end);
@@ -394,8 +396,8 @@ struct ForwardLoop {
       }
     }
     for (int64_t b = part(p.B, s.me, s.size); b < part(p.B, s.me + 1, s.size); ++b) {
-      convert_row((S*)f.h + (r * p.B + b) * p.P, h_in + b * h_stride, p.P, p.P);
-      if (Cell::has_cell) memcpy((S*)f.c + (r * p.B + b) * p.H, m.c + b * c_stride, size_t(p.H) * sizeof(S));
+      convert_row((S*)f.states[0] + (r * p.B + b) * p.P, h_in + b * h_stride, p.P, p.P);
+      for (int i = 1; i < ST; ++i) memcpy((S*)f.states[i] + (r * p.B + b) * p.H, m.states[i] + b * state_stride, size_t(p.H) * sizeof(S));
     }
     barrier.wait(s.me);
   }

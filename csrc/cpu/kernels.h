@@ -17,30 +17,21 @@ extern const Kernels FUSED_RNN_FOR_BF16;
 
 namespace FUSED_RNN_ISA {
 
-// A few rows in all: their forward leaves the weights as they stand, which the float kinds can.
-static bool few_rows(const Forward& f) { return !f.packed && (f.p.stop - f.p.start) * f.p.B <= kUnpackedRows; }
-static bool few_rows(const Backward&) { return false; }
-static bool few_rows(const Products&) { return false; }
-static bool few_rows(const Packing&) { return false; }
-
 template <class Args>
-constexpr bool kMayBeNarrow = false;
-template <>
-constexpr bool kMayBeNarrow<Forward> = true;
-template <>
-constexpr bool kMayBeNarrow<Packing> = true;
+constexpr bool kMayBeNarrow = std::is_same_v<Args, Forward> || std::is_same_v<Args, Packing>;
 
-// Without an activation in them, an RNN's products and packing are the same for both of its nonlinearities.
-template <class Args>
-constexpr bool kActivates = false;
-template <>
-constexpr bool kActivates<Forward> = true;
-template <>
-constexpr bool kActivates<Backward> = true;
+// Products and packing know of a cell how many gates it has: cells of one shape share them.
+template <int kGates, int kApart>
+struct Shape : fused_rnn::CellDefaults {
+  static constexpr int gates = kGates, apart = kApart, states = 1, saved = 0;
+};
+template <class Args, class Cell>
+using Instance = std::conditional_t<std::is_same_v<Args, Forward> || std::is_same_v<Args, Backward>, Cell, Shape<Cell::gates, Cell::apart>>;
 
 template <template <class, class, class> class Loop, class Args, class Cell>
 static void run_bf16(const Args& args) {
-  if (few_rows(args)) return Loop<F32, bf16, Cell>::run(args);
+  if constexpr (std::is_same_v<Args, Forward>)  // a few rows in all leave the weights as they stand, which the float kinds can
+    if (!args.packed && (args.p.stop - args.p.start) * args.p.B <= kUnpackedRows) return Loop<F32, bf16, Cell>::run(args);
   Loop<FUSED_RNN_BF16_KIND, bf16, Cell>::run(args);
 }
 
@@ -65,14 +56,22 @@ static void run_cell(const Args& args) {
 }
 #endif
 
+template <class Args>
+using Entry = void (*)(const Args&);
+template <template <class, class, class> class Loop, class Args, int number>
+constexpr Entry<Args> entry() {
+  using Cell = typename fused_rnn::NumberedCell<number>::Type;
+  if constexpr (std::is_same_v<Cell, fused_rnn::NoCell>) return nullptr;
+  else return run_cell<Loop, Args, Instance<Args, Cell>>;
+}
+template <template <class, class, class> class Loop, class Args, int... number>
+static void run_numbered(const Args& args, std::integer_sequence<int, number...>) {
+  static constexpr Entry<Args> entries[] = {entry<Loop, Args, number>()...};
+  entries[args.p.cell->number](args);
+}
 template <template <class, class, class> class Loop, class Args>
 static void run(const Args& args) {
-  switch (args.p.cell) {
-    case fused_rnn::Cell::lstm: return run_cell<Loop, Args, Lstm>(args);
-    case fused_rnn::Cell::gru: return run_cell<Loop, Args, Gru>(args);
-    case fused_rnn::Cell::rnn_tanh: return run_cell<Loop, Args, RnnTanh>(args);
-    case fused_rnn::Cell::rnn_relu: return run_cell<Loop, Args, std::conditional_t<kActivates<Args>, RnnRelu, RnnTanh>>(args);
-  }
+  run_numbered<Loop>(args, fused_rnn::CellNumbers{});
 }
 
 #if defined(FUSED_RNN_FOR_BF16)  // another file's loops for all other dtypes: they are not compiled again

@@ -1,8 +1,6 @@
 // What forward and backward share: how a cell's vectors lie in a row of pre-activations, how a team divides the work, scratch.
 #pragma once
-#include "../cells/gru.h"
-#include "../cells/lstm.h"
-#include "../cells/rnn.h"
+#include "../cells/all.h"
 #include "../params.h"
 #include "pack.h"
 #include "team.h"
@@ -13,31 +11,23 @@ namespace FUSED_RNN_ISA {
 using fused_rnn::Backward;
 using fused_rnn::first_time;
 using fused_rnn::Forward;
-using fused_rnn::Gru;
-using fused_rnn::Lstm;
+using fused_rnn::kGradients;
 using fused_rnn::Problem;
-using fused_rnn::RnnRelu;
-using fused_rnn::RnnTanh;
 using fused_rnn::Weights;
 using fused_rnn::cpu::Barrier;
 
-// A row of pre-activations is cut into vectors of hidden units; each brings its `preactivations` vectors side by side. The input
-// product writes `gates` of them from `x_offset` on, the recurrent product adds to `gates` of them from `h_offset` on.
+// A row of pre-activations is cut into vectors of hidden units; each brings its `kGradients` vectors side by side, in the order of the
+// gradients: the input product writes `gates` of them from the first on, the recurrent product adds to the last `gates`.
 template <class Cell>
-struct Order {  // LSTM, RNN: torch's own order, both products to the same place
-  static constexpr int units = Cell::gates == 1 ? kPanelVectors : 1;  // vectors of units a panel holds
-  static constexpr int x_offset = 0, h_offset = 0;
-  static constexpr int column(int preactivation) { return preactivation; }
-  static constexpr int x_gate(int v) { return v; }
-  static constexpr int h_gate(int v) { return v; }
-};
-template <>
-struct Order<Gru> {  // nx, r, z, nh: x writes the first three, h the last three
-  static constexpr int units = 1;
-  static constexpr int x_offset = 0, h_offset = 1;
-  static constexpr int column(int preactivation) { return preactivation == 0 ? 1 : preactivation == 1 ? 2 : preactivation == 2 ? 0 : 3; }
-  static constexpr int x_gate(int v) { return v == 0 ? 2 : v - 1; }
-  static constexpr int h_gate(int v) { return v; }
+struct Order {
+  static_assert(Cell::gates <= kPanelVectors && Cell::apart <= Cell::gates);
+  static constexpr int units = Cell::apart ? 1 : kPanelVectors / Cell::gates;  // vectors of units a panel holds
+  static constexpr int h_offset = Cell::apart;
+  static constexpr int x_gate(int v) { return (v + Cell::gates - Cell::apart) % Cell::gates; }
+  static constexpr int x_column(int gate) { return (gate + Cell::apart) % Cell::gates; }
+  static constexpr int h_column(int gate) { return gate + Cell::apart; }
+  // Where pre-activation i of the cell's formula is.
+  static constexpr int column(int i) { return i < Cell::gates ? x_column(i) : h_column(i - Cell::apart); }
 };
 
 static ALWAYS_INLINE int lanes_left(int64_t n, int64_t from, int lanes) { return n - from >= lanes ? lanes : n > from ? int(n - from) : 0; }

@@ -48,17 +48,18 @@ static ALWAYS_INLINE Vf pairs(const T* first, const T* second, int n) {
   return (Vf)(__builtin_convertvector(*(const Half16V*)low, U) | __builtin_convertvector(*(const Half16V*)high, U) << 16);
 }
 
-// A vector of columns that are columns of src already: src[:, 0..n), n <= lanes.
+// A vector of columns that are columns of src already: src[:, 0..n), n <= lanes. From row `first` on, and then those before it.
 template <class Kind, class T>
 static __attribute__((noinline)) void pack_columns(typename Kind::Operand* dst, int vectors, int v, const T* src, int64_t ld, int n,
-                                                   int64_t k) {
+                                                   int64_t k, int64_t first = 0) {
   using S = typename Kind::Accumulator;
   constexpr int L = kKindLanes<Kind>, KG = Kind::k_group;
   const int64_t k_end = round_up(k, Kind::k_multiple), step = int64_t(vectors) * L * KG;
   typename Kind::Operand* d = dst + int64_t(v) * L * KG;
+  const auto row = [&](int64_t i) { return i < k ? src + (i < k - first ? i + first : i + first - k) * ld : nullptr; };
   for (int64_t k0 = 0; k0 < k_end; k0 += KG, d += step) {
-    if constexpr (KG == 1) *(Vec<S>*)d = k0 < k ? load(src + k0 * ld, n) : Vec<S>{};
-    else *(Vec<S>*)d = pairs(k0 < k ? src + k0 * ld : nullptr, k0 + 1 < k ? src + (k0 + 1) * ld : nullptr, n);
+    if constexpr (KG == 1) *(Vec<S>*)d = k0 < k ? load(row(k0), n) : Vec<S>{};
+    else *(Vec<S>*)d = pairs(row(k0), row(k0 + 1), n);
   }
 }
 

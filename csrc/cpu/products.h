@@ -37,7 +37,7 @@ template <class Kind, class T, class Cell>
 struct ProductsLoop {
   using A = typename Kind::Operand;
   using S = typename Kind::Accumulator;
-  static constexpr int L = kKindLanes<Kind>, G = Cell::gates, DG = Cell::gradients, W = kPanelVectors * L;
+  static constexpr int L = kKindLanes<Kind>, G = Cell::gates, DG = kGradients<Cell>, W = kPanelVectors * L;
   static constexpr int64_t kLd = kDepth + 64 / int64_t(sizeof(A));  // row stride of the transposed dgates: not a power of two
 
   const Products& f;
@@ -55,8 +55,9 @@ struct ProductsLoop {
 
   ProductsLoop(const Products& products) : f(products), p(products.p), rows((products.p.stop - products.p.start) * products.p.B) {}
 
-  // Of the gradient vectors, which row block of W_ih gate g is: none for GRU's n_h, and n_x is torch's n.
-  static constexpr int input_gate(int d) { return DG == G ? d : d == 2 ? -1 : d == 3 ? 2 : d; }
+  // Which row blocks of W_ih and of W_hh belong to gradient d, -1: none.
+  static constexpr int input_gate(int d) { return d < G ? Order<Cell>::x_gate(d) : -1; }
+  static constexpr int recurrent_gate(int d) { return d < Cell::apart ? -1 : d - Cell::apart; }
 
   Memory layout(Arena& shared, Arena& own, int threads) const {
     Memory m{};
@@ -187,8 +188,8 @@ struct ProductsLoop {
 
   void weights_of(const Memory& m, int r, int me, int team) const {
     const int64_t u0 = part(p.H, me, team), units = part(p.H, me + 1, team) - u0;
-    const int64_t t0 = first_time(p, r), ld_x = f.x_per_recurrence ? p.R * p.D : p.D;
-    const T* x = (const T*)f.x + t0 * p.B * ld_x + (f.x_per_recurrence ? r * p.D : 0);
+    const int64_t t0 = first_time(p, r);
+    const T* x = (const T*)f.x.data + t0 * f.x.time + r * f.x.recurrence;
     const int64_t ld = p.R * DG * p.H;
     const int64_t chosen = choose(m, r);
     for (int64_t k0 = 0; k0 == 0 || k0 < chosen; k0 += kDepth) {
@@ -200,9 +201,9 @@ struct ProductsLoop {
       for (int d = 0; d < DG; ++d) {
         transpose_into(m.left + d * units * kLd, (const T*)f.dgates + (r * DG + d) * p.H + u0, ld, row, units, depth);
         if (input_gate(d) >= 0) left_x[count_x] = d * units, dw_x[count_x++] = input_gate(d) * p.H + u0;
-        if (d < G) left_h[count_h] = d * units, dw_h[count_h++] = d * p.H + u0;
+        if (recurrent_gate(d) >= 0) left_h[count_h] = d * units, dw_h[count_h++] = recurrent_gate(d) * p.H + u0;
       }
-      for (int64_t k = 0; k < depth; ++k) m.row[k] = x + row[k] * ld_x;
+      for (int64_t k = 0; k < depth; ++k) m.row[k] = x + row[k] / p.B * f.x.time + row[k] % p.B * f.x.batch;
       weight_gradient(m, (S*)f.dw_ih[r], p.D, depth, first, count_x, left_x, dw_x, units);
       bool from_zero = true;  // the first step without an initial state
       for (int64_t k = 0; k < depth; ++k) {
@@ -212,9 +213,10 @@ struct ProductsLoop {
       if (!from_zero) weight_gradient(m, (S*)f.dw_hh[r], p.P, depth, first, count_h, left_h, dw_h, units);
       for (int d = 0; d < DG && (f.db_ih || from_zero); ++d) {
         column_sums(m.sums, (const T*)f.dgates + (r * DG + d) * p.H + u0, ld, row, units, depth);
-        if (from_zero && d < G) zero_gradient((S*)f.dw_hh[r] + dw_h[d] * round_up(p.P, L), round_up(p.P, L), first, m.sums, units);
+        const int64_t h_row = recurrent_gate(d) * p.H + u0;
+        if (from_zero && h_row >= 0) zero_gradient((S*)f.dw_hh[r] + h_row * round_up(p.P, L), round_up(p.P, L), first, m.sums, units);
         if (f.db_ih && input_gate(d) >= 0) accumulate((double*)f.db_ih[r] + input_gate(d) * p.H + u0, m.sums, units, first);
-        if (f.db_ih && d < G) accumulate((double*)f.db_hh[r] + d * p.H + u0, m.sums, units, first);
+        if (f.db_ih && h_row >= 0) accumulate((double*)f.db_hh[r] + h_row, m.sums, units, first);
       }
       if (f.dprojected) {
         const int64_t o0 = part(p.P, me, team), outs = part(p.P, me + 1, team) - o0, zero = 0;
@@ -224,6 +226,9 @@ struct ProductsLoop {
       }
     }
   }
+
+  int64_t dx_stride() const { return f.x.recurrence ? p.R * p.D : p.D; }
+  T* dx_of(int r) const { return (T*)f.dx + first_time(p, r) * p.B * dx_stride() + (f.x.recurrence ? r * p.D : 0); }
 
   // dx of a few rows, from W_ih as it stands: reading it is most of the work.
   void input_of_few(int r) const {
@@ -236,8 +241,8 @@ struct ProductsLoop {
   // A panel of columns of rows [k, k + N).
   template <int N>
   void input_rows(int r, int64_t column, int64_t k) const {
-    const int64_t ld = p.R * DG * p.H, ld_x = f.x_per_recurrence ? p.R * p.D : p.D, D = p.D, H = p.H;
-    T* dx = (T*)f.dx + first_time(p, r) * p.B * ld_x + (f.x_per_recurrence ? r * D : 0) + k * ld_x + column;
+    const int64_t ld = p.R * DG * p.H, ld_x = dx_stride(), D = p.D, H = p.H;
+    T* dx = dx_of(r) + k * ld_x + column;
     int n[kPanelVectors];
     for (int v = 0; v < kPanelVectors; ++v) n[v] = lanes_left(D, column + v * L, L);
     Vec<S> sum[N][kPanelVectors] = {};
@@ -286,12 +291,12 @@ struct ProductsLoop {
     for (int64_t j = part(panels, me, team); j < part(panels, me + 1, team); ++j)
       for (int v = 0; v < vectors_of(j); ++v)
         pack_columns<Kind, T>(m.w_ih + j * kPanelVectors * panel_size<Kind>(G * p.H, 1), vectors_of(j), v,
-                              (const T*)w.w_ih + (j * kPanelVectors + v) * L, p.D, lanes_left(p.D, (j * kPanelVectors + v) * L, L),
-                              G * p.H);
+                              (const T*)w.w_ih + (j * kPanelVectors + v) * L, p.D, lanes_left(p.D, (j * kPanelVectors + v) * L, L), G * p.H,
+                              Order<Cell>::x_gate(0) * p.H);
     barrier.wait(me);
-    const int64_t stride = row_stride<Kind>(G * p.H), ld = p.R * DG * p.H, ld_x = f.x_per_recurrence ? p.R * p.D : p.D;
-    T* dx = (T*)f.dx + first_time(p, r) * p.B * ld_x + (f.x_per_recurrence ? r * p.D : 0);
-    const bool direct = DG == G && sizeof(A) == sizeof(T) && (G * p.H) % Kind::k_multiple == 0 && !p.lengths;
+    const int64_t stride = row_stride<Kind>(G * p.H), ld = p.R * DG * p.H, ld_x = dx_stride();
+    T* dx = dx_of(r);
+    const bool direct = sizeof(A) == sizeof(T) && (G * p.H) % Kind::k_multiple == 0 && !p.lengths;
     for (int64_t k = part(rows, me, team); k < part(rows, me + 1, team) && p.lengths && !f.add_dx; ++k)
       if (!active(first_time(p, r) + k / p.B, k % p.B)) memset((void*)(dx + k * ld_x), 0, size_t(p.D) * sizeof(T));
     const int64_t chosen = choose(m, r), end = part(chosen, me + 1, team);
@@ -299,12 +304,7 @@ struct ProductsLoop {
       const Chosen row{m.live, k0};
       const int64_t n = end - k0 < kDxRows ? end - k0 : kDxRows;
       const T* dgates = (const T*)f.dgates + r * DG * p.H;
-      if (!direct)
-        for (int64_t k = 0; k < n; ++k)
-          for (int d = 0; d < DG; ++d)
-            if (input_gate(d) >= 0)
-              convert_row(m.dx_left + k * stride + input_gate(d) * p.H, dgates + row[k] * ld + d * p.H, p.H,
-                          input_gate(d) + 1 == G ? stride - (G - 1) * p.H : p.H);
+      for (int64_t k = 0; k < n && !direct; ++k) convert_row(m.dx_left + k * stride, dgates + row[k] * ld, G * p.H, stride);
       for (int64_t j = 0; j < panels; ++j) {
         const int nv = vectors_of(j);
         multiply_panel<Kind>(n, nv,

@@ -13,7 +13,7 @@ namespace fused_rnn::cpu {
 
 extern const Kernels baseline;
 #if defined(__x86_64__)
-extern const Kernels avx2, avx512, avx512bf16, amx;
+[[gnu::weak]] extern const Kernels avx2, avx512, avx512bf16, amx;  // null where they were not built
 
 namespace {
 // Every flag an ISA's file is compiled with is asked for (setup.py lists them).
@@ -44,20 +44,20 @@ struct Choice {
   Choice() {
     const char* wanted = std::getenv("FUSED_RNN_ISA");
     const Kernels* named = nullptr;
-    auto offer = [&](const Kernels& k, bool runs) {
-      if (!runs) return;
-      all += (all.empty() ? "" : ", ") + std::string(k.name);
-      if (!best) best = &k;
-      if (wanted && !std::strcmp(wanted, k.name)) named = &k;
+    auto offer = [&](const Kernels* k, bool runs) {
+      if (!k || !runs) return;
+      all += (all.empty() ? "" : ", ") + std::string(k->name);
+      if (!best) best = k;
+      if (wanted && !std::strcmp(wanted, k->name)) named = k;
     };
 #if defined(__x86_64__)
     __builtin_cpu_init();
-    offer(amx, has_amx());
-    offer(avx512bf16, has_avx512bf16());
-    offer(avx512, has_avx512());
-    offer(avx2, has_avx2());
+    offer(&amx, has_amx());
+    offer(&avx512bf16, has_avx512bf16());
+    offer(&avx512, has_avx512());
+    offer(&avx2, has_avx2());
 #endif
-    offer(baseline, true);
+    offer(&baseline, true);
     if (wanted && *wanted && !named)
       throw std::runtime_error("FUSED_RNN_ISA=" + std::string(wanted) + ": this build on this processor runs " + all);
     if (named) best = named;

@@ -46,6 +46,23 @@ struct Gradient {
   }
 };
 
+// h as it entered step `start`, from the outputs of the step before; where a sequence ran none, the initial one. [R, B, P].
+void take_entering(const Problem& p, const Tensor& hidden, const Tensor& initial, int64_t start, const Tensor& out) {
+  const size_t from_bytes = hidden.element_size(), wide_bytes = out.element_size(), row = size_t(p.P) * wide_bytes;
+  const char* const outputs = static_cast<const char*>(hidden.const_data_ptr());
+  for (int64_t r = 0; r < p.R; ++r) {
+    const int64_t t = p.weights[r].direction > 0 ? start - 1 : p.T - start;
+    for (int64_t b = 0; b < p.B; ++b) {
+      const size_t to = size_t(r * p.B + b) * row;
+      char* const h = static_cast<char*>(out.mutable_data_ptr()) + to;
+      const char* const y = outputs + size_t(((t * p.B + b) * p.R + r) * p.P) * from_bytes;
+      if (start == 0 || (p.lengths && t >= p.lengths[b])) memcpy(h, static_cast<const char*>(initial.const_data_ptr()) + to, row);
+      else if (from_bytes == wide_bytes) memcpy(h, y, row);
+      else cpu::kernels().convert(p.dtype, Dtype::f32, y, h, p.P);
+    }
+  }
+}
+
 }  // namespace
 
 std::vector<Tensor> cpu_backward(MaybeTensor dy, std::vector<Tensor> dstates, Tensor x, std::vector<Tensor> weights,
@@ -54,43 +71,34 @@ std::vector<Tensor> cpu_backward(MaybeTensor dy, std::vector<Tensor> dstates, Te
                                  StringHandle save_name, bool need_dx, bool need_dw) {
   const std::string cell = taken(cell_name), save = taken(save_name);
   const bool recompute = save == "recompute";
-  MaybeTensor h0, c0, dh_n, dc_n;
-  if (!states.empty()) h0 = states[0];
-  if (states.size() > 1) c0 = states[1];
-  if (!dstates.empty()) dh_n = dstates[0];
-  if (dstates.size() > 1) dc_n = dstates[1];
-  Tensor cells = histories.empty() ? empty(x, {0}) : histories[0];
   STD_TORCH_CHECK(recompute || save == "gates", "fused_rnn: save is '", save, "', expected gates or recompute");
-  const Layer layer(x, weights, h0, c0, lengths, reset, cell_of(cell), directions);
+  const Layer layer(x, weights, states, lengths, reset, cell, directions);
   const Problem& p = layer.p;
-  const bool lstm = has_cell(p.cell);
-  const int S = saved_of(p.cell), DG = gradients_of(p.cell);
-  const ScalarType wide = accumulation_type(x);
-  const size_t wide_bytes = wide == ScalarType::Double ? 8 : 4;
+  const int ST = p.cell->states, DG = p.cell->gates + p.cell->apart;
+  const ScalarType type = x.scalar_type(), wide = accumulation_type(x);
 
   if (dy) {
     check_sizes("dy", *dy, {p.T, p.B, p.R * p.P});
     dy = as_contiguous(*dy);
   }
-  if (dh_n) check_sizes("dh_n", *dh_n, {p.R, p.B, p.P});
-  if (dc_n) check_sizes("dc_n", *dc_n, {p.R, p.B, p.H});
+  layer.check_states("dstates", dstates);
   check_sizes("hidden", hidden, {p.T, p.B, p.R * p.P});
   hidden = as_contiguous(hidden);
   saved = as_contiguous(saved);
-  cells = as_contiguous(cells);
-  if (recompute) check_sizes("saved", saved, {checkpoint_rows(p.T), p.R, p.B, p.P + (lstm ? p.H : 0)});
-  else check_sizes("saved", saved, {p.T, p.B, p.R, S, p.H});
-  if (!recompute && lstm) check_sizes("cells", cells, {p.T, p.B, p.R, p.H});
+  if (!recompute) check_sizes("saved", saved, {p.T, p.B, p.R, p.cell->saved, p.H});
+  STD_TORCH_CHECK(int(histories.size()) == ST - 1, "fused_rnn: histories holds ", histories.size(), " tensors, expected ", ST - 1);
+  for (Tensor& history : histories) {
+    check_sizes("a history", history, recompute ? Sizes{checkpoint_rows(p.T), p.R, p.B, p.H} : Sizes{p.T, p.B, p.R, p.H});
+    STD_TORCH_CHECK(history.scalar_type() == (recompute ? wide : type), "fused_rnn: a history is of another dtype than forward makes it");
+    history = as_contiguous(history);
+  }
 
-  // Gradients of the state, in and out of each range; the initial states as the loops want them.
-  const Tensor dh = layer.state(dh_n, p.P);
-  MaybeTensor dc, c_first;
-  if (lstm) dc = layer.state(dc_n, p.H);
-  Tensor h_first = layer.state(h0, p.P);
-  if (lstm) c_first = layer.state(c0, p.H);
-  if (h0) h0 = as_contiguous(*h0);
+  const std::vector<Tensor> d = layer.wide_states(dstates);        // in and out of each range
+  const std::vector<Tensor> initial = layer.wide_states(states);
+  MaybeTensor h0;
+  if (!states.empty()) h0 = as_contiguous(states[0]);
 
-  const int64_t pad = cpu::kernels().products_pad / int64_t(wide_bytes);
+  const int64_t pad = cpu::kernels().products_pad / int64_t(initial[0].element_size());
   std::vector<Gradient> gradients;
   std::vector<void*> dw_ih, dw_hh, dw_hr, db_ih, db_hh;
   if (need_dw)
@@ -104,64 +112,63 @@ std::vector<Tensor> cpu_backward(MaybeTensor dy, std::vector<Tensor> dstates, Te
       else if (k == 2) db_ih.push_back(data);
       else db_hh.push_back(data);
     }
-  const bool share_dx = p.R > 1 && !layer.x_per_recurrence;  // several recurrences add to the same dx
-  const Tensor dx = !need_dx ? empty(x, {0}) : share_dx || p.B == 0 ? zeros(sizes_of(x), x.scalar_type()) : empty(x, sizes_of(x));
+  const bool share_dx = p.R > 1 && x.dim() == 3;  // several recurrences add to the same dx
+  const Tensor dx = !need_dx ? empty(x, {0}) : share_dx || p.B == 0 ? zeros(sizes_of(x), type) : empty(x, sizes_of(x));
 
   if (p.B > 0) {
     const int64_t range = recompute ? kCheckpointEvery : std::min(p.T, std::max<int64_t>(1, (kRangeRows + p.B - 1) / p.B));
     const int64_t last = (p.T - 1) / range * range;
     const Tensor dgates = empty(x, {range, p.B, p.R, DG, p.H});
-    MaybeTensor dprojected, unprojected, again_saved, again_cells, h_run, c_run;
+    MaybeTensor dprojected, unprojected;
     if (layer.projects) {
       dprojected = empty(x, {range, p.B, p.R, p.P});
       unprojected = empty(x, {range, p.B, p.R, p.H});
     }
+    std::vector<Tensor> first = initial, running,
+                        again_histories;  // recompute: what entered the range; its copy, which runs; and what that leaves
+    MaybeTensor again_saved;
     if (recompute) {
-      again_saved = empty(x, {range, p.B, p.R, S, p.H});
-      again_cells = empty(x, lstm ? Sizes{range, p.B, p.R, p.H} : Sizes{0});
-      h_run = empty({p.R, p.B, p.P}, wide);
-      if (lstm) c_run = empty({p.R, p.B, p.H}, wide);
+      again_saved = empty(x, {range, p.B, p.R, p.cell->saved, p.H});
+      for (int i = 0; i < ST; ++i) {
+        first[size_t(i)] = empty({p.R, p.B, layer.width(size_t(i))}, wide);
+        running.push_back(empty({p.R, p.B, layer.width(size_t(i))}, wide));
+        if (i > 0) again_histories.push_back(empty(x, {range, p.B, p.R, p.H}));
+      }
     }
     for (int64_t start = last; start >= 0; start -= range) {
-      Problem part = p;
-      part.start = start;
-      part.stop = std::min(p.T, start + range);
+      Backward b{};
+      b.p = p;
+      b.p.start = start;
+      b.p.stop = std::min(p.T, start + range);
       if (recompute) {
-        const char* kept =
-            static_cast<const char*>(saved.const_data_ptr()) + size_t(start / range * p.R * p.B * (p.P + (lstm ? p.H : 0))) * wide_bytes;
-        auto load_state = [&] {
-          char* h = static_cast<char*>(h_first.mutable_data_ptr());
-          char* c = lstm ? static_cast<char*>(c_first->mutable_data_ptr()) : nullptr;
-          const size_t h_bytes = size_t(p.P) * wide_bytes, c_bytes = lstm ? size_t(p.H) * wide_bytes : 0;
-          for (int64_t i = 0; i < p.R * p.B; ++i, kept += h_bytes + c_bytes) {
-            memcpy(h + size_t(i) * h_bytes, kept, h_bytes);
-            if (c) memcpy(c + size_t(i) * c_bytes, kept + h_bytes, c_bytes);
-          }
-        };
-        load_state();
-        memcpy(h_run->mutable_data_ptr(), h_first.const_data_ptr(), size_t(h_first.numel()) * wide_bytes);
-        if (lstm) memcpy(c_run->mutable_data_ptr(), c_first->const_data_ptr(), size_t(c_first->numel()) * wide_bytes);
         Forward again{};
-        again.p = part;
-        again.x = layer.x().const_data_ptr();
-        again.x_per_recurrence = layer.x_per_recurrence;
-        again.h = h_run->mutable_data_ptr();
-        again.c = lstm ? c_run->mutable_data_ptr() : nullptr;
+        again.p = b.p;
+        again.x = layer.input();
         again.saved = again_saved->mutable_data_ptr();
-        if (lstm) again.cells = again_cells->mutable_data_ptr();
+        for (int i = 0; i < ST; ++i) {
+          const Tensor &entering = first[size_t(i)], &state = running[size_t(i)];
+          const size_t bytes = size_t(entering.numel()) * entering.element_size();
+          if (i == 0) {
+            take_entering(p, hidden, initial[0], start, entering);
+          } else {
+            const char* const kept = static_cast<const char*>(histories[size_t(i - 1)].const_data_ptr());
+            memcpy(entering.mutable_data_ptr(), kept + size_t(start / range) * bytes, bytes);
+            again.histories[i] = again_histories[size_t(i - 1)].mutable_data_ptr();
+          }
+          memcpy(state.mutable_data_ptr(), entering.const_data_ptr(), bytes);
+          again.states[i] = state.mutable_data_ptr();
+        }
         cpu::kernels().forward(again);
       }
-      Backward b{};
-      b.p = part;
       b.dy = dy ? dy->const_data_ptr() : nullptr;
       b.hidden = hidden.const_data_ptr();
       b.saved = (recompute ? *again_saved : saved).const_data_ptr();
-      b.cells = (recompute ? *again_cells : cells).const_data_ptr();
-      b.saved_whole = !recompute;
-      b.h0 = h_first.const_data_ptr();
-      b.c0 = lstm ? c_first->const_data_ptr() : nullptr;
-      b.dh = dh.mutable_data_ptr();
-      b.dc = lstm ? dc->mutable_data_ptr() : nullptr;
+      b.whole = !recompute;
+      for (int i = 0; i < ST; ++i) {
+        if (i > 0) b.histories[i] = (recompute ? again_histories : histories)[size_t(i - 1)].const_data_ptr();
+        b.first[i] = first[size_t(i)].const_data_ptr();
+        b.dstates[i] = d[size_t(i)].mutable_data_ptr();
+      }
       b.dgates = dgates.mutable_data_ptr();
       b.need_dh = start > 0 || h0;
       if (layer.projects) {
@@ -172,16 +179,13 @@ std::vector<Tensor> cpu_backward(MaybeTensor dy, std::vector<Tensor> dstates, Te
 
       if (!need_dw && !need_dx) continue;
       Products q{};
-      q.p = part;
-      q.dgates = dgates.const_data_ptr();
-      q.x = layer.x().const_data_ptr();
-      q.x_per_recurrence = layer.x_per_recurrence;
-      q.hidden = hidden.const_data_ptr();
+      q.p = b.p;
+      q.dgates = b.dgates;
+      q.x = layer.input();
+      q.hidden = b.hidden;
       q.h0 = h0 ? h0->const_data_ptr() : nullptr;
-      if (layer.projects) {
-        q.dprojected = dprojected->const_data_ptr();
-        q.unprojected = unprojected->const_data_ptr();
-      }
+      q.dprojected = b.dprojected;
+      q.unprojected = b.unprojected;
       if (need_dw) {
         q.dw_ih = dw_ih.data();
         q.dw_hh = dw_hh.data();
@@ -196,8 +200,7 @@ std::vector<Tensor> cpu_backward(MaybeTensor dy, std::vector<Tensor> dstates, Te
   }
 
   std::vector<Tensor> out{dx};
-  if (h0) out.push_back(converted(dh, x.scalar_type()));
-  if (c0) out.push_back(converted(*dc, x.scalar_type()));
+  for (size_t i = 0; i < states.size(); ++i) out.push_back(converted(d[i], type));
   for (const Gradient& g : gradients) out.push_back(g.finish());
   return out;
 }

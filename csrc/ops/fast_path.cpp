@@ -7,6 +7,7 @@
 
 #include <cstring>
 #include <new>
+#include <vector>
 
 #include "dlpack_view.h"
 #include "tensors.h"
@@ -18,7 +19,7 @@ constexpr Py_ssize_t kMostWatchers = 8;
 constexpr int64_t kLongCall = 1 << 18;  // bytes of weights times steps, from where on other Python threads may run meanwhile
 
 // What `watch_steps` was given. Written once, at import.
-PyObject *new_empty, *watchers[kMostWatchers];
+PyObject *new_empty, *transpose, *zero_one[2], *watchers[kMostWatchers];
 PyObject* names[2][5];  // of the weights, in a cell and in a layer
 Py_ssize_t watching = 0;
 
@@ -35,37 +36,32 @@ PyObject* watch_steps(PyObject*, PyObject* const* args, Py_ssize_t count) {
   watching = PyTuple_GET_SIZE(tuple);
   for (Py_ssize_t i = 0; i < watching; ++i) watchers[i] = PyTuple_GET_ITEM(tuple, i);
   new_empty = PyUnicode_InternFromString("new_empty");
+  transpose = PyUnicode_InternFromString("transpose_");
+  for (int i = 0; i < 2; ++i) zero_one[i] = PyLong_FromLong(i);
   constexpr const char* kNames[] = {"weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr"};
   for (int layer = 0; layer < 2; ++layer)
     for (int i = 0; i < 5; ++i) names[layer][i] = PyUnicode_FromFormat(layer ? "%s_l0" : "%s", kNames[i]);
   Py_RETURN_NONE;
 }
 
-// A new tensor shaped as `like`, holding what `from` holds.
-bool make(PyObject* like, const dlpack::Tensor& from, size_t bytes, Owned& made, dlpack::Tensor& t) {
-  made.object = PyObject_Vectorcall(empty_like, &like, 1, nullptr);
-  if (!made.object) return false;
-  if (exchange->tensor_from_object(made.object, &t) != 0) return false;
+// Reads where a new tensor lies.
+bool locate(const Owned& made, dlpack::Tensor& t) {
+  if (!made.object || exchange->tensor_from_object(made.object, &t) != 0) return false;
   t.data = static_cast<char*>(t.data) + t.byte_offset;
-  memcpy(t.data, from.data, bytes);
   return true;
 }
-
+// A new tensor shaped as `like`.
+bool make_like(PyObject* like, Owned& made, dlpack::Tensor& t) {
+  made.object = PyObject_Vectorcall(empty_like, &like, 1, nullptr);
+  return locate(made, t);
+}
 // A new tensor of x's dtype, [s0, s1, width], or [s1, width] where s0 is 0.
 bool make_new(PyObject* x, int64_t s0, int64_t s1, int64_t width, Owned& made, dlpack::Tensor& t) {
   const Owned sizes[] = {{PyLong_FromLongLong(s0)}, {PyLong_FromLongLong(s1)}, {PyLong_FromLongLong(width)}};
   PyObject* const args[] = {x, sizes[0].object, sizes[1].object, sizes[2].object};
   PyObject* const flat[] = {x, sizes[1].object, sizes[2].object};
   made.object = PyObject_VectorcallMethod(new_empty, s0 ? args : flat, s0 ? 4 : 3, nullptr);
-  if (!made.object || exchange->tensor_from_object(made.object, &t) != 0) return false;
-  t.data = static_cast<char*>(t.data) + t.byte_offset;
-  return true;
-}
-// Likewise, holding zeros.
-bool make_zero(PyObject* x, bool sequence, int64_t B, int64_t width, size_t element, Owned& made, dlpack::Tensor& t) {
-  if (!make_new(x, sequence, B, width, made, t)) return false;
-  memset(t.data, 0, size_t(B * width) * element);
-  return true;
+  return locate(made, t);
 }
 
 // Are all of them lengths of a sequence of T steps?
@@ -76,19 +72,39 @@ bool within(const dlpack::Tensor& lengths, int64_t T) {
   return true;
 }
 
-// fast_path(parameters, bias, x, h, c, cell, axis, [lengths, reset]): as the op fused_rnn::step on a cell's x of two dimensions, and as
-// fused_rnn::forward of one recurrence on a layer's three, in float32 or float64. parameters: a module's own, by name; bias: whether it has
-// biases. axis: the one that is time in an x of three dimensions, -1 in a cell. reset is laid out as x. A tuple, or None.
+// Memory of this thread, kept between calls.
+template <class T>
+T* kept(size_t count) {
+  static thread_local std::vector<T> memory;
+  if (memory.size() < count) memory.resize(count);
+  return memory.data();
+}
+
+bool dtype_of(const dlpack::Tensor& t, Dtype& dtype) {
+  if (t.code == dlpack::kBfloat) dtype = Dtype::bf16;
+  else if (t.bits == 16) dtype = Dtype::f16;
+  else if (t.bits == 32) dtype = Dtype::f32;
+  else if (t.bits == 64) dtype = Dtype::f64;
+  else return false;
+  return true;
+}
+
+// fast_path(parameters, bias, x, hx, cell, axis, [lengths, reset]): as the op fused_rnn::step on a cell's x of two dimensions, and as
+// fused_rnn::forward of one recurrence on a layer's three. parameters: a module's own, by name; bias: whether it has biases. hx: None, the
+// state, or a tuple of states. axis: the one that is time in an x of three dimensions, -1 in a cell. reset is laid out as x. A tuple, or
+// None.
 PyObject* fast_path(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  if ((count != 7 && count != 9) || !exchange || !PyDict_Check(args[0]) || aoti_torch_grad_mode_is_enabled()) Py_RETURN_NONE;
-  PyObject *const x_object = args[2], *const h_object = args[3], *const c_object = args[4];
-  const int cell = int(PyLong_AsLong(args[5])), axis = int(PyLong_AsLong(args[6]));
+  if ((count != 6 && count != 8) || !exchange || !PyDict_Check(args[0]) || aoti_torch_grad_mode_is_enabled()) Py_RETURN_NONE;
+  PyObject *const x_object = args[2], *const hx = args[3];
+  const char* const name = PyUnicode_AsUTF8(args[4]);
+  const int axis = int(PyLong_AsLong(args[5]));
   if (PyErr_Occurred()) return nullptr;
-  if (cell < 0 || cell > 3 || axis > 1) Py_RETURN_NONE;
-  const int G = gates_of(Cell(cell));
-  const bool lstm = has_cell(Cell(cell)), sequence = axis >= 0, bias = PyObject_IsTrue(args[1]) == 1, zero = h_object == Py_None;
-  if ((c_object != Py_None) != (lstm && !zero)) Py_RETURN_NONE;
-  const bool has_lengths = count == 9 && args[7] != Py_None, has_reset = count == 9 && args[8] != Py_None;
+  const CellDescriptor* const cell = find_cell(name);
+  if (!cell || axis > 1) Py_RETURN_NONE;
+  const int G = cell->gates, ST = cell->states;
+  const bool sequence = axis >= 0, bias = PyObject_IsTrue(args[1]) == 1, zero = hx == Py_None, several = ST > 1 && !zero;
+  if (several && (!PyTuple_CheckExact(hx) || PyTuple_GET_SIZE(hx) != ST)) Py_RETURN_NONE;
+  const bool has_lengths = count == 8 && args[6] != Py_None, has_reset = count == 8 && args[7] != Py_None;
   // Before any tensor is read: torch refuses to lend one that a transform has wrapped by a C++ exception, in 1 ms.
   if (has_tangents() || has_callbacks()) Py_RETURN_NONE;
   for (Py_ssize_t i = 0; i < watching; ++i) {
@@ -98,48 +114,65 @@ PyObject* fast_path(PyObject*, PyObject* const* args, Py_ssize_t count) {
     if (on < 0) return nullptr;
     if (on) Py_RETURN_NONE;
   }
-  dlpack::Tensor x, h, c{}, w_ih, w_hh, b_ih{}, b_hh{}, w_hr{}, lengths{}, reset{};
+  dlpack::Tensor x, weights[5]{}, states[kMostStates], lengths{}, reset{};  // weights as Weights has them
   if (sequence ? !read(x_object, x, 3, -1, -1, -1) : !read(x_object, x, 2, -1, -1)) Py_RETURN_NONE;
   const int64_t T = sequence ? x.shape[axis] : 1, B = sequence ? x.shape[1 - axis] : x.shape[0], D = x.shape[x.ndim - 1];
-  if (axis == 1 && B != 1) Py_RETURN_NONE;  // not in the order of time
+  const bool batch_first = axis == 1 && B > 1 && T > 1;
   if ((has_lengths || has_reset) && !sequence) Py_RETURN_NONE;
-  if (has_lengths && (!read_integers(args[7], lengths, B) || !within(lengths, T))) Py_RETURN_NONE;
-  if (has_reset && !read_bools(args[8], reset, x.shape[0], x.shape[1])) Py_RETURN_NONE;
-  PyObject* weights[5];  // borrowed; null: not there, or computed
-  for (int i = 0; i < 5; ++i) weights[i] = PyDict_GetItemWithError(args[0], names[sequence][i]);
-  const bool projects = lstm && weights[4];
-  if (!weights[0] || !weights[1] || (bias && !(weights[2] && weights[3])) || !read(weights[1], w_hh, 2, -1, -1)) Py_RETURN_NONE;
-  const int64_t H = w_hh.shape[0] / G, P = w_hh.shape[1];
-  if (w_hh.shape[0] != G * H || (!projects && P != H)) Py_RETURN_NONE;
-  if (!zero && (sequence ? !read(h_object, h, 3, 1, B, P) : !read(h_object, h, 2, B, P))) Py_RETURN_NONE;
-  if (!zero && lstm && (sequence ? !read(c_object, c, 3, 1, B, H) : !read(c_object, c, 2, B, H))) Py_RETURN_NONE;
-  if (!read(weights[0], w_ih, 2, G * H, D)) Py_RETURN_NONE;
-  if (bias && (!read(weights[2], b_ih, 1, G * H) || !read(weights[3], b_hh, 1, G * H))) Py_RETURN_NONE;
-  if (projects && !read(weights[4], w_hr, 2, P, H)) Py_RETURN_NONE;
-  const int bits = x.bits;
-  if ((bits != 32 && bits != 64) || w_ih.bits != bits || w_hh.bits != bits || (!zero && h.bits != bits) ||
-      (!zero && lstm && c.bits != bits) || (bias && (b_ih.bits != bits || b_hh.bits != bits)) || (projects && w_hr.bits != bits))
-    Py_RETURN_NONE;
+  if (has_lengths && (!read_integers(args[6], lengths, B) || !within(lengths, T))) Py_RETURN_NONE;
+  if (has_reset && !read_bools(args[7], reset, x.shape[0], x.shape[1])) Py_RETURN_NONE;
+  Dtype dtype;
+  if (!dtype_of(x, dtype)) Py_RETURN_NONE;
+  const auto alike = [&](const dlpack::Tensor& t) { return t.bits == x.bits && t.code == x.code; };
+  PyObject* own[5];  // borrowed; null: not there, or computed
+  for (int i = 0; i < 5; ++i) own[i] = PyDict_GetItemWithError(args[0], names[sequence][i]);
+  const bool projects = cell->projects && own[4];
+  if (!own[0] || !own[1] || (bias && !(own[2] && own[3])) || !read(own[1], weights[1], 2, -1, -1)) Py_RETURN_NONE;
+  const int64_t H = weights[1].shape[0] / G, P = weights[1].shape[1];
+  if (weights[1].shape[0] != G * H || (!projects && P != H) || !alike(weights[1])) Py_RETURN_NONE;
+  if (!read(own[0], weights[0], 2, G * H, D) || !alike(weights[0])) Py_RETURN_NONE;
+  for (int i = 2; i < 4 && bias; ++i)
+    if (!read(own[i], weights[i], 1, G * H) || !alike(weights[i])) Py_RETURN_NONE;
+  if (projects && (!read(own[4], weights[4], 2, P, H) || !alike(weights[4]))) Py_RETURN_NONE;
+  const auto width = [&](int i) { return i == 0 ? P : H; };
+  const auto state_object = [&](int i) { return several ? PyTuple_GET_ITEM(hx, i) : hx; };
+  for (int i = 0; i < ST && !zero; ++i)
+    if (!(sequence ? read(state_object(i), states[i], 3, 1, B, width(i)) : read(state_object(i), states[i], 2, B, width(i))) ||
+        !alike(states[i]))
+      Py_RETURN_NONE;
 
-  const size_t element = size_t(bits / 8);
-  const Weights w{w_ih.data, w_hh.data, b_ih.data, b_hh.data, w_hr.data, 1};
-  Owned y, h_n, c_n;
-  dlpack::Tensor y_out{}, h_out, c_out{};
-  const bool states =
-      zero ? make_zero(x_object, sequence, B, P, element, h_n, h_out) && (!lstm || make_zero(x_object, sequence, B, H, element, c_n, c_out))
-           : make(h_object, h, size_t(B * P) * element, h_n, h_out) && (!lstm || make(c_object, c, size_t(B * H) * element, c_n, c_out));
-  if (!states) return nullptr;
-  if (sequence && !(T == 1 ? make(h_n.object, h_out, 0, y, y_out) : make_new(x_object, x.shape[0], x.shape[1], P, y, y_out)))
-    return nullptr;
+  const Weights w{weights[0].data, weights[1].data, weights[2].data, weights[3].data, weights[4].data, 1};
+  const bool wide = dtype == Dtype::f32 || dtype == Dtype::f64;  // states are of the accumulation dtype as they stand
+  Owned y, after[kMostStates];
+  dlpack::Tensor y_out{}, after_out[kMostStates];
   Forward f{};
-  f.p = {Cell(cell), bits == 32 ? Dtype::f32 : Dtype::f64, T, B, D, H, P, 1, 0, T, &w, nullptr, nullptr, 1};
+  float* scratch = wide ? nullptr : kept<float>(size_t(B * (P + (ST - 1) * H)));
+  for (int i = 0; i < ST; ++i) {
+    if (!(zero ? make_new(x_object, sequence, B, width(i), after[i], after_out[i]) : make_like(state_object(i), after[i], after_out[i])))
+      return nullptr;
+    const int64_t numbers = B * width(i);
+    f.states[i] = wide ? after_out[i].data : scratch;
+    scratch += wide ? 0 : numbers;
+    if (zero) memset(f.states[i], 0, size_t(numbers) * (wide ? x.bits / 8 : sizeof(float)));
+    else if (wide) memcpy(f.states[i], states[i].data, size_t(numbers) * (x.bits / 8));
+    else cpu::kernels().convert(dtype, Dtype::f32, states[i].data, f.states[i], numbers);
+  }
+  if (sequence &&
+      !(T == 1 && (axis == 0 || B == 1) ? make_like(after[0].object, y, y_out)
+                                        : make_new(x_object, batch_first ? T : x.shape[0], batch_first ? B : x.shape[1], P, y, y_out)))
+    return nullptr;
+  f.p = {cell, dtype, T, B, D, H, P, 1, 0, T, &w, nullptr, nullptr, 1};
   f.p.lengths = static_cast<const int64_t*>(lengths.data);
   f.p.reset = static_cast<const uint8_t*>(reset.data);
+  if (has_reset && batch_first) {
+    auto* const turned = kept<uint8_t>(size_t(T * B));
+    for (int64_t t = 0; t < T; ++t)
+      for (int64_t b = 0; b < B; ++b) turned[t * B + b] = f.p.reset[b * T + t];
+    f.p.reset = turned;
+  }
   f.p.threads = threads_for(f.p);
-  f.x = x.data;
+  f.x = {x.data, batch_first ? D : B * D, batch_first ? T * D : D, 0};
   f.h_is_zero = zero;
-  f.h = h_out.data;
-  f.c = c_out.data;
   f.y = y_out.data;
   bool enough = true;
   const auto run = [&] {
@@ -149,7 +182,7 @@ PyObject* fast_path(PyObject*, PyObject* const* args, Py_ssize_t count) {
       enough = false;
     }
   };
-  if (T * G * H * (D + P) * int64_t(element) < kLongCall) {
+  if (T * G * H * (D + P) * (x.bits / 8) < kLongCall) {
     run();
   } else {
     Py_BEGIN_ALLOW_THREADS;
@@ -157,8 +190,20 @@ PyObject* fast_path(PyObject*, PyObject* const* args, Py_ssize_t count) {
     Py_END_ALLOW_THREADS;
   }
   if (!enough) return PyErr_NoMemory();
-  PyObject* const results[] = {y.object, h_n.object, c_n.object};
-  return sequence ? PyTuple_Pack(lstm ? 3 : 2, results[0], results[1], results[2]) : PyTuple_Pack(lstm ? 2 : 1, results[1], results[2]);
+  for (int i = 0; i < ST && !wide; ++i) cpu::kernels().convert(Dtype::f32, dtype, f.states[i], after_out[i].data, B * width(i));
+  if (batch_first) {
+    PyObject* const turn[] = {y.object, zero_one[0], zero_one[1]};
+    const Owned same{PyObject_VectorcallMethod(transpose, turn, 3, nullptr)};
+    if (!same.object) return nullptr;
+  }
+  PyObject* const results = PyTuple_New(sequence + ST);
+  if (!results) return nullptr;
+  for (int i = 0; i < sequence + ST; ++i) {
+    Owned& one = i < sequence ? y : after[i - sequence];
+    PyTuple_SET_ITEM(results, i, one.object);
+    one.object = nullptr;
+  }
+  return results;
 }
 
 PyMethodDef methods[] = {

@@ -4,27 +4,26 @@
 
 namespace fused_rnn::ops {
 
-// With save="recompute" the state is kept every so many steps; fused_rnn/ops.py reads it from the module.
-constexpr int64_t kCheckpointEvery = 32;
+// With save="recompute" the states but h are kept every so many steps: transforms/fake.py says so too.
+constexpr int64_t kCheckpointEvery = 64;
 // Their number for T steps, and one or two rows more: torch.compile takes a symbolic size that may be 1 for another program.
 inline int64_t checkpoint_rows(int64_t T) { return T / kCheckpointEvery + 2; }
 
 class Layer {
  public:
   Problem p{};
-  bool bias = false, projects = false, x_per_recurrence = false;
+  bool bias = false, projects = false;
   int64_t weights_each = 0;
 
-  Layer(const Tensor& x, const std::vector<Tensor>& weights, const MaybeTensor& h0, const MaybeTensor& c0, const MaybeTensor& lengths,
-        const MaybeTensor& reset, Cell cell, const std::vector<int64_t>& directions)
-      : x_(as_contiguous(x)) {
-    p.cell = cell;
+  Layer(const Tensor& x, const std::vector<Tensor>& weights, const std::vector<Tensor>& states, const MaybeTensor& lengths,
+        const MaybeTensor& reset, const std::string& cell, const std::vector<int64_t>& directions)
+      : x_(x.dim() == 3 && (x.size(2) == 1 || x.stride(2) == 1) ? x : as_contiguous(x)) {
+    p.cell = cell_of(cell);
     p.dtype = dtype_of(x);
     p.R = int64_t(directions.size());
     STD_TORCH_CHECK(p.R > 0, "fused_rnn: directions is empty, expected one of +1 or -1 per recurrence");
     STD_TORCH_CHECK(x.dim() == 3 || x.dim() == 4, "fused_rnn: x has ", x.dim(), " dimensions, expected [T, B, D] or [T, B, R, D]");
-    x_per_recurrence = x.dim() == 4;
-    if (x_per_recurrence) check_sizes("x", x, {x.size(0), x.size(1), p.R, x.size(3)});
+    if (x.dim() == 4) check_sizes("x", x, {x.size(0), x.size(1), p.R, x.size(3)});
     p.T = x.size(0);
     p.B = x.size(1);
     p.D = x.size(-1);
@@ -35,8 +34,8 @@ class Layer {
                     weights.size(), " tensors for ", p.R, " recurrence(s), expected 2 to 5 each");
     bias = weights_each >= 4;
     projects = weights_each == 3 || weights_each == 5;
-    STD_TORCH_CHECK(!projects || has_cell(cell), "fused_rnn: a projection (w_hr) goes with the lstm cell only");
-    const int G = gates_of(cell);
+    STD_TORCH_CHECK(!projects || p.cell->projects, "fused_rnn: cell '", cell, "' has no projection (w_hr)");
+    const int G = p.cell->gates;
     STD_TORCH_CHECK(weights[1].dim() == 2 && weights[1].size(0) % G == 0, "fused_rnn: w_hh has shape ", text(sizes_of(weights[1])),
                     ", expected [", G, " H, P]");
     p.H = weights[1].size(0) / G;
@@ -62,9 +61,7 @@ class Layer {
       w.direction = int(directions[size_t(r)]);
     }
     p.weights = weights_.data();
-    if (h0) check("h0", *h0, {p.R, p.B, p.P});
-    if (c0) check("c0", *c0, {p.R, p.B, p.H});
-    STD_TORCH_CHECK(!c0 || has_cell(cell), "fused_rnn: c0 goes with the lstm cell only");
+    check_states("states", states, true);
     if (lengths) {
       STD_TORCH_CHECK(lengths->scalar_type() == ScalarType::Long && lengths->is_cpu(), "fused_rnn: lengths must be int64 on x's device");
       check_sizes("lengths", *lengths, {p.B});
@@ -84,11 +81,37 @@ class Layer {
   const std::vector<Tensor>& weights() const { return held_; }
   size_t element() const { return p.dtype == Dtype::f64 ? 8 : p.dtype == Dtype::f32 ? 4 : 2; }
 
-  // An initial state in the accumulation dtype, memory of its own (the loops leave the final state there).
-  Tensor state(const MaybeTensor& given, int64_t width) const {
-    const ScalarType wide = accumulation_type(x_);
-    return given ? copied(*given, wide) : zeros({p.R, p.B, width}, wide);
+  Input input() const { return {x_.const_data_ptr(), x_.stride(0), x_.stride(1), x_.dim() == 4 ? x_.stride(2) : 0}; }
+
+  // What there is of each state of the cell: nothing, or all of them.
+  void check_states(const char* name, const std::vector<Tensor>& given, bool same_dtype = false) const {
+    STD_TORCH_CHECK(given.empty() || int(given.size()) == p.cell->states, "fused_rnn: ", name, " holds ", given.size(),
+                    " tensors, expected none or ", p.cell->states);
+    for (size_t i = 0; i < given.size(); ++i) {
+      const std::string one = std::string(name) + "[" + std::to_string(i) + "]";
+      if (same_dtype) check(one.c_str(), given[i], {p.R, p.B, width(i)});
+      else check_sizes(one.c_str(), given[i], {p.R, p.B, width(i)});
+    }
   }
+  // States, or their gradients, in the accumulation dtype, memory of its own: the loops leave there what comes out. Zero where none are
+  // given.
+  std::vector<Tensor> wide_states(const std::vector<Tensor>& given) const {
+    const ScalarType wide = accumulation_type(x_);
+    std::vector<Tensor> made;
+    for (size_t i = 0; i < size_t(p.cell->states); ++i)
+      made.push_back(given.empty() ? zeros({p.R, p.B, width(i)}, wide) : copied(given[i], wide));
+    return made;
+  }
+  // The states that enter every kCheckpointEvery-th step, for the loop to fill; the rows that it will not reach are zero.
+  Tensor checkpoints() const {
+    const int64_t used = (p.T + kCheckpointEvery - 1) / kCheckpointEvery, rows = checkpoint_rows(p.T);
+    const Tensor made = empty({rows, p.R, p.B, p.H}, accumulation_type(x_));
+    const size_t row = size_t(p.R * p.B * p.H) * made.element_size();
+    if (row > 0) memset(static_cast<char*>(made.mutable_data_ptr()) + size_t(used) * row, 0, size_t(rows - used) * row);
+    return made;
+  }
+  // Of h the output's width.
+  int64_t width(size_t state) const { return state == 0 ? p.P : p.H; }
 
  private:
   void check(const char* name, const Tensor& t, const Sizes& sizes) const {

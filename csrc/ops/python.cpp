@@ -6,10 +6,33 @@
 #include "layer.h"
 #include "stream.h"
 
+namespace fused_rnn::ops {
+
+static std::vector<pybind11::dict> describe_cells() {
+  std::vector<pybind11::dict> cells;
+  for (const CellDescriptor& c : kCells.of) {
+    if (!c.name) continue;
+    pybind11::dict one;
+    one["name"] = c.name;
+    one["number"] = c.number;
+    one["gates"] = c.gates;
+    one["states"] = c.states;
+    one["saved"] = c.saved;
+    one["apart"] = c.apart;
+    one["reads_h"] = c.reads_h;
+    one["projects"] = c.projects;
+    cells.push_back(one);
+  }
+  return cells;
+}
+
+}  // namespace fused_rnn::ops
+
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled part of fused_rnn: registers torch.ops.fused_rnn.*";
   m.attr("CHECKPOINT_EVERY") = fused_rnn::ops::kCheckpointEvery;
   m.def("isa", [] { return fused_rnn::cpu::kernels().name; }, "The instruction set in use on CPU.");
+  m.def("cells", &fused_rnn::ops::describe_cells, "What the compiled loops know of each cell, for comparison with Python's descriptors.");
   m.def("available_isas", &fused_rnn::cpu::available_isas, "The instruction sets this processor can run, best first, comma-separated.");
   fused_rnn::cuda::bind_plan(m);  // plans can be asked for on any machine
   fused_rnn::ops::add_stream(m.ptr());

@@ -22,8 +22,8 @@ constexpr int64_t kRowsAtOnce = 64;     // that go through all layers together: 
 
 void Stream::Free::operator()(void* memory) const { std::free(memory); }
 
-Stream::Stream(const Problem& problem, int64_t layers, bool projects, Narrow narrow, uintptr_t h, uintptr_t c)
-    : problem_(problem), projects_(projects), narrow_(narrow), h_(reinterpret_cast<char*>(h)), c_(reinterpret_cast<char*>(c)) {
+Stream::Stream(const Problem& problem, int64_t layers, bool projects, Narrow narrow, std::vector<uintptr_t> states)
+    : problem_(problem), projects_(projects), narrow_(narrow), states_(std::move(states)) {
   element_ = problem.dtype == Dtype::f64 ? 8 : problem.dtype == Dtype::f32 ? 4 : 2;
   wide_ = problem.dtype == Dtype::f64 ? 8 : 4;
   packed_.resize(size_t(layers));
@@ -82,9 +82,9 @@ void Stream::run(const void* x, int64_t T, void* y) {
       f.p = layer(l, w);
       f.p.T = f.p.stop = steps;
       f.p.threads = threads_for(f.p);
-      f.x = from;
-      f.h = h_ + size_t(l * B * P) * wide_;
-      f.c = c_ ? c_ + size_t(l * B * H) * wide_ : nullptr;
+      f.x = {from, B * f.p.D, f.p.D, 0};
+      for (size_t i = 0; i < states_.size(); ++i)
+        f.states[i] = reinterpret_cast<char*>(states_[i]) + size_t(l * B * (i == 0 ? P : H)) * wide_;
       f.y = l + 1 == layers ? out + size_t(t * B * P) * element_ : between_[l & 1].data();
       f.packed = packed_[size_t(l)].get();
       f.narrow = narrow_;
@@ -173,10 +173,11 @@ py::object fast_path(const std::shared_ptr<Stream>& stream, const py::object& li
   return py::reinterpret_steal<py::object>(PyCFunction_New(&step_method, capsule.ptr()));
 }
 
-std::shared_ptr<Stream> make(int cell, int dtype, int narrow, int64_t B, int64_t D, int64_t H, int64_t P, int64_t layers, bool projects,
-                             uintptr_t h, uintptr_t c) {
-  const Problem p{Cell(cell), Dtype(dtype), 1, B, D, H, P, 1, 0, 1, nullptr, nullptr, nullptr, 1};
-  return std::make_shared<Stream>(p, layers, projects, Narrow(narrow), h, c);
+std::shared_ptr<Stream> make(const std::string& cell, int dtype, int narrow, int64_t B, int64_t D, int64_t H, int64_t P, int64_t layers,
+                             bool projects, const std::vector<uintptr_t>& states) {
+  const Problem p{cell_of(cell), Dtype(dtype), 1, B, D, H, P, 1, 0, 1, nullptr, nullptr, nullptr, 1};
+  if (int(states.size()) != p.cell->states) throw py::value_error("states: expected as many addresses as the cell has states");
+  return std::make_shared<Stream>(p, layers, projects, Narrow(narrow), states);
 }
 
 }  // namespace
@@ -184,7 +185,7 @@ std::shared_ptr<Stream> make(int cell, int dtype, int narrow, int64_t B, int64_t
 void add_stream(PyObject* module) {
   py::class_<Stream, std::shared_ptr<Stream>>(py::reinterpret_borrow<py::module_>(module), "Stream")
       .def(py::init(&make), py::arg("cell"), py::arg("dtype"), py::arg("narrow"), py::arg("B"), py::arg("D"), py::arg("H"), py::arg("P"),
-           py::arg("layers"), py::arg("projects"), py::arg("h"), py::arg("c"))
+           py::arg("layers"), py::arg("projects"), py::arg("states"))
       .def("pack", &Stream::pack)
       .def(
           "run",

@@ -16,9 +16,9 @@ using WeightAddresses = std::array<uintptr_t, 5>;
 
 class Stream {
  public:
-  // problem: of the first layer; its T, threads and weights do not matter. h: [layers, B, P], c: [layers, B, H] (LSTM), both of the
-  // accumulation dtype, read and written by every run and owned by the caller, who outlives the stream.
-  Stream(const Problem& problem, int64_t layers, bool projects, Narrow narrow, uintptr_t h, uintptr_t c);
+  // problem: of the first layer; its T, threads and weights do not matter. states: addresses of h [layers, B, P] and of the others
+  // [layers, B, H], of the accumulation dtype, read and written by every run and owned by the caller, who outlives the stream.
+  Stream(const Problem& problem, int64_t layers, bool projects, Narrow narrow, std::vector<uintptr_t> states);
 
   // Takes the weights of every layer as they are now; nothing of them is referred to later.
   void pack(const std::vector<WeightAddresses>& layers);
@@ -35,7 +35,7 @@ class Stream {
   Problem problem_;
   bool projects_;
   Narrow narrow_;
-  char *h_, *c_;
+  std::vector<uintptr_t> states_;
   size_t element_, wide_;  // bytes of the dtype, of the accumulation dtype
   int64_t bytes_ = 0, turn_ = 0;
   std::vector<std::unique_ptr<void, Free>> packed_;  // by layer

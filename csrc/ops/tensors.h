@@ -11,6 +11,7 @@
 #include <string>
 #include <vector>
 
+#include "../cells/all.h"
 #include "../cpu/isa.h"
 #include "../params.h"
 
@@ -108,22 +109,24 @@ inline std::string taken(StringHandle handle) {
   return text;
 }
 
-inline Cell cell_of(const std::string& name) {
-  if (name == "lstm") return Cell::lstm;
-  if (name == "gru") return Cell::gru;
-  if (name == "rnn_tanh") return Cell::rnn_tanh;
-  if (name == "rnn_relu") return Cell::rnn_relu;
-  STD_TORCH_CHECK(false, "fused_rnn: cell is '", name, "', expected lstm, gru, rnn_tanh or rnn_relu");
-  return Cell::lstm;
+// Null where there is none of that name.
+inline const CellDescriptor* find_cell(const char* name) {
+  for (const CellDescriptor& cell : kCells.of)
+    if (cell.name && !strcmp(cell.name, name)) return &cell;
+  return nullptr;
 }
-inline int gates_of(Cell cell) { return cell == Cell::lstm ? 4 : cell == Cell::gru ? 3 : 1; }
-inline int saved_of(Cell cell) { return cell == Cell::lstm || cell == Cell::gru ? 4 : 0; }      // gate vectors kept per step
-inline int gradients_of(Cell cell) { return cell == Cell::lstm || cell == Cell::gru ? 4 : 1; }  // and gradients made
-inline bool has_cell(Cell cell) { return cell == Cell::lstm; }
+inline const CellDescriptor* cell_of(const std::string& name) {
+  if (const CellDescriptor* const found = find_cell(name.c_str())) return found;
+  std::string names;
+  for (const CellDescriptor& cell : kCells.of)
+    if (cell.name) names += (names.empty() ? "" : ", ") + std::string(cell.name);
+  STD_TORCH_CHECK(false, "fused_rnn: cell is '", name, "', expected one of ", names);
+  return nullptr;
+}
 
 // One thread for what takes less than about 200 us there: waking the others and their barriers would cost as much.
 inline int threads_for(const Problem& p) {
-  const double flops = double(p.T) * double(p.B) * double(p.R) * 2.0 * gates_of(p.cell) * double(p.H) * double(p.D + p.P);
+  const double flops = double(p.T) * double(p.B) * double(p.R) * 2.0 * p.cell->gates * double(p.H) * double(p.D + p.P);
   const double microseconds = flops / 100e3;
   if (microseconds < 200) return 1;
   const int most = int(torch::stable::get_num_threads());

@@ -17,17 +17,10 @@ from torch.nn import RNNCell as TorchRNNCell
 from fused_rnn import layers
 from fused_rnn.nn.base import Fused, known_backend, prefers_counterpart
 from fused_rnn.nn.counterpart import refuse, run_counterpart
-from fused_rnn.nn.plain import (
-    CELL_CODES,
-    FAST_PATH,
-    STEPPING,
-    are_plain,
-    is_plain_hx,
-)
+from fused_rnn.nn.plain import FAST_PATH, STEPPING, are_plain, is_plain_hx
 
 _WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")  # the latter two None where there is no bias
-_LSTM, _GRU = CELL_CODES["lstm"], CELL_CODES["gru"]
-_RNN = {"tanh": CELL_CODES["rnn_tanh"], "relu": CELL_CODES["rnn_relu"]}
+_RNN = {"tanh": "rnn_tanh", "relu": "rnn_relu"}
 
 
 class Cell(Fused, nn.RNNCellBase):
@@ -45,11 +38,11 @@ class Cell(Fused, nn.RNNCellBase):
         return super().extra_repr() + ("" if backend is None else f", backend={backend!r}")
 
 
-def _step(module: Cell, input: Any, h: Any, c: Any, code: int) -> Sequence[Tensor] | None:
+def _step(module: Cell, input: Any, hx: Any, cell: str) -> Sequence[Tensor] | None:
     """The new states without gradient, by the op alone; None where the call is another one. As sequence.step."""
     if is_grad_enabled() or is_compiling() or FAST_PATH is None or module._fused_backend not in STEPPING:
         return None
-    return FAST_PATH(module._parameters, module.bias, input, h, c, code, -1)
+    return FAST_PATH(module._parameters, module.bias, input, hx, cell, -1)
 
 
 def _run(module: Cell, input: Any, hx: Any) -> Any:
@@ -135,12 +128,7 @@ class LSTMCell(Cell):
 
     def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
         """One step: (h', c'). Shapes and errors stand in the class's docstring."""
-        if hx is None:
-            stepped = _step(self, input, None, None, _LSTM)
-        elif type(hx) is tuple and len(hx) == 2 and hx[0] is not None and hx[1] is not None:
-            stepped = _step(self, input, hx[0], hx[1], _LSTM)
-        else:
-            stepped = None
+        stepped = _step(self, input, hx, "lstm")
         return _run(self, input, hx) if stepped is None else (stepped[0], stepped[1])
 
 
@@ -193,7 +181,7 @@ class GRUCell(Cell):
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """One step: h'. Shapes and errors stand in the class's docstring."""
-        stepped = _step(self, input, hx, None, _GRU)
+        stepped = _step(self, input, hx, "gru")
         return _run(self, input, hx) if stepped is None else stepped[0]
 
 
@@ -257,5 +245,5 @@ class RNNCell(Cell):
         if self.nonlinearity not in _RNN:  # torch.nn refuses it here, not in __init__
             refused: Tensor = run_counterpart(self, _read_weights(self), input, hx)
             return refused
-        stepped = _step(self, input, hx, None, _RNN[self.nonlinearity])
+        stepped = _step(self, input, hx, _RNN[self.nonlinearity])
         return _run(self, input, hx) if stepped is None else stepped[0]

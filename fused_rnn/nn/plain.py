@@ -18,8 +18,6 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from fused_rnn import ops
 from fused_rnn.transforms.op_gradient import is_jit_tracing
 
-# The number by which FAST_PATH knows a cell.
-CELL_CODES = ops.CELLS
 # A step, or a layer in one direction, without gradient and without the dispatcher; None for any other call.
 FAST_PATH = ops.fast_path
 STEPPING = (None, "cpu")  # the backends that it may stand for
@@ -46,7 +44,6 @@ def is_plain_hx(hx: object, states: int) -> bool:
 
 
 __all__ = [
-    "CELL_CODES",
     "FAST_PATH",
     "PLAIN",
     "STEPPING",

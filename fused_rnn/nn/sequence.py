@@ -11,20 +11,15 @@ from torch.compiler import is_compiling
 from torch.nn.utils.rnn import PackedSequence
 
 from fused_rnn import checks, layers
+from fused_rnn.cells import CELLS
 from fused_rnn.nn.base import prefers_counterpart
 from fused_rnn.nn.counterpart import check_packed, refuse, run_counterpart, state_rows
 from fused_rnn.nn.packed import Layout, is_unshared
-from fused_rnn.nn.plain import (
-    CELL_CODES,
-    FAST_PATH,
-    STEPPING,
-    are_plain,
-    is_plain_hx,
-)
+from fused_rnn.nn.plain import FAST_PATH, STEPPING, are_plain, is_plain_hx
 from fused_rnn.nn.recurrent import Recurrent, read_weights
 
 # torch.nn's forward goes by the mode too, and not by RNN's `nonlinearity`.
-_CODES = {cell.upper(): code for cell, code in CELL_CODES.items()}
+_CELLS = {cell.upper(): cell for cell in CELLS}
 
 Result = Any  # (y, hx)
 
@@ -45,13 +40,8 @@ def step(module: Recurrent, input: Any, hx: Any, lengths: Any, reset: Any) -> Se
         or module._fused_backend not in STEPPING
     ):
         return None
-    h, c = hx, None
-    if module._fused_states == 2 and hx is not None:
-        if type(hx) is not tuple or len(hx) != 2 or hx[0] is None or hx[1] is None:
-            return None
-        h, c = hx
     time = 1 if module.batch_first else 0
-    return FAST_PATH(module._parameters, module.bias, input, h, c, _CODES[module.mode], time, lengths, reset)
+    return FAST_PATH(module._parameters, module.bias, input, hx, _CELLS[module.mode], time, lengths, reset)
 
 
 def run(module: Recurrent, input: Any, hx: Any, lengths: Any, reset: Any) -> Result:

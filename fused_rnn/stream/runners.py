@@ -51,8 +51,8 @@ class Packed:
         layers, batch, _ = h.shape
         self._narrow = weights
         self._native = ops._C.Stream(
-            ops.CELLS[cell], DTYPES[dtype], NARROW[weights], batch, input_size, hidden, self._width, layers,
-            self._kinds.projects, h.data_ptr(), 0 if c is None else c.data_ptr(),
+            cell, DTYPES[dtype], NARROW[weights], batch, input_size, hidden, self._width, layers,
+            self._kinds.projects, [t.data_ptr() for t in (h, c) if t is not None],
         )  # fmt: skip
         self._state = h, c  # whose memory the native stream works in
         like = torch.empty(batch, self._width, dtype=dtype, device=h.device)

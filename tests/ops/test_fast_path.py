@@ -15,8 +15,8 @@ from fused_rnn import ops
 
 quick: Any = ops.fast_path
 pytestmark = pytest.mark.skipif(quick is None, reason="the extension is not built, or this torch does not lend tensors")
-CELLS = {"LSTM": 0, "GRU": 1, "RNN": 2}
-KINDS = {"LSTM": "lstm", "GRU": "gru", "RNN": "rnn_tanh"}
+CELLS = {"LSTM": "lstm", "GRU": "gru", "RNN": "rnn_tanh"}
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
 
 def call(
@@ -26,21 +26,28 @@ def call(
     torch.manual_seed(0)
     module = getattr(fused_rnn, name + ("" if sequence else "Cell"))(5, 18, dtype=dtype, **kwargs)
     x = torch.randn(1, 3, 5, dtype=dtype)
-    h, c = torch.randn(1, 3, module._parameters.get("weight_hr_l0", torch.empty(18)).shape[0], dtype=dtype), None
-    if name == "LSTM":
-        c = torch.randn(1, 3, 18, dtype=dtype)
+    states = make_states(name, 3, module._parameters.get("weight_hr_l0", torch.empty(18)).shape[0], dtype)
     if not sequence:
-        x, h, c = x[0], h[0], None if c is None else c[0]
+        x, states = x[0], [state[0] for state in states]
     if not given:
-        h = c = None  # type: ignore[assignment]
+        states = []
     w = [module._parameters.get(key + ("_l0" if sequence else "")) for key in (*NAMES, "weight_hr")]
-    weights, states = [t for t in w if t is not None], [s for s in (h, c) if s is not None]
-    options = (None, None, KINDS[name], [1], "none", False) if sequence else (KINDS[name],)
+    weights = [t for t in w if t is not None]
+    options = (None, None, CELLS[name], [1], "none", False) if sequence else (CELLS[name],)
     return (
         module,
-        (module._parameters, module.bias, x, h, c, CELLS[name], 0 if sequence else -1),
+        (module._parameters, module.bias, x, as_hx(states), CELLS[name], 0 if sequence else -1),
         (x, weights, states, *options),
     )
+
+
+def make_states(name: str, batch: int, width: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    widths = (width, 18) if name == "LSTM" else (width,)
+    return [torch.randn(1, batch, width, dtype=dtype) for width in widths]
+
+
+def as_hx(states: list[Tensor]) -> Any:
+    return (tuple(states) if len(states) > 1 else states[0]) if states else None
 
 
 def by_op(arguments: Any) -> Any:
@@ -50,7 +57,7 @@ def by_op(arguments: Any) -> Any:
 NAMES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("given", [True, False])
 @pytest.mark.parametrize("sequence", [True, False])
 @pytest.mark.parametrize("bias", [True, False])
@@ -79,7 +86,7 @@ def test_projection() -> None:
             assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("given", [True, False])
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize(("name", "projected"), [("LSTM", 0), ("LSTM", 7), ("GRU", 0), ("RNN", 0)])
@@ -87,19 +94,16 @@ def test_a_sequence_is_the_op(name: str, projected: int, batch: int, given: bool
     torch.manual_seed(0)
     module = getattr(fused_rnn, name)(5, 18, dtype=dtype, **({"proj_size": projected} if projected else {}))
     x = torch.randn(40, batch, 5, dtype=dtype)
-    states = [torch.randn(1, batch, width, dtype=dtype) for width in (projected or 18, 18)[: 1 + (name == "LSTM")]]
-    h, c = (*states, None)[:2] if given else (None, None)
-    cell = {"LSTM": "lstm", "GRU": "gru", "RNN": "rnn_tanh"}[name]
+    states = make_states(name, batch, projected or 18, dtype) if given else []
     with torch.no_grad():
-        made = quick(module._parameters, True, x, h, c, CELLS[name], 0)
-        given_states = [s for s in (h, c) if s is not None]
-        expected = ops.forward(x, list(module.parameters()), given_states, None, None, cell, [1], "none", False)
+        made = quick(module._parameters, True, x, as_hx(states), CELLS[name], 0)
+        expected = ops.forward(x, list(module.parameters()), states, None, None, CELLS[name], [1], "none", False)
         assert made[0].shape == expected[0].shape
         for a, b in zip(made, expected, strict=True):
             assert torch.equal(a, b)
-        if batch == 1:
-            first = quick(module._parameters, True, x.transpose(0, 1).contiguous(), h, c, CELLS[name], 1)
-            assert torch.equal(first[0], made[0].transpose(0, 1))
+        first = quick(module._parameters, True, x.transpose(0, 1).contiguous(), as_hx(states), CELLS[name], 1)
+        for a, b in zip(first, (made[0].transpose(0, 1), *made[1:]), strict=True):
+            assert torch.equal(a, b)
 
 
 def test_the_modules_take_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,11 +114,15 @@ def test_the_modules_take_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fused_rnn.nn.cells._run", fail)
     with torch.no_grad():
         for sequence in (True, False):
-            module, (_, _, x, h, *_), _ = call("GRU", sequence=sequence)
-            module(x, h)
-            module(x)
-            if sequence:
-                module(x.repeat(9, 1, 1), h)
+            for name in CELLS:
+                for dtype in DTYPES:
+                    module, (_, _, x, hx, *_), _ = call(name, dtype, sequence=sequence)
+                    module(x, hx)
+                    module(x)
+                    if sequence:
+                        module(x.repeat(9, 1, 1), hx)
+        module, x = call("LSTM", batch_first=True)[0], torch.randn(3, 9, 5)
+        assert module(x)[0].shape == (3, 9, 18)
 
 
 class Calls(TorchDispatchMode):
@@ -174,13 +182,15 @@ def changed(position: int, to: Any) -> Any:
         (2, lambda x: x[..., :4]),
         (2, lambda _: None),
         (2, lambda _: [1.0]),
-        (3, lambda h: h[:, :2]),
-        (3, lambda h: h.transpose(1, 2).contiguous().transpose(1, 2)),
-        (3, lambda _: None),  # without c's absence
-        (4, lambda _: None),
-        (4, lambda c: c.double()),
-        (5, lambda _: 4),
-        (6, lambda _: 1),  # the batch first, of three
+        (3, lambda hx: (hx[0][:, :2], hx[1])),
+        (3, lambda hx: (hx[0].transpose(1, 2).contiguous().transpose(1, 2), hx[1])),
+        (3, lambda hx: (None, hx[1])),
+        (3, lambda hx: (hx[0], None)),
+        (3, lambda hx: (hx[0], hx[1].double())),
+        (3, lambda hx: hx[0]),
+        (3, list),
+        (4, lambda _: "no such cell"),
+        (5, lambda _: 1),  # the batch first, of three
     ],
 )
 def test_what_is_out_of_the_ordinary_is_left_alone(position: int, to: Any) -> None:
@@ -209,25 +219,23 @@ def test_so_is_what_something_watches() -> None:
 def test_lengths_and_resets(name: str, projected: int, given: tuple[bool, bool], batch: int, steps: int) -> None:
     torch.manual_seed(0)
     module = getattr(fused_rnn, name)(5, 18, **({"proj_size": projected} if projected else {}))
-    x, h = torch.randn(steps, batch, 5), torch.randn(1, batch, projected or 18)
-    c = torch.randn(1, batch, 18) if name == "LSTM" else None
+    x, states = torch.randn(steps, batch, 5), make_states(name, batch, projected or 18)
+    hx = as_hx(states)
     lengths = torch.tensor([0, steps, steps // 2][-batch:]) if given[0] else None
     reset = torch.rand(steps, batch) < 0.3 if given[1] else None
     if reset is not None:
         reset[0, -1] = True
-    cell = {"LSTM": "lstm", "GRU": "gru", "RNN": "rnn_tanh"}[name]
     with torch.no_grad():
-        made = quick(module._parameters, True, x, h, c, CELLS[name], 0, lengths, reset)
-        states = [s for s in (h, c) if s is not None]
-        expected = ops.forward(x, list(module.parameters()), states, lengths, reset, cell, [1], "none", False)
+        made = quick(module._parameters, True, x, hx, CELLS[name], 0, lengths, reset)
+        expected = ops.forward(x, list(module.parameters()), states, lengths, reset, CELLS[name], [1], "none", False)
         for a, b in zip(made, expected, strict=True):
             assert torch.equal(a, b)
-        plain = quick(module._parameters, True, x, h, c, CELLS[name], 0, None, None)
+        plain = quick(module._parameters, True, x, hx, CELLS[name], 0, None, None)
         assert not torch.equal(plain[0], made[0])
-        if batch == 1:
-            turned = [t if t is None else t.transpose(0, 1).contiguous() for t in (x, reset)]
-            first = quick(module._parameters, True, turned[0], h, c, CELLS[name], 1, lengths, turned[1])
-            assert torch.equal(first[0], made[0].transpose(0, 1))
+        turned = [t if t is None else t.transpose(0, 1).contiguous() for t in (x, reset)]
+        first = quick(module._parameters, True, turned[0], hx, CELLS[name], 1, lengths, turned[1])
+        for a, b in zip(first, (made[0].transpose(0, 1), *made[1:]), strict=True):
+            assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize(

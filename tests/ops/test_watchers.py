@@ -111,7 +111,7 @@ def flatten(value: Any) -> list[Tensor]:
 
 def arguments(name: str = "GRU") -> tuple[Any, ...]:
     module, x = call(name)
-    return (module._parameters, True, x, None, None, {"LSTM": 0, "GRU": 1, "RNN": 2}[name], 0, None, None)
+    return (module._parameters, True, x, None, {"LSTM": "lstm", "GRU": "gru", "RNN": "rnn_tanh"}[name], 0, None, None)
 
 
 @needs_quick

@@ -168,18 +168,21 @@ def test_a_wrapped_tensor_is_not_asked_for(name: str) -> None:
     """torch refuses to lend what vmap has wrapped, by a C++ exception: a millisecond, more than an ensemble takes."""
     ours, _ = make(name, 4, 5)
     cell = name in CELLS
-    code, x = {"LSTM": 0, "GRU": 1, "RNNCell": 2}[name], torch.randn(3, 4) if cell else torch.randn(6, 3, 4)
+    kind, x = (
+        {"LSTM": "lstm", "GRU": "gru", "RNNCell": "rnn_tanh"}[name],
+        torch.randn(3, 4) if cell else torch.randn(6, 3, 4),
+    )
     times: list[float] = []
 
     def asked(parameters: dict[str, Tensor]) -> Tensor:
         start = time.process_time()
         extras = () if cell else (None, None)
-        assert ops.fast_path(parameters, True, x, None, None, code, -1 if cell else 0, *extras) is None
+        assert ops.fast_path(parameters, True, x, None, kind, -1 if cell else 0, *extras) is None
         times.append(time.process_time() - start)
         return parameters["weight_hh" if cell else "weight_hh_l0"]
 
     with torch.no_grad():
-        assert ops.fast_path(dict(ours.named_parameters()), True, x, None, None, code, -1 if cell else 0) is not None
+        assert ops.fast_path(dict(ours.named_parameters()), True, x, None, kind, -1 if cell else 0) is not None
         parameters, _ = stack_module_state([ours, ours])
         for _ in range(20):
             vmap(asked)(parameters)

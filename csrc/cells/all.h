@@ -1,0 +1,26 @@
+// Every cell, one line each.
+#pragma once
+#include <utility>
+
+#include "gru.h"
+#include "lstm.h"
+#include "rnn.h"
+#ifdef FUSED_RNN_MORE_CELLS  // a header in quotes
+#include FUSED_RNN_MORE_CELLS
+#endif
+
+namespace fused_rnn {
+
+using CellNumbers = std::make_integer_sequence<int, kMostCells>;
+
+struct CellTable {
+  CellDescriptor of[kMostCells];
+};
+template <int... number>
+constexpr CellTable make_cell_table(std::integer_sequence<int, number...>) {
+  return {{NumberedCell<number>::descriptor...}};
+}
+// By number, with gaps.
+constexpr CellTable kCells = make_cell_table(CellNumbers{});
+
+}  // namespace fused_rnn
