@@ -90,11 +90,17 @@ if os.environ.get("FUSED_RNN_CUDA_DEBUG") == "1":
 JOBS = os.environ.get("MAX_JOBS") or str(len(os.sched_getaffinity(0)))
 if not re.fullmatch("[1-9][0-9]*", JOBS):
     raise SystemExit(f"MAX_JOBS: got {JOBS!r}, expected a positive number")
-NUMBERS = ("bf16", "f16", "tf32", "ieee", "f64")
 
 
 def files(pattern: str, *parts: str) -> list[str]:
     return [str(p.relative_to(ROOT)) for part in parts for p in sorted((ROOT / "csrc" / part).glob(pattern))]
+
+
+def kernels() -> list[tuple[str, str]]:
+    """What csrc/cuda/instantiate.cu is compiled for: each registered cell's type in each precision."""
+    text = "".join((ROOT / header).read_text() for header in files("*.h", "cells"))
+    types = re.findall(r"^FUSED_RNN_CELL\(\d+, (\w+)\)", text, re.MULTILINE)
+    return [(formula, precision) for formula in types for precision in ("bf16", "f16", "tf32", "ieee", "f64")]
 
 
 def gencodes() -> list[str]:
@@ -151,7 +157,7 @@ class Build(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         longest_first = sorted(ext.sources, key=lambda source: [*ISA_FLAGS, Path(source).name].index(Path(source).name))
-        units = [(s, n) for s in longest_first for n in (NUMBERS if "instantiate" in s else ("",))]
+        units = [(s, kernel) for s in longest_first for kernel in (kernels() if "instantiate" in s else [()])]
         started = time.monotonic()
         with ThreadPoolExecutor(int(JOBS)) as pool:
             running = [pool.submit(self.compile_one, ext, *unit) for unit in units]
@@ -178,9 +184,9 @@ class Build(build_ext):
             link = ["-fopenmp", f"-L{TORCH / 'lib'}", "-ltorch_cpu", "-lc10", *EXTRA]
             self.compiler.link_shared_object(objects, made, extra_postargs=link, target_lang="c++")
 
-    def compile_one(self, ext: Extension, source: str, number: str) -> str:
+    def compile_one(self, ext: Extension, source: str, kernel: tuple[str, ...]) -> str:
         """The path of the object: compiled, or there already of the same sources by the same command."""
-        command = self.command(ext, source, number)
+        command = self.command(ext, source, kernel)
         version = NVCC_VERSION if source.endswith(".cu") else self.cxx_version
         own = ("csrc", "cells", "cpu") if Path(source).parent.name == "cpu" else None  # the loops, which take minutes
         inputs = [source, *(header for header in ext.depends if own is None or Path(header).parent.name in own)]
@@ -188,7 +194,7 @@ class Build(build_ext):
         if knows_python(source):
             version += f" torch {TORCH_VERSION} Python {sys.version}"  # whose headers may change in their place
         folder = OBJECTS / hashlib.sha256("\n".join([version, *command]).encode()).hexdigest()[:12]
-        name = source.removeprefix("csrc/").replace("/", "-") + f"-{number}" * bool(number)
+        name = "-".join([source.removeprefix("csrc/").replace("/", "-"), *kernel])
         made = folder / f"{name}.{content}.o"
         if self.force or not made.exists():
             folder.mkdir(parents=True, exist_ok=True)
@@ -199,9 +205,10 @@ class Build(build_ext):
                 old.unlink(missing_ok=True)
         return str(made)
 
-    def command(self, ext: Extension, source: str, number: str) -> list[str]:
+    def command(self, ext: Extension, source: str, kernel: tuple[str, ...]) -> list[str]:
         if source.endswith(".cu"):
-            return [str(NVCC), *NVCC_FLAGS, *gencodes(), *[f"-DFUSED_RNN_NUMBER={number}"] * bool(number)]
+            defines = [f"-DFUSED_RNN_FORMULA={kernel[0]}", f"-DFUSED_RNN_PRECISION={kernel[1]}"] if kernel else []
+            return [str(NVCC), *NVCC_FLAGS, *gencodes(), *defines]
         path = Path(source)
         macros = [f"-D{name}={value}" for name, value in ext.define_macros]
         flags = COMMON + ISA_FLAGS.get(path.name, []) + ["-fopenmp"] * (path.name == "team.cpp") + EXTRA
@@ -219,6 +226,6 @@ extensions = [Extension("fused_rnn._C", cpu, define_macros=macros, depends=heade
 if WANTED == "1":
     NVCC_VERSION = subprocess.run([str(NVCC), "--version"], capture_output=True, text=True, check=True).stdout
     macros = [("FUSED_RNN_MODULE", "_cuda"), ("FUSED_RNN_ARCHITECTURES", f'"{ARCHITECTURES}"')]
-    sources, headers = files("*.c*", "cuda", "cuda/instantiate"), files("*.h", "", "cells", "cuda", "cuda/primitives")
+    sources, headers = files("*.c*", "cuda"), files("*.h", "", "cells", "cuda", "cuda/primitives")
     extensions += [Extension("fused_rnn._cuda", sources, define_macros=macros, depends=headers, language="c++")]
 setup(ext_modules=extensions, cmdclass={"build": Fresh, "build_ext": Build})

@@ -1,6 +1,6 @@
 """Every CUDA kernel, compiled for every architecture with no GPU: `make cubin-cuda`.
 
-    python scripts/cubin.py [--arch sm_90a ...] [--cell lstm ...] [--number bf16 ...] [--json FILE]
+    python scripts/cubin.py [--arch sm_90a ...] [--cell lstm ...] [--precision bf16 ...] [--json FILE]
 
 Prints registers, spills, stack and static shared memory of each, and for sm_90a the instructions in its time loop by
 kind: the loop around the product, with all three exchanges in it, of which a launch runs one. Under it, for each team
@@ -33,10 +33,15 @@ import torch
 
 import fused_rnn
 
-SOURCE = Path(__file__).parent.parent / "csrc" / "cuda" / "instantiate"
+CSRC = Path(__file__).parent.parent / "csrc"
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120")
-CELLS = tuple(sorted(path.stem for path in SOURCE.glob("*.cu")))
-NUMBERS = ("bf16", "f16", "tf32", "ieee", "f64")
+_REGISTERED = [
+    name
+    for header in sorted((CSRC / "cells").glob("*.h"))
+    for name in re.findall(r"^FUSED_RNN_CELL\(\d+, (\w+)\)", header.read_text(), re.MULTILINE)
+]
+CELLS = {re.sub(r"(?<!^)(?=[A-Z])", "_", name).lower(): name for name in _REGISTERED}  # and their types in C++
+PRECISIONS = ("bf16", "f16", "tf32", "ieee", "f64")
 FLAGS = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", "-cubin", "-Xptxas", "-v"]
 COUNTED = "sm_90a"  # where the time loops' instructions are counted, and a step of these is timed
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "tf32": torch.float32, "ieee": torch.float32}
@@ -86,14 +91,14 @@ class Kernel(NamedTuple):
         return line
 
 
-def kernel_name(mangled: str, cell: str, number: str) -> str:
+def kernel_name(mangled: str, cell: str, precision: str) -> str:
     """lstm bf16 persistent_fwd NT=2, of a mangled name."""
     kind = re.search(r"(persistent|pointwise)_(fwd|bwd)", mangled)
     tile = re.search(r"Li(\d+)E", mangled) if kind and kind[1] == "persistent" else None
-    return f"{cell} {number} {kind[0] if kind else mangled}" + (f" NT={tile[1]}" if tile else "")
+    return f"{cell} {precision} {kind[0] if kind else mangled}" + (f" NT={tile[1]}" if tile else "")
 
 
-def read_ptxas(text: str, cell: str, number: str, arch: str) -> list[tuple[str, Kernel]]:
+def read_ptxas(text: str, cell: str, precision: str, arch: str) -> list[tuple[str, Kernel]]:
     """(mangled name, kernel) for each in what ptxas -v prints."""
     found = []
     for part in text.split("Compiling entry function '")[1:]:
@@ -104,7 +109,7 @@ def read_ptxas(text: str, cell: str, number: str, arch: str) -> list[tuple[str, 
         )
         registers = int(re.search(r"Used (\d+) registers", part)[1])  # type: ignore[index]
         shared = re.search(r"(\d+) bytes smem", part)
-        name = kernel_name(mangled, cell, number)
+        name = kernel_name(mangled, cell, precision)
         found.append((mangled, Kernel(name, arch, registers, stack, stores + loads, int(shared[1]) if shared else 0)))
     return found
 
@@ -129,7 +134,7 @@ def time_loop(code: str) -> dict[str, int] | None:
 
 
 def launches(
-    cell: str, number: str, backward: bool, sizes: Iterable[int], **forced: Any
+    cell: str, precision: str, backward: bool, sizes: Iterable[int], **forced: Any
 ) -> Iterator[step_cycles.Launch]:
     """What the planner has run at these H and the B of ARCHITECTURE.md's table, where a step of it can be timed."""
     for hidden, batch in product(sizes, plan_table.BATCH):
@@ -137,8 +142,8 @@ def launches(
             cell,
             batch,
             hidden,
-            dtype=DTYPES[number],
-            tf32=number == "tf32",
+            dtype=DTYPES[precision],
+            tf32=precision == "tf32",
             backward=backward,
             device=COUNTED[:5],
             **forced,
@@ -147,11 +152,11 @@ def launches(
             yield step_cycles.Launch(cell, plan, batch, hidden, backward)
 
 
-def teams(cell: str, number: str, backward: bool, rows: int) -> dict[str, step_cycles.Launch]:
+def teams(cell: str, precision: str, backward: bool, rows: int) -> dict[str, step_cycles.Launch]:
     """Each team of so many rows at the H of that table, once. Where there is none, one is forced, at the smallest H: so
     every kernel is looked at."""
-    hot = [one for one in launches(cell, number, backward, plan_table.HIDDEN) if one.plan.rows == rows]
-    forced = launches(cell, number, backward, plan_table.HIDDEN[:1], exchange="cluster", rows=rows)
+    hot = [one for one in launches(cell, precision, backward, plan_table.HIDDEN) if one.plan.rows == rows]
+    forced = launches(cell, precision, backward, plan_table.HIDDEN[:1], exchange="cluster", rows=rows)
     found: dict[str, list[step_cycles.Launch]] = {}
     for one in hot or forced:
         plan = one.plan
@@ -160,14 +165,14 @@ def teams(cell: str, number: str, backward: bool, rows: int) -> dict[str, step_c
     return {f"{team}, B={', '.join(str(one.batch) for one in same)}": same[0] for team, same in found.items()}
 
 
-def timed(kernel: Kernel, code: str, cell: str, number: str) -> Kernel:
+def timed(kernel: Kernel, code: str, cell: str, precision: str) -> Kernel:
     """With its time loop counted, and a step of each team that runs it timed: its input is in DRAM."""
     kernel = kernel._replace(loop=time_loop(code))
     tile = re.search(r"persistent_(fwd|bwd) NT=(\d+)", kernel.name)
     if tile is None:
         return kernel
     steps, waits = {}, set[str]()
-    for team, launch in teams(cell, number, tile[1] == "bwd", 8 * int(tile[2])).items():
+    for team, launch in teams(cell, precision, tile[1] == "bwd", 8 * int(tile[2])).items():
         for rare in (True, False):
             step = step_cycles.replay(code, launch, step_cycles.DRAM, rare)
             steps[team] = step.cycles
@@ -182,35 +187,36 @@ def find_cuobjdump() -> str | None:
     return shutil.which("cuobjdump") or shutil.which("cuobjdump", path=str(near))
 
 
-def compile_one(cell: str, number: str, arch: str) -> tuple[list[Kernel], str]:
+def compile_one(cell: str, precision: str, arch: str) -> tuple[list[Kernel], str]:
     """The kernels of one object file, and what went wrong."""
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernels.cubin"
-        command = ["nvcc", *FLAGS, f"-arch={arch}", f"-DFUSED_RNN_NUMBER={number}", str(SOURCE / f"{cell}.cu")]
+        defines = [f"-DFUSED_RNN_FORMULA={CELLS[cell]}", f"-DFUSED_RNN_PRECISION={precision}"]
+        command = ["nvcc", *FLAGS, f"-arch={arch}", *defines, str(CSRC / "cuda" / "instantiate.cu")]
         done = subprocess.run([*command, "-o", str(cubin)], capture_output=True, text=True, check=False)
         if done.returncode != 0:
-            return [], f"{arch} {cell} {number}: {done.stderr.strip()[-2000:]}"
-        found = read_ptxas(done.stdout + done.stderr, cell, number, arch)
+            return [], f"{arch} {cell} {precision}: {done.stderr.strip()[-2000:]}"
+        found = read_ptxas(done.stdout + done.stderr, cell, precision, arch)
         tool = find_cuobjdump() if arch == COUNTED else None
         if tool is None:
             return [kernel for _, kernel in found], ""
         sass = subprocess.run([tool, "-sass", str(cubin)], capture_output=True, text=True, check=True).stdout
         functions = dict(part.split("\n", 1) for part in sass.split("Function : ")[1:])
-        return [timed(kernel, functions[name], cell, number) for name, kernel in found], ""
+        return [timed(kernel, functions[name], cell, precision) for name, kernel in found], ""
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="cubin", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--arch", nargs="+", default=list(ARCHITECTURES))
-    parser.add_argument("--cell", nargs="+", default=list(CELLS), choices=CELLS)
-    parser.add_argument("--number", nargs="+", default=list(NUMBERS), choices=NUMBERS)
+    parser.add_argument("--cell", nargs="+", default=list(CELLS), choices=list(CELLS))
+    parser.add_argument("--precision", nargs="+", default=list(PRECISIONS), choices=PRECISIONS)
     parser.add_argument("--jobs", type=int, default=int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1))
     parser.add_argument("--json", type=Path, help="write the figures into this file, too")
     chosen = parser.parse_args(arguments)
     if shutil.which("nvcc") is None:
         print("cubin: nvcc is not on the PATH", file=sys.stderr)
         return 1
-    todo = [(cell, number, arch) for arch in chosen.arch for cell in chosen.cell for number in chosen.number]
+    todo = [(cell, precision, arch) for arch in chosen.arch for cell in chosen.cell for precision in chosen.precision]
     kernels: list[Kernel] = []
     faults = 0
     with ThreadPoolExecutor(chosen.jobs) as pool:

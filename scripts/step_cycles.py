@@ -25,6 +25,7 @@ from fused_rnn.plan import EXCHANGES, Plan
 PARAMETERS = 0x210  # of the constant bank, where a kernel's arguments begin
 DRAM = 650  # cycles of a load from there
 STEPS = 6
+MOST_STATES = 4  # csrc/cells/cell.h
 ADDRESS = 1 << 20  # of every array that is given: aligned
 PARTS = ("wait", "product", "sums", "cell", "send", "tail")
 
@@ -66,13 +67,13 @@ class Launch(NamedTuple):
         exchange = EXCHANGES.index(plan.exchange)
         team = struct.pack("<8i", exchange, plan.members, plan.units, plan.rows, *plan.warps, depth, blocks)
         workspace = struct.pack("<2Q", ADDRESS * grid, ADDRESS * grid)
-        has_cell = self.cell == "lstm"
-        if self.backward:  # dy, given, w, states, first_state, saved, dgates, dh, dc
-            there = [not rare, False, True, True, True, True, True, True, has_cell]
-            arguments = struct.pack("<9Q??6x", *(ADDRESS * given for given in there), False, True)
-        else:  # gx, given, w, bias, h0, state, y, h_n, saved, cells, checkpoints
-            there = [True, False, True, True, True, True, True, True, True, has_cell, False]
-            arguments = struct.pack("<11Qi?3x", *(ADDRESS * given for given in there), 1, False)
+        each = [True] * MOST_STATES
+        if self.backward:  # dy, given, w, states, first, saved, dgates, dstates; histories_are_wide, close
+            there = [not rare, False, True, *each, *each, True, True, *each]
+            arguments = struct.pack(f"<{len(there)}Q??6x", *(ADDRESS * given for given in there), False, True)
+        else:  # gx, given, w, bias, h0, hidden, carried, y, h_n, saved, histories, checkpoints; every, ..
+            there = [True, False, True, True, True, False, *each, True, True, True, *each, *([False] * MOST_STATES)]
+            arguments = struct.pack(f"<{len(there)}Qi??2x", *(ADDRESS * given for given in there), 1, True, False)
         size = struct.pack("<6i", plan.threads, 1, 1, plan.members * tiles, 1, 1)
         return size.ljust(PARAMETERS, b"\0") + steps + team + workspace + arguments
 

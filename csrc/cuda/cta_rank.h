@@ -1,4 +1,4 @@
-// A CTA's place in its team, the same forward and backward: its memory, its cells.
+// A CTA's place in its team, the same forward and backward: its memory, its units.
 #pragma once
 #include "exchange.h"
 
@@ -16,15 +16,15 @@ struct CtaRank {
   }
 };
 
-// Cell i of a CTA is unit i % U of row i / U; a thread has cells tid, tid + threads, ..
-struct CellIndex {
-  int cell, b, u;
+// What a thread runs: the CTA's elements tid, tid + threads, ..; element i is unit i % U of row i / U.
+struct ThreadUnit {
+  int i, b, u;
   bool inside;
 
-  FUSED_RNN_DEVICE CellIndex(const Team& team, int j) {
-    cell = int(threadIdx.x) + j * int(blockDim.x);
-    b = cell / team.units;
-    u = cell % team.units;
+  FUSED_RNN_DEVICE ThreadUnit(const Team& team, int j) {
+    i = int(threadIdx.x) + j * int(blockDim.x);
+    b = i / team.units;
+    u = i % team.units;
     inside = b < team.rows;
   }
 };

@@ -1,31 +1,33 @@
 // How the members of a team share the operand of the next product. Which of the three ways is the same for a whole launch, so
-// one kernel has them all: the branch costs two instructions a step, and the number of kernels falls to a third.
+// one kernel has them all: the branch costs two instructions a step, and there are a third as many kernels.
 //
-// A member hands its slice of the next operand to `put`, cell by cell, and to `publish`, warp by warp; `arrive` ends its step, `wait` makes
-// the whole operand visible in its own shared memory.
+// A member hands its slice of the next operand to `put`, unit by unit, and to `publish` and `send`, warp by warp. `arrive` ends its step.
+// `wait` makes the whole operand visible in its own shared memory.
 //
-//   cta      `arrive` is a barrier of the threads. One copy of the operand will do: the barrier between product and cells also ends
-//            the reading of the copy into which the cells put.
-//   cluster  two copies of the operand, steps alternate between them; each 16-byte chunk goes by st.async into every peer's copy, where it
-//   counts
-//            towards the transaction count of an mbarrier, one for each of the two copies.
-//            - Nothing is overwritten that is still read: a peer writes copy (s + 1) & 1 when it publishes at step s. By then it has
-//              waited for this member's publishing at s - 1, which came after a barrier of this member's threads behind its product of
-//              step s - 1, the last to read that copy; and its loads have returned, since sums made from them went into what was sent.
-//            - No phase is missed: for the phase after next to complete, peers need this member's publishing of the next step, which
-//              comes after all of its threads have seen this one. So a phase's parity is enough to wait for it.
-//            - Bytes may arrive before thread 0 expects them; the count then is negative for a while, and the phase still lacks its
-//            arrival.
-//            - st.async and the loads and stores here are of one proxy, the generic one: no fence.proxy.async is needed.
+//   cta      One copy of the operand. `arrive` is a barrier of the threads: behind it all have put. The barrier between product and
+//            units is the other half: behind it all have read, and the units may put into the copy that was read.
+//
+//   cluster  Two copies of the operand; steps alternate between them. Each 16-byte chunk goes by st.async into every peer's copy and counts
+//            there towards the transaction count of an mbarrier. There are two of these, one for each copy.
+//            - Nothing is overwritten that is still read. A peer writes copy (s + 1) & 1 when it sends at step s. Before that it has
+//              waited for what this member sent at step s - 1. This member sent that after a barrier of its threads behind its product of
+//              step s - 1, which was the last to read that copy. The loads of that product had returned: the sums made from them
+//              went into what was sent.
+//            - No phase is missed. For the phase after next to complete, the peers need what this member sends in the next step, and all
+//              of its threads have seen this phase before that. So the parity of a phase is enough to wait for it.
+//            - Bytes may arrive before thread 0 expects them. The transaction count is negative for a while then, and the phase cannot
+//              complete, since thread 0 has not arrived at it.
+//            - st.async and the loads and stores here belong to one proxy, the generic one: no fence.proxy.async is needed.
 //            - The wait acquires for the CTA only. The bytes and the barrier that counts them lie in the waiter's own shared memory, which
-//              has no cache in front of it: st.async counts bytes once they are there, and loads behind the wait find them. CUTLASS
-//              waits so for multicast copies and for the shared memory of peers, too. No other memory passes between members here.
-//            - Nobody leaves while a store to its shared memory is on its way: all that is sent is waited for.
-//   grid     the slice goes to global memory, where the operand lies twice; a thread counts the member in with release after a barrier of
-//   the
-//            CTA, and waits with acquire until all have been counted; then the CTA copies the operand to its shared memory by cp.async,
-//            which reads L2, where other CTAs' writes are. The barriers make the other threads' writes and copies part of that order. The
-//            first argument above shows that nobody reads what is overwritten.
+//              has no cache in front of it. st.async counts bytes once they are there, so loads behind the wait find them. CUTLASS
+//              waits in the same way for multicast copies and for peers' shared memory. No other memory passes between members here.
+//            - No CTA exits while a store to its shared memory is on its way: all that is sent is waited for.
+//
+//   grid     Two copies of the operand in global memory. `put` writes to them. `arrive` is a barrier of the CTA, behind which one thread
+//            counts the member in with release. In `wait` one thread looks with acquire until all members are counted. Behind a barrier
+//            the CTA then copies the operand to its shared memory by cp.async, which reads L2, where other CTAs' writes are. The barriers
+//            make the other threads' writes and copies part of the order that release and acquire establish. Nothing is overwritten that
+//            is still read, by the first argument above.
 #pragma once
 #include "primitives/barrier.h"
 #include "primitives/copy.h"
@@ -34,11 +36,11 @@
 
 namespace fused_rnn::cuda {
 
-template <class Number, bool kBackward>
+template <class Policy, bool kBackward>
 class Exchange {
-  using Operand = typename Number::Operand;
+  using Operand = typename Policy::Operand;
   static constexpr int kChunk = 16 / int(sizeof(Operand));  // elements of 16 bytes
-  static constexpr int kChunks = 32 / kChunk;  // of a warp's 32 cells
+  static constexpr int kChunks = 32 / kChunk;  // of a warp's 32 units
   static constexpr int kPeers = (kLargestCluster - 1 + kChunk - 1) / kChunk;  // that a lane sends a chunk to, at most
 
  public:
@@ -49,7 +51,7 @@ class Exchange {
         operands_(operands),
         barriers_(barriers),
         member_(member),
-        stride_(operand_stride(team.depth, tile(Number::kKind, kBackward, 1))),
+        stride_(operand_stride(team.depth, tile(Policy::kPrecision, kBackward, 1))),
         bytes_((team.members - 1) * team.rows * (team.depth / team.members) * int(sizeof(Operand))) {
     if (team.exchange == ExchangeKind::grid) {
       const int64_t size = int64_t(team.rows) * team.depth;
@@ -84,14 +86,14 @@ class Exchange {
     else copy(turn_ + 1)[b * stride_ + column] = value;
   }
 
-  // Of a warp's 32 cells from `cell` on, where the chunk lies that this lane sends, its column counted from that of unit 0; negative
-  // where there is none. cell = b U + u.
-  FUSED_RNN_DEVICE int chunk_of(int cell) const {
-    const int mine = cell + lane() % kChunks * kChunk, b = mine / team_.units;
+  // Of a warp's 32 elements from `element` on, where the chunk lies that this lane sends, its column counted from that of unit 0; negative
+  // where there is none. element = b U + u.
+  FUSED_RNN_DEVICE int chunk_of(int element) const {
+    const int mine = element + lane() % kChunks * kChunk, b = mine / team_.units;
     return b < team_.rows ? b * stride_ + mine % team_.units : -1;
   }
 
-  // The warp's cells have put all that they have to put.
+  // The warp's units have put all that they have to put.
   FUSED_RNN_DEVICE void publish() const {
     if (team_.exchange == ExchangeKind::cluster) sync_warp();
   }
@@ -130,9 +132,9 @@ class Exchange {
       if (threadIdx.x == 0) expect(turn_ & 1);
     } else if (team_.exchange == ExchangeKind::grid) {
       if (threadIdx.x == 0) {
-        const SpinTimeout patience;
+        const SpinTimeout timeout;
         while (load_acquire(arrived_) < uint32_t(turn_) * uint32_t(team_.members)) {
-          patience.spend("2 s for the members of the team to be counted in");
+          timeout.spend("2 s for the members of the team to be counted in");
           pause();
         }
       }

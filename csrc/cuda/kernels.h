@@ -1,6 +1,7 @@
 // The kernels that were built, by what they are for.
 #pragma once
-#include "../params.h"
+#include <string_view>
+
 #include "params.h"
 #include "tiles.h"
 
@@ -9,7 +10,7 @@ namespace fused_rnn::cuda {
 using ForwardKernel = void (*)(ForwardLoop);
 using BackwardKernel = void (*)(BackwardLoop);
 
-// Of one cell and number: persistent ones by kBatchTiles, pointwise ones for the storage type. Null where there is none.
+// Of one cell and precision: persistent ones by kBatchTiles, pointwise ones for the storage type. Null where there is none.
 struct Kernels {
   ForwardKernel persistent_fwd[3];
   BackwardKernel persistent_bwd[3];
@@ -17,10 +18,11 @@ struct Kernels {
   BackwardKernel pointwise_bwd;
 };
 
-// Instantiated in instantiate/<cell>.cu, each number in an object file of its own.
-template <class Formula, NumberKind kKind>
+// Instantiated in instantiate.cu, each cell and precision in an object file of its own.
+template <class Formula, Precision kPrecision>
 Kernels kernels_of();
 
-Kernels find_kernels(Cell cell, NumberKind number);
+// None of them where there is no cell of this name.
+Kernels find_kernels(std::string_view cell, Precision precision);
 
 }  // namespace fused_rnn::cuda

@@ -8,8 +8,8 @@ namespace fused_rnn::cuda {
 
 constexpr int kPointwiseThreads = 256;
 
-// A launch keeps this many cells in each thread's registers; the planner sees to it that they suffice.
-constexpr int kCellsPerThread = 2;
+// A launch keeps this many units in each thread's registers; the planner sees to it that they suffice.
+constexpr int kUnitsPerThread = 2;
 
 // Of a row of the operand: blocks of 64 bytes, and of these an odd number, so that a block of two rows, which a quarter of a warp reads at
 // once, fills all 128 bytes of the banks.

@@ -3,6 +3,8 @@
 #pragma once
 #include <cstdint>
 
+#include "../cells/cell.h"
+
 namespace fused_rnn::cuda {
 
 // How a team shares what it has computed between two steps.
@@ -30,7 +32,7 @@ struct Team {
 struct Steps {
   int T;
   int step0, step1;        // run steps step0 .. step1 - 1, in the recurrence's own order
-  int window0, window1;    // steps that gx, given, saved and cells hold; all of time: 0, T
+  int window0, window1;    // steps that gx, given, saved and histories hold; all of time: 0, T
   uint64_t reversed;       // bit r % period: recurrence r runs backwards in time
   int period;
   const int64_t* lengths;  // [B] or null: steps t >= lengths[b] leave sequence b's state alone
@@ -49,36 +51,39 @@ struct ForwardLoop {
   Steps steps;
   Team team;
   Workspace workspace;
-  const void* gx;      // [window, B, R, G, H]    input product, with the bias that needs no cell
-  const void* given;   // [window, B, R, G, H]    recurrent product, pointwise kernel only; of one step where it writes workspace.operand
-  const void* w;       // [R, G, H, H]
-  const void* bias;    // [R, H]                  recurrent bias of the last gate, GRU only
-  const void* h0;      // [R, B, H]
-  void* state;         // [R, B, H] accumulation type: c of LSTM, h of GRU; read at step0, written at step1
-  void* y;             // [T, B, R, H] or null
-  void* h_n;           // [R, B, H] or null       written with step T - 1
-  void* saved;         // [window, B, R, S, H] or null
-  void* cells;         // [window, B, R, H] or null, LSTM only
-  void* checkpoints;   // [ceil(T / every), R, B, H] accumulation type, or null: the state that enters step j * every
+  const void* gx;                  // [window, B, R, G, H]  input product, with the biases that are added before the cell
+  const void* given;               // [window, B, R, G, H]  recurrent product, pointwise kernel only; of one step where it writes
+                                   //   workspace.operand
+  const void* w;                   // [R, G, H, H]
+  const void* bias;                // [R, apart, H]  recurrent biases of the gates that enter the cell apart, if there are any
+  const void* h0;                  // [R, B, H]
+  const void* hidden;              // [T, B, R, H] or null  y that is there already, pointwise kernel only: h at step0 is taken from it
+  void* carried[kMostStates];      // [R, B, H] accumulation type: h if the cell reads it, then the other states; read at step0,
+                                   //   written at step1
+  void* y;                         // [T, B, R, H] or null
+  void* h_n;                       // [R, B, H] or null  written with step T - 1
+  void* saved;                     // [window, B, R, S, H] or null
+  void* histories[kMostStates];    // [window, B, R, H]  of each state but h
+  void* checkpoints[kMostStates];  // [ceil(T / every), R, B, H] accumulation type, or null: each state but h as it enters step j * every
   int every;
-  bool cells_are_wide;  // cells in the accumulation type, else in the storage type
+  bool keeps_histories;
+  bool histories_are_wide;         // in the accumulation type, else in the storage type
 };
 
 struct BackwardLoop {
   Steps steps;
   Team team;
   Workspace workspace;
-  const void* dy;           // [T, B, R, H] or null
-  const void* given;        // [R, B, H] or null: the product, pointwise kernel only
-  const void* w;            // [R, G, H, H]
-  const void* states;       // LSTM: c_t [window, B, R, H], else h_t [T, B, R, H]
-  const void* first_state;  // [R, B, H]  what enters the first of these
-  const void* saved;        // [window, B, R, S, H]
-  void* dgates;             // [T, B, R, gradients, H]; the recurrent side's are the last G
-  void* dh;                 // [R, B, H] accumulation type, in: gradient of h after step1 - 1; out: before step0
-  void* dc;                 // [R, B, H] likewise of c, LSTM only
-  bool states_are_wide;     // LSTM's states and first_state in the accumulation type
-  bool close;               // after step 0, take its product too, into dh: the gradient of h0 (pointwise: only that)
+  const void* dy;                   // [T, B, R, H] or null
+  const void* given;                // [R, B, H] or null: the product, pointwise kernel only
+  const void* w;                    // [R, G, H, H]
+  const void* states[kMostStates];  // h_t [T, B, R, H], then a history [window, B, R, H] of each other state
+  const void* first[kMostStates];   // [R, B, H]  what enters the first of these
+  const void* saved;                // [window, B, R, S, H]
+  void* dgates;                     // [T, B, R, G + apart, H]; the recurrent side's are the last G
+  void* dstates[kMostStates];       // [R, B, H] accumulation type, in: gradient of each state after step1 - 1; out: before step0
+  bool histories_are_wide;          // and what enters them: in the accumulation type, else in the storage type
+  bool close;                       // after step 0, take its product too, into that of h: the gradient of h0 (pointwise: only that)
 };
 
 }  // namespace fused_rnn::cuda

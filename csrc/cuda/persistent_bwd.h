@@ -2,27 +2,27 @@
 // forward. The operand is the recurrent side of the gates' gradients, [NB, G C U]; its product with W_hh, transposed, is what
 // reaches the state of the step before.
 #pragma once
-#include "cell_bwd.h"
 #include "cta_rank.h"
+#include "unit_bwd.h"
 
 namespace fused_rnn::cuda {
 
-template <class Cell, class Number, int NT>
+template <class Cell, class Policy, int NT>
 FUSED_RNN_KERNEL(kThreads)
 persistent_bwd_kernel(const FUSED_RNN_GRID_CONSTANT BackwardLoop p) {
-  using Storage = typename Number::Storage;
-  using Operand = typename Number::Operand;
-  constexpr int G = Cell::gates, kGradients = Cell::gradients;
+  using Storage = typename Policy::Storage;
+  using Operand = typename Policy::Operand;
+  constexpr int G = Cell::gates, kAll = kGradients<Cell>;
   const Team& team = p.team;
   const CtaRank me(p.steps, team);
   const TimeIndex walk(p.steps, me.r);
-  const SharedLayout at = shared_layout(team, tile(Number::kKind, true, NT));
+  const SharedLayout at = shared_layout(team, tile(Policy::kPrecision, true, NT));
   Operand* operands = shared_array<Operand>(at.operands, at.operands_count);
   float* partial = shared_array<float>(at.partial, at.partial_count);
   const int width = p.steps.H, padded = team.members * team.units;
 
   clear(operands, at.operands_count);
-  Exchange<Number, true> exchange(team, p.workspace, operands, shared_array<uint64_t>(at.barriers, at.barriers_count), me.team, me.teams,
+  Exchange<Policy, true> exchange(team, p.workspace, operands, shared_array<uint64_t>(at.barriers, at.barriers_count), me.team, me.teams,
                                   me.index);
   sync_threads();
   exchange.invite();
@@ -33,35 +33,35 @@ persistent_bwd_kernel(const FUSED_RNN_GRID_CONSTANT BackwardLoop p) {
     const UnitIndex place(p.steps, me.r, me.first_b + b, 0);
     const int t = walk.time(p.steps.step1);
     if (!place.valid(t)) continue;
-    const Storage* left = static_cast<const Storage*>(p.dgates) + steps_size(p.steps, t, kGradients) + place.in_step(p.steps, kGradients);
+    const Storage* left = static_cast<const Storage*>(p.dgates) + steps_size(p.steps, t, kAll) + place.in_step(p.steps, kAll);
     for (int g = 0; g < G; ++g) {
       Operand* to = exchange.current() + b * exchange.stride() + g * padded;
-      const Storage* from = left + (g + kGradients - G) * width;
+      const Storage* from = left + (Cell::apart + g) * width;
       FUSED_RNN_UNROLL_BY(8)
-      for (int u = lane(); u < width; u += 32) to[u] = Number::operand(from[u]);
+      for (int u = lane(); u < width; u += 32) to[u] = Policy::operand(from[u]);
     }
   }
 
   const Storage* w = static_cast<const Storage*>(p.w) + int64_t(me.r) * G * width * width;
-  const Product<Number, true, NT> product(team, shared_array<uint4>(at.weights, at.weights_count),
-                                          BackwardWeights<Number>(w, G, width, padded, team.units, me.first_u));
+  const Product<Policy, true, NT> product(team, shared_array<uint4>(at.weights, at.weights_count),
+                                          BackwardWeights<Policy>(w, G, width, padded, team.units, me.first_u));
 
-  using Thread = BackwardCell<Cell, Storage, typename Number::Math>;
-  const CellIndex index[kCellsPerThread] = {{team, 0}, {team, 1}};
-  Thread cells[kCellsPerThread] = {{p, me.r, me.first_b + index[0].b, index[0].inside ? me.first_u + index[0].u : width},
-                                   {p, me.r, me.first_b + index[1].b, index[1].inside ? me.first_u + index[1].u : width}};
+  using Unit = BackwardUnit<Cell, Storage, typename Policy::Math>;
+  const ThreadUnit index[kUnitsPerThread] = {{team, 0}, {team, 1}};
+  Unit units[kUnitsPerThread] = {{p, me.r, me.first_b + index[0].b, index[0].inside ? me.first_u + index[0].u : width},
+                                 {p, me.r, me.first_b + index[1].b, index[1].inside ? me.first_u + index[1].u : width}};
   FUSED_RNN_UNROLL
-  for (int j = 0; j < kCellsPerThread; ++j) {
-    cells[j].resume(p, walk);
-    cells[j].fetch(p, walk, p.steps.step1 - 1);
+  for (int j = 0; j < kUnitsPerThread; ++j) {
+    units[j].resume(p, walk);
+    units[j].fetch(p, walk, p.steps.step1 - 1);
   }
-  const int chunk[kCellsPerThread] = {exchange.chunk_of(index[0].cell - lane()), exchange.chunk_of(index[1].cell - lane())};
+  const int chunk[kUnitsPerThread] = {exchange.chunk_of(index[0].i - lane()), exchange.chunk_of(index[1].i - lane())};
   exchange.open();
 
   const auto add = [&](int j) {
     float sum[1];
     product.sum(team, partial, index[j].u, 0, index[j].b, sum);
-    cells[j].add(sum[0]);
+    units[j].add(sum[0]);
   };
 
   for (int step = p.steps.step1 - 1; step >= p.steps.step0; --step) {
@@ -72,37 +72,37 @@ persistent_bwd_kernel(const FUSED_RNN_GRID_CONSTANT BackwardLoop p) {
       sync_threads();
     }
     FUSED_RNN_UNROLL
-    for (int j = 0; j < kCellsPerThread; ++j) {
-      if (!index[j].inside) break;  // the whole warp: a member's cells are a multiple of 32
+    for (int j = 0; j < kUnitsPerThread; ++j) {
+      if (!index[j].inside) break;  // the whole warp: a member's units are a multiple of 32
       if (has_future) add(j);
-      cells[j].run(p);
+      units[j].run(p);
       FUSED_RNN_UNROLL
-      for (int g = 0; g < G; ++g) exchange.put(index[j].b, g * padded + me.first_u + index[j].u, Number::operand(cells[j].recurrent(g)));
+      for (int g = 0; g < G; ++g) exchange.put(index[j].b, g * padded + me.first_u + index[j].u, Policy::operand(units[j].recurrent(g)));
     }
     if (step > p.steps.step0 || p.close) {  // else nobody would wait for it
       exchange.publish();
       FUSED_RNN_UNROLL
-      for (int j = 0; j < kCellsPerThread; ++j) exchange.template send<G>(chunk[j], me.first_u, padded);
+      for (int j = 0; j < kUnitsPerThread; ++j) exchange.template send<G>(chunk[j], me.first_u, padded);
     }
     exchange.arrive();
     FUSED_RNN_UNROLL
-    for (int j = 0; j < kCellsPerThread; ++j) cells[j].store(p, walk, step);
+    for (int j = 0; j < kUnitsPerThread; ++j) units[j].store(p, walk, step);
     if (step == p.steps.step0) break;
     FUSED_RNN_UNROLL
-    for (int j = 0; j < kCellsPerThread; ++j) cells[j].forget();
+    for (int j = 0; j < kUnitsPerThread; ++j) units[j].forget();
     FUSED_RNN_UNROLL
-    for (int j = 0; j < kCellsPerThread; ++j) cells[j].fetch(p, walk, step - 1);
+    for (int j = 0; j < kUnitsPerThread; ++j) units[j].fetch(p, walk, step - 1);
   }
   if (p.close) {
     exchange.wait();
     product.run(team, exchange.current(), partial);
     sync_threads();
     FUSED_RNN_UNROLL
-    for (int j = 0; j < kCellsPerThread; ++j)
+    for (int j = 0; j < kUnitsPerThread; ++j)
       if (index[j].inside) add(j);
   }
   FUSED_RNN_UNROLL
-  for (int j = 0; j < kCellsPerThread; ++j) cells[j].finish(p);
+  for (int j = 0; j < kUnitsPerThread; ++j) units[j].finish(p);
 }
 
 }  // namespace fused_rnn::cuda

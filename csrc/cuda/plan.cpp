@@ -17,8 +17,8 @@ constexpr double kBlock = 12;         // of a warp, a block's loads and its bran
 constexpr double kSharedBytes = 128;  // of shared memory a cycle
 constexpr double kWork = 0.8;         // of product and loads, which overlap, is seen
 // What a step takes beside, from the sums to the stores and the next input, the latency of an exchange between neighbours included; more in
-// backward, and where a thread has two cells.
-constexpr double kCell = 2225, kCellBackward = 170, kSecondCell = 630, kSecondCellBackward = 850;
+// backward, and where a thread has two units.
+constexpr double kCell = 2225, kCellBackward = 170, kSecondUnit = 630, kSecondUnitBackward = 850;
 constexpr double kTwoOnOne = 1.15;  // where a multiprocessor has two members
 constexpr double kClusterBytes = 17.5;  // that arrive a cycle, as fitted; by themselves 9 to 12
 constexpr double kGridLatency = 1800, kGridBytes = 53;  // beyond a cluster's, through L2; bytes from L2 a cycle
@@ -28,21 +28,21 @@ constexpr double kFma = 128;  // a cycle
 constexpr double kIssue = 90000, kProductFlops = 2048, kL2Bytes = 2500;
 
 Cycles estimate(const Request& q, const Plan& plan) {
-  const Tile t = tile(q.number, q.backward, plan.nt);
+  const Tile t = tile(q.precision, q.backward, plan.nt);
   const Team& team = plan.team;
   const double warps = team.warps_m * team.warps_k, fragments = warps * t.mt * team.blocks;
   const double rest = std::max(team.blocks - t.kr, 0) * warps * t.mt * t.registers * 128;
   // Without tensor cores a lane reads the whole of a block, 16 bytes at a time that all lanes share.
-  const double wavefronts = q.number == NumberKind::ieee ? 4.0 * team.rows : team.rows / 2.0;
-  const double operand = warps * team.blocks * wavefronts * kSharedBytes, cells = double(team.units) * team.rows;
+  const double wavefronts = q.precision == Precision::ieee ? 4.0 * team.rows : team.rows / 2.0;
+  const double operand = warps * team.blocks * wavefronts * kSharedBytes, elements = double(team.units) * team.rows;
   const double partial = 2.0 * team.warps_k * team.rows * team.warps_m * t.mt * t.rows * 4;
   Cycles c;
-  if (q.number == NumberKind::ieee) c.product = fragments * t.rows * t.depth * team.rows / kFma;
+  if (q.precision == Precision::ieee) c.product = fragments * t.rows * t.depth * team.rows / kFma;
   else c.product = std::max(2 * fragments * plan.nt / 4 * kMma, team.blocks * (kBlock + 2 * kMmaLatency / chains(t, plan.nt)));
   c.product *= kWork;
   c.loads = kWork * (rest + operand + partial) / kSharedBytes;
   c.cell = kCell + kCellBackward * q.backward;
-  if (cells > plan.threads) c.cell += kSecondCell + kSecondCellBackward * q.backward;
+  if (elements > plan.threads) c.cell += kSecondUnit + kSecondUnitBackward * q.backward;
   const double bytes = double(team.rows) * team.depth * t.size * (team.members - 1) / team.members;
   if (team.exchange == ExchangeKind::cluster) c.exchange = bytes / kClusterBytes;
   if (team.exchange == ExchangeKind::grid) c.exchange = kGridLatency + bytes / kGridBytes;
@@ -51,13 +51,13 @@ Cycles estimate(const Request& q, const Plan& plan) {
 
 double without_a_team(const Request& q, const Device& device) {
   const double weights = double(q.R) * q.gates * q.H * q.H;
-  const double rate = q.number == NumberKind::ieee ? 2 * kFma : q.number == NumberKind::tf32 ? kProductFlops / 2 : kProductFlops;
-  return kIssue + std::max(2 * weights * q.B / (rate * device.multiprocessors), weights * tile(q.number, false, 1).size / kL2Bytes);
+  const double rate = q.precision == Precision::ieee ? 2 * kFma : q.precision == Precision::tf32 ? kProductFlops / 2 : kProductFlops;
+  return kIssue + std::max(2 * weights * q.B / (rate * device.multiprocessors), weights * tile(q.precision, false, 1).size / kL2Bytes);
 }
 
 // The division of a CTA's warps with so many shares of the depth; false if the team cannot be.
 bool lay_out(const Request& q, const Device& device, int shares, Plan& plan) {
-  const Tile t = tile(q.number, q.backward, plan.nt);
+  const Tile t = tile(q.precision, q.backward, plan.nt);
   Team& team = plan.team;
   const int padded = team.members * team.units;
   team.depth = q.backward ? q.gates * padded : padded;
@@ -67,7 +67,7 @@ bool lay_out(const Request& q, const Device& device, int shares, Plan& plan) {
   team.blocks = ceil_div(blocks, shares);
   team.warps_k = ceil_div(blocks, team.blocks);
   if (team.warps_k != shares) return false;  // the same as with fewer
-  plan.threads = 32 * std::max(team.warps_m * team.warps_k, ceil_div(int64_t(team.units) * team.rows, kCellsPerThread * 32));
+  plan.threads = 32 * std::max(team.warps_m * team.warps_k, ceil_div(int64_t(team.units) * team.rows, kUnitsPerThread * 32));
   plan.shared = shared_layout(team, t).total;
   return plan.threads <= kThreads && plan.shared <= device.shared;
 }
@@ -121,9 +121,9 @@ void consider_units(const Request& q, const Device& device, ExchangeKind exchang
 bool insists(const Request& q) { return q.exchange >= 0 || q.members || q.rows; }
 
 std::string explain(const Request& q, const Device& device) {
-  if (q.number == NumberKind::f64) return "float64 has no tensor-core product: it runs stepwise";
+  if (q.precision == Precision::f64) return "float64 has no tensor-core product: it runs stepwise";
   if (device.arch < 80) return "sm_" + std::to_string(device.arch) + " is older than sm_80";
-  const Tile t = tile(q.number, q.backward, 1);
+  const Tile t = tile(q.precision, q.backward, 1);
   const int64_t weights = int64_t(q.gates) * q.H * q.H * t.size;
   return "W_hh of " + std::to_string(weights) + " bytes for each of " + std::to_string(q.R) + " recurrence(s) fits no team of " +
          std::to_string(device.multiprocessors) + " multiprocessors with " + std::to_string(device.shared) +
@@ -134,12 +134,13 @@ std::string explain(const Request& q, const Device& device) {
 
 Plan make_plan(const Request& q, const Device& device) {
   Plan best;
-  if (q.number != NumberKind::f64 && device.arch >= 80 && q.H < 1 << 16) {
+  if (q.precision != Precision::f64 && device.arch >= 80 && q.H < 1 << 16) {
     for (int exchange = 0; exchange < 3; ++exchange) {
       if (q.exchange >= 0 && q.exchange != exchange) continue;
       if (ExchangeKind(exchange) == ExchangeKind::cluster && device.arch < 90) continue;
       for (const int nt : kBatchTiles)
-        if (nt <= most_batch_tiles(q.number) && (!q.rows || q.rows == 8 * nt)) consider_units(q, device, ExchangeKind(exchange), nt, best);
+        if (nt <= most_batch_tiles(q.precision) && (!q.rows || q.rows == 8 * nt))
+          consider_units(q, device, ExchangeKind(exchange), nt, best);
     }
   }
   if (!best.nt) best.refusal = explain(q, device);

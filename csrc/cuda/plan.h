@@ -19,7 +19,7 @@ struct Device {
 };
 
 struct Request {
-  NumberKind number;
+  Precision precision;
   bool backward;
   int gates;
   int64_t B, H, R;

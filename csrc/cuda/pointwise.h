@@ -1,14 +1,14 @@
-// The loops without a product of their own: a thread a cell, the recurrent product given. They serve
+// The loops without a product of their own: a thread a unit, the recurrent product given. They serve
 //   save="recompute", whose gates are made again for a chunk of steps from one large product, and
 //   the stepwise path, where each step is a matrix product by cuBLAS and one of these launches for that step.
 #pragma once
-#include "cell_bwd.h"
-#include "cell_fwd.h"
 #include "layout.h"
+#include "unit_bwd.h"
+#include "unit_fwd.h"
 
 namespace fused_rnn::cuda {
 
-// The cell of this thread: [R, B, H] flattened, units innermost.
+// The unit of this thread: [R, B, H] flattened, units innermost.
 struct Flat {
   int r, b, u;
   bool inside;
@@ -31,25 +31,29 @@ pointwise_fwd_kernel(const FUSED_RNN_GRID_CONSTANT ForwardLoop p) {
   const Flat flat(p.steps);
   if (!flat.inside) return;
   const TimeIndex walk(p.steps, flat.r);
-  ForwardCell<Cell, Storage, Math> cell(p, walk, flat.r, flat.b, flat.u);
-  cell.enter();
-  cell.fetch(p, walk, p.steps.step0);
+  ForwardUnit<Cell, Storage, Math> unit(p, walk, flat.r, flat.b, flat.u);
+  if (p.hidden) {
+    unit.take(p, walk, p.hidden);
+    unit.take_carried();
+  }
+  unit.enter();
+  unit.fetch(p, walk, p.steps.step0);
   for (int step = p.steps.step0; step < p.steps.step1; ++step) {
     const int t = walk.time(step);
     const int held = p.workspace.operand ? 0 : t - walk.first_time;
-    const Storage* given = static_cast<const Storage*>(p.given) + steps_size(p.steps, held, G) + cell.at.in_step(p.steps, G);
-    const bool live = cell.at.live(p.steps, t);
+    const Storage* given = static_cast<const Storage*>(p.given) + steps_size(p.steps, held, G) + unit.at.in_step(p.steps, G);
+    const bool live = unit.at.live(p.steps, t);
     Acc recurrent[G];
     FUSED_RNN_UNROLL
     for (int g = 0; g < G; ++g) recurrent[g] = live ? Acc(widen(given[g * p.steps.H])) : Acc(0);
-    cell.run(walk, step, recurrent);
-    cell.store(p, walk, step);
-    if (p.workspace.operand) static_cast<Storage*>(p.workspace.operand)[cell.at.in_state(p.steps)] = cell.hidden();
+    unit.run(walk, step, recurrent);
+    unit.store(p, walk, step);
+    if (p.workspace.operand) static_cast<Storage*>(p.workspace.operand)[unit.at.in_state(p.steps)] = unit.hidden();
     if (step + 1 == p.steps.step1) break;
-    cell.enter();
-    cell.fetch(p, walk, step + 1);
+    unit.enter();
+    unit.fetch(p, walk, step + 1);
   }
-  cell.finish(p);
+  unit.finish(p);
 }
 
 // One step, step0, whose product with the gradients of the step after it is given: [R, B, H]; or, to close, that product alone.
@@ -60,16 +64,16 @@ pointwise_bwd_kernel(const FUSED_RNN_GRID_CONSTANT BackwardLoop p) {
   const Flat flat(p.steps);
   if (!flat.inside) return;
   const TimeIndex walk(p.steps, flat.r);
-  BackwardCell<Cell, Storage, Math> cell(p, flat.r, flat.b, flat.u);
-  cell.resume(p, walk);
-  const Acc product = p.given ? Acc(widen(static_cast<const Storage*>(p.given)[cell.at.in_state(p.steps)])) : Acc(0);
-  if (!p.close) cell.fetch(p, walk, p.steps.step0);
-  cell.add(product);
+  BackwardUnit<Cell, Storage, Math> unit(p, flat.r, flat.b, flat.u);
+  unit.resume(p, walk);
+  const Acc product = p.given ? Acc(widen(static_cast<const Storage*>(p.given)[unit.at.in_state(p.steps)])) : Acc(0);
+  if (!p.close) unit.fetch(p, walk, p.steps.step0);
+  unit.add(product);
   if (!p.close) {
-    cell.run(p);
-    cell.store(p, walk, p.steps.step0);
+    unit.run(p);
+    unit.store(p, walk, p.steps.step0);
   }
-  cell.finish(p);
+  unit.finish(p);
 }
 
 }  // namespace fused_rnn::cuda

@@ -1,7 +1,7 @@
 // The product of one step:  partial[share][row of the batch][row] = weights [rows x K] times the operand [NB x K].
 //
 // Warps stand in WM groups of MT m tiles; the WK warps of a group share the depth, and each leaves a sum of its own, which
-// the cells' threads add up. Warps beyond WM x WK have cells only. A warp's weights stay with it for all of time: the first KR blocks in
+// the units' threads add up. Warps beyond WM x WK have units only. A warp's weights stay with it for all of time: the first KR blocks in
 // registers, the rest in shared memory in the order in which its lanes read them.
 #pragma once
 #include "layout.h"
@@ -10,27 +10,27 @@
 
 namespace fused_rnn::cuda {
 
-template <class Number, bool kBackward, int NT>
+template <class Policy, bool kBackward, int NT>
 class Product {
-  using Operand = typename Number::Operand;
-  using Fragment = typename Number::Fragment;
-  static constexpr Tile kTile = tile(Number::kKind, kBackward, NT);
-  static constexpr int MT = kTile.mt, KR = kTile.kr, kQuads = Number::kRegisters / 4;
+  using Operand = typename Policy::Operand;
+  using Fragment = typename Policy::Fragment;
+  static constexpr Tile kTile = tile(Policy::kPrecision, kBackward, NT);
+  static constexpr int MT = kTile.mt, KR = kTile.kr, kQuads = Policy::kRegisters / 4;
   static constexpr int kChains = chains(kTile, NT);
   // Backward's FMA lanes with 16 rows have no register to spare: LSTM's and GRU's spilled on sm_100 and sm_120. So there they ask for the
   // weights of one block at a time, and keep no offsets from step to step. Elsewhere that would only make them slower.
-  static constexpr bool kTight = kIsBlackwell && Number::kKind == NumberKind::ieee && kBackward && NT == 2;
+  static constexpr bool kTight = kIsBlackwell && Policy::kPrecision == Precision::ieee && kBackward && NT == 2;
   static constexpr int kAhead = kTight ? 1 : 2;
-  using Sums = float[kChains][NT][MT][Number::kSums];
-  static_assert(kTile.rows == Number::kRows && kTile.depth == Number::kDepth && kTile.registers == Number::kRegisters,
-                "tiles.h and numbers.h");
+  using Sums = float[kChains][NT][MT][Policy::kSums];
+  static_assert(kTile.rows == Policy::kRows && kTile.depth == Policy::kDepth && kTile.registers == Policy::kRegisters,
+                "tiles.h and precision.h");
 
  public:
   // rest: this CTA's shared memory for what the registers do not hold.
   template <class Weights>
   FUSED_RNN_DEVICE Product(const Team& team, uint4* rest, const Weights& weights)
       : group_(int(threadIdx.x) / 32 % team.warps_m), share_(int(threadIdx.x) / 32 / team.warps_m) {
-    const int all = share_ < team.warps_k ? (team.depth + Number::kDepth - 1) / Number::kDepth : 0;
+    const int all = share_ < team.warps_k ? (team.depth + Policy::kDepth - 1) / Policy::kDepth : 0;
     first_ = share_ * team.blocks;
     count_ = first_ + team.blocks <= all ? team.blocks : first_ < all ? all - first_ : 0;
     rest_ = rest + int(threadIdx.x) / 32 * shared_blocks(team, kTile) * (MT * kQuads * 32) + lane();
@@ -43,26 +43,26 @@ class Product {
     if (share_ >= team.warps_k) return;
     int stride = operand_stride(team.depth, kTile);
     if (kTight) renew(stride);
-    operand += first_ * Number::kDepth;
+    operand += first_ * Policy::kDepth;
     Sums sums = {};
     multiply_held<0, KR>(sums, operand, stride);
     FUSED_RNN_UNROLL_BY(kAhead)
     for (int i = KR; i < count_; ++i) {
-      uint32_t a[MT][Number::kRegisters];
+      uint32_t a[MT][Policy::kRegisters];
       fetch(a, i - KR);
       Fragment b[NT];
-      read(b, operand + i * Number::kDepth, stride);
+      read(b, operand + i * Policy::kDepth, stride);
       multiply(0, sums, a, b);
     }
     const int rows = partial_stride(team, kTile);
-    float* out = partial + share_ * (8 * NT) * rows + group_ * (MT * Number::kRows);
+    float* out = partial + share_ * (8 * NT) * rows + group_ * (MT * Policy::kRows);
     FUSED_RNN_UNROLL
     for (int n = 0; n < NT; ++n) FUSED_RNN_UNROLL
     for (int m = 0; m < MT; ++m) {
       FUSED_RNN_UNROLL
       for (int chain = 1; chain < kChains; ++chain) FUSED_RNN_UNROLL
-      for (int i = 0; i < Number::kSums; ++i) sums[0][n][m][i] += sums[chain][n][m][i];
-      Number::store(sums[0][n][m], out + n * 8 * rows + m * Number::kRows, rows);
+      for (int i = 0; i < Policy::kSums; ++i) sums[0][n][m][i] += sums[chain][n][m][i];
+      Policy::store(sums[0][n][m], out + n * 8 * rows + m * Policy::kRows, rows);
     }
   }
 
@@ -89,7 +89,7 @@ class Product {
       FUSED_RNN_UNROLL
       for (int i = kBegin; i < kEnd; ++i) {
         Fragment b[NT];
-        read(b, operand + i * Number::kDepth, stride);
+        read(b, operand + i * Policy::kDepth, stride);
         multiply(i, sums, held_[i], b);
       }
     } else if constexpr (kEnd - kBegin > 1) {
@@ -107,16 +107,16 @@ class Product {
 
   FUSED_RNN_DEVICE static void read(Fragment (&b)[NT], const Operand* operand, int stride) {
     FUSED_RNN_UNROLL
-    for (int n = 0; n < NT; ++n) b[n] = Number::read(operand + n * 8 * stride, stride);
+    for (int n = 0; n < NT; ++n) b[n] = Policy::read(operand + n * 8 * stride, stride);
   }
-  FUSED_RNN_DEVICE static void multiply(int block, Sums& sums, const uint32_t (&a)[MT][Number::kRegisters], const Fragment (&b)[NT]) {
+  FUSED_RNN_DEVICE static void multiply(int block, Sums& sums, const uint32_t (&a)[MT][Policy::kRegisters], const Fragment (&b)[NT]) {
     FUSED_RNN_UNROLL
-    for (int n = 0; n < NT; ++n) Number::template multiply<MT>(sums[block * 2 % kChains][n], sums[(block * 2 + 1) % kChains][n], a, b[n]);
+    for (int n = 0; n < NT; ++n) Policy::template multiply<MT>(sums[block * 2 % kChains][n], sums[(block * 2 + 1) % kChains][n], a, b[n]);
   }
 
   FUSED_RNN_DEVICE uint4* place(int slot, int m, int quad) const { return rest_ + ((slot * MT + m) * kQuads + quad) * 32; }
-  FUSED_RNN_DEVICE int row0(int m) const { return (group_ * MT + m) * Number::kRows; }
-  FUSED_RNN_DEVICE int k0(int block) const { return (first_ + block) * Number::kDepth; }
+  FUSED_RNN_DEVICE int row0(int m) const { return (group_ * MT + m) * Policy::kRows; }
+  FUSED_RNN_DEVICE int k0(int block) const { return (first_ + block) * Policy::kDepth; }
 
   // In whole vectors, all that the registers hold in flight at once: a launch waits for memory once, not once a block.
   template <class Weights>
@@ -131,7 +131,7 @@ class Product {
     for (int i = KR; i < count_; ++i) {
       FUSED_RNN_UNROLL
       for (int m = 0; m < MT; ++m) {
-        uint32_t a[Number::kRegisters];
+        uint32_t a[Policy::kRegisters];
         weights.load(row0(m), k0(i), a);
         FUSED_RNN_UNROLL
         for (int q = 0; q < kQuads; ++q) *place(i - KR, m, q) = {a[4 * q], a[4 * q + 1], a[4 * q + 2], a[4 * q + 3]};
@@ -158,10 +158,10 @@ class Product {
     FUSED_RNN_UNROLL_BY(1)
     for (int i = 0; i < MT * kQuads; ++i) {
       const int m = i / kQuads, q = i % kQuads;
-      *place(slot, m, q) = weights.quad(row0(m) + Number::row(q), k0(block) + Number::depth(q));
+      *place(slot, m, q) = weights.quad(row0(m) + Policy::row(q), k0(block) + Policy::depth(q));
     }
   }
-  FUSED_RNN_DEVICE void fetch(uint32_t (&a)[MT][Number::kRegisters], int slot) const {
+  FUSED_RNN_DEVICE void fetch(uint32_t (&a)[MT][Policy::kRegisters], int slot) const {
     FUSED_RNN_UNROLL
     for (int m = 0; m < MT; ++m) {
       FUSED_RNN_UNROLL
@@ -174,7 +174,7 @@ class Product {
 
   int group_, share_, first_, count_;
   uint4* rest_;
-  uint32_t held_[KR][MT][Number::kRegisters];
+  uint32_t held_[KR][MT][Policy::kRegisters];
 };
 
 }  // namespace fused_rnn::cuda

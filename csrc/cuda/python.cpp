@@ -1,5 +1,9 @@
-// The Python module of the CUDA loops: plans, and runs by address. fused_rnn/backends/cuda.py checks what it passes; the same source, built
-// over the emulator, is what the tests run on the CPU.
+// The Python module of the CUDA loops: plans, and loops that are bound to addresses and run. fused_rnn/backends/cuda.py checks what it
+// passes; the same source, built over the emulator, is what the tests run on the CPU.
+#include <optional>
+#include <tuple>
+
+#include "../cells/all.h"
 #include "../pybind.h"
 #include "bind_plan.h"
 #include "run.h"
@@ -17,68 +21,26 @@ extern uint64_t emulated_seed;
 
 namespace {
 
-// Addresses arrive as integers, None as 0.
+using Address = uintptr_t;  // 0 for an array that is not there
+using Addresses = std::vector<Address>;
+
 template <class T = void>
-T* at(const py::dict& given, const char* name) {
-  if (!given.contains(name) || given[name].is_none()) return nullptr;
-  return reinterpret_cast<T*>(given[name].cast<uintptr_t>());
+T* at(Address address) {
+  return reinterpret_cast<T*>(address);
 }
-int64_t number(const py::dict& given, const char* name, int64_t otherwise = 0) {
-  return given.contains(name) ? given[name].cast<int64_t>() : otherwise;
-}
-
-Steps steps_of(const py::dict& given) {
-  Steps s{};
-  s.T = int(number(given, "T"));
-  s.step0 = int(number(given, "step0"));
-  s.step1 = int(number(given, "step1", s.T));
-  s.window0 = int(number(given, "window0"));
-  s.window1 = int(number(given, "window1", s.T));
-  s.reversed = given["reversed"].cast<uint64_t>();
-  s.period = int(number(given, "period", 1));
-  s.lengths = at<const int64_t>(given, "lengths");
-  s.reset = at<const int32_t>(given, "reset");
-  s.B = int(number(given, "B"));
-  s.R = int(number(given, "R"));
-  s.H = int(number(given, "H"));
-  return s;
+template <class T>
+void fill(T* (&to)[kMostStates], const Addresses& from) {
+  if (from.size() > kMostStates)
+    throw py::value_error("got the arrays of " + std::to_string(from.size()) + " states, expected at most " + std::to_string(kMostStates));
+  for (size_t i = 0; i < from.size(); ++i) to[i] = at<T>(from[i]);
 }
 
-ForwardLoop forward_of(const py::dict& given) {
-  ForwardLoop loop{};
-  loop.steps = steps_of(given);
-  loop.gx = at(given, "gx");
-  loop.given = at(given, "given");
-  loop.w = at(given, "w");
-  loop.bias = at(given, "bias");
-  loop.h0 = at(given, "h0");
-  loop.state = at(given, "state");
-  loop.y = at(given, "y");
-  loop.h_n = at(given, "h_n");
-  loop.saved = at(given, "saved");
-  loop.cells = at(given, "cells");
-  loop.checkpoints = at(given, "checkpoints");
-  loop.workspace.operand = at(given, "entering");
-  loop.every = int(number(given, "every", 1));
-  loop.cells_are_wide = number(given, "cells_are_wide") != 0;
-  return loop;
-}
-
-BackwardLoop backward_of(const py::dict& given) {
-  BackwardLoop loop{};
-  loop.steps = steps_of(given);
-  loop.dy = at(given, "dy");
-  loop.given = at(given, "given");
-  loop.w = at(given, "w");
-  loop.states = at(given, "states");
-  loop.first_state = at(given, "first_state");
-  loop.saved = at(given, "saved");
-  loop.dgates = at(given, "dgates");
-  loop.dh = at(given, "dh");
-  loop.dc = at(given, "dc");
-  loop.states_are_wide = number(given, "states_are_wide") != 0;
-  loop.close = number(given, "close") != 0;
-  return loop;
+// All of time, or the window of it that the arrays hold.
+Steps within(Steps steps, const std::optional<std::pair<int, int>>& window) {
+  std::tie(steps.window0, steps.window1) = window.value_or(std::pair{0, steps.T});
+  steps.step0 = steps.window0;
+  steps.step1 = steps.window1;
+  return steps;
 }
 
 void raise(const std::string& error) {
@@ -87,21 +49,37 @@ void raise(const std::string& error) {
 
 // Without Python's lock: other threads go on while the driver makes room in its queue.
 template <class Run>
-void run_unlocked(const Run& run) {
+void unlocked(const Run& run) {
   std::string error;
   {
-    const py::gil_scoped_release unlocked;
+    const py::gil_scoped_release release;
     error = run();
   }
   raise(error);
 }
 
+template <class Loop>
+py::class_<Bound<Loop>> bind_loop(py::module_& m, const char* name) {
+  return py::class_<Bound<Loop>>(m, name, py::module_local())
+      .def_property_readonly("workspace_bytes", &Bound<Loop>::workspace_bytes)
+      .def(
+          "run",
+          [](const Bound<Loop>& loop, Address workspace, Address stream) { unlocked([&] { return loop.run(at(workspace), at(stream)); }); },
+          "All of its steps.")
+      .def("run_step",
+           [](const Bound<Loop>& loop, int step, Address stream) { unlocked([&] { return loop.run_step(step, at(stream)); }); });
+}
+
 }  // namespace
 
 PYBIND11_MODULE(FUSED_RNN_MODULE, m) {
-  m.doc() = "The CUDA loops of fused_rnn: plans, and launches by address.";
+  m.doc() = "The CUDA loops of fused_rnn: plans, and loops bound to addresses.";
   bind_plan(m);
   m.attr("ARCHITECTURES") = FUSED_RNN_ARCHITECTURES;
+  py::list cells;
+  for (const CellDescriptor& cell : kCells.of)
+    if (cell.name) cells.append(cell.name);
+  m.attr("CELLS") = py::tuple(cells);
   m.def(
       "device",
       [](int index) {
@@ -114,28 +92,62 @@ PYBIND11_MODULE(FUSED_RNN_MODULE, m) {
 #if defined(FUSED_RNN_EMULATE)
   m.def("seed", [](uint64_t seed) { emulated_seed = seed; }, "The order in which the emulator's threads run.");
 #endif
-  m.def("workspace_bytes", [](const Plan& plan, int kind, int64_t R) {
-    const WorkspaceBytes bytes = workspace_bytes(plan, NumberKind(kind), R);
-    return bytes.arrived + bytes.operand;
-  });
-  m.def("forward", [](int cell, int kind, const Plan& plan, uintptr_t workspace, uintptr_t stream, const py::dict& given) {
-    const ForwardLoop loop = forward_of(given);
-    run_unlocked([&] {
-      return run_forward(Cell(cell), NumberKind(kind), loop, plan, reinterpret_cast<void*>(workspace), reinterpret_cast<void*>(stream));
-    });
-  });
-  m.def("backward", [](int cell, int kind, const Plan& plan, uintptr_t workspace, uintptr_t stream, const py::dict& given) {
-    const BackwardLoop loop = backward_of(given);
-    run_unlocked([&] {
-      return run_backward(Cell(cell), NumberKind(kind), loop, plan, reinterpret_cast<void*>(workspace), reinterpret_cast<void*>(stream));
-    });
-  });
-  m.def("pointwise_forward", [](int cell, int kind, uintptr_t stream, const py::dict& given) {
-    const ForwardLoop loop = forward_of(given);
-    run_unlocked([&] { return run_pointwise(Cell(cell), NumberKind(kind), loop, reinterpret_cast<void*>(stream)); });
-  });
-  m.def("pointwise_backward", [](int cell, int kind, uintptr_t stream, const py::dict& given) {
-    const BackwardLoop loop = backward_of(given);
-    run_unlocked([&] { return run_pointwise(Cell(cell), NumberKind(kind), loop, reinterpret_cast<void*>(stream)); });
-  });
+  py::class_<Steps>(m, "Steps", py::module_local())
+      .def(py::init([](int T, int B, int R, int H, uint64_t reversed, int period, Address lengths, Address reset) {
+             return Steps{T, 0, T, 0, T, reversed, period, at<const int64_t>(lengths), at<const int32_t>(reset), B, R, H, 0, 0};
+           }),
+           py::kw_only(), py::arg("T"), py::arg("B"), py::arg("R"), py::arg("H"), py::arg("reversed"), py::arg("period") = 1,
+           py::arg("lengths") = 0, py::arg("reset") = 0);
+
+  const Addresses none;
+  bind_loop<ForwardLoop>(m, "Forward")
+      .def(py::init([](const std::string& cell, int precision, const Plan* plan, const Steps& steps,
+                       std::optional<std::pair<int, int>> window, Address gx, Address given, Address w, Address bias, Address h0,
+                       Address hidden, const Addresses& carried, Address y, Address h_n, Address saved, const Addresses& histories,
+                       const Addresses& checkpoints, int every, Address entering, bool wide) {
+             ForwardLoop loop{};
+             loop.steps = within(steps, window);
+             loop.gx = at(gx);
+             loop.given = at(given);
+             loop.w = at(w);
+             loop.bias = at(bias);
+             loop.h0 = at(h0);
+             loop.hidden = at(hidden);
+             fill(loop.carried, carried);
+             loop.y = at(y);
+             loop.h_n = at(h_n);
+             loop.saved = at(saved);
+             fill(loop.histories, histories);
+             loop.keeps_histories = !histories.empty();
+             fill(loop.checkpoints, checkpoints);
+             loop.every = every;
+             loop.workspace.operand = at(entering);
+             loop.histories_are_wide = wide;
+             return Bound<ForwardLoop>(cell, Precision(precision), plan, loop);
+           }),
+           py::arg("cell"), py::arg("precision"), py::arg("plan"), py::arg("steps"), py::kw_only(), py::arg("window") = py::none(),
+           py::arg("gx"), py::arg("given") = 0, py::arg("w") = 0, py::arg("bias") = 0, py::arg("h0"), py::arg("hidden") = 0,
+           py::arg("carried") = none, py::arg("y") = 0, py::arg("h_n") = 0, py::arg("saved") = 0, py::arg("histories") = none,
+           py::arg("checkpoints") = none, py::arg("every") = 1, py::arg("entering") = 0, py::arg("wide") = false);
+  bind_loop<BackwardLoop>(m, "Backward")
+      .def(py::init([](const std::string& cell, int precision, const Plan* plan, const Steps& steps,
+                       std::optional<std::pair<int, int>> window, Address dy, Address given, Address w, const Addresses& states,
+                       const Addresses& first, Address saved, Address dgates, const Addresses& dstates, bool wide) {
+             BackwardLoop loop{};
+             loop.steps = within(steps, window);
+             loop.dy = at(dy);
+             loop.given = at(given);
+             loop.w = at(w);
+             fill(loop.states, states);
+             fill(loop.first, first);
+             loop.saved = at(saved);
+             loop.dgates = at(dgates);
+             fill(loop.dstates, dstates);
+             loop.histories_are_wide = wide;
+             return Bound<BackwardLoop>(cell, Precision(precision), plan, loop);
+           }),
+           py::arg("cell"), py::arg("precision"), py::arg("plan"), py::arg("steps"), py::kw_only(), py::arg("window") = py::none(),
+           py::arg("dy") = 0, py::arg("given") = 0, py::arg("w") = 0, py::arg("states"), py::arg("first"), py::arg("saved") = 0,
+           py::arg("dgates"), py::arg("dstates"), py::arg("wide") = false)
+      .def("close", [](const Bound<BackwardLoop>& loop, Address stream) { unlocked([&] { return loop.close(at(stream)); }); });
 }

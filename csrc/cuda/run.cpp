@@ -1,8 +1,8 @@
 #include "run.h"
 
 #include <algorithm>
+#include <type_traits>
 
-#include "kernels.h"
 #include "layout.h"
 
 namespace fused_rnn::cuda {
@@ -10,63 +10,80 @@ namespace {
 
 constexpr int kCounterWords = 32;  // each team's counter has 128 bytes to itself
 
-int tiles_of_a_launch(const Plan& plan) {
-  return plan.team.exchange == ExchangeKind::grid ? std::min(plan.tiles_at_once, plan.tiles) : plan.tiles;
-}
-
 const char* kNotBuilt = "this build has no kernel for the problem";
-
-template <class Loop>
-std::string run(void (*kernel)(Loop), NumberKind number, Loop loop, const Plan& plan, void* workspace, void* stream) {
-  if (!kernel) return kNotBuilt;
-  const bool grid = plan.team.exchange == ExchangeKind::grid;
-  const WorkspaceBytes bytes = workspace_bytes(plan, number, loop.steps.R);
-  uint32_t* arrived = static_cast<uint32_t*>(workspace);
-  if (grid) {
-    if (std::string error = clear(arrived, bytes.arrived / 4, stream); !error.empty()) return error;
-    loop.workspace.operand = static_cast<char*>(workspace) + bytes.arrived;
-  }
-  loop.team = plan.team;
-  const int at_once = tiles_of_a_launch(plan);
-  for (int tile = 0; tile < plan.tiles; tile += at_once) {
-    loop.steps.tile0 = tile;
-    loop.steps.tiles = std::min(at_once, plan.tiles - tile);
-    if (grid) loop.workspace.arrived = arrived + int64_t(tile) * loop.steps.R * kCounterWords;
-    const Shape shape{int64_t(loop.steps.tiles) * loop.steps.R * plan.team.members, plan.threads,
-                      plan.team.exchange == ExchangeKind::cluster ? plan.team.members : 1, plan.shared, grid};
-    if (std::string error = launch(kernel, loop, shape, stream); !error.empty()) return error;
-  }
-  return {};
-}
-
-template <class Loop>
-std::string run_flat(void (*kernel)(Loop), const Loop& loop, void* stream) {
-  if (!kernel) return kNotBuilt;
-  const int64_t cells = int64_t(loop.steps.R) * loop.steps.B * loop.steps.H;
-  return launch(kernel, loop, {(cells + kPointwiseThreads - 1) / kPointwiseThreads, kPointwiseThreads, 1, 0, false}, stream);
-}
 
 int index_of(int nt) { return int(std::find(std::begin(kBatchTiles), std::end(kBatchTiles), nt) - std::begin(kBatchTiles)); }
 
 }  // namespace
 
-WorkspaceBytes workspace_bytes(const Plan& plan, NumberKind number, int64_t R) {
-  if (plan.team.exchange != ExchangeKind::grid) return {0, 0};
-  const int64_t teams = R * tiles_of_a_launch(plan);
-  return {R * plan.tiles * kCounterWords * 4, 2 * teams * plan.team.rows * plan.team.depth * tile(number, false, plan.nt).size};
+template <class Loop>
+Bound<Loop>::Bound(std::string_view cell, Precision precision, const Plan* plan, const Loop& loop)
+    : loop_(loop), plan_(plan ? *plan : Plan{}), has_plan_(plan != nullptr) {
+  constexpr bool kForward = std::is_same_v<Loop, ForwardLoop>;
+  const Kernels kernels = find_kernels(cell, precision);
+  if constexpr (kForward) pointwise_ = kernels.pointwise_fwd;
+  else pointwise_ = kernels.pointwise_bwd;
+  if (!has_plan_) return;
+  if constexpr (kForward) persistent_ = kernels.persistent_fwd[index_of(plan_.nt)];
+  else persistent_ = kernels.persistent_bwd[index_of(plan_.nt)];
+  if constexpr (!kForward) loop_.close = loop_.steps.step0 == 0;
+  loop_.team = plan_.team;
+  tiles_of_a_launch_ = plan_.tiles;
+  if (plan_.team.exchange != ExchangeKind::grid) return;
+  tiles_of_a_launch_ = std::min(plan_.tiles_at_once, plan_.tiles);
+  arrived_bytes_ = int64_t(loop_.steps.R) * plan_.tiles * kCounterWords * 4;
+  operand_bytes_ =
+      2 * int64_t(loop_.steps.R) * tiles_of_a_launch_ * plan_.team.rows * plan_.team.depth * tile(precision, false, plan_.nt).size;
 }
 
-std::string run_forward(Cell cell, NumberKind number, ForwardLoop loop, const Plan& plan, void* workspace, void* stream) {
-  return run(find_kernels(cell, number).persistent_fwd[index_of(plan.nt)], number, loop, plan, workspace, stream);
+template <class Loop>
+std::string Bound<Loop>::run(void* workspace, void* stream) const {
+  if (!has_plan_) return run_pointwise(loop_, stream);
+  if (!persistent_) return kNotBuilt;
+  const bool grid = plan_.team.exchange == ExchangeKind::grid;
+  Loop loop = loop_;
+  uint32_t* arrived = static_cast<uint32_t*>(workspace);
+  if (grid) {
+    if (std::string error = clear(arrived, arrived_bytes_ / 4, stream); !error.empty()) return error;
+    loop.workspace.operand = static_cast<char*>(workspace) + arrived_bytes_;
+  }
+  for (int tile = 0; tile < plan_.tiles; tile += tiles_of_a_launch_) {
+    loop.steps.tile0 = tile;
+    loop.steps.tiles = std::min(tiles_of_a_launch_, plan_.tiles - tile);
+    if (grid) loop.workspace.arrived = arrived + int64_t(tile) * loop.steps.R * kCounterWords;
+    const Shape shape{int64_t(loop.steps.tiles) * loop.steps.R * plan_.team.members, plan_.threads,
+                      plan_.team.exchange == ExchangeKind::cluster ? plan_.team.members : 1, plan_.shared, grid};
+    if (std::string error = launch(persistent_, loop, shape, stream); !error.empty()) return error;
+  }
+  return {};
 }
-std::string run_backward(Cell cell, NumberKind number, BackwardLoop loop, const Plan& plan, void* workspace, void* stream) {
-  return run(find_kernels(cell, number).persistent_bwd[index_of(plan.nt)], number, loop, plan, workspace, stream);
+
+template <class Loop>
+std::string Bound<Loop>::run_step(int step, void* stream) const {
+  Loop loop = loop_;
+  loop.steps.step0 = step;
+  loop.steps.step1 = step + 1;
+  if constexpr (std::is_same_v<Loop, BackwardLoop>)
+    if (step + 1 == loop.steps.T) loop.given = nullptr;
+  return run_pointwise(loop, stream);
 }
-std::string run_pointwise(Cell cell, NumberKind number, const ForwardLoop& loop, void* stream) {
-  return run_flat(find_kernels(cell, number).pointwise_fwd, loop, stream);
+
+template <class Loop>
+std::string Bound<Loop>::close(void* stream) const {
+  Loop loop = loop_;
+  loop.steps.step0 = loop.steps.step1 = 0;
+  if constexpr (std::is_same_v<Loop, BackwardLoop>) loop.close = true;
+  return run_pointwise(loop, stream);
 }
-std::string run_pointwise(Cell cell, NumberKind number, const BackwardLoop& loop, void* stream) {
-  return run_flat(find_kernels(cell, number).pointwise_bwd, loop, stream);
+
+template <class Loop>
+std::string Bound<Loop>::run_pointwise(const Loop& loop, void* stream) const {
+  if (!pointwise_) return kNotBuilt;
+  const int64_t units = int64_t(loop.steps.R) * loop.steps.B * loop.steps.H;
+  return launch(pointwise_, loop, {(units + kPointwiseThreads - 1) / kPointwiseThreads, kPointwiseThreads, 1, 0, false}, stream);
 }
+
+template class Bound<ForwardLoop>;
+template class Bound<BackwardLoop>;
 
 }  // namespace fused_rnn::cuda

@@ -1,25 +1,41 @@
-// A loop over time, or a range of its steps, in as many launches as the plan asks for.
+// A loop over time, bound once to its kernels, its plan and its arrays, then run: all of it, in as many launches as the plan asks for,
+// or step by step.
 #pragma once
 #include <string>
 
-#include "../params.h"
+#include "kernels.h"
 #include "launch.h"
 #include "plan.h"
 
 namespace fused_rnn::cuda {
 
-// Bytes of the workspace of a run: `arrived` first, then the operand. Zero but for the grid exchange.
-struct WorkspaceBytes {
-  int64_t arrived, operand;
+template <class Loop>  // ForwardLoop or BackwardLoop
+class Bound {
+ public:
+  // plan: of the persistent kernel; null where the product is given. loop: its team, tiles and workspace are filled in here.
+  Bound(std::string_view cell, Precision precision, const Plan* plan, const Loop& loop);
+
+  // Of a run: a counter for each team, then the operand. Zero but for the grid exchange.
+  int64_t workspace_bytes() const { return arrived_bytes_ + operand_bytes_; }
+
+  // Each returns what went wrong, or an empty text.
+  // By the plan; without one, forward, by the pointwise kernel: `given` holds the product of every step.
+  std::string run(void* workspace, void* stream) const;
+  // One step by the pointwise kernel: `given` holds its product. Backward the last step has none.
+  std::string run_step(int step, void* stream) const;
+  // Backward, after step 0: takes the product of its gradients into that of h.
+  std::string close(void* stream) const;
+
+ private:
+  using Kernel = void (*)(Loop);
+  std::string run_pointwise(const Loop& loop, void* stream) const;
+
+  Loop loop_;
+  Plan plan_;
+  bool has_plan_;
+  Kernel persistent_ = nullptr, pointwise_;
+  int tiles_of_a_launch_ = 0;
+  int64_t arrived_bytes_ = 0, operand_bytes_ = 0;
 };
-WorkspaceBytes workspace_bytes(const Plan& plan, NumberKind number, int64_t R);
-
-// Each returns what went wrong, or an empty text. loop.team, tiles, tile0 and workspace are filled in here.
-std::string run_forward(Cell cell, NumberKind number, ForwardLoop loop, const Plan& plan, void* workspace, void* stream);
-std::string run_backward(Cell cell, NumberKind number, BackwardLoop loop, const Plan& plan, void* workspace, void* stream);
-
-// Without a product: `given` holds it. Forward over the steps of the range, backward one step, or with `close` none.
-std::string run_pointwise(Cell cell, NumberKind number, const ForwardLoop& loop, void* stream);
-std::string run_pointwise(Cell cell, NumberKind number, const BackwardLoop& loop, void* stream);
 
 }  // namespace fused_rnn::cuda

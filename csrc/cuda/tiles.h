@@ -1,16 +1,16 @@
 // The tiles that kernels are compiled for. The weights that a warp keeps in registers, MT x KR fragments of 8 (float: 16) registers, are
-// half of the 255 that a thread of 256 may have: what is left holds the sums, two cells' states and the addresses.
+// half of the 255 that a thread of 256 may have: what is left holds the sums, two units' states and the addresses.
 #pragma once
 #include "../cells/math.h"
 
 namespace fused_rnn::cuda {
 
-enum class NumberKind : int { bf16, f16, tf32, ieee, f64 };  // f64 runs stepwise only
+enum class Precision : int { bf16, f16, tf32, ieee, f64 };  // f64 runs stepwise only
 
 struct Tile {
   int mt;         // m tiles of a warp
   int kr;         // blocks of depth in registers
-  int rows;       // of an m tile: numbers.h's kRows, kDepth, kRegisters
+  int rows;       // of an m tile: precision.h's kRows, kDepth, kRegisters
   int depth;
   int registers;
   int size;       // bytes of an element
@@ -19,15 +19,15 @@ struct Tile {
 constexpr int kThreads = 256;
 constexpr int kBatchTiles[] = {1, 2, 4};  // NT: rows of the batch in eights
 // Without tensor cores a lane has 8 sums for 8 rows of the batch: 32 rows leave no registers for anything else.
-constexpr int most_batch_tiles(NumberKind number) { return number == NumberKind::ieee ? 2 : 4; }
+constexpr int most_batch_tiles(Precision precision) { return precision == Precision::ieee ? 2 : 4; }
 
 // Forward's rows are G U, so two m tiles a warp share each fragment of the operand; backward's are only U, but its depth is G C U.
 // KR is what ptxas fits without a spill.
-FUSED_RNN_HD constexpr Tile tile(NumberKind number, bool backward, int nt) {
-  switch (number) {
-    case NumberKind::bf16:
-    case NumberKind::f16: return backward ? Tile{1, nt == 4 ? 10 : 13, 16, 32, 8, 2} : Tile{2, nt == 4 ? 4 : nt == 2 ? 6 : 8, 16, 32, 8, 2};
-    case NumberKind::tf32: return backward ? Tile{1, nt == 4 ? 9 : 13, 16, 16, 8, 4} : Tile{2, nt == 4 ? 4 : nt == 2 ? 6 : 7, 16, 16, 8, 4};
+FUSED_RNN_HD constexpr Tile tile(Precision precision, bool backward, int nt) {
+  switch (precision) {
+    case Precision::bf16:
+    case Precision::f16: return backward ? Tile{1, nt == 4 ? 10 : 13, 16, 32, 8, 2} : Tile{2, nt == 4 ? 4 : nt == 2 ? 6 : 8, 16, 32, 8, 2};
+    case Precision::tf32: return backward ? Tile{1, nt == 4 ? 9 : 13, 16, 16, 8, 4} : Tile{2, nt == 4 ? 4 : nt == 2 ? 6 : 7, 16, 16, 8, 4};
     default: return Tile{1, nt == 2 || backward ? 1 : 3, 32, 16, 16, 4};
   }
 }

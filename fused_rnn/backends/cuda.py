@@ -23,7 +23,6 @@ DIFFERENTIABLE = False  # fused_rnn.autograd's Functions wrap the ops
 stack = None  # functional runs the layers one by one
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-_WIDEST = 4  # vectors of H that are kept, or made, per step at most
 _LIMIT = 1 << 31  # offsets within a step, and numbers of steps, take 32 bits; a step's place takes 64
 
 
@@ -32,9 +31,8 @@ def supports(problem: Problem) -> str | None:
     reason = module.refusal(problem.device)
     if reason is not None:
         return reason
-    if problem.dtype not in _DTYPES:
-        return f"it knows float32, float64, bfloat16 and float16, not {problem.dtype}"
-    if (reason := unknown(problem.cell, launch.CODES)) is not None:
+    reason = _unable(problem.dtype, problem.cell, problem.batch, problem.recurrences, problem.hidden_size)
+    if reason is not None:
         return reason
     if problem.hidden_size == 0:
         return "it has no loop over no hidden units"
@@ -42,9 +40,19 @@ def supports(problem: Problem) -> str | None:
         return "it has no forward-mode derivative"
     if problem.functionalized:
         return "torch.func.functionalize has no rule for its gradient"
-    step = problem.batch * problem.recurrences * problem.hidden_size * _WIDEST
+    return None
+
+
+def _unable(dtype: torch.dtype, cell: str, batch: int, recurrences: int, hidden: int) -> str | None:
+    """Why the kernels cannot run such a layer on any device, or None."""
+    if dtype not in _DTYPES:
+        return f"it knows float32, float64, bfloat16 and float16, not {dtype}"
+    if (reason := unknown(cell, module.loaded().CELLS)) is not None:
+        return reason
+    widest = max(CELLS[cell].gradients, CELLS[cell].saved)  # vectors of H that are kept, or made, per step
+    step = batch * recurrences * hidden * widest
     if step >= _LIMIT:
-        return f"B·R·H·{_WIDEST} = {step} is beyond the 2^31 that its kernels can address in a step"
+        return f"B·R·H·{widest} = {step} is beyond the 2^31 that its kernels can address in a step"
     return None
 
 
@@ -53,10 +61,10 @@ def describe(problem: Problem) -> str:
     if supports(problem) is not None:
         return "nothing here"
     device = module.device_index(torch.device(problem.device))
-    kind, gates = plans.number_kind(problem.dtype), CELLS[problem.cell].gates
+    precision, gates = plans.precision(problem.dtype), CELLS[problem.cell].gates
     loops = []
     for backward in (False, True)[: 1 + problem.needs_grad]:
-        plan = plans.ask(device, kind, backward, gates, problem.batch, problem.hidden_size, problem.recurrences)
+        plan = plans.ask(device, precision, backward, gates, problem.batch, problem.hidden_size, problem.recurrences)
         loops.append(f"{'backward' if backward else 'forward'}: {plan}")
     return f"{module.where(device)}; {'; '.join(loops)}"
 
@@ -65,15 +73,11 @@ def _loops(layer: Layer, x: Tensor, backward: bool) -> Loops:
     reason = module.refusal(x.device.type)
     if reason is None and x.is_cuda:
         reason = module.refusal_of_gpu(module.device_index(x.device))
+    reason = reason or _unable(x.dtype, layer.cell.name, layer.batch, layer.recurrences, layer.hidden)
+    if reason is None and layer.steps >= _LIMIT:
+        reason = f"got T = {layer.steps}, expected less than 2^31"
     if reason is not None:
         raise RuntimeError(f"x: {reason}")
-    if x.dtype not in _DTYPES:
-        raise RuntimeError(f"x: got {x.dtype}, expected float32, float64, bfloat16 or float16")
-    if layer.steps >= _LIMIT:
-        raise RuntimeError(f"x: got T = {layer.steps}, expected less than 2^31")
-    step = layer.batch * layer.recurrences * layer.hidden * _WIDEST
-    if step >= _LIMIT:
-        raise RuntimeError(f"x: B·R·H·{_WIDEST} = {step}, expected less than 2^31")
     return launch.Loops(layer, x, backward)
 
 

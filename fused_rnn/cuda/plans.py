@@ -38,8 +38,8 @@ def override(exchange: str | None = None, members: int = 0, rows: int = 0) -> It
         _forced = before
 
 
-def number_kind(dtype: torch.dtype) -> int:
-    """The loops' NumberKind: how products are taken."""
+def precision(dtype: torch.dtype) -> int:
+    """csrc/cuda's Precision: how products are taken."""
     return NUMBERS.index(number_of(dtype, tf32_allowed()))
 
 

@@ -73,9 +73,12 @@ def run(module: Recurrent, input: Any, hx: Any, lengths: Any, reset: Any) -> Res
             return _run_unbatched(module, input, hx, weights, lengths, reset)
         if not module.batch_first:
             return _run_layers(module, input, weights, hx, lengths, reset)
-        # The loops read steps that lie one after the other. Copied here, and not in each of them, it is the copy that
-        # backward has, and the caller may write to the input.
-        y, hx = _run_layers(module, input.transpose(0, 1).contiguous(), weights, hx, lengths, reset)
+        x = input.transpose(0, 1)
+        if not x.is_cpu:
+            # There the products read steps that lie one after the other. Copied here, and not in each of them, it is
+            # the copy that backward has.
+            x = x.contiguous()
+        y, hx = _run_layers(module, x, weights, hx, lengths, reset)
         return (y.transpose_(0, 1) if is_unshared(y, module._fused_backend) else y.transpose(0, 1)), hx
     except ValueError as error:
         return refuse(module, weights, input, hx, error)

@@ -16,7 +16,7 @@ from fused_rnn.cells import CELLS
 from fused_rnn.stream.runners import DTYPES, NARROW, PLAIN, Buffered, Packed, Runner
 from fused_rnn.transforms import op_gradient
 
-State = Tensor | tuple[Tensor, Tensor]
+State = Tensor | tuple[Tensor, ...]
 
 
 class Stream:
@@ -77,10 +77,13 @@ class Stream:
         with torch.inference_mode(False), torch.no_grad():
             wide = torch.float64 if self.dtype == torch.float64 else torch.float32
             place: dict[str, Any] = {"dtype": wide if packs else self.dtype, "device": self.device}
-            self._h = torch.zeros(num_layers, batch_size, width, **place)
-            self._c = torch.zeros(num_layers, batch_size, hidden, **place) if len(CELLS[cell].states) > 1 else None
-            kind = Packed if packs else Buffered
-            self._runner: Runner = kind(cell, backend, weights, self.input_size, sizes, self._h, self._c, self.dtype)
+            # By the states' names: h [L, B, P], the others [L, B, H].
+            self._states = {
+                name: torch.zeros(num_layers, batch_size, hidden if k else width, **place)
+                for k, name in enumerate(CELLS[cell].states)
+            }
+            kind, states = Packed if packs else Buffered, list(self._states.values())
+            self._runner: Runner = kind(cell, backend, weights, self.input_size, sizes, states, self.dtype)
             self._runner.take(flat)
         self._quick = self._runner.quick
 
@@ -138,7 +141,7 @@ class Stream:
                 expected = f"[B] = [{self.batch_size}] of torch.bool on {self.device}"
                 raise ValueError(f"mask: got {got}, expected {expected}")
         with torch.no_grad():
-            for buffer in self._buffers().values():
+            for buffer in self._states.values():
                 if mask is None:
                     buffer.zero_()
                 else:
@@ -147,28 +150,29 @@ class Stream:
     @property
     def state(self) -> State:
         """A copy of the state, h [L, B, P], for an LSTM (h, c [L, B, H]), of the module's dtype. Setting copies too."""
-        h = self._h.to(self.dtype, copy=True)
-        return h if self._c is None else (h, self._c.to(self.dtype, copy=True))
+        states = [buffer.to(self.dtype, copy=True) for buffer in self._states.values()]
+        return states[0] if len(states) == 1 else tuple(states)
 
     @state.setter
     def state(self, value: State) -> None:
-        pair = self._c is not None
-        if pair and not (isinstance(value, (tuple, list)) and len(value) == 2):
-            raise TypeError(f"state: got {type(value).__name__}, expected a pair (h, c) of tensors")
-        given = tuple(value) if pair else (value,)
-        for (name, buffer), new in zip(self._buffers().items(), given, strict=True):
+        several = len(self._states) > 1
+        if several and not (isinstance(value, (tuple, list)) and len(value) == len(self._states)):
+            names = ", ".join(self._states)
+            raise TypeError(f"state: got {type(value).__name__}, expected a pair ({names}) of tensors")
+        given = tuple(value) if several else (value,)
+        for (name, buffer), new in zip(self._states.items(), given, strict=True):
             self._check(f"state ({name})", new, tuple(buffer.shape), "[L, B, P]" if name == "h" else "[L, B, H]")
         with torch.no_grad():
-            for buffer, new in zip(self._buffers().values(), given, strict=True):
+            for buffer, new in zip(self._states.values(), given, strict=True):
                 buffer.copy_(new)
 
     def state_dict(self) -> dict[str, Tensor]:
         """A copy of the state, "h" and for an LSTM "c", in the dtype it is kept in, for an exact continuation."""
-        return {name: buffer.clone() for name, buffer in self._buffers().items()}
+        return {name: buffer.clone() for name, buffer in self._states.items()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Continue from what `state_dict` gave. Raises ValueError for other names or shapes."""
-        buffers = self._buffers()
+        buffers = self._states
         if state.keys() != buffers.keys():
             raise ValueError(f"state: got the names {sorted(state)}, expected {sorted(buffers)}")
         for name, buffer in buffers.items():
@@ -200,9 +204,6 @@ class Stream:
 
     def __reduce__(self) -> Any:
         return _again, (self._cell, self._read, self._options, self.state_dict())
-
-    def _buffers(self) -> dict[str, Tensor]:
-        return {"h": self._h} if self._c is None else {"h": self._h, "c": self._c}
 
     def _check(self, name: str, t: Tensor, shape: tuple[int, ...], letters: str) -> None:
         if checks.in_transform():

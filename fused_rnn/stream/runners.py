@@ -42,20 +42,19 @@ class Packed:
         weights: str | None,
         input_size: int,
         sizes: tuple[int, int, Kinds],
-        h: Tensor,
-        c: Tensor | None,
+        states: list[Tensor],
         dtype: torch.dtype,
     ) -> None:
         self.sizes = sizes
         hidden, self._width, self._kinds = sizes
-        layers, batch, _ = h.shape
+        layers, batch, _ = states[0].shape
         self._narrow = weights
         self._native = ops._C.Stream(
             cell, DTYPES[dtype], NARROW[weights], batch, input_size, hidden, self._width, layers,
-            self._kinds.projects, [t.data_ptr() for t in (h, c) if t is not None],
+            self._kinds.projects, [state.data_ptr() for state in states],
         )  # fmt: skip
-        self._state = h, c  # whose memory the native stream works in
-        like = torch.empty(batch, self._width, dtype=dtype, device=h.device)
+        self._states = states  # whose memory the native stream works in
+        like = torch.empty(batch, self._width, dtype=dtype, device=states[0].device)
         self.quick: Quick | None = None if ops.fast_path is None else self._native.fast_path(like)
 
     def take(self, weights: Sequence[Tensor]) -> None:
@@ -99,12 +98,11 @@ class Buffered:
         _weights: str | None,
         _input_size: int,
         sizes: tuple[int, int, Kinds],
-        h: Tensor,
-        c: Tensor | None,
+        states: list[Tensor],
         _dtype: torch.dtype,
     ) -> None:
         self.sizes = sizes
-        self._h, self._c = h, c
+        self._states = states
         self._weights: list[Tensor] = []
         self._cell, self._backend = cell, backend
 
@@ -124,8 +122,8 @@ class Buffered:
             return self._advance(x)
 
     def _advance(self, x: Tensor) -> Tensor:
-        states = [self._h] if self._c is None else [self._h, self._c]
-        y, *after = layers.run(self._cell, x, self._weights, states, self._h.size(0), backend=self._backend)
+        states = self._states
+        y, *after = layers.run(self._cell, x, self._weights, states, states[0].size(0), backend=self._backend)
         for state, new in zip(states, after, strict=True):
             state.copy_(new)
         return y

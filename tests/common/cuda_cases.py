@@ -1,4 +1,4 @@
-"""The CUDA backend's test cases: every cell, number and exchange; odd shapes and options meet in pairs.
+"""The CUDA backend's test cases: every cell, precision and exchange; odd shapes and options meet in pairs.
 
 They run in the emulator, by plans for its device, which is as large as an H100.
 """
@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 import fused_rnn
 
 DEVICE = (90, 132, 227 * 1024, tuple(132 // size for size in range(1, 17)))  # csrc/emulated/launch.cpp
-NUMBERS = {
+PRECISIONS = {
     "bf16": torch.bfloat16,
     "f16": torch.float16,
     "tf32": torch.float32,
@@ -36,7 +36,7 @@ EXCHANGES: dict[str, dict[str, Any]] = {
 }
 CHOICES: dict[str, tuple[Any, ...]] = {
     "cell": ("lstm", "gru", "rnn_tanh", "rnn_relu"),
-    "number": tuple(NUMBERS),
+    "precision": tuple(PRECISIONS),
     "exchange": tuple(EXCHANGES),
     "T": (1, 2, 7, 65),
     "B": (1, 3, 33),
@@ -53,12 +53,12 @@ Row = dict[str, Any]
 
 
 @cache
-def _has_plan(cell: str, number: str, exchange: str, batch: int, hidden: int, recurrences: int) -> bool:
-    if exchange == "stepwise" or number == "f64":
+def _has_plan(cell: str, precision: str, exchange: str, batch: int, hidden: int, recurrences: int) -> bool:
+    if exchange == "stepwise" or precision == "f64":
         return exchange == "stepwise"
     return all(
         fused_rnn.plan(
-            cell, batch, hidden, dtype=NUMBERS[number], tf32=number == "tf32", recurrences=recurrences,
+            cell, batch, hidden, dtype=PRECISIONS[precision], tf32=precision == "tf32", recurrences=recurrences,
             backward=backward, device=DEVICE, **EXCHANGES[exchange],
         ).reason is None
         for backward in (False, True)
@@ -68,10 +68,10 @@ def _has_plan(cell: str, number: str, exchange: str, batch: int, hidden: int, re
 def _possible(row: Row) -> bool:
     if row["T"] * row["H"] * row["B"] > 65 * 3 * 130:  # seconds in the emulator
         return False
-    rounds = row["number"] in ("bf16", "f16", "tf32")
+    rounds = row["precision"] in ("bf16", "f16", "tf32")
     if row["cell"] == "rnn_relu" and rounds and row["T"] > 2 and (row["T"] > 7 or row["H"] > 33):
         return False  # at its kink rounding alone decides for a relu; of many such, torch's one result says little
-    return _has_plan(*(row[name] for name in ("cell", "number", "exchange", "B", "H")), 1 + row["bidirectional"])
+    return _has_plan(*(row[name] for name in ("cell", "precision", "exchange", "B", "H")), 1 + row["bidirectional"])
 
 
 def _pairs(row: Row) -> Iterator[tuple[Any, ...]]:
@@ -79,13 +79,13 @@ def _pairs(row: Row) -> Iterator[tuple[Any, ...]]:
 
 
 def _rows() -> list[Row]:
-    """Every cell with every number by every exchange, each with those choices of many whose pairs have met least."""
+    """Every cell with every precision by every exchange, each with those choices of many whose pairs have met least."""
     dice, met, rows = random.Random(0), set(), []
-    for cell, number, exchange in itertools.product(*(CHOICES[name] for name in ("cell", "number", "exchange"))):
+    for cell, precision, exchange in itertools.product(*(CHOICES[name] for name in ("cell", "precision", "exchange"))):
         found = []
         for _ in range(300):
             row = {name: dice.choice(values) for name, values in CHOICES.items()}
-            row |= {"cell": cell, "number": number, "exchange": exchange}
+            row |= {"cell": cell, "precision": precision, "exchange": exchange}
             if _possible(row):
                 found.append(row)
         if found:
@@ -100,8 +100,8 @@ def rows() -> list[Row]:
 
 
 def case_of(row: Row) -> Case:
-    options = {name: value for name, value in row.items() if name not in ("number", "exchange")}
-    return Case(**options, dtype=NUMBERS[row["number"]])
+    options = {name: value for name, value in row.items() if name not in ("precision", "exchange")}
+    return Case(**options, dtype=PRECISIONS[row["precision"]])
 
 
 # --- torch in TF32: see tolerances.py

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from cases import PROJECTIONS, Case, Inputs, inputs
-from cuda_cases import EXCHANGES, NUMBERS, Row, by_torch_in_tf32, case_of, rounded, rows
+from cuda_cases import EXCHANGES, PRECISIONS, Row, by_torch_in_tf32, case_of, rounded, rows
 from emulated import on_the_emulator
 from nonfinite import assert_as_in_torch, with_nan, with_silence
 from oracle import Results, by_backend, by_reference, by_torch, forward
@@ -33,40 +33,44 @@ pytestmark = [
 QUICK = ("test_schema", "test_faketensor")
 
 
-def check(case: Case, number: str, seed: int = 0, given: Inputs | None = None, **forced: Any) -> None:
+def check(case: Case, precision: str, seed: int = 0, given: Inputs | None = None, **forced: Any) -> None:
     given = inputs(case) if given is None else given
-    with tf32(number == "tf32"), on_the_emulator(seed, **forced):
+    with tf32(precision == "tf32"), on_the_emulator(seed, **forced):
         ours = by_backend(case, given, "cuda")
-    torchs = by_torch_in_tf32(case, given) if number == "tf32" else by_torch(case, given)
+    torchs = by_torch_in_tf32(case, given) if precision == "tf32" else by_torch(case, given)
     assert_as_good_as_torch(ours, torchs, by_reference(case, given))
 
 
 # --- the loops
 
 
-@pytest.mark.parametrize("row", rows(), ids=lambda row: f"{row['number']}-{row['exchange']}-{case_of(row)}")
+@pytest.mark.parametrize("row", rows(), ids=lambda row: f"{row['precision']}-{row['exchange']}-{case_of(row)}")
 def test_every_loop(row: Row) -> None:
-    check(case_of(row), row["number"], seed=row["H"] + row["T"], **EXCHANGES[row["exchange"]])
+    check(case_of(row), row["precision"], seed=row["H"] + row["T"], **EXCHANGES[row["exchange"]])
 
 
-@pytest.mark.parametrize("number", NUMBERS)
+@pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("cell", CELLS)
-def test_what_the_planner_chooses(cell: str, number: str) -> None:
+def test_what_the_planner_chooses(cell: str, precision: str) -> None:
     """A stack of layers with everything, by the plans of an H100."""
-    case = Case(cell, T=4, layers=2, bidirectional=True, lengths=True, reset=True, dtype=NUMBERS[number])
-    check(case, number)
+    case = Case(cell, T=4, layers=2, bidirectional=True, lengths=True, reset=True, dtype=PRECISIONS[precision])
+    check(case, precision)
 
 
 PROJECTED = [
-    *((number, Case("lstm", T=4, B=4, H=9, dtype=NUMBERS[number], **o)) for number in NUMBERS for o in PROJECTIONS),
+    *(
+        (precision, Case("lstm", T=4, B=4, H=9, dtype=PRECISIONS[precision], **o))
+        for precision in PRECISIONS
+        for o in PROJECTIONS
+    ),
     ("ieee", Case("lstm", T=6, B=5, H=9, proj=3, lengths=True, bidirectional=True, reset=True, save="recompute")),
 ]
 
 
-@pytest.mark.parametrize(("number", "case"), PROJECTED, ids=str)
-def test_projections(number: str, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("precision", "case"), PROJECTED, ids=str)
+def test_projections(precision: str, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fused_rnn.gpu.run.CHECKPOINT_EVERY", 3)
-    check(case, number)
+    check(case, precision)
 
 
 @pytest.mark.parametrize("exchange", ["cta", "cluster2", "grid", "stepwise"])
@@ -81,16 +85,16 @@ def test_gates_are_made_again_chunk_by_chunk(cell: str, exchange: str, monkeypat
 
 
 @pytest.mark.parametrize("exchange", ["cta", "cluster2", "grid", "stepwise"])
-@pytest.mark.parametrize("number", ["bf16", "ieee"])
+@pytest.mark.parametrize("precision", ["bf16", "ieee"])
 @pytest.mark.parametrize("cell", CELLS)
-def test_what_is_not_finite(cell: str, number: str, exchange: str) -> None:
+def test_what_is_not_finite(cell: str, precision: str, exchange: str) -> None:
     def run(case: Case, given: Inputs) -> Results:
         with on_the_emulator(**EXCHANGES[exchange]):
             return by_backend(case, given, "cuda")
 
     for case in (
-        Case(cell, T=4, D=5, bidirectional=True, dtype=NUMBERS[number]),
-        Case(cell, T=3, D=5, hx=False, save="recompute", dtype=NUMBERS[number]),
+        Case(cell, T=4, D=5, bidirectional=True, dtype=PRECISIONS[precision]),
+        Case(cell, T=3, D=5, hx=False, save="recompute", dtype=PRECISIONS[precision]),
     ):
         for make in (with_silence, with_nan):
             assert_as_in_torch(case, make(case), run)
@@ -109,9 +113,9 @@ def test_results_are_no_views() -> None:
 @pytest.mark.parametrize("rows_", [8, 16, 32])
 def test_every_batch_tile(rows_: int) -> None:
     """A tile more than the batch fills, and one that it fills in part; none of 32 rows without tensor cores."""
-    for number in ("bf16", "tf32", "ieee") if rows_ < 32 else ("bf16", "tf32"):
-        case = Case("lstm", T=3, B=35, H=20, dtype=NUMBERS[number], lengths=True)
-        check(case, number, exchange="cluster", rows=rows_)
+    for precision in ("bf16", "tf32", "ieee") if rows_ < 32 else ("bf16", "tf32"):
+        case = Case("lstm", T=3, B=35, H=20, dtype=PRECISIONS[precision], lengths=True)
+        check(case, precision, exchange="cluster", rows=rows_)
 
 
 def test_more_teams_than_fit_at_once() -> None:

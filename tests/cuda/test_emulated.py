@@ -11,15 +11,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import emulated_build as build
 import pytest
 
-from .emulated import build, cases, mutations
+from .emulated import cases, mutations
 
 DRIVER = Path(build.__file__).parent / "drive.py"
 pytestmark = pytest.mark.skipif(shutil.which(build.CXX) is None, reason=f"no {build.CXX}")
 
-# Every cell in every number, and of these six with all of their tiles, not the smallest alone.
-SANITIZED = [(cell, number) for cell in build.CELLS for number in build.NUMBERS]
+# Every cell in every precision, and of these six with all of their tiles, not the smallest alone.
+SANITIZED = [(cell, precision) for cell in build.CELLS for precision in build.PRECISIONS]
 ALL_TILES = {
     *(("lstm", "bf16"), ("gru", "bf16"), ("rnn_tanh", "bf16")),
     *(("gru", "tf32"), ("lstm", "ieee"), ("rnn_relu", "ieee")),
@@ -49,8 +50,8 @@ def drive(flavour: str, library: Path, told: list[cases.Case], seeds: int, folde
 
 @pytest.mark.parametrize("kernel", SANITIZED, ids="-".join)
 def test_address_and_undefined_behaviour(kernel: tuple[str, str], tmp_path: Path) -> None:
-    library = build.module("asan", build.Instance(*kernel, smallest=kernel in SMALLEST))
-    told = [case for case in sanitized() if (case.cell, case.number) == kernel]
+    library = build.module("asan", [build.Instance(*kernel, smallest=kernel in SMALLEST)])
+    told = [case for case in sanitized() if (case.cell, case.precision) == kernel]
     assert told
     assert not (found := drive("asan", library, told, SEEDS, tmp_path)), found
 
@@ -58,16 +59,16 @@ def test_address_and_undefined_behaviour(kernel: tuple[str, str], tmp_path: Path
 @pytest.mark.parametrize("kernel", [("lstm", "bf16"), ("gru", "bf16"), ("rnn_tanh", "tf32")], ids="-".join)
 def test_races(kernel: tuple[str, str], tmp_path: Path) -> None:
     is_smallest = kernel in SMALLEST
-    library = build.module("races", build.Instance(*kernel, smallest=is_smallest))
+    library = build.module("races", [build.Instance(*kernel, smallest=is_smallest)])
     told = cases.pairwise([kernel], {kernel} if is_smallest else set(), seed=2, small=True)
     assert not (found := drive("races", library, told, 1, tmp_path)), found
 
 
 def test_cases_are_many() -> None:
-    """Every cell and number meets every exchange, every length of a loop, and so on."""
+    """Every cell in every precision meets every exchange, every length of a loop, and so on."""
     told = sanitized()
     for kernel in SANITIZED:
-        met = [case for case in told if (case.cell, case.number) == kernel]
+        met = [case for case in told if (case.cell, case.precision) == kernel]
         for name in ("exchange", "T", "B", "directions", "lengths", "reset", "save", "every"):
             choices = set(cases.CHOICES[name])
             if kernel[1] == "f64" and name == "exchange":
@@ -82,7 +83,7 @@ def test_cases_are_many() -> None:
 @pytest.mark.parametrize("cut", ["y", "h_n", "saved", "dgates"])
 def test_a_write_past_a_global_array_is_caught(cut: str, tmp_path: Path) -> None:
     """AddressSanitizer watches the arrays that the loops are given."""
-    library = build.module("asan", build.Instance("gru", "ieee"))
+    library = build.module("asan", [build.Instance("gru", "ieee")])
     found = drive("asan", library, [cases.Case("gru", "ieee", "cta", 2, 3, 5)], 1, tmp_path, cut)
     assert "AddressSanitizer: heap-buffer-overflow" in found, found
 
@@ -90,7 +91,7 @@ def test_a_write_past_a_global_array_is_caught(cut: str, tmp_path: Path) -> None
 @pytest.mark.parametrize("name", mutations.MUTATIONS)
 def test_mistake_is_caught(name: str, tmp_path: Path) -> None:
     mutation = mutations.MUTATIONS[name]
-    library = build.module(mutation.by, mutation.instance, mutations.plant(mutation, tmp_path))
+    library = build.module(mutation.by, [mutation.instance], mutations.plant(mutation, tmp_path))
     found = drive(mutation.by, library, list(mutation.cases), mutations.SEEDS[mutation.by], tmp_path)
     assert mutation.says in found, found or "not caught"
 
@@ -103,5 +104,5 @@ def test_without_a_mistake_all_is_well(by: str, tmp_path: Path) -> None:
         if mutation.by == by:
             told[mutation.instance] |= set(mutation.cases)
     for instance, some in told.items():
-        library = build.module(by, instance)
+        library = build.module(by, [instance])
         assert not (found := drive(by, library, sorted(some), mutations.SEEDS[by], tmp_path)), found

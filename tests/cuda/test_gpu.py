@@ -54,12 +54,12 @@ def data(steps: int, batch: int, device: str = "cuda") -> Tensor:
     return torch.randn(steps, batch, 24, device=device, dtype=torch.bfloat16, requires_grad=True)
 
 
-@pytest.mark.parametrize("row", rows(), ids=lambda row: f"{row['number']}-{row['exchange']}-{case_of(row)}")
+@pytest.mark.parametrize("row", rows(), ids=lambda row: f"{row['precision']}-{row['exchange']}-{case_of(row)}")
 def test_every_loop(row: Row) -> None:
     """test_backend's cases, beside torch on the same GPU in the same precision."""
     case = case_of(row)
     given = here(inputs(case))
-    in_tf32 = row["number"] == "tf32"
+    in_tf32 = row["precision"] == "tf32"
     with tf32(in_tf32), plans.override(**EXCHANGES[row["exchange"]]):
         try:
             ours = by_backend(case, given, "cuda")

@@ -78,14 +78,14 @@ def test_steps_are_of_the_teams_that_the_planner_chooses(cubin: ModuleType, back
         )
         assert launch.plan == chosen
         assert f"H={launch.hidden}, {chosen.exchange} of {chosen.members}, " in name
-    for number in ("bf16", "tf32"):
+    for precision in ("bf16", "tf32"):
         for rows in (8, 16, 32):
-            assert cubin.teams("lstm", number, backward, rows)
+            assert cubin.teams("lstm", precision, backward, rows)
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on the PATH")
 def test_a_file_of_kernels_compiles(cubin: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cubin.main(["--arch", "sm_80", "--cell", "rnn_tanh", "--number", "f64", "--jobs", "1"]) == 0
+    assert cubin.main(["--arch", "sm_80", "--cell", "rnn_tanh", "--precision", "f64", "--jobs", "1"]) == 0
     printed = capsys.readouterr().out
     assert "rnn_tanh f64 pointwise_fwd" in printed
     assert "2 kernels compiled for sm_80; 0 with a fault" in printed
@@ -93,7 +93,7 @@ def test_a_file_of_kernels_compiles(cubin: ModuleType, capsys: pytest.CaptureFix
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on the PATH")
 def test_what_does_not_compile_fails(cubin: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cubin.main(["--arch", "sm_1", "--cell", "rnn_tanh", "--number", "f64", "--jobs", "1"]) == 1
+    assert cubin.main(["--arch", "sm_1", "--cell", "rnn_tanh", "--precision", "f64", "--jobs", "1"]) == 1
     assert "FAULT sm_1 rnn_tanh f64: nvcc fatal" in capsys.readouterr().out
 
 
@@ -102,7 +102,7 @@ def test_what_does_not_compile_fails(cubin: ModuleType, capsys: pytest.CaptureFi
 def test_a_step_is_timed(cubin: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     if cubin.find_cuobjdump() is None:
         pytest.skip("no cuobjdump")
-    assert cubin.main(["--arch", "sm_90a", "--cell", "rnn_tanh", "--number", "bf16", "--jobs", "1"]) == 0
+    assert cubin.main(["--arch", "sm_90a", "--cell", "rnn_tanh", "--precision", "bf16", "--jobs", "1"]) == 0
     printed = capsys.readouterr().out
     for kernel, team in (
         ("fwd NT=1", "H=128, cluster"),

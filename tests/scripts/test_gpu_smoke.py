@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from cuda_cases import DEVICE
-from cuda_cases import NUMBERS as DTYPES
+from cuda_cases import PRECISIONS as DTYPES
 from emulated import on_the_emulator
 from gpu_scripts import script
 from torch import Tensor

@@ -83,7 +83,7 @@ FUSED_RNN_DEVICE bool barrier_complete(uint64_t* b, unsigned parity) {
 
 // Until the phase of that parity is complete; what was stored to its account is visible then.
 FUSED_RNN_DEVICE void barrier_wait(uint64_t* b, unsigned parity) {
-  for (const SpinTimeout patience; !barrier_complete(b, parity);) patience.spend("2 s for the peers' slices of the operand");
+  for (const SpinTimeout timeout; !barrier_complete(b, parity);) timeout.spend("2 s for the peers' slices of the operand");
 }
 
 // 16 bytes to another CTA of the cluster; `barrier`, in the same CTA as the destination, is told when they are there.

@@ -10,20 +10,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from cuda_cases import PRECISIONS
 from tolerances import TIMES_TORCH, ULPS, error
 from torch import Tensor
 
+from fused_rnn.cells import CELLS
+
 from . import reference
 
-GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
-STORAGE = {
-    "bf16": torch.bfloat16,
-    "f16": torch.float16,
-    "tf32": torch.float32,
-    "ieee": torch.float32,
-    "f64": torch.float64,
-}
-EPS = {name: torch.finfo(dtype).eps for name, dtype in STORAGE.items()} | {"tf32": 2.0**-10}
+EPS = {name: torch.finfo(dtype).eps for name, dtype in PRECISIONS.items()} | {"tf32": 2.0**-10}
 
 # ExchangeKind, members, and hidden sizes that such a team can have: units of a member are a multiple of 16.
 EXCHANGES: dict[str, tuple[int, int, tuple[int, ...]]] = {
@@ -40,7 +35,7 @@ EXCHANGES: dict[str, tuple[int, int, tuple[int, ...]]] = {
 
 class Case(NamedTuple):
     cell: str
-    number: str
+    precision: str
     exchange: str
     T: int
     B: int
@@ -56,7 +51,7 @@ class Case(NamedTuple):
     def name(self) -> str:
         options = ("lengths" * self.lengths, "reset" * self.reset, self.save)
         shape = f"T{self.T} B{self.B} H{self.H} {self.directions} rows{self.rows}"
-        return " ".join([self.cell, self.number, self.exchange, shape, *filter(None, options)])
+        return " ".join([self.cell, self.precision, self.exchange, shape, *filter(None, options)])
 
 
 CHOICES: dict[str, tuple[Any, ...]] = {
@@ -86,9 +81,9 @@ def _possible(row: dict[str, Any], smallest: set[tuple[str, str]]) -> bool:
     kind, members, widths = EXCHANGES[row["exchange"]]
     if row["H"] not in widths or (row["cell"].startswith("rnn") and row["save"] == "recompute"):
         return False
-    if row["number"] == "f64" and kind >= 0:
+    if row["precision"] == "f64" and kind >= 0:
         return False
-    if row["number"] == "ieee" and row["rows"] > (16 if row["H"] < 200 else 8):  # what fits
+    if row["precision"] == "ieee" and row["rows"] > (16 if row["H"] < 200 else 8):  # what fits
         return False
     units = 16 * -(-row["H"] // (16 * members)) if members else 16
     if units * row["rows"] > 512:  # two cells a thread
@@ -114,8 +109,8 @@ def pairwise(
         while True:
             row: dict[str, Any] = {}
             row["kernel"] = drawn.choice(choices["kernel"])
-            row["cell"], row["number"] = row["kernel"]
-            row["exchange"] = "stepwise" if row["number"] == "f64" else drawn.choice(choices["exchange"])
+            row["cell"], row["precision"] = row["kernel"]
+            row["exchange"] = "stepwise" if row["precision"] == "f64" else drawn.choice(choices["exchange"])
             widths = EXCHANGES[row["exchange"]][2]
             row["H"] = drawn.choice(widths[:2] if small else widths)
             for name in choices:
@@ -146,7 +141,7 @@ def _raw(t: Tensor, dtype: torch.dtype) -> np.ndarray[Any, Any]:
 def job(case: Case) -> dict[str, Any]:
     """What drive.py needs: the case, its inputs, the results in float64 and the error that each may have."""
     generator = torch.Generator().manual_seed(hash_of(case))
-    dtype, gates, recurrences = STORAGE[case.number], GATES[case.cell], len(case.directions)
+    dtype, spec, recurrences = PRECISIONS[case.precision], CELLS[case.cell], len(case.directions)
     steps, batch, units = case.T, case.B, case.H
 
     def normal(*shape: int, scale: float = 1.0) -> Tensor:
@@ -154,17 +149,16 @@ def job(case: Case) -> dict[str, Any]:
         return drawn.to(dtype).double()
 
     given = {
-        "gx": normal(steps, batch, recurrences, gates, units),
-        "w": normal(recurrences, gates, units, units, scale=units**-0.5),
-        "bias": normal(recurrences, units, scale=0.3),
-        "h0": normal(recurrences, batch, units, scale=0.5),
-        "c0": normal(recurrences, batch, units, scale=0.5),
+        "gx": normal(steps, batch, recurrences, spec.gates, units),
+        "w": normal(recurrences, spec.gates, units, units, scale=units**-0.5),
+        "bias": normal(recurrences, spec.apart, units, scale=0.3),
         "dy": normal(steps, batch, recurrences, units),
-        "dh": normal(recurrences, batch, units),
-        "dc": normal(recurrences, batch, units),
         "lengths": torch.full((batch,), steps),
         "reset": torch.zeros(steps, batch, dtype=torch.int32),
     }
+    for i in range(len(spec.states)):
+        given[f"s{i}"] = normal(recurrences, batch, units, scale=0.5)
+        given[f"ds{i}"] = normal(recurrences, batch, units)
     if case.lengths:  # one sequence at least is whole, and where there are several one is empty
         given["lengths"] = torch.randint(1, steps + 1, (batch,), generator=generator)
         given["lengths"][0], given["lengths"][batch // 2] = 0, steps
@@ -174,27 +168,35 @@ def job(case: Case) -> dict[str, Any]:
     if case.cell == "rnn_relu":
         reference.leave_the_kink(given, backwards, dtype)
     right = reference.run(case.cell, given, backwards, torch.float64)
-    own = reference.run(case.cell, given, backwards, dtype, tf32=case.number == "tf32")
+    own = reference.run(case.cell, given, backwards, dtype, tf32=case.precision == "tf32")
     allowed = {}
     for name, t in right.items():
         # A gradient's rounding is that of the largest gradient: it may be what a cancellation has left.
         scale = max(1.0, float(t.abs().max()))
-        allowed[name] = TIMES_TORCH * error(own[name], t) + ULPS * EPS[case.number] * scale
-    if case.number == "f64":
+        allowed[name] = TIMES_TORCH * error(own[name], t) + ULPS * EPS[case.precision] * scale
+    if case.precision == "f64":
         allowed = {name: 1e-11 * max(1.0, float(t.abs().max())) for name, t in right.items()}
 
     past = torch.arange(steps)[:, None] >= given["lengths"]
     for name in ("gx", "dy"):  # nobody may use these
         given[name] = given[name].clone()
         given[name][past] = float("nan")
-    arrays = {name: _raw(given[name], dtype) for name in ("gx", "w", "bias", "h0", "c0", "dy")}
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    arrays |= {name: _raw(given[name], wide) for name in ("dh", "dc")}
-    arrays["state"] = _raw(given["c0"] if case.cell == "lstm" else given["h0"], wide)
-    arrays |= {name: given[name].numpy() for name in ("lengths", "reset")}
+    arrays = {name: given[name].numpy() for name in ("lengths", "reset")}
+    for name, t in given.items():
+        if name not in arrays:
+            arrays[name] = _raw(t, wide if name.startswith("ds") else dtype)
+            arrays[f"wide {name}"] = _raw(t, wide)
     kind, members, _ = EXCHANGES[case.exchange]
     return {
-        "case": case._asdict() | {"kind": kind, "members": members, "name": case.name, "past": past.numpy()},
+        "case": case._asdict() | {"kind": kind, "members": members, "name": case.name},
+        "spec": {
+            "gates": spec.gates,
+            "states": len(spec.states),
+            "saved": spec.saved,
+            "apart": spec.apart,
+            "reads_h": spec.reads_h,
+        },
         "given": arrays,
         "right": {name: t.numpy() for name, t in right.items()},
         "allowed": allowed,

@@ -17,11 +17,8 @@ from typing import Any
 import numpy as np
 
 Array = np.ndarray[Any, Any]
-CODES = {"lstm": 0, "gru": 1, "rnn_tanh": 2, "rnn_relu": 3}
-KINDS = {"bf16": 0, "f16": 1, "tf32": 2, "ieee": 3, "f64": 4}
+KINDS = ("bf16", "f16", "tf32", "ieee", "f64")
 TYPES: dict[str, Any] = {"bf16": np.int16, "f16": np.float16, "tf32": np.float32, "ieee": np.float32, "f64": np.float64}
-#            G  S  DG
-SHAPES = {"lstm": (4, 4, 4), "gru": (3, 4, 4), "rnn_tanh": (1, 0, 1), "rnn_relu": (1, 0, 1)}
 cut = sys.argv[3] if len(sys.argv) > 3 else ""
 
 
@@ -52,26 +49,25 @@ class Run:
 
     def __init__(self, module: ModuleType, job: dict[str, Any]) -> None:
         self.module, self.case, self.right, self.allowed = module, job["case"], job["right"], job["allowed"]
-        case = self.case
-        self.cell, self.T, self.B, self.H, self.R = (
-            case["cell"],
-            case["T"],
-            case["B"],
-            case["H"],
-            len(case["directions"]),
-        )
-        self.code, self.kind = CODES[self.cell], KINDS[case["number"]]
-        self.G, self.S, self.DG = SHAPES[self.cell]
-        self.storage = TYPES[case["number"]]
+        case, spec = self.case, job["spec"]
+        self.T, self.B, self.H, self.R = case["T"], case["B"], case["H"], len(case["directions"])
+        self.cell, self.kind = case["cell"], KINDS.index(case["precision"])
+        self.G, self.S, self.apart, self.states = spec["gates"], spec["saved"], spec["apart"], spec["states"]
+        self.first = 0 if spec["reads_h"] else 1  # state that is carried
+        self.storage = TYPES[case["precision"]]
         self.wide = np.float64 if self.storage is np.float64 else np.float32
         self.given = {name: np.array(a) for name, a in job["given"].items()}
         self.backwards = [direction == "r" for direction in case["directions"]]
         self.held: list[Array] = []  # arrays must outlive the calls that were given their addresses
         self.bad: list[str] = []
-        self.has_state = self.cell in ("lstm", "gru")
+        lengths, reset = (self.address(self.given[name]) if case[name] else 0 for name in ("lengths", "reset"))
+        self.steps = module.Steps(
+            T=self.T, B=self.B, R=self.R, H=self.H, lengths=lengths, reset=reset, period=min(self.R, 2),
+            reversed=sum(1 << r for r, is_reverse in enumerate(self.backwards[:2]) if is_reverse),
+        )  # fmt: skip
         self.y = self.poisoned("y", self.T, self.B, self.R, self.H)
-        self.dgates = self.poisoned("dgates", self.T, self.B, self.R, self.DG, self.H)
-        self.dh, self.dc = self.given["dh"].copy(), self.given["dc"].copy()
+        self.dgates = self.poisoned("dgates", self.T, self.B, self.R, self.G + self.apart, self.H)
+        self.dstates = [self.given[f"ds{i}"].copy() for i in range(self.states)]
 
     def poisoned(self, name: str, *shape: int, dtype: Any = None) -> Array:
         dtype = np.dtype(dtype or self.storage)
@@ -86,32 +82,34 @@ class Run:
         self.held.append(a)
         return int(a.ctypes.data)
 
-    def told(self, **given: Any) -> dict[str, Any]:
+    def told(self, given: dict[str, Any]) -> dict[str, Any]:
         """A loop's arguments: arrays become addresses."""
-        all_of = {
-            "T": self.T,
-            "B": self.B,
-            "R": self.R,
-            "H": self.H,
-            "reversed": sum(1 << r for r, is_reverse in enumerate(self.backwards[:2]) if is_reverse),
-            "period": min(self.R, 2),
-            "lengths": self.given["lengths"] if self.case["lengths"] else None,
-            "reset": self.given["reset"] if self.case["reset"] else None,
-            **given,
-        }
-        return {name: v if isinstance(v, int) else self.address(v) for name, v in all_of.items()}
 
-    def plan(self, backward: bool) -> tuple[Any, int]:
-        device = self.module.device(0)
+        def one(v: Any) -> Any:
+            if isinstance(v, list):
+                return [self.address(a) for a in v]
+            return self.address(v) if v is None or isinstance(v, np.ndarray) else v
+
+        return {name: one(v) for name, v in given.items()}
+
+    def bind(self, direction: str, plan: Any, given: dict[str, Any]) -> Any:
+        return getattr(self.module, direction)(self.cell, self.kind, plan, self.steps, **self.told(given))
+
+    def run_planned(self, direction: str, given: dict[str, Any]) -> None:
+        loop = self.bind(direction, self.plan(direction == "Backward"), given)
+        # What was here before must not matter.
+        size = loop.workspace_bytes
+        loop.run(self.address(np.full(size, 0xFF, np.uint8)) if size else 0, 0)
+
+    def plan(self, backward: bool) -> Any:
         shape = (self.G, self.B, self.H, self.R)
         plan = self.module.make_plan(
-            self.kind, backward, *shape, device, self.case["kind"], self.case["members"], self.case["rows"]
-        )
+            self.kind, backward, *shape, self.module.device(0), self.case["kind"], self.case["members"],
+            self.case["rows"],
+        )  # fmt: skip
         if plan.refusal:
             raise RuntimeError(plan.refusal)
-        # What was here before must not matter.
-        size = int(self.module.workspace_bytes(plan, self.kind, self.R))
-        return plan, self.address(np.full(size, 0xFF, np.uint8)) if size else 0
+        return plan
 
     def check(self, name: str, ours: Array, right: Array | None = None) -> None:
         if name == cut:
@@ -136,7 +134,7 @@ class Run:
 
     def entering(self, r: int, step: int) -> Array:
         """h before a step, [B, H]; anything where the sequence is not alive."""
-        t, h0 = self.time(r, step), widen(self.given["h0"][r])
+        t, h0 = self.time(r, step), widen(self.given["s0"][r])
         before = t + 1 if self.backwards[r] else t - 1
         if not 0 <= before < self.T:
             return h0
@@ -151,124 +149,108 @@ class Run:
     # ---- forward
 
     def forward(self) -> None:
-        case, given = self.case, self.given
+        case, given, others = self.case, self.given, range(1, self.states)
         save, every = case["save"], case["every"]
-        lstm = self.cell == "lstm"
         steps = (self.T, self.B, self.R)
         self.saved = self.poisoned("saved", *steps, self.S, self.H) if self.S and save == "saved" else None
-        self.cells_are_wide = case["every"] == 3  # both occur
-        self.cells = (
-            self.poisoned("cells", *steps, self.H, dtype=self.wide if self.cells_are_wide else None)
-            if lstm and save == "saved"
-            else None
-        )
-        self.checkpoints = (
-            self.poisoned("checkpoints", -(-self.T // every), self.R, self.B, self.H, dtype=self.wide)
-            if self.has_state and save == "recompute"
-            else None
-        )
-        state, h_n = given["state"].copy(), self.poisoned("h_n", self.R, self.B, self.H)
-        loop = {name: given[name] for name in ("gx", "w", "bias", "h0")}
-        loop |= {"state": state, "y": self.y, "h_n": h_n, "saved": self.saved, "cells": self.cells}
-        loop |= {"cells_are_wide": int(self.cells_are_wide), "checkpoints": self.checkpoints, "every": every}
+        self.are_wide = every == 3  # histories: both occur
+        kept = self.wide if self.are_wide else None
+        self.histories = [self.poisoned("history", *steps, self.H, dtype=kept) for _ in others if save == "saved"]
+        rows = (-(-self.T // every), self.R, self.B, self.H)
+        self.checkpoints = [self.poisoned("checkpoint", *rows, dtype=self.wide) for _ in others if save == "recompute"]
+        carried = [given[f"wide s{i}"].copy() for i in range(self.first, self.states)]
+        h_n = self.poisoned("h_n", self.R, self.B, self.H)
+        loop = {
+            "gx": given["gx"], "w": given["w"], "bias": given["bias"], "h0": given["s0"], "carried": carried,
+            "y": self.y, "h_n": h_n, "saved": self.saved, "histories": self.histories, "wide": self.are_wide,
+            "checkpoints": self.checkpoints, "every": every,
+        }  # fmt: skip
         if case["kind"] < 0:
             self.forward_by_steps(loop)
         else:
-            plan, workspace = self.plan(False)
-            self.module.forward(self.code, self.kind, plan, workspace, 0, self.told(**loop))
+            self.run_planned("Forward", loop)
         self.check("y", self.y)
-        self.check("h_n", h_n)
-        if lstm:
-            self.check("c_n", state)
-        if self.checkpoints is not None:
-            self.check("entered", self.checkpoints, self.right["entered"][::every])
+        self.check("end0", h_n)
+        for i in others:
+            self.check(f"end{i}", carried[i - self.first])
+        for i, rows in enumerate(self.checkpoints, 1):
+            self.check(f"entered{i}", rows, self.right[f"entered{i}"][::every])
 
     def forward_by_steps(self, loop: dict[str, Any]) -> None:
         entering = self.poisoned("entering", self.R, self.B, self.H)
-        h = widen(self.given["h0"])
+        products = self.poisoned("given", self.B, self.R, self.G, self.H)
+        bound = self.bind("Forward", None, loop | {"given": products, "entering": entering})
+        h = widen(self.given["s0"])
         for step in range(self.T):
-            products = narrow(self.product(h), self.storage)
-            told = self.told(**loop, given=products, entering=entering, step0=step, step1=step + 1)
-            self.module.pointwise_forward(self.code, self.kind, 0, told)
+            products[:] = narrow(self.product(h), self.storage)
+            bound.run_step(step, 0)
             h = widen(entering)
 
     # ---- backward
 
     def backward(self) -> None:
-        save, every, lstm = self.case["save"], self.case["every"], self.cell == "lstm"
+        save, every = self.case["save"], self.case["every"]
         if save == "none" and self.S:
             return
         if save == "recompute":
             for first in range((self.T - 1) // every * every, -1, -every):
                 self.backward_over(first, min(first + every, self.T))
         else:
-            states, first_state = (self.cells, self.given["c0"]) if lstm else (self.y, self.given["h0"])
-            if lstm and self.cells_are_wide:
-                first_state = self.given["state"]
-            wide = int(lstm and self.cells_are_wide)
-            self.backward_by(
-                {"states": states, "first_state": first_state, "saved": self.saved, "states_are_wide": wide}, 0, self.T
-            )
+            first_of = [self.given[f"{'wide ' * self.are_wide}s{i}"] for i in range(1, self.states)]
+            if not self.histories:  # nothing is saved, and nothing of it read
+                first_of = []
+            self.backward_by(self.histories, first_of, self.saved, self.are_wide, (0, self.T))
         self.check("dgates", self.dgates)
-        self.check("dh0", self.dh)
-        if lstm:
-            self.check("dc0", self.dc)
+        for i, d in enumerate(self.dstates):
+            self.check(f"d{i}", d)
 
     def backward_over(self, first: int, last: int) -> None:
-        """A window whose gates are made again from its first state and from y."""
-        lstm, steps = self.cell == "lstm", (last - first, self.B, self.R)
+        """A window whose gates are made again from its first states and from y."""
+        steps = (last - first, self.B, self.R)
         given = self.poisoned("given", self.T, self.B, self.R, self.G, self.H)
         for step in range(first, last):
             found = narrow(self.product(np.stack([self.entering(r, step) for r in range(self.R)])), self.storage)
             for r in range(self.R):
                 given[self.time(r, step), :, r] = found[:, r]
         saved = self.poisoned("saved", *steps, self.S, self.H)
-        cells = self.poisoned("cells", *steps, self.H, dtype=self.wide) if lstm else None
-        assert self.checkpoints is not None
-        checkpoint = np.ascontiguousarray(self.checkpoints[first // self.case["every"]])
-        loop = {"gx": self.window(self.given["gx"], first, last), "given": self.window(given, first, last)}
-        loop |= {
-            "bias": self.given["bias"],
-            "h0": self.given["h0"],
-            "state": checkpoint.copy(),
-            "saved": saved,
-            "cells": cells,
-        }
-        window = {"window0": first, "window1": last}
-        told = self.told(**loop, **window, cells_are_wide=1, step0=first, step1=last)
-        self.module.pointwise_forward(self.code, self.kind, 0, told)
-        states, first_state = (cells, checkpoint) if lstm else (self.y, self.given["h0"])
-        back = {"states": states, "first_state": first_state, "saved": saved, "states_are_wide": int(lstm), **window}
-        self.backward_by(back, first, last)
-
-    def backward_by(self, loop: dict[str, Any], first: int, last: int) -> None:
+        histories = [self.poisoned("history", *steps, self.H, dtype=self.wide) for _ in self.checkpoints]
+        entered = [np.ascontiguousarray(rows[first // self.case["every"]]) for rows in self.checkpoints]
+        h = self.poisoned("h", self.R, self.B, self.H, dtype=self.wide)
         loop = {
-            **loop,
-            "dy": self.given["dy"],
-            "w": self.given["w"],
-            "dgates": self.dgates,
-            "dh": self.dh,
-            "dc": self.dc,
-        }
-        if self.case["kind"] >= 0:
-            plan, workspace = self.plan(True)
-            told = self.told(**loop, step0=first, step1=last, close=int(first == 0))
-            self.module.backward(self.code, self.kind, plan, workspace, 0, told)
-            return
-        for step in range(last - 1, first - 1, -1):
-            told = self.told(**loop, given=self.pulled(step + 1), step0=step, step1=step + 1)
-            self.module.pointwise_backward(self.code, self.kind, 0, told)
-        if first == 0:
-            self.module.pointwise_backward(
-                self.code, self.kind, 0, self.told(**loop, given=self.pulled(0), step0=0, step1=0, close=1)
-            )
+            "window": (first, last), "gx": self.window(self.given["gx"], first, last), "bias": self.given["bias"],
+            "given": self.window(given, first, last), "h0": self.given["s0"], "hidden": self.y, "saved": saved,
+            "histories": histories,
+            "wide": True, "carried": [h, *(rows.copy() for rows in entered)][self.first :],
+        }  # fmt: skip
+        self.bind("Forward", None, loop).run(0, 0)
+        self.backward_by(histories, entered, saved, True, (first, last))
 
-    def pulled(self, step: int) -> Array | None:
-        """The recurrent side's gradients of a step through W_hh: [R, B, H]."""
+    def backward_by(
+        self, histories: list[Array], first_of: list[Array], saved: Array | None, wide: bool, window: tuple[int, int]
+    ) -> None:
+        first, last = window
+        loop = {
+            "window": window, "states": [self.y, *histories], "first": [self.given["s0"], *first_of], "saved": saved,
+            "wide": wide, "dy": self.given["dy"], "w": self.given["w"], "dgates": self.dgates, "dstates": self.dstates,
+        }  # fmt: skip
+        if self.case["kind"] >= 0:
+            self.run_planned("Backward", loop)
+            return
+        product = self.poisoned("product", self.R, self.B, self.H)
+        bound = self.bind("Backward", None, loop | {"given": product})
+        for step in range(last - 1, first - 1, -1):
+            self.pull(step + 1, product)
+            bound.run_step(step, 0)
+        if first == 0:
+            self.pull(0, product)
+            bound.close(0)
+
+    def pull(self, step: int, product: Array) -> None:
+        """product [R, B, H]: the recurrent side's gradients of a step through W_hh."""
         if step == self.T:
-            return None
-        d = np.stack([widen(self.dgates[self.time(r, step), :, r, self.DG - self.G :]) for r in range(self.R)])
-        return narrow(np.einsum("rbgu,rguk->rbk", d, widen(self.given["w"])), self.storage)
+            return
+        d = np.stack([widen(self.dgates[self.time(r, step), :, r, self.apart :]) for r in range(self.R)])
+        product[:] = narrow(np.einsum("rbgu,rguk->rbk", d, widen(self.given["w"])), self.storage)
 
 
 def main() -> int:

@@ -10,7 +10,8 @@ import shutil
 from pathlib import Path
 from typing import NamedTuple
 
-from .build import ROOT, Instance
+from emulated_build import ROOT, Instance
+
 from .cases import Case
 
 SEEDS = {"plain": 6, "asan": 1, "races": 1}
@@ -21,6 +22,7 @@ CLUSTER_4 = Case("lstm", "bf16", "cluster 4", 4, 3, 50)
 GRID = Case("lstm", "bf16", "grid", 4, 3, 33)
 ALIGNED = Case("lstm", "bf16", "grid", 4, 3, 48)  # rows of W_hh are whole vectors
 RESET = CTA._replace(reset=True, T=7)
+RECOMPUTED = CTA._replace(T=7, save="recompute")
 WINDOWS = Case("gru", "bf16", "cta", 7, 3, 17, "fr", save="recompute")
 
 
@@ -34,19 +36,19 @@ class Mutation(NamedTuple):
 
     @property
     def instance(self) -> Instance:
-        return Instance(self.cases[0].cell, self.cases[0].number, smallest=True)
+        return Instance(self.cases[0].cell, self.cases[0].precision, smallest=True)
 
 
-FWD, BWD, EXCHANGE, NUMBERS = "cuda/persistent_fwd.h", "cuda/persistent_bwd.h", "cuda/exchange.h", "cuda/numbers.h"
+FWD, BWD, EXCHANGE, PRECISION = "cuda/persistent_fwd.h", "cuda/persistent_bwd.h", "cuda/exchange.h", "cuda/precision.h"
 WEIGHTS = "cuda/weights.h"
 WRONG = "error "
 
 MUTATIONS: dict[str, Mutation] = {
     # ---- barriers of a CTA
-    "forward: no barrier between product and cells": Mutation(
+    "forward: no barrier between product and units": Mutation(
         FWD, "partial);\n    sync_threads();", "partial);", "races", "RACE", (CTA,)
     ),
-    "backward: no barrier between product and cells": Mutation(
+    "backward: no barrier between product and units": Mutation(
         BWD, "partial);\n      sync_threads();", "partial);", "races", "RACE", (CTA,)
     ),
     "backward: no barrier between the last product and dh0": Mutation(
@@ -189,9 +191,9 @@ MUTATIONS: dict[str, Mutation] = {
     "grid: threads do not wait for each other's copies": Mutation(
         EXCHANGE, "copy_wait<0>();\n      sync_threads();", "copy_wait<0>();", "races", "RACE", (GRID,)
     ),
-    # ---- which number is where
+    # ---- what is where
     "weights: two registers of a fragment change places": Mutation(
-        NUMBERS,
+        PRECISION,
         "add(low[m], {a[m][0], a[m][4], a[m][1], a[m][5]}",
         "add(low[m], {a[m][0], a[m][1], a[m][4], a[m][5]}",
         "plain",
@@ -199,7 +201,7 @@ MUTATIONS: dict[str, Mutation] = {
         (CTA,),
     ),
     "operand: the upper half of a block is the lower one again": Mutation(
-        NUMBERS,
+        PRECISION,
         "high[m], {a[m][2], a[m][6], a[m][3], a[m][7]}, {b.z, b.w}",
         "high[m], {a[m][2], a[m][6], a[m][3], a[m][7]}, {b.x, b.y}",
         "plain",
@@ -210,26 +212,26 @@ MUTATIONS: dict[str, Mutation] = {
         WEIGHTS, "return found[i].of[n];", "return found[i].of[kRows - 1 - n];", "plain", WRONG, (ALIGNED,)
     ),
     "weights: 16 bytes from the row above": Mutation(
-        WEIGHTS, "at(row0 + Number::row(q))", "at(row0 + Number::row(0))", "plain", WRONG, (ALIGNED,)
+        WEIGHTS, "at(row0 + Policy::row(q))", "at(row0 + Policy::row(0))", "plain", WRONG, (ALIGNED,)
     ),
     "forward: gates in the wrong order": Mutation(
         WEIGHTS, "const int g = row / units_, ", "const int g = gates_ - 1 - row / units_, ", "plain", WRONG, (CTA,)
     ),
     "backward: resumes from the input side's gradients": Mutation(
-        BWD, "(g + kGradients - G) * width", "g * width", "plain", WRONG, (WINDOWS,)
+        BWD, "(Cell::apart + g) * width", "g * width", "plain", WRONG, (WINDOWS,)
     ),
     # ---- masks
     "a reset is not seen": Mutation(
         "cuda/index.h", "return s.reset ? s.reset[", "return s.reset ? 0 * s.reset[", "plain", WRONG, (RESET,)
     ),
     "forward: h enters the product in spite of a reset": Mutation(
-        "cuda/cell_fwd.h", "next_reset_ == 0 ? h_", "true ? h_", "plain", WRONG, (RESET,)
+        "cuda/unit_fwd.h", "next_reset_ == 0 ? h_", "true ? h_", "plain", WRONG, (RESET,)
     ),
     "backward: a gradient passes a reset": Mutation(
-        "cuda/cell_bwd.h", "dh_ += reaches_ ? product", "dh_ += true ? product", "plain", WRONG, (RESET,)
+        "cuda/unit_bwd.h", "dstate_[0] += reaches_ ? product", "dstate_[0] += true ? product", "plain", WRONG, (RESET,)
     ),
     "forward: a checkpoint a step late": Mutation(
-        "cuda/cell_fwd.h", "(step + 1) % p.every == 0", "step % p.every == 0", "plain", WRONG, (WINDOWS,)
+        "cuda/unit_fwd.h", "(step + 1) % p.every == 0", "step % p.every == 0", "plain", WRONG, (RECOMPUTED,)
     ),
 }
 

@@ -1,4 +1,4 @@
-// One thread's cell in the backward loops: the gradients it carries, what it reads, what it writes.
+// One thread's unit in the backward loops: the gradients it carries, what it reads, what it writes.
 #pragma once
 #include "index.h"
 #include "storage.h"
@@ -6,23 +6,19 @@
 namespace fused_rnn::cuda {
 
 template <class Cell, class Storage, class Math>
-class BackwardCell {
-  static_assert(!(Cell::has_cell && (Cell::needs_h || Cell::needs_h_prev)), "one state is read: c, or h");
+class BackwardUnit {
   using Acc = Accumulator<Storage>;
-  static constexpr int G = Cell::gates, kGradients = Cell::gradients;
-  static constexpr bool kState = Cell::has_cell || Cell::needs_h;        // reads the state of the step
-  static constexpr bool kBefore = Cell::has_cell || Cell::needs_h_prev;  // and the one that entered it
+  static constexpr int G = Cell::gates, kStates = Cell::states, kAll = kGradients<Cell>;
 
  public:
   UnitIndex at;
 
-  FUSED_RNN_DEVICE BackwardCell(const BackwardLoop& p, int r, int b, int u) : at(p.steps, r, b, u) {
+  FUSED_RNN_DEVICE BackwardUnit(const BackwardLoop& p, int r, int b, int u) : at(p.steps, r, b, u) {
     if (!at.inside) return;
-    dh_ = static_cast<const Acc*>(p.dh)[at.in_state(p.steps)];
-    if (Cell::has_cell) dc_ = static_cast<const Acc*>(p.dc)[at.in_state(p.steps)];
+    each<kStates>([&](auto s) { dstate_[s] = static_cast<const Acc*>(p.dstates[s])[at.in_state(p.steps)]; });
   }
 
-  // Forgets what was fetched for the step before. A thread does so for all of its cells before it fetches for any: loads on their way
+  // Forgets what was fetched for the step before. A thread does so for all of its units before it fetches for any: loads on their way
   // would be waited for.
   FUSED_RNN_DEVICE void forget() { reset_ = 0; }
 
@@ -37,13 +33,18 @@ class BackwardCell {
     FUSED_RNN_UNROLL
     for (int s = 0; s < Cell::saved; ++s) kept_[s] = kept[s * p.steps.H];
     if (p.dy) dy_ = static_cast<const Storage*>(p.dy)[steps_size(p.steps, t, 1) + i];
-    const int64_t here = steps_size(p.steps, Cell::has_cell ? local : t, 1) + i;
-    if (kState) state_.load(p, p.states, here);
+    each<kStates>([&](auto s) {
+      if constexpr (reads_after(s))
+        after_[s].load(s > 0 && p.histories_are_wide, p.states[s], steps_size(p.steps, s > 0 ? local : t, 1) + i);
+    });
     reset_ = at.reset(p.steps, t);
-    if (!kBefore) return;
-    const bool first = walk.starts(t, at.length) || (Cell::has_cell && step == p.steps.window0);
-    const int64_t back = steps_size(p.steps, -walk.pace, 1);
-    before_.load(p, first ? p.first_state : p.states, first ? at.in_state(p.steps) : here + back);
+    each<kStates>([&](auto s) {
+      if constexpr (reads_before(s)) {
+        const bool first = walk.starts(t, at.length) || (s > 0 && step == p.steps.window0);
+        const int64_t here = steps_size(p.steps, s > 0 ? local : t, 1) + i, back = steps_size(p.steps, -walk.pace, 1);
+        before_[s].load(s > 0 && p.histories_are_wide, first ? p.first[s] : p.states[s], first ? at.in_state(p.steps) : here + back);
+      }
+    });
   }
   // What the step after the last one here left to it: for a loop that goes on where another one ended.
   FUSED_RNN_DEVICE void resume(const BackwardLoop& p, const TimeIndex& walk) {
@@ -52,54 +53,58 @@ class BackwardCell {
   }
 
   // product: dgates_{t+1} W_hh, the recurrent side; it counts only where the state entered that step.
-  FUSED_RNN_DEVICE void add(Acc product) { dh_ += reaches_ ? product : Acc(0); }
+  FUSED_RNN_DEVICE void add(Acc product) { dstate_[0] += reaches_ ? product : Acc(0); }
   FUSED_RNN_DEVICE void run(const BackwardLoop& p) {
     reaches_ = live();
     FUSED_RNN_UNROLL
-    for (int g = 0; g < kGradients; ++g) d_[g] = 0;
+    for (int g = 0; g < kAll; ++g) d_[g] = 0;
     if (!valid_) return;  // over, or not begun: gradients pass unchanged
-    Acc kept[Cell::saved > 0 ? Cell::saved : 1];
+    Acc kept[Cell::saved > 0 ? Cell::saved : 1], before[kStates], after[kStates], dstate[kStates];
     FUSED_RNN_UNROLL
     for (int s = 0; s < Cell::saved; ++s) kept[s] = widen(kept_[s]);
-    const Acc state = state_.value(p), before = live() ? before_.value(p) : Acc(0);
-    Acc dh = dh_ + widen(dy_), carry, h = state, dc = dc_;
-    Cell::template backward<Math>(kept, before, state, before, h, dh, dc, carry, d_);
-    dh_ = live() ? carry : Acc(0);
-    if (Cell::has_cell) dc_ = live() ? dc : Acc(0);
+    each<kStates>([&](auto s) {
+      if constexpr (reads_after(s)) after[s] = after_[s].value(s > 0 && p.histories_are_wide);
+      if constexpr (reads_before(s)) before[s] = live() ? before_[s].value(s > 0 && p.histories_are_wide) : Acc(0);
+      dstate[s] = dstate_[s];
+    });
+    dstate[0] += widen(dy_);
+    Cell::template backward<Math>(kept, before, after, dstate, d_);
+    each<kStates>([&](auto s) { dstate_[s] = live() ? dstate[s] : Acc(0); });
   }
 
   // Gradient g of the recurrent side, as it is stored and as the next product reads it.
-  FUSED_RNN_DEVICE Storage recurrent(int g) const { return narrow<Storage>(d_[g]); }
+  FUSED_RNN_DEVICE Storage recurrent(int g) const { return narrow<Storage>(d_[Cell::apart + g]); }
 
   FUSED_RNN_DEVICE void store(const BackwardLoop& p, const TimeIndex& walk, int step) const {
     if (!at.inside) return;
-    Storage* out = static_cast<Storage*>(p.dgates) + steps_size(p.steps, walk.time(step), kGradients) + at.in_step(p.steps, kGradients);
-    // The recurrent side's G come last, so that either side's are G vectors in a row.
+    Storage* out = static_cast<Storage*>(p.dgates) + steps_size(p.steps, walk.time(step), kAll) + at.in_step(p.steps, kAll);
     FUSED_RNN_UNROLL
-    for (int g = 0; g < kGradients; ++g) out[(g < G ? g + kGradients - G : g - G) * p.steps.H] = narrow<Storage>(d_[g]);
+    for (int g = 0; g < kAll; ++g) out[g * p.steps.H] = narrow<Storage>(d_[g]);
   }
 
   FUSED_RNN_DEVICE void finish(const BackwardLoop& p) const {
     if (!at.inside) return;
-    static_cast<Acc*>(p.dh)[at.in_state(p.steps)] = dh_;
-    if (Cell::has_cell) static_cast<Acc*>(p.dc)[at.in_state(p.steps)] = dc_;
+    each<kStates>([&](auto s) { static_cast<Acc*>(p.dstates[s])[at.in_state(p.steps)] = dstate_[s]; });
   }
 
  private:
-  // A state as it lies in memory: in the accumulation type or, narrower, in the storage type.
+  static constexpr FUSED_RNN_DEVICE bool reads_after(int s) { return Cell::backward_after >> s & 1; }
+  static constexpr FUSED_RNN_DEVICE bool reads_before(int s) { return Cell::backward_before >> s & 1; }
+
+  // A state as it lies in memory: wide, in the accumulation type, or in the storage type.
   class State {
    public:
-    FUSED_RNN_DEVICE void load(const BackwardLoop& p, const void* from, int64_t i) {
-      if (p.states_are_wide) bits_ = static_cast<const Bits*>(from)[i];
+    FUSED_RNN_DEVICE void load(bool wide, const void* from, int64_t i) {
+      if (wide) bits_ = static_cast<const Bits*>(from)[i];
       else bits_ = static_cast<const StorageBits*>(from)[i];
     }
-    FUSED_RNN_DEVICE Acc value(const BackwardLoop& p) const {
+    FUSED_RNN_DEVICE Acc value(bool is_wide) const {
       Acc wide;
       Storage stored;
       const StorageBits low = StorageBits(bits_);
       memcpy(&wide, &bits_, sizeof(wide));
       memcpy(&stored, &low, sizeof(stored));
-      return p.states_are_wide ? wide : Acc(widen(stored));
+      return is_wide ? wide : Acc(widen(stored));
     }
 
    private:
@@ -110,9 +115,9 @@ class BackwardCell {
   // The state entered the step that was fetched.
   FUSED_RNN_DEVICE bool live() const { return valid_ && reset_ == 0; }
 
-  Acc dh_ = 0, dc_ = 0;
-  State state_, before_;
-  Acc d_[kGradients] = {};
+  Acc dstate_[kStates] = {};
+  State after_[kStates], before_[kStates];
+  Acc d_[kAll] = {};
   Storage dy_{}, kept_[Cell::saved > 0 ? Cell::saved : 1]{};
   int32_t reset_ = 0;
   bool valid_ = false;

@@ -1,5 +1,5 @@
-// How the numbers of a product are multiplied. A policy says, for one warp:
-//   kKind, Math                      its name, and the activations that go with it
+// How a product is taken in each precision. A policy says, for one warp:
+//   kPrecision, Math                 its name, and the activations that go with it
 //   Storage, Operand                 types of the weights in memory and of the operand in shared memory
 //   kRows                            rows of an m tile
 //   kDepth                           depth of a block: 64 bytes of an operand's row
@@ -24,9 +24,9 @@ FUSED_RNN_DEVICE int lane() { return int(threadIdx.x) % 32; }
 // On tensor cores: two mma a block. Which row of W_hh is which row of an mma, and which of the 64 bytes of depth is which of its k, is
 // free as long as both operands agree. So lane 4 r + c has rows 2 r and 2 r + 1 of the weights and row r of the operand, of each the
 // 16 bytes from 16 c on: all of them one access of 16 bytes, to memory as well as to shared memory, and no ldmatrix.
-template <class Storage_, NumberKind kNumber, class Math_>
+template <class Storage_, Precision kPrecision_, class Math_>
 struct TensorProduct {
-  static constexpr NumberKind kKind = kNumber;
+  static constexpr Precision kPrecision = kPrecision_;
   using Math = Math_;
   using Storage = Storage_;
   using Operand = Storage;
@@ -35,11 +35,11 @@ struct TensorProduct {
   FUSED_RNN_DEVICE static int row(int q) { return lane() / 4 * 2 + q; }
   FUSED_RNN_DEVICE static int depth(int) { return lane() % 4 * (kDepth / 4); }
   FUSED_RNN_DEVICE static uint4 round(uint4 v) {
-    if constexpr (kNumber != NumberKind::tf32) return v;
+    if constexpr (kPrecision != Precision::tf32) return v;
     else return {to_tf32(as_float(v.x)), to_tf32(as_float(v.y)), to_tf32(as_float(v.z)), to_tf32(as_float(v.w))};
   }
   FUSED_RNN_DEVICE static Operand operand(Storage v) {
-    if constexpr (kNumber != NumberKind::tf32) return v;
+    if constexpr (kPrecision != Precision::tf32) return v;
     else return as_float(to_tf32(v));
   }
 
@@ -64,14 +64,14 @@ struct TensorProduct {
 
  private:
   FUSED_RNN_DEVICE static void add(float (&sums)[kSums], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-    if constexpr (kNumber == NumberKind::tf32) mma_tf32(sums, a, b);
+    if constexpr (kPrecision == Precision::tf32) mma_tf32(sums, a, b);
     else mma(sums, a, b, Storage{});
   }
 };
 
 // float32 as it is, by FMA: a lane has a row of the weights, and the operand is read by all lanes at once.
 struct IeeeProduct {
-  static constexpr NumberKind kKind = NumberKind::ieee;
+  static constexpr Precision kPrecision = Precision::ieee;
   using Math = Exact;
   using Storage = float;
   using Operand = float;
@@ -111,8 +111,8 @@ struct IeeeProduct {
   }
 };
 
-using Bf16Product = TensorProduct<bf16, NumberKind::bf16, Fast>;
-using F16Product = TensorProduct<f16, NumberKind::f16, Fast>;
-using Tf32Product = TensorProduct<float, NumberKind::tf32, Exact>;
+using Bf16Product = TensorProduct<bf16, Precision::bf16, Fast>;
+using F16Product = TensorProduct<f16, Precision::f16, Fast>;
+using Tf32Product = TensorProduct<float, Precision::tf32, Exact>;
 
 }  // namespace fused_rnn::cuda

@@ -1,4 +1,4 @@
-// One thread's cell in the forward loops: its state, what it reads, what it writes. The loops differ only in where the
+// One thread's unit in the forward loops: its states, what it reads, what it writes. The loops differ only in where the
 // recurrent product comes from and in where the next one reads h.
 #pragma once
 #include "index.h"
@@ -7,32 +7,43 @@
 namespace fused_rnn::cuda {
 
 template <class Cell, class Storage, class Math>
-class ForwardCell {
-  static_assert(!(Cell::has_cell && Cell::needs_h_prev), "one state is carried: c, or h in full precision");
+class ForwardUnit {
   using Acc = Accumulator<Storage>;
-  static constexpr int G = Cell::gates;
-  static constexpr bool kSplit = Cell::preactivations != G;  // the last gate's two sides enter the cell apart
-  static constexpr bool kState = Cell::has_cell || Cell::needs_h_prev;
+  static constexpr int G = Cell::gates, kStates = Cell::states, kApart = Cell::apart;
+  // The states from this one on are carried in the accumulation type. h is rounded to what the product reads, where that is all that
+  // reads it.
+  static constexpr int kFirst = Cell::reads_h ? 0 : 1, kCarried = kStates - kFirst;
 
  public:
   UnitIndex at;
 
-  FUSED_RNN_DEVICE ForwardCell(const ForwardLoop& p, const TimeIndex& walk, int r, int b, int u) : at(p.steps, r, b, u) {
+  FUSED_RNN_DEVICE ForwardUnit(const ForwardLoop& p, const TimeIndex& walk, int r, int b, int u) : at(p.steps, r, b, u) {
     if (!at.inside) return;
     const int i = at.in_state(p.steps);
-    if (kState) state_ = static_cast<const Acc*>(p.state)[i];
-    if (kSplit) bias_ = widen(static_cast<const Storage*>(p.bias)[r * p.steps.H + u]);
+    each<kCarried>([&](auto k) { carried_[k] = static_cast<const Acc*>(p.carried[k])[i]; });
+    each<kApart>([&](auto k) { bias_[k] = widen(static_cast<const Storage*>(p.bias)[(r * kApart + k) * p.steps.H + u]); });
     h_ = static_cast<const Storage*>(p.h0)[i];
-    const int before = walk.pace < 0 ? walk.T - p.steps.step0 : p.steps.step0 - 1;  // the time of the step before
-    const int t = walk.pace < 0 || before < at.length ? before : at.length - 1;     // or the sequence's last
-    if (p.checkpoints && kState && p.steps.step0 == 0) checkpoint(p, 0);
-    if (p.y && t >= 0 && t < at.length) h_ = static_cast<const Storage*>(p.y)[steps_size(p.steps, t, 1) + at.in_step(p.steps, 1)];
+    if (keeps_checkpoints(p) && p.steps.step0 == 0) checkpoint(p, 0);
+    if (p.y) take(p, walk, p.y);
     if (at.valid(walk.time(p.steps.step0))) next_reset_ = at.reset(p.steps, walk.time(p.steps.step0));
   }
 
-  // The state as it enters this step. A thread enters all of its cells before it fetches for any: loads on their way would be waited for.
+  // h as it enters step0, of the steps before it; y: [T, B, R, H].
+  FUSED_RNN_DEVICE void take(const ForwardLoop& p, const TimeIndex& walk, const void* y) {
+    const int before = walk.pace < 0 ? walk.T - p.steps.step0 : p.steps.step0 - 1;  // the time of the step before
+    const int t = walk.pace < 0 || before < at.length ? before : at.length - 1;     // or the sequence's last
+    if (t >= 0 && t < at.length) h_ = static_cast<const Storage*>(y)[steps_size(p.steps, t, 1) + at.in_step(p.steps, 1)];
+  }
+  // Likewise what is carried of it, where nobody kept it in the accumulation type.
+  FUSED_RNN_DEVICE void take_carried() {
+    if (Cell::reads_h) carried_[0] = widen(h_);
+  }
+
+  // The states as they enter this step. A thread enters all of its units before it fetches for any: loads on their way would be waited for.
   FUSED_RNN_DEVICE void enter() {
-    if (next_reset_ != 0) state_ = 0;
+    each<kCarried>([&](auto k) {
+      if (next_reset_ != 0) carried_[k] = 0;
+    });
     next_reset_ = 0;
     renew(at.u);  // offsets that were kept from step to step would take the registers that the weights need
   }
@@ -51,19 +62,15 @@ class ForwardCell {
 
   // recurrent: h_{t-1} W_hh^T, zero where the state does not enter.
   FUSED_RNN_DEVICE void run(const TimeIndex& walk, int step, const Acc (&recurrent)[G]) {
-    Acc a[Cell::preactivations];
+    Acc a[kGradients<Cell>], before[kStates] = {}, after[kStates];
     FUSED_RNN_UNROLL
-    for (int g = 0; g < G; ++g) a[g] = widen(x_[g]) + recurrent[g];
-    if (kSplit) {
-      a[G - 1] = widen(x_[G - 1]);
-      a[Cell::preactivations - 1] = recurrent[G - 1] + bias_;
-    }
-    Acc state = state_, h;
-    if (Cell::has_cell) Cell::template forward<Math>(a, Acc(0), state, h, kept_);
-    else Cell::template forward<Math>(a, state, state, h, kept_);
+    for (int g = 0; g < G; ++g) a[g] = g < G - kApart ? widen(x_[g]) + recurrent[g] : widen(x_[g]);
+    each<kApart>([&](auto k) { a[G + k] = recurrent[G - kApart + k] + bias_[k]; });
+    each<kCarried>([&](auto k) { before[kFirst + k] = carried_[k]; });
+    Cell::template forward<Math>(a, before, after, kept_);
     if (!at.valid(walk.time(step))) return;
-    state_ = Cell::has_cell ? state : h;
-    h_ = narrow<Storage>(h);
+    each<kCarried>([&](auto k) { carried_[k] = after[kFirst + k]; });
+    h_ = narrow<Storage>(after[0]);
   }
 
   // h as the product of the next step reads it.
@@ -77,33 +84,37 @@ class ForwardCell {
     if (!at.inside) return;
     const int t = walk.time(step), local = t - walk.first_time;
     const bool valid = at.valid(t);
-    if (p.checkpoints && kState && (step + 1) % p.every == 0 && step + 1 < p.steps.T) checkpoint(p, step + 1);
+    if (keeps_checkpoints(p) && (step + 1) % p.every == 0 && step + 1 < p.steps.T) checkpoint(p, step + 1);
     if (p.y) static_cast<Storage*>(p.y)[steps_size(p.steps, t, 1) + at.in_step(p.steps, 1)] = valid ? h_ : Storage{};
     if (p.saved) {
       Storage* saved = static_cast<Storage*>(p.saved) + steps_size(p.steps, local, Cell::saved) + at.in_step(p.steps, Cell::saved);
       FUSED_RNN_UNROLL
       for (int s = 0; s < Cell::saved; ++s) saved[s * p.steps.H] = valid ? narrow<Storage>(kept_[s]) : Storage{};
     }
-    if (p.cells) {
+    if (kStates > 1 && p.keeps_histories) {
       const int64_t i = steps_size(p.steps, local, 1) + at.in_step(p.steps, 1);
-      if (p.cells_are_wide) static_cast<Acc*>(p.cells)[i] = state_;
-      else static_cast<Storage*>(p.cells)[i] = narrow<Storage>(state_);
+      each<kStates - 1>([&](auto s) {
+        if (p.histories_are_wide) static_cast<Acc*>(p.histories[s])[i] = carried_[s + 1 - kFirst];
+        else static_cast<Storage*>(p.histories[s])[i] = narrow<Storage>(carried_[s + 1 - kFirst]);
+      });
     }
   }
 
   FUSED_RNN_DEVICE void finish(const ForwardLoop& p) const {
     if (!at.inside) return;
-    if (kState) static_cast<Acc*>(p.state)[at.in_state(p.steps)] = state_;
+    each<kCarried>([&](auto k) { static_cast<Acc*>(p.carried[k])[at.in_state(p.steps)] = carried_[k]; });
     if (p.h_n && p.steps.step1 == p.steps.T) static_cast<Storage*>(p.h_n)[at.in_state(p.steps)] = h_;
   }
 
  private:
-  // The state that enters a step.
+  FUSED_RNN_DEVICE static bool keeps_checkpoints(const ForwardLoop& p) { return kStates > 1 && p.checkpoints[0]; }
+  // The states that enter a step.
   FUSED_RNN_DEVICE void checkpoint(const ForwardLoop& p, int step) const {
-    static_cast<Acc*>(p.checkpoints)[steps_size(p.steps, step / p.every, 1) + at.in_state(p.steps)] = state_;
+    const int64_t i = steps_size(p.steps, step / p.every, 1) + at.in_state(p.steps);
+    each<kStates - 1>([&](auto s) { static_cast<Acc*>(p.checkpoints[s])[i] = carried_[s + 1 - kFirst]; });
   }
 
-  Acc state_ = 0, bias_ = 0;
+  Acc carried_[kCarried > 0 ? kCarried : 1] = {}, bias_[kApart > 0 ? kApart : 1] = {};
   Acc kept_[Cell::saved > 0 ? Cell::saved : 1] = {};
   Storage h_{}, x_[G]{};
   int32_t next_reset_ = 0;  // 0 where the state enters the next step; nobody looks before it has arrived from memory

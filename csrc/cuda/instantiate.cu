@@ -1,0 +1,54 @@
+// Every kernel of one cell in one precision. The build compiles this file once for each pair of FUSED_RNN_FORMULA, a type of ../cells
+// (Lstm, ..), and FUSED_RNN_PRECISION (bf16, f16, tf32, ieee, f64), so that they compile side by side.
+#include "../cells/all.h"
+#include "kernels.h"
+#include "persistent_bwd.h"
+#include "persistent_fwd.h"
+#include "pointwise.h"
+
+namespace fused_rnn::cuda {
+namespace {
+
+template <Precision> struct PolicyOf;
+template <> struct PolicyOf<Precision::bf16> {
+  using Type = Bf16Product;
+};
+template <> struct PolicyOf<Precision::f16> {
+  using Type = F16Product;
+};
+template <> struct PolicyOf<Precision::tf32> {
+  using Type = Tf32Product;
+};
+template <> struct PolicyOf<Precision::ieee> {
+  using Type = IeeeProduct;
+};
+
+#if defined(FUSED_RNN_SMALLEST_TILE)  // for tests that want but one
+constexpr int kMost = 1;
+#else
+constexpr int kMost = most_batch_tiles(Precision::FUSED_RNN_PRECISION);  // kernels that the planner does not ask for are not made
+#endif
+
+}  // namespace
+
+template <class Formula, Precision kPrecision>
+Kernels kernels_of() {
+  if constexpr (kPrecision == Precision::f64) {
+    return {{}, {}, &pointwise_fwd_kernel<Formula, double, Libm<double>>, &pointwise_bwd_kernel<Formula, double, Libm<double>>};
+  } else {
+    using Policy = typename PolicyOf<kPrecision>::Type;
+    Kernels made{{&persistent_fwd_kernel<Formula, Policy, 1>},
+                 {&persistent_bwd_kernel<Formula, Policy, 1>},
+                 &pointwise_fwd_kernel<Formula, typename Policy::Storage, typename Policy::Math>,
+                 &pointwise_bwd_kernel<Formula, typename Policy::Storage, typename Policy::Math>};
+    if constexpr (kMost >= 2) made.persistent_fwd[1] = &persistent_fwd_kernel<Formula, Policy, 2>;
+    if constexpr (kMost >= 2) made.persistent_bwd[1] = &persistent_bwd_kernel<Formula, Policy, 2>;
+    if constexpr (kMost >= 4) made.persistent_fwd[2] = &persistent_fwd_kernel<Formula, Policy, 4>;
+    if constexpr (kMost >= 4) made.persistent_bwd[2] = &persistent_bwd_kernel<Formula, Policy, 4>;
+    return made;
+  }
+}
+
+template Kernels kernels_of<FUSED_RNN_FORMULA, Precision::FUSED_RNN_PRECISION>();
+
+}  // namespace fused_rnn::cuda
