@@ -37,11 +37,12 @@ BUILD_STAMP := $(VENV)/.build-$(call hash,{ cat $(SOURCES); echo '$(FUSED_RNN_CU
 # extra-NAME: what pyproject.toml's extra of that name asks for is there
 EXTRA_STAMP  = $(VENV)/.extra-$(1)-$(call hash,cat pyproject.toml)
 
-.PHONY: help install dev demo test fuzz bench cubin cubin-triton cubin-cuda gpu gpu-build gpu-smoke gpu-test gpu-steps gpu-sanitize gpu-bench gpu-profile gpu-pack gpu-rehearse gpu-first gpu-next lint format sanitize docs wheel wheel-check first-hour uninstalled clean
+.PHONY: help install dev demo check test fuzz bench cubin cubin-triton cubin-cuda gpu gpu-build gpu-smoke gpu-test gpu-steps gpu-sanitize gpu-bench gpu-profile gpu-pack gpu-rehearse gpu-first gpu-next lint format sanitize docs wheel wheel-check first-hour uninstalled clean
 
 help:
 	@echo 'make demo      train a character model with torch.nn and with fused_rnn, side by side'
-	@echo 'make test      run the tests'
+	@echo 'make check     what to run before a commit, three minutes: lint, and of every room its quick tests, two cases of each'
+	@echo 'make test      run all tests'
 	@echo 'make fuzz      random calls, valid and broken, beside torch.nn; FUZZ_ARGS="--seconds 3600 --seed 1"'
 	@echo 'make bench     measure against torch.nn, into bench-out/; BENCH_ARGS="--shape 128,32,80,256"'
 	@echo 'make cubin     compile every Triton and CUDA kernel, with no GPU: registers, spills, shared memory'
@@ -91,6 +92,10 @@ dev: $(call EXTRA_STAMP,dev)
 
 demo: $(BUILD_STAMP)
 	$(BIN)/python -m fused_rnn demo $(DEMO_ARGS)
+
+# --fast: tests/conftest.py says what it leaves out.
+check: lint
+	$(BIN)/python -m pytest -q --fast $(PYTEST_ARGS)
 
 test: $(BUILD_STAMP)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
@@ -143,13 +148,15 @@ docs: $(call EXTRA_STAMP,docs)
 sanitize: $(BUILD_STAMP)
 	PYTHON=$(abspath $(BIN)/python) bash scripts/sanitize.sh
 
-lint: $(call EXTRA_STAMP,dev)
+lint: $(call EXTRA_STAMP,lint)
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | xargs -r $(BIN)/clang-format --dry-run --Werror
 	$(BIN)/mypy
 
-format: $(call EXTRA_STAMP,dev)
+format: $(call EXTRA_STAMP,lint)
 	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
 	find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | xargs -r $(BIN)/clang-format -i
 
 clean:

@@ -16,7 +16,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from fused_rnn.nn import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell, both
 from fused_rnn.nn.base import Fused, known_backend, mark_leaf, unmark_leaf
-from fused_rnn.nn.sequence import Recurrent, known_save, overrides_checks
+from fused_rnn.nn.recurrent import Recurrent, known_save, overrides_checks
 
 M = TypeVar("M", bound=nn.Module)
 F = TypeVar("F", bound=Callable[..., Any])

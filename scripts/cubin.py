@@ -139,9 +139,15 @@ def launches(
     """What the planner has run at these H and the B of ARCHITECTURE.md's table, where a step of it can be timed."""
     for hidden, batch in product(sizes, plan_table.BATCH):
         plan = fused_rnn.plan(
-            cell, batch, hidden, dtype=DTYPES[precision], tf32=precision == "tf32", backward=backward,
-            device=COUNTED[:5], **forced,
-        )  # fmt: skip
+            cell,
+            batch,
+            hidden,
+            dtype=DTYPES[precision],
+            tf32=precision == "tf32",
+            backward=backward,
+            device=COUNTED[:5],
+            **forced,
+        )
         if plan.exchange in step_cycles.MARKS:
             yield step_cycles.Launch(cell, plan, batch, hidden, backward)
 

@@ -23,7 +23,7 @@ NUMBERS = {
 }
 # How a backend is made to run: the CUDA loops' exchanges, the Triton loops; or H and B for its planner to choose by.
 SIZES = {"H512-B64": (512, 64), "H1024-B8": (1024, 8)}
-WAYS = {"cuda": ("cta", "cluster", "grid", "stepwise", *SIZES), "triton": ("a", "b", "c", *SIZES)}
+WAYS = {"cuda": ("cta", "cluster", "grid", "stepwise", *SIZES), "triton": ("solo", "cooperative", "stepwise", *SIZES)}
 
 
 class Kernel(NamedTuple):
@@ -68,11 +68,12 @@ def forced(kernel: Kernel) -> Iterator[None]:
 def _plan(kernel: Kernel) -> AbstractContextManager[None]:
     if kernel.backend == "cuda":
         return plans.override(None if kernel.way in SIZES else kernel.way, rows=kernel.rows)
-    from fused_rnn.triton import tiles
+    from fused_rnn.triton import planner
+    from fused_rnn.triton.schedule import Tile
 
     if kernel.way in SIZES:
-        return tiles.override()
-    return tiles.override(loop=kernel.way, tile=tiles.Tile(16, 32, 32, 4))
+        return planner.override()
+    return planner.override(loop=kernel.way, tile=Tile(16, 32, 32, 4))
 
 
 class Given(NamedTuple):

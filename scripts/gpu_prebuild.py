@@ -27,9 +27,12 @@ def build(python: str, torch: Path, out: Path, tree: Path = ROOT, debug: bool = 
     with tempfile.TemporaryDirectory() as folder:
         for place, bounded in ((out, "0"), *[(out / "debug", "1")] * debug):
             environment = {
-                "TORCH_CUDA_ARCH_LIST": "9.0a", **os.environ, "FUSED_RNN_TORCH": str(torch), "FUSED_RNN_CUDA": "1",
+                "TORCH_CUDA_ARCH_LIST": "9.0a",
+                **os.environ,
+                "FUSED_RNN_TORCH": str(torch),
+                "FUSED_RNN_CUDA": "1",
                 "FUSED_RNN_CUDA_DEBUG": bounded,
-            }  # fmt: skip
+            }
             fresh = Path(folder, place.name)
             command = [python, "setup.py", "build_ext", "-t", folder, "-b", str(fresh)]
             subprocess.run(command, cwd=tree, env=environment, check=True)

@@ -32,7 +32,7 @@ SECONDS = {"first": 540, "next": 240}
 PATIENCE = 3  # a GPU's machine has more cores than this one: stages have so many times their seconds here
 TRAVELS = 60 << 20  # bytes
 FILES, FILE_BYTES, LINES = 8, 16 << 20, 60  # that come back; of the summary
-SHORT = ("cuda primitives", "cuda lstm bf16 cluster", "cuda gru tf32 grid", "triton gru bf16 b")
+SHORT = ("cuda primitives", "cuda lstm bf16 cluster", "cuda gru tf32 grid", "triton gru bf16 cooperative")
 ARGUMENTS = {  # of the stages: this machine has no GPU to hurry them
     "HOST_ARGS": "--count 3",
     "TEST_ARGS": "--lane emulator",

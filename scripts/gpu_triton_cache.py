@@ -28,10 +28,10 @@ import gpu_cases as cases  # noqa: E402
 
 from fused_rnn.commands.bench.grid import GRIDS  # noqa: E402
 from fused_rnn.triton import device as devices  # noqa: E402
-from fused_rnn.triton import tiles  # noqa: E402
+from fused_rnn.triton.target import Target  # noqa: E402
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-H100 = tiles.Device("sm_90", 132, 227 * 1024)
+H100 = Target("sm_90", 132, 227 * 1024)
 signatures: dict[str, dict[int, str]] = {}  # of the launches that were asked for
 found: list[bool] = []  # of each kernel that was asked for, whether the cache had it
 
@@ -41,9 +41,14 @@ class Utils:
 
     def get_device_properties(self, _: int) -> dict[str, int]:
         return {
-            "max_shared_mem": H100.shared, "multiprocessor_count": H100.processors, "max_num_regs": 65536,
-            "warpSize": 32, "sm_clock_rate": 1980000, "mem_clock_rate": 2619000, "mem_bus_width": 5120,
-        }  # fmt: skip
+            "max_shared_mem": H100.shared,
+            "multiprocessor_count": H100.processors,
+            "max_num_regs": 65536,
+            "warpSize": 32,
+            "sm_clock_rate": 1980000,
+            "mem_clock_rate": 2619000,
+            "mem_bus_width": 5120,
+        }
 
     def load_binary(self, _: str, kernel: bytes, *__: Any) -> tuple[int, int, int, int, int]:
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -101,8 +106,8 @@ def install() -> None:
     torch.cuda.current_device = lambda: 0
     torch.cuda.is_current_stream_capturing = lambda: False
     devices.refusal = lambda _: None
-    devices.device_of = lambda _: H100
-    devices.device_at = lambda _: H100  # type: ignore[assignment]
+    devices.target_of = lambda _: H100
+    devices.target_at = lambda _: H100  # type: ignore[assignment]
 
 
 def smoke() -> None:
@@ -139,9 +144,12 @@ def compile_launchers() -> None:
             for name, source in sources:
                 with suppress(ImportError):
                     build.compile_module_from_src(
-                        src=source, name=name, library_dirs=[nvidia.libdevice_dir, stub],
-                        include_dirs=nvidia.include_dirs, libraries=nvidia.libraries,
-                    )  # fmt: skip
+                        src=source,
+                        name=name,
+                        library_dirs=[nvidia.libdevice_dir, stub],
+                        include_dirs=nvidia.include_dirs,
+                        libraries=nvidia.libraries,
+                    )
 
 
 def main() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterator
 
 import pytest
@@ -11,10 +12,33 @@ from tolerances import tf32
 
 # Deterministic mode refuses cuBLAS without it; read when cuBLAS starts.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+SLOW = ("slow", "compile", "gpu")  # markers of what make check leaves to make test
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--fast", action="store_true", help="two cases of each test, and no slow one: make check")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Of a test with many cases, --fast leaves the first and the last."""
+    if not config.getoption("--fast"):
+        return
+    tests = [item.nodeid.partition("[")[0] for item in items]
+    left = Counter(tests)
+    seen: set[str] = set()
+    chosen, others = [], []
+    for test, item in zip(tests, items, strict=True):
+        left[test] -= 1
+        slow = any(item.get_closest_marker(name) for name in SLOW)
+        (others if slow or (test in seen and left[test]) else chosen).append(item)
+        seen.add(test)
+    config.hook.pytest_deselected(items=others)
+    items[:] = chosen
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "compile: traces through torch.compile, which takes seconds to start")
+    config.addinivalue_line("markers", "slow: takes more than three seconds; make test runs it, make check does not")
     # Dynamo makes an instance of every autograd.Function that it traces, and torch warns about that.
     config.addinivalue_line(
         "filterwarnings", "ignore:.*should not be instantiated. Methods on autograd:DeprecationWarning"

@@ -12,7 +12,10 @@ from fused_rnn.cells import CELLS, unknown
 from fused_rnn.gpu import op
 from fused_rnn.transforms.op_gradient import without_gradient
 from fused_rnn.triton import device as devices
-from fused_rnn.triton import tiles
+from fused_rnn.triton import planner
+from fused_rnn.triton.cells import MODULES
+from fused_rnn.triton.schedule import Shape
+from fused_rnn.triton.target import INTERPRETER
 
 if TYPE_CHECKING:
     from fused_rnn.call import BackwardCall, LayerCall
@@ -39,7 +42,7 @@ def supports(problem: Problem) -> str | None:
         return reason
     if problem.dtype not in devices.DTYPES:
         return f"it knows float32, bfloat16 and float16, not {problem.dtype}"
-    if (reason := unknown(problem.cell, devices.CELLS)) is not None:
+    if (reason := unknown(problem.cell, MODULES)) is not None:
         return reason
     if problem.hidden_size == 0:
         return "it has no loop over no hidden units"
@@ -63,17 +66,13 @@ def describe(problem: Problem) -> str:
     """What would run, in a line."""
     if devices.refusal(problem.device) is not None:
         return "nothing here"
-    device = tiles.INTERPRETER if problem.device == "cpu" else devices.device_at(torch.cuda.current_device())
-    kind = devices.kind_of(problem.dtype, device)
-    spec = CELLS[problem.cell]
-    shapes = [tiles.Shape(problem.cell, spec.gates, kind, problem.hidden_size, backward) for backward in (False, True)]
-    plans = [
-        tiles.choose(shape, device, problem.batch, problem.recurrences) for shape in shapes[: 1 + problem.needs_grad]
-    ]
-    where = "Triton's interpreter" if problem.device == "cpu" else f"Triton on {device.arch}"
-    return f"{where}; " + "; ".join(
-        f"{name}: {plan}" for name, plan in zip(("forward", "backward"), plans, strict=False)
-    )
+    target = INTERPRETER if problem.device == "cpu" else devices.target_at(torch.cuda.current_device())
+    said = ["Triton's interpreter" if problem.device == "cpu" else f"Triton on {target.arch}"]
+    gates, kind = CELLS[problem.cell].gates, devices.kind_of(problem.dtype, target)
+    for way in ("forward", "backward")[: 1 + problem.needs_grad]:
+        shape = Shape(problem.cell, gates, kind, problem.hidden_size, way == "backward")
+        said.append(f"{way}: {planner.choose(shape, target, problem.batch, problem.recurrences)}")
+    return "; ".join(said)
 
 
 def _loops(layer: Layer, x: Tensor, backward: bool) -> Loops:
@@ -88,12 +87,12 @@ def _loops(layer: Layer, x: Tensor, backward: bool) -> Loops:
         raise RuntimeError(f"x: got T = {layer.steps}, expected less than 2^31")
     if (reason := _too_large(layer.batch, layer.recurrences, layer.hidden)) is not None:
         raise RuntimeError(f"x: {reason}")  # B or R may have grown under vmap since dispatch asked
-    device = devices.device_of(x)
-    kind = devices.kind_of(x.dtype, device)
-    shape = tiles.Shape(layer.cell.name, layer.cell.gates, kind, layer.hidden, backward)
-    plan = tiles.choose(shape, device, layer.batch, layer.recurrences)
-    how = launch.How(plan, device, devices.precision_of(kind, device), devices.activations_of(kind, device))
-    return launch.Loops(layer, how)
+    target = devices.target_of(x)
+    kind = devices.kind_of(x.dtype, target)
+    shape = Shape(layer.cell.name, layer.cell.gates, kind, layer.hidden, backward)
+    schedule = planner.choose(shape, target, layer.batch, layer.recurrences)
+    precision, activation = devices.precision_of(kind, target), devices.activation_of(kind, target)
+    return launch.Loops(layer, launch.LaunchConfig(schedule, target, precision, activation))
 
 
 forward_op, backward_op = op.define("triton", _loops, ("CPU", "CUDA"))  # CPU: in the interpreter

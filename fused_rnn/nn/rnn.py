@@ -14,7 +14,8 @@ from torch.nn import LSTM as TorchLSTM
 from torch.nn import RNN as TorchRNN
 from torch.nn.utils.rnn import PackedSequence
 
-from fused_rnn.nn.sequence import Recurrent, SequenceCall, run, step
+from fused_rnn.nn.recurrent import Recurrent, SequenceCall
+from fused_rnn.nn.sequence import run, step
 
 
 class LSTM(Recurrent):

@@ -1,154 +1,27 @@
-"""What LSTM, GRU and RNN share: from torch.nn's arguments to a call of `functional`, and back to its results."""
+"""A call of LSTM, GRU or RNN: from torch.nn's arguments to a call of `layers`, and back to its results."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
-from typing import Any, ClassVar, Protocol, TypeVar, overload
+from typing import Any
 
 import torch
-from torch import Tensor, is_grad_enabled, nn
-from torch._jit_internal import unused
+from torch import Tensor, is_grad_enabled
 from torch.compiler import is_compiling
 from torch.nn.utils.rnn import PackedSequence
 
 from fused_rnn import checks, layers
 from fused_rnn.cells import CELLS
-from fused_rnn.nn.base import Fused, known_backend, overrides_forward, prefers_counterpart
+from fused_rnn.nn.base import prefers_counterpart
 from fused_rnn.nn.counterpart import check_packed, refuse, run_counterpart, state_rows
 from fused_rnn.nn.packed import Layout, is_unshared
 from fused_rnn.nn.plain import FAST_PATH, STEPPING, are_plain, is_plain_hx
-from fused_rnn.stream import Stream
+from fused_rnn.nn.recurrent import Recurrent, read_weights
 
 # torch.nn's forward goes by the mode too, and not by RNN's `nonlinearity`.
 _CELLS = {cell.upper(): cell for cell in CELLS}
 
-# Methods of torch.nn's modules that a subclass may override to check its input otherwise.
-_CHECKS = (
-    "check_input",
-    "check_hidden_size",
-    "check_forward_args",
-    "get_expected_hidden_size",
-    "get_expected_cell_size",
-)
-
 Result = Any  # (y, hx)
-State = TypeVar("State")
-
-
-class SequenceCall(Protocol[State]):
-    """A call of a module, for type checkers: what comes back is packed if the input is."""
-
-    @overload
-    def __call__(
-        self,
-        input: Tensor,
-        hx: State | None = None,
-        *,
-        lengths: Tensor | Sequence[int] | None = None,
-        reset: Tensor | Sequence[Any] | None = None,
-    ) -> tuple[Tensor, State]: ...
-    @overload
-    def __call__(
-        self,
-        input: PackedSequence,
-        hx: State | None = None,
-        *,
-        lengths: None = None,
-        reset: Tensor | Sequence[Any] | None = None,
-    ) -> tuple[PackedSequence, State]: ...
-
-
-class Recurrent(Fused, nn.RNNBase):
-    """Base of LSTM, GRU and RNN: torch.nn.RNNBase, which owns the weights, with a forward of our own.
-
-    It is RNNBase and not torch.nn.LSTM because Dynamo refuses every instance of the latter; both.py has those that are.
-    """
-
-    _fused_save: str = "gates"  # on the class too, as Fused._fused_backend is
-    _fused_checks: ClassVar[bool] = False  # whether a subclass overrides any of _CHECKS
-
-    def __init__(self, mode: str, *args: Any, backend: str | None = None, save: str = "gates", **kwargs: Any) -> None:
-        if not isinstance(self, self._fused_counterpart):
-            args = (mode, *args)  # for RNNBase; torch's own class comes before it, and knows its mode
-        super().__init__(*args, **kwargs)
-        self._fused_backend = known_backend(backend)
-        self._fused_save = known_save(save)
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        cls._fused_checks = overrides_checks(cls)
-
-    @property
-    def _fused_cell(self) -> str:  # type: ignore[override]
-        return self.mode.lower()
-
-    @property
-    @unused
-    def save(self) -> str:
-        """What training keeps for backward, "gates" or "recompute". Setting another raises ValueError."""
-        return self._fused_save
-
-    @save.setter
-    def save(self, value: str) -> None:
-        self._fused_save = known_save(value)
-
-    def _slow_forward(self, *input: Any, **kwargs: Any) -> Any:
-        """torch.nn.Module's, of a call under torch.jit.trace. The older ONNX exporter hands every argument's default
-        over by position, lengths and reset among them."""
-        if not overrides_forward(type(self)) and all(value is None for value in input[2:]):
-            input = input[:2]
-        return super()._slow_forward(*input, **kwargs)  # type: ignore[no-untyped-call]
-
-    def stream(self, batch_size: int = 1, *, weights: str | None = None) -> Stream:
-        """These layers for steps that arrive one by one: an object that holds the state and packed weights.
-
-        Args:
-            batch_size: how many sequences run side by side.
-            weights: None keeps the weights as they are and gives this module's numbers in eval mode; "bf16" or "int8"
-                (with a scale for each row) keeps the copy of a float32 module's weights in two bytes or one, on the
-                CPU.
-
-        Returns:
-            A :class:`~fused_rnn.Stream` on a copy of the weights, which only its `refresh()` renews.
-
-        Raises:
-            ValueError: for a bidirectional module, whose other direction starts at the end of the sequence, and for
-                arguments that do not fit.
-            RuntimeError: in training mode with dropout, which a stream does not apply.
-            NotImplementedError: for weights="bf16" or "int8" on another backend.
-        """
-        if self.bidirectional:
-            raise ValueError("bidirectional: got True, expected False: its other direction starts at the last step")
-        if self.training and self.dropout and self.num_layers > 1:
-            raise RuntimeError(f"dropout: got {self.dropout} in training mode, which a stream does not apply: eval()")
-        read, first = partial(read_weights, self), self.batch_first
-        return Stream(
-            self.mode.lower(), read, batch_size=batch_size, num_layers=self.num_layers, batch_first=first,
-            weights=weights, backend=self._fused_backend,
-        )  # fmt: skip
-
-    def extra_repr(self) -> str:
-        """torch.nn's, and the extra arguments where they are not the default."""
-        extras = [f", backend={self._fused_backend!r}"] if self._fused_backend is not None else []
-        extras += [f", save={self._fused_save!r}"] if self._fused_save != "gates" else []
-        return super().extra_repr() + "".join(extras)
-
-
-def overrides_checks(cls: type[Recurrent]) -> bool:
-    """Whether a class, or one above it, has other checks than its counterpart.
-
-    A class without a counterpart, as a library may put between ours, is none that anybody calls.
-    """
-    counterpart = getattr(cls, "_fused_counterpart", cls)
-    return any(getattr(cls, name, None) is not getattr(counterpart, name, None) for name in _CHECKS)
-
-
-def known_save(save: str) -> str:
-    """save, if layers knows it; raises ValueError."""
-    if save not in layers.SAVES:
-        raise ValueError(f"save: got {save!r}, expected one of {', '.join(map(repr, layers.SAVES))}")
-    return save
 
 
 def step(module: Recurrent, input: Any, hx: Any, lengths: Any, reset: Any) -> Sequence[Tensor] | None:
@@ -200,24 +73,15 @@ def run(module: Recurrent, input: Any, hx: Any, lengths: Any, reset: Any) -> Res
             return _run_unbatched(module, input, hx, weights, lengths, reset)
         if not module.batch_first:
             return _run_layers(module, input, weights, hx, lengths, reset)
-        # The loops read steps that lie one after the other. Copied here, and not in each of them, it is the copy that
-        # backward has, and the caller may write to the input.
-        y, hx = _run_layers(module, input.transpose(0, 1).contiguous(), weights, hx, lengths, reset)
+        x = input.transpose(0, 1)
+        if not x.is_cpu:
+            # There the products read steps that lie one after the other. Copied here, and not in each of them, it is the
+            # copy that backward has.
+            x = x.contiguous()
+        y, hx = _run_layers(module, x, weights, hx, lengths, reset)
         return (y.transpose_(0, 1) if is_unshared(y, module._fused_backend) else y.transpose(0, 1)), hx
     except ValueError as error:
         return refuse(module, weights, input, hx, error)
-
-
-def read_weights(module: Recurrent) -> list[Tensor]:
-    """The weights as the attributes are now: tied, swapped by functional_call, parametrized, or set by a hook."""
-    names = module._flat_weights_names
-    if not is_compiling():
-        parameters = module._parameters
-        try:
-            return [parameters[name] for name in names]  # type: ignore[misc]
-        except KeyError:
-            pass  # some are not parameters but computed from some
-    return [getattr(module, name) for name in names]
 
 
 def _run_unbatched(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,11 @@ from triton.compiler import ASTSource
 
 from fused_rnn.cells import Cell
 from fused_rnn.triton.backward import bwd_kernel
-from fused_rnn.triton.device import activations_of
+from fused_rnn.triton.compile import constants_backward, constants_forward, constants_schedule, options
+from fused_rnn.triton.device import activation_of
 from fused_rnn.triton.forward import fwd_kernel
-from fused_rnn.triton.launch import constants_backward, constants_forward, constants_plan, options
-from fused_rnn.triton.tiles import ARCHITECTURES, Plan
+from fused_rnn.triton.schedule import Schedule
+from fused_rnn.triton.target import ARCHITECTURES
 from fused_rnn.triton.trips import trips
 
 DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
@@ -45,31 +46,31 @@ def target(arch: str) -> GPUTarget:
     return GPUTarget("cuda", int(arch[3:]), 32) if arch.startswith("sm_") else GPUTarget("hip", arch, 64)
 
 
-# Arguments that point to something else than the problem's dtype, and the constants without which they do not: what is
-# absent a launch replaces by a tensor of that dtype. c of gates that are made again is kept wide.
-FIXED: dict[str, tuple[str, ...]] = {
-    "state": ("fp32", "HAS_STATE"),
-    "cells": ("fp32", "HAS_C", "REPLAY"),
-    "checkpoints": ("fp32", "CHECKPOINT"),
-    "states": ("fp32", "HAS_C", "REPLAY"),
-    "first_state": ("fp32", "HAS_C", "REPLAY"),
-    "dh_state": ("fp32",),
-    "dc_state": ("fp32", "HAS_C"),
-    "lengths": ("i64", "HAS_LENGTHS"),
-    "reset": ("i32", "HAS_RESET"),
-    "counters": ("i32",),
-}
+Pointers = dict[str, str | tuple[str, ...]]
 
 
-def _pointers(kernel: Any, dtype: str, constants: Mapping[str, Any]) -> dict[str, str]:
-    """The arguments of a kernel that are pointers, and to what; all others are integers or constants."""
-    kinds = {}
-    for name in kernel.arg_names:
-        if name == "steps":
-            return {name: f"*{kind}" for name, kind in kinds.items()}
-        kind, *switches = FIXED.get(name, (DTYPES[dtype],))
-        kinds[name] = kind if all(constants[switch] for switch in switches) else DTYPES[dtype]
-    raise AssertionError("the kernels' first integer is called steps")
+def _pointers(kernel: Any, cell: Cell, dtype: str, constants: Mapping[str, Any]) -> Pointers:
+    """The arguments of a kernel that are pointers, and to what: all before `steps`. A tuple has one for each state.
+
+    What is absent a launch replaces by a tensor of the problem's dtype, or leaves out of a tuple. The history of gates
+    that are made again is kept wide.
+    """
+    others, replay = len(cell.states) - 1, constants["REPLAY"]
+    own, wide = f"*{DTYPES[dtype]}", "*fp32"
+    history = (wide if replay else own,) * others
+    every: Pointers = {
+        "carried": (wide,) * (others if replay else cell.carried),
+        "histories": history if constants.get("SAVE") else (),
+        "checkpoints": (wide,) * others if constants.get("CHECKPOINT") else (),
+        "states": (own, *history),
+        "first": (own, *history),
+        "dstates": (wide,) * len(cell.states),
+        "lengths": "*i64" if constants["HAS_LENGTHS"] else own,
+        "reset": "*i32" if constants["HAS_RESET"] else own,
+        "counters": "*i32",
+    }
+    names = kernel.arg_names[: kernel.arg_names.index("steps")]
+    return {name: every.get(name, own) for name in names}
 
 
 def compile_kernel(
@@ -77,34 +78,40 @@ def compile_kernel(
     dtype: str,
     precision: str,
     hidden: int,
-    plan: Plan,
+    schedule: Schedule,
     arch: str,
     backward: bool,
+    variant: Collection[str] = (),
     bound: int | None = None,
-    **variant: bool,
 ) -> Any:
-    """The compiled kernel of a plan. variant: save, checkpoint, replay (in backward: after it), lengths, reset, dy."""
+    """A schedule's compiled kernel. variant: of save, checkpoint, replay (in backward: after it), lengths, reset."""
     kernel = bwd_kernel if backward else fwd_kernel
-    how = activations_of("half" if dtype != "float32" else precision, ARCHITECTURES[arch])
+    activation = activation_of("half" if dtype != "float32" else precision, ARCHITECTURES[arch])
     if backward:
-        constants = constants_backward(cell, hidden, SIZES[dtype], variant.get("dy", True))
+        constants = constants_backward(cell, hidden, SIZES[dtype], True)
     else:
-        made = (variant.get(name, False) for name in ("save", "checkpoint", "replay"))
+        made = (name in variant for name in ("save", "checkpoint", "replay"))
         constants = constants_forward(cell, hidden, SIZES[dtype], *made)
-    lengths, reset = variant.get("lengths", False), variant.get("reset", False)
-    constants |= constants_plan(plan, ARCHITECTURES[arch], lengths, reset, precision, how)
-    pointers = _pointers(kernel, dtype, {"REPLAY": variant.get("replay", False), **constants})
+    masks = ("lengths" in variant, "reset" in variant)
+    constants |= constants_schedule(schedule, ARCHITECTURES[arch], *masks, precision, activation)
+    pointers = _pointers(kernel, cell, dtype, {"REPLAY": "replay" in variant, **constants})
     signature = {name: "constexpr" if name in constants else pointers.get(name, "i32") for name in kernel.arg_names}
     # As the JIT of Triton 3.6 has them, so that what is compiled here has the key of what a launch compiles.
-    attributes = {name: [["tt.divisibility", 16]] for name in pointers}
-    attributes |= {name: [] for name, value in constants.items() if isinstance(value, str)}
-    places = {(kernel.arg_names.index(name),): said for name, said in attributes.items()}
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=places)
-    return triton.compile(source, target=target(arch), options=options(plan, arch, bound))
+    attributes: dict[tuple[int, ...], list[list[Any]]] = {}
+    for at, name in enumerate(kernel.arg_names):
+        pointer = pointers.get(name)
+        if isinstance(pointer, tuple):
+            attributes |= {(at, j): [["tt.divisibility", 16]] for j in range(len(pointer))}
+        elif pointer is not None:
+            attributes[at,] = [["tt.divisibility", 16]]
+        elif isinstance(constants.get(name), str):
+            attributes[at,] = []
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+    return triton.compile(source, target=target(arch), options=options(schedule, arch, bound))
 
 
 def report(kernel: Any, arch: str, hold: bool) -> Report:
-    """What a compiled kernel takes. hold: its plan's."""
+    """What a compiled kernel takes. hold: its schedule's."""
     if arch.startswith("sm_"):
         return _report_cuda(kernel, hold)
     text = kernel.asm["amdgcn"]

@@ -17,25 +17,28 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from typing import NamedTuple
 
-from fused_rnn.triton import tiles
-from fused_rnn.triton.tiles import ARCHITECTURES, SPILLS, Plan, Shape
+from fused_rnn.cells import CELLS
+from fused_rnn.triton import planner
+from fused_rnn.triton.compile import SPILLS, fewest_spills
+from fused_rnn.triton.schedule import Schedule, Shape
+from fused_rnn.triton.target import ARCHITECTURES
 
 ARCHS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
 KINDS = {"half": ("bfloat16", "ieee"), "tf32": ("float32", "tf32"), "ieee": ("float32", "ieee")}
 # Each side of every border in the tile tables; at 130 rows are not a multiple of 16 bytes, 768 is no power of two.
 HIDDEN = (32, 64, 128, 130, 256, 512, 768, 1024, 2048)
-CELLS = ("lstm", "gru", "rnn_tanh")  # rnn_relu is rnn_tanh but for one line of its cell: at one H
+COMPILED = ("lstm", "gru", "rnn_tanh")  # rnn_relu is rnn_tanh but for one line of its cell: at one H
 RNN_HIDDEN = (32, 130, 512)  # of the same tiles as the others' kernels, and with a quarter of their registers
 
 
 class Job(NamedTuple):
-    """A kernel to compile. variant: what it is compiled for besides its plan, as aot.compile_kernel takes it."""
+    """A kernel to compile. variant: what it is compiled for besides its schedule, as aot.compile_kernel takes it."""
 
     arch: str
     shape: Shape
     dtype: str
     precision: str
-    plan: Plan
+    schedule: Schedule
     variant: tuple[str, ...]
 
     def __str__(self) -> str:
@@ -43,7 +46,7 @@ class Job(NamedTuple):
         what = "+".join(self.variant) or "plain"
         return (
             f"{self.arch:<7} {name} {self.shape.cell:<8} {self.dtype:<8} {self.precision} H={self.shape.hidden:<5}"
-            f"{what:<18} {self.plan}"
+            f"{what:<18} {self.schedule}"
         )
 
     @property
@@ -53,7 +56,7 @@ class Job(NamedTuple):
         Forward asks for all of h at once. dgates would fill backward's registers: it may take less than one for each
         depth of its tile.
         """
-        return max(1, -(-self.shape.hidden // self.plan.tile.depth) - 1) if self.shape.backward else 1
+        return max(1, -(-self.shape.hidden // self.schedule.tile.depth) - 1) if self.shape.backward else 1
 
 
 class Outcome(NamedTuple):
@@ -86,55 +89,51 @@ class Outcome(NamedTuple):
 def _of_shape(arch: str, shape: Shape, dtype: str, precision: str) -> Iterator[Job]:
     # Training with everything in it is what runs short of registers; plain inference is the other end.
     variants = [("lengths", "reset")] if shape.backward else [("lengths", "reset", "save"), ()]
-    plans = tiles.shipped(shape, ARCHITECTURES[arch])
-    for plan in plans:
-        for variant in variants if plan in plans[:2] else variants[:1]:
-            yield Job(arch, shape, dtype, precision, plan, variant)
+    schedules = planner.shipped(shape, ARCHITECTURES[arch])
+    for schedule in schedules:
+        for variant in variants if schedule in schedules[:2] else variants[:1]:
+            yield Job(arch, shape, dtype, precision, schedule, variant)
     if not shape.backward and shape.cell == "lstm":
-        yield Job(arch, shape, dtype, precision, plans[0], ("checkpoint",))
+        yield Job(arch, shape, dtype, precision, schedules[0], ("checkpoint",))
     if shape.backward and shape.cell == "lstm" and shape.kind == "half":
-        yield Job(arch, shape, dtype, precision, plans[0], ("lengths", "reset", "replay"))
+        yield Job(arch, shape, dtype, precision, schedules[0], ("lengths", "reset", "replay"))
     if not shape.backward and shape.hidden <= 130:
-        yield Job(arch, shape, dtype, precision, tiles.replay(shape.hidden), ("replay", "save"))
+        yield Job(arch, shape, dtype, precision, planner.replay(shape.hidden), ("replay", "save"))
 
 
 def jobs(archs: list[str], cells: list[str], kinds: list[str], hidden: list[int]) -> Iterator[Job]:
     """What to compile, the kernels of one architecture after another."""
-    gates = {"lstm": 4, "gru": 3}
     for arch in archs:
         for kind in kinds:
             if kind == "tf32" and not ARCHITECTURES[arch].nvidia:
                 continue
             dtype, precision = KINDS[kind]
             for cell in cells:
+                gates = CELLS[cell].gates
                 few = [size for size in hidden if size in RNN_HIDDEN] or hidden[:1]
-                for size in hidden if cell in gates else few:
+                for size in hidden if gates > 1 else few:
                     for backward in (False, True):
-                        yield from _of_shape(
-                            arch, Shape(cell, gates.get(cell, 1), kind, size, backward), dtype, precision
-                        )
+                        yield from _of_shape(arch, Shape(cell, gates, kind, size, backward), dtype, precision)
         for cell, dtype in (("rnn_relu", "bfloat16"), ("lstm", "float16"), ("gru", "float16")):
             if "half" in kinds and 256 in hidden and cell in (*cells, "rnn_relu"):
                 for backward in (False, True):
-                    yield from _of_shape(arch, Shape(cell, gates.get(cell, 1), "half", 256, backward), dtype, "ieee")
+                    yield from _of_shape(arch, Shape(cell, CELLS[cell].gates, "half", 256, backward), dtype, "ieee")
 
 
 def compile_job(job: Job) -> Outcome:
     """Compile under the register bound that a launch would take."""
-    from fused_rnn.cells import CELLS as KINDS_OF_CELL
     from fused_rnn.triton import aot
-    from fused_rnn.triton.launch import fewest_spills
+
+    cell, _, _, hidden, backward = job.shape
+    what = (CELLS[cell], job.dtype, job.precision, hidden, job.schedule, job.arch, backward)
 
     def compiled(bound: int | None) -> tuple[int, Outcome]:
-        kernel = aot.compile_kernel(
-            KINDS_OF_CELL[job.shape.cell], job.dtype, job.precision, job.shape.hidden, job.plan, job.arch,
-            job.shape.backward, bound, **dict.fromkeys(job.variant, True),
-        )  # fmt: skip
-        report = aot.report(kernel, job.arch, job.plan.hold)
+        kernel = aot.compile_kernel(*what, job.variant, bound)
+        report = aot.report(kernel, job.arch, job.schedule.hold)
         return report.spills, Outcome(job, report.registers, report.spills, report.shared, report.trips)
 
     try:
-        return fewest_spills(job.plan, job.arch, compiled)
+        return fewest_spills(job.schedule, job.arch, compiled)
     except Exception as error:  # whatever the compiler's passes and its assembler raise, the report names it
         return Outcome(job, error=f"{type(error).__name__}: {error}".splitlines()[0])
 
@@ -142,7 +141,7 @@ def compile_job(job: Job) -> Outcome:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="cubin", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--arch", nargs="+", default=list(ARCHS), choices=list(ARCHITECTURES))
-    parser.add_argument("--cell", nargs="+", default=list(CELLS), choices=[*CELLS, "rnn_relu"])
+    parser.add_argument("--cell", nargs="+", default=list(COMPILED), choices=list(CELLS))
     parser.add_argument("--kind", nargs="+", default=list(KINDS), choices=list(KINDS))
     parser.add_argument("--hidden", nargs="+", type=int, default=list(HIDDEN))
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes")

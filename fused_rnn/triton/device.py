@@ -1,4 +1,4 @@
-"""Where a tensor's kernels run, and in what precision: what plans are made from. Imports no Triton."""
+"""Where a tensor's kernels run, and in what precision: what schedules are made from. Imports no Triton."""
 
 from __future__ import annotations
 
@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from fused_rnn.gpu.precision import tf32_allowed
-from fused_rnn.triton.tiles import ARCHITECTURES, INTERPRETER, KIB, Device
+from fused_rnn.triton.target import ARCHITECTURES, INTERPRETER, KIB, Target
 
-CELLS = ("lstm", "gru", "rnn_tanh", "rnn_relu")  # cells.KERNELS, which needs Triton
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 OLDEST = (8, 0)  # compute capability: 16-bit and TF32 tensor cores, asynchronous copies
 
@@ -53,40 +52,40 @@ def refusal(device: str) -> str | None:
     return None
 
 
-def device_of(tensor: Tensor) -> Device:
+def target_of(tensor: Tensor) -> Target:
     """The tensor's device as the planner sees it."""
     if tensor.device.type == "cpu":
         return INTERPRETER
-    return device_at(tensor.device.index)
+    return target_at(tensor.device.index)
 
 
 @cache
-def device_at(index: int) -> Device:
+def target_at(index: int) -> Target:
     """The GPU of this number."""
     properties = torch.cuda.get_device_properties(index)
     if torch.version.hip is not None:
         arch = properties.gcnArchName.split(":")[0]
     else:
         arch = f"sm_{properties.major}{properties.minor}"
-    known = ARCHITECTURES.get(arch, Device(arch, 0, 64 * KIB))
+    known = ARCHITECTURES.get(arch, Target(arch, 0, 64 * KIB))
     shared = getattr(properties, "shared_memory_per_block_optin", known.shared) or known.shared
-    return Device(arch, properties.multi_processor_count, shared)
+    return Target(arch, properties.multi_processor_count, shared)
 
 
-def kind_of(dtype: torch.dtype, device: Device) -> str:
-    """How products are taken: tiles.Shape's kind."""
+def kind_of(dtype: torch.dtype, target: Target) -> str:
+    """How products are taken: Shape's kind."""
     if dtype != torch.float32:
         return "half"
-    return "tf32" if device.nvidia and tf32_allowed() else "ieee"
+    return "tf32" if target.nvidia and tf32_allowed() else "ieee"
 
 
-def precision_of(kind: str, device: Device) -> str:
+def precision_of(kind: str, target: Target) -> str:
     """The kernels' PRECISION."""
-    if device is INTERPRETER:
+    if target is INTERPRETER:
         return "interpreter"
     return "tf32" if kind == "tf32" else "ieee"
 
 
-def activations_of(kind: str, device: Device) -> str:
-    """The kernels' HOW: pointwise.py says what each is."""
-    return "float32" if kind != "half" else "mufu" if device.nvidia else "half"
+def activation_of(kind: str, target: Target) -> str:
+    """The kernels' ACTIVATION: pointwise.py says what each is."""
+    return "float32" if kind != "half" else "mufu" if target.nvidia else "half"

@@ -17,42 +17,39 @@ import triton.language as tl
 
 from fused_rnn.triton.exchange import arrive, wait
 from fused_rnn.triton.product import all_asked_for, dot, rounded, rounded_after, zeros
+from fused_rnn.triton.tuples import load_each, load_gates, store_each, to_float32, where_each
+
+# Arguments for whose values no kernel is compiled, of both loops.
+SIZES = ("steps", "batch", "recurrences", "tiles", "tile0", "step0", "step1", "window0", "window1", "every", "close")
+SIZES += ("reversed_", "period")
 
 
 @triton.jit
-def load_gates(base, row, n, mask, G: tl.constexpr, H: tl.constexpr):
-    """G tiles [BB, BH] in their storage type. base: one step's [B, R, G, H]; row: [BB] index of the first two."""
-    at = row[:, None] * (G * H) + n[None, :]
-    gates = ()
-    for g in tl.static_range(G):
-        gates = gates + (tl.load(base + (at + g * H), mask=mask, other=0.0),)
-    return gates
+def load_bias(bias, r, n, APART: tl.constexpr, H: tl.constexpr):
+    """Of the gates that are apart, recurrence r's biases of units n: [1, BH] each."""
+    biases = ()
+    for g in tl.static_range(APART):
+        b = tl.load(bias + (r * APART + g) * H + n, mask=n < H, other=0.0).to(tl.float32)
+        biases = biases + (b[None, :],)
+    return biases
 
 
 @triton.jit
-def to_float32(gates, G: tl.constexpr):
-    wide = ()
-    for g in tl.static_range(G):
-        wide = wide + (gates[g].to(tl.float32),)
-    return wide
-
-
-@triton.jit
-def load_w_fwd(w, g, n, k, H: tl.constexpr, BH: tl.constexpr, BK: tl.constexpr):
+def load_w_fwd(w, g, n, k, H: tl.constexpr):
     """Gate g of W_hh for units n and depth k, as the right side of a product: [BK, BH]. w: [G, H, H]."""
     at = w + g * H * H + n[None, :] * H + k[:, None]
-    if H % BH == 0 and H % BK == 0:
+    if H // n.shape[0] * n.shape[0] == H and H // k.shape[0] * k.shape[0] == H:
         return tl.load(at)
     return tl.load(at, mask=(n < H)[None, :] & (k < H)[:, None], other=0.0)
 
 
 @triton.jit
-def hold_fwd(w, n, G: tl.constexpr, H: tl.constexpr, BH: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr):
+def hold_fwd(w, n, G: tl.constexpr, H: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr):
     """All of W_hh that units n need: a tuple over depth tiles, then gates."""
     held = ()
     for j in tl.static_range((H + BK - 1) // BK):
         for g in tl.static_range(G):
-            tile = load_w_fwd(w, g, n, j * BK + tl.arange(0, BK), H, BH, BK)
+            tile = load_w_fwd(w, g, n, j * BK + tl.arange(0, BK), H)
             held = held + (rounded(tile, PRECISION),)
     return held
 
@@ -61,7 +58,7 @@ def hold_fwd(w, n, G: tl.constexpr, H: tl.constexpr, BH: tl.constexpr, BK: tl.co
 def hold_fused(w, n0, G: tl.constexpr, H: tl.constexpr, BH: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr):
     """All of W_hh that units n0 .. need, the gates of a unit side by side: a tuple of [BK, 4 BH] over depth tiles.
 
-    Columns are (high bit of the gate, unit, low bit of the gate): `apart` then finds all of a unit in one thread. Of
+    Columns are (high bit of the gate, unit, low bit of the gate): `gates_of` then finds all of a unit in one thread. Of
     three gates a fourth is zero.
     """
     q = tl.arange(0, 4 * BH)
@@ -76,89 +73,79 @@ def hold_fused(w, n0, G: tl.constexpr, H: tl.constexpr, BH: tl.constexpr, BK: tl
 
 
 @triton.jit
-def apart(acc, BB: tl.constexpr, BH: tl.constexpr):
+def gates_of(acc):
     """The four gates [BB, BH] of a product with what hold_fused made."""
-    low, high = tl.split(tl.permute(tl.reshape(acc, (BB, 2, BH, 2)), (0, 2, 1, 3)))
+    low, high = tl.split(tl.permute(tl.reshape(acc, (acc.shape[0], 2, acc.shape[1] // 4, 2)), (0, 2, 1, 3)))
     a, c = tl.split(low)
     b, d = tl.split(high)
     return (a, b, c, d)
 
 
 @triton.jit
-def product_held(
-    row, live, held, G: tl.constexpr, H: tl.constexpr, BB: tl.constexpr, BH: tl.constexpr, BK: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
+def product_held(row, live, held, G: tl.constexpr, H: tl.constexpr, PRECISION: tl.constexpr):
     """h_{t-1} @ W_hh^T, W_hh resident. row: [BB] pointers to h_{t-1}, live: [BB] where it is not zero.
 
     One product for all gates: a product per gate would be a chain to Triton, whose warps then repeat each other's work.
     """
+    BK: tl.constexpr = held[0].shape[0]
     h = ()
-    for j in tl.static_range((H + BK - 1) // BK):  # all of it is asked for before the first of it is used
+    for j in tl.static_range(len(held)):  # all of it is asked for before the first of it is used
         k = j * BK + tl.arange(0, BK)
         # From L2: the line may have been read by this multiprocessor before another one wrote it.
         mask = live[:, None] & (k < H)[None, :]
         h = h + (tl.load(row[:, None] + k[None, :], mask=mask, other=0.0, cache_modifier=".cg"),)
     zero = all_asked_for(PRECISION)
-    acc = tl.full((BB, (1 if G == 1 else 4) * BH), 0.0, tl.float32)
-    for j in tl.static_range((H + BK - 1) // BK):
+    acc = tl.full((row.shape[0], held[0].shape[1]), 0.0, tl.float32)
+    for j in tl.static_range(len(held)):
         acc = dot(rounded_after(h[j], zero, PRECISION), held[j], acc, PRECISION)
     if G == 1:
         gates = (acc,)
     else:
-        gates = apart(acc, BB, BH)
+        gates = gates_of(acc)
     return gates
 
 
 @triton.jit
-def product_streamed(
-    row, live, w, n, G: tl.constexpr, H: tl.constexpr, BB: tl.constexpr, BH: tl.constexpr, BK: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
+def product_streamed(row, live, w, n, G: tl.constexpr, H: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr):
     """h_{t-1} @ W_hh^T, both streamed in tiles of depth BK."""
-    acc = zeros(G, BB, BH)
+    acc = zeros(G, row.shape[0], n.shape[0])
     for k0 in range(0, H, BK):
         k = k0 + tl.arange(0, BK)
         h = tl.load(row[:, None] + k[None, :], mask=live[:, None] & (k < H)[None, :], other=0.0, cache_modifier=".cg")
         h = rounded(h, PRECISION)
         sums = ()
         for g in tl.static_range(G):
-            tile = rounded(load_w_fwd(w, g, n, k, H, BH, BK), PRECISION)
+            tile = rounded(load_w_fwd(w, g, n, k, H), PRECISION)
             sums = sums + (dot(h, tile, acc[g], PRECISION),)
         acc = sums
     return acc
 
 
-@triton.jit(
-    do_not_specialize=[
-        "steps", "batch", "recurrences", "tiles", "tile0", "step0", "step1", "window0", "window1", "every", "reversed_",
-        "period",
-    ]
-)  # fmt: skip
+@triton.jit(do_not_specialize=SIZES)
 def fwd_kernel(
     gx,  # [window, B, R, G, H]     input product
     given,  # [window, B, R, G, H]  recurrent product, REPLAY only
     w,  # [R, G, H, H]
-    bias,  # [R, H]                 of the candidate's recurrent side, HIDDEN_BIAS only
+    bias,  # [R, APART, H]          of the recurrent side of the gates that are apart
     h0,  # [R, B, H]
-    state,  # [R, B, H] float32     c of LSTM, h of GRU: read at step0, written at step1
-    lengths,  # [B] int64           HAS_LENGTHS only
-    reset,  # [T, B] int32          HAS_RESET only; narrower would lead Triton to a slower layout of the products
+    carried,  # a [R, B, H] float32 each, in at step0, out at step1: h if READS_H and not REPLAY, then all other states
     y,  # [T, B, R, H]
     h_n,  # [R, B, H]               written with the last step
     saved,  # [window, B, R, S, H]  SAVE only
-    cells,  # [window, B, R, H]     SAVE of a cell with c only
-    checkpoints,  # [ceil(T / every), R, B, H] float32   CHECKPOINT only: the state that enters step j * every
+    histories,  # a [window, B, R, H] for each state but h   SAVE only
+    checkpoints,  # a [ceil(T / every), R, B, H] float32 for each state but h, entering step j * every   CHECKPOINT only
+    lengths,  # [B] int64           HAS_LENGTHS only
+    reset,  # [T, B] int32          HAS_RESET only; narrower would lead Triton to a slower layout of the products
     counters,  # [R * tiles, 32] int32 COUNT only
     steps,  # T
     batch,  # B
     recurrences,  # R
     tiles,  # batch tiles in this launch, from tile0 on
     tile0,
+    window0,  # steps that gx, given, saved and histories hold; all of time: 0, T
+    window1,
     step0,  # run steps step0 .. step1 - 1, in the recurrence's own order
     step1,
-    window0,  # steps that gx, given, saved and cells hold; all of time: 0, T
-    window1,
     every,  # steps between checkpoints
     reversed_,  # bit r % period: recurrence r runs backwards in time
     period,
@@ -167,9 +154,8 @@ def fwd_kernel(
     S: tl.constexpr,
     H: tl.constexpr,
     ALIGN: tl.constexpr,  # bytes that divide a row of H elements, 16 at most
-    HAS_C: tl.constexpr,
-    HAS_STATE: tl.constexpr,
-    HIDDEN_BIAS: tl.constexpr,
+    APART: tl.constexpr,
+    READS_H: tl.constexpr,
     HAS_LENGTHS: tl.constexpr,
     HAS_RESET: tl.constexpr,
     SAVE: tl.constexpr,
@@ -186,7 +172,7 @@ def fwd_kernel(
     BH: tl.constexpr,
     BK: tl.constexpr,
     PRECISION: tl.constexpr,
-    HOW: tl.constexpr,  # the activations: see pointwise.py
+    ACTIVATION: tl.constexpr,  # see pointwise.py
 ):
     pid = tl.program_id(0)
     member = pid % TEAM
@@ -208,18 +194,17 @@ def fwd_kernel(
     n = member * (NT * BH) + tl.arange(0, BH)
     own = in_b[:, None] & (n < H)[None, :]
     at_rb = row_rb[:, None] * H + n[None, :]
-    s = tl.full((BB, BH), 0.0, tl.float32)
-    hidden_bias = tl.full((1, BH), 0.0, tl.float32)
+    zero = zeros(len(carried), BB, BH)
+    s = zero
+    apart = zeros(APART, 1, BH)
     if NT == 1:
-        if HAS_STATE:
-            s = tl.load(state + at_rb, mask=own, other=0.0)
-        if HIDDEN_BIAS:
-            hidden_bias = tl.load(bias + r * H + n, mask=n < H, other=0.0).to(tl.float32)[None, :]
+        s = load_each(carried, at_rb, own)
+        apart = load_bias(bias, r, n, APART, H)
     if AHEAD:
         t = tl.where(backwards, steps - 1 - step0, step0)
         x_next = load_gates(gx + (t - t_base) * (width * G), row, n, own & (b * 0 + step0 < step1)[:, None], G, H)
     if REGISTERS or (HOLD and G == 1):
-        held = hold_fwd(w_r, n, G, H, BH, BK, PRECISION)
+        held = hold_fwd(w_r, n, G, H, BK, PRECISION)
     elif HOLD:
         held = hold_fused(w_r, member * BH, G, H, BH, BK, PRECISION)
     if REGISTERS:
@@ -238,26 +223,31 @@ def fwd_kernel(
             n = member * (NT * BH) + (i % NT) * BH + tl.arange(0, BH)
             own = in_b[:, None] & (n < H)[None, :]
             at_rb = row_rb[:, None] * H + n[None, :]
-            if HAS_STATE:
-                s = tl.load(state + at_rb, mask=own, other=0.0)
-            if HIDDEN_BIAS:
-                hidden_bias = tl.load(bias + r * H + n, mask=n < H, other=0.0).to(tl.float32)[None, :]
+            s = load_each(carried, at_rb, own)
+            apart = load_bias(bias, r, n, APART, H)
         if AHEAD:
             # One step ahead, so that memory's latency passes behind the wait and the product.
             x = x_next
             ahead = own & (b * 0 + step + 1 < step1)[:, None]
             t_next = tl.where(backwards, t - 1, t + 1)
             x_next = load_gates(gx + (t_next - t_base) * (width * G), row, n, ahead, G, H)
-            x = to_float32(x, G)  # and brought into the product's layout before the wait, not after it
+            x = to_float32(x)  # and brought into the product's layout before the wait, not after it
         else:
             x = load_gates(gx + local * G, row, n, own, G, H)
 
         if CHECKPOINT:
             if step % every == 0:
-                tl.store(checkpoints + (step // every) * width + at_rb, s, mask=own)
+                store_each(checkpoints, (step // every) * width + at_rb, s, own)
+
+        # The first step of a row enters with h0; the reverse direction of a short sequence starts at its own end.
+        first = b * 0 + step == 0
+        if HAS_LENGTHS:
+            first = first | (t == tl.where(backwards, length - 1, -2))
+        before = tl.where(backwards, t + 1, t - 1)
+        h_row = tl.multiple_of(tl.where(first, h0 + row_rb * H, y + before * width + row * H), [ALIGN])
 
         if REPLAY:
-            acc = to_float32(load_gates(given + local * G, row, n, own, G, H), G)
+            acc = to_float32(load_gates(given + local * G, row, n, own, G, H))
         elif REGISTERS:
             acc = ()
             h_in = tl.where(live[:, None], h, tl.full(h.shape, 0.0, h.dtype)) if HAS_RESET else h
@@ -265,28 +255,29 @@ def fwd_kernel(
             for g in tl.static_range(G):
                 acc = acc + (dot(h_in, held[g], tl.full((BB, BH), 0.0, tl.float32), PRECISION),)
         else:
-            # The first step of a row enters with h0; the reverse direction of a short sequence starts at its own end.
-            first = b * 0 + step == 0
-            if HAS_LENGTHS:
-                first = first | (t == tl.where(backwards, length - 1, -2))
-            before = tl.where(backwards, t + 1, t - 1)
-            h_row = tl.multiple_of(tl.where(first, h0 + row_rb * H, y + before * width + row * H), [ALIGN])
             if COUNT:
                 if i % NT == 0:
                     wait(counter, TEAM * step)
             if HOLD:
-                acc = product_held(h_row, live, held, G, H, BB, BH, BK, PRECISION)
+                acc = product_held(h_row, live, held, G, H, PRECISION)
             else:
-                acc = product_streamed(h_row, live, w_r, n, G, H, BB, BH, BK, PRECISION)
+                acc = product_streamed(h_row, live, w_r, n, G, H, BK, PRECISION)
 
-        s_in = tl.where(live[:, None], s, 0.0) if HAS_RESET else s
-        new, s_new, kept = CELL(to_float32(x, G), acc, hidden_bias, s_in, HOW)
-        if HAS_STATE:
-            s = tl.where(valid[:, None], s_new, s) if HAS_LENGTHS else s_new
-            if NT != 1:
-                tl.store(state + at_rb, s, mask=own)
+        entering = where_each(live, s, zero) if HAS_RESET else s
+        if REPLAY and READS_H:
+            h_in = tl.load(h_row[:, None] + n[None, :], mask=own & live[:, None], other=0.0)
+            entering = (h_in.to(tl.float32),) + entering
+        elif not READS_H:
+            entering = zeros(1, BB, BH) + entering
+        after, kept = CELL(to_float32(x), acc, apart, entering, ACTIVATION)
+        s_new = ()
+        for j in tl.static_range(len(after) - len(s), len(after)):
+            s_new = s_new + (after[j],)
+        s = where_each(valid, s_new, s) if HAS_LENGTHS else s_new
+        if NT != 1:
+            store_each(carried, at_rb, s, own)
         if not REPLAY:
-            out = tl.where(valid[:, None], new, 0.0).to(y.dtype.element_ty)
+            out = tl.where(valid[:, None], after[0], 0.0).to(y.dtype.element_ty)
             tl.store(y + t * width + (row[:, None] * H + n[None, :]), out, mask=own)
             if COUNT:
                 if i % NT == NT - 1:
@@ -294,18 +285,17 @@ def fwd_kernel(
             elif TEAM == 1 and not REGISTERS:
                 tl.debug_barrier()  # a team of one: what its threads stored is what its threads read next
         if REGISTERS:
-            new = new.to(h.dtype)
+            new = after[0].to(h.dtype)
             h = tl.where(valid[:, None], new, h) if HAS_LENGTHS else new
         if SAVE:
             # After the arrival: the team need not wait for what only backward reads.
             for g in tl.static_range(S):
                 at = row[:, None] * (S * H) + (g * H + n)[None, :]
                 tl.store(saved + local * S + at, tl.where(valid[:, None], kept[g], 0.0), mask=own)
-            if HAS_C:
-                tl.store(cells + local + (row[:, None] * H + n[None, :]), s, mask=own)
+            store_each(histories, local + (row[:, None] * H + n[None, :]), s, own)
 
-    if HAS_STATE and NT == 1:
-        tl.store(state + at_rb, s, mask=own)
+    if NT == 1:
+        store_each(carried, at_rb, s, own)
     if not REPLAY:
         if step1 == steps:
             if REGISTERS:

@@ -1,4 +1,4 @@
-"""Activations of float32 tiles, in three qualities. HOW: tl.constexpr says which.
+"""Activations of float32 tiles, in three qualities. ACTIVATION: tl.constexpr says which.
 
 "float32"  as good as the type: relatively accurate near zero too
 "half"     for results that are rounded to 16 bits: absolutely accurate to 1e-7
@@ -15,20 +15,20 @@ def mufu_tanh(x):
 
 
 @triton.jit
-def sigmoid(x, HOW: tl.constexpr):
-    if HOW == "mufu":
+def sigmoid(x, ACTIVATION: tl.constexpr):
+    if ACTIVATION == "mufu":
         return 0.5 * mufu_tanh(0.5 * x) + 0.5
-    if HOW == "half":
+    if ACTIVATION == "half":
         return 1.0 / (1.0 + tl.exp(-x))
     e = tl.exp(-tl.abs(x))  # in (0, 1]: no overflow on either side
     return tl.where(x >= 0, 1.0, e) / (1.0 + e)
 
 
 @triton.jit
-def tanh(x, HOW: tl.constexpr):
-    if HOW == "mufu":
+def tanh(x, ACTIVATION: tl.constexpr):
+    if ACTIVATION == "mufu":
         return mufu_tanh(x)
-    if HOW == "half":
+    if ACTIVATION == "half":
         return 2.0 / (1.0 + tl.exp(-2.0 * x)) - 1.0
     a = tl.abs(x)
     e = tl.exp(-2.0 * a)

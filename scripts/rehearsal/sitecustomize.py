@@ -121,18 +121,18 @@ def computing(loops: Any, plain: Any) -> type:
             too_long = layer.steps > LONGEST
             if too_long and getattr(self, "plan", self) is None:  # all of it is in the emulator, step by step
                 return
-            changed = {name: tensors[name] for name in ("state", "dh", "dc") if tensors.get(name) is not None}
-            before = {name: tensor.clone() for name, tensor in changed.items()}
+            changed = [tensor for name in ("carried", "dstates") for tensor in tensors.get(name, ())]
+            before = [tensor.clone() for tensor in changed]
             getattr(loops, way)(self, **tensors)
             if too_long:
                 return
-            for name, tensor in changed.items():
-                tensor.copy_(before[name])
+            for tensor, value in zip(changed, before, strict=True):
+                tensor.copy_(value)
             stepwise = plain(layer, tensors["w"], way == "backward")
             stepwise.plan = None
             getattr(stepwise, way)(**tensors)
             if layer.cell.name == WRONG:
-                tensors["dh" if way == "backward" else "y"].fill_(float("nan"))
+                (tensors["dstates"][0] if way == "backward" else tensors["y"]).fill_(float("nan"))
 
         return run
 

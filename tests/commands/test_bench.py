@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -34,6 +35,12 @@ RUN = {
 
 def row(point: Point, provider: str, micros: float, run: int = 0) -> Row:
     return time_row(point, provider, Timing(micros * 0.9e-6, micros * 1e-6, micros * 1.1e-6, 5), run)
+
+
+def small(out: Path, **options: Any) -> Workload:
+    """Of the grid "tiny", unless told otherwise, in no more time than it must take."""
+    usual = {"grid": "tiny", "dtypes": ("fp32",), "threads": (1,), "memory": False, "budget_s": 0.0}
+    return Workload(**{**usual, **options}, out=out)
 
 
 def some_results() -> Results:
@@ -113,10 +120,8 @@ def test_no_point_of_a_run_is_past_its_limits(tmp_path: Path, monkeypatch: pytes
     """Ceilings far too low, as on a disturbed machine."""
     limits = Limits(1e6, ((1 << 12, 1e3), (1 << 20, 1e3)))
     monkeypatch.setattr("fused_rnn.commands.bench.run.measure_limits", lambda *_: limits)
-    workload = Workload(
-        shapes=((3, 2, 5, 16), (4, 1, 5, 64)), cells=("GRU",), dtypes=("fp32",), threads=(1,), modes=SEQUENCES,
-        budget_s=0.0, memory=False, out=tmp_path, providers=("torch", "auto"),
-    )  # fmt: skip
+    shapes = ((3, 2, 5, 16), (4, 1, 5, 64))
+    workload = small(tmp_path, shapes=shapes, cells=("GRU",), modes=SEQUENCES, providers=("torch", "auto"))
     console = Console(file=io.StringIO(), width=80)
     (path,) = execute(workload, console)
     results = Results.load(path)
@@ -294,10 +299,7 @@ def test_a_run_beside_another_machines_file(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setitem(GRIDS, "tiny", Grid(T=(2,), B=(2,), H=(4,), steps=()))
     some_results().save(tmp_path / "fp32-1t.json")
     before = (tmp_path / "fp32-1t.json").read_bytes()
-    workload = Workload(
-        grid="tiny", dtypes=("fp32",), threads=(1,), budget_s=0.0, memory=False, out=tmp_path, cells=("GRU",),
-        providers=("torch", "auto"),
-    )  # fmt: skip
+    workload = small(tmp_path, cells=("GRU",), providers=("torch", "auto"))
     console = Console(file=io.StringIO(), width=400)
     assert execute(workload, console) == [tmp_path / "fp32-1t-2.json"]
     assert isinstance(console.file, io.StringIO)
@@ -395,7 +397,7 @@ def test_plot_is_a_picture(tmp_path: Path) -> None:
 
 def test_a_whole_run_writes_what_it_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(GRIDS, "tiny", Grid(T=(1, 2), B=(2,), H=(4,), steps=(4,)))
-    workload = Workload(grid="tiny", dtypes=("fp32",), threads=(1,), budget_s=0.0, memory=False, out=tmp_path)
+    workload = small(tmp_path)
     threads = torch.get_num_threads()
     (path,) = execute(workload, Console(file=io.StringIO(), width=200))
     assert torch.get_num_threads() == threads
@@ -414,10 +416,7 @@ def test_a_run_that_is_killed_has_written_what_it_had(tmp_path: Path, monkeypatc
     """Rows of an earlier run stay, with the run that they are from."""
     monkeypatch.setitem(GRIDS, "tiny", Grid(T=(1, 2), B=(2,), H=(4,), steps=()))
     monkeypatch.setattr("fused_rnn.commands.bench.run.SAVE_EVERY", 0.0)
-    workload = Workload(
-        grid="tiny", cells=("GRU",), dtypes=("fp32",), threads=(1,), modes=("inference",), budget_s=0.0, memory=False,
-        out=tmp_path, providers=("torch", "cpu"),
-    )  # fmt: skip
+    workload = small(tmp_path, cells=("GRU",), modes=("inference",), providers=("torch", "cpu"))
     (path,) = execute(workload, Console(file=io.StringIO()))
     on_disk: list[Results] = []
     original = measure_module.measure
@@ -439,10 +438,8 @@ def test_what_was_measured_before_an_error_is_kept(
     where: str, stop: type[BaseException], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(GRIDS, "tiny", Grid(T=(1, 2, 3), B=(2,), H=(4,), steps=()))
-    workload = Workload(
-        grid="tiny", cells=("GRU",), dtypes=("fp32",), threads=(1,), modes=("inference",), budget_s=0.0,
-        memory=where == "memory", out=tmp_path, providers=("torch", "cpu"),
-    )  # fmt: skip
+    which: dict[str, Any] = {"cells": ("GRU",), "modes": ("inference",), "providers": ("torch", "cpu")}
+    workload = small(tmp_path, memory=where == "memory", **which)
     asked: list[object] = []
 
     def third(answer: object) -> object:
@@ -569,10 +566,8 @@ def test_a_gpus_clock_waits_once_a_block(monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
 def test_a_whole_run_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(GRIDS, "tiny", Grid(T=(4,), B=(8,), H=(32,), steps=(32,)))
-    workload = Workload(
-        device="cuda", grid="tiny", cells=("GRU",), dtypes=("tf32",), threads=(1,), budget_s=0.0, out=tmp_path,
-        providers=("torch", "cell", "triton", "auto"),
-    )  # fmt: skip
+    providers = ("torch", "cell", "triton", "auto")
+    workload = small(tmp_path, device="cuda", cells=("GRU",), dtypes=("tf32",), memory=True, providers=providers)
     (path,) = execute(workload, Console(file=io.StringIO(), width=200))
     results = Results.load(path)
     assert set(results.providers()) == {"torch", "cell", "triton", "auto"}

@@ -97,8 +97,10 @@ def test_the_command_says_what_gained_what(name: str) -> None:
 def test_a_layer_is_timed_on_what_the_model_gives_it(mode: str) -> None:
     gains, said = compare(decoder, mode, 0.0)
     assert [(gain.name, gain.kind, gain.visits) for gain in gains] == [
-        ("the whole model", "Decoder", 0), ("layer", "GRU", 1), ("cell", "LSTMCell", 3)
-    ]  # fmt: skip
+        ("the whole model", "Decoder", 0),
+        ("layer", "GRU", 1),
+        ("cell", "LSTMCell", 3),
+    ]
     assert all(gain.before.p50 > 0 and gain.after.p50 > 0 for gain in gains)
     assert "Results coincide: outputs by " in said
 

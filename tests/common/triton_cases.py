@@ -17,25 +17,25 @@ import torch
 from cases import Case, Inputs
 from torch import Tensor
 
-# Read when fused_rnn.triton' kernels are first imported, which is when the first of them runs.
+# Read when fused_rnn.triton's kernels are first imported, which is when the first of them runs.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from fused_rnn.triton.tiles import Tile
+from fused_rnn.triton.schedule import Tile
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 MARKS = [pytest.mark.gpu] if DEVICE == "cuda" else []  # where they run on a GPU, `pytest -m gpu` runs them
 
 
-# Forced plans with tiles small enough that odd shapes have several, and a rest.
+# Forced schedules with tiles small enough that odd shapes have several, and a rest.
 LOOPS: dict[str, dict[str, Any]] = {
-    "a-registers": {"loop": "a", "registers": True},
-    "a-streamed": {"loop": "a", "tile": Tile(16, 32, 16, 4)},
-    "b-streamed": {"loop": "b", "tile": Tile(32, 64, 32, 4)},
-    "b-resident": {"loop": "b", "tile": Tile(16, 32, 32, 4), "hold": True},
-    "b-spread": {"loop": "b", "tile": Tile(16, 16, 16, 4), "spread": 2},
-    "c": {"loop": "c", "tile": Tile(16, 64, 32, 4)},
+    "solo-registers": {"loop": "solo", "registers": True},
+    "solo-streamed": {"loop": "solo", "tile": Tile(16, 32, 16, 4)},
+    "cooperative-streamed": {"loop": "cooperative", "tile": Tile(32, 64, 32, 4)},
+    "cooperative-resident": {"loop": "cooperative", "tile": Tile(16, 32, 32, 4), "hold": True},
+    "cooperative-spread": {"loop": "cooperative", "tile": Tile(16, 16, 16, 4), "spread": 2},
+    "stepwise": {"loop": "stepwise", "tile": Tile(16, 64, 32, 4)},
 }
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CHOICES: dict[str, tuple[Any, ...]] = {
@@ -57,7 +57,7 @@ Row = dict[str, Any]
 
 
 def _possible(row: Row) -> bool:
-    if row["loop"] == "a-registers" and row["H"] == 130:
+    if row["loop"] == "solo-registers" and row["H"] == 130:
         return False  # W_hh of 256 x 256 does not fit
     return not (row["T"] == 65 and row["B"] == 33 and row["H"] == 130)  # takes the interpreter a minute
 
@@ -68,12 +68,12 @@ def _pairs(row: Row) -> Iterator[tuple[Any, ...]]:
 
 def _cost(row: Row) -> float:
     """What the interpreter takes, roughly in seconds."""
-    plan = LOOPS[row["loop"]]
-    tile = plan.get("tile", Tile(16, 256, 256, 4))
+    schedule = LOOPS[row["loop"]]
+    tile = schedule.get("tile", Tile(16, 256, 256, 4))
     blocks = (2 if row["bidirectional"] else 1) * -(-row["B"] // tile.batch) * -(-row["H"] // tile.units)
-    depth = 1 if plan.get("registers") else -(-row["H"] // tile.depth)
+    depth = 1 if schedule.get("registers") else -(-row["H"] // tile.depth)
     gates = {"lstm": 4, "gru": 3}.get(row["cell"], 1)
-    return 0.03 * row["T"] * (blocks * (1 + 0.1 * gates * (1 + depth)) + (plan["loop"] != "a"))
+    return 0.03 * row["T"] * (blocks * (1 + 0.1 * gates * (1 + depth)) + (schedule["loop"] != "solo"))
 
 
 def _pick(dice: random.Random, met: set[Any], fixed: Row) -> Row:
@@ -90,14 +90,14 @@ def _every_pair() -> set[Any]:
     pairs = set()
     for (one, ones), (other, others) in itertools.combinations(CHOICES.items(), 2):
         pairs |= {((one, a), (other, b)) for a in ones for b in others}
-    return pairs - {(("loop", "a-registers"), ("H", 130))}
+    return pairs - {(("loop", "solo-registers"), ("H", 130))}
 
 
 def _rows() -> list[Row]:
     """Every cell with every dtype by every loop, the rest so that all pairs of choices meet."""
     dice, unmet, met, rows = random.Random(0), _every_pair(), set(), []
-    bases = [dict(zip(("cell", "dtype", "loop"), base, strict=True)) for base in
-             itertools.product(CHOICES["cell"], CHOICES["dtype"], CHOICES["loop"])]  # fmt: skip
+    first = ("cell", "dtype", "loop")
+    bases = [dict(zip(first, base, strict=True)) for base in itertools.product(*(CHOICES[name] for name in first))]
     while bases or unmet:
         row = _pick(dice, met, bases.pop(0) if bases else dict(min(unmet, key=str)))
         rows.append(row)

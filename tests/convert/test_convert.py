@@ -138,8 +138,10 @@ def test_a_class_of_the_users_gets_our_forward_under_its_own(monkeypatch: pytest
     assert isinstance(mine, Mine) and isinstance(mine, fused_rnn.LSTM) and isinstance(mine, nn.LSTM)
     assert type(mine) is type(model[1])
     assert (mine.backend, mine.save, repr(mine)) == (
-        "cpu", "recompute", "Mine(2, 3, proj_size=2, num_layers=2, bidirectional=True, backend='cpu', save='recompute')"
-    )  # fmt: skip
+        "cpu",
+        "recompute",
+        "Mine(2, 3, proj_size=2, num_layers=2, bidirectional=True, backend='cpu', save='recompute')",
+    )
     monkeypatch.setattr(nn.LSTM, "forward", lambda *_: pytest.fail("torch.nn's forward was called"))
     torch.testing.assert_close(mine(x)[0], theirs)
     for copied in (pickle.loads(pickle.dumps(mine)), copy.deepcopy(mine)):
@@ -229,7 +231,7 @@ def test_below_a_compiled_module(kind: Any) -> None:
     except torch._dynamo.exc.InternalTorchDynamoError as error:  # 2.15, of super().forward in a class of nn.LSTM's
         pytest.skip(f"torch {torch.__version__} cannot compile its own class: {error}")
     fused_rnn.convert(compiled)
-    assert isinstance(model[0], fused_rnn.nn.sequence.Recurrent)
+    assert isinstance(model[0], fused_rnn.nn.recurrent.Recurrent)
     torch.testing.assert_close(compiled(x)[0], theirs)
 
 

@@ -310,7 +310,7 @@ def test_an_unknown_cell_is_refused_with_a_reason(monkeypatch: pytest.MonkeyPatc
 
 def test_every_backend_has_the_cells_that_it_says() -> None:
     pytest.importorskip("triton")
-    from fused_rnn.triton import device
-    from fused_rnn.triton.cells import KERNELS
+    from fused_rnn.triton.cells import MODULES, kernels
 
-    assert tuple(KERNELS) == device.CELLS
+    assert tuple(MODULES) == tuple(CELLS)
+    assert all({"fwd", "bwd", "AFTER", "BEFORE"} <= set(dir(kernels(cell))) for cell in MODULES)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import fused_rnn
 from fused_rnn.nn import both
-from fused_rnn.nn.sequence import Recurrent
+from fused_rnn.nn.recurrent import Recurrent
 
 MODULES = {
     "sb3-contrib": "sb3_contrib",

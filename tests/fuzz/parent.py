@@ -65,9 +65,15 @@ class Worker:
         reading, writing = os.pipe()
         command = [sys.executable, "-m", "tests.fuzz", *self._arguments, "--answers", str(writing)]
         self._process = subprocess.Popen(
-            command, cwd=ROOT, env={**os.environ, **ENVIRONMENT}, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL if self._quiet else None, pass_fds=[writing], text=True,
-        )  # fmt: skip
+            command,
+            cwd=ROOT,
+            env={**os.environ, **ENVIRONMENT},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL if self._quiet else None,
+            pass_fds=[writing],
+            text=True,
+        )
         os.close(writing)
         self._answers, self._buffer = reading, b""
         try:

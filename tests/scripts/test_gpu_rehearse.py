@@ -26,7 +26,7 @@ def test_a_visit_in_which_things_go_wrong(
     assert found == [], capfd.readouterr().out
     stages = json.loads((tmp_path / "ill-first" / "summary.json").read_text())["stages"]
     said = {stage["stage"]: stage["said"] for stage in stages}
-    assert said["smoke"].endswith("; not cuda gru tf32 grid, triton gru bf16 b")
+    assert said["smoke"].endswith("; not cuda gru tf32 grid, triton gru bf16 cooperative")
     logs = tmp_path / "trees" / "ill" / "build" / "gpu-work"
     for log in ("smoke.log", "again.log"):
         assert (logs / log).read_text().count("WRONG: error nan") == 2

@@ -18,6 +18,7 @@ from torch.func import functional_call, grad, stack_module_state, vmap
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fused_rnn import cells, ops
+from fused_rnn.call import BackwardCall, LayerCall
 
 pytestmark = pytest.mark.skipif(ops.MISSING is not None, reason=f"vmap rules are those of the ops: {ops.MISSING}")
 
@@ -42,9 +43,11 @@ def launches() -> Iterator[list[tuple[str, int, int]]]:
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
             if func is torch.ops.fused_rnn.forward.default:
-                seen.append(("forward", args[0].shape[1], len(args[7])))
+                call = LayerCall(*args)
+                seen.append(("forward", call.x.shape[1], call.recurrences))
             elif func is torch.ops.fused_rnn.backward.default:
-                seen.append(("backward", args[3].shape[1], len(args[13])))
+                back = BackwardCall(*args)
+                seen.append(("backward", back.x.shape[1], back.layer.recurrences))
             else:
                 assert func is not torch.ops.fused_rnn.step.default
             return func(*args, **(kwargs or {}))

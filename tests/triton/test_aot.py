@@ -41,20 +41,23 @@ def test_kernels_compile_without_spills(chosen: list[str]) -> None:
 
 
 def test_what_counts_as_a_fault() -> None:
-    from fused_rnn.triton import tiles
+    from fused_rnn.triton import planner
+    from fused_rnn.triton.compile import SPILLS
     from fused_rnn.triton.cubin import Job, Outcome
+    from fused_rnn.triton.schedule import Shape
+    from fused_rnn.triton.target import ARCHITECTURES
 
-    shape = tiles.Shape("gru", 3, "half", 32, False)
-    plan = tiles.shipped(shape, tiles.ARCHITECTURES["sm_80"])[0]
-    outcome = Outcome(Job("sm_80", shape, "bfloat16", "ieee", plan, ()), registers=64, shared=163 * 1024)
+    shape = Shape("gru", 3, "half", 32, False)
+    schedule = planner.shipped(shape, ARCHITECTURES["sm_80"])[0]
+    outcome = Outcome(Job("sm_80", shape, "bfloat16", "ieee", schedule, ()), registers=64, shared=163 * 1024)
     assert outcome.fault == ""
     assert outcome._replace(shared=163 * 1024 + 1).fault.startswith("takes 166913 bytes of shared memory")
-    assert outcome._replace(spills=tiles.SPILLS).fault == ""
+    assert outcome._replace(spills=SPILLS).fault == ""
     assert outcome._replace(spills=72).fault == "spills 72 bytes a thread"
     assert outcome._replace(error="PassManager failed").fault == "PassManager failed"
-    team = replace(plan, tile=replace(plan.tile, depth=8))
+    team = replace(schedule, tile=replace(schedule.tile, depth=8))
     for backward, most in ((False, 1), (True, 3)):  # of four parts
-        held = outcome._replace(job=outcome.job._replace(plan=team, shape=shape._replace(backward=backward)))
+        held = outcome._replace(job=outcome.job._replace(schedule=team, shape=shape._replace(backward=backward)))
         assert held._replace(trips=most).fault == ""
         assert held._replace(trips=most + 1).fault.startswith(f"takes {most + 1} trips to memory")
 
@@ -93,13 +96,14 @@ def test_a_fault_fails() -> None:
     program = """
 import sys
 from dataclasses import replace
-from fused_rnn.triton import cubin, tiles
-def odd(shape, device, made=tiles.shipped):
-    return [replace(p, tile=replace(p.tile, batch=24)) for p in made(shape, device)]
+from fused_rnn.triton import cubin, planner
+from fused_rnn.triton.schedule import Shape
+from fused_rnn.triton.target import ARCHITECTURES
 if __name__ == "__main__":
-    shape = tiles.Shape("gru", 3, "half", 32, True)
-    plan = odd(shape, tiles.ARCHITECTURES["sm_90"])[0]
-    outcome = cubin.compile_job(cubin.Job("sm_90", shape, "bfloat16", "ieee", plan, ()))
+    shape = Shape("gru", 3, "half", 32, True)
+    schedule = planner.shipped(shape, ARCHITECTURES["sm_90"])[0]
+    odd = replace(schedule, tile=replace(schedule.tile, batch=24))
+    outcome = cubin.compile_job(cubin.Job("sm_90", shape, "bfloat16", "ieee", odd, ()))
     sys.exit(3 if outcome.fault else 0)
 """
     done = run("-c", program)
@@ -110,11 +114,12 @@ def test_sizes_are_never_compiled_for() -> None:
     """T, B and R are arguments that Triton does not specialise on: no 1, no multiple of 16 makes another kernel."""
     program = """
 from collections import defaultdict
+from fused_rnn.cells import CELLS
 from fused_rnn.triton import aot
 from fused_rnn.triton.backward import bwd_kernel
 from fused_rnn.triton.forward import fwd_kernel
 for kernel in (fwd_kernel, bwd_kernel):
-    pointers = aot._pointers(kernel, "bfloat16", defaultdict(bool))
+    pointers = aot._pointers(kernel, CELLS["lstm"], "bfloat16", defaultdict(bool))
     for p in kernel.params:
         assert p.is_constexpr or p.name in pointers or p.do_not_specialize, p.name
 """
@@ -127,7 +132,7 @@ ROUNDED = r"""
 import re, sys
 from fused_rnn.cells import CELLS
 from fused_rnn.triton.aot import compile_kernel
-from fused_rnn.triton.tiles import Plan, Tile
+from fused_rnn.triton.schedule import Schedule, Tile
 
 def rounded(made, operand):
     while operand in made:
@@ -136,11 +141,11 @@ def rounded(made, operand):
             return line
         operand = re.search(r"%\w+", text)[0]
 
-for loop, team, how in (("a", 1, {"registers": True}), ("b", 2, {"hold": True}), ("b", 2, {})):
-    plan = Plan(loop, Tile(16, 32 // team, 32, 4, 1 if how else 2), team, **how)
+for loop, team, how in (("solo", 1, {"registers": True}), ("cooperative", 2, {"hold": True}), ("cooperative", 2, {})):
+    schedule = Schedule(loop, Tile(16, 32 // team, 32, 4, 1 if how else 2), team, **how)
     for backward in (False, True):
-        text = compile_kernel(CELLS["gru"], "float32", "tf32", 32, plan, "sm_90", backward, reset=True).asm["ttgir"]
-        lines = text.splitlines()
+        kernel = compile_kernel(CELLS["gru"], "float32", "tf32", 32, schedule, "sm_90", backward, ("reset",))
+        lines = kernel.asm["ttgir"].splitlines()
         made = {m[1]: (i, *m.groups()) for i, m in enumerate(re.match(r"\s*(%\w+) = (.*)", x) for x in lines) if m}
         begins = next(i for i, line in enumerate(lines) if "scf.for" in line)
         products = [re.search(r"tt.dot (%\w+), (%\w+)", line) for line in lines]

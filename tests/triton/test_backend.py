@@ -1,4 +1,4 @@
-"""The Triton backend around its loops: ops, transforms, choice of plan, what it refuses and how it says so."""
+"""The Triton backend around its loops: ops, transforms, choice of schedule, what it refuses and how it says so."""
 
 from __future__ import annotations
 
@@ -18,13 +18,14 @@ from triton_cases import DEVICE, LOOPS, MARKS, here, quicker_interpreter
 
 import fused_rnn
 from fused_rnn.backends import triton as backend
+from fused_rnn.call import BackwardCall, LayerCall
 from fused_rnn.cells import CELLS
-from fused_rnn.cells import CELLS as LAYER_CELLS
 from fused_rnn.dispatch import choose
 from fused_rnn.functional import lstm
 from fused_rnn.gpu.loops import Layer
-from fused_rnn.triton import aot, device, launch, tiles
-from fused_rnn.triton.tiles import ARCHITECTURES, Plan, Shape, Tile
+from fused_rnn.triton import aot, device, launch, measured, planner
+from fused_rnn.triton.schedule import Schedule, Shape, Tile
+from fused_rnn.triton.target import ARCHITECTURES, INTERPRETER
 
 pytestmark = MARKS
 QUICK = ("test_schema", "test_faketensor")
@@ -36,17 +37,16 @@ def _quick() -> None:
     quicker_interpreter()
 
 
-def arguments(case: Case, given: Inputs, save: str, keep_hidden: bool = True) -> tuple[Any, ...]:
-    h0, c0 = [*given.hx, None, None][:2] if case.hx else (None, None)
-    directions = [1, -1][: case.R]
-    return given.x, given.weights, h0, c0, given.lengths, given.reset, case.cell, directions, save, keep_hidden
+def call_of(case: Case, given: Inputs, save: str, keep_hidden: bool = True) -> LayerCall:
+    masks, directions = (given.lengths, given.reset), [1, -1][: case.R]
+    return LayerCall(given.x, given.weights, given.hx, *masks, case.cell, directions, save, keep_hidden)
 
 
-def backward_arguments(case: Case, given: Inputs, save: str) -> tuple[Any, ...]:
-    call = arguments(case, given, save)
-    saved, cells, hidden = backend.forward(*call)[-3:]
-    dc_n = given.dout[2] if case.cell == "lstm" else None
-    return (*given.dout[:2], dc_n, *call[:6], hidden, saved, cells, *call[6:9], True, True)
+def backward_of(case: Case, given: Inputs, save: str) -> BackwardCall:
+    call, states = call_of(case, given, save), len(CELLS[case.cell].states)
+    saved, *histories, hidden = backend.forward(call)[1 + states :]
+    kept = (hidden, saved, histories)
+    return BackwardCall(given.dout[0], given.dout[1:], *call[:5], *kept, *call[5:8], True, True)
 
 
 # --- the ops
@@ -58,25 +58,29 @@ def test_ops_pass_opcheck(cell: str, save: str) -> None:
     case = Case(cell, T=2, B=2, H=3, bidirectional=True, lengths=True, reset=True)
     given = here(inputs(case))
     full = (*QUICK, "test_aot_dispatch_dynamic") if (cell, save) == ("lstm", "gates") else QUICK
-    torch.library.opcheck(backend.forward_op, arguments(case, given, save), test_utils=full)
-    torch.library.opcheck(backend.forward_op, arguments(case, given, save, keep_hidden=False), test_utils=QUICK)
+    torch.library.opcheck(backend.forward_op, tuple(call_of(case, given, save)), test_utils=full)
+    unkept = call_of(case, given, save, keep_hidden=False)
+    torch.library.opcheck(backend.forward_op, tuple(unkept), test_utils=QUICK)
     if save != "none":
-        call = backward_arguments(case, given, save)
-        torch.library.opcheck(backend.backward_op, call, test_utils=full)
-        torch.library.opcheck(backend.backward_op, (None, *call[1:-2], False, False), test_utils=QUICK)
+        call = backward_of(case, given, save)
+        torch.library.opcheck(backend.backward_op, tuple(call), test_utils=full)
+        few = call._replace(dy=None, need_dx=False, need_dw=False)
+        torch.library.opcheck(backend.backward_op, tuple(few), test_utils=QUICK)
 
 
 @pytest.mark.parametrize("save", ["gates", "recompute"])
 @pytest.mark.parametrize("loop", LOOPS)
 def test_same_bits_every_time_all_written_and_none_shared(loop: str, save: str) -> None:
     """No atomics in a gradient. Uninitialised memory is NaN here: none may come out."""
-    case = Case("gru" if loop < "b" else "lstm", T=3, B=3, H=17, bidirectional=True, lengths=True, reset=True)
+    case = Case(
+        "gru" if loop.startswith("solo") else "lstm", T=3, B=3, H=17, bidirectional=True, lengths=True, reset=True
+    )
     given = here(inputs(case))
-    with tiles.override(**LOOPS[loop]):
+    with planner.override(**LOOPS[loop]):
         runs = []
         for _ in range(2):
-            call = backward_arguments(case, given, save)
-            runs.append([*backend.forward(*arguments(case, given, save)), *backend.backward(*call)])
+            grads = backend.backward(backward_of(case, given, save))
+            runs.append([*backend.forward(call_of(case, given, save)), *grads])
     for one, other in zip(*runs, strict=True):
         assert not one.isnan().any()
         assert torch.equal(one, other)
@@ -90,7 +94,7 @@ def test_a_team_counts_every_arrival(monkeypatch: pytest.MonkeyPatch) -> None:
     original = launch.new_counters
     monkeypatch.setattr(launch, "new_counters", lambda *args: made.append(original(*args)) or made[-1])
     case = Case("lstm", T=4, B=33, H=17, bidirectional=True)
-    with tiles.override(loop="b", tile=Tile(16, 16, 16, 4)):
+    with planner.override(loop="cooperative", tile=Tile(16, 16, 16, 4)):
         by_backend(case, here(inputs(case)), "triton")
     forward_counts, backward_counts = (counters[:, 0].tolist() for counters in made)
     assert forward_counts == [2 * 4] * 6  # 2 directions x 3 batch tiles; a team of 2, 4 steps
@@ -124,11 +128,12 @@ def test_padding_may_hold_anything() -> None:
 @pytest.mark.parametrize("cell", CELLS)
 def test_what_is_not_finite(cell: str, loop: str, dtype: torch.dtype) -> None:
     def run(case: Case, given: Inputs) -> Results:
-        with tiles.override(**LOOPS[loop]):
+        with planner.override(**LOOPS[loop]):
             results = by_backend(case, here(given), "triton")
         return {name: value.cpu() for name, value in results.items()}
 
-    case = Case(cell, T=3, D=5, hx=loop > "b", bidirectional=loop > "b", dtype=dtype)
+    team = not loop.startswith("solo")
+    case = Case(cell, T=3, D=5, hx=team, bidirectional=team, dtype=dtype)
     for make in (with_silence, with_nan):
         assert_as_in_torch(case, make(case), run)
 
@@ -146,13 +151,10 @@ def test_an_input_per_recurrence() -> None:
     case = Case("gru", T=3, bidirectional=True)
     given = here(inputs(case))
     each = given.x.unsqueeze(2).repeat(1, 1, 2, 1)
-    shared, apart = (
-        backend.forward(*arguments(case, given._replace(x=x), "gates", keep_hidden=True)) for x in (given.x, each)
-    )
+    shared, apart = (backend.forward(call_of(case, given._replace(x=x), "gates")) for x in (given.x, each))
     torch.testing.assert_close(shared[:2], apart[:2])
-    call = backward_arguments(case, given._replace(x=each), "gates")
-    dx, *rest = backend.backward(*call)
-    sum_dx, *others = backend.backward(*backward_arguments(case, given, "gates"))
+    dx, *rest = backend.backward(backward_of(case, given._replace(x=each), "gates"))
+    sum_dx, *others = backend.backward(backward_of(case, given, "gates"))
     torch.testing.assert_close(dx.sum(2), sum_dx)
     torch.testing.assert_close(rest, others)
 
@@ -263,15 +265,15 @@ def test_reasons() -> None:
 def test_sizes_beyond_the_kernels_reach_are_refused_by_the_op_too() -> None:
     """Under vmap B and R grow after dispatch has asked. Shapes alone: nobody has such tensors."""
     for sizes, message in (((1 << 31, 1, 1), "T = 2147483648"), ((1, 1 << 20, 1024), "B·R·H·4 = 4294967296")):
-        layer = Layer(LAYER_CELLS["gru"], *sizes, (1,), None, None)
+        layer = Layer(CELLS["gru"], *sizes, (1,), None, None)
         with pytest.raises(RuntimeError, match=f"x: .*{message}"):
             backend._loops(layer, torch.zeros(1, 1, 1, device=DEVICE), False)
 
 
 def test_more_steps_than_a_team_can_count_are_refused() -> None:
-    team = Plan("b", Tile(16, 16, 16, 4), 64)
+    team = Schedule("cooperative", Tile(16, 16, 16, 4), 64)
     for steps, refused in ((1 << 24, False), (1 << 25, True)):
-        layer = Layer(LAYER_CELLS["gru"], steps, 16, 1024, (1,), None, None)
+        layer = Layer(CELLS["gru"], steps, 16, 1024, (1,), None, None)
         with pytest.raises(NotImplementedError, match=r"beyond the 2\^31") if refused else nullcontext():
             launch.new_counters(layer, team, torch.device(DEVICE))
 
@@ -288,7 +290,7 @@ def test_reasons_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(NotImplementedError, match="triton: Triton is not installed"):
         forward(case, inputs(case), "triton")
     with pytest.raises(RuntimeError, match="x: Triton is not installed"):
-        backend.forward(*arguments(case, inputs(case), "none"))
+        backend.forward(call_of(case, inputs(case), "none"))
 
 
 def test_wrong_devices_are_refused() -> None:
@@ -297,40 +299,49 @@ def test_wrong_devices_are_refused() -> None:
     assert given.lengths is not None
     wrong = given._replace(lengths=given.lengths.to("meta"))
     with pytest.raises(RuntimeError, match=r"got tensors on .* and on meta, expected all on one device"):
-        backend.forward(*arguments(case, wrong, "none"))
+        backend.forward(call_of(case, wrong, "none"))
 
 
-WRONG: list[tuple[int, Any, str]] = [
-    (0, torch.zeros(5, 3), r"x: got \[5, 3\], expected \[T, B, D\] or \[T, B, 2, D\]"),
-    (0, torch.zeros(0, 3, 4), r"x: got \[0, 3, 4\], expected at least one step"),
-    (2, torch.zeros(2, 3, 5), r"h0: got \[2, 3, 5\], expected \[2, 3, 17\]"),
-    (3, torch.zeros(2, 3, 17, dtype=torch.float64), "c0: got torch.float64, expected torch.float32"),
-    (4, torch.zeros(3, dtype=torch.int32), "lengths: got torch.int32, expected torch.int64"),
-    (5, torch.zeros(5, 2, dtype=torch.bool), r"reset: got \[5, 2\], expected \[5, 3\]"),
-    (7, [1], "weights: got 8 tensors for 1 recurrence"),
-    (7, [], "weights: got 8 tensors for 0 recurrence"),
-    (8, "all", "save: got 'all', expected none, gates or recompute"),
+WRONG: list[tuple[str, Any, str]] = [
+    ("x", torch.zeros(5, 3), r"x: got \[5, 3\], expected \[T, B, D\] or \[T, B, 2, D\]"),
+    ("x", torch.zeros(0, 3, 4), r"x: got \[0, 3, 4\], expected at least one step"),
+    ("h", torch.zeros(2, 3, 5), r"h0: got \[2, 3, 5\], expected \[2, 3, 17\]"),
+    ("c", torch.zeros(2, 3, 17, dtype=torch.float64), "c0: got torch.float64, expected torch.float32"),
+    ("lengths", torch.zeros(3, dtype=torch.int32), "lengths: got torch.int32, expected torch.int64"),
+    ("reset", torch.zeros(5, 2, dtype=torch.bool), r"reset: got \[5, 2\], expected \[5, 3\]"),
+    ("directions", [1], "weights: got 8 tensors for 1 recurrence"),
+    ("directions", [], "weights: got 8 tensors for 0 recurrence"),
+    ("save", "all", "save: got 'all', expected none, gates or recompute"),
 ]
 
 
-@pytest.mark.parametrize(("at", "value", "message"), WRONG, ids=[message[:20] for *_, message in WRONG])
-def test_the_op_names_what_does_not_fit(at: int, value: Any, message: str) -> None:
+@pytest.mark.parametrize(("name", "value", "message"), WRONG, ids=[message[:20] for *_, message in WRONG])
+def test_the_op_names_what_does_not_fit(name: str, value: Any, message: str) -> None:
     """No pointer reaches a kernel with sizes that are not its own."""
     case = Case("lstm", bidirectional=True, lengths=True, reset=True)
-    call = list(arguments(case, here(inputs(case)), "none"))
-    call[at] = value.to(DEVICE) if isinstance(value, Tensor) else value
+    call = call_of(case, here(inputs(case)), "none")
+    value = value.to(DEVICE) if isinstance(value, Tensor) else value
+    if name in "hc":
+        name, value = "states", [value if name == state else t for state, t in zip("hc", call.states, strict=True)]
     with pytest.raises(RuntimeError, match=message):
-        backend.forward(*call)
+        backend.forward(call._replace(**{name: value}))
 
 
-@pytest.mark.parametrize("at", range(12))
-def test_the_backward_op_names_what_does_not_fit(at: int) -> None:
-    names = ("dy", "dh_n", "dc_n", "x", "weights", "h0", "c0", "lengths", "reset", "hidden", "saved", "cells")
+@pytest.mark.parametrize(
+    ("field", "at", "named"),
+    [
+        ("dy", None, "dy"), ("dstates", 0, "h_n's gradient"), ("dstates", 1, "c_n's gradient"), ("x", None, "weights"),
+        ("weights", 0, "weights"), ("states", 0, "h0"), ("states", 1, "c0"), ("lengths", None, "lengths"),
+        ("reset", None, "reset"), ("hidden", None, "hidden"), ("saved", None, "saved"), ("histories", 0, "histories"),
+    ],
+)  # fmt: skip
+def test_the_backward_op_names_what_does_not_fit(field: str, at: int | None, named: str) -> None:
     case = Case("lstm", T=2, B=3, H=4, lengths=True, reset=True)
-    call = list(backward_arguments(case, here(inputs(case)), "gates"))
-    call[at] = [w[..., :-1] for w in call[at]] if at == 4 else call[at][..., :-1]
-    with pytest.raises(RuntimeError, match=f"{names[at] if at != 3 else 'weights'}.*: got .*, expected"):
-        backend.backward(*call)
+    call = backward_of(case, here(inputs(case)), "gates")
+    given = getattr(call, field)
+    cut = given[..., :-1] if at is None else [t[..., :-1] if j == at else t for j, t in enumerate(given)]
+    with pytest.raises(RuntimeError, match=f"{named}.*: got .*, expected"):
+        backend.backward(call._replace(**{field: cut}))
 
 
 def test_directions_without_a_pattern() -> None:
@@ -355,16 +366,19 @@ def test_arguments_have_the_types_that_are_compiled_for(cell: str, save: str, mo
     monkeypatch.setattr(launch._Launches, "__call__", spied)
     for masks in (False, True):
         case = Case(cell, T=2, B=2, H=3, dtype=torch.bfloat16, lengths=masks, reset=masks)
-        backend.backward(*backward_arguments(case, here(inputs(case)), save))
+        backend.backward(backward_of(case, here(inputs(case)), save))
     assert {kernel for kernel, *_ in launched} == {launch.fwd_kernel, launch.bwd_kernel}
     names = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32", torch.int64: "*i64"}
     for kernel, constants, args in launched:
-        expected = aot._pointers(kernel, "bfloat16", {"REPLAY": save == "recompute", **constants})
-        named = zip(kernel.arg_names, args, strict=False)
-        assert {name: names[given.dtype] for name, given in named if isinstance(given, Tensor)} == expected
+        expected = aot._pointers(kernel, CELLS[cell], "bfloat16", {"REPLAY": save == "recompute", **constants})
+        given = dict(zip(kernel.arg_names, args, strict=False))
+        for name, kinds in expected.items():
+            found = given[name]
+            assert kinds == (tuple(names[t.dtype] for t in found) if isinstance(found, tuple) else names[found.dtype])
+        assert not any(isinstance(value, (Tensor, tuple)) for name, value in given.items() if name not in expected)
 
 
-# --- which plan
+# --- which schedule
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
@@ -375,13 +389,13 @@ def test_there_is_a_plan_for_everything(arch: str) -> None:
             for hidden in (1, 17, 32, 130, 256, 512, 768, 1024, 2048, 5000):
                 for backward in (False, True):
                     shape = Shape(cell.name, cell.gates, kind, hidden, backward)
-                    shipped = tiles.shipped(shape, known)
+                    shipped = planner.shipped(shape, known)
                     for batch in (1, 16, 64, 256, 4096):
-                        plan = tiles.choose(shape, known, batch, 2)
-                        assert plan in shipped
-                        assert plan.team * plan.spread * plan.tile.units >= hidden
-                        assert plan.loop != "b" or plan.team * 2 <= known.processors
-                        assert plan.loop != "c" or batch > 64 or hidden > 2000 or known.processors < 80
+                        schedule = planner.choose(shape, known, batch, 2)
+                        assert schedule in shipped
+                        assert schedule.team * schedule.spread * schedule.tile.units >= hidden
+                        assert schedule.loop != "cooperative" or schedule.team * 2 <= known.processors
+                        assert schedule.loop != "stepwise" or batch > 64 or hidden > 2000 or known.processors < 80
 
 
 def test_h_up_to_512_never_takes_a_launch_a_step_on_an_h100() -> None:
@@ -389,59 +403,63 @@ def test_h_up_to_512_never_takes_a_launch_a_step_on_an_h100() -> None:
         for hidden in (32, 64, 128, 256, 512):
             for batch in (1, 8, 32, 64, 128, 256):
                 shape = Shape("lstm", gates, "half", hidden, False)
-                assert tiles.choose(shape, ARCHITECTURES["sm_90"], batch, 1).loop in "ab"
+                assert planner.choose(shape, ARCHITECTURES["sm_90"], batch, 1).loop != "stepwise"
 
 
-def test_forcing_a_plan() -> None:
+def test_forcing_a_schedule() -> None:
     shape = Shape("lstm", 4, "half", 100, False)
-    with tiles.override(loop="b", tile=Tile(16, 32, 32, 4), spread=2):
-        with tiles.override(loop="c"):
-            assert tiles.choose(shape, tiles.INTERPRETER, 1, 1).loop == "c"
-        assert tiles.choose(shape, tiles.INTERPRETER, 1, 1) == Plan("b", Tile(16, 32, 32, 4), 2, 2)
-    with pytest.raises(ValueError, match="loop: expected one of a, b, c, got 'd'"), tiles.override(loop="d"):
-        tiles.choose(shape, tiles.INTERPRETER, 1, 1)
+    with planner.override(loop="cooperative", tile=Tile(16, 32, 32, 4), spread=2):
+        with planner.override(loop="stepwise"):
+            assert planner.choose(shape, INTERPRETER, 1, 1).loop == "stepwise"
+        assert planner.choose(shape, INTERPRETER, 1, 1) == Schedule("cooperative", Tile(16, 32, 32, 4), 2, 2)
+    message = "loop: expected one of solo, cooperative, stepwise, got 'd'"
+    with pytest.raises(ValueError, match=message), planner.override(loop="d"):
+        planner.choose(shape, INTERPRETER, 1, 1)
 
 
 def test_a_measured_table_comes_first(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("FUSED_RNN_TRITON_TILES", str(tmp_path / "tiles.json"))
-    monkeypatch.setattr(tiles, "_forced", {})
-    tiles._measured.cache_clear()
+    monkeypatch.setattr(planner, "_forced", {})
+    measured._table.cache_clear()
     known, shape = ARCHITECTURES["sm_90"], Shape("gru", 3, "half", 512, True)
-    small, large = Plan("b", Tile(16, 16, 64, 4), 32, hold=True), Plan("c", Tile(64, 64, 32, 8), 8)
+    small, large = (
+        Schedule("cooperative", Tile(16, 16, 64, 4), 32, hold=True),
+        Schedule("stepwise", Tile(64, 64, 32, 8), 8),
+    )
     try:
-        before = tiles.choose(shape, known, 16, 1)
-        tiles.record(shape, known, [(64, small), (256, large)], {"device": "a test"})
+        before = planner.choose(shape, known, 16, 1)
+        measured.record(shape, known, [(64, small), (256, large)], {"device": "a test"})
         assert before not in (small, large)
-        assert tiles.choose(shape, known, 16, 1) == small
-        assert tiles.choose(shape, known, 64, 2) == large
-        assert tiles.choose(shape, known, 4096, 1) == large  # beyond what was measured: the last
-        assert tiles.choose(shape._replace(backward=False), known, 16, 1) != small
-        assert tiles.choose(shape, known, 8, 5) == large  # five teams of 32 are more than there are multiprocessors
+        assert planner.choose(shape, known, 16, 1) == small
+        assert planner.choose(shape, known, 64, 2) == large
+        assert planner.choose(shape, known, 4096, 1) == large  # beyond what was measured: the last
+        assert planner.choose(shape._replace(backward=False), known, 16, 1) != small
+        assert planner.choose(shape, known, 8, 5) == large  # five teams of 32 are more than there are multiprocessors
         assert [path.name for path in tmp_path.iterdir()] == ["tiles.json"]
         assert (
             json.loads((tmp_path / "tiles.json").read_text())["notes"]["sm_90/gru/half/512/backward"]["device"]
             == "a test"
         )
     finally:
-        tiles._measured.cache_clear()
+        measured._table.cache_clear()
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"plans": {"k": [[1, {"loop": "a"}]]}}'])
+@pytest.mark.parametrize("text", ["{", "[]", '{"schedules": {"k": [[1, {"loop": "solo"}]]}}'])
 def test_a_table_that_cannot_be_read_is_named(text: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     path = tmp_path / "tiles.json"
     path.write_text(text)
     monkeypatch.setenv("FUSED_RNN_TRITON_TILES", str(path))
-    tiles._measured.cache_clear()
+    measured._table.cache_clear()
     try:
         with pytest.raises(RuntimeError, match=r"tiles.json: not a table that this version's tune wrote"):
-            tiles.choose(Shape("gru", 3, "half", 512, True), ARCHITECTURES["sm_90"], 16, 1)
+            planner.choose(Shape("gru", 3, "half", 512, True), ARCHITECTURES["sm_90"], 16, 1)
     finally:
-        tiles._measured.cache_clear()
+        measured._table.cache_clear()
 
 
-def test_description_names_the_plan() -> None:
+def test_description_names_the_schedule() -> None:
     text = backend.describe(PROBLEM)
-    assert "forward: loop a, one program" in text
+    assert "forward: loop solo, one program" in text
     assert "backward: " in text
     assert "not on a GPU" in backend.describe(PROBLEM._replace(device="xpu")) or "nothing" in backend.describe(
         PROBLEM._replace(device="xpu")
@@ -472,14 +490,16 @@ def test_tf32_is_what_torch_says() -> None:
 
 
 def test_tuning_keeps_the_fastest(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """With a clock that likes one plan, that plan is what the table holds afterwards."""
+    """With a clock that likes one schedule, that schedule is what the table holds afterwards."""
     from fused_rnn.triton import tune
 
     monkeypatch.setenv("FUSED_RNN_TRITON_TILES", str(tmp_path / "tiles.json"))
-    tiles._measured.cache_clear()
-    known = tiles.INTERPRETER if DEVICE == "cpu" else device.device_at(0)
-    favourite = Plan("c", Tile(16, 16, 16, 4), 1)
-    monkeypatch.setattr(tune, "candidates", lambda *_: [Plan("a", Tile(16, 16, 16, 4), 1, registers=True), favourite])
+    measured._table.cache_clear()
+    known = INTERPRETER if DEVICE == "cpu" else device.target_at(0)
+    favourite = Schedule("stepwise", Tile(16, 16, 16, 4), 1)
+    monkeypatch.setattr(
+        tune, "candidates", lambda *_: [Schedule("solo", Tile(16, 16, 16, 4), 1, registers=True), favourite]
+    )
     for backward in (False, True):
         shape, times = Shape("lstm", 4, "ieee", 5, backward), iter((2.0, 1.0))
 
@@ -489,6 +509,6 @@ def test_tuning_keeps_the_fastest(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
 
         try:
             tune.tune(shape, torch.float32, known, 2, [3], clock)
-            assert tiles.choose(shape, known, 1, 1) == favourite
+            assert planner.choose(shape, known, 1, 1) == favourite
         finally:
-            tiles._measured.cache_clear()
+            measured._table.cache_clear()

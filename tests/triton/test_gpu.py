@@ -13,8 +13,8 @@ from tolerances import error, tf32
 from torch import Tensor
 
 import fused_rnn
-from fused_rnn.triton import tiles
-from fused_rnn.triton.tiles import Tile
+from fused_rnn.triton import planner
+from fused_rnn.triton.schedule import Tile
 
 pytest.importorskip("triton", reason="Triton is not installed")
 pytestmark = [
@@ -23,16 +23,16 @@ pytestmark = [
 ]
 
 LOOPS: dict[str, dict[str, Any]] = {
-    "a-registers": {"loop": "a", "registers": True},
-    "b-resident": {"loop": "b", "tile": Tile(16, 32, 32, 4), "hold": True},
-    "b-streamed": {"loop": "b", "tile": Tile(16, 32, 32, 4, 3)},
-    "c": {"loop": "c", "tile": Tile(16, 32, 32, 4, 3)},
+    "solo-registers": {"loop": "solo", "registers": True},
+    "cooperative-resident": {"loop": "cooperative", "tile": Tile(16, 32, 32, 4), "hold": True},
+    "cooperative-streamed": {"loop": "cooperative", "tile": Tile(16, 32, 32, 4, 3)},
+    "stepwise": {"loop": "stepwise", "tile": Tile(16, 32, 32, 4, 3)},
 }
 
 
 @pytest.fixture(params=LOOPS)
 def loop(request: pytest.FixtureRequest) -> Iterator[str]:
-    with tiles.override(**LOOPS[request.param]):
+    with planner.override(**LOOPS[request.param]):
         yield request.param
 
 
@@ -101,7 +101,7 @@ def test_two_streams_of_teams_do_not_lock_each_other_out() -> None:
     processors = torch.cuda.get_device_properties(0).multi_processor_count
     net = module(hidden=256)
     xs = [data(64, 16 * (processors // 8)) for _ in range(2)]
-    with tiles.override(loop="b", tile=Tile(16, 32, 128, 4), hold=True):
+    with planner.override(loop="cooperative", tile=Tile(16, 32, 128, 4), hold=True):
         expected = [train(net, x)[0] for x in xs]
         streams = [torch.cuda.Stream(), torch.cuda.Stream()]
         torch.cuda.synchronize()
@@ -156,7 +156,7 @@ def test_same_bits_over_many_runs(loop: str) -> None:
 def test_a_team_too_large_for_the_device_is_refused() -> None:
     net, x = module("RNN", hidden=4096), data(1, 1).detach()
     with (
-        tiles.override(loop="b", tile=Tile(16, 16, 16, 4)),
+        planner.override(loop="cooperative", tile=Tile(16, 16, 16, 4)),
         pytest.raises(NotImplementedError, match=r"more than the \d+ multiprocessors there are"),
     ):
         net(x)
@@ -187,14 +187,14 @@ def test_tf32_obeys_torch() -> None:
     assert 2e-6 < rounded < 5e-3
 
 
-@pytest.mark.parametrize("loop", ["a-registers", "b-resident"])
+@pytest.mark.parametrize("loop", ["solo-registers", "cooperative-resident"])
 def test_beyond_65535_steps_and_31_bits_of_elements(loop: str) -> None:
     """The second half of a long sequence, given the first one's state, is the same bits as by itself."""
     steps, batch, hidden = 70_000, 64, 128
     assert steps * batch * 4 * hidden > 1 << 31
     net = module(hidden=hidden)
     x = torch.randn(steps, batch, 24, device="cuda", dtype=torch.bfloat16)
-    with torch.no_grad(), tiles.override(**LOOPS[loop]):
+    with torch.no_grad(), planner.override(**LOOPS[loop]):
         y, (h, c) = net(x)
         first, state = net(x[: steps // 2])
         second, (h_end, _) = net(x[steps // 2 :], state)

@@ -11,7 +11,7 @@ from oracle import Results, by_backend, by_reference, by_torch, over_draws
 from tolerances import assert_as_good_as_torch
 from triton_cases import DTYPES, LOOPS, MARKS, ROWS, Row, case_of, here, quicker_interpreter
 
-from fused_rnn.triton import tiles
+from fused_rnn.triton import planner
 
 pytestmark = MARKS
 
@@ -21,9 +21,9 @@ def _quick() -> None:
     quicker_interpreter()
 
 
-def check(case: Case, **plan: object) -> None:
+def check(case: Case, **schedule: object) -> None:
     def ours(case: Case, given: Inputs) -> Results:
-        with tiles.override(**plan):
+        with planner.override(**schedule):
             return by_backend(case, given, "triton")
 
     def drawn(run: Callable[[Case, Inputs], Results]) -> Results:
@@ -41,7 +41,7 @@ def test_every_loop(row: Row) -> None:
 
 @pytest.mark.parametrize("cell", ["lstm", "gru", "rnn_tanh", "rnn_relu"])
 def test_what_the_planner_chooses(cell: str) -> None:
-    """A stack of layers, by the plans of a device of its own choice."""
+    """A stack of layers, by the schedules of a device of its own choice."""
     check(Case(cell, T=4, layers=2, bidirectional=True, lengths=True, reset=True))
     check(Case(cell, T=2, H=260, B=2, D=3))
 
@@ -55,17 +55,17 @@ PROJECTED = [
 
 @pytest.mark.parametrize("case", PROJECTED, ids=str)
 def test_projections(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fused_rnn.gpu.run.CHECKPOINT_EVERY", 3)
+    monkeypatch.setattr("fused_rnn.transforms.fake.CHECKPOINT_EVERY", 3)
     check(case)
 
 
-@pytest.mark.parametrize("loop", ["a-registers", "a-streamed", "b-resident", "c"])
+@pytest.mark.parametrize("loop", ["solo-registers", "solo-streamed", "cooperative-resident", "stepwise"])
 @pytest.mark.parametrize("cell", ["lstm", "gru"])
 def test_gates_are_made_again_chunk_by_chunk(cell: str, loop: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks of 2 over 5 steps, sequences that end in each of them, both directions, resets."""
-    monkeypatch.setattr("fused_rnn.gpu.run.CHECKPOINT_EVERY", 2)
+    monkeypatch.setattr("fused_rnn.transforms.fake.CHECKPOINT_EVERY", 2)
     case = Case(cell, T=5, B=4, H=3, bidirectional=True, lengths=True, reset=True, save="recompute")
     given = here(inputs(case)._replace(lengths=torch.tensor([5, 2, 3, 1])))
-    with tiles.override(**LOOPS[loop]):
+    with planner.override(**LOOPS[loop]):
         ours = by_backend(case, given, "triton")
     assert_as_good_as_torch(ours, by_torch(case, given), by_reference(case, given))

@@ -14,9 +14,12 @@ import torch
 GATES = {"LSTM": 4, "GRU": 3, "RNN": 1}
 CELLS = tuple(GATES)
 DTYPES = {
-    "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64,
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp64": torch.float64,
     "tf32": torch.float32,  # on a GPU: float32 whose products may round to TF32; "fp32" there means that they do not
-}  # fmt: skip
+}
 SEQUENCES = ("inference", "training")
 MODES = (*SEQUENCES, "step")
 VARIANTS = ("plain", "layers", "bidirectional", "ragged", "lengths", "resets", "graph")

@@ -208,8 +208,9 @@ def compare(
     for name in turned:
         if name and seen[name]:  # a model that is itself a layer has been timed
             both: dict[str, Any] = {
-                BEFORE: LayerCall(old[name], seen[name], training), AFTER: LayerCall(new[name], seen[name], training)
-            }  # fmt: skip
+                BEFORE: LayerCall(old[name], seen[name], training),
+                AFTER: LayerCall(new[name], seen[name], training),
+            }
             kind = type(old[name]).__name__
             gains.append(_timed(name, kind, len(seen[name]), both, where, budget_s / 2 / len(turned)))
     return gains, coincide

@@ -22,9 +22,12 @@ STEP_BASELINE = "cell"
 HALF = "torch-fp16"
 # name → what the tables call it; any other name is a backend of fused_rnn, run alone
 TITLES = {
-    "torch": "torch.nn", HALF: "torch.nn in fp16", "loop": "loop over torch cell", "cell": "torch.nn cell",
+    "torch": "torch.nn",
+    HALF: "torch.nn in fp16",
+    "loop": "loop over torch cell",
+    "cell": "torch.nn cell",
     "auto": "fused_rnn, auto",
-}  # fmt: skip
+}
 OTHERS = tuple(TITLES)  # every other provider is one of our backends, run alone
 
 

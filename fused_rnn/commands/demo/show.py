@@ -89,8 +89,13 @@ def run(cells: Sequence[str], *, steps: int, seconds: float, seed: int, out: Pat
 
 
 def _train(cell: str, text: str, steps: int, seconds: float, seed: int, console: Console) -> Outcome:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-               TextColumn("{task.fields[status]}"))  # fmt: skip
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[status]}"),
+    )
     end = time.perf_counter() + seconds
     with Progress(*columns, console=console) as progress:
         task = progress.add_task(f"{cell:>4}", total=steps, status="")

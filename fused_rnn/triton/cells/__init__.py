@@ -1,26 +1,33 @@
-"""The cells' @triton.jit functions. A new cell is a file of its own and an entry here."""
+"""The cells by name: a cell is a module. A new one is a file of its own and an entry here. Imports no Triton.
+
+fwd(x, r, bias, states, ACTIVATION) → (the states after, what backward wants kept), all of them tuples of tiles.
+  x, r: each gate's input side and recurrent side.  bias: of the recurrent side of the gates that are apart.
+  states: those before, all float32; h is zero where the cell does not read it.
+bwd(dstates, kept, after, before, ACTIVATION) → (the gates' gradients, what of dstates reaches the states before)
+  dstates: the whole gradient of each state after.  after, before: the states; zero those that are not read.
+  Gradients: of the input side of the gates that are apart, then of all gates' recurrent side. What reaches h by the
+  product with W_hh the loop adds.
+AFTER, BEFORE: the states that bwd reads as the step leaves them, and as they enter it.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+import importlib
+from types import ModuleType
 
-from fused_rnn.triton.cells import gru, lstm, rnn
-
-
-@dataclass(frozen=True)
-class Kernels:
-    """A cell's functions, and what of the states its backward reads."""
-
-    fwd: Any
-    bwd: Any
-    needs_state: bool  # the state of the step
-    needs_before: bool  # the state that entered the step
+MODULES: dict[str, str] = {}
 
 
-KERNELS: dict[str, Kernels] = {
-    "lstm": Kernels(lstm.fwd, lstm.bwd, True, True),
-    "gru": Kernels(gru.fwd, gru.bwd, False, True),
-    "rnn_tanh": Kernels(rnn.fwd_tanh, rnn.bwd_tanh, True, False),
-    "rnn_relu": Kernels(rnn.fwd_relu, rnn.bwd_relu, True, False),
-}
+def register(cell: str, module: str) -> None:
+    """Make a cell of the descriptor's name known by the module of its kernels, which is imported when first wanted."""
+    MODULES[cell] = module
+
+
+def kernels(cell: str) -> ModuleType:
+    return importlib.import_module(MODULES[cell])
+
+
+register("lstm", "fused_rnn.triton.cells.lstm")
+register("gru", "fused_rnn.triton.cells.gru")
+register("rnn_tanh", "fused_rnn.triton.cells.rnn_tanh")
+register("rnn_relu", "fused_rnn.triton.cells.rnn_relu")

@@ -8,22 +8,22 @@ import triton.language as tl
 
 from fused_rnn.triton.pointwise import sigmoid, tanh
 
-
-@triton.jit
-def fwd(x, h, bias, state, HOW: tl.constexpr):
-    """Gates' input side x and recurrent side h, tuples of 3; b_hn; the old h. Returns h', h' as the state, the kept."""
-    r = sigmoid(x[0] + h[0], HOW)
-    z = sigmoid(x[1] + h[1], HOW)
-    hn = h[2] + bias
-    n = tanh(x[2] + r * hn, HOW)
-    new = n + z * (state - n)
-    return new, new, (r, z, n, hn)
+AFTER, BEFORE = (), ("h",)
 
 
 @triton.jit
-def bwd(dh, dc, kept, h, h_before, HOW: tl.constexpr):
-    """Gradients of n's input side, r, z, n's recurrent side: each weight's gradient reads three of them in a row."""
-    r, z, n, hn = kept[0], kept[1], kept[2], kept[3]
+def fwd(x, r, bias, states, ACTIVATION: tl.constexpr):
+    reset = sigmoid(x[0] + r[0], ACTIVATION)
+    z = sigmoid(x[1] + r[1], ACTIVATION)
+    hn = r[2] + bias[0]
+    n = tanh(x[2] + reset * hn, ACTIVATION)
+    return (n + z * (states[0] - n),), (reset, z, n, hn)
+
+
+@triton.jit
+def bwd(dstates, kept, after, before, ACTIVATION: tl.constexpr):
+    dh = dstates[0]
+    reset, z, n, hn = kept
     dn = dh * (1.0 - z) * (1.0 - n * n)
-    gates = (dn, dn * hn * r * (1.0 - r), dh * (h_before - n) * z * (1.0 - z), dn * r)
-    return gates, dh * z, dc
+    dr = dn * hn * reset * (1.0 - reset)
+    return (dn, dr, dh * (before[0] - n) * z * (1.0 - z), dn * reset), (dh * z,)

@@ -3,25 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._C import _is_tracing as is_tracing  # torch.jit.trace
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling, is_exporting
 
-from fused_rnn import checks, layers, ops
-from fused_rnn.call import Kinds
+from fused_rnn import checks, ops
 from fused_rnn.cells import CELLS
+from fused_rnn.stream.runners import DTYPES, NARROW, PLAIN, Buffered, Packed, Runner
 from fused_rnn.transforms import op_gradient
 
-NARROW = {None: 0, "bf16": 1, "int8": 2}  # csrc/params.h, Narrow
-_DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}  # csrc/params.h, Dtype
-_PLAIN = (Tensor, nn.Parameter)
-
-State = Tensor | tuple[Tensor, Tensor]
-Quick = Callable[[Tensor, Tensor | None], Tensor | None]  # a step, or None for a call out of the ordinary
+State = Tensor | tuple[Tensor, ...]
 
 
 class Stream:
@@ -70,7 +65,7 @@ class Stream:
         self.dtype, self.device, self.input_size = flat[0].dtype, flat[0].device, flat[0].shape[-1]
         sizes = hidden, width, _ = checks.check_weights(cell, flat[0], flat, self.input_size, num_layers, 1)
         self.output_size = width
-        if self.dtype not in _DTYPES:
+        if self.dtype not in DTYPES:
             raise ValueError(f"dtype: got {self.dtype}, expected float32, float64, bfloat16 or float16")
         if weights is not None and self.dtype != torch.float32:
             raise ValueError(f"weights: got {weights!r} for a module of {self.dtype}, expected one of torch.float32")
@@ -82,10 +77,13 @@ class Stream:
         with torch.inference_mode(False), torch.no_grad():
             wide = torch.float64 if self.dtype == torch.float64 else torch.float32
             place: dict[str, Any] = {"dtype": wide if packs else self.dtype, "device": self.device}
-            self._h = torch.zeros(num_layers, batch_size, width, **place)
-            self._c = torch.zeros(num_layers, batch_size, hidden, **place) if len(CELLS[cell].states) > 1 else None
-            kind = _Packed if packs else _Buffered
-            self._runner: _Runner = kind(cell, backend, weights, self.input_size, sizes, self._h, self._c, self.dtype)
+            # By the states' names: h [L, B, P], the others [L, B, H].
+            self._states = {
+                name: torch.zeros(num_layers, batch_size, hidden if k else width, **place)
+                for k, name in enumerate(CELLS[cell].states)
+            }
+            kind, states = Packed if packs else Buffered, list(self._states.values())
+            self._runner: Runner = kind(cell, backend, weights, self.input_size, sizes, states, self.dtype)
             self._runner.take(flat)
         self._quick = self._runner.quick
 
@@ -143,7 +141,7 @@ class Stream:
                 expected = f"[B] = [{self.batch_size}] of torch.bool on {self.device}"
                 raise ValueError(f"mask: got {got}, expected {expected}")
         with torch.no_grad():
-            for buffer in self._buffers().values():
+            for buffer in self._states.values():
                 if mask is None:
                     buffer.zero_()
                 else:
@@ -152,28 +150,29 @@ class Stream:
     @property
     def state(self) -> State:
         """A copy of the state, h [L, B, P], for an LSTM (h, c [L, B, H]), of the module's dtype. Setting copies too."""
-        h = self._h.to(self.dtype, copy=True)
-        return h if self._c is None else (h, self._c.to(self.dtype, copy=True))
+        states = [buffer.to(self.dtype, copy=True) for buffer in self._states.values()]
+        return states[0] if len(states) == 1 else tuple(states)
 
     @state.setter
     def state(self, value: State) -> None:
-        pair = self._c is not None
-        if pair and not (isinstance(value, (tuple, list)) and len(value) == 2):
-            raise TypeError(f"state: got {type(value).__name__}, expected a pair (h, c) of tensors")
-        given = tuple(value) if pair else (value,)
-        for (name, buffer), new in zip(self._buffers().items(), given, strict=True):
+        several = len(self._states) > 1
+        if several and not (isinstance(value, (tuple, list)) and len(value) == len(self._states)):
+            names = ", ".join(self._states)
+            raise TypeError(f"state: got {type(value).__name__}, expected a pair ({names}) of tensors")
+        given = tuple(value) if several else (value,)
+        for (name, buffer), new in zip(self._states.items(), given, strict=True):
             self._check(f"state ({name})", new, tuple(buffer.shape), "[L, B, P]" if name == "h" else "[L, B, H]")
         with torch.no_grad():
-            for buffer, new in zip(self._buffers().values(), given, strict=True):
+            for buffer, new in zip(self._states.values(), given, strict=True):
                 buffer.copy_(new)
 
     def state_dict(self) -> dict[str, Tensor]:
         """A copy of the state, "h" and for an LSTM "c", in the dtype it is kept in, for an exact continuation."""
-        return {name: buffer.clone() for name, buffer in self._buffers().items()}
+        return {name: buffer.clone() for name, buffer in self._states.items()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Continue from what `state_dict` gave. Raises ValueError for other names or shapes."""
-        buffers = self._buffers()
+        buffers = self._states
         if state.keys() != buffers.keys():
             raise ValueError(f"state: got the names {sorted(state)}, expected {sorted(buffers)}")
         for name, buffer in buffers.items():
@@ -206,9 +205,6 @@ class Stream:
     def __reduce__(self) -> Any:
         return _again, (self._cell, self._read, self._options, self.state_dict())
 
-    def _buffers(self) -> dict[str, Tensor]:
-        return {"h": self._h} if self._c is None else {"h": self._h, "c": self._c}
-
     def _check(self, name: str, t: Tensor, shape: tuple[int, ...], letters: str) -> None:
         if checks.in_transform():
             raise RuntimeError("stream: a torch.func transform is under way, which a stream's state cannot follow")
@@ -223,7 +219,7 @@ class Stream:
             )
         if t.dtype != self.dtype or t.device != self.device:
             raise ValueError(f"{name}: got {t.dtype} on {t.device}, expected {self.dtype} on {self.device}")
-        if not is_compiling() and (type(t) not in _PLAIN or t.layout is not torch.strided):
+        if not is_compiling() and (type(t) not in PLAIN or t.layout is not torch.strided):
             raise TypeError(f"{name}: got a {type(t).__name__} of {t.layout}, expected a plain tensor {letters}")
         if forward_ad._current_level >= 0 and forward_ad.unpack_dual(t).tangent is not None:
             raise RuntimeError(f"{name}: carries a tangent of forward-mode differentiation, which a stream has not")
@@ -240,115 +236,3 @@ def _again(
     stream = Stream(cell, read, **options)
     stream.load_state_dict(state)
     return stream
-
-
-class _Runner(Protocol):
-    """Runs the steps of a stream, whose state it is given."""
-
-    sizes: tuple[int, int, Kinds]  # H, P, the weights of a layer
-    quick: Quick | None
-
-    def take(self, weights: Sequence[Tensor]) -> None:
-        """Copy the weights."""
-
-    def run(self, x: Tensor) -> Tensor:
-        """x [T, B, D], checked → y [T, B, P]."""
-
-
-class _Packed:
-    """The CPU kernels on packed weights, all layers in one call."""
-
-    def __init__(
-        self,
-        cell: str,
-        _backend: str | None,
-        weights: str | None,
-        input_size: int,
-        sizes: tuple[int, int, Kinds],
-        h: Tensor,
-        c: Tensor | None,
-        dtype: torch.dtype,
-    ) -> None:
-        self.sizes = sizes
-        hidden, self._width, self._kinds = sizes
-        layers, batch, _ = h.shape
-        self._narrow = weights
-        self._native = ops._C.Stream(
-            cell, _DTYPES[dtype], NARROW[weights], batch, input_size, hidden, self._width, layers,
-            self._kinds.projects, [t.data_ptr() for t in (h, c) if t is not None],
-        )  # fmt: skip
-        self._state = h, c  # whose memory the native stream works in
-        like = torch.empty(batch, self._width, dtype=dtype, device=h.device)
-        self.quick: Quick | None = None if ops.fast_path is None else self._native.fast_path(like)
-
-    def take(self, weights: Sequence[Tensor]) -> None:
-        for k, w in enumerate(weights):
-            if type(w) not in _PLAIN:
-                raise TypeError(f"weights[{k}]: got a {type(w).__name__}, expected a plain tensor")
-            if self._narrow == "int8" and not bool(w.isfinite().all()):
-                raise ValueError(f"weights[{k}]: got a value that is not finite, which int8 cannot hold")
-        plain = [w.resolve_neg().contiguous() for w in weights]
-        each = self._kinds.split(plain)
-        self._native.pack([[0 if t is None else t.data_ptr() for t in w[:5]] for w in each])
-
-    def run(self, x: Tensor) -> Tensor:
-        if is_compiling():
-            from fused_rnn.untraced import call  # here: it imports Dynamo, which takes a second and 140 MiB
-
-            y: Tensor = call(self._run, x)
-            return y
-        return self._run(x)
-
-    def _run(self, x: Tensor) -> Tensor:
-        x = x.detach().resolve_neg().contiguous()
-        steps, batch, _ = x.shape
-        y = x.new_empty(steps, batch, self._width)
-        self._native.run(x.data_ptr(), steps, y.data_ptr())
-        return y
-
-
-class _Buffered:
-    """Any backend, by `functional`.
-
-    State and weights lie in buffers that are written in place, so that a captured CUDA graph finds them.
-    """
-
-    quick: Quick | None = None
-
-    def __init__(
-        self,
-        cell: str,
-        backend: str | None,
-        _weights: str | None,
-        _input_size: int,
-        sizes: tuple[int, int, Kinds],
-        h: Tensor,
-        c: Tensor | None,
-        _dtype: torch.dtype,
-    ) -> None:
-        self.sizes = sizes
-        self._h, self._c = h, c
-        self._weights: list[Tensor] = []
-        self._cell, self._backend = cell, backend
-
-    def take(self, weights: Sequence[Tensor]) -> None:
-        if not self._weights:
-            self._weights = [w.clone() for w in weights]
-            return
-        for own, w in zip(self._weights, weights, strict=True):
-            own.copy_(w)
-
-    def run(self, x: Tensor) -> Tensor:
-        device = x.device.type
-        with torch.no_grad():
-            if torch.is_autocast_enabled(device):  # which would change the weights' dtype, and the result's
-                with torch.autocast(device, enabled=False):
-                    return self._advance(x)
-            return self._advance(x)
-
-    def _advance(self, x: Tensor) -> Tensor:
-        states = [self._h] if self._c is None else [self._h, self._c]
-        y, *after = layers.run(self._cell, x, self._weights, states, self._h.size(0), backend=self._backend)
-        for state, new in zip(states, after, strict=True):
-            state.copy_(new)
-        return y

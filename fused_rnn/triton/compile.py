@@ -1,0 +1,99 @@
+"""What the two kernels are compiled for, and under which options. Imports no Triton."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from fused_rnn.cells import Cell
+from fused_rnn.triton.cells import kernels
+from fused_rnn.triton.schedule import Schedule
+from fused_rnn.triton.target import Target
+
+SPILLS = 64  # bytes of a thread that a kernel may spill: they cost less than to compile it again
+Made = TypeVar("Made")
+
+
+def _constants(cell: Cell, hidden: int, size: int) -> dict[str, Any]:
+    align = math.gcd(hidden * size, 16)
+    return {"G": cell.gates, "S": cell.saved, "APART": cell.apart, "H": hidden, "ALIGN": align}
+
+
+def constants_forward(cell: Cell, hidden: int, size: int, save: bool, checkpoint: bool, replay: bool) -> dict[str, Any]:
+    """What fwd_kernel is compiled for, less the schedule's part. size: of an element, in bytes."""
+    return _constants(cell, hidden, size) | {
+        "CELL": kernels(cell.name).fwd,
+        "READS_H": cell.reads_h,
+        "SAVE": save,
+        "CHECKPOINT": checkpoint and len(cell.states) > 1,
+        "REPLAY": replay,
+    }
+
+
+def constants_backward(cell: Cell, hidden: int, size: int, has_dy: bool) -> dict[str, Any]:
+    """What bwd_kernel is compiled for, less the schedule's part."""
+    module = kernels(cell.name)
+    return _constants(cell, hidden, size) | {
+        "CELL": module.bwd,
+        "AFTER": tuple(state in module.AFTER for state in cell.states),
+        "BEFORE": tuple(state in module.BEFORE for state in cell.states),
+        "HAS_DY": has_dy,
+    }
+
+
+def constants_schedule(
+    schedule: Schedule, target: Target, lengths: bool, reset: bool, precision: str, activation: str
+) -> dict[str, Any]:
+    """What both kernels are compiled for besides."""
+    return {
+        "HAS_LENGTHS": lengths,
+        "HAS_RESET": reset,
+        "REGISTERS": schedule.registers,
+        "HOLD": schedule.hold,
+        "COUNT": schedule.loop == "cooperative",
+        "LANES": 64 * schedule.tile.warps if target.amd else 0,
+        "AHEAD": schedule.ahead,
+        "TEAM": schedule.team,
+        "NT": schedule.spread,
+        "BB": schedule.tile.batch,
+        "BH": schedule.tile.units,
+        "BK": schedule.tile.depth,
+        "PRECISION": precision,
+        "ACTIVATION": activation,
+    }
+
+
+def options(schedule: Schedule, arch: str, bound: int | None = None) -> dict[str, Any]:
+    """How a kernel is compiled and launched; the interpreter knows none of it. bound: one of `bounds`."""
+    if arch == "interpreter":
+        return {}
+    chosen: dict[str, Any] = {
+        "num_warps": schedule.tile.warps,
+        "num_stages": schedule.tile.stages,
+        "enable_fp_fusion": True,
+        "launch_cooperative_grid": schedule.loop == "cooperative",
+    }
+    return chosen if bound is None else {**chosen, "maxnreg": bound}
+
+
+def bounds(schedule: Schedule, arch: str) -> tuple[int | None, ...]:
+    """Register bounds to try.
+
+    Left alone ptxas may spill, or let loads wait for each other, to fit more programs on a multiprocessor than these
+    loops ever have there: all registers come first, its own choice second.
+    """
+    return (255, None) if arch.startswith("sm_") and schedule.tile.warps <= 8 else (None,)
+
+
+def fewest_spills(schedule: Schedule, arch: str, compiled: Callable[[int | None], tuple[int, Made]]) -> Made:
+    """What `compiled` makes under the best of the bounds: for each it gives bytes spilled and the result."""
+    best = None
+    for bound in bounds(schedule, arch):
+        made = compiled(bound)
+        if best is None or made[0] < best[0]:
+            best = made
+        if best[0] <= SPILLS:
+            break
+    assert best is not None
+    return best[1]

@@ -1,0 +1,59 @@
+"""Tuples of tiles: what a step has of each gate, and of each state."""
+
+# Triton knows no unpacking.
+# ruff: noqa: RUF005
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def load_gates(base, row, n, mask, G: tl.constexpr, H: tl.constexpr):
+    """G tiles [BB, BH] in their storage type. base: one step's [B, R, G, H]; row: [BB] index of the first two."""
+    at = row[:, None] * (G * H) + n[None, :]
+    gates = ()
+    for g in tl.static_range(G):
+        gates = gates + (tl.load(base + (at + g * H), mask=mask, other=0.0),)
+    return gates
+
+
+@triton.jit
+def to_float32(tiles):
+    wide = ()
+    for j in tl.static_range(len(tiles)):
+        wide = wide + (tiles[j].to(tl.float32),)
+    return wide
+
+
+@triton.jit
+def load_each(pointers, at, mask):
+    """A tile of each state: [BB, BH]."""
+    states = ()
+    for j in tl.static_range(len(pointers)):
+        states = states + (tl.load(pointers[j] + at, mask=mask, other=0.0),)
+    return states
+
+
+@triton.jit
+def store_each(pointers, at, states, mask):
+    """The last of the states, as many as there are pointers."""
+    for j in tl.static_range(len(pointers)):
+        tl.store(pointers[j] + at, states[len(states) - len(pointers) + j], mask=mask)
+
+
+@triton.jit
+def where_each(rows, states, others):
+    """Of the rows for which it holds the states, of the rest the others. rows: [BB]."""
+    chosen = ()
+    for j in tl.static_range(len(states)):
+        chosen = chosen + (tl.where(rows[:, None], states[j], others[j]),)
+    return chosen
+
+
+@triton.jit
+def add_to_first(states, more):
+    """A tuple of tiles with `more` added to the first."""
+    sums = (states[0] + more,)
+    for j in tl.static_range(1, len(states)):
+        sums = sums + (states[j],)
+    return sums
