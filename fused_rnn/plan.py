@@ -13,7 +13,7 @@ from fused_rnn.cells import CELLS
 from fused_rnn.gpu.precision import tf32_allowed
 
 EXCHANGES = ("cta", "cluster", "grid")
-NUMBERS = ("bf16", "f16", "tf32", "ieee", "f64")  # how products are taken; csrc/cuda/tiles.h's NumberKind
+PRECISIONS = ("bf16", "f16", "tf32", "ieee", "f64")  # how products are taken; csrc/cuda/tiles.h's Precision
 _KIB = 1024
 
 
@@ -28,6 +28,19 @@ class Device(NamedTuple):
     multiprocessors: int
     shared: int
     clusters: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, found: Any) -> Device:
+        """Of what a compiled module says."""
+        return cls(found.arch, found.multiprocessors, found.shared, found.clusters)
+
+
+class Forced(NamedTuple):
+    """Parts of a plan that are not left to the planner."""
+
+    exchange: str | None = None
+    members: int = 0
+    rows: int = 0
 
 
 def _clusters(largest: int, *gpcs: int) -> tuple[int, ...]:
@@ -104,25 +117,31 @@ class Plan:
         )
 
 
-def number_of(dtype: torch.dtype, tf32: bool) -> str:
-    """How products of this dtype are taken, one of NUMBERS; raises ValueError for another dtype."""
-    numbers = {
+def precision_of(dtype: torch.dtype, tf32: bool) -> str:
+    """How products of this dtype are taken, one of PRECISIONS; raises ValueError for another dtype."""
+    precisions = {
         torch.bfloat16: "bf16",
         torch.float16: "f16",
         torch.float32: "tf32" if tf32 else "ieee",
         torch.float64: "f64",
     }
-    if dtype not in numbers:
-        raise ValueError(f"dtype: got {dtype}, expected one of {', '.join(map(str, numbers))}")
-    return numbers[dtype]
+    if dtype not in precisions:
+        raise ValueError(f"dtype: got {dtype}, expected one of {', '.join(map(str, precisions))}")
+    return precisions[dtype]
 
 
-def read(native: Any, number: str, device: Device) -> Plan:
+def make(planner: Any, sizes: tuple[int, ...], device: Any, forced: Forced) -> Any:
+    """The plan and the device as a compiled module has them. sizes: the precision's place, backward, G, B, H, R."""
+    exchange = -1 if forced.exchange is None else EXCHANGES.index(forced.exchange)
+    return planner.make_plan(*sizes, device, exchange, forced.members, forced.rows)
+
+
+def read(native: Any, precision: str, device: Device) -> Plan:
     """A plan as the compiled modules give it, of either of them."""
     if native.refusal:
-        return Plan("stepwise", number, device, reason=native.refusal)
+        return Plan("stepwise", precision, device, reason=native.refusal)
     return Plan(
-        EXCHANGES[native.exchange], number, device, native.members, native.units, native.rows, native.warps,
+        EXCHANGES[native.exchange], precision, device, native.members, native.units, native.rows, native.warps,
         native.threads, native.shared, native.tiles, native.tiles_at_once, native.waves, Cycles(**native.cycles),
     )  # fmt: skip
 
@@ -134,7 +153,7 @@ def _asked(where: torch.device) -> Device | None:
         found = loops.device(torch.cuda.current_device() if where.index is None else where.index)
     except (ImportError, RuntimeError):
         return None
-    return Device(found.arch, found.multiprocessors, found.shared, found.clusters)
+    return Device.of(found)
 
 
 def _device(device: str | torch.device | tuple[int, int, int, tuple[int, ...]] | None) -> Device:
@@ -210,9 +229,6 @@ def plan(
             raise ValueError(f"{name}: got {size}, expected at least 1")
     if exchange is not None and exchange not in EXCHANGES:
         raise ValueError(f"exchange: got {exchange!r}, expected None or one of {', '.join(EXCHANGES)}")
-    number, found = number_of(dtype, tf32_allowed() if tf32 is None else tf32), _device(device)
-    native = ops._C.make_plan(
-        NUMBERS.index(number), backward, CELLS[cell].gates, batch, hidden_size, recurrences, ops._C.Device(*found),
-        -1 if exchange is None else EXCHANGES.index(exchange), members, rows,
-    )  # fmt: skip
-    return read(native, number, found)
+    precision, found = precision_of(dtype, tf32_allowed() if tf32 is None else tf32), _device(device)
+    sizes = (PRECISIONS.index(precision), backward, CELLS[cell].gates, batch, hidden_size, recurrences)
+    return read(make(ops._C, sizes, ops._C.Device(*found), Forced(exchange, members, rows)), precision, found)

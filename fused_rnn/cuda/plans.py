@@ -5,24 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from fused_rnn.cuda import module
 from fused_rnn.gpu.precision import tf32_allowed
-from fused_rnn.plan import EXCHANGES, NUMBERS, Device, Plan, number_of, read
+from fused_rnn.plan import EXCHANGES, PRECISIONS, Device, Forced, Plan, make, precision_of, read
 
-
-class Forced(NamedTuple):
-    """Parts of every plan that are not left to the planner; exchange "stepwise" for no plan at all."""
-
-    exchange: str | None = None
-    members: int = 0
-    rows: int = 0
-
-
-_forced = Forced()
+_forced = Forced()  # of every plan here; exchange "stepwise" for no plan at all
 
 
 @contextmanager
@@ -39,44 +30,30 @@ def override(exchange: str | None = None, members: int = 0, rows: int = 0) -> It
 
 
 def precision(dtype: torch.dtype) -> int:
-    """csrc/cuda's Precision: how products are taken."""
-    return NUMBERS.index(number_of(dtype, tf32_allowed()))
+    """The place in PRECISIONS of how products are taken."""
+    return PRECISIONS.index(precision_of(dtype, tf32_allowed()))
 
 
-def choose(device: int, kind: int, backward: bool, gates: int, batch: int, hidden: int, recurrences: int) -> Any | None:
-    """The module's plan, or None where the loop runs a step at a time."""
-    return _choose(module.loaded(), _forced, device, kind, backward, gates, batch, hidden, recurrences)
+def choose(device: int, *sizes: int) -> Any | None:
+    """The module's plan, or None where the loop runs a step at a time. sizes: as fused_rnn.plan.make has them."""
+    return _choose(module.loaded(), _forced, device, sizes)
 
 
-def ask(device: int, kind: int, backward: bool, gates: int, batch: int, hidden: int, recurrences: int) -> Plan:
+def ask(device: int, *sizes: int) -> Plan:
     """Likewise, to be read."""
-    loops, name = module.loaded(), NUMBERS[kind]
+    loops, name = module.loaded(), PRECISIONS[sizes[0]]
     found = _device(loops, device)
-    facts = Device(found.arch, found.multiprocessors, found.shared, found.clusters)
-    native = choose(device, kind, backward, gates, batch, hidden, recurrences)
-    if native is not None or _forced.exchange == "stepwise":
-        return Plan("stepwise", name, facts, reason="as asked for") if native is None else read(native, name, facts)
-    return read(loops.make_plan(kind, backward, gates, batch, hidden, recurrences, found), name, facts)
+    native = choose(device, *sizes)
+    if native is None and _forced.exchange == "stepwise":
+        return Plan("stepwise", name, Device.of(found), reason="as asked for")
+    return read(native or make(loops, sizes, found, Forced()), name, Device.of(found))
 
 
 @lru_cache(maxsize=4096)
-def _choose(
-    loops: Any,
-    forced: Forced,
-    device: int,
-    kind: int,
-    backward: bool,
-    gates: int,
-    batch: int,
-    hidden: int,
-    recurrences: int,
-) -> Any | None:
-    if forced.exchange == "stepwise" or NUMBERS[kind] == "f64":
+def _choose(loops: Any, forced: Forced, device: int, sizes: tuple[int, ...]) -> Any | None:
+    if forced.exchange == "stepwise" or PRECISIONS[sizes[0]] == "f64":
         return None
-    exchange = -1 if forced.exchange is None else EXCHANGES.index(forced.exchange)
-    plan = loops.make_plan(
-        kind, backward, gates, batch, hidden, recurrences, _device(loops, device), exchange, forced.members, forced.rows
-    )
+    plan = make(loops, sizes, _device(loops, device), forced)
     if plan.refusal and forced != Forced():
         raise RuntimeError(f"no plan with {forced}: {plan.refusal}")
     return None if plan.refusal else plan

@@ -21,6 +21,7 @@ from torch import Tensor
 import fused_rnn
 from fused_rnn import ops
 from fused_rnn.backends import cuda as backend
+from fused_rnn.call import BackwardCall, LayerCall
 from fused_rnn.cells import CELLS
 from fused_rnn.cuda import launch, module, plans
 from fused_rnn.dispatch import choose
@@ -69,7 +70,7 @@ PROJECTED = [
 
 @pytest.mark.parametrize(("precision", "case"), PROJECTED, ids=str)
 def test_projections(precision: str, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fused_rnn.gpu.run.CHECKPOINT_EVERY", 3)
+    monkeypatch.setattr("fused_rnn.transforms.fake.CHECKPOINT_EVERY", 3)
     check(case, precision)
 
 
@@ -77,7 +78,7 @@ def test_projections(precision: str, case: Case, monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize("cell", ["lstm", "gru", "rnn_tanh"])
 def test_gates_are_made_again_chunk_by_chunk(cell: str, exchange: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks of 2 over 5 steps, sequences that end in each of them, both directions, resets."""
-    monkeypatch.setattr("fused_rnn.gpu.run.CHECKPOINT_EVERY", 2)
+    monkeypatch.setattr("fused_rnn.transforms.fake.CHECKPOINT_EVERY", 2)
     case = Case(cell, T=5, B=4, H=17, bidirectional=True, lengths=True, reset=True, save="recompute")
     for seed, ends in enumerate(([5, 2, 3, 1], [0, 4, 5, 4])):
         given = inputs(case)._replace(lengths=torch.tensor(ends))
@@ -136,11 +137,11 @@ def test_a_mixed_pattern_of_directions() -> None:
     made = []
     for exchange in ("cta", "stepwise"):
         with on_the_emulator(exchange=exchange):
-            call = (given.x, weights, h0, c0, None, None, "lstm", directions, "gates", True)
-            outputs = backend.forward(*call)
+            call = LayerCall(given.x, weights, [h0, c0], None, None, "lstm", directions, "gates", True)
+            outputs = backend.forward(call)
             dy = torch.randn(outputs[0].shape, generator=torch.Generator().manual_seed(0))
-            grads = backend.backward(dy, None, None, *call[:6], outputs[5], *outputs[3:5], *call[6:9], True, True)
-            made.append([*outputs, *grads])
+            kept = (outputs[-1], outputs[3], outputs[4:-1])
+            made.append([*outputs, *backend.backward(BackwardCall(dy, [], *call[:5], *kept, *call[5:8], True, True))])
     for ours, theirs in zip(*made, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
@@ -148,17 +149,16 @@ def test_a_mixed_pattern_of_directions() -> None:
 # --- the ops
 
 
-def arguments(case: Case, given: Inputs, save: str, keep_hidden: bool = True) -> tuple[Any, ...]:
-    h0, c0 = [*given.hx, None, None][:2] if case.hx else (None, None)
+def arguments(case: Case, given: Inputs, save: str) -> LayerCall:
     directions = [1, -1][: case.R]
-    return given.x, given.weights, h0, c0, given.lengths, given.reset, case.cell, directions, save, keep_hidden
+    return LayerCall(given.x, given.weights, given.hx, given.lengths, given.reset, case.cell, directions, save, True)
 
 
-def backward_arguments(case: Case, given: Inputs, save: str) -> tuple[Any, ...]:
-    call = arguments(case, given, save)
-    saved, cells, hidden = backend.forward(*call)[-3:]
-    dc_n = given.dout[2] if case.cell == "lstm" else None
-    return (*given.dout[:2], dc_n, *call[:6], hidden, saved, cells, *call[6:9], True, True)
+def backward_arguments(case: Case, given: Inputs, save: str) -> BackwardCall:
+    call, states = arguments(case, given, save), len(CELLS[case.cell].states)
+    saved, *histories, hidden = backend.forward(call)[1 + states :]
+    dy, *dstates = given.dout
+    return BackwardCall(dy, dstates, *call[:5], hidden, saved, histories, *call[5:8], True, True)
 
 
 @pytest.mark.parametrize("save", ["none", "gates", "recompute"])
@@ -182,7 +182,7 @@ def test_same_bits_whatever_the_schedule_all_written_and_none_shared(exchange: s
     for seed in range(3):
         with on_the_emulator(seed, **EXCHANGES[exchange]):
             call = backward_arguments(case, given, save)
-            runs.append([*backend.forward(*arguments(case, given, save)), *backend.backward(*call)])
+            runs.append([*backend.forward(arguments(case, given, save)), *backend.backward(call)])
     for first, *others in zip(*runs, strict=True):
         assert not first.isnan().any()
         assert all(torch.equal(first, other) for other in others)
@@ -321,7 +321,7 @@ def test_reasons() -> None:
     with pytest.raises(NotImplementedError, match="cuda: it runs tensors on a CUDA GPU, not on cpu"):
         choose(PROBLEM, "cuda")
     with pytest.raises(RuntimeError, match="x: it runs tensors on a CUDA GPU, not on cpu"):
-        backend.forward(*arguments(Case("lstm"), inputs(Case("lstm")), "none"))
+        backend.forward(arguments(Case("lstm"), inputs(Case("lstm")), "none"))
 
 
 class _Gpu:

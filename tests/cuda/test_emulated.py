@@ -9,14 +9,19 @@ import functools
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import emulated_build as build
 import pytest
+from torch import Tensor
+
+from fused_rnn.cells import CELLS, Cell
 
 from .emulated import cases, mutations
 
-DRIVER = Path(build.__file__).parent / "drive.py"
+DRIVER, HEADER = (Path(cases.__file__).parent / name for name in ("drive.py", "three_states.h"))
 pytestmark = pytest.mark.skipif(shutil.which(build.CXX) is None, reason=f"no {build.CXX}")
 
 # Every cell in every precision, and of these six with all of their tiles, not the smallest alone.
@@ -106,3 +111,25 @@ def test_without_a_mistake_all_is_well(by: str, tmp_path: Path) -> None:
     for instance, some in told.items():
         library = build.module(by, [instance])
         assert not (found := drive(by, library, sorted(some), mutations.SEEDS[by], tmp_path)), found
+
+
+@pytest.mark.parametrize("exchange", ["cta", "cluster 2", "grid", "stepwise"])
+def test_a_cell_is_one_header(exchange: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three states, h read by the formula, a gate apart: nothing but the header knows of it."""
+
+    def step(x: Sequence[Tensor], r: Sequence[Tensor], states: Sequence[Tensor], _: Sequence[Tensor]) -> Any:
+        i, (h, c, n) = (x[0] + r[0]).sigmoid(), states
+        c = i * c + (x[1] + i * r[1]).tanh()
+        n = i * n + c
+        return n + i * (h - c), c, n
+
+    name = "three_states"
+    described = Cell(name, gates=2, states=("h", "c", "n"), saved=3, step=step, apart=1, reads_h=True)
+    monkeypatch.setitem(CELLS, name, described)
+    library = build.module("plain", [build.Instance(name, "ieee", True)], more=HEADER)
+    widths = {"cta": 17, "cluster 2": 33, "grid": 33, "stepwise": 17}
+    told = [
+        cases.Case(name, "ieee", exchange, 5, 3, widths[exchange], "fr", True, True, save, every)
+        for save, every in (("saved", 2), ("saved", 3), ("recompute", 2))
+    ]
+    assert not (found := drive("plain", library, told, 1, tmp_path)), found

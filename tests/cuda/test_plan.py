@@ -14,7 +14,7 @@ from fused_rnn.backends import cuda as backend
 from fused_rnn.cells import CELLS
 
 # `fused_rnn.plan` is the function; the module of that name is to be had through what imports from it.
-from fused_rnn.plan import DEVICES, Plan, number_of
+from fused_rnn.plan import DEVICES, Plan, precision_of
 
 pytestmark = pytest.mark.skipif(ops.MISSING is not None, reason=str(ops.MISSING))
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -188,7 +188,7 @@ def test_float32_is_tf32_where_torch_says_so() -> None:
     for allowed in (False, True):
         with flags.flags(flags.enabled, flags.benchmark, deterministic=flags.deterministic, allow_tf32=allowed):
             assert fused_rnn.plan("lstm", 8, 64, device="sm_90").number == ("tf32" if allowed else "ieee")
-    assert number_of(torch.float32, True) == "tf32"
+    assert precision_of(torch.float32, True) == "tf32"
     assert ask(dtype=torch.float32, tf32=False).number == "ieee"
 
 
