@@ -37,7 +37,7 @@ BUILD_STAMP := $(VENV)/.build-$(call hash,{ cat $(SOURCES); echo '$(FUSED_RNN_CU
 # extra-NAME: what pyproject.toml's extra of that name asks for is there
 EXTRA_STAMP  = $(VENV)/.extra-$(1)-$(call hash,cat pyproject.toml)
 
-.PHONY: help install dev demo check test fuzz bench cubin cubin-triton cubin-cuda gpu gpu-build gpu-smoke gpu-test gpu-steps gpu-sanitize gpu-bench gpu-profile gpu-pack gpu-rehearse gpu-first gpu-next lint format sanitize docs wheel wheel-check first-hour uninstalled clean
+.PHONY: help install dev demo check check-kernels check-rest test fuzz bench cubin cubin-triton cubin-cuda gpu gpu-build gpu-smoke gpu-test gpu-steps gpu-sanitize gpu-bench gpu-profile gpu-pack gpu-rehearse gpu-first gpu-next lint format sanitize docs wheel wheel-check first-hour uninstalled clean
 
 help:
 	@echo 'make demo      train a character model with torch.nn and with fused_rnn, side by side'
@@ -93,9 +93,16 @@ dev: $(call EXTRA_STAMP,dev)
 demo: $(BUILD_STAMP)
 	$(BIN)/python -m fused_rnn demo $(DEMO_ARGS)
 
-# --fast: tests/conftest.py says what it leaves out.
-check: lint
-	$(BIN)/python -m pytest -q --fast $(PYTEST_ARGS)
+# --fast: tests/conftest.py says what it leaves out. Two jobs at a time, as many as most machines have cores.
+KERNEL_ROOMS := $(addprefix tests/,cpu cuda emulator gpu ops triton)
+check: $(call EXTRA_STAMP,lint)
+	@$(MAKE) --no-print-directory --output-sync=recurse --jobs=2 lint check-kernels check-rest
+
+check-kernels: $(BUILD_STAMP)
+	$(BIN)/python -m pytest -q --fast $(KERNEL_ROOMS) $(PYTEST_ARGS)
+
+check-rest: $(BUILD_STAMP)
+	$(BIN)/python -m pytest -q --fast $(addprefix --ignore=,$(KERNEL_ROOMS)) $(PYTEST_ARGS)
 
 test: $(BUILD_STAMP)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)

@@ -31,7 +31,7 @@ LANES = {
     "autocast": (("tests/test_autocast.py",), 1),
     "emulator": (("tests/emulator/test_emulator.py",), 1),
     "bench": (("tests/commands/test_bench.py", "tests/commands/test_bench_gpu.py"), 1),
-    "triton": (("tests/triton/test_gpu.py", "tests/triton/test_loops.py", "tests/triton/test_backend.py"), 12),
+    "triton": (tuple(f"tests/triton/test_{name}.py" for name in ("gpu", "loops", "backend", "trial_cell")), 12),
 }
 
 

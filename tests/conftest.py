@@ -17,7 +17,7 @@ SLOW = ("slow", "compile", "gpu")
 SLOW_FILES = (
     *("cpu/test_aarch64", "cpu/test_faults", "cpu/test_isas", "cuda/test_emulated", "docs/test_deploying"),
     *("docs/test_examples", "docs/test_packages", "emulator/test_emulator", "fuzz/test_fuzz", "nn/test_distributed"),
-    *("package/test_first_hour", "triton/test_aot", "triton/test_mutations"),
+    *("package/test_first_hour", "scripts/test_gpu_rehearse", "triton/test_aot", "triton/test_mutations"),
 )
 
 
