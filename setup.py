@@ -2,6 +2,7 @@
 fused_rnn._cuda as well, the CUDA loops, by nvcc, GPU or not; the architectures are TORCH_CUDA_ARCH_LIST's.
 FUSED_RNN_CUDA_DEBUG=1: a CTA that waits 2 s for another one fails the kernel and says so, where it would hang the GPU.
 MAX_JOBS: compilers at a time. FUSED_RNN_ISAS: of the instruction sets only these, and the baseline.
+FUSED_RNN_MORE_CELLS: the full path of a header with cells beside those of csrc/cells.
 Of torch the headers and libraries are read, and it is not imported: FUSED_RNN_TORCH names its folder, else it is that
 of this environment, or of the one that pip installs into from an isolated build."""
 
@@ -78,6 +79,7 @@ ISA_FLAGS = {
 X86 = platform.machine() in ("x86_64", "AMD64")
 WANTED_ISAS = os.environ.get("FUSED_RNN_ISAS", "").split()
 ISAS = {name for name in ISA_FLAGS if "baseline" in name or (X86 and (not WANTED_ISAS or name[4:-4] in WANTED_ISAS))}
+MORE_CELLS = os.environ.get("FUSED_RNN_MORE_CELLS")
 SANITIZE = os.environ.get("FUSED_RNN_SANITIZE")  # e.g. "address,undefined": see scripts/sanitize.sh
 EXTRA = [f"-fsanitize={SANITIZE}", "-fno-omit-frame-pointer", "-g1", "-O1", "-w"] if SANITIZE else []
 
@@ -188,8 +190,9 @@ class Build(build_ext):
         """The path of the object: compiled, or there already of the same sources by the same command."""
         command = self.command(ext, source, kernel)
         version = NVCC_VERSION if source.endswith(".cu") else self.cxx_version
-        own = ("csrc", "cells", "cpu") if Path(source).parent.name == "cpu" else None  # the loops, which take minutes
-        inputs = [source, *(header for header in ext.depends if own is None or Path(header).parent.name in own)]
+        loops = Path(source).parent.name == "cpu"  # they take minutes, and know nothing of these
+        foreign = ("cuda", "ops") if loops else ()
+        inputs = [source, *(header for header in ext.depends if Path(header).parent.name not in foreign)]
         content = hashlib.sha256(b"".join(Path(path).read_bytes() for path in inputs)).hexdigest()[:12]
         if knows_python(source):
             version += f" torch {TORCH_VERSION} Python {sys.version}"  # whose headers may change in their place
@@ -222,6 +225,8 @@ if WANTED == "1" and not NVCC:
     raise SystemExit("FUSED_RNN_CUDA=1: nvcc is neither on the PATH nor in CUDA_HOME; it comes with the CUDA toolkit")
 cpu = [s for s in files("*.cpp", "cpu", "ops") if "isa_" not in s or Path(s).name in ISAS] + ["csrc/cuda/plan.cpp"]
 macros, headers = [("TORCH_TARGET_VERSION", TORCH_TARGET)], files("*.h", "", "cells", "cpu", "cuda", "ops")
+if MORE_CELLS:
+    macros, headers = [*macros, ("FUSED_RNN_MORE_CELLS", f'"{MORE_CELLS}"')], [*headers, MORE_CELLS]
 extensions = [Extension("fused_rnn._C", cpu, define_macros=macros, depends=headers, language="c++")]
 if WANTED == "1":
     NVCC_VERSION = subprocess.run([str(NVCC), "--version"], capture_output=True, text=True, check=True).stdout

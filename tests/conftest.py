@@ -12,7 +12,13 @@ from tolerances import tf32
 
 # Deterministic mode refuses cuBLAS without it; read when cuBLAS starts.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-SLOW = ("slow", "compile", "gpu")  # markers of what make check leaves to make test
+# What make check leaves to make test: tests with these markers, and files that compile kernels or start processes.
+SLOW = ("slow", "compile", "gpu")
+SLOW_FILES = (
+    *("cpu/test_aarch64", "cpu/test_faults", "cpu/test_isas", "cuda/test_emulated", "docs/test_deploying"),
+    *("docs/test_examples", "docs/test_packages", "emulator/test_emulator", "fuzz/test_fuzz", "nn/test_distributed"),
+    *("package/test_first_hour", "triton/test_aot", "triton/test_mutations"),
+)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -29,7 +35,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     chosen, others = [], []
     for test, item in zip(tests, items, strict=True):
         left[test] -= 1
-        slow = any(item.get_closest_marker(name) for name in SLOW)
+        slow = any(map(item.get_closest_marker, SLOW)) or str(item.path).removesuffix(".py").endswith(SLOW_FILES)
         (others if slow or (test in seen and left[test]) else chosen).append(item)
         seen.add(test)
     config.hook.pytest_deselected(items=others)

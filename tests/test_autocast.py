@@ -144,6 +144,7 @@ def trained(kind: str, dtype: torch.dtype, steps: int = 200) -> list[float]:
     return losses
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", SEQUENCES)
 def test_training_comes_to_the_same_loss(kind: str) -> None:
     runs = {dtype: trained(kind, dtype) for dtype in (torch.float32, *DTYPES)}

@@ -70,6 +70,7 @@ def test_bitwise_the_sequence_call(kind: str, batch: int, dtype: torch.dtype) ->
         assert torch.equal(torch.cat([stream.steps(part) for part in x.split([1, 7, len(x) - 8])]), y)
 
 
+@pytest.mark.slow
 @needs_kernels
 @pytest.mark.parametrize("name", (ops._C.available_isas().split(", ") if ops.MISSING is None else [])[1:])
 def test_bitwise_on_every_instruction_set(name: str) -> None:

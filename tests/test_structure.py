@@ -37,7 +37,7 @@ FLOORS: tuple[set[str], ...] = (
     {"cells", "problem", "missing"},
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
-MOST_LINES, MOST_LINES_IN_THE_PACKAGE = 600, 440
+MOST_LINES, MOST_LINES_IN_THE_PACKAGE = 600, 350
 
 
 def name_of(path: Path) -> str:
@@ -156,16 +156,16 @@ def test_the_extension_compiles_with_older_torchs() -> None:
 
 
 def test_c_plus_plus_includes_run_downwards() -> None:
-    """ops → {params, launch} ← {cpu, cuda} → cells."""
+    """ops → {cpu, cuda} → params → cells; ops reads the cells too."""
     include = re.compile(r"^\s*#\s*include\s*\"([^\"]+)\"", re.MULTILINE)
     allowed = {
-        "ops": {"ops", "cpu", "cuda", ""},
+        "ops": {"ops", "cpu", "cuda", "cells", ""},
         "cpu": {"cpu", "cells", ""},
         "cuda": {"cuda", "cells", "emulator", ""},  # the emulator stands in for CUDA's own headers
         "emulated": {"cuda", "emulator"},
         "emulator": {"emulator"},
         "cells": {"cells"},
-        "": {""},
+        "": {"", "cells"},
     }
     source = ROOT / "csrc"
     for path in source.rglob("*"):

@@ -20,7 +20,7 @@ struct Lstm : CellDefaults {
     s[1] = M::sigmoid(a[1]);
     s[2] = M::tanh(a[2]);
     s[3] = M::sigmoid(a[3]);
-    after[1] = s[1] * before[1] + s[0] * s[2];
+    after[1] = s[1] * before[1] + rounded_product(N(s[0] * s[2]));
     after[0] = s[3] * M::tanh(after[1]);
   }
 

@@ -91,6 +91,20 @@ static ALWAYS_INLINE Pack<S, N> operator-(const Pack<S, N>& a) {
   return each<S, N>([&](int i) { return -a.v[i]; });
 }
 
+// See cells/math.h.
+template <class S, int N>
+static ALWAYS_INLINE Pack<S, N> rounded_product(const Pack<S, N>& product) {
+  return each<S, N>([&](int i) {
+    Vec<S> v = product.v[i];
+#if defined(__x86_64__)
+    asm("" : "+v"(v));
+#elif defined(__aarch64__)
+    asm("" : "+w"(v));
+#endif
+    return v;
+  });
+}
+
 // ---- loads and stores of one vector's worth of elements of storage type T, as accumulation type A ----
 static ALWAYS_INLINE Vf load(const float* p) { return *(const VectorOf<float>::Unaligned*)p; }
 static ALWAYS_INLINE Vd load(const double* p) { return *(const VectorOf<double>::Unaligned*)p; }

@@ -395,6 +395,7 @@ def test_plot_is_a_picture(tmp_path: Path) -> None:
     assert not (tmp_path / "none.png").exists()
 
 
+@pytest.mark.slow
 def test_a_whole_run_writes_what_it_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(GRIDS, "tiny", Grid(T=(1, 2), B=(2,), H=(4,), steps=(4,)))
     workload = small(tmp_path)
@@ -412,6 +413,7 @@ def test_a_whole_run_writes_what_it_measured(tmp_path: Path, monkeypatch: pytest
     assert path.with_suffix(".png").exists()
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_has_written_what_it_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows of an earlier run stay, with the run that they are from."""
     monkeypatch.setitem(GRIDS, "tiny", Grid(T=(1, 2), B=(2,), H=(4,), steps=()))
@@ -484,6 +486,7 @@ def test_a_kill_while_it_writes_leaves_the_file_that_was_there(tmp_path: Path, m
     assert path.read_text() == before and [p.name for p in tmp_path.iterdir()] == ["fp32-1t.json"]
 
 
+@pytest.mark.slow
 def test_peak_memory_of_training_grows_with_the_sequence() -> None:
     short, long = (peak_memory(Point("GRU", "training", "fp32", T, 32, 128), "torch", "cpu", 1) for T in (16, 512))
     tensors = 512 * 32 * 128 * 4 * GATES["GRU"]

@@ -180,6 +180,7 @@ def test_an_automatic_choice_that_loses_is_seen() -> None:
     assert not goal.met(value)
 
 
+@pytest.mark.slow
 def test_the_report_names_algorithms_variants_and_goals() -> None:
     results = some_results("fp16")
     console = Console(width=220, record=True, file=io.StringIO())
@@ -361,6 +362,7 @@ def test_sizes_between_go_with_the_nearest() -> None:
         assert fastest.pick(choose._rows(best), hidden, batch) == name
 
 
+@pytest.mark.slow
 def test_a_table_is_written_and_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fastest, "FOLDER", tmp_path / "measured")
     monkeypatch.setattr(fastest, "architecture", lambda: "sm_90")

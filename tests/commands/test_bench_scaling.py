@@ -69,6 +69,7 @@ def test_a_call_has_its_number_of_threads_and_a_run_to_start_them() -> None:
     assert runs == [2, 2, 2, 1, 1]
 
 
+@pytest.mark.slow
 def test_workers_run_at_the_same_time_and_are_ended() -> None:
     with Team(2) as team:
         assert team.rate(POINT, "auto", 0.0, 2) > 0
@@ -130,6 +131,7 @@ def bench(*arguments: str) -> str:
     return result.output
 
 
+@pytest.mark.slow
 def test_a_whole_run_and_what_it_leaves_alone(tmp_path: Path) -> None:
     asked = ("--out", str(tmp_path), "--minutes", "0", "--shape", "3,2,5,8", "--mode", "training", "--threads", "2")
     before = torch.get_num_threads()

@@ -58,6 +58,7 @@ def test_info_gives_a_reason_for_what_cannot_run(monkeypatch: pytest.MonkeyPatch
     assert "not available: the weather is bad" in info.as_text()
 
 
+@pytest.mark.slow
 def test_info_needs_neither_click_nor_rich() -> None:
     block = "import sys; sys.modules['click'] = None; sys.modules['rich'] = None; sys.argv = ['x', *{}]\n"
     code = block + "from fused_rnn.__main__ import main; main()"
@@ -103,6 +104,7 @@ def test_bench_of_ones_own_shape(tmp_path: Path) -> None:
     assert {(p.width, p.layers, p.directions) for p in points} == {(5, 2, 2)}
 
 
+@pytest.mark.slow
 def test_memory_is_measured_at_ones_own_shape(tmp_path: Path) -> None:
     asked = ("--shape", "6,3,5,8", "--cell", "RNN", "--mode", "inference", "--memory")
     printed = run("bench", *asked, "--minutes", "0", "--threads", "1", "--out", str(tmp_path))

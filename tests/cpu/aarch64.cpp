@@ -5,6 +5,7 @@
 #include <cstdlib>
 #include <vector>
 
+#include "cells/all.h"
 #include "cpu/isa.h"
 
 using namespace fused_rnn;
@@ -56,9 +57,9 @@ struct Gradient {
 
 void run(const Header& k) {
   const Dtype d = Dtype(k.dtype), wide = wide_of(d);
-  const bool lstm = Cell(k.cell) == Cell::lstm, gru = Cell(k.cell) == Cell::gru, projects = k.P != k.H;
-  const int64_t G = lstm ? 4 : gru ? 3 : 1, S = lstm || gru ? 4 : 0, DG = lstm || gru ? 4 : 1;
-  const int64_t e = size_of(d), TB = k.T * k.B, rows = G * k.H;
+  const CellDescriptor& cell = kCells.of[k.cell];
+  const bool projects = k.P != k.H;
+  const int64_t e = size_of(d), TB = k.T * k.B, rows = cell.gates * k.H;
 
   std::vector<Bytes> arrays;
   auto next = [&](int64_t n) {
@@ -74,34 +75,53 @@ void run(const Header& k) {
     w.w_hr = projects ? next(k.P * k.H) : nullptr;
     w.direction = r ? -1 : 1;
   }
-  const int64_t h_size = k.R * k.B * k.P, c_size = k.R * k.B * k.H;
-  const Bytes x = read(TB * k.D * e), h0 = read(h_size * e), c0 = read(lstm ? c_size * e : 0);
+  const auto size = [&](int state) { return k.R * k.B * (state == 0 ? k.P : k.H); };
+  const auto read_states = [&] {
+    std::vector<Bytes> states;
+    for (int i = 0; i < cell.states; ++i) states.push_back(read(size(i) * e));
+    return states;
+  };
+  const Bytes x = read(TB * k.D * e);
+  const std::vector<Bytes> initial = read_states();
   const Bytes lengths = read(k.lengths ? 8 * k.B : 0), reset = read(k.reset ? TB : 0);
-  const Bytes dy = read(TB * k.R * k.P * e), dh_n = read(h_size * e), dc_n = read(lstm ? c_size * e : 0);
+  const Bytes dy = read(TB * k.R * k.P * e);
+  const std::vector<Bytes> dstates = read_states();
 
-  Problem p{Cell(k.cell), d, k.T, k.B, k.D, k.H, k.P, k.R, 0, k.T, weights.data(), nullptr, nullptr, int(k.threads)};
+  Problem p{&cell, d, k.T, k.B, k.D, k.H, k.P, k.R, 0, k.T, weights.data(), nullptr, nullptr, int(k.threads)};
   if (k.lengths) p.lengths = reinterpret_cast<const int64_t*>(lengths.data());
   if (k.reset) p.reset = reinterpret_cast<const uint8_t*>(reset.data());
 
-  const Bytes h_first = widened(h0, h_size, d), c_first = lstm ? widened(c0, c_size, d) : Bytes();
-  Bytes h = h_first, c = c_first;
-  Bytes y = room(TB * k.R * k.P, d), hidden = y, saved = room(TB * k.R * S * k.H, d), cells = room(TB * k.R * k.H, d);
+  Bytes y = room(TB * k.R * k.P, d), hidden = y, saved = room(TB * k.R * cell.saved * k.H, d);
+  std::vector<Bytes> first, after, d_after, histories;
+  for (int i = 0; i < cell.states; ++i) {
+    first.push_back(widened(initial[size_t(i)], size(i), d));
+    d_after.push_back(widened(dstates[size_t(i)], size(i), d));
+    histories.push_back(room(TB * k.R * k.H, d));
+  }
+  after = first;
+  const auto write_states = [&](const std::vector<Bytes>& states) {
+    for (int i = 0; i < cell.states; ++i) write(states[size_t(i)].data(), size(i) * size_of(wide));
+  };
   Forward f{};
   f.p = p;
-  f.x = x.data(), f.h = h.data(), f.c = lstm ? c.data() : nullptr;
-  f.y = y.data(), f.hidden = hidden.data(), f.saved = saved.data(), f.cells = lstm ? cells.data() : nullptr;
+  f.x = {x.data(), k.B * k.D, k.D, 0};
+  f.y = y.data(), f.hidden = hidden.data(), f.saved = saved.data();
+  for (int i = 0; i < cell.states; ++i) f.states[i] = after[size_t(i)].data(), f.histories[i] = histories[size_t(i)].data();
   cpu::kernels().forward(f);
   write(y.data(), TB * k.R * k.P * e);
-  write(h.data(), h_size * size_of(wide));
-  if (lstm) write(c.data(), c_size * size_of(wide));
+  write_states(after);
 
-  Bytes dh = widened(dh_n, h_size, d), dc = lstm ? widened(dc_n, c_size, d) : Bytes();
-  Bytes dgates = room(TB * k.R * DG * k.H, d), dprojected = room(TB * k.R * k.P, d), unprojected = room(TB * k.R * k.H, d);
+  Bytes dgates = room(TB * k.R * (cell.gates + cell.apart) * k.H, d), dprojected = room(TB * k.R * k.P, d),
+        unprojected = room(TB * k.R * k.H, d);
   Backward b{};
   b.p = p;
-  b.dy = dy.data(), b.hidden = hidden.data(), b.saved = saved.data(), b.cells = cells.data(), b.saved_whole = true;
-  b.h0 = h_first.data(), b.c0 = lstm ? c_first.data() : nullptr;
-  b.dh = dh.data(), b.dc = lstm ? dc.data() : nullptr, b.dgates = dgates.data(), b.need_dh = true;
+  b.dy = dy.data(), b.hidden = hidden.data(), b.saved = saved.data(), b.whole = true;
+  for (int i = 0; i < cell.states; ++i) {
+    b.histories[i] = histories[size_t(i)].data();
+    b.first[i] = first[size_t(i)].data();
+    b.dstates[i] = d_after[size_t(i)].data();
+  }
+  b.dgates = dgates.data(), b.need_dh = true;
   if (projects) b.dprojected = dprojected.data(), b.unprojected = unprojected.data();
   cpu::kernels().backward(b);
 
@@ -115,15 +135,14 @@ void run(const Header& k) {
   Bytes dx = room(TB * k.D, d);
   Products q{};
   q.p = p;
-  q.dgates = dgates.data(), q.x = x.data(), q.hidden = hidden.data(), q.h0 = h0.data();
+  q.dgates = dgates.data(), q.x = f.x, q.hidden = hidden.data(), q.h0 = initial[0].data();
   q.dw_ih = places[0].data(), q.dw_hh = places[1].data();
   if (k.bias) q.db_ih = places[2].data(), q.db_hh = places[3].data();
   if (projects) q.dprojected = dprojected.data(), q.unprojected = unprojected.data(), q.dw_hr = places[4].data();
   q.dx = dx.data(), q.add_dx = k.R > 1, q.first = true;
   cpu::kernels().products(q);
   write(dx.data(), TB * k.D * e);
-  write(dh.data(), h_size * size_of(wide));
-  if (lstm) write(dc.data(), c_size * size_of(wide));
+  write_states(d_after);
   for (int64_t r = 0; r < k.R; ++r)
     for (size_t i = 0; i < 5; ++i)
       if (i < 2 || (i < 4 && k.bias) || (i == 4 && projects)) gradients[i][size_t(r)].write_to_file();

@@ -39,7 +39,7 @@ FLAGS = [
 ]
 FLAGS += ["-Wno-maybe-uninitialized", "-fopenmp", f"-I{ROOT / 'csrc'}"]
 SOURCES = ("csrc/cpu/isa_baseline.cpp", "csrc/cpu/select.cpp", "csrc/cpu/team.cpp", "tests/cpu/aarch64.cpp")
-CODES = {"lstm": 0, "gru": 1, "rnn_tanh": 2, "rnn_relu": 3}  # csrc/params.h
+CODES = {"lstm": 0, "gru": 1, "rnn_tanh": 2, "rnn_relu": 3}  # each cell's own, in csrc/cells
 
 pytestmark = [
     pytest.mark.skipif(shutil.which(COMPILER) is None, reason=f"{COMPILER} is not installed"),

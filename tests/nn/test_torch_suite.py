@@ -178,6 +178,7 @@ def test_gradient(info: ModuleInfo, dtype: torch.dtype, training: bool) -> None:
     check_gradient(gradcheck, info, dtype, training)
 
 
+@pytest.mark.slow
 @entries((torch.float64,), modes=(True,))
 def test_second_gradient(info: ModuleInfo, dtype: torch.dtype, training: bool) -> None:
     assert info.supports_gradgrad

@@ -223,3 +223,30 @@ def test_lengths_out_of_range_are_harmless(lengths: list[int]) -> None:
         ops.forward(*arguments(case, given, "none")), ops.forward(*arguments(case, clamped, "none")), strict=True
     ):
         assert torch.equal(one, other)
+
+
+STRIDED = {
+    "batch first": lambda t: t.transpose(0, 1).contiguous().transpose(0, 1),
+    "part of a wider one": lambda t: torch.cat([t, t], -1)[..., : t.shape[-1]],
+    "every other step": lambda t: torch.stack([t, t], 1).flatten(0, 1)[::2],
+    "features apart": lambda t: torch.stack([t, t], -1)[..., 0],
+    "the same at every step": lambda t: t[:1].expand_as(t),
+}
+
+
+@pytest.mark.parametrize("how", STRIDED)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("batch", "size"), [(1, 5), (3, 32), (33, 5)])
+@pytest.mark.parametrize("save", ["gates", "recompute"])
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_an_input_of_any_strides(cell: str, save: str, batch: int, size: int, dtype: torch.dtype, how: str) -> None:
+    case = Case(cell, T=70, B=batch, D=size, H=17, bidirectional=True, lengths=True, dtype=dtype)
+    require("cpu", case)
+    given = inputs(case)
+    x = STRIDED[how](given.x)
+    each = []
+    for tensor in (x, x.contiguous()):
+        now = given._replace(x=tensor)
+        each.append([*ops.forward(*arguments(case, now, save)), *ops.backward(*backward_arguments(case, now, save))])
+    for a, b in zip(*each, strict=True):
+        assert torch.equal(a, b)

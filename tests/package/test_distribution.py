@@ -73,6 +73,7 @@ def test_the_compiled_module_names_no_folder_of_the_builder() -> None:
     assert os.fsencode(sys.prefix) not in module.read_bytes()
 
 
+@pytest.mark.slow
 def test_types_of_the_public_api() -> None:
     """mypy --strict of what users write; and what it reads runs."""
     pytest.importorskip("mypy", reason="pip install '.[test]'")

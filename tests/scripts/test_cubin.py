@@ -97,6 +97,7 @@ def test_what_does_not_compile_fails(cubin: ModuleType, capsys: pytest.CaptureFi
     assert "FAULT sm_1 rnn_tanh f64: nvcc fatal" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on the PATH")
 def test_a_step_is_timed(cubin: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     if cubin.find_cuobjdump() is None:

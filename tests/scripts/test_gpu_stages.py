@@ -292,6 +292,7 @@ def test_last(): assert not torch.cuda.is_initialized()
 """
 
 
+@pytest.mark.slow
 def test_tests_that_hang_or_lose_the_gpu_cost_themselves_alone(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -352,6 +353,7 @@ def test_every_file_that_needs_a_gpu_is_named() -> None:
     assert {str(path.relative_to(SCRIPTS.parent)) for path in marked} == {file for files, _ in lanes for file in files}
 
 
+@pytest.mark.slow
 def test_files_that_need_a_gpu_import_little() -> None:
     """A machine with a GPU has what benchmarks/GPU.md says; what else `make test` installs may be missing there."""
     files = [str(SCRIPTS.parent / file) for named, _ in script("gpu_tests").LANES.values() for file in named]

@@ -6,6 +6,8 @@ from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
+from coupled_lstm import COUPLED
+from leaky import LEAKY
 from torch import Tensor
 from triton_cases import DEVICE, LOOPS, MARKS, quicker_interpreter
 
@@ -18,22 +20,6 @@ T, B, D, H = 5, 3, 4, 17
 
 
 Tensors = Sequence[Tensor]
-
-
-def coupled(x: Tensors, r: Tensors, s: Tensors, p: Tensors) -> tuple[Tensor, Tensor]:
-    i, g, o = (a + b for a, b in zip(x, r, strict=True))
-    c = (1 - i.sigmoid()) * s[1] + i.sigmoid() * g.tanh()
-    return o.sigmoid() * c.tanh(), c
-
-
-def leaky(x: Tensors, r: Tensors, s: Tensors, p: Tensors) -> tuple[Tensor, Tensor]:
-    i = (x[0] + r[0]).sigmoid()
-    g, m = (x[1] + i * r[1]).tanh(), i * s[1] + s[0]
-    return s[0] + i * (g - s[0] + m), m
-
-
-COUPLED = Cell("coupled_lstm", gates=3, states=("h", "c"), saved=3, step=coupled)
-LEAKY = Cell("leaky", gates=2, states=("h", "m"), saved=4, step=leaky, apart=1, reads_h=True)
 
 
 @pytest.fixture(autouse=True)

@@ -64,11 +64,12 @@ def _over_plain(variant: str) -> Callable[[Results, str], float | None]:
 def _best_of_all(results: Results, provider: str) -> float | None:
     """How much of the best provider's speed the automatic choice has, at the worst point."""
     shares = []
+    providers = results.providers()
     for point in results.speedups("auto"):
         if point.mode == "step":
             continue
         run = results.rows[point, "auto", TIME].run
-        times = [results.value(point, name, run=run) for name in results.providers()]
+        times = [results.value(point, name, run=run) for name in providers]
         own = results.value(point, "auto", run=run)
         shares += [min(time for time in times if time) / own] if own else []
     return min(shares, default=None)

@@ -1,0 +1,73 @@
+"""Compares the trial cells of a compiled extension, which stands in for the package's own, with the reference.
+
+python compare.py EXTENSION: prints how many problems agreed.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib.util import module_from_spec, spec_from_file_location
+
+import torch
+
+spec = spec_from_file_location("fused_rnn._C", sys.argv[1])
+assert spec is not None
+assert spec.loader is not None
+sys.modules["fused_rnn._C"] = module_from_spec(spec)
+spec.loader.exec_module(sys.modules["fused_rnn._C"])
+
+from coupled_lstm import COUPLED  # noqa: E402
+from leaky import LEAKY  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+from fused_rnn import layers, ops  # noqa: E402
+from fused_rnn.cells import Cell, register  # noqa: E402
+
+register(COUPLED, LEAKY)
+B, D, H = 3, 4, 17
+STEPS = {"gates": 6, "recompute": 70}  # the latter more than between two checkpoints
+# The error that an element may have beside its part of the largest one.
+TOLERANCES = {torch.float64: 1e-11, torch.float32: 2e-5, torch.bfloat16: 4e-2}
+
+
+def run(cell: Cell, backend: str, given: list[Tensor], dtype: torch.dtype, **options: object) -> list[Tensor]:
+    """y, the states after and the gradients of a sum of them with fixed weights, in x, the states and the weights."""
+    leaves = [t.to(dtype).requires_grad_() for t in given]
+    outputs = layers.run(cell.name, leaves[0], leaves[3:], leaves[1:3], backend=backend, **options)  # type: ignore
+    random = torch.Generator().manual_seed(1)
+    douts = [torch.randn(t.shape, generator=random).to(dtype) for t in outputs]
+    return [*outputs, *torch.autograd.grad(list(outputs), leaves, douts)]
+
+
+def compare(cell: Cell, dtype: torch.dtype, bidirectional: bool, width: int, masked: bool, save: str) -> None:
+    """Raises AssertionError where the extension is wrong."""
+    random, T = torch.Generator().manual_seed(0), STEPS[save]
+    count, rows = 1 + bidirectional, cell.gates * H
+    weights = [(rows, D), (rows, width), (rows,), (rows,), *[(width, H)] * (width != H)] * count
+    shapes = [(T, B, D), (count, B, width), (count, B, H), *weights]
+    given = [torch.randn(shape, generator=random).mul(0.3).to(dtype) for shape in shapes]
+    options: dict[str, object] = {"bidirectional": bidirectional, "save": save}
+    if masked:
+        reset = torch.rand(T, B, generator=random) < 0.1
+        options |= {"lengths": torch.tensor([T, 0, T // 2]), "reset": reset}
+    with torch.no_grad():
+        alone = layers.run(cell.name, given[0], given[3:], given[1:3], backend="cpu", **options)  # type: ignore
+    made = run(cell, "cpu", given, dtype, **options)
+    expected = run(cell, "reference", given, torch.float64, **options | {"save": "gates"})
+    for k, (a, b) in enumerate(zip([*alone, *made], [*expected[:3], *expected], strict=True)):
+        error = ((a - b).abs() / (b.abs() + b.abs().max())).max().item()
+        assert error < TOLERANCES[dtype], (cell.name, dtype, options, width, k, error)
+
+
+kinds = ((False, "gates"), (True, "gates"), (True, "recompute"))
+shapes = [(COUPLED, H), (COUPLED, 5), (LEAKY, H)]
+problems = [
+    (cell, dtype, bidirectional, width, *kind)
+    for cell, width in shapes
+    for dtype in TOLERANCES
+    for bidirectional in (False, True)
+    for kind in kinds
+]
+for problem in problems:
+    compare(*problem)
+print(f"{len(problems)} problems agree, by {ops.ISA}")
