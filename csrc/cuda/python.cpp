@@ -97,7 +97,8 @@ PYBIND11_MODULE(FUSED_RNN_MODULE, m) {
              return Steps{T, 0, T, 0, T, reversed, period, at<const int64_t>(lengths), at<const int32_t>(reset), B, R, H, 0, 0};
            }),
            py::kw_only(), py::arg("T"), py::arg("B"), py::arg("R"), py::arg("H"), py::arg("reversed"), py::arg("period") = 1,
-           py::arg("lengths") = 0, py::arg("reset") = 0);
+           py::arg("lengths") = 0, py::arg("reset") = 0)
+      .def_readonly("T", &Steps::T);
 
   const Addresses none;
   bind_loop<ForwardLoop>(m, "Forward")

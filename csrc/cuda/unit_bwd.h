@@ -34,15 +34,14 @@ class BackwardUnit {
     for (int s = 0; s < Cell::saved; ++s) kept_[s] = kept[s * p.steps.H];
     if (p.dy) dy_ = static_cast<const Storage*>(p.dy)[steps_size(p.steps, t, 1) + i];
     each<kStates>([&](auto s) {
-      if constexpr (reads_after(s))
-        after_[s].load(s > 0 && p.histories_are_wide, p.states[s], steps_size(p.steps, s > 0 ? local : t, 1) + i);
+      if constexpr (reads_after(s)) after_.template of<s>().load(p, p.states[s], steps_size(p.steps, s > 0 ? local : t, 1) + i);
     });
     reset_ = at.reset(p.steps, t);
     each<kStates>([&](auto s) {
       if constexpr (reads_before(s)) {
         const bool first = walk.starts(t, at.length) || (s > 0 && step == p.steps.window0);
         const int64_t here = steps_size(p.steps, s > 0 ? local : t, 1) + i, back = steps_size(p.steps, -walk.pace, 1);
-        before_[s].load(s > 0 && p.histories_are_wide, first ? p.first[s] : p.states[s], first ? at.in_state(p.steps) : here + back);
+        before_.template of<s>().load(p, first ? p.first[s] : p.states[s], first ? at.in_state(p.steps) : here + back);
       }
     });
   }
@@ -63,8 +62,8 @@ class BackwardUnit {
     FUSED_RNN_UNROLL
     for (int s = 0; s < Cell::saved; ++s) kept[s] = widen(kept_[s]);
     each<kStates>([&](auto s) {
-      if constexpr (reads_after(s)) after[s] = after_[s].value(s > 0 && p.histories_are_wide);
-      if constexpr (reads_before(s)) before[s] = live() ? before_[s].value(s > 0 && p.histories_are_wide) : Acc(0);
+      if constexpr (reads_after(s)) after[s] = after_.template of<s>().value(p);
+      if constexpr (reads_before(s)) before[s] = live() ? before_.template of<s>().value(p) : Acc(0);
       dstate[s] = dstate_[s];
     });
     dstate[0] += widen(dy_);
@@ -91,32 +90,43 @@ class BackwardUnit {
   static constexpr FUSED_RNN_DEVICE bool reads_after(int s) { return Cell::backward_after >> s & 1; }
   static constexpr FUSED_RNN_DEVICE bool reads_before(int s) { return Cell::backward_before >> s & 1; }
 
-  // A state as it lies in memory: wide, in the accumulation type, or in the storage type.
+  // A state as it lies in memory: h in the storage type, another one perhaps in the accumulation type.
+  template <bool kMayBeWide>
   class State {
    public:
-    FUSED_RNN_DEVICE void load(bool wide, const void* from, int64_t i) {
-      if (wide) bits_ = static_cast<const Bits*>(from)[i];
+    FUSED_RNN_DEVICE void load(const BackwardLoop& p, const void* from, int64_t i) {
+      if (kMayBeWide && p.histories_are_wide) bits_ = static_cast<const Bits*>(from)[i];
       else bits_ = static_cast<const StorageBits*>(from)[i];
     }
-    FUSED_RNN_DEVICE Acc value(bool is_wide) const {
-      Acc wide;
-      Storage stored;
+    FUSED_RNN_DEVICE Acc value(const BackwardLoop& p) const {
       const StorageBits low = StorageBits(bits_);
-      memcpy(&wide, &bits_, sizeof(wide));
+      Storage stored;
       memcpy(&stored, &low, sizeof(stored));
-      return is_wide ? wide : Acc(widen(stored));
+      if constexpr (!kMayBeWide) return widen(stored);
+      Acc wide;
+      memcpy(&wide, &bits_, sizeof(bits_));
+      return p.histories_are_wide ? wide : Acc(widen(stored));
     }
 
    private:
-    using Bits = UnsignedOf<sizeof(Acc)>;
     using StorageBits = UnsignedOf<sizeof(Storage)>;
+    using Bits = UnsignedOf<kMayBeWide ? sizeof(Acc) : sizeof(Storage)>;
     Bits bits_ = 0;
+  };
+  struct States {
+    State<false> h;
+    State<true> others[kStates > 1 ? kStates - 1 : 1];
+    template <int s>
+    FUSED_RNN_DEVICE auto& of() {
+      if constexpr (s == 0) return h;
+      else return others[s - 1];
+    }
   };
   // The state entered the step that was fetched.
   FUSED_RNN_DEVICE bool live() const { return valid_ && reset_ == 0; }
 
   Acc dstate_[kStates] = {};
-  State after_[kStates], before_[kStates];
+  States after_, before_;
   Acc d_[kAll] = {};
   Storage dy_{}, kept_[Cell::saved > 0 ? Cell::saved : 1]{};
   int32_t reset_ = 0;

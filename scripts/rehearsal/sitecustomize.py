@@ -105,11 +105,19 @@ class Counted:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.module, name)
 
-    def forward(self, *arguments: Any) -> None:
-        launches.append(("forward", arguments[-1]["T"]))
+    def Forward(self, *arguments: Any, **arrays: Any) -> Any:
+        return self._loop("forward", self.module.Forward, *arguments, **arrays)
 
-    def backward(self, *arguments: Any) -> None:
-        launches.append(("backward", arguments[-1]["T"]))
+    def Backward(self, *arguments: Any, **arrays: Any) -> Any:
+        return self._loop("backward", self.module.Backward, *arguments, **arrays)
+
+    def _loop(self, way: str, bind: Any, cell: str, precision: int, plan: Any, steps: Any, **arrays: Any) -> Any:
+        loop = bind(cell, precision, plan, steps, **arrays)
+        if plan is None:
+            return loop
+        return SimpleNamespace(
+            workspace_bytes=loop.workspace_bytes, run=lambda *_: launches.append((way, steps.T))
+        )  # fmt: skip
 
 
 def computing(loops: Any, plain: Any) -> type:
