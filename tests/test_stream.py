@@ -115,7 +115,7 @@ def test_other_backends(kind: str, backend: str) -> None:
         y, hx = module(x)
     stream = module.stream(3)
     runner: Any = stream._runner
-    tensors = [*stream._buffers().values(), *runner._weights]
+    tensors = [*stream._states.values(), *runner._weights]
     addresses = [t.data_ptr() for t in tensors]
     ours = torch.cat([by_steps(stream, x[:5]), stream.steps(x[5:])])
     torch.testing.assert_close(ours, y, rtol=1e-5, atol=1e-6)
@@ -125,7 +125,7 @@ def test_other_backends(kind: str, backend: str) -> None:
     stream.load_state_dict(stream.state_dict())
     stream.refresh()
     stream.step(x[0])
-    after = [*stream._buffers().values(), *runner._weights]
+    after = [*stream._states.values(), *runner._weights]
     assert all(one is other for one, other in zip(tensors, after, strict=True))
     assert [t.data_ptr() for t in after] == addresses
 
