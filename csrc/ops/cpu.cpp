@@ -46,52 +46,22 @@ std::vector<Tensor> cpu_forward(Tensor x, std::vector<Tensor> weights, std::vect
   return out;
 }
 
-// One step with as few costs around it as can be: x [B, D], states [B, width], or none for zeros -> the states after.
+// One step: x [B, D], states [B, width], or none for zeros -> the states after. A layer of one step, without its output.
 std::vector<Tensor> cpu_step(Tensor x, std::vector<Tensor> weights, std::vector<Tensor> states, StringHandle cell_name) {
-  const CellDescriptor* const cell = cell_of(taken(cell_name));
-  const int G = cell->gates;
-  const size_t count = weights.size();
   STD_TORCH_CHECK(x.dim() == 2, "fused_rnn: x has ", x.dim(), " dimensions, expected [B, D]");
-  STD_TORCH_CHECK(count >= 2 && count <= (cell->projects ? 5 : 4) && (cell->projects || count != 3), "fused_rnn: weights holds ", count,
-                  " tensors, which are not those of one ", cell->name);
-  STD_TORCH_CHECK(states.empty() || int(states.size()) == cell->states, "fused_rnn: states holds ", states.size(),
-                  " tensors, expected none or ", cell->states);
-  const Tensor& w_hh = weights[1];
-  const bool bias = count >= 4, projects = count % 2 == 1;
-  const int64_t B = x.size(0), D = x.size(1);
-  STD_TORCH_CHECK(w_hh.dim() == 2 && w_hh.size(0) % G == 0 && w_hh.size(0) > 0 && D > 0, "fused_rnn: w_hh has shape ", text(sizes_of(w_hh)),
-                  ", expected [", G, " H, P]");
-  const int64_t H = w_hh.size(0) / G, P = w_hh.size(1);
-  STD_TORCH_CHECK(projects || P == H, "fused_rnn: w_hh has shape ", text(sizes_of(w_hh)), ", which does not fit the other arguments");
-  const ScalarType type = x.scalar_type(), wide = accumulation_type(x);
-  auto pointer = [&](const char* name, Tensor& t, std::initializer_list<int64_t> sizes) {
-    STD_TORCH_CHECK(t.is_cpu() && t.scalar_type() == type, "fused_rnn: ", name, " differs from x in dtype or device");
-    bool same = t.dim() == int64_t(sizes.size());
-    for (size_t i = 0; same && i < sizes.size(); ++i) same = t.size(int64_t(i)) == sizes.begin()[i];
-    STD_TORCH_CHECK(same, "fused_rnn: ", name, " has shape ", text(sizes_of(t)), ", expected ", text(sizes));
-    if (!t.is_contiguous()) t = torch::stable::contiguous(t);
-    return t.const_data_ptr();
-  };
-  Weights w{};
-  w.direction = 1;
-  w.w_ih = pointer("w_ih", weights[0], {G * H, D});
-  w.w_hh = pointer("w_hh", weights[1], {G * H, P});
-  if (bias) w.b_ih = pointer("b_ih", weights[2], {G * H}), w.b_hh = pointer("b_hh", weights[3], {G * H});
-  if (projects) w.w_hr = pointer("w_hr", weights[count - 1], {P, H});
-  Forward f{};
-  f.p = {cell, dtype_of(x), 1, B, D, H, P, 1, 0, 1, &w, nullptr, nullptr, 1};
-  f.x = {pointer("x", x, {B, D}), B * D, D, 0};
-  f.h_is_zero = states.empty();
-  std::vector<Tensor> after;
-  after.reserve(size_t(cell->states));
-  for (int i = 0; i < cell->states; ++i) {
-    const int64_t width = i == 0 ? P : H;
-    if (!states.empty()) pointer("a state", states[size_t(i)], {B, width});
-    after.push_back(states.empty() ? zeros({B, width}, wide) : copied(states[size_t(i)], wide));
-    f.states[i] = after.back().mutable_data_ptr();
+  for (Tensor& state : states) {
+    STD_TORCH_CHECK(state.dim() == 2, "fused_rnn: a state has ", state.dim(), " dimensions, expected [B, H]");
+    state = reshaped(as_contiguous(state), {1, state.size(0), state.size(1)});
   }
-  if (B > 0) cpu::kernels().forward(f);
-  for (Tensor& state : after) state = converted(state, type);
+  const Layer layer(reshaped(as_contiguous(x), {1, x.size(0), x.size(1)}), weights, states, {}, {}, taken(cell_name), {1});
+  std::vector<Tensor> after = layer.wide_states(states);
+  Forward f{};
+  f.p = layer.p;
+  f.x = layer.input();
+  f.h_is_zero = states.empty();
+  for (size_t i = 0; i < after.size(); ++i) f.states[i] = after[i].mutable_data_ptr();
+  if (layer.p.B > 0) cpu::kernels().forward(f);
+  for (Tensor& state : after) state = reshaped(converted(state, x.scalar_type()), {state.size(1), state.size(2)});
   return after;
 }
 

@@ -75,6 +75,15 @@ inline Tensor as_contiguous(const Tensor& t) {
   }
 }
 
+// A contiguous tensor's memory by other sizes.
+inline Tensor reshaped(const Tensor& t, const Sizes& sizes) {
+  Sizes strides(sizes.size(), 1);
+  for (size_t i = sizes.size(); i-- > 1;) strides[i - 1] = strides[i] * sizes[i];
+  AtenTensorHandle handle;
+  TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(t.get(), int64_t(sizes.size()), sizes.data(), strides.data(), 0, &handle));
+  return Tensor(handle);
+}
+
 // Zeros, and conversions between a 16-bit dtype and float, by loops of our own: torch's run on its OpenMP threads, for which a
 // forked child waits forever.
 inline Tensor zeros(const Sizes& sizes, ScalarType type) {
