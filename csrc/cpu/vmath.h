@@ -1,4 +1,4 @@
-// The CPU's math policy: branch-free polynomials over whole vectors. Largest errors (tests/test_activations.py measures them):
+// The CPU's math policy: branch-free polynomials over whole vectors. Largest errors (tests/cpu/test_activations.py measures them):
 // sigmoid 2.4 ulp, tanh 1.4 ulp, as torch's own to the digit on average; NaN in, NaN out.
 //
 // exp(k x) = 2^n exp(k r), n = round(k x / ln 2), |k r| <= ln 2 / 2. From s = 2^n and v = expm1(k r):

@@ -74,9 +74,9 @@ def run(module: Recurrent, input: Any, hx: Any, lengths: Any, reset: Any) -> Res
         if not module.batch_first:
             return _run_layers(module, input, weights, hx, lengths, reset)
         x = input.transpose(0, 1)
-        if not x.is_cpu:
-            # There the products read steps that lie one after the other. Copied here, and not in each of them, it is
-            # the copy that backward has.
+        if is_grad_enabled() or not x.is_cpu:
+            # The copy that backward has, so that the caller may write to the input; and on a GPU the products read steps
+            # that lie one after the other.
             x = x.contiguous()
         y, hx = _run_layers(module, x, weights, hx, lengths, reset)
         return (y.transpose_(0, 1) if is_unshared(y, module._fused_backend) else y.transpose(0, 1)), hx

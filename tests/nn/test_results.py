@@ -11,6 +11,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 import fused_rnn
 from fused_rnn import dispatch
+from fused_rnn.nn.sequence import run as nn_sequence_run
 
 FORMS = ("batched", "batch_first", "unbatched", "equal lengths", "packed", "unsorted")
 
@@ -76,21 +77,26 @@ def test_a_residual_in_place(name: str, options: dict[str, Any], backend: str | 
     assert_same(*results)
 
 
-def test_a_batch_that_comes_first_is_copied_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernels, forward and backward, get what is contiguous already."""
+def test_a_batch_that_comes_first_is_copied_once_or_not_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In training forward and backward get one copy; where nothing is kept the kernels read the input as it lies."""
     seen = []
     for name in ("forward", "backward"):
         inner = getattr(dispatch.BACKENDS["cpu"], name)
 
-        def watch(*args: Any, inner: Any = inner, which: int = 3 * (name == "backward")) -> Any:
-            seen.append(args[which])
-            return inner(*args)
+        def watch(call: Any, inner: Any = inner) -> Any:
+            seen.append(call.x)
+            return inner(call)
 
         monkeypatch.setattr(dispatch.BACKENDS["cpu"], name, watch)
-    y, _ = make("GRU", 5, 7, batch_first=True, extras={"backend": "cpu"})[0](torch.randn(3, 4, 5))
+    module, given = make("GRU", 5, 7, batch_first=True, extras={"backend": "cpu"})[0], torch.randn(3, 4, 5)
+    y, _ = module(given)
     y.sum().backward()
     assert len(seen) == 2
-    assert all(x.is_contiguous() and x.data_ptr() == seen[0].data_ptr() for x in seen)
+    assert all(x.is_contiguous() and x.data_ptr() == seen[0].data_ptr() != given.data_ptr() for x in seen)
+    seen.clear()
+    with torch.no_grad():
+        nn_sequence_run(module, given, None, None, None)
+    assert [x.data_ptr() for x in seen] == [given.data_ptr()]
 
 
 @pytest.mark.parametrize("backend", [None, "cpu", "reference", "torch"])
