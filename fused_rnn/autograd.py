@@ -253,7 +253,7 @@ class LSTMFunction:
         not differentiable.
 
     Raises:
-        RuntimeError: from the op on inputs that do not fit together: fused_rnn.functional checks them first.
+        RuntimeError: from the op on inputs that do not fit together, which fused_rnn.functional would name.
 
     Twice differentiable in x, h0, c0 and the weights; works under torch.func.vmap; has no forward-mode derivative.
     Source: Hochreiter & Schmidhuber 1997; gates as in torch.nn.LSTM.

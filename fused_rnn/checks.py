@@ -1,4 +1,4 @@
-"""What functional requires of its arguments, before any kernel runs.
+"""What a call requires of its arguments, before any kernel runs.
 
 Errors say which argument, what it is and what was expected.
 """

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 NAME = "cuda"
 DIFFERENTIABLE = False  # fused_rnn.autograd's Functions wrap the ops
-stack = None  # functional runs the layers one by one
+stack = None  # layers.run runs the layers one by one
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _LIMIT = 1 << 31  # offsets within a step, and numbers of steps, take 32 bits; a step's place takes 64

@@ -84,7 +84,7 @@ class Packed:
 
 
 class Buffered:
-    """Any backend, by `functional`.
+    """Any backend, by `layers.run`.
 
     State and weights lie in buffers that are written in place, so that a captured CUDA graph finds them.
     """
