@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from fused_rnn.call import BackwardCall, LayerCall
+from fused_rnn.call import BackwardCall, LayerCall, known_save
 from fused_rnn.cells import CELLS
 from fused_rnn.checks import in_transform
 from fused_rnn.dispatch import BACKENDS
@@ -226,7 +226,7 @@ def _function(cell: str, states: Sequence[Tensor | None], x: Tensor, *rest: Any)
     """The layer's Function, as LSTMFunction and its like call it. rest: lengths, reset, directions, save, keep_hidden,
     backend, weights."""
     lengths, reset, directions, save, keep_hidden, backend, *weights = rest
-    call = LayerCall(x, weights, (), lengths, reset, cell, directions, save, keep_hidden)
+    call = LayerCall(x, weights, (), lengths, reset, cell, directions, known_save(save), keep_hidden)
     return function(backend, call._replace(states=_together(call, states)))
 
 

@@ -13,6 +13,18 @@ from torch import Tensor
 
 from fused_rnn.cells import CELLS, Cell
 
+# Steps between which save="recompute" keeps the states but h, and whose gates are made again at a time; also in
+# csrc/ops/layer.h.
+CHECKPOINT_EVERY = 64
+SAVES = ("gates", "recompute")
+
+
+def known_save(save: str) -> str:
+    """save, if there is such a way to keep what backward needs; raises ValueError."""
+    if save not in SAVES:
+        raise ValueError(f"save: got {save!r}, expected one of {', '.join(map(repr, SAVES))}")
+    return save
+
 
 class Weights(NamedTuple):
     """The weights of one recurrence: w_ih [G·H, D], w_hh [G·H, P], biases [G·H] or None, w_hr [P, H] or None, params
@@ -130,6 +142,21 @@ class LayerCall(NamedTuple):
         batch = self.x.shape[1]
         widths = [self.width] + [self.hidden_size] * (len(self.spec.states) - 1)
         return [(self.recurrences, batch, width) for width in widths]
+
+    @property
+    def every(self) -> int:
+        """Steps between two checkpoints."""
+        return CHECKPOINT_EVERY
+
+    def kept_shapes(self) -> tuple[tuple[Any, ...], list[tuple[Any, ...]], torch.dtype]:
+        """What `save` keeps: the shape of `saved`, those of the histories of all states but h, and their dtype."""
+        (steps, batch), recurrences, hidden = self.x.shape[:2], self.recurrences, self.hidden_size
+        more = len(self.spec.states) - 1
+        if self.save == "gates":
+            rows = (steps, batch, recurrences)
+            return (*rows, self.spec.saved, hidden), [(*rows, hidden)] * more, self.x.dtype
+        # One checkpoint more than there can be, for torch.compile takes a size of 1 for a constant.
+        return (0,), [(steps // self.every + 2, recurrences, batch, hidden)] * more, wide(self.x.dtype)
 
     def initial(self) -> list[Tensor]:
         """The states, zeros where none were given."""

@@ -14,9 +14,11 @@ from typing import Any, ClassVar, TypeVar
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from fused_rnn.call import known_save
+from fused_rnn.dispatch import known_backend
 from fused_rnn.nn import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell, both
-from fused_rnn.nn.base import Fused, known_backend, mark_leaf, unmark_leaf
-from fused_rnn.nn.recurrent import Recurrent, known_save, overrides_checks
+from fused_rnn.nn.base import Fused, mark_leaf, unmark_leaf
+from fused_rnn.nn.recurrent import Recurrent, overrides_checks
 
 M = TypeVar("M", bound=nn.Module)
 F = TypeVar("F", bound=Callable[..., Any])

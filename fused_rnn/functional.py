@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
-from typing import Any
+from collections.abc import Sequence
 
 from torch import Tensor
 
@@ -148,15 +146,6 @@ def rnn(
         cell, x, weights, [hx], num_layers, bidirectional, dropout, training, lengths, reset, save, backend
     )
     return y, h_n
-
-
-# The layers' function of each cell.
-LAYERS: dict[str, Callable[..., Any]] = {
-    "lstm": lstm,
-    "gru": gru,
-    "rnn_tanh": rnn,
-    "rnn_relu": partial(rnn, nonlinearity="relu"),
-}
 
 
 def lstm_cell(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,14 +11,13 @@ from torch.autograd import forward_ad
 from torch.nn.functional import pad
 
 from fused_rnn import autograd, checks
-from fused_rnn.call import Kinds, LayerCall
+from fused_rnn.call import Kinds, LayerCall, known_save
 from fused_rnn.cells import CELLS
 from fused_rnn.dispatch import resolve
 from fused_rnn.gpu.precision import tf32_allowed
 from fused_rnn.problem import Problem
 from fused_rnn.transforms.op_gradient import functionalizes, is_jit_tracing, stands_alone
 
-SAVES = ("gates", "recompute")
 _DIRECTIONS = {1: (1,), 2: (1, -1)}
 
 States = Sequence[Tensor | None]  # () or None for zeros
@@ -45,8 +45,7 @@ def run(
     device = x.device.type
     if device != "meta" and torch.is_autocast_enabled(device):
         x, weights, states = _autocast(x, weights, states)
-    if save not in SAVES:
-        raise ValueError(f"save: got {save!r}, expected one of {', '.join(map(repr, SAVES))}")
+    known_save(save)
     recurrences = 2 if bidirectional else 1
     steps, batch, input_size = checks.check_sequence(x)
     hidden, width, kinds = checks.check_weights(cell, x, weights, input_size, num_layers, recurrences)
@@ -195,10 +194,11 @@ def _autocast(x: Tensor, weights: Sequence[Tensor], states: States) -> tuple[Ten
     """The rule of autocast's own list for lstm_cell and the like: floating tensors, but for float64, take its dtype."""
     dtype = torch.get_autocast_dtype(x.device.type)
 
-    def cast(t: Tensor) -> Tensor:
-        return t if t.dtype == torch.float64 or not t.is_floating_point() else t.to(dtype)
+    def cast(t: Any) -> Any:
+        casts = isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64
+        return t.to(dtype) if casts else t
 
-    return cast(x), [cast(w) for w in weights], [s if s is None else cast(s) for s in states]
+    return cast(x), [cast(w) for w in weights], [cast(s) for s in states]
 
 
 def _with_a_feature(

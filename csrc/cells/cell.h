@@ -1,6 +1,6 @@
 // What describes a cell, and how it is found. A cell is a struct with these constants and its two formulas:
 //
-//   name, gates, states, saved                what Python's descriptor says too; states[0] is h, the output, which goes through W_hh
+//   name, gates, states, state_names, saved   what Python's descriptor says too; state 0 is h, the output, which goes through W_hh
 //   apart, reads_h, projects                  as CellDefaults says, where it differs
 //   backward_after, backward_before           bit i: backward reads state i after the step, or before it
 //
@@ -35,7 +35,7 @@ struct CellDescriptor {
   const char* name;  // null where there is no cell of this number
   int number, gates, states, saved, apart;
   bool reads_h, projects;
-  unsigned backward_after, backward_before;
+  const char* const* state_names;
 };
 
 struct NoCell {};
@@ -52,8 +52,8 @@ struct NumberedCell {
   template <> \
   struct NumberedCell<number_> { \
     using Type = Cell; \
-    static constexpr CellDescriptor descriptor{Cell::name,  number_,       Cell::gates,    Cell::states,         Cell::saved, \
-                                               Cell::apart, Cell::reads_h, Cell::projects, Cell::backward_after, Cell::backward_before}; \
+    static constexpr CellDescriptor descriptor{Cell::name,  number_,       Cell::gates,    Cell::states,     Cell::saved, \
+                                               Cell::apart, Cell::reads_h, Cell::projects, Cell::state_names}; \
   };
 
 }  // namespace fused_rnn

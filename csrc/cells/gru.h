@@ -10,7 +10,8 @@ namespace fused_rnn {
 struct Gru : CellDefaults {
   static constexpr const char* name = "gru";
   static constexpr int gates = 3;   // r, z, n
-  static constexpr int states = 1;  // h
+  static constexpr int states = 1;
+  static constexpr const char* state_names[] = {"h"};
   static constexpr int saved = 4;   // r, z, n, a_nh
   static constexpr int apart = 1;   // a: r, z, nx, nh; d: dnx, dr, dz, dnh
   static constexpr bool reads_h = true;

@@ -9,7 +9,8 @@ namespace fused_rnn {
 struct Lstm : CellDefaults {
   static constexpr const char* name = "lstm";
   static constexpr int gates = 4;   // i, f, g, o
-  static constexpr int states = 2;  // h, c
+  static constexpr int states = 2;
+  static constexpr const char* state_names[] = {"h", "c"};
   static constexpr int saved = 4;   // i, f, g, o, activated
   static constexpr bool projects = true;
   static constexpr unsigned backward_after = 0b10, backward_before = 0b10;

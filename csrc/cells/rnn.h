@@ -9,6 +9,7 @@ struct Rnn : CellDefaults {
   static constexpr const char* name = kRelu ? "rnn_relu" : "rnn_tanh";
   static constexpr int gates = 1;
   static constexpr int states = 1;
+  static constexpr const char* state_names[] = {"h"};
   static constexpr int saved = 0;  // h_t itself is enough
   static constexpr unsigned backward_after = 0b1;
 

@@ -1,6 +1,6 @@
 // The backward time loop, for every cell, dtype and ISA: from the gradients of the outputs to those of the pre-activations,
 // step by step from the end:   dh_t = dy_t + carry + dgates_{t+1} W_hh;   cell backward -> dgates_t, dc, carry.
-// The gradients of weights and inputs are products over all steps at once and come after the loop (ops/cpu.cpp).
+// The gradients of weights and inputs are products over all steps at once and come after the loop (ops/cpu_backward.cpp).
 #pragma once
 #include "layout.h"
 

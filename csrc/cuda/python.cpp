@@ -1,5 +1,5 @@
-// The Python module of the CUDA loops: plans, and loops that are bound to addresses and run. fused_rnn/backends/cuda.py checks what it
-// passes; the same source, built over the emulator, is what the tests run on the CPU.
+// The Python module of the CUDA loops: plans, and loops that are bound to addresses and run. fused_rnn/gpu/op.py checks what it is passed;
+// the same source, built over the emulator, is what the tests run on the CPU.
 #include <optional>
 #include <tuple>
 

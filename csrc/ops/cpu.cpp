@@ -50,7 +50,8 @@ std::vector<Tensor> cpu_forward(Tensor x, std::vector<Tensor> weights, std::vect
 std::vector<Tensor> cpu_step(Tensor x, std::vector<Tensor> weights, std::vector<Tensor> states, StringHandle cell_name) {
   STD_TORCH_CHECK(x.dim() == 2, "fused_rnn: x has ", x.dim(), " dimensions, expected [B, D]");
   for (Tensor& state : states) {
-    STD_TORCH_CHECK(state.dim() == 2, "fused_rnn: a state has ", state.dim(), " dimensions, expected [B, H]");
+    STD_TORCH_CHECK(state.dim() == 2 && state.size(0) == x.size(0), "fused_rnn: a state has shape ", text(sizes_of(state)),
+                    ", expected [B, H] with B = ", x.size(0));
     state = reshaped(as_contiguous(state), {1, state.size(0), state.size(1)});
   }
   const Layer layer(reshaped(as_contiguous(x), {1, x.size(0), x.size(1)}), weights, states, {}, {}, taken(cell_name), {1});

@@ -78,14 +78,14 @@ std::vector<Tensor> cpu_backward(MaybeTensor dy, std::vector<Tensor> dstates, Te
   const ScalarType type = x.scalar_type(), wide = accumulation_type(x);
 
   if (dy) {
-    check_sizes("dy", *dy, {p.T, p.B, p.R * p.P});
+    layer.check("dy", *dy, {p.T, p.B, p.R * p.P});
     dy = as_contiguous(*dy);
   }
-  layer.check_states("dstates", dstates);
-  check_sizes("hidden", hidden, {p.T, p.B, p.R * p.P});
+  layer.check_states("_n's gradient", dstates);
+  layer.check("hidden", hidden, {p.T, p.B, p.R * p.P});
   hidden = as_contiguous(hidden);
   saved = as_contiguous(saved);
-  if (!recompute) check_sizes("saved", saved, {p.T, p.B, p.R, p.cell->saved, p.H});
+  if (!recompute) layer.check("saved", saved, {p.T, p.B, p.R, p.cell->saved, p.H});
   STD_TORCH_CHECK(int(histories.size()) == ST - 1, "fused_rnn: histories holds ", histories.size(), " tensors, expected ", ST - 1);
   for (Tensor& history : histories) {
     check_sizes("a history", history, recompute ? Sizes{checkpoint_rows(p.T), p.R, p.B, p.H} : Sizes{p.T, p.B, p.R, p.H});

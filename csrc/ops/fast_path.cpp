@@ -6,8 +6,8 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 
 #include <cstring>
+#include <memory>
 #include <new>
-#include <vector>
 
 #include "dlpack_view.h"
 #include "tensors.h"
@@ -72,12 +72,12 @@ bool within(const dlpack::Tensor& lengths, int64_t T) {
   return true;
 }
 
-// Memory of this thread, kept between calls.
+// Memory of this call; null with an exception set where there is none.
 template <class T>
-T* kept(size_t count) {
-  static thread_local std::vector<T> memory;
-  if (memory.size() < count) memory.resize(count);
-  return memory.data();
+T* taken(std::unique_ptr<T[]>& memory, int64_t count) {
+  memory.reset(new (std::nothrow) T[size_t(count)]);
+  if (!memory) PyErr_NoMemory();
+  return memory.get();
 }
 
 bool dtype_of(const dlpack::Tensor& t, Dtype& dtype) {
@@ -124,8 +124,12 @@ PyObject* fast_path(PyObject*, PyObject* const* args, Py_ssize_t count) {
   Dtype dtype;
   if (!dtype_of(x, dtype)) Py_RETURN_NONE;
   const auto alike = [&](const dlpack::Tensor& t) { return t.bits == x.bits && t.code == x.code; };
-  PyObject* own[5];  // borrowed; null: not there, or computed
-  for (int i = 0; i < 5; ++i) own[i] = PyDict_GetItemWithError(args[0], names[sequence][i]);
+  PyObject* own[5];  // null: not there, or computed
+  Owned held[5];     // while other threads may run, who may set others
+  for (int i = 0; i < 5; ++i) {
+    own[i] = PyDict_GetItemWithError(args[0], names[sequence][i]);
+    Py_XINCREF(held[i].object = own[i]);
+  }
   const bool projects = cell->projects && own[4];
   if (!own[0] || !own[1] || (bias && !(own[2] && own[3])) || !read(own[1], weights[1], 2, -1, -1)) Py_RETURN_NONE;
   const int64_t H = weights[1].shape[0] / G, P = weights[1].shape[1];
@@ -146,7 +150,9 @@ PyObject* fast_path(PyObject*, PyObject* const* args, Py_ssize_t count) {
   Owned y, after[kMostStates];
   dlpack::Tensor y_out{}, after_out[kMostStates];
   Forward f{};
-  float* scratch = wide ? nullptr : kept<float>(size_t(B * (P + (ST - 1) * H)));
+  std::unique_ptr<float[]> floats;
+  float* scratch = wide ? nullptr : taken(floats, B * (P + (ST - 1) * H));
+  if (!wide && !scratch) return nullptr;
   for (int i = 0; i < ST; ++i) {
     if (!(zero ? make_new(x_object, sequence, B, width(i), after[i], after_out[i]) : make_like(state_object(i), after[i], after_out[i])))
       return nullptr;
@@ -164,8 +170,10 @@ PyObject* fast_path(PyObject*, PyObject* const* args, Py_ssize_t count) {
   f.p = {cell, dtype, T, B, D, H, P, 1, 0, T, &w, nullptr, nullptr, 1};
   f.p.lengths = static_cast<const int64_t*>(lengths.data);
   f.p.reset = static_cast<const uint8_t*>(reset.data);
+  std::unique_ptr<uint8_t[]> flags;
   if (has_reset && batch_first) {
-    auto* const turned = kept<uint8_t>(size_t(T * B));
+    uint8_t* const turned = taken(flags, T * B);
+    if (!turned) return nullptr;
     for (int64_t t = 0; t < T; ++t)
       for (int64_t b = 0; b < B; ++b) turned[t * B + b] = f.p.reset[b * T + t];
     f.p.reset = turned;

@@ -1,4 +1,4 @@
-// A single step as plain functions of the Python module.
+// A step, or a layer, as a plain function of the Python module.
 #pragma once
 #include <Python.h>
 

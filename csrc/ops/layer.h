@@ -61,7 +61,7 @@ class Layer {
       w.direction = int(directions[size_t(r)]);
     }
     p.weights = weights_.data();
-    check_states("states", states, true);
+    check_states("0", states);
     if (lengths) {
       STD_TORCH_CHECK(lengths->scalar_type() == ScalarType::Long && lengths->is_cpu(), "fused_rnn: lengths must be int64 on x's device");
       check_sizes("lengths", *lengths, {p.B});
@@ -77,21 +77,13 @@ class Layer {
     p.threads = threads_for(p);
   }
 
-  const Tensor& x() const { return x_; }
-  const std::vector<Tensor>& weights() const { return held_; }
-  size_t element() const { return p.dtype == Dtype::f64 ? 8 : p.dtype == Dtype::f32 ? 4 : 2; }
-
   Input input() const { return {x_.const_data_ptr(), x_.stride(0), x_.stride(1), x_.dim() == 4 ? x_.stride(2) : 0}; }
 
-  // What there is of each state of the cell: nothing, or all of them.
-  void check_states(const char* name, const std::vector<Tensor>& given, bool same_dtype = false) const {
-    STD_TORCH_CHECK(given.empty() || int(given.size()) == p.cell->states, "fused_rnn: ", name, " holds ", given.size(),
-                    " tensors, expected none or ", p.cell->states);
-    for (size_t i = 0; i < given.size(); ++i) {
-      const std::string one = std::string(name) + "[" + std::to_string(i) + "]";
-      if (same_dtype) check(one.c_str(), given[i], {p.R, p.B, width(i)});
-      else check_sizes(one.c_str(), given[i], {p.R, p.B, width(i)});
-    }
+  // What there is of each state of the cell: nothing, or all of them. suffix: what errors write behind a state's name.
+  void check_states(const char* suffix, const std::vector<Tensor>& given) const {
+    STD_TORCH_CHECK(given.empty() || int(given.size()) == p.cell->states, "fused_rnn: got ", given.size(), " states, expected none or the ",
+                    p.cell->states, " of a ", p.cell->name);
+    for (size_t i = 0; i < given.size(); ++i) check((p.cell->state_names[i] + std::string(suffix)).c_str(), given[i], {p.R, p.B, width(i)});
   }
   // States, or their gradients, in the accumulation dtype, memory of its own: the loops leave there what comes out. Zero where none are
   // given.
@@ -113,12 +105,13 @@ class Layer {
   // Of h the output's width.
   int64_t width(size_t state) const { return state == 0 ? p.P : p.H; }
 
- private:
   void check(const char* name, const Tensor& t, const Sizes& sizes) const {
     STD_TORCH_CHECK(t.is_cpu(), "fused_rnn: ", name, " is not on the cpu, as x is");
     STD_TORCH_CHECK(t.scalar_type() == x_.scalar_type(), "fused_rnn: ", name, " differs from x in dtype");
     check_sizes(name, t, sizes);
   }
+
+ private:
   const void* hold(const char* name, const Tensor& t, const Sizes& sizes) {
     check(name, t, sizes);
     held_.push_back(as_contiguous(t));

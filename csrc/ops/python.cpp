@@ -16,7 +16,7 @@ static std::vector<pybind11::dict> describe_cells() {
     one["name"] = c.name;
     one["number"] = c.number;
     one["gates"] = c.gates;
-    one["states"] = c.states;
+    one["states"] = std::vector<std::string>(c.state_names, c.state_names + c.states);
     one["saved"] = c.saved;
     one["apart"] = c.apart;
     one["reads_h"] = c.reads_h;

@@ -49,6 +49,16 @@ class Cell(NamedTuple):
         return len(self.states) - 1 + self.reads_h
 
 
+CELLS: dict[str, Cell] = {}
+
+
+def register(cell: Cell) -> Cell:
+    """Make a cell known by its name; raises ValueError for a name that another one has."""
+    if CELLS.setdefault(cell.name, cell) is not cell:
+        raise ValueError(f"cell: got {cell.name!r}, expected a name that no other cell has")
+    return cell
+
+
 def unknown(cell: str, known: Iterable[str]) -> str | None:
     """Why a backend with kernels for these cells cannot run this one; None where it can."""
     return None if cell in known else f"it knows the cells {', '.join(known)}, not {cell!r}"

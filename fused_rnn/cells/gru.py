@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from fused_rnn.cells.descriptor import Cell
+from fused_rnn.cells.descriptor import Cell, register
 
 
 def step(x: Sequence[Tensor], r: Sequence[Tensor], s: Sequence[Tensor], p: Sequence[Tensor]) -> tuple[Tensor]:
@@ -19,4 +19,4 @@ def step(x: Sequence[Tensor], r: Sequence[Tensor], s: Sequence[Tensor], p: Seque
     return (n + z * (s[0] - n),)
 
 
-GRU = Cell("gru", gates=3, states=("h",), saved=4, step=step, apart=1, reads_h=True)
+GRU = register(Cell("gru", gates=3, states=("h",), saved=4, step=step, apart=1, reads_h=True))

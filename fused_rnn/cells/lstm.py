@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from fused_rnn.cells.descriptor import Cell
+from fused_rnn.cells.descriptor import Cell, register
 
 
 def step(x: Sequence[Tensor], r: Sequence[Tensor], s: Sequence[Tensor], p: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -20,4 +20,4 @@ def step(x: Sequence[Tensor], r: Sequence[Tensor], s: Sequence[Tensor], p: Seque
     return o.sigmoid() * c.tanh(), c
 
 
-LSTM = Cell("lstm", gates=4, states=("h", "c"), saved=4, step=step, projects=True)
+LSTM = register(Cell("lstm", gates=4, states=("h", "c"), saved=4, step=step, projects=True))

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from fused_rnn.cells.descriptor import Cell
+from fused_rnn.cells.descriptor import Cell, register
 
 
 def tanh(x: Sequence[Tensor], r: Sequence[Tensor], s: Sequence[Tensor], p: Sequence[Tensor]) -> tuple[Tensor]:
@@ -22,5 +22,5 @@ def relu(x: Sequence[Tensor], r: Sequence[Tensor], s: Sequence[Tensor], p: Seque
     return ((x[0] + r[0]).relu(),)
 
 
-RNN_TANH = Cell("rnn_tanh", gates=1, states=("h",), saved=0, step=tanh)
-RNN_RELU = Cell("rnn_relu", gates=1, states=("h",), saved=0, step=relu)
+RNN_TANH = register(Cell("rnn_tanh", gates=1, states=("h",), saved=0, step=tanh))
+RNN_RELU = register(Cell("rnn_relu", gates=1, states=("h",), saved=0, step=relu))

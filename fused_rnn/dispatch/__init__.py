@@ -65,6 +65,13 @@ def preference(problem: Problem) -> tuple[str, ...]:
     return ("cpu", "torch", "reference", "triton", "cuda")  # triton here is its interpreter, cuda its emulator
 
 
+def known_backend(backend: str | None) -> str | None:
+    """backend, if there is one of this name, or it is None; raises ValueError."""
+    if backend is not None and backend not in BACKENDS:
+        raise ValueError(f"backend: got {backend!r}, expected None or one of {', '.join(map(repr, BACKENDS))}")
+    return backend
+
+
 def choose(problem: Problem, backend: str | None = None) -> ModuleType:
     """The backend to run the problem: the one named, or with None the one that measured fastest of those that can.
 
@@ -78,9 +85,7 @@ def choose(problem: Problem, backend: str | None = None) -> ModuleType:
                 if name in ("torch", "reference") and (reason := _not_built(names[0])) is not None:
                     missing.warn_once(reason)
                 return BACKENDS[name]
-    elif backend not in BACKENDS:
-        raise ValueError(f"backend: got {backend!r}, expected None or one of {', '.join(map(repr, BACKENDS))}")
-    elif BACKENDS[backend].supports(problem) is None:
+    elif known_backend(backend) and BACKENDS[backend].supports(problem) is None:
         return BACKENDS[backend]
     raise NotImplementedError(_refusal(problem, backend))
 

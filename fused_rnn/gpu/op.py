@@ -93,7 +93,7 @@ def _check_states(suffix: str, cell: Cell, states: Sequence[Tensor], call: Layer
 def _check_backward(call: BackwardCall) -> None:
     layer, x = call.layer, call.x
     shape = (*x.shape[:2], layer.recurrences * layer.width)
-    saved, histories, dtype = fake.kept_shapes(layer)
+    saved, histories, dtype = layer.kept_shapes()
     _check("dy", call.dy, shape, x)
     _check_states("_n's gradient", layer.spec, call.dstates, layer, x)
     _check("hidden", call.hidden, shape, x)

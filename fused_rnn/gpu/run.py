@@ -14,7 +14,6 @@ from fused_rnn.gpu.loops import Layer, Loops
 from fused_rnn.gpu.products import input_gradient, input_product, weight_gradients, window_of
 from fused_rnn.gpu.weights import aligned, recurrent, recurrent_bias
 from fused_rnn.reference.sequence import entering
-from fused_rnn.transforms import fake
 
 
 def _wide(layer: Layer, like: Tensor, states: Sequence[Tensor | None]) -> list[Tensor]:
@@ -41,7 +40,7 @@ def forward(layer: Layer, loops: Loops, call: LayerCall, weights: Sequence[Weigh
     y = x.new_empty(steps, batch, recurrences * hidden)  # as it leaves: a view may not be changed in place
     m = y.view(steps, batch, recurrences, hidden)
     h_n = torch.empty_like(h_first)
-    saved_shape, shapes, dtype = fake.kept_shapes(call)
+    saved_shape, shapes, dtype = call.kept_shapes()
     saved, histories, checkpoints = None, [], []
     if call.save == "gates":
         saved, histories = x.new_empty(saved_shape), [x.new_empty(shape) for shape in shapes]
@@ -50,7 +49,7 @@ def forward(layer: Layer, loops: Loops, call: LayerCall, weights: Sequence[Weigh
         checkpoints = [x.new_zeros(shape, dtype=dtype) for shape in shapes]
     loops.forward(
         gx=gx, w=recurrent(weights, cell), bias=recurrent_bias(weights, cell), h0=h_first, carried=carried, y=m,
-        h_n=h_n, saved=saved, histories=histories, checkpoints=checkpoints, every=fake.CHECKPOINT_EVERY,
+        h_n=h_n, saved=saved, histories=histories, checkpoints=checkpoints, every=call.every,
     )  # fmt: skip
     if projects:
         y, h_n = projection.leave(layer, m, h0, weights)
@@ -111,7 +110,7 @@ def _backward_by_chunks(
 ) -> None:
     """save="recompute": chunk by chunk from the end, gates are made again by one product, then run backward over."""
     cell, steps, batch, units, recurrences = layer.cell, layer.steps, layer.batch, layer.hidden, layer.recurrences
-    x, h0, every = call.x, initial[0], fake.CHECKPOINT_EVERY
+    x, h0, every = call.x, initial[0], call.layer.every
     w, bias = recurrent(weights, cell), recurrent_bias(weights, cell)
     for first in range((steps - 1) // every * every, -1, -every):
         last = min(first + every, steps)

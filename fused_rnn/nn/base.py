@@ -14,10 +14,11 @@ from torch.compiler import is_compiling
 from torch.nn.utils.rnn import PackedSequence
 
 from fused_rnn import dispatch
-from fused_rnn.dispatch import BACKENDS
+from fused_rnn.checks import in_transform
+from fused_rnn.dispatch import known_backend
 from fused_rnn.gpu.precision import tf32_allowed
-from fused_rnn.nn.plain import is_functorch, is_jit_tracing
 from fused_rnn.problem import Problem
+from fused_rnn.transforms.op_gradient import is_jit_tracing
 
 ON_A_GPU = "cuda"  # where the counterpart may be the faster one
 
@@ -96,13 +97,6 @@ def unmark_leaf(module: nn.Module) -> None:
         module.__dict__.pop(key, None)
 
 
-def known_backend(backend: str | None) -> str | None:
-    """backend, if there is one of this name, or it is None; raises ValueError."""
-    if backend is not None and backend not in BACKENDS:
-        raise ValueError(f"backend: got {backend!r}, expected None or one of {', '.join(map(repr, BACKENDS))}")
-    return backend
-
-
 def prefers_counterpart(module: Fused, weights: Sequence[Tensor], input: Tensor | PackedSequence) -> bool:
     """Whether the counterpart is to run a call that has no lengths and no reset."""
     backend, device = module._fused_backend, weights[0].device.type
@@ -136,11 +130,10 @@ def _is_left(module: Fused, weights: Sequence[Tensor], input: Tensor | PackedSeq
         steps, batch = 1, input.size(0) if input.dim() == 2 else 1
     dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else w_ih.dtype
     layers, recurrences = getattr(module, "num_layers", 1), 2 if getattr(module, "bidirectional", False) else 1
-    bias = len(weights) >= 4 * layers * recurrences
     return dispatch.is_left_to_torch(
         Problem(
             module._fused_cell, dtype, "cuda", steps == 1, batch, w_ih.shape[1], hidden, width, layers, recurrences,
-            bias, is_grad_enabled(), False, "gates", packed, False, False, tf32_allowed(),
+            bool(module.bias), is_grad_enabled(), False, "gates", packed, False, False, tf32_allowed(),
         )
     )  # fmt: skip
 
@@ -151,6 +144,6 @@ def _counterpart_can(module: Fused) -> bool:
     It keeps the weights in one chunk, casts them as one under autocast, and takes packed input as it is; functional,
     which owns no weights, cannot. cuDNN has no backward in eval mode, keeps all gates, and has no rule for transforms.
     """
-    if is_compiling() or is_functorch() or forward_ad._current_level >= 0:
+    if is_compiling() or in_transform() or forward_ad._current_level >= 0:
         return False
     return not is_grad_enabled() or (module.training and getattr(module, "_fused_save", "gates") == "gates")

@@ -15,7 +15,8 @@ from torch.nn import LSTMCell as TorchLSTMCell
 from torch.nn import RNNCell as TorchRNNCell
 
 from fused_rnn import layers
-from fused_rnn.nn.base import Fused, known_backend, prefers_counterpart
+from fused_rnn.dispatch import known_backend
+from fused_rnn.nn.base import Fused, prefers_counterpart
 from fused_rnn.nn.counterpart import refuse, run_counterpart
 from fused_rnn.nn.plain import FAST_PATH, STEPPING, are_plain, is_plain_hx
 

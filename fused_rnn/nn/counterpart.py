@@ -13,13 +13,14 @@ from typing import Any
 
 import torch
 from torch import _VF, Tensor, nn
+from torch._C import _is_any_autocast_enabled as is_autocasting
+from torch._C import _is_tracing as is_tracing
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.compiler import is_compiling
 from torch.nn.utils.rnn import PackedSequence
 
 from fused_rnn import checks
 from fused_rnn.nn.base import Fused
-from fused_rnn.nn.plain import is_autocasting, is_tracing
 
 
 def run_counterpart(module: Fused, weights: Sequence[Tensor], input: Any, hx: Any, extras: bool = False) -> Any:

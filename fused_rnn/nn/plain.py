@@ -6,17 +6,10 @@ from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, nn, strided
-
-# What changes the meaning of operators, and fused_rnn::step knows none of. Each is asked on every step that it runs, in
-# 30 to 70 ns. What else may watch a call finds the op, by way of the dispatcher; ops._WATCHERS lists it all.
-from torch._C import _are_functorch_transforms_active as is_functorch
-from torch._C import _is_any_autocast_enabled as is_autocasting
-from torch._C import _is_tracing as is_tracing
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
 from fused_rnn import ops
-from fused_rnn.transforms.op_gradient import is_jit_tracing
 
 # A step, or a layer in one direction, without gradient and without the dispatcher; None for any other call.
 FAST_PATH = ops.fast_path
@@ -41,16 +34,3 @@ def is_plain_hx(hx: object, states: int) -> bool:
     if states == 1:
         return are_plain((hx,))
     return isinstance(hx, (tuple, list)) and len(hx) == states and are_plain(hx)
-
-
-__all__ = [
-    "FAST_PATH",
-    "PLAIN",
-    "STEPPING",
-    "are_plain",
-    "is_autocasting",
-    "is_functorch",
-    "is_jit_tracing",
-    "is_plain_hx",
-    "is_tracing",
-]

@@ -11,8 +11,9 @@ from torch._jit_internal import unused
 from torch.compiler import is_compiling
 from torch.nn.utils.rnn import PackedSequence
 
-from fused_rnn import layers
-from fused_rnn.nn.base import Fused, known_backend, overrides_forward
+from fused_rnn.call import known_save
+from fused_rnn.dispatch import known_backend
+from fused_rnn.nn.base import Fused, overrides_forward
 from fused_rnn.stream import Stream
 
 # Methods of torch.nn's modules that a subclass may override to check its input otherwise.
@@ -133,13 +134,6 @@ def overrides_checks(cls: type[Recurrent]) -> bool:
     """
     counterpart = getattr(cls, "_fused_counterpart", cls)
     return any(getattr(cls, name, None) is not getattr(counterpart, name, None) for name in _CHECKS)
-
-
-def known_save(save: str) -> str:
-    """save, if layers knows it; raises ValueError."""
-    if save not in layers.SAVES:
-        raise ValueError(f"save: got {save!r}, expected one of {', '.join(map(repr, layers.SAVES))}")
-    return save
 
 
 def read_weights(module: Recurrent) -> list[Tensor]:

@@ -75,8 +75,8 @@ def run(module: Recurrent, input: Any, hx: Any, lengths: Any, reset: Any) -> Res
             return _run_layers(module, input, weights, hx, lengths, reset)
         x = input.transpose(0, 1)
         if is_grad_enabled() or not x.is_cpu:
-            # The copy that backward has, so that the caller may write to the input. On a GPU the products read steps that
-            # lie one after the other.
+            # The copy that backward has, so that the caller may write to the input. On a GPU the products read steps
+            # that lie one after the other.
             x = x.contiguous()
         y, hx = _run_layers(module, x, weights, hx, lengths, reset)
         return (y.transpose_(0, 1) if is_unshared(y, module._fused_backend) else y.transpose(0, 1)), hx

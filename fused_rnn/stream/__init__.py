@@ -192,7 +192,8 @@ class Stream:
         like = torch.empty(0, dtype=self.dtype, device=self.device)
         sizes = checks.check_weights(self._cell, like, flat, self.input_size, self.num_layers, 1)
         if sizes != self._runner.sizes:
-            raise ValueError(f"weights: H, P and their number became {sizes}, expected {self._runner.sizes} as before")
+            now, before = ((hidden, width, kinds.number) for hidden, width, kinds in (sizes, self._runner.sizes))
+            raise ValueError(f"weights: H, P and their number became {now}, expected {before} as before")
         with torch.inference_mode(False), torch.no_grad():
             self._runner.take(flat)
 

@@ -7,15 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_rnn.call import BackwardCall, LayerCall, wide
-
-# Steps between which save="recompute" keeps the states but h, and whose gates are made again at a time.
-CHECKPOINT_EVERY = 64
-
-
-def checkpoint_rows(steps: Any) -> Any:
-    """Of a history of checkpoints: one more than needed, for torch.compile takes a size of 1 for a constant."""
-    return steps // CHECKPOINT_EVERY + 2
+from fused_rnn.call import BackwardCall, LayerCall
 
 
 def same_device(x: Tensor, *others: Tensor | None) -> None:
@@ -23,16 +15,6 @@ def same_device(x: Tensor, *others: Tensor | None) -> None:
     for t in others:
         if t is not None and t.device != x.device:
             raise RuntimeError(f"fused_rnn: got tensors on {x.device} and on {t.device}, expected all on one device")
-
-
-def kept_shapes(call: LayerCall) -> tuple[tuple[Any, ...], list[tuple[Any, ...]], torch.dtype]:
-    """Of `saved`, and of every history and their dtype."""
-    (steps, batch), recurrences, hidden = call.x.shape[:2], call.recurrences, call.hidden_size
-    more = len(call.spec.states) - 1
-    if call.save == "gates":
-        rows = (steps, batch, recurrences)
-        return (*rows, call.spec.saved, hidden), [(*rows, hidden)] * more, call.x.dtype
-    return (0,), [(checkpoint_rows(steps), recurrences, batch, hidden)] * more, wide(call.x.dtype)
 
 
 def forward(*args: Any) -> list[Tensor]:
@@ -44,7 +26,7 @@ def forward(*args: Any) -> list[Tensor]:
     outputs = [y, *(x.new_empty(shape) for shape in call.state_shapes())]
     if call.save == "none":
         return outputs
-    saved, histories, dtype = kept_shapes(call)
+    saved, histories, dtype = call.kept_shapes()
     hidden = torch.empty_like(y) if call.keep_hidden else x.new_empty(0)
     return [*outputs, x.new_empty(saved), *(x.new_empty(shape, dtype=dtype) for shape in histories), hidden]
 

@@ -45,7 +45,8 @@ def backward(op: Callable[..., list[Tensor]], n: int, call: BackwardCall) -> lis
             d = recurrent = dgates[:, :, r]
             if spec.apart:  # of a GRU the reset gate multiplies the recurrent side of the last gate
                 units = width // spec.gates
-                recurrent = torch.cat([d[..., :-units], d[..., -units:] * call.saved[:, :, r, 0]], -1)
+                opened = zero_past_end(call.saved[:, :, r, 0], call.lengths)
+                recurrent = torch.cat([d[..., :-units], d[..., -units:] * opened], -1)
             before = entering(hidden[:, :, r], h0[r], call.lengths, call.reset, direction)
             outputs += [_product(d, x if x.dim() == 3 else x[:, :, r], n), _product(recurrent, before, n)]
             if w.b_ih is not None:

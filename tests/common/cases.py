@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from fused_rnn import functional
 from fused_rnn.cells import CELLS
 from fused_rnn.problem import Problem
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+# The function of a user's for each cell.
+FUNCTIONS: dict[str, Any] = {
+    "lstm": functional.lstm,
+    "gru": functional.gru,
+    "rnn_tanh": functional.rnn,
+    "rnn_relu": partial(functional.rnn, nonlinearity="relu"),
+}
 
 
 class Case(NamedTuple):

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from fused_rnn import ops
+from fused_rnn.call import CHECKPOINT_EVERY
 from fused_rnn.cells import CELLS
 
 ROOT = Path(__file__).parent.parent.parent
@@ -24,7 +25,11 @@ def test_both_languages_describe_the_same_cells() -> None:
     assert described.keys() == CELLS.keys()
     for name, cell in CELLS.items():
         expected = {key: getattr(cell, key) for key in ("name", "gates", "saved", "apart", "reads_h", "projects")}
-        assert described[name] == expected | {"number": described[name]["number"], "states": len(cell.states)}
+        assert described[name] == expected | {"number": described[name]["number"], "states": list(cell.states)}
+
+
+def test_both_languages_keep_checkpoints_alike() -> None:
+    assert ops._C.CHECKPOINT_EVERY == CHECKPOINT_EVERY
 
 
 def run(*command: str, **environment: str) -> str:

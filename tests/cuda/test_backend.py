@@ -70,7 +70,7 @@ PROJECTED = [
 
 @pytest.mark.parametrize(("precision", "case"), PROJECTED, ids=str)
 def test_projections(precision: str, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fused_rnn.transforms.fake.CHECKPOINT_EVERY", 3)
+    monkeypatch.setattr("fused_rnn.call.CHECKPOINT_EVERY", 3)
     check(case, precision)
 
 
@@ -78,7 +78,7 @@ def test_projections(precision: str, case: Case, monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize("cell", ["lstm", "gru", "rnn_tanh"])
 def test_gates_are_made_again_chunk_by_chunk(cell: str, exchange: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks of 2 over 5 steps, sequences that end in each of them, both directions, resets."""
-    monkeypatch.setattr("fused_rnn.transforms.fake.CHECKPOINT_EVERY", 2)
+    monkeypatch.setattr("fused_rnn.call.CHECKPOINT_EVERY", 2)
     case = Case(cell, T=5, B=4, H=17, bidirectional=True, lengths=True, reset=True, save="recompute")
     for seed, ends in enumerate(([5, 2, 3, 1], [0, 4, 5, 4])):
         given = inputs(case)._replace(lengths=torch.tensor(ends))

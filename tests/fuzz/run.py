@@ -7,7 +7,7 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-from cases import Case, Inputs
+from cases import FUNCTIONS, Case, Inputs
 from counterparts import MODULES, flatten
 from oracle import torch_cells
 from torch import Tensor
@@ -108,7 +108,7 @@ def call_functional(call: Call, given: Given, x: Tensor, hx: Any, weights: Seque
     options |= {"num_layers": call.layers, "bidirectional": call.bidirectional, "save": call.save}
     options |= {"dropout": call.dropout, "training": call.mode != "eval"}
     options |= {"lengths": lengths_argument(call, given), "reset": given.reset} | others
-    return functional.LAYERS[call.cell](x, weights, hx, **options)
+    return FUNCTIONS[call.cell](x, weights, hx, **options)
 
 
 def run_stream(subject: Subject, x: Tensor, hx: Any) -> Any:

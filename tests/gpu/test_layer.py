@@ -20,7 +20,6 @@ from fused_rnn import dispatch
 from fused_rnn.call import BackwardCall, LayerCall
 from fused_rnn.gpu import op, precision
 from fused_rnn.gpu.loops import Layer, Loops
-from fused_rnn.transforms import fake
 
 
 class PlainLoops:
@@ -175,7 +174,7 @@ MORE = [
 
 @pytest.mark.parametrize("case", [*option_cases((torch.float64,)), *MORE], ids=str)
 def test_float64_is_the_reference(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fake, "CHECKPOINT_EVERY", 4)
+    monkeypatch.setattr("fused_rnn.call.CHECKPOINT_EVERY", 4)
     given = inputs(case)
     ours, reference = by_backend(case, given, "plain"), by_reference(case, given)
     assert ours.keys() == reference.keys()

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases import FUNCTIONS as OF_CELL
 from counterparts import CELLS, SEQUENCES, make
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
@@ -127,7 +128,7 @@ def test_resets(name: str, case: str) -> None:
         said = message(ValueError, lambda input=input: ours(input, reset=reset))  # type: ignore[misc]
         assert said.startswith(expected)
     weights = [w.detach() for w in ours.parameters()]
-    layers = functional.LAYERS[ours._fused_cell]
+    layers = OF_CELL[ours._fused_cell]
     assert message(ValueError, lambda: layers(X, weights, reset=reset)).startswith(expected)
 
 
@@ -163,7 +164,7 @@ def test_lengths(name: str, case: str) -> None:
     ours, _ = make(name, 5, 7)
     lengths, expected = WRONG_LENGTHS[case]
     assert message(ValueError, lambda: ours(X, lengths=lengths)).startswith(expected)
-    layers = functional.LAYERS[ours._fused_cell]
+    layers = OF_CELL[ours._fused_cell]
     weights = [w.detach() for w in ours.parameters()]
     assert message(ValueError, lambda: layers(X, weights, lengths=lengths)).startswith(expected)
 

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from cases import FUNCTIONS
 from counterparts import CELLS, MODULES, SEQUENCES, assert_alike, assert_same, flatten, make, states
 from torch.nn.utils.rnn import pack_padded_sequence
 
-import fused_rnn
 from fused_rnn import dispatch
 from fused_rnn.nn.sequence import run as nn_sequence_run
 
@@ -112,9 +112,9 @@ def test_input_of_no_features(name: str, batch: int, backend: str | None) -> Non
         assert_same(*(module(x) for module in pair))
 
 
-@pytest.mark.parametrize("cell", fused_rnn.functional.LAYERS)
+@pytest.mark.parametrize("cell", FUNCTIONS)
 def test_a_sequence_of_no_features_is_one_of_zeros(cell: str) -> None:
-    function, gates = fused_rnn.functional.LAYERS[cell], {"lstm": 4, "gru": 3}.get(cell, 1)
+    function, gates = FUNCTIONS[cell], {"lstm": 4, "gru": 3}.get(cell, 1)
     weights = [torch.randn(gates * 7, width, dtype=torch.float64, requires_grad=True) for width in (0, 7) * 2]
     x = torch.randn(4, 3, 0, dtype=torch.float64, requires_grad=True)
     y, _ = function(x, weights, bidirectional=True)

@@ -11,8 +11,8 @@ from oracle import require
 from torch import Tensor
 
 from fused_rnn import ops
+from fused_rnn.call import CHECKPOINT_EVERY
 from fused_rnn.cells import CELLS
-from fused_rnn.transforms import fake
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 QUICK = ("test_schema", "test_faketensor")
@@ -104,7 +104,7 @@ def test_same_bits_every_time_and_all_of_them_written(case: Case, save: str, thr
     call = backward_arguments(case, given, save)
     back, back_again = ops.backward(*call), ops.backward(*call)
     if save == "recompute":  # it has a row or two more than there are checkpoints
-        used = -(-case.T // fake.CHECKPOINT_EVERY)
+        used = -(-case.T // CHECKPOINT_EVERY)
         first[3:-1], again[3:-1] = ([t[:used] for t in kept] for kept in (first[3:-1], again[3:-1]))
     for one, other in zip([*first, *back], [*again, *back_again], strict=True):
         assert not one.isnan().any()

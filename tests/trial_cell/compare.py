@@ -23,7 +23,8 @@ from torch import Tensor  # noqa: E402
 from fused_rnn import layers, ops  # noqa: E402
 from fused_rnn.cells import Cell, register  # noqa: E402
 
-register(COUPLED, LEAKY)
+register(COUPLED)
+register(LEAKY)
 B, D, H = 3, 4, 17
 STEPS = {"gates": 6, "recompute": 70}  # the latter more than between two checkpoints
 # The error that an element may have beside its part of the largest one.

@@ -8,7 +8,8 @@ namespace fused_rnn {
 struct CoupledLstm : CellDefaults {
   static constexpr const char* name = "coupled_lstm";
   static constexpr int gates = 3;   // i, g, o
-  static constexpr int states = 2;  // h, c
+  static constexpr int states = 2;
+  static constexpr const char* state_names[] = {"h", "c"};
   static constexpr int saved = 3;   // i, g, o, activated
   static constexpr bool projects = true;
   static constexpr unsigned backward_after = 0b10, backward_before = 0b10;

@@ -8,7 +8,8 @@ namespace fused_rnn {
 struct Leaky : CellDefaults {
   static constexpr const char* name = "leaky";
   static constexpr int gates = 2;   // i, g
-  static constexpr int states = 2;  // h, m
+  static constexpr int states = 2;
+  static constexpr const char* state_names[] = {"h", "m"};
   static constexpr int saved = 4;   // i, g, g - h + m', a_gh
   static constexpr int apart = 1;   // a: i, gx, gh; d: dgx, di, dgh
   static constexpr bool reads_h = true;

@@ -55,7 +55,7 @@ PROJECTED = [
 
 @pytest.mark.parametrize("case", PROJECTED, ids=str)
 def test_projections(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fused_rnn.transforms.fake.CHECKPOINT_EVERY", 3)
+    monkeypatch.setattr("fused_rnn.call.CHECKPOINT_EVERY", 3)
     check(case)
 
 
@@ -63,7 +63,7 @@ def test_projections(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("cell", ["lstm", "gru"])
 def test_gates_are_made_again_chunk_by_chunk(cell: str, loop: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks of 2 over 5 steps, sequences that end in each of them, both directions, resets."""
-    monkeypatch.setattr("fused_rnn.transforms.fake.CHECKPOINT_EVERY", 2)
+    monkeypatch.setattr("fused_rnn.call.CHECKPOINT_EVERY", 2)
     case = Case(cell, T=5, B=4, H=3, bidirectional=True, lengths=True, reset=True, save="recompute")
     given = here(inputs(case)._replace(lengths=torch.tensor([5, 2, 3, 1])))
     with planner.override(**LOOPS[loop]):

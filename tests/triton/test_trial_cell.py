@@ -55,7 +55,7 @@ def run(cell: Cell, backend: str, given: Tensors, masked: bool, save: str) -> li
 )
 @pytest.mark.parametrize("loop", LOOPS)
 def test_forward_and_gradients(cell: Cell, loop: str, masked: bool, save: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fused_rnn.transforms.fake.CHECKPOINT_EVERY", 2)
+    monkeypatch.setattr("fused_rnn.call.CHECKPOINT_EVERY", 2)
     random = torch.Generator().manual_seed(0)
     rows = cell.gates * H
     shapes = [(T, B, D), (2, B, H), (2, B, H), *[(rows, D), (rows, H), (rows,), (rows,)] * 2]

@@ -9,7 +9,8 @@ namespace fused_rnn {
 struct ThreeStates : CellDefaults {
   static constexpr const char* name = "three_states";
   static constexpr int gates = 2;   // i, g
-  static constexpr int states = 3;  // h, c, n
+  static constexpr int states = 3;
+  static constexpr const char* state_names[] = {"h", "c", "n"};
   static constexpr int saved = 3;   // i, g, a_gh
   static constexpr int apart = 1;   // a: i, gx, gh; d: dgx, di, dgh
   static constexpr bool reads_h = true;
