@@ -142,8 +142,8 @@ def define(name: str, make: Make, keys: Sequence[str] = ("CUDA",)) -> tuple[Any,
         tags=tags,
     )
     _library.define(
-        f"{name}_backward(Tensor? dy, Tensor[] dstates, {_INPUTS.format('')}, Tensor hidden, Tensor saved, Tensor[] histories,"
-        " str cell, int[] directions, str save, bool need_dx, bool need_dw) -> Tensor[]",
+        f"{name}_backward(Tensor? dy, Tensor[] dstates, {_INPUTS.format('')}, Tensor hidden, Tensor saved,"
+        " Tensor[] histories, str cell, int[] directions, str save, bool need_dx, bool need_dw) -> Tensor[]",
         tags=tags,
     )
     kinds: list[tuple[str, Any, Any, Any]] = [
