@@ -135,12 +135,8 @@ class LayerFunction(Function):
         def op(*call: Any) -> list[Tensor]:
             return list(function(args[0], LayerCall(*call)))
 
-        outputs, out_dims = vmap.rule(op, vmap.forward)(info, tuple(map(_as_list, dims)), *call)
+        outputs, out_dims = vmap.rule(op, vmap.forward)(info, dims, *call)
         return tuple(outputs), tuple(out_dims)
-
-
-def _as_list(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
 
 
 def _together(call: LayerCall, dstates: Sequence[Tensor | None]) -> list[Tensor]:
@@ -223,8 +219,7 @@ class LayerBackward(Function):
 
 
 def _function(cell: str, states: Sequence[Tensor | None], x: Tensor, *rest: Any) -> Outputs:
-    """The layer's Function, as LSTMFunction and its like call it. rest: lengths, reset, directions, save, keep_hidden,
-    backend, weights."""
+    """The layer's Function, as LSTMFunction and its like call it. rest: lengths … backend, *weights."""
     lengths, reset, directions, save, keep_hidden, backend, *weights = rest
     call = LayerCall(x, weights, (), lengths, reset, cell, directions, known_save(save), keep_hidden)
     return function(backend, call._replace(states=_together(call, states)))
@@ -238,12 +233,9 @@ class LSTMFunction:
 
     Inputs:
         x: [T, B, D] or [T, B, R, D] with an input per recurrence.
-        h0: [R, B, P], None for zeros.
-        c0: [R, B, H], None for zeros.
-        lengths: [B] int64 or None.
-        reset: [T, B] bool or None.
-        directions: R of +1 or -1.
-        save: "gates" or "recompute".
+        h0, c0: [R, B, P] and [R, B, H], None for zeros.
+        lengths, reset: [B] int64 and [T, B] bool, or None.
+        directions: R of +1 or -1.  save: "gates" or "recompute".
         keep_hidden: keep a copy of y for backward, so that y may be changed in place.
         backend: one whose ops have no autograd of their own: "cpu", "cuda" or "triton".
         weights: per recurrence w_ih [4H, D], w_hh [4H, P], (b_ih, b_hh [4H]), (w_hr [P, H]), gate order i, f, g, o.

@@ -13,8 +13,7 @@ from torch import Tensor
 
 from fused_rnn.cells import CELLS, Cell
 
-# Steps between which save="recompute" keeps the states but h, and whose gates are made again at a time; also in
-# csrc/ops/layer.h.
+# Steps between two checkpoints, whose gates are made again at a time; also in csrc/ops/layer.h.
 CHECKPOINT_EVERY = 64
 SAVES = ("gates", "recompute")
 

@@ -129,13 +129,7 @@ def step(
 
 
 def _checked(
-    cell: str,
-    states: States,
-    x: Tensor,
-    lead: tuple[int, ...],
-    sizes: tuple[int, int],
-    suffix: str,
-    letters: str,
+    cell: str, states: States, x: Tensor, lead: tuple[int, ...], sizes: tuple[int, int], suffix: str, letters: str
 ) -> Sequence[Tensor]:
     """The states, zeros for what is None; () where all are. sizes: (P, H). Raises ValueError."""
     if all(s is None for s in states):

@@ -3,12 +3,6 @@
 #include "layer.h"
 
 namespace fused_rnn::ops {
-
-std::vector<Tensor> cpu_backward(MaybeTensor dy, std::vector<Tensor> dstates, Tensor x, std::vector<Tensor> weights,
-                                 std::vector<Tensor> states, MaybeTensor lengths, MaybeTensor reset, Tensor hidden, Tensor saved,
-                                 std::vector<Tensor> histories, StringHandle cell_name, std::vector<int64_t> directions,
-                                 StringHandle save_name, bool need_dx, bool need_dw);
-
 namespace {
 
 std::vector<Tensor> cpu_forward(Tensor x, std::vector<Tensor> weights, MaybeTensors given, MaybeTensor lengths, MaybeTensor reset,
@@ -90,7 +84,6 @@ STABLE_TORCH_LIBRARY(fused_rnn, m) {
 }
 STABLE_TORCH_LIBRARY_IMPL(fused_rnn, CPU, m) {
   m.impl("forward", TORCH_BOX(&fused_rnn::ops::cpu_forward));
-  m.impl("backward", TORCH_BOX(&fused_rnn::ops::cpu_backward));
   m.impl("step", TORCH_BOX(&fused_rnn::ops::cpu_step));
   m.impl("activation", TORCH_BOX(&fused_rnn::ops::cpu_activation));
 }

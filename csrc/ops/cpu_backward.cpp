@@ -63,8 +63,6 @@ void take_entering(const Problem& p, const Tensor& hidden, const Tensor& initial
   }
 }
 
-}  // namespace
-
 std::vector<Tensor> cpu_backward(MaybeTensor dy, std::vector<Tensor> dstates, Tensor x, std::vector<Tensor> weights,
                                  std::vector<Tensor> states, MaybeTensor lengths, MaybeTensor reset, Tensor hidden, Tensor saved,
                                  std::vector<Tensor> histories, StringHandle cell_name, std::vector<int64_t> directions,
@@ -205,4 +203,7 @@ std::vector<Tensor> cpu_backward(MaybeTensor dy, std::vector<Tensor> dstates, Te
   return out;
 }
 
+}  // namespace
 }  // namespace fused_rnn::ops
+
+STABLE_TORCH_LIBRARY_IMPL(fused_rnn, CPU, m) { m.impl("backward", TORCH_BOX(&fused_rnn::ops::cpu_backward)); }

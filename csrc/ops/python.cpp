@@ -8,20 +8,14 @@
 
 namespace fused_rnn::ops {
 
-static std::vector<pybind11::dict> describe_cells() {
-  std::vector<pybind11::dict> cells;
+static pybind11::list describe_cells() {
+  using pybind11::arg;
+  pybind11::list cells;
   for (const CellDescriptor& c : kCells.of) {
     if (!c.name) continue;
-    pybind11::dict one;
-    one["name"] = c.name;
-    one["number"] = c.number;
-    one["gates"] = c.gates;
-    one["states"] = std::vector<std::string>(c.state_names, c.state_names + c.states);
-    one["saved"] = c.saved;
-    one["apart"] = c.apart;
-    one["reads_h"] = c.reads_h;
-    one["projects"] = c.projects;
-    cells.push_back(one);
+    const std::vector<std::string> states(c.state_names, c.state_names + c.states);
+    cells.append(pybind11::dict(arg("name") = c.name, arg("number") = c.number, arg("gates") = c.gates, arg("states") = states,
+                                arg("saved") = c.saved, arg("apart") = c.apart, arg("reads_h") = c.reads_h, arg("projects") = c.projects));
   }
   return cells;
 }

@@ -60,11 +60,7 @@ def _machine() -> dict[str, str]:
 def _extension() -> dict[str, str]:
     if ops._C is None:
         return {"loaded": f"no: {ops.MISSING}"}
-    return {
-        "loaded": "yes",
-        "instruction set in use": kernels_isa(),
-        "this processor can run": ops._C.available_isas(),
-    }
+    return {"loaded": "yes", "instruction set in use": kernels_isa(), "this processor can run": ops._C.available_isas()}
 
 
 def _cuda_kernels() -> dict[str, str]:

@@ -165,11 +165,7 @@ def define(name: str, make: Make, keys: Sequence[str] = ("CUDA",)) -> tuple[Any,
 
 
 def step(
-    forward: Callable[..., list[Tensor]],
-    x: Tensor,
-    weights: Sequence[Tensor],
-    states: Sequence[Tensor],
-    cell: str,
+    forward: Callable[..., list[Tensor]], x: Tensor, weights: Sequence[Tensor], states: Sequence[Tensor], cell: str
 ) -> list[Tensor]:
     """One step by a forward op: x [B, D], states [B, ·] or () for zeros → the states after; no gradient."""
     call = LayerCall(x.unsqueeze(0), weights, [s.unsqueeze(0) for s in states], None, None, cell, [1])

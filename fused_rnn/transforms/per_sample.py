@@ -50,7 +50,7 @@ def backward(op: Callable[..., list[Tensor]], n: int, call: BackwardCall) -> lis
             before = entering(hidden[:, :, r], h0[r], call.lengths, call.reset, direction)
             outputs += [_product(d, x if x.dim() == 3 else x[:, :, r], n), _product(recurrent, before, n)]
             if w.b_ih is not None:
-                outputs += [_sum(d, n), _sum(recurrent, n)]
+                outputs += [side.sum(0).unflatten(0, (n, -1)).sum(1) for side in (d, recurrent)]
         return outputs
 
 
@@ -62,8 +62,3 @@ def _split(t: Tensor, n: int) -> Tensor:
 
 def _product(d: Tensor, by: Tensor, n: int) -> Tensor:
     return torch.bmm(_split(d, n).transpose(1, 2), _split(by, n))
-
-
-def _sum(d: Tensor, n: int) -> Tensor:
-    each: Tensor = d.sum(0).unflatten(0, (n, -1))
-    return each.sum(1)

@@ -32,10 +32,7 @@ def rule(op: Callable[..., list[Tensor]], fold: Callable[..., Result | None]) ->
 
 
 def register(
-    name: str,
-    op: Callable[..., list[Tensor]],
-    fold: Callable[..., Result | None],
-    library: torch.library.Library,
+    name: str, op: Callable[..., list[Tensor]], fold: Callable[..., Result | None], library: torch.library.Library
 ) -> None:
     """Give `op`, registered as `name`, its rule, for torch.func.vmap and for torch's older vmap."""
     torch.library.register_vmap(name, rule(op, fold), lib=library)
