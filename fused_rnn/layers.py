@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -67,6 +68,7 @@ def run(
         transformed, device == "cuda" and tf32_allowed(), transformed and needs_grad and _functionalizes_gradient(),
     )  # fmt: skip
     chosen = resolve(problem, backend)
+    given = given or _explicit(chosen, cell, x, (num_layers * recurrences, batch), (width, hidden))
     if chosen.stack is not None:
         whole: Sequence[Tensor] = chosen.stack(
             x, weights, given, lengths, cell, num_layers, recurrences, dropout, training
@@ -118,6 +120,7 @@ def step(
         device == "cuda" and tf32_allowed(), transformed and needs_grad and _functionalizes_gradient(),
     )  # fmt: skip
     chosen = resolve(problem, backend)
+    given = given or _explicit(chosen, cell, x, (batch,), (hidden, hidden))
     # A trace, which is checked without gradients, is to be the same with and without: the op of one step has none.
     if chosen.DIFFERENTIABLE or not (needs_grad or is_jit_tracing()):
         after: Sequence[Tensor] = chosen.step(x, weights, given, cell)
@@ -143,6 +146,15 @@ def _checked(
             checks.check_state(name + suffix, state, x, shape, letters.format("PH"[min(k, 1)]))
         given.append(state)
     return given
+
+
+def _explicit(
+    backend: ModuleType, cell: str, x: Tensor, lead: tuple[int, ...], sizes: tuple[int, int]
+) -> Sequence[Tensor]:
+    """States of zeros where torch.export makes a program of an op, for AOTInductor takes no empty list; else ()."""
+    if backend.DIFFERENTIABLE or backend.NAME == "onnx" or not torch.compiler.is_exporting():
+        return ()
+    return [x.new_zeros(*lead, sizes[min(k, 1)]) for k in range(len(CELLS[cell].states))]
 
 
 def _needs_grad(x: Tensor, weights: Sequence[Tensor], states: Sequence[Tensor]) -> bool:

@@ -59,7 +59,8 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
 
 def _step_op(x: Tensor, weights: Sequence[Tensor], states: Sequence[Tensor], cell: str) -> list[Tensor]:
     """fused_rnn::step by ONNX's node."""
-    call = LayerCall(x.unsqueeze(0), weights, [s.unsqueeze(0) for s in states], None, None, cell, [1])
+    entering = [s.unsqueeze(0) for s in states]
+    call = LayerCall(x.unsqueeze(0), weights, entering, None, None, cell, [1])
     return [state.squeeze(0) for state in forward(call)[1:]]
 
 

@@ -5,10 +5,9 @@
 namespace fused_rnn::ops {
 namespace {
 
-std::vector<Tensor> cpu_forward(Tensor x, std::vector<Tensor> weights, MaybeTensors given, MaybeTensor lengths, MaybeTensor reset,
+std::vector<Tensor> cpu_forward(Tensor x, std::vector<Tensor> weights, std::vector<Tensor> states, MaybeTensor lengths, MaybeTensor reset,
                                 StringHandle cell_name, std::vector<int64_t> directions, StringHandle save_name, bool keep_hidden) {
   const std::string cell = taken(cell_name), save = taken(save_name);
-  const std::vector<Tensor> states = given.value_or(std::vector<Tensor>{});
   const bool keep_gates = save == "gates", recompute = save == "recompute", keep = keep_gates || recompute;
   STD_TORCH_CHECK(keep || save == "none", "fused_rnn: save is '", save, "', expected none, gates or recompute");
   const Layer layer(x, weights, states, lengths, reset, cell, directions);
@@ -42,8 +41,7 @@ std::vector<Tensor> cpu_forward(Tensor x, std::vector<Tensor> weights, MaybeTens
 }
 
 // One step: x [B, D], states [B, width], or none for zeros -> the states after. A layer of one step, without its output.
-std::vector<Tensor> cpu_step(Tensor x, std::vector<Tensor> weights, MaybeTensors given, StringHandle cell_name) {
-  std::vector<Tensor> states = given.value_or(std::vector<Tensor>{});
+std::vector<Tensor> cpu_step(Tensor x, std::vector<Tensor> weights, std::vector<Tensor> states, StringHandle cell_name) {
   STD_TORCH_CHECK(x.dim() == 2, "fused_rnn: x has ", x.dim(), " dimensions, expected [B, D]");
   for (Tensor& state : states) {
     STD_TORCH_CHECK(state.dim() == 2 && state.size(0) == x.size(0), "fused_rnn: a state has shape ", text(sizes_of(state)),
@@ -74,12 +72,12 @@ Tensor cpu_activation(Tensor x, int64_t which) {
 
 STABLE_TORCH_LIBRARY(fused_rnn, m) {
   m.def(
-      "forward(Tensor x, Tensor[] weights, Tensor[]? states, Tensor? lengths, Tensor? reset, str cell, int[] directions, str save, "
+      "forward(Tensor x, Tensor[] weights, Tensor[] states, Tensor? lengths, Tensor? reset, str cell, int[] directions, str save, "
       "bool keep_hidden) -> Tensor[]");
   m.def(
       "backward(Tensor? dy, Tensor[] dstates, Tensor x, Tensor[] weights, Tensor[] states, Tensor? lengths, Tensor? reset, Tensor hidden, "
       "Tensor saved, Tensor[] histories, str cell, int[] directions, str save, bool need_dx, bool need_dw) -> Tensor[]");
-  m.def("step(Tensor x, Tensor[] weights, Tensor[]? states, str cell) -> Tensor[]");
+  m.def("step(Tensor x, Tensor[] weights, Tensor[] states, str cell) -> Tensor[]");
   m.def("activation(Tensor x, int which) -> Tensor");
 }
 STABLE_TORCH_LIBRARY_IMPL(fused_rnn, CPU, m) {

@@ -20,7 +20,6 @@ namespace fused_rnn::ops {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using MaybeTensor = std::optional<Tensor>;
-using MaybeTensors = std::optional<std::vector<Tensor>>;  // AOTInductor hands an empty list over as none
 using Sizes = std::vector<int64_t>;
 
 inline Dtype dtype_of(const Tensor& t) {

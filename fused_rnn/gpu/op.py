@@ -23,7 +23,7 @@ from fused_rnn.transforms import fake, flops, op_gradient, vmap
 Make = Callable[[Layer, Tensor, bool], Loops]
 
 _library = torch.library.Library("fused_rnn", "FRAGMENT")
-_INPUTS = "Tensor x, Tensor[] weights, Tensor[]{} states, Tensor? lengths, Tensor? reset"
+_INPUTS = "Tensor x, Tensor[] weights, Tensor[] states, Tensor? lengths, Tensor? reset"
 
 
 def _on(x: Tensor) -> AbstractContextManager[None]:
@@ -138,11 +138,11 @@ def define(name: str, make: Make, keys: Sequence[str] = ("CUDA",)) -> tuple[Any,
     """Register both ops for these dispatch keys, and what torch asks about them; returns them."""
     tags = (torch.Tag.pt2_compliant_tag,)
     _library.define(
-        f"{name}_forward({_INPUTS.format('?')}, str cell, int[] directions, str save, bool keep_hidden) -> Tensor[]",
+        f"{name}_forward({_INPUTS}, str cell, int[] directions, str save, bool keep_hidden) -> Tensor[]",
         tags=tags,
     )
     _library.define(
-        f"{name}_backward(Tensor? dy, Tensor[] dstates, {_INPUTS.format('')}, Tensor hidden, Tensor saved,"
+        f"{name}_backward(Tensor? dy, Tensor[] dstates, {_INPUTS}, Tensor hidden, Tensor saved,"
         " Tensor[] histories, str cell, int[] directions, str save, bool need_dx, bool need_dw) -> Tensor[]",
         tags=tags,
     )
