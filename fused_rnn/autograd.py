@@ -28,8 +28,10 @@ Outputs = tuple[Tensor, ...]
 
 def layer(backend: ModuleType, call: LayerCall) -> Sequence[Tensor]:
     """One layer by a backend: y and the states after. What is kept for backward, if anything, the Function keeps."""
-    if call.save == "none" or backend.DIFFERENTIABLE:
-        outputs: Sequence[Tensor] = backend.forward(call._replace(save="none", keep_hidden=False))
+    if backend.DIFFERENTIABLE:
+        call = call._replace(save="none")
+    if call.save == "none":
+        outputs: Sequence[Tensor] = backend.forward(call)
         return outputs
     return function(backend.NAME, call)[: 1 + len(call.spec.states)]
 
@@ -92,17 +94,14 @@ class LayerFunction(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        call, backend = _call_of(inputs), inputs[0]
-        kept = output[1 + len(call.spec.states) :]
+        backend, given, cell, directions, save, keep_hidden, x, lengths, reset, *rest = inputs
+        kept = output[1 + len(CELLS[cell].states) :]
         saved, *histories, hidden = kept
         ctx.mark_non_differentiable(*kept)
         ctx.set_materialize_grads(False)
         # All go through save_for_backward: a weight (or y, where there is no copy of it) changed in place must raise.
-        ctx.save_for_backward(
-            call.x, call.lengths, call.reset, hidden if call.keep_hidden else output[0], saved, *histories,
-            *call.states, *call.weights,
-        )  # fmt: skip
-        ctx.call = (backend, len(call.states), call.cell, tuple(call.directions), call.save)
+        ctx.save_for_backward(x, lengths, reset, hidden if keep_hidden else output[0], saved, *histories, *rest)
+        ctx.call = (backend, given, cell, tuple(directions), save)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, *douts: Tensor | None) -> tuple[Any, ...]:

@@ -50,7 +50,11 @@ def run(
     recurrences = 2 if bidirectional else 1
     steps, batch, input_size = checks.check_sequence(x)
     hidden, width, kinds = checks.check_weights(cell, x, weights, input_size, num_layers, recurrences)
-    given = _checked(cell, states, x, (num_layers * recurrences, batch), (width, hidden), "0", "[L·R, B, {}]")
+    given = (
+        _checked(cell, states, x, (num_layers * recurrences, batch), (width, hidden), "0", "[L·R, B, {}]")
+        if states
+        else ()
+    )
     if lengths is not None:
         lengths = checks.check_lengths(lengths, x)
     if reset is not None:
@@ -58,8 +62,8 @@ def run(
     if input_size == 0:
         (x, weights), input_size = _with_a_feature(x, weights, recurrences, kinds), 1
     # An exported program holds the op as inference wants it; transforms.op_gradient has its gradient.
-    needs_grad = _needs_grad(x, weights, given)
-    keeps, transformed = needs_grad and not stands_alone(), checks.in_transform()
+    needs_grad, alone = _needs_grad(x, weights, given), stands_alone()
+    keeps, transformed = needs_grad and not alone, checks.in_transform()
     if keeps and num_layers == 1 and steps == 1:
         weights = _savable(weights, x, *given)
     problem = Problem(
@@ -68,7 +72,8 @@ def run(
         transformed, device == "cuda" and tf32_allowed(), transformed and needs_grad and _functionalizes_gradient(),
     )  # fmt: skip
     chosen = resolve(problem, backend)
-    given = given or _explicit(chosen, cell, x, (num_layers * recurrences, batch), (width, hidden))
+    if alone and not given:
+        given = _explicit(chosen, cell, x, (num_layers * recurrences, batch), (width, hidden))
     if chosen.stack is not None:
         whole: Sequence[Tensor] = chosen.stack(
             x, weights, given, lengths, cell, num_layers, recurrences, dropout, training
@@ -107,11 +112,11 @@ def step(
         raise ValueError(
             f"weights: got {len(weights)} tensors, with a projection; a single step has none, expected 2 or 4"
         )
-    given = _checked(cell, states, x, (batch,), (hidden, hidden), "", "[B, H]")
+    given = _checked(cell, states, x, (batch,), (hidden, hidden), "", "[B, H]") if states else ()
     if input_size == 0:
         (x, weights), input_size = _with_a_feature(x, weights, 1, kinds), 1
-    needs_grad = _needs_grad(x, weights, given)
-    keeps, transformed = needs_grad and not stands_alone(), checks.in_transform()  # as in `run`
+    needs_grad, alone = _needs_grad(x, weights, given), stands_alone()
+    keeps, transformed = needs_grad and not alone, checks.in_transform()  # as in `run`
     if keeps:
         weights = _savable(weights, x, *given)
     problem = Problem(
@@ -120,7 +125,8 @@ def step(
         device == "cuda" and tf32_allowed(), transformed and needs_grad and _functionalizes_gradient(),
     )  # fmt: skip
     chosen = resolve(problem, backend)
-    given = given or _explicit(chosen, cell, x, (batch,), (hidden, hidden))
+    if alone and not given:
+        given = _explicit(chosen, cell, x, (batch,), (hidden, hidden))
     # A trace, which is checked without gradients, is to be the same with and without: the op of one step has none.
     if chosen.DIFFERENTIABLE or not (needs_grad or is_jit_tracing()):
         after: Sequence[Tensor] = chosen.step(x, weights, given, cell)
@@ -162,9 +168,10 @@ def _needs_grad(x: Tensor, weights: Sequence[Tensor], states: Sequence[Tensor]) 
         return False
     if x.requires_grad:
         return True
-    for t in (*states, *weights):
-        if t.requires_grad:
-            return True
+    for tensors in (weights, states):
+        for t in tensors:
+            if t.requires_grad:
+                return True
     # A tensor that is batched inside a gradient does not say that it requires one.
     return checks.in_transform()
 

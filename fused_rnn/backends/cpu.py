@@ -44,7 +44,10 @@ def supports(problem: Problem) -> str | None:
 
 def forward(call: LayerCall) -> list[Tensor]:
     """One layer: the op fused_rnn::forward."""
-    with without_gradient(), without_autocast(call.x):  # or torch operations inside the op would be recast
+    with without_gradient():
+        if torch.is_autocast_enabled("cpu"):  # torch operations inside the op would be recast
+            with torch.autocast("cpu", enabled=False):
+                return ops.forward(*call)
         return ops.forward(*call)
 
 
