@@ -68,7 +68,10 @@ def _keep_from_dynamo() -> None:
 
 _keep_from_dynamo._dynamo_marked_constant = True  # type: ignore[attr-defined]  # called while Dynamo traces
 
-_PLAIN = 6  # arguments of LayerFunction before its tensors: backend, number of states, and a LayerCall's options
+_PLAIN, _NONE = (
+    6,
+    (None,) * 6,
+)  # arguments of LayerFunction before its tensors: backend, number of states, and a LayerCall's options
 
 
 def _call_of(args: Sequence[Any]) -> LayerCall:
@@ -106,24 +109,31 @@ class LayerFunction(Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, *douts: Tensor | None) -> tuple[Any, ...]:
         backend, given, cell, directions, save = ctx.call
-        count = len(CELLS[cell].states)
         x, lengths, reset, hidden, saved, *rest = ctx.saved_tensors
-        histories, states, weights = rest[: count - 1], rest[count - 1 : count - 1 + given], rest[count - 1 + given :]
-        need_dx, need_dw = ctx.needs_input_grad[_PLAIN], any(ctx.needs_input_grad[_PLAIN + 3 + given :])
-        none = [None] * (_PLAIN + 3 + given + len(weights))
-        if dy is None and all(d is None for d in douts[:count]):
-            return tuple(none)
-        layer = LayerCall(x, weights, states, lengths, reset, cell, directions, save)
-        dstates = _together(layer, douts[:count])
-        call = BackwardCall(dy, dstates, *layer[:5], hidden, saved, histories, *layer[5:8], need_dx, need_dw)
+        count = len(CELLS[cell].states)
+        last = count - 1 + given
+        states, weights, needs = rest[count - 1 : last], rest[last:], ctx.needs_input_grad
+        need_dx, need_dw = needs[_PLAIN], True in needs[_PLAIN + 3 + given :]
+        dstates: Sequence[Tensor] = ()
+        for d in douts[:count]:
+            if d is not None:
+                dstates = _together(LayerCall(x, weights, states, lengths, reset, cell, directions), douts[:count])
+                break
+        if dy is None and not dstates:
+            return (None,) * len(needs)
+        call = BackwardCall(
+            dy, dstates, x, weights, states, lengths, reset, hidden, saved, rest[: count - 1], cell, directions, save,
+            need_dx, need_dw,
+        )  # fmt: skip
         # torch.compile has no double backward, but within what it compiles torch.func has.
         if torch.is_grad_enabled() and (in_transform() or not torch.compiler.is_compiling()):
             args = (backend, len(dstates), given, *call[10:], *_flat(call))
             dx, *grads = LayerBackward.apply(*args)  # type: ignore[no-untyped-call]
         else:
             dx, *grads = BACKENDS[backend].backward(call)
-        grads += [None] * (given + len(weights) - len(grads))
-        return (*none[:_PLAIN], dx if need_dx else None, None, None, *grads)
+        if not need_dw:
+            grads += [None] * len(weights)
+        return (*_NONE, dx if need_dx else None, None, None, *grads)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Outputs, tuple[int | None, ...]]:

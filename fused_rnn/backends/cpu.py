@@ -10,7 +10,6 @@ from torch import Tensor
 
 from fused_rnn import ops
 from fused_rnn.cells import unknown
-from fused_rnn.reference.loop import without_autocast
 from fused_rnn.transforms.op_gradient import without_gradient
 
 if TYPE_CHECKING:
@@ -53,7 +52,10 @@ def forward(call: LayerCall) -> list[Tensor]:
 
 def backward(call: BackwardCall) -> list[Tensor]:
     """One layer's gradients: the op fused_rnn::backward."""
-    with without_gradient(), without_autocast(call.x):
+    with without_gradient():
+        if torch.is_autocast_enabled("cpu"):
+            with torch.autocast("cpu", enabled=False):
+                return ops.backward(*call)
         return ops.backward(*call)
 
 
