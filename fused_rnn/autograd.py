@@ -68,10 +68,7 @@ def _keep_from_dynamo() -> None:
 
 _keep_from_dynamo._dynamo_marked_constant = True  # type: ignore[attr-defined]  # called while Dynamo traces
 
-_PLAIN, _NONE = (
-    6,
-    (None,) * 6,
-)  # arguments of LayerFunction before its tensors: backend, number of states, and a LayerCall's options
+_PLAIN = 6  # arguments of LayerFunction before its tensors: backend, number of states, and a LayerCall's options
 
 
 def _call_of(args: Sequence[Any]) -> LayerCall:
@@ -121,19 +118,17 @@ class LayerFunction(Function):
                 break
         if dy is None and not dstates:
             return (None,) * len(needs)
-        call = BackwardCall(
-            dy, dstates, x, weights, states, lengths, reset, hidden, saved, rest[: count - 1], cell, directions, save,
-            need_dx, need_dw,
-        )  # fmt: skip
+        histories, options = rest[: count - 1], (cell, directions, save, need_dx, need_dw)
         # torch.compile has no double backward, but within what it compiles torch.func has.
         if torch.is_grad_enabled() and (in_transform() or not torch.compiler.is_compiling()):
-            args = (backend, len(dstates), given, *call[10:], *_flat(call))
-            dx, *grads = LayerBackward.apply(*args)  # type: ignore[no-untyped-call]
+            kept = (dy, x, lengths, reset, hidden, saved, *histories, *dstates, *states, *weights)
+            dx, *grads = LayerBackward.apply(backend, len(dstates), given, *options, *kept)  # type: ignore[no-untyped-call]
         else:
-            dx, *grads = BACKENDS[backend].backward(call)
+            layer = (x, weights, states, lengths, reset, hidden, saved, histories, *options)
+            dx, *grads = BACKENDS[backend].backward(BackwardCall(dy, dstates, *layer))
         if not need_dw:
             grads += [None] * len(weights)
-        return (*_NONE, dx if need_dx else None, None, None, *grads)
+        return (*[None] * _PLAIN, dx if need_dx else None, None, None, *grads)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Outputs, tuple[int | None, ...]]:
@@ -153,14 +148,6 @@ def _together(call: LayerCall, dstates: Sequence[Tensor | None]) -> list[Tensor]
     if all(d is None for d in dstates):
         return []
     return [call.x.new_zeros(shape) if d is None else d for d, shape in zip(dstates, call.state_shapes(), strict=True)]
-
-
-def _flat(call: BackwardCall) -> list[Any]:
-    """A BackwardCall's tensors, in the order of LayerBackward's arguments."""
-    return [
-        call.dy, call.x, call.lengths, call.reset, call.hidden, call.saved, *call.histories, *call.dstates,
-        *call.states, *call.weights,
-    ]  # fmt: skip
 
 
 class LayerBackward(Function):

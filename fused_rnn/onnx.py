@@ -51,20 +51,17 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
 
     torch.onnx.export(program.run_decompositions(fused_rnn.onnx.decompositions()))
     """
-    ours: dict[str, Callable[..., Any]] = {"forward": _forward_op, "step": _step_op}
+    ours: dict[str, Callable[..., Any]] = {"forward": _forward_op, "step": step}
     ours |= {f"{backend}_forward": _forward_op for backend in ("cuda", "triton")}
     there = torch.ops.fused_rnn  # all that this build has
     return {getattr(there, name).default: function for name, function in ours.items() if hasattr(there, name)}
 
 
-def _step_op(x: Tensor, weights: Sequence[Tensor], states: Sequence[Tensor], cell: str) -> list[Tensor]:
+def step(x: Tensor, weights: Sequence[Tensor], states: Sequence[Tensor], cell: str) -> list[Tensor]:
     """fused_rnn::step by ONNX's node."""
     entering = [s.unsqueeze(0) for s in states]
     call = LayerCall(x.unsqueeze(0), weights, entering, None, None, cell, [1])
     return [state.squeeze(0) for state in forward(call)[1:]]
-
-
-step = _step_op  # as of any backend
 
 
 def _forward_op(*args: Any) -> list[Tensor]:

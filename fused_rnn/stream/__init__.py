@@ -13,7 +13,7 @@ from torch.compiler import is_compiling, is_exporting
 
 from fused_rnn import checks, ops
 from fused_rnn.cells import CELLS
-from fused_rnn.stream.runners import DTYPES, NARROW, PLAIN, Buffered, Packed, Runner
+from fused_rnn.stream.runners import DTYPES, NARROW, PLAIN, Buffered, Packed
 from fused_rnn.transforms import op_gradient
 
 State = Tensor | tuple[Tensor, ...]
@@ -83,7 +83,7 @@ class Stream:
                 for k, name in enumerate(CELLS[cell].states)
             }
             kind, states = Packed if packs else Buffered, list(self._states.values())
-            self._runner: Runner = kind(cell, backend, weights, self.input_size, sizes, states, self.dtype)
+            self._runner: Packed | Buffered = kind(cell, backend, weights, self.input_size, sizes, states, self.dtype)
             self._runner.take(flat)
         self._quick = self._runner.quick
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -17,19 +16,6 @@ DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 
 PLAIN = (Tensor, nn.Parameter)
 
 Quick = Callable[[Tensor, Tensor | None], Tensor | None]  # a step, or None for a call out of the ordinary
-
-
-class Runner(Protocol):
-    """Runs the steps of a stream, whose state it is given."""
-
-    sizes: tuple[int, int, Kinds]  # H, P, the weights of a layer
-    quick: Quick | None
-
-    def take(self, weights: Sequence[Tensor]) -> None:
-        """Copy the weights."""
-
-    def run(self, x: Tensor) -> Tensor:
-        """x [T, B, D], checked → y [T, B, P]."""
 
 
 class Packed:
