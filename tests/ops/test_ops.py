@@ -212,6 +212,28 @@ def test_backward_refuses_other_sizes(position: int) -> None:
         ops.backward(*call)
 
 
+@pytest.mark.parametrize("position", [0, 1, 7, 8, 9])
+def test_backward_refuses_other_dtypes(position: int) -> None:
+    case = Case("lstm")
+    require("cpu", case)
+    call = list(backward_arguments(case, inputs(case), "gates"))
+    given = call[position]
+    call[position] = [t.double() for t in given] if isinstance(given, list) else given.double()
+    with pytest.raises(RuntimeError, match="dtype"):
+        ops.backward(*call)
+
+
+def test_errors_name_the_states() -> None:
+    case = Case("lstm")
+    require("cpu", case)
+    given = inputs(case)
+    h0, c0 = given.hx
+    with pytest.raises(RuntimeError, match=r"fused_rnn: c0 has shape \[1, 2, 17\], expected \[1, 3, 17\]"):
+        ops.forward(*arguments(case, given._replace(hx=[h0, c0[:, :2]]), "none"))
+    with pytest.raises(RuntimeError, match=r"fused_rnn: got 1 states, expected none or the 2 of a lstm"):
+        ops.forward(*arguments(case, given._replace(hx=[h0]), "none"))
+
+
 @pytest.mark.parametrize("lengths", [[-3, 2, 5], [9, 1, 2], [2**40, -(2**40), 3]], ids=str)
 def test_lengths_out_of_range_are_harmless(lengths: list[int]) -> None:
     """Where Python cannot look (a trace, vmap), the op clamps or refuses; it never reads past an end."""

@@ -116,6 +116,22 @@ def test_vmap_over_lengths_and_resets(with_weights: bool) -> None:
             assert_same_formula(one[i], other)
 
 
+@pytest.mark.parametrize("name", ["LSTM", "GRU", "RNN"])
+def test_a_sample_gradient_knows_nothing_of_what_lies_past_an_end(name: str) -> None:
+    module = getattr(fused_rnn, name)(4, 5, dtype=torch.float64, backend="cpu")
+    parameters = {key: value.detach() for key, value in module.named_parameters()}
+    x, lengths = torch.randn(2, 6, 2, 4, dtype=torch.float64), torch.tensor([[3, 6], [6, 2]])
+    past = torch.arange(6).view(1, 6, 1) >= lengths.unsqueeze(1)
+
+    def loss(p: dict[str, Tensor], x: Tensor, lengths: Tensor) -> Tensor:
+        return functional_call(module, p, (x,), {"lengths": lengths})[0].sum()
+
+    filled = (x.masked_fill(past.unsqueeze(-1), value) for value in (float("nan"), 0.0))
+    dirty, clean = (vmap(grad(loss), (None, 0, 0))(parameters, x, lengths) for x in filled)
+    for key in parameters:
+        assert torch.equal(dirty[key], clean[key]), key
+
+
 def test_vmap_in_any_dimension_and_nested() -> None:
     case, given = problem("lstm")
     run = loss(case, given)
