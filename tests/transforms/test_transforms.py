@@ -12,6 +12,7 @@ from tolerances import assert_same_formula
 from torch import Tensor
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 
+import fused_rnn
 from fused_rnn import LSTMFunction
 from fused_rnn.cells import CELLS
 from fused_rnn.functional import gru_cell
