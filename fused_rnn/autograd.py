@@ -112,10 +112,8 @@ class LayerFunction(Function):
         states, weights, needs = rest[count - 1 : last], rest[last:], ctx.needs_input_grad
         need_dx, need_dw = needs[_PLAIN], True in needs[_PLAIN + 3 + given :]
         dstates: Sequence[Tensor] = ()
-        for d in douts[:count]:
-            if d is not None:
-                dstates = _together(LayerCall(x, weights, states, lengths, reset, cell, directions), douts[:count])
-                break
+        if any(d is not None for d in douts[:count]):
+            dstates = _together(LayerCall(x, weights, states, lengths, reset, cell, directions), douts[:count])
         if dy is None and not dstates:
             return (None,) * len(needs)
         histories, options = rest[: count - 1], (cell, directions, save, need_dx, need_dw)

@@ -143,13 +143,12 @@ def _checked(
     """The states, zeros for what is None; () where all are. sizes: (P, H). Raises ValueError."""
     if all(s is None for s in states):
         return ()
-    names, given = CELLS[cell].states, []
-    for k, (name, state) in enumerate(zip(names, states, strict=True)):
-        shape = (*lead, sizes[min(k, 1)])
+    given = []
+    for name, state, (letter, size) in zip(CELLS[cell].states, states, _widths(cell, sizes), strict=True):
         if state is None:
-            state = x.new_zeros(shape)
+            state = x.new_zeros(*lead, size)
         else:
-            checks.check_state(name + suffix, state, x, shape, letters.format("PH"[min(k, 1)]))
+            checks.check_state(name + suffix, state, x, (*lead, size), letters.format(letter))
         given.append(state)
     return given
 
@@ -160,7 +159,12 @@ def _explicit(
     """States of zeros where torch.export makes a program of an op, for AOTInductor takes no empty list; else ()."""
     if backend.DIFFERENTIABLE or backend.NAME == "onnx" or not torch.compiler.is_exporting():
         return ()
-    return [x.new_zeros(*lead, sizes[min(k, 1)]) for k in range(len(CELLS[cell].states))]
+    return [x.new_zeros(*lead, size) for _, size in _widths(cell, sizes)]
+
+
+def _widths(cell: str, sizes: tuple[int, int]) -> list[tuple[str, int]]:
+    """Of each state its last dimension, by letter and size: P of h, H of the others. sizes: (P, H)."""
+    return [("P", sizes[0]), *[("H", sizes[1])] * (len(CELLS[cell].states) - 1)]
 
 
 def _needs_grad(x: Tensor, weights: Sequence[Tensor], states: Sequence[Tensor]) -> bool:
