@@ -27,13 +27,14 @@ Outputs = tuple[Tensor, ...]
 
 
 def layer(backend: ModuleType, call: LayerCall) -> Sequence[Tensor]:
-    """One layer by a backend: y and the states after. What is kept for backward, if anything, the Function keeps."""
+    """One layer by a backend: y, the states after, the sequences if asked for. The Function keeps what it takes."""
     if backend.DIFFERENTIABLE:
         call = call._replace(save="none")
     if call.save == "none":
         outputs: Sequence[Tensor] = backend.forward(call)
         return outputs
-    return function(backend.NAME, call)[: 1 + len(call.spec.states)]
+    count = len(call.spec.states)
+    return function(backend.NAME, call)[: 1 + count + call.sequences * (count - 1)]
 
 
 def function(backend: str, call: LayerCall) -> Outputs:
@@ -68,7 +69,7 @@ def _keep_from_dynamo() -> None:
 
 _keep_from_dynamo._dynamo_marked_constant = True  # type: ignore[attr-defined]  # called while Dynamo traces
 
-_PLAIN = 6  # arguments of LayerFunction before its tensors: backend, number of states, and a LayerCall's options
+_PLAIN = 7  # arguments of LayerFunction before its tensors: backend, number of states, and a LayerCall's options
 
 
 def _call_of(args: Sequence[Any]) -> LayerCall:
@@ -81,8 +82,9 @@ def _call_of(args: Sequence[Any]) -> LayerCall:
 class LayerFunction(Function):
     """One layer of any cell. ::
 
-        apply(backend, number of states, cell, directions, save, keep_hidden, x, lengths, reset, *states, *weights)
-            → (y, *states after, saved, *histories, hidden)
+        apply(backend, number of states, cell, directions, save, keep_hidden, sequences, x, lengths, reset, *states,
+              *weights)
+            → (y, *states after, *sequences, saved, *histories, hidden)
 
     Inputs and outputs as in LayerCall. Twice differentiable in x, states and weights; works under torch.func.vmap; has
     no forward-mode derivative.
@@ -94,36 +96,45 @@ class LayerFunction(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        backend, given, cell, directions, save, keep_hidden, x, lengths, reset, *rest = inputs
-        kept = output[1 + len(CELLS[cell].states) :]
+        backend, given, cell, directions, save, keep_hidden, sequences, x, lengths, reset, *rest = inputs
+        first = 1 + len(CELLS[cell].states)
+        last = first + sequences * (first - 2)
+        kept = output[last:]
         saved, *histories, hidden = kept
+        if sequences and save == "gates":
+            histories = output[first:last]
         ctx.mark_non_differentiable(*kept)
         ctx.set_materialize_grads(False)
         # All go through save_for_backward: a weight (or y, where there is no copy of it) changed in place must raise.
         ctx.save_for_backward(x, lengths, reset, hidden if keep_hidden else output[0], saved, *histories, *rest)
-        ctx.call = (backend, given, cell, tuple(directions), save)
+        ctx.call = (backend, given, cell, tuple(directions), save, sequences)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, *douts: Tensor | None) -> tuple[Any, ...]:
-        backend, given, cell, directions, save = ctx.call
+        backend, given, cell, directions, save, sequences = ctx.call
         x, lengths, reset, hidden, saved, *rest = ctx.saved_tensors
         count = len(CELLS[cell].states)
         last = count - 1 + given
         states, weights, needs = rest[count - 1 : last], rest[last:], ctx.needs_input_grad
         need_dx, need_dw = needs[_PLAIN], True in needs[_PLAIN + 3 + given :]
         dstates: Sequence[Tensor] = ()
-        if any(d is not None for d in douts[:count]):
-            dstates = _together(LayerCall(x, weights, states, lengths, reset, cell, directions), douts[:count])
-        if dy is None and not dstates:
+        dsequences: Sequence[Tensor] = ()
+        given_out = douts[: count + sequences * (count - 1)]
+        if any(d is not None for d in given_out):
+            layer = LayerCall(x, weights, states, lengths, reset, cell, directions)
+            dstates = _together(layer.state_shapes(), x, given_out[:count])
+            dsequences = _together(layer.sequence_shapes(), x, given_out[count:]) if sequences else ()
+        if dy is None and not dstates and not dsequences:
             return (None,) * len(needs)
         histories, options = rest[: count - 1], (cell, directions, save, need_dx, need_dw)
         # torch.compile has no double backward, but within what it compiles torch.func has.
         if torch.is_grad_enabled() and (in_transform() or not torch.compiler.is_compiling()):
-            kept = (dy, x, lengths, reset, hidden, saved, *histories, *dstates, *states, *weights)
-            dx, *grads = LayerBackward.apply(backend, len(dstates), given, *options, *kept)  # type: ignore[no-untyped-call]
+            kept = (dy, x, lengths, reset, hidden, saved, *histories, *dstates, *dsequences, *states, *weights)
+            counts = (len(dstates), len(dsequences), given)
+            dx, *grads = LayerBackward.apply(backend, *counts, *options, *kept)  # type: ignore[no-untyped-call]
         else:
-            layer = (x, weights, states, lengths, reset, hidden, saved, histories, *options)
-            dx, *grads = BACKENDS[backend].backward(BackwardCall(dy, dstates, *layer))
+            saved_call = (x, weights, states, lengths, reset, hidden, saved, histories, *options, dsequences)
+            dx, *grads = BACKENDS[backend].backward(BackwardCall(dy, dstates, *saved_call))
         if not need_dw:
             grads += [None] * len(weights)
         return (*[None] * _PLAIN, dx if need_dx else None, None, None, *grads)
@@ -141,34 +152,35 @@ class LayerFunction(Function):
         return tuple(outputs), tuple(out_dims)
 
 
-def _together(call: LayerCall, dstates: Sequence[Tensor | None]) -> list[Tensor]:
-    """Gradients of the states after: all of them, or none."""
-    if all(d is None for d in dstates):
+def _together(shapes: Sequence[Any], x: Tensor, gradients: Sequence[Tensor | None]) -> list[Tensor]:
+    """Gradients of these shapes: all of them, or none."""
+    if all(d is None for d in gradients):
         return []
-    return [call.x.new_zeros(shape) if d is None else d for d, shape in zip(dstates, call.state_shapes(), strict=True)]
+    return [x.new_zeros(shape) if d is None else d for d, shape in zip(gradients, shapes, strict=True)]
 
 
 class LayerBackward(Function):
     """The backward of one layer as a Function: the backend's kernels forward, the reference composite backward. ::
 
-        apply(backend, number of dstates, number of states, cell, directions, save, need_dx, need_dw, *tensors)
+        apply(backend, numbers of dstates, dsequences, states, cell, directions, save, need_dx, need_dw, *tensors)
             → (dx, *gradients of the states given, *gradients of the weights)
 
-    tensors: dy, x, lengths, reset, hidden, saved, the histories, dstates, states and weights.
+    tensors: dy, x, lengths, reset, hidden, saved, the histories, dstates, dsequences, states and weights.
     """
 
     generate_vmap_rule = True
 
     @staticmethod
     def _call(args: Sequence[Any]) -> BackwardCall:
-        dcount, given, cell = args[1:4]
-        dy, x, lengths, reset, hidden, saved, *rest = args[8:]
+        dcount, scount, given, cell = args[1:5]
+        dy, x, lengths, reset, hidden, saved, *rest = args[9:]
         lists = []
-        for count in (len(CELLS[cell].states) - 1, dcount, given):
+        for count in (len(CELLS[cell].states) - 1, dcount, scount, given):
             lists.append(rest[:count])
             rest = rest[count:]
-        histories, dstates, states = lists
-        return BackwardCall(dy, dstates, x, rest, states, lengths, reset, hidden, saved, histories, *args[3:8])
+        histories, dstates, dsequences, states = lists
+        kept = (hidden, saved, histories)
+        return BackwardCall(dy, dstates, x, rest, states, lengths, reset, *kept, *args[4:9], dsequences)  # type: ignore[call-arg]
 
     @staticmethod
     def forward(*args: Any) -> Outputs:
@@ -178,14 +190,15 @@ class LayerBackward(Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         call = LayerBackward._call(inputs)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(call.dy, call.x, call.lengths, call.reset, *call.dstates, *call.states, *call.weights)
-        ctx.call = inputs[1:8]
+        gradients = (*call.dstates, *call.dsequences)
+        ctx.save_for_backward(call.dy, call.x, call.lengths, call.reset, *gradients, *call.states, *call.weights)
+        ctx.call = inputs[1:9]
 
     @staticmethod
     def backward(ctx: Any, *ddgrads: Tensor | None) -> tuple[Any, ...]:
-        dcount, given, cell, directions, _, need_dx, need_dw = ctx.call
+        dcount, scount, given, cell, directions, _, need_dx, need_dw = ctx.call
         dy, x, lengths, reset, *rest = ctx.saved_tensors
-        differentiable = [dy, x, *rest]  # dy, x, dstates, states, weights
+        differentiable = [dy, x, *rest]  # dy, x, dstates, dsequences, states, weights
         present = [i for i, t in enumerate(differentiable) if t is not None]
         more = len(CELLS[cell].states) - 1
 
@@ -194,29 +207,29 @@ class LayerBackward(Function):
             for i, t in zip(present, tensors, strict=True):
                 full[i] = t
             dy, x, *rest = full
-            dstates, states, weights = rest[:dcount], rest[dcount : dcount + given], rest[dcount + given :]
-            call = LayerCall(x, weights, states, lengths, reset, cell, directions)
-            dx, *grads = backward_layer(dy, dstates, call)
+            dstates, dsequences, rest = rest[:dcount], rest[dcount : dcount + scount], rest[dcount + scount :]
+            call = LayerCall(x, rest[given:], rest[:given], lengths, reset, cell, directions)
+            dx, *grads = backward_layer(dy, dstates, call, dsequences)
             return [dx, *(grads[: more + 1] if given else []), *grads[more + 1 :]]
 
         with without_autocast(x):
             outputs, pull = torch.func.vjp(first, *(differentiable[i] for i in present))[:2]
             # Those of forward's outputs that are placeholders (dx, the weights not asked for) got no gradient.
             ddx, *ddrest = ddgrads
-            weights = len(rest) - dcount - given
+            weights = len(rest) - dcount - scount - given
             asked = [ddx if need_dx else None, *ddrest[:given], *(ddrest[given:] if need_dw else [None] * weights)]
             grads = pull([torch.zeros_like(o) if g is None else g for o, g in zip(outputs, asked, strict=True)])
         full: list[Any] = [None] * len(differentiable)
         for i, g in zip(present, grads, strict=True):
             full[i] = g
-        return (*[None] * 8, full[0], full[1], *[None] * (4 + more), *full[2:])
+        return (*[None] * 9, full[0], full[1], *[None] * (4 + more), *full[2:])
 
 
 def _function(cell: str, states: Sequence[Tensor | None], x: Tensor, *rest: Any) -> Outputs:
     """The layer's Function, as LSTMFunction and its like call it. rest: lengths … backend, *weights."""
     lengths, reset, directions, save, keep_hidden, backend, *weights = rest
     call = LayerCall(x, weights, (), lengths, reset, cell, directions, known_save(save), keep_hidden)
-    return function(backend, call._replace(states=_together(call, states)))
+    return function(backend, call._replace(states=_together(call.state_shapes(), x, states)))
 
 
 class LSTMFunction:

@@ -27,7 +27,7 @@ def known_save(save: str) -> str:
 
 class Weights(NamedTuple):
     """The weights of one recurrence: w_ih [G·H, D], w_hh [G·H, P], biases [G·H] or None, w_hr [P, H] or None, params
-    [H] each."""
+    [H] each. w_hh and b_hh are None where the cell is not recurrent."""
 
     w_ih: Any
     w_hh: Any
@@ -43,37 +43,46 @@ class Kinds(NamedTuple):
     number: int
     bias: bool
     projects: bool
+    recurrent: bool = True
 
     def split(self, flat: Sequence[Any]) -> list[Weights]:
         """Of every recurrence its weights by name. flat: tensors, shapes, or what else stands for each weight."""
         each = []
         for first in range(0, len(flat), self.number):
-            own = flat[first : first + self.number]
-            b_ih, b_hh = own[2:4] if self.bias else (None, None)
-            matrices = 2 + 2 * self.bias + self.projects
-            w_hr = own[matrices - 1] if self.projects else None
-            each.append(Weights(own[0], own[1], b_ih, b_hh, w_hr, tuple(own[matrices:])))
+            own = iter(flat[first : first + self.number])
+            w_ih, w_hh = next(own), next(own) if self.recurrent else None
+            b_ih = next(own) if self.bias else None
+            b_hh = next(own) if self.bias and self.recurrent else None
+            w_hr = next(own) if self.projects else None
+            each.append(Weights(w_ih, w_hh, b_ih, b_hh, w_hr, tuple(own)))
         return each
 
     def shapes(self, cell: Cell, input_size: int, hidden: int, width: int) -> list[tuple[int, ...]]:
         """The shape of every weight."""
         rows = cell.gates * hidden
-        biases, projection = [(rows,)] * (2 * self.bias), [(width, hidden)] * self.projects
-        return [(rows, input_size), (rows, width), *biases, *projection, *[(hidden,)] * len(cell.params)]
+        sides = 1 + self.recurrent
+        matrices, biases = [(rows, input_size), (rows, width)][:sides], [(rows,)] * (sides * self.bias)
+        return [*matrices, *biases, *[(width, hidden)] * self.projects, *[(hidden,)] * len(cell.params)]
 
 
 def kinds(cell: Cell, count: int) -> Kinds | None:
     """Which weights a recurrence of a cell has if it has this many; None where it cannot have as many."""
     matrices = count - len(cell.params)
-    if matrices not in ((2, 3, 4, 5) if cell.projects else (2, 4)):
+    if matrices not in _counts(cell):
         return None
+    if not cell.recurrent:
+        return Kinds(count, matrices == 2, False, False)
     return Kinds(count, matrices >= 4, matrices % 2 == 1)
+
+
+def _counts(cell: Cell) -> tuple[int, ...]:
+    """How many matrices and biases there may be."""
+    return (1, 2) if not cell.recurrent else (2, 3, 4, 5) if cell.projects else (2, 4)
 
 
 def counts(cell: Cell) -> str:
     """How many weights a recurrence of a cell may have, as errors write it."""
-    extra = len(cell.params)
-    each = [str(n + extra) for n in ((2, 3, 4, 5) if cell.projects else (2, 4))]
+    each = [str(n + len(cell.params)) for n in _counts(cell)]
     return f"{', '.join(each[:-1])} or {each[-1]}"
 
 
@@ -81,12 +90,17 @@ class LayerCall(NamedTuple):
     """One layer, all its R recurrences, over all of time.
 
     x: [T, B, D], or [T, B, R, D] with an input per recurrence.
-    weights: per recurrence w_ih [G·H, D], w_hh [G·H, P], (b_ih, b_hh [G·H]), (w_hr [P, H]), params [H].
+    weights: per recurrence w_ih [G·H, D], w_hh [G·H, P], (b_ih, b_hh [G·H]), (w_hr [P, H]), params [H];
+        no w_hh and b_hh where the cell is not recurrent.
     states: () for zeros, or one for each of the cell's: h [R, B, P], the others [R, B, H].
     lengths: [B] int64, reset: [T, B] bool, or None.
     cell: its name.  directions: +1 or -1 each.
     save: what is kept for backward, "gates", "recompute" or "none".
     keep_hidden: whether backward gets a copy of y, so that y may be changed in place.
+    sequences: whether each state but h is returned over time, too: [T, B, R, H], zeros past a sequence's end.
+
+    The op returns y [T, B, R·P], the states after, the sequences if asked for; and unless save is "none" what is kept:
+    saved, histories, hidden. With save="gates" the sequences are the histories, which are then left out.
     """
 
     x: Tensor
@@ -98,6 +112,7 @@ class LayerCall(NamedTuple):
     directions: Sequence[int]
     save: str = "none"
     keep_hidden: bool = False
+    sequences: bool = False
 
     @property
     def spec(self) -> Cell:
@@ -112,12 +127,12 @@ class LayerCall(NamedTuple):
     @property
     def hidden_size(self) -> int:
         """H."""
-        return self.weights[1].shape[0] // self.spec.gates
+        return self.weights[0].shape[0] // self.spec.gates
 
     @property
     def width(self) -> int:
         """P: of the output of one recurrence."""
-        return self.weights[1].shape[1]
+        return self.weights[1].shape[1] if self.spec.recurrent else self.hidden_size
 
     @property
     def kinds(self) -> Kinds:
@@ -126,7 +141,7 @@ class LayerCall(NamedTuple):
         found = None if left_over else kinds(self.spec, count)
         if found is None:
             raise RuntimeError(
-                f"weights: got {len(self.weights)} tensors for {self.recurrences} recurrence(s) of a {self.cell},"
+                f"weights: got {len(self.weights)} tensors for {self.recurrences} recurrence(s) of a {self.spec.title},"
                 f" expected {counts(self.spec)} each"
             )
         return found
@@ -141,6 +156,10 @@ class LayerCall(NamedTuple):
         batch = self.x.shape[1]
         widths = [self.width] + [self.hidden_size] * (len(self.spec.states) - 1)
         return [(self.recurrences, batch, width) for width in widths]
+
+    def sequence_shapes(self) -> list[tuple[int, ...]]:
+        """[T, B, R, H] of each state but h."""
+        return [(*self.x.shape[:2], self.recurrences, self.hidden_size)] * (len(self.spec.states) - 1)
 
     @property
     def every(self) -> int:
@@ -166,8 +185,9 @@ class BackwardCall(NamedTuple):
     """The gradients of a LayerCall, whose arguments it repeats.
 
     dy: [T, B, R·P] or None.  dstates: () or one for each state.
-    hidden, saved, histories: what forward kept.
+    hidden, saved, histories: what forward kept, or returned.
     need_dx, need_dw: whether x's and the weights' gradients are wanted.
+    dsequences: () or of each state but h the gradient of its sequence, [T, B, R, H].
     """
 
     dy: Tensor | None
@@ -185,6 +205,7 @@ class BackwardCall(NamedTuple):
     save: str
     need_dx: bool
     need_dw: bool
+    dsequences: Sequence[Tensor] = ()
 
     @property
     def layer(self) -> LayerCall:

@@ -71,7 +71,10 @@ def _forward_op(*args: Any) -> list[Tensor]:
 
 def forward(call: LayerCall) -> list[Tensor]:
     """One layer by ONNX's node; result as of the op fused_rnn::forward."""
-    x, _, states, lengths, reset, cell, directions, save, _ = call
+    x, _, states, lengths, reset, cell, directions, save, _, sequences = call
+    if cell not in _NODES or sequences:
+        what = "return_sequences: got 'states'" if cell in _NODES else f"cell: got {call.spec.title!r}"
+        raise NotImplementedError(f"{what}, for which ONNX has no node; its nodes are LSTM, GRU and RNN")
     name, recurrences = _NODES[cell][0], len(directions)
     if reset is not None:
         raise NotImplementedError(f"reset: got a tensor, expected None: ONNX's {name} forgets nothing in a sequence")

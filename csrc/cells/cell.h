@@ -1,13 +1,15 @@
 // What describes a cell, and how it is found. A cell is a struct with these constants and its two formulas:
 //
 //   name, gates, states, state_names, saved   what Python's descriptor says too; state 0 is h, the output, which goes through W_hh
-//   apart, reads_h, projects                  as CellDefaults says, where it differs
+//   apart, params, recurrent, reads_h, projects   as CellDefaults says, where it differs
 //   backward_after, backward_before           bit i: backward reads state i after the step, or before it
 //
-//   forward<M>(a, before, after, s)           pre-activations and states in, states and what is saved out
-//   backward<M>(s, before, after, dstate, d)  dstate: the whole gradient of each state after in, what of it reaches the state before
-//                                             past the matrix out; d: the gradients of the pre-activations; after[0]: h_t, in where
-//                                             backward_after says so, out where the cell projects
+//   forward<M>(a, before, p, after, s)        pre-activations, states and params in, states and what is saved out
+//   backward<M>(s, before, p, after, dstate, d, dp)
+//                                             dstate: the whole gradient of each state after in, what of it reaches the state before
+//                                             past the matrix out; d: the gradients of the pre-activations; dp: this step's of the
+//                                             params; after[0]: h_t, in where backward_after says so, out where the cell projects
+// An array that has nothing to hold has one element.
 //
 // a holds the gates in their order, of the `apart` last ones the input side alone; then the recurrent side of those.
 // d holds the input side of those first, then the recurrent side of all gates: either side's gradients are `gates` vectors in a row.
@@ -18,8 +20,11 @@ namespace fused_rnn {
 
 constexpr int kMostCells = 16;   // numbers are less than this
 constexpr int kMostStates = 4;
+constexpr int kMostParams = 8;
 
 struct CellDefaults {
+  static constexpr int params = 0;         // vectors of one number per unit
+  static constexpr bool recurrent = true;  // there is a W_hh; without one no gate has a recurrent side
   static constexpr int apart = 0;          // how many of the last gates enter the formula with their input and recurrent side apart
   static constexpr bool reads_h = false;   // forward reads before[0] itself, not only W_hh h
   static constexpr bool projects = false;  // W_hr may stand behind it
@@ -30,11 +35,14 @@ struct CellDefaults {
 template <class Cell>
 constexpr int kGradients = Cell::gates + Cell::apart;
 
+template <class Cell>
+constexpr int kParams = Cell::params > 0 ? Cell::params : 1;  // elements of an array of them
+
 // The same at run time.
 struct CellDescriptor {
   const char* name;  // null where there is no cell of this number
-  int number, gates, states, saved, apart;
-  bool reads_h, projects;
+  int number, gates, states, saved, apart, params;
+  bool recurrent, reads_h, projects;
   const char* const* state_names;
 };
 
@@ -47,13 +55,14 @@ struct NumberedCell {
 
 // In the cell's header: its own number, by which tables of functions find it. Two cells of one number do not compile.
 #define FUSED_RNN_CELL(number_, Cell) \
-  static_assert(number_ >= 0 && number_ < kMostCells && Cell::states <= kMostStates, #Cell); \
+  static_assert(number_ >= 0 && number_ < kMostCells && Cell::states <= kMostStates && Cell::params <= kMostParams, #Cell); \
   static_assert(!Cell::projects || !(Cell::reads_h || ((Cell::backward_after | Cell::backward_before) & 1)), #Cell); \
   template <> \
   struct NumberedCell<number_> { \
     using Type = Cell; \
-    static constexpr CellDescriptor descriptor{Cell::name,  number_,       Cell::gates,    Cell::states,     Cell::saved, \
-                                               Cell::apart, Cell::reads_h, Cell::projects, Cell::state_names}; \
+    static constexpr CellDescriptor descriptor{ \
+        Cell::name,   number_,         Cell::gates,   Cell::states,   Cell::saved,      Cell::apart, \
+        Cell::params, Cell::recurrent, Cell::reads_h, Cell::projects, Cell::state_names}; \
   };
 
 }  // namespace fused_rnn

@@ -18,7 +18,7 @@ struct Gru : CellDefaults {
   static constexpr unsigned backward_before = 0b1;
 
   template <class M, class N>
-  static FUSED_RNN_HD void forward(const N (&a)[4], const N (&before)[1], N (&after)[1], N (&s)[4]) {
+  static FUSED_RNN_HD void forward(const N (&a)[4], const N (&before)[1], const N (&)[1], N (&after)[1], N (&s)[4]) {
     s[0] = M::sigmoid(a[0]);
     s[1] = M::sigmoid(a[1]);
     s[2] = M::tanh(a[2] + s[0] * a[3]);
@@ -27,7 +27,7 @@ struct Gru : CellDefaults {
   }
 
   template <class M, class N>
-  static FUSED_RNN_HD void backward(const N (&s)[4], const N (&before)[1], N (&)[1], N (&dstate)[1], N (&d)[4]) {
+  static FUSED_RNN_HD void backward(const N (&s)[4], const N (&before)[1], const N (&)[1], N (&)[1], N (&dstate)[1], N (&d)[4], N (&)[1]) {
     d[0] = dstate[0] * (M::one - s[1]) * (M::one - s[2] * s[2]);
     d[1] = d[0] * s[3] * s[0] * (M::one - s[0]);
     d[2] = dstate[0] * (before[0] - s[2]) * s[1] * (M::one - s[1]);

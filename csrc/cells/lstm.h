@@ -16,7 +16,7 @@ struct Lstm : CellDefaults {
   static constexpr unsigned backward_after = 0b10, backward_before = 0b10;
 
   template <class M, class N>
-  static FUSED_RNN_HD void forward(const N (&a)[4], const N (&before)[2], N (&after)[2], N (&s)[4]) {
+  static FUSED_RNN_HD void forward(const N (&a)[4], const N (&before)[2], const N (&)[1], N (&after)[2], N (&s)[4]) {
     s[0] = M::sigmoid(a[0]);
     s[1] = M::sigmoid(a[1]);
     s[2] = M::tanh(a[2]);
@@ -26,7 +26,8 @@ struct Lstm : CellDefaults {
   }
 
   template <class M, class N>
-  static FUSED_RNN_HD void backward(const N (&s)[4], const N (&before)[2], N (&after)[2], N (&dstate)[2], N (&d)[4]) {
+  static FUSED_RNN_HD void backward(const N (&s)[4], const N (&before)[2], const N (&)[1], N (&after)[2], N (&dstate)[2], N (&d)[4],
+                                    N (&)[1]) {
     const N tc = M::tanh(after[1]);
     after[0] = s[3] * tc;
     const N dc = dstate[1] + dstate[0] * s[3] * (M::one - tc * tc);

@@ -14,12 +14,12 @@ struct Rnn : CellDefaults {
   static constexpr unsigned backward_after = 0b1;
 
   template <class M, class N>
-  static FUSED_RNN_HD void forward(const N (&a)[1], const N (&)[1], N (&after)[1], N (&)[1]) {
+  static FUSED_RNN_HD void forward(const N (&a)[1], const N (&)[1], const N (&)[1], N (&after)[1], N (&)[1]) {
     after[0] = kRelu ? M::relu(a[0]) : M::tanh(a[0]);
   }
 
   template <class M, class N>
-  static FUSED_RNN_HD void backward(const N (&)[1], const N (&)[1], N (&after)[1], N (&dstate)[1], N (&d)[1]) {
+  static FUSED_RNN_HD void backward(const N (&)[1], const N (&)[1], const N (&)[1], N (&after)[1], N (&dstate)[1], N (&d)[1], N (&)[1]) {
     d[0] = kRelu ? M::relu_gradient(after[0], dstate[0]) : N(dstate[0] * (M::one - after[0] * after[0]));
     dstate[0] = N{};
   }

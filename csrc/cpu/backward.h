@@ -148,6 +148,7 @@ struct BackwardLoop {
       using P = Pack<S, N>;
       bool on[N], zero[N];
       P s[SV ? SV : 1] = {}, before[ST] = {}, after[ST] = {}, dstate[ST], d[DG];
+      P params[fused_rnn::kParams<Cell>] = {}, dparams[fused_rnn::kParams<Cell>];
 #pragma GCC unroll 4
       for (int e = 0; e < N; ++e) {
         const int64_t b = rows[e], first = units[e] * L;
@@ -169,7 +170,7 @@ struct BackwardLoop {
           before[0].v[e] = from_memory ? load(hidden_prev + b * R * width + first, n) : load(h0 + b * width + first, n);
         dstate[0].v[e] = load(dh_rows + b * dh_row + first);
       }
-      Cell::template backward<Polynomial<S, N>>(s, before, after, dstate, d);
+      Cell::template backward<Polynomial<S, N>>(s, before, params, after, dstate, d, dparams);
 #pragma GCC unroll 4
       for (int e = 0; e < N; ++e) {
         const int64_t b = rows[e], first = units[e] * L;

@@ -224,7 +224,7 @@ struct ForwardLoop {
       constexpr int N = decltype(size)::value;
       using P = Pack<S, N>;
       bool on[N], zero[N], zero_next[N];
-      P a[PA], s[SV ? SV : 1], before[ST] = {}, after[ST];
+      P a[PA], s[SV ? SV : 1], before[ST] = {}, params[fused_rnn::kParams<Cell>] = {}, after[ST];
 #pragma GCC unroll 4
       for (int e = 0; e < N; ++e) {
         const int64_t b = rows[e], first = units[e] * L;
@@ -238,7 +238,7 @@ struct ForwardLoop {
           if (!zero[e]) before[i].v[e] = load(states[i] + b * kept_stride + first);
         if (Cell::reads_h) before[0].v[e] = load(h_in + b * in_stride + first);
       }
-      Cell::template forward<Polynomial<S, N>>(a, before, after, s);
+      Cell::template forward<Polynomial<S, N>>(a, before, params, after, s);
 #pragma GCC unroll 4
       for (int e = 0; e < N; ++e) {
         const int64_t b = rows[e], first = units[e] * L, out = b * R * H + first;

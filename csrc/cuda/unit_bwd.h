@@ -59,6 +59,7 @@ class BackwardUnit {
     for (int g = 0; g < kAll; ++g) d_[g] = 0;
     if (!valid_) return;  // over, or not begun: gradients pass unchanged
     Acc kept[Cell::saved > 0 ? Cell::saved : 1], before[kStates], after[kStates], dstate[kStates];
+    Acc params[kParams<Cell>] = {}, dparams[kParams<Cell>];
     FUSED_RNN_UNROLL
     for (int s = 0; s < Cell::saved; ++s) kept[s] = widen(kept_[s]);
     each<kStates>([&](auto s) {
@@ -67,7 +68,7 @@ class BackwardUnit {
       dstate[s] = dstate_[s];
     });
     dstate[0] += widen(dy_);
-    Cell::template backward<Math>(kept, before, after, dstate, d_);
+    Cell::template backward<Math>(kept, before, params, after, dstate, d_, dparams);
     each<kStates>([&](auto s) { dstate_[s] = live() ? dstate[s] : Acc(0); });
   }
 

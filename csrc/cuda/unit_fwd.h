@@ -62,12 +62,12 @@ class ForwardUnit {
 
   // recurrent: h_{t-1} W_hh^T, zero where the state does not enter.
   FUSED_RNN_DEVICE void run(const TimeIndex& walk, int step, const Acc (&recurrent)[G]) {
-    Acc a[kGradients<Cell>], before[kStates] = {}, after[kStates];
+    Acc a[kGradients<Cell>], before[kStates] = {}, params[kParams<Cell>] = {}, after[kStates];
     FUSED_RNN_UNROLL
     for (int g = 0; g < G; ++g) a[g] = g < G - kApart ? widen(x_[g]) + recurrent[g] : widen(x_[g]);
     each<kApart>([&](auto k) { a[G + k] = recurrent[G - kApart + k] + bias_[k]; });
     each<kCarried>([&](auto k) { before[kFirst + k] = carried_[k]; });
-    Cell::template forward<Math>(a, before, after, kept_);
+    Cell::template forward<Math>(a, before, params, after, kept_);
     if (!at.valid(walk.time(step))) return;
     each<kCarried>([&](auto k) { carried_[k] = after[kFirst + k]; });
     h_ = narrow<Storage>(after[0]);

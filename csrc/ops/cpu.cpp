@@ -6,7 +6,8 @@ namespace fused_rnn::ops {
 namespace {
 
 std::vector<Tensor> cpu_forward(Tensor x, std::vector<Tensor> weights, std::vector<Tensor> states, MaybeTensor lengths, MaybeTensor reset,
-                                StringHandle cell_name, std::vector<int64_t> directions, StringHandle save_name, bool keep_hidden) {
+                                StringHandle cell_name, std::vector<int64_t> directions, StringHandle save_name, bool keep_hidden,
+                                bool sequences) {
   const std::string cell = taken(cell_name), save = taken(save_name);
   const bool keep_gates = save == "gates", recompute = save == "recompute", keep = keep_gates || recompute;
   STD_TORCH_CHECK(keep || save == "none", "fused_rnn: save is '", save, "', expected none, gates or recompute");
@@ -73,10 +74,11 @@ Tensor cpu_activation(Tensor x, int64_t which) {
 STABLE_TORCH_LIBRARY(fused_rnn, m) {
   m.def(
       "forward(Tensor x, Tensor[] weights, Tensor[] states, Tensor? lengths, Tensor? reset, str cell, int[] directions, str save, "
-      "bool keep_hidden) -> Tensor[]");
+      "bool keep_hidden, bool sequences) -> Tensor[]");
   m.def(
       "backward(Tensor? dy, Tensor[] dstates, Tensor x, Tensor[] weights, Tensor[] states, Tensor? lengths, Tensor? reset, Tensor hidden, "
-      "Tensor saved, Tensor[] histories, str cell, int[] directions, str save, bool need_dx, bool need_dw) -> Tensor[]");
+      "Tensor saved, Tensor[] histories, str cell, int[] directions, str save, bool need_dx, bool need_dw, Tensor[] "
+      "dsequences) -> Tensor[]");
   m.def("step(Tensor x, Tensor[] weights, Tensor[] states, str cell) -> Tensor[]");
   m.def("activation(Tensor x, int which) -> Tensor");
 }

@@ -66,7 +66,7 @@ void take_entering(const Problem& p, const Tensor& hidden, const Tensor& initial
 std::vector<Tensor> cpu_backward(MaybeTensor dy, std::vector<Tensor> dstates, Tensor x, std::vector<Tensor> weights,
                                  std::vector<Tensor> states, MaybeTensor lengths, MaybeTensor reset, Tensor hidden, Tensor saved,
                                  std::vector<Tensor> histories, StringHandle cell_name, std::vector<int64_t> directions,
-                                 StringHandle save_name, bool need_dx, bool need_dw) {
+                                 StringHandle save_name, bool need_dx, bool need_dw, std::vector<Tensor> dsequences) {
   const std::string cell = taken(cell_name), save = taken(save_name);
   const bool recompute = save == "recompute";
   STD_TORCH_CHECK(recompute || save == "gates", "fused_rnn: save is '", save, "', expected gates or recompute");

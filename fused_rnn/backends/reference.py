@@ -35,6 +35,8 @@ def forward(call: LayerCall) -> list[Tensor]:
         outputs = run_layer(call)
     if call.save != "none":
         nothing = [call.x.new_empty(0) for _ in call.spec.states]  # saved, and a history for each state but h
+        if call.sequences and call.save == "gates":
+            nothing = nothing[:1]
         outputs += [*nothing, outputs[0].clone() if call.keep_hidden else call.x.new_empty(0)]
     return outputs
 
@@ -42,7 +44,7 @@ def forward(call: LayerCall) -> list[Tensor]:
 def backward(call: BackwardCall) -> list[Tensor]:
     """One layer's gradients by running it again; result as of the op fused_rnn::backward."""
     with without_autocast(call.x):
-        dx, *grads = backward_layer(call.dy, call.dstates, call.layer)
+        dx, *grads = backward_layer(call.dy, call.dstates, call.layer, call.dsequences)
     count = len(call.layer.spec.states)
     given = grads[:count] if call.states else []
     return [dx if call.need_dx else call.x.new_empty(0), *given, *(grads[count:] if call.need_dw else [])]

@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from fused_rnn.cells.program import Program, is_program, parse
+
 # (the gates' input sides, their recurrent sides, G tensors [B, H] each, the states h [B, P] and others [B, H], the
 # parameter vectors [H]) → the states after. The biases are already in: b_ih in the input side, b_hh in the recurrent
 # one. A projection of h is the loop's.
@@ -25,6 +27,8 @@ class Cell(NamedTuple):
         the sum of both.
     reads_h: the formula reads h itself, not only what W_hh makes of it.
     projects: h may have a projection.
+    recurrent: there is a W_hh. Without it a step gets no recurrent sides, and h reaches the next one by the formula.
+    program: of a user's cell, whose name is the program's text.
     """
 
     name: str
@@ -36,6 +40,13 @@ class Cell(NamedTuple):
     apart: int = 0
     reads_h: bool = False
     projects: bool = False
+    recurrent: bool = True
+    program: Program | None = None
+
+    @property
+    def title(self) -> str:
+        """The name for people."""
+        return self.program.title if self.program else self.name
 
     @property
     def gradients(self) -> int:
@@ -49,7 +60,25 @@ class Cell(NamedTuple):
         return len(self.states) - 1 + self.reads_h
 
 
-CELLS: dict[str, Cell] = {}
+class Cells(dict[str, Cell]):
+    """Cells by name. A name that is a program is a cell without having been registered."""
+
+    def __missing__(self, name: str) -> Cell:
+        if not is_program(name):
+            raise KeyError(name)
+        program = parse(name)
+        return self.setdefault(name, cell_of(program))
+
+
+def cell_of(program: Program) -> Cell:
+    """The descriptor of a user's cell. Its step is the program's."""
+    return Cell(
+        program.text, program.gates, program.states, program.saved, program.step, program.params, program.apart,
+        program.reads_h, False, program.recurrent, program,
+    )  # fmt: skip
+
+
+CELLS: Cells = Cells()
 
 
 def register(cell: Cell) -> Cell:
@@ -61,4 +90,9 @@ def register(cell: Cell) -> Cell:
 
 def unknown(cell: str, known: Iterable[str]) -> str | None:
     """Why a backend with kernels for these cells cannot run this one; None where it can."""
-    return None if cell in known else f"it knows the cells {', '.join(known)}, not {cell!r}"
+    return None if cell in known else f"it knows the cells {', '.join(known)}, not {title(cell)!r}"
+
+
+def title(cell: str) -> str:
+    """A cell's name for people."""
+    return parse(cell).title if is_program(cell) else cell

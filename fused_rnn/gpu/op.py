@@ -85,7 +85,7 @@ def layer_of(call: LayerCall) -> tuple[Layer, list[Weights]]:
 
 def _check_states(suffix: str, cell: Cell, states: Sequence[Tensor], call: LayerCall, x: Tensor) -> None:
     if len(states) not in (0, len(cell.states)):
-        raise RuntimeError(f"states: got {len(states)} tensors, expected none or {len(cell.states)} of a {cell.name}")
+        raise RuntimeError(f"states: got {len(states)} tensors, expected none or {len(cell.states)} of a {cell.title}")
     for name, state, shape in zip(cell.states, states, call.state_shapes(), strict=False):
         _check(name + suffix, state, shape, x)
 
@@ -138,12 +138,14 @@ def define(name: str, make: Make, keys: Sequence[str] = ("CUDA",)) -> tuple[Any,
     """Register both ops for these dispatch keys, and what torch asks about them; returns them."""
     tags = (torch.Tag.pt2_compliant_tag,)
     _library.define(
-        f"{name}_forward({_INPUTS}, str cell, int[] directions, str save, bool keep_hidden) -> Tensor[]",
+        f"{name}_forward({_INPUTS}, str cell, int[] directions, str save, bool keep_hidden, bool sequences)"
+        " -> Tensor[]",
         tags=tags,
     )
     _library.define(
         f"{name}_backward(Tensor? dy, Tensor[] dstates, {_INPUTS}, Tensor hidden, Tensor saved,"
-        " Tensor[] histories, str cell, int[] directions, str save, bool need_dx, bool need_dw) -> Tensor[]",
+        " Tensor[] histories, str cell, int[] directions, str save, bool need_dx, bool need_dw,"
+        " Tensor[] dsequences) -> Tensor[]",
         tags=tags,
     )
     kinds: list[tuple[str, Any, Any, Any]] = [

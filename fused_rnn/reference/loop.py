@@ -25,7 +25,8 @@ def without_autocast(x: Tensor) -> AbstractContextManager[None]:
 
 
 def run_layer(call: LayerCall) -> list[Tensor]:
-    """One layer: [y [T, B, R·P], h_n [R, B, P], the other states after [R, B, H]], in x's dtype.
+    """One layer: [y [T, B, R·P], h_n [R, B, P], the other states after [R, B, H], their sequences [T, B, R, H] if asked
+    for], in x's dtype.
 
     16-bit types compute in float32. Differentiable any number of times, in forward mode too, in x, weights and states;
     works under vmap.
@@ -35,14 +36,20 @@ def run_layer(call: LayerCall) -> list[Tensor]:
         weights, states = [w.float() for w in call.weights], [s.float() for s in call.states]
         call = call._replace(x=call.x.float(), weights=weights, states=states)
     x, spec, initial = zero_past_end(call.x, call.lengths), call.spec, call.initial()
-    ys, finals = [], []
+    ys, finals, over_time = [], [], []
     for r, (w, direction) in enumerate(zip(call.each, call.directions, strict=True)):
         own = x if x.dim() == 3 else x[:, :, r]
-        y, after = _run_recurrence(own, w, [s[r] for s in initial], call.lengths, call.reset, spec, direction)
+        (y, *others), after = _run_recurrence(
+            own, w, [s[r] for s in initial], call.lengths, call.reset, spec, direction
+        )
         ys.append(y)
         finals.append(after)
+        over_time.append(others)
     y = ys[0] if len(ys) == 1 else torch.cat(ys, -1)
-    return [y.to(dtype), *(torch.stack(each).to(dtype) for each in zip(*finals, strict=True))]
+    outputs = [y, *(torch.stack(each) for each in zip(*finals, strict=True))]
+    if call.sequences:
+        outputs += [torch.stack(each, 2) for each in zip(*over_time, strict=True)]
+    return [t.to(dtype) for t in outputs]
 
 
 def _run_recurrence(
@@ -53,11 +60,11 @@ def _run_recurrence(
     reset: Tensor | None,
     spec: Cell,
     direction: int,
-) -> tuple[Tensor, Sequence[Tensor]]:
-    """x [T, B, D], states [B, ·] → y [T, B, P] and the states after."""
+) -> tuple[list[Tensor], Sequence[Tensor]]:
+    """x [T, B, D], states [B, ·] → the states of every step [T, B, ·], zeros past the end, and those after."""
     steps = x.shape[0]
     gates_x = linear(x, w.w_ih, w.b_ih)
-    outputs: list[Tensor] = []
+    outputs: list[Sequence[Tensor]] = []
     for t in range(steps) if direction > 0 else range(steps - 1, -1, -1):
         entering = states
         over = None if lengths is None else (t >= lengths).unsqueeze(-1)
@@ -65,18 +72,18 @@ def _run_recurrence(
         for gone in (over, None if reset is None else reset[t].unsqueeze(-1)):
             if gone is not None:
                 entering = [s.masked_fill(gone, 0) for s in entering]
-        gates_h = linear(entering[0], w.w_hh, w.b_hh)
-        new = spec.step(gates_x[t].chunk(spec.gates, -1), gates_h.chunk(spec.gates, -1), entering, w.params)
+        sides = () if w.w_hh is None else linear(entering[0], w.w_hh, w.b_hh).chunk(spec.gates, -1)
+        new = spec.step(gates_x[t].chunk(spec.gates, -1), sides, entering, w.params)
         if w.w_hr is not None:
             new = (linear(new[0], w.w_hr), *new[1:])
         if over is None:
             states = new
-            outputs.append(new[0])
+            outputs.append(new)
         else:
             # Past its end a sequence's state stands still. A reverse loop meets those steps first, and so enters the
             # last valid one with h0.
             states = [torch.where(over, s, n) for s, n in zip(states, new, strict=True)]
-            outputs.append(new[0].masked_fill(over, 0))
+            outputs.append([n.masked_fill(over, 0) for n in new])
     if direction < 0:
         outputs.reverse()
-    return torch.stack(outputs), states
+    return [torch.stack(each) for each in zip(*outputs, strict=True)], states

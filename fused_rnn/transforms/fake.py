@@ -18,15 +18,19 @@ def same_device(x: Tensor, *others: Tensor | None) -> None:
 
 
 def forward(*args: Any) -> list[Tensor]:
-    """A layer's forward: [y, states after], and what it keeps: [saved, histories, hidden]."""
+    """A layer's forward: [y, states after, sequences], and what it keeps: [saved, histories, hidden]."""
     call = LayerCall(*args)
     x = call.x
     same_device(x, *call.weights, *call.states, call.lengths, call.reset)
     y = x.new_empty(*x.shape[:2], call.recurrences * call.width)
     outputs = [y, *(x.new_empty(shape) for shape in call.state_shapes())]
+    if call.sequences:
+        outputs += [x.new_empty(shape) for shape in call.sequence_shapes()]
     if call.save == "none":
         return outputs
     saved, histories, dtype = call.kept_shapes()
+    if call.sequences and call.save == "gates":
+        histories = []
     hidden = torch.empty_like(y) if call.keep_hidden else x.new_empty(0)
     return [*outputs, x.new_empty(saved), *(x.new_empty(shape, dtype=dtype) for shape in histories), hidden]
 
@@ -35,7 +39,16 @@ def backward(*args: Any) -> list[Tensor]:
     """A layer's backward: [dx, gradients of the states given, of the weights]."""
     call = BackwardCall(*args)
     x = call.x
-    tensors = (call.dy, *call.dstates, *call.states, call.lengths, call.reset, call.hidden, call.saved)
+    tensors = (
+        call.dy,
+        *call.dstates,
+        *call.dsequences,
+        *call.states,
+        call.lengths,
+        call.reset,
+        call.hidden,
+        call.saved,
+    )
     same_device(x, *tensors, *call.histories, *call.weights)
     dx = x.new_empty(x.shape if call.need_dx else 0)
     states = [x.new_empty(state.shape) for state in call.states]

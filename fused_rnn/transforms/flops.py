@@ -27,7 +27,7 @@ def _products(call: LayerCall) -> tuple[int, int, int]:
     each = call.each
     return (
         sum(prod(w.w_ih) for w in each),
-        sum(prod(w.w_hh) for w in each),
+        sum(prod(w.w_hh) for w in each if w.w_hh is not None),
         sum(prod(w.w_hr) for w in each if w.w_hr is not None),
     )
 

@@ -26,13 +26,13 @@ def register(name: str, forward: Op, backward: Op, library: torch.library.Librar
         call = LayerCall(*inputs)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(call.x, call.lengths, call.reset, *call.states, *call.weights)
-        ctx.call = (len(call.states), call.cell, call.directions)
+        ctx.call = (len(call.states), call.cell, call.directions, call.sequences)
 
     def pull(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             raise RuntimeError(f"{name}: an op by itself is differentiable once; differentiate the module instead")
         x, lengths, reset, *rest = ctx.saved_tensors
-        given, cell, directions = ctx.call
+        given, cell, directions, sequences = ctx.call
         call = LayerCall(x, rest[given:], rest[:given], lengths, reset, cell, directions, "gates")
         with without_gradient():
             y, *others = forward(*call)
@@ -41,9 +41,12 @@ def register(name: str, forward: Op, backward: Op, library: torch.library.Librar
         douts = [torch.zeros_like(s) if d is None else d for s, d in zip(others, grads[1 : count + 1], strict=False)]
         need_dx, need_dw = ctx.needs_input_grad[0], any(ctx.needs_input_grad[1])
         with without_gradient():
-            dx, *dtensors = backward(grads[0], douts, *call[:5], y, saved, histories, *call[5:8], need_dx, need_dw)
+            more = zip(histories, grads[count + 1 :], strict=False)
+            dsequences = [torch.zeros_like(s) if d is None else d for s, d in more] if sequences else []
+            kept = (y, saved, histories)
+            dx, *dtensors = backward(grads[0], douts, *call[:5], *kept, *call[5:8], need_dx, need_dw, dsequences)
         dweights = all_or_none(dtensors[given:], len(call.weights))
-        return (dx if need_dx else None, dweights, dtensors[:given], *[None] * 6)
+        return (dx if need_dx else None, dweights, dtensors[:given], *[None] * 7)
 
     torch.library.register_autograd(name, pull, setup_context=setup_context, lib=library)
 

@@ -133,7 +133,7 @@ def forward(op: Callable[..., list[Tensor]], n: int, dims: Dims, *args: Any) -> 
             lengths=_fold(call.lengths, where.lengths, n, 0),
             reset=_fold(call.reset, where.reset, n, 1),
         )
-        places = [1] * (1 + states) + [1] + [history[0]] * (states - 1) + [1]
+        sequences, places = [1] * (states - 1) * call.sequences, [1] * (1 + states)
     elif where.lengths is None and where.reset is None:
         shared = where.x is None and call.x.dim() == 3
         folded = call._replace(
@@ -142,9 +142,11 @@ def forward(op: Callable[..., list[Tensor]], n: int, dims: Dims, *args: Any) -> 
             states=_fold_each(call.states, where.states, n, 0),
             directions=list(call.directions) * n,
         )
-        places = [2] + [0] * states + [2] + [history[1]] * (states - 1) + [2]
+        sequences, places = [2] * (states - 1) * call.sequences, [2] + [0] * states
     else:
         return None
+    kept, at = (call.sequences and call.save == "gates"), places[0]
+    places += [*sequences, at, *[history[at - 1]] * (0 if kept else states - 1), at]
     outputs = op(*folded)
     out_dims = [None if _absent(t) else at for t, at in zip(outputs, places, strict=False)]
     return [t if at is None else _unfold(t, n, at) for t, at in zip(outputs, out_dims, strict=True)], out_dims
@@ -169,6 +171,7 @@ def backward(op: Callable[..., list[Tensor]], n: int, dims: Dims, *args: Any) ->
             hidden=_fold(call.hidden, where.hidden, n, 1),
             saved=_fold(call.saved, where.saved, n, 1),
             histories=_fold_each(call.histories, where.histories, n, history[0]),
+            dsequences=_fold_each(call.dsequences, where.dsequences, n, 1),
         )
         outputs = per_sample.backward(op, n, batch) if call.need_dw else op(*batch)
         rows, dweights = outputs[: 1 + given], outputs[1 + given :]
@@ -188,6 +191,7 @@ def backward(op: Callable[..., list[Tensor]], n: int, dims: Dims, *args: Any) ->
         hidden=_fold(call.hidden, where.hidden, n, 2),
         saved=_fold(call.saved, where.saved, n, 2),
         histories=_fold_each(call.histories, where.histories, n, history[1]),
+        dsequences=_fold_each(call.dsequences, where.dsequences, n, 2),
         directions=list(call.directions) * n,
     )
     dx, *rest = op(*ensemble)

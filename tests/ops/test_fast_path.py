@@ -33,7 +33,7 @@ def call(
         states = []
     w = [module._parameters.get(key + ("_l0" if sequence else "")) for key in (*NAMES, "weight_hr")]
     weights = [t for t in w if t is not None]
-    options = (None, None, CELLS[name], [1], "none", False) if sequence else (CELLS[name],)
+    options = (None, None, CELLS[name], [1], "none", False, False) if sequence else (CELLS[name],)
     return (
         module,
         (module._parameters, module.bias, x, as_hx(states), CELLS[name], 0 if sequence else -1),
@@ -97,7 +97,7 @@ def test_a_sequence_is_the_op(name: str, projected: int, batch: int, given: bool
     states = make_states(name, batch, projected or 18, dtype) if given else []
     with torch.no_grad():
         made = quick(module._parameters, True, x, as_hx(states), CELLS[name], 0)
-        expected = ops.forward(x, list(module.parameters()), states, None, None, CELLS[name], [1], "none", False)
+        expected = ops.forward(x, list(module.parameters()), states, None, None, CELLS[name], [1], "none", False, False)
         assert made[0].shape == expected[0].shape
         for a, b in zip(made, expected, strict=True):
             assert torch.equal(a, b)
@@ -227,7 +227,9 @@ def test_lengths_and_resets(name: str, projected: int, given: tuple[bool, bool],
         reset[0, -1] = True
     with torch.no_grad():
         made = quick(module._parameters, True, x, hx, CELLS[name], 0, lengths, reset)
-        expected = ops.forward(x, list(module.parameters()), states, lengths, reset, CELLS[name], [1], "none", False)
+        expected = ops.forward(
+            x, list(module.parameters()), states, lengths, reset, CELLS[name], [1], "none", False, False
+        )
         for a, b in zip(made, expected, strict=True):
             assert torch.equal(a, b)
         plain = quick(module._parameters, True, x, hx, CELLS[name], 0, None, None)

@@ -29,7 +29,7 @@ VARIANTS: list[dict[str, Any]] = [
 def arguments(case: Case, given: Inputs, save: str, keep_hidden: bool = True) -> tuple[Any, ...]:
     """Those of fused_rnn::forward."""
     directions = [1, -1][: case.R]
-    return given.x, given.weights, given.hx, given.lengths, given.reset, case.cell, directions, save, keep_hidden
+    return given.x, given.weights, given.hx, given.lengths, given.reset, case.cell, directions, save, keep_hidden, False
 
 
 def backward_arguments(case: Case, given: Inputs, save: str, keep_hidden: bool = True) -> tuple[Any, ...]:
@@ -38,7 +38,7 @@ def backward_arguments(case: Case, given: Inputs, save: str, keep_hidden: bool =
     outputs = ops.forward(*call)
     saved, *histories, hidden = outputs[1 + len(CELLS[case.cell].states) :]
     kept = (hidden if keep_hidden else outputs[0], saved, histories)
-    return (given.dout[0], given.dout[1:], *call[:5], *kept, *call[5:8], True, True)
+    return (given.dout[0], given.dout[1:], *call[:5], *kept, *call[5:8], True, True, ())
 
 
 def checks_of(case: Case) -> tuple[str, ...]:
@@ -67,7 +67,7 @@ def test_backward_passes_opcheck(case: Case, save: str) -> None:
     require("cpu", case)
     call = backward_arguments(case, inputs(case), save)
     torch.library.opcheck(ops.backward, call, test_utils=checks_of(case))
-    torch.library.opcheck(ops.backward, (None, *call[1:-2], False, False), test_utils=QUICK)
+    torch.library.opcheck(ops.backward, (None, *call[1:-3], False, False, ()), test_utils=QUICK)
 
 
 @pytest.mark.parametrize("cell", CELLS)

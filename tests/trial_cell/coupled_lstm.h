@@ -15,7 +15,7 @@ struct CoupledLstm : CellDefaults {
   static constexpr unsigned backward_after = 0b10, backward_before = 0b10;
 
   template <class M, class N>
-  static FUSED_RNN_HD void forward(const N (&a)[3], const N (&before)[2], N (&after)[2], N (&s)[3]) {
+  static FUSED_RNN_HD void forward(const N (&a)[3], const N (&before)[2], const N (&)[1], N (&after)[2], N (&s)[3]) {
     s[0] = M::sigmoid(a[0]);
     s[1] = M::tanh(a[1]);
     s[2] = M::sigmoid(a[2]);
@@ -24,7 +24,8 @@ struct CoupledLstm : CellDefaults {
   }
 
   template <class M, class N>
-  static FUSED_RNN_HD void backward(const N (&s)[3], const N (&before)[2], N (&after)[2], N (&dstate)[2], N (&d)[3]) {
+  static FUSED_RNN_HD void backward(const N (&s)[3], const N (&before)[2], const N (&)[1], N (&after)[2], N (&dstate)[2], N (&d)[3],
+                                    N (&)[1]) {
     const N tc = M::tanh(after[1]);
     after[0] = s[2] * tc;
     const N dc = dstate[1] + dstate[0] * s[2] * (M::one - tc * tc);

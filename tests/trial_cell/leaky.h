@@ -16,7 +16,7 @@ struct Leaky : CellDefaults {
   static constexpr unsigned backward_before = 0b10;
 
   template <class M, class N>
-  static FUSED_RNN_HD void forward(const N (&a)[3], const N (&before)[2], N (&after)[2], N (&s)[4]) {
+  static FUSED_RNN_HD void forward(const N (&a)[3], const N (&before)[2], const N (&)[1], N (&after)[2], N (&s)[4]) {
     s[0] = M::sigmoid(a[0]);
     s[1] = M::tanh(a[1] + s[0] * a[2]);
     after[1] = s[0] * before[1] + before[0];
@@ -26,7 +26,8 @@ struct Leaky : CellDefaults {
   }
 
   template <class M, class N>
-  static FUSED_RNN_HD void backward(const N (&s)[4], const N (&before)[2], N (&)[2], N (&dstate)[2], N (&d)[3]) {
+  static FUSED_RNN_HD void backward(const N (&s)[4], const N (&before)[2], const N (&)[1], N (&)[2], N (&dstate)[2], N (&d)[3],
+                                    N (&)[1]) {
     const N dm = dstate[1] + dstate[0] * s[0];
     d[0] = dstate[0] * s[0] * (M::one - s[1] * s[1]);
     d[1] = (dstate[0] * s[2] + rounded_product(N(dm * before[1])) + rounded_product(N(d[0] * s[3]))) * s[0] * (M::one - s[0]);

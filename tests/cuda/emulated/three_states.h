@@ -17,7 +17,7 @@ struct ThreeStates : CellDefaults {
   static constexpr unsigned backward_after = 0b010, backward_before = 0b111;
 
   template <class M, class N>
-  static FUSED_RNN_HD void forward(const N (&a)[3], const N (&before)[3], N (&after)[3], N (&s)[3]) {
+  static FUSED_RNN_HD void forward(const N (&a)[3], const N (&before)[3], const N (&)[1], N (&after)[3], N (&s)[3]) {
     s[0] = M::sigmoid(a[0]);
     s[1] = M::tanh(a[1] + s[0] * a[2]);
     s[2] = a[2];
@@ -27,7 +27,8 @@ struct ThreeStates : CellDefaults {
   }
 
   template <class M, class N>
-  static FUSED_RNN_HD void backward(const N (&s)[3], const N (&before)[3], N (&after)[3], N (&dstate)[3], N (&d)[3]) {
+  static FUSED_RNN_HD void backward(const N (&s)[3], const N (&before)[3], const N (&)[1], N (&after)[3], N (&dstate)[3], N (&d)[3],
+                                    N (&)[1]) {
     const N dn = dstate[2] + dstate[0];
     const N dc = dstate[1] - dstate[0] * s[0] + dn;
     d[0] = dc * (M::one - s[1] * s[1]);
