@@ -251,7 +251,7 @@ def test_it_is_the_step() -> None:
             assert torch.equal(made, right)
     assert smoothed.__doc__ == "Its doc." and smoothed.__name__ == "smoothed"
     assert repr(smoothed) == "<cell smoothed: gates=1, states=('h', 'm'), params=('a',)>"
-    assert parse(smoothed.name) == smoothed.program
+    assert parse(smoothed.descriptor().name) == smoothed.program
 
 
 def test_copies_and_pickles_by_name() -> None:
@@ -264,7 +264,7 @@ def test_copies_and_pickles_by_name() -> None:
 
 def test_equal_steps_are_one_cell() -> None:
     first, second = (fused_rnn.cell(gates=1)(lambda x, r, s, p: torch.tanh(x[0] + r[0])) for _ in range(2))
-    assert first.descriptor is second.descriptor
+    assert first.descriptor() is second.descriptor()
 
 
 def test_the_first_cell_of_a_process_takes_no_time() -> None:
@@ -277,7 +277,7 @@ def test_the_first_cell_of_a_process_takes_no_time() -> None:
             c = f * s.c + i * torch.tanh(x[2] + r[2])
             return o * torch.tanh(c), c
         before, start = set(sys.modules), time.perf_counter()
-        lstm.descriptor
+        lstm.descriptor()
         taken = time.perf_counter() - start
         heavy = {name.split(".")[0] for name in set(sys.modules) - before} & {"sympy", "mpmath", "triton"}
         assert not heavy and "torch._dynamo" not in sys.modules, heavy
