@@ -117,14 +117,14 @@ class PlainLoops:
         for r, t, at, valid, live in reversed(list(self._places(window))):
             step = t if layer.directions[r] > 0 else layer.steps - 1 - t
             before, after = [], []
-            for k, (history, entering) in enumerate(zip(states, first, strict=True)):
+            for k, (history, begins) in enumerate(zip(states, first, strict=True)):
                 here = at if k else t  # of h there is all of time
                 if step == (window[0] if k else 0):
-                    state = entering[r]
+                    state = begins[r]
                 else:
                     state = history[here - layer.directions[r], :, r]
                 if layer.directions[r] < 0 and layer.lengths is not None:
-                    state = torch.where((t + 1 >= layer.lengths).unsqueeze(-1), entering[r], state)
+                    state = torch.where((t + 1 >= layer.lengths).unsqueeze(-1), begins[r], state)
                 before.append(state * live)
                 after.append(history[here, :, r])
             d_after = [d[r] for d in dstates]
