@@ -45,6 +45,19 @@ def input_product(
     return gx
 
 
+def recurrent_product(
+    layer: Layer, weights: Sequence[Weights], windows: Sequence[tuple[int, int]], h0: Tensor, hidden: Tensor
+) -> Tensor:
+    """h_{t-1} @ W_hh^T over each recurrence's window of time, of an h that is known: [window, B, R, G, H]."""
+    length = windows[0][1] - windows[0][0]
+    product = h0.new_empty(length, layer.batch, layer.recurrences, layer.cell.gates, layer.hidden)
+    for r, (window, w) in enumerate(zip(windows, weights, strict=True)):
+        before = entering(hidden[:, :, r], h0[r], layer.lengths, layer.reset, layer.directions[r], *window)
+        own = torch.mm(before.flatten(0, 1), w.w_hh.t())
+        product[:, :, r] = own.view(length, layer.batch, layer.cell.gates, layer.hidden)
+    return product
+
+
 def window_of(direction: int, steps: int, first: int, last: int) -> tuple[int, int]:
     """Steps first .. last - 1 in the recurrence's order, as a range of time."""
     return (first, last) if direction > 0 else (steps - last, steps - first)

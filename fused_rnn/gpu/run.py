@@ -11,9 +11,8 @@ from torch import Tensor
 from fused_rnn.call import BackwardCall, LayerCall, Weights, all_or_none, wide
 from fused_rnn.gpu import projection
 from fused_rnn.gpu.loops import Layer, Loops
-from fused_rnn.gpu.products import input_gradient, input_product, weight_gradients, window_of
+from fused_rnn.gpu.products import input_gradient, input_product, recurrent_product, weight_gradients, window_of
 from fused_rnn.gpu.weights import aligned, params, recurrent, recurrent_bias
-from fused_rnn.reference.sequence import entering
 
 
 def _wide(layer: Layer, like: Tensor, states: Sequence[Tensor | None]) -> list[Tensor]:
@@ -130,11 +129,7 @@ def _backward_by_chunks(
         last = min(first + every, steps)
         windows = [window_of(direction, steps, first, last) for direction in layer.directions]
         gx = input_product(x, weights, cell, windows, units)
-        given = torch.empty_like(gx) if cell.recurrent else None
-        for r, window in enumerate(windows if given is not None else ()):
-            before = entering(hidden[:, :, r], h0[r], layer.lengths, layer.reset, layer.directions[r], *window)
-            product = torch.mm(before.flatten(0, 1), weights[r].w_hh.t())
-            given.view(-1, recurrences, cell.gates * units)[:, r] = product
+        given = recurrent_product(layer, weights, windows, h0, hidden) if cell.recurrent else None
         saved = x.new_empty(last - first, batch, recurrences, cell.saved, units)
         # Histories are kept wide here: they are made from a wide checkpoint and live no longer than the chunk.
         histories = [x.new_empty(*saved.shape[:3], units, dtype=wide(x.dtype)) for _ in call.histories]

@@ -20,7 +20,7 @@ from fused_rnn.reference.sequence import past_end
 
 Results = dict[str, Tensor]
 
-# c' = f c + (1 - f) x_0, h' = r tanh(c') + (1 - r) x_3, with f and r of x and c: no W_hh, h is not read. As Lei et al. 2018.
+# c' = f c + (1 - f) x_0, h' = r tanh(c') + (1 - r) x_3: no W_hh, and h is not read. As Lei et al. 2018.
 SRU = (
     PREFIX + "sru|4 0 0|h c|v_f v_r|"
     "fma 6 5 1,sigmoid 8,fma 7 5 2,sigmoid 10,sub 5 0,fma 9 12 0,tanh 13,sub 14 3,fma 11 15 3>16 13;9 11 12 15|"
