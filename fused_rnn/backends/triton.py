@@ -14,7 +14,7 @@ from fused_rnn.transforms.op_gradient import without_gradient
 from fused_rnn.triton import device as devices
 from fused_rnn.triton import planner
 from fused_rnn.triton.cells import MODULES
-from fused_rnn.triton.schedule import Shape
+from fused_rnn.triton.schedule import shape_of
 from fused_rnn.triton.target import INTERPRETER
 
 if TYPE_CHECKING:
@@ -68,9 +68,9 @@ def describe(problem: Problem) -> str:
         return "nothing here"
     target = INTERPRETER if problem.device == "cpu" else devices.target_at(torch.cuda.current_device())
     said = ["Triton's interpreter" if problem.device == "cpu" else f"Triton on {target.arch}"]
-    gates, kind = CELLS[problem.cell].gates, devices.kind_of(problem.dtype, target)
+    cell, kind = CELLS[problem.cell], devices.kind_of(problem.dtype, target)
     for way in ("forward", "backward")[: 1 + problem.needs_grad]:
-        shape = Shape(problem.cell, gates, kind, problem.hidden_size, way == "backward")
+        shape = shape_of(cell, kind, problem.hidden_size, way == "backward")
         said.append(f"{way}: {planner.choose(shape, target, problem.batch, problem.recurrences)}")
     return "; ".join(said)
 
@@ -89,7 +89,7 @@ def _loops(layer: Layer, x: Tensor, backward: bool) -> Loops:
         raise RuntimeError(f"x: {reason}")  # B or R may have grown under vmap since dispatch asked
     target = devices.target_of(x)
     kind = devices.kind_of(x.dtype, target)
-    shape = Shape(layer.cell.name, layer.cell.gates, kind, layer.hidden, backward)
+    shape = shape_of(layer.cell, kind, layer.hidden, backward)
     schedule = planner.choose(shape, target, layer.batch, layer.recurrences)
     precision, activation = devices.precision_of(kind, target), devices.activation_of(kind, target)
     return launch.Loops(layer, launch.LaunchConfig(schedule, target, precision, activation))

@@ -5,21 +5,32 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from fused_rnn.cells import Cell
+
 LOOPS = ("solo", "cooperative", "stepwise")
 
 
 class Shape(NamedTuple):
-    """What a schedule is keyed on. kind: how products are taken, "half" (16-bit), "tf32" or "ieee"."""
+    """What a schedule is keyed on.
+
+    kind: how products are taken, "half" (16-bit), "tf32" or "ieee".  recurrent: as the cell's.
+    """
 
     cell: str
     gates: int
     kind: str
     hidden: int
     backward: bool
+    recurrent: bool = True
 
     @property
     def size(self) -> int:
         return 2 if self.kind == "half" else 4
+
+
+def shape_of(cell: Cell, kind: str, hidden: int, backward: bool) -> Shape:
+    """The shape of a cell's loop."""
+    return Shape(cell.name, cell.gates, kind, hidden, backward, cell.recurrent)
 
 
 @dataclass(frozen=True)
