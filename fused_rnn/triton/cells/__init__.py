@@ -16,6 +16,9 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
+from fused_rnn.cells.program import is_program
+from fused_rnn.triton import printer
+
 MODULES: dict[str, str] = {}
 
 
@@ -25,6 +28,9 @@ def register(cell: str, module: str) -> None:
 
 
 def kernels(cell: str) -> ModuleType:
+    """The module of a cell of this name; of a program it is printed."""
+    if is_program(cell):
+        return printer.module(cell)
     return importlib.import_module(MODULES[cell])
 
 
