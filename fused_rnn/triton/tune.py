@@ -75,8 +75,10 @@ def runner(
 
         def run_backward() -> None:
             loops.counters = None  # a run counts from zero
-            given: dict[str, list[Tensor]] = {"dsequences": [], "states": states, "first": first, "dstates": dstates}
-            loops.backward(dy=y, w=w, params=None, saved=saved, dgates=dgates, dparams=None, **given)
+            loops.backward(
+                dy=y, dsequences=[], w=w, params=None, states=states, first=first, saved=saved, dgates=dgates,
+                dstates=dstates, dparams=None,
+            )  # fmt: skip
 
         return run_backward
     gx, h_n = random(steps, batch, 1, cell.gates, hidden), torch.empty_like(h0)
