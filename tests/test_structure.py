@@ -32,7 +32,7 @@ FLOORS: tuple[set[str], ...] = (
     {"plan"},
     {"gpu", "ops"},
     {"transforms", "onnx", "checks"},
-    {"reference"},
+    {"reference", "flex"},
     {"call"},
     {"cells", "problem", "missing"},
 )

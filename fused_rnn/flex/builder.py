@@ -1,0 +1,138 @@
+"""Programs under construction: equal values are one value, constants are folded, what does nothing is left out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+
+from fused_rnn.cells.program import ARITY, BINARY, TERNARY, UNARY, Graph, Instruction
+
+_COMMUTES = {"add", "mul", "maximum", "minimum", "eq", "ne", "and", "or"}
+_FOLDED: dict[str, Callable[..., torch.Tensor]] = {**UNARY, **BINARY, **TERNARY}
+
+# Operations of a program under construction alone, whose gradient is not that of what they become.
+LOWERED = {"clamp_min": "maximum", "clamp_max": "minimum"}
+
+
+class Builder:
+    """Values by number, the first `inputs` of them the program's."""
+
+    def __init__(self, inputs: int) -> None:
+        self.nodes: list[Instruction] = [Instruction("input", (i,)) for i in range(inputs)]
+        self._known: dict[Instruction, int] = {}
+
+    def const(self, value: float) -> int:
+        return self._node(Instruction("const", (), float(value)))
+
+    def value(self, i: int) -> float | None:
+        """Of a constant its value."""
+        return self.nodes[i].value if self.nodes[i].op == "const" else None
+
+    def add(self, op: str, *args: int) -> int:
+        """The value of an operation on values."""
+        if op in _COMMUTES:
+            args = tuple(sorted(args))
+        return self._simpler(op, args) if (folded := self._fold(op, args)) is None else folded
+
+    def _node(self, node: Instruction) -> int:
+        # NaN is no key, for it is not equal to itself; and -0.0 equals 0.0.
+        key = node._replace(value=node.value.hex()) if node.op == "const" else node  # type: ignore[arg-type]
+        if key not in self._known:
+            self._known[key] = len(self.nodes)
+            self.nodes.append(node)
+        return self._known[key]
+
+    def _fold(self, op: str, args: tuple[int, ...]) -> int | None:
+        values = [self.value(i) for i in args]
+        if op == "where" and values[0] is not None:
+            return args[1] if values[0] != 0 else args[2]
+        if any(value is None for value in values):
+            return None
+        tensors = [torch.tensor(value, dtype=torch.float64, device="cpu") for value in values]
+        return self.const(float(_FOLDED[LOWERED.get(op, op)](*tensors)))
+
+    def _simpler(self, op: str, args: tuple[int, ...]) -> int:
+        """Without what is the same to the last bit, but for the sign of a zero."""
+        first = self.value(args[0])
+        last = self.value(args[-1])
+        if op in ("add", "mul") and first is not None:  # the constant last
+            args, first, last = (args[1], args[0]), last, first
+        if (op in ("add", "sub") and last == 0) or (op in ("mul", "div") and last == 1):
+            return args[0]
+        if op in ("mul", "div") and last == -1:
+            return self.add("neg", args[0])
+        if op == "sub" and first == 0:
+            return self.add("neg", args[1])
+        if op == "neg" and self.nodes[args[0]].op == "neg":
+            return self.nodes[args[0]].args[0]
+        if op in ("add", "sub") and self.nodes[args[1]].op == "neg":
+            return self.add("sub" if op == "add" else "add", args[0], self.nodes[args[1]].args[0])
+        if op == "add" and self.nodes[args[0]].op == "neg":
+            return self.add("sub", args[1], self.nodes[args[0]].args[0])
+        if (
+            op == "div"
+            and last is not None
+            and last != 0
+            and math.isfinite(last)
+            and math.frexp(last)[0] in (0.5, -0.5)
+        ):
+            return self.add("mul", args[0], self.const(1 / last))  # exact
+        if op == "where" and args[1] == args[2]:
+            return args[1]
+        if op in _COMMUTES:
+            args = tuple(sorted(args))
+        return self._node(Instruction(op, args))
+
+    def reachable(self, roots: list[int]) -> set[int]:
+        """The values that these are made of, with them."""
+        seen: set[int] = set()
+        todo = list(roots)
+        while todo:
+            i = todo.pop()
+            if i not in seen:
+                seen.add(i)
+                if self.nodes[i].op != "input":
+                    todo += self.nodes[i].args
+        return seen
+
+
+def emit(builder: Builder, given: dict[int, int], inputs: int, outputs: list[list[int]]) -> Graph:
+    """The graph that makes the outputs. given: which of its inputs is which of the builder's values."""
+    nodes = builder.nodes
+    needed: set[int] = set()
+    todo = [i for group in outputs for i in group]
+    while todo:
+        i = todo.pop()
+        if i in given or i in needed:
+            continue
+        assert nodes[i].op != "input", f"value {i} is not given"
+        needed.add(i)
+        todo += nodes[i].args
+    order = sorted(needed)  # arguments come before what is made of them
+    code = {i: Instruction(LOWERED.get(nodes[i].op, nodes[i].op), nodes[i].args, nodes[i].value) for i in order}
+    _fuse(code, [i for group in outputs for i in group])
+    numbers = dict(given)
+    made: list[Instruction] = []
+    for i, (op, args, value) in sorted(code.items()):
+        assert len(args) == ARITY[op]
+        numbers[i] = inputs + len(made)
+        made.append(Instruction(op, tuple(numbers[a] for a in args), value))
+    return Graph(inputs, tuple(made), tuple(tuple(numbers[i] for i in group) for group in outputs))
+
+
+def _fuse(code: dict[int, Instruction], outputs: list[int]) -> None:
+    """Products that are only added to something become one operation with the sum."""
+    uses: dict[int, int] = dict.fromkeys(outputs, 2)
+    for _, args, _ in code.values():
+        for i in args:
+            uses[i] = uses.get(i, 0) + 1
+    for i, (op, args, _) in sorted(code.items()):
+        if op != "add":
+            continue
+        for product, other in (args, args[::-1]):
+            if product in code and code[product].op == "mul" and uses[product] == 1 and product != other:
+                code[i] = Instruction("fma", (*code[product].args, other))
+                del code[product]
+                break

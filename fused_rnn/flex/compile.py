@@ -1,0 +1,151 @@
+"""From a step in PyTorch to a program: traced, its gates joined, differentiated, and cut where values are kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fused_rnn.cells.program import Program
+from fused_rnn.flex.builder import Builder, emit
+from fused_rnn.flex.gradient import differentiate
+from fused_rnn.flex.kept import keep
+from fused_rnn.flex.trace import B, H, Trace
+
+# (the gates' input sides, their recurrent sides or None, states, params) → a tensor a state.
+Call = Callable[[Sequence[Tensor], Sequence[Tensor] | None, Sequence[Tensor], Sequence[Tensor]], Any]
+
+
+def program_of(
+    title: str,
+    step: Callable[..., Any],
+    call: Call,
+    gates: int,
+    states: tuple[str, ...],
+    params: tuple[str, ...],
+    recurrent: bool,
+) -> Program:
+    """The program of a step. call: the step on plain sequences. Raises StepError for what is none."""
+    traced, after = _trace(title, step, call, gates, states, params, recurrent)
+    builder, after, apart = _joined(traced, after, gates, len(states), len(params), recurrent)
+    width, count = gates + apart, len(states)
+    forward_inputs = width + count + len(params)
+    before = range(width, width + count)
+    vectors = range(width + count, forward_inputs)
+    dafter = range(forward_inputs, forward_inputs + count)
+
+    made = len(builder.nodes)  # all later values are backward's
+    grads = differentiate(builder, after, dafter, range(forward_inputs))
+    front = range(gates - apart, gates) if apart else ()
+    dgates = [grads[i] for i in (*front, *range(gates - apart), *range(gates, width))]
+    if not recurrent or not apart:
+        dgates = grads[:gates]
+    outputs = [dgates, [grads[i] for i in before], [grads[i] for i in vectors]]
+
+    needed = _needed(builder, set(dafter), [i for group in outputs for i in group])
+    free = {*before, *vectors, *after}
+    saved = keep(builder, needed, free, made)
+    forward = emit(builder, {i: i for i in range(forward_inputs)}, forward_inputs, [after, saved])
+    inputs = [*saved, *before, *after, *vectors, *dafter]
+    given = {value: i for i, value in reversed(list(enumerate(inputs))) if builder.value(value) is None}
+    backward = emit(builder, given, len(inputs), outputs)
+    return Program(title, gates, apart, recurrent, states, params, forward, backward)
+
+
+def _trace(
+    title: str,
+    step: Callable[..., Any],
+    call: Call,
+    gates: int,
+    states: tuple[str, ...],
+    params: tuple[str, ...],
+    recurrent: bool,
+) -> tuple[Builder, list[int]]:
+    """The builder after the step has run: inputs x, r, the states and the params; and its values of the states."""
+    sides = gates * (1 + recurrent)
+    rows, vectors = sides + len(states), len(params)
+    builder = Builder(rows + vectors)
+    trace = Trace(builder, title, step)
+    if recurrent:
+        trace.partners = {**{g: gates + g for g in range(gates)}, **{gates + g: g for g in range(gates)}}
+    made = [trace.input(i, (B, H)) for i in range(rows)] + [trace.input(rows + i, (H,)) for i in range(vectors)]
+    x, r = tuple(made[:gates]), tuple(made[gates:sides]) if recurrent else None
+    try:
+        with torch.no_grad(), trace:
+            result = call(x, r, made[sides:rows], made[rows:])
+    except RuntimeError as error:
+        if "ambiguous" in str(error):  # bool(tensor), which Python refuses before any operation
+            raise trace.error("it branches on the value of a tensor; use torch.where") from error
+        raise
+    results = tuple(result) if isinstance(result, (tuple, list)) else (result,)
+    if len(results) != len(states):
+        raise trace.error(f"the step returned {len(results)} values, expected {len(states)}: {', '.join(states)}")
+    for name, value in zip(states, results, strict=True):
+        if not isinstance(value, (Tensor, float, int)):
+            raise trace.error(f"the step returned {type(value).__name__} for state {name!r}, expected a tensor [B, H]")
+    return builder, [trace.value(value) for value in results]
+
+
+def _joined(
+    traced: Builder, after: list[int], gates: int, states: int, params: int, recurrent: bool
+) -> tuple[Builder, list[int], int]:
+    """The same with one input for each gate of which the step sees the sum of both sides alone; how many of the last
+    gates are apart. Room for the gradients of the states follows the inputs."""
+    nodes, reached = traced.nodes, traced.reachable(after)
+    uses: dict[int, set[int]] = {}
+    for i in reached:
+        for a in nodes[i].args if nodes[i].op != "input" else ():
+            uses.setdefault(a, set()).add(i)
+
+    def sum_of(g: int) -> int | None:
+        """The one value that both sides of a gate go into."""
+        own, other = uses.get(g, set()), uses.get(gates + g, set())
+        if g in after or gates + g in after or own != other or len(own) != 1:
+            return None
+        (i,) = own
+        return i if nodes[i].op == "add" and nodes[i].args == (g, gates + g) else None
+
+    sums: dict[int, int] = {}
+    joined = gates
+    if recurrent:
+        joined = 0
+        while joined < gates:
+            unused = not uses.get(joined) and not uses.get(gates + joined) and not {joined, gates + joined} & {*after}
+            if (both := sum_of(joined)) is not None:
+                sums[both] = joined
+            elif not unused:
+                break
+            joined += 1
+    apart = gates - joined
+    sides = gates * (1 + recurrent)
+    builder = Builder(gates + apart + states + params + states)
+    numbers: dict[int, int] = {i: i for i in range(joined, gates)}
+    numbers |= {i: i - joined for i in range(gates + joined, sides)}
+    numbers |= {sides + i: gates + apart + i for i in range(states + params)}
+    if not recurrent:
+        numbers |= {g: g for g in range(gates)}
+    for i in sorted(reached):
+        op, args, value = nodes[i]
+        if i in sums:
+            numbers[i] = sums[i]
+        elif op == "const":
+            numbers[i] = builder.const(value)
+        elif op != "input":
+            numbers[i] = builder.add(op, *(numbers[a] for a in args))
+    return builder, [numbers[i] for i in after], apart
+
+
+def _needed(builder: Builder, dafter: set[int], outputs: list[int]) -> set[int]:
+    """Of the values that do not depend on gradients those that backward reads."""
+    reached = builder.reachable(outputs)
+    dependent: set[int] = set()
+    for i in sorted(reached):
+        if i in dafter or (builder.nodes[i].op != "input" and any(a in dependent for a in builder.nodes[i].args)):
+            dependent.add(i)
+    needed = {i for i in outputs if i not in dependent}
+    for i in dependent:
+        if builder.nodes[i].op != "input":
+            needed |= {a for a in builder.nodes[i].args if a not in dependent}
+    return needed
