@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 from torch import Tensor
@@ -61,13 +62,11 @@ class Cell(NamedTuple):
 
 
 class Cells(dict[str, Cell]):
-    """Cells by name. A name that is a program is a cell without having been registered."""
+    """Cells by name. A name that is a program is a cell without having been registered, and is not kept here: Dynamo
+    guards on how many there are."""
 
     def __missing__(self, name: str) -> Cell:
-        if not is_program(name):
-            raise KeyError(name)
-        program = parse(name)
-        return self.setdefault(name, cell_of(program))
+        return _of_text(name)
 
 
 def cell_of(program: Program) -> Cell:
@@ -77,6 +76,20 @@ def cell_of(program: Program) -> Cell:
         program.reads_h, False, program.recurrent, program,
     )  # fmt: skip
 
+
+@lru_cache(maxsize=4096)
+def _read(text: str) -> Cell:
+    if not is_program(text):
+        raise KeyError(text)
+    return cell_of(parse(text))
+
+
+def _of_text(text: str) -> Cell:
+    """The cell of a program's text; raises KeyError for another name."""
+    return _read(text)
+
+
+_of_text._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as torch.compiler.assume_constant_result
 
 CELLS: Cells = Cells()
 

@@ -5,32 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Number
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._jit_internal import unused
 from torch.nn.utils.rnn import PackedSequence
 
-from fused_rnn.cells import Cell
 from fused_rnn.checks import kind, shape_text
+from fused_rnn.flex import UserCell
 from fused_rnn.nn.recurrent import Recurrent, overrides_checks, read_weights
 from fused_rnn.nn.sequence import run
 
 Init = Number | Tensor | Callable[[Tensor], Any]
 State = Tensor | tuple[Tensor, ...]
-
-
-class UserCell(Protocol):
-    """What a FlexRNN reads of a cell, as fused_rnn.cell makes it."""
-
-    name: str
-    gates: int
-    states: tuple[str, ...]
-    params: tuple[str, ...]
-    recurrent: bool
-
-    def descriptor(self) -> Cell: ...
 
 
 class FlexRNN(Recurrent):
@@ -109,7 +97,10 @@ class FlexRNN(Recurrent):
         backend: str | None = None,
         save: str = "gates",
     ) -> None:
-        _check_cell(cell)
+        if not isinstance(cell, UserCell):
+            raise TypeError(
+                f"cell: got {kind(cell)}, expected a cell, as @fused_rnn.cell(gates=..., states=...) makes one"
+            )
         # torch's own, for what it requires of its arguments and whatever attributes it has; its weights take no memory.
         super().__init__(
             "RNN_TANH", input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, 0, "meta",
@@ -119,12 +110,12 @@ class FlexRNN(Recurrent):
             raise ValueError(f"heads: got {heads!r}, expected a positive divisor of hidden_size = {hidden_size}")
         if return_sequences not in ("h", "states"):
             raise ValueError(f"return_sequences: got {return_sequences!r}, expected 'h' or 'states'")
-        self.mode = cell.name
+        self.mode = cell.__name__
         self._fused_user, self._fused_states = cell, len(cell.states)
         self._fused_heads = heads if cell.recurrent else 1  # without W_hh they are one
         self._fused_options = (self._fused_heads, return_sequences == "states")
         self._fused_init = _checked_init(init, cell, hidden_size)
-        self._fused_cell = cell.descriptor().name
+        self._fused_cell = cell.name
         for name in list(self._parameters):
             del self._parameters[name]
         self._flat_weights_names, self._all_weights = [], []
@@ -241,7 +232,7 @@ class FlexRNN(Recurrent):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self._fused_cell = self._fused_user.descriptor().name  # of the step as it is here, which may have changed
+        self._fused_cell = self._fused_user.name  # of the step as it is here, which may have changed
 
 
 def _by_head(module: FlexRNN, weights: Sequence[Tensor]) -> list[Tensor]:
@@ -267,12 +258,6 @@ def _by_head(module: FlexRNN, weights: Sequence[Tensor]) -> list[Tensor]:
     return flat
 
 
-def _check_cell(cell: Any) -> None:
-    """Whether a cell is one. Raises TypeError."""
-    if isinstance(cell, type) or not all(hasattr(cell, name) for name in (*UserCell.__annotations__, "descriptor")):
-        raise TypeError(f"cell: got {kind(cell)}, expected a cell, as @fused_rnn.cell(gates=..., states=...) makes one")
-
-
 def _checked_init(init: Mapping[str, Init] | None, cell: UserCell, hidden: int) -> Mapping[str, Init]:
     """The initial values, if they are of the cell's params. Raises ValueError, TypeError for what is no value."""
     if init is None:
@@ -280,7 +265,7 @@ def _checked_init(init: Mapping[str, Init] | None, cell: UserCell, hidden: int) 
     for name, value in init.items():
         if name not in cell.params:
             known = ", ".join(cell.params) or "none"
-            raise ValueError(f"init: got {name!r}, expected the name of a param of {cell.name}: {known}")
+            raise ValueError(f"init: got {name!r}, expected the name of a param of {cell.__name__}: {known}")
         if isinstance(value, Tensor):
             if value.shape not in ((), (hidden,)):
                 raise ValueError(f"init[{name!r}]: got {shape_text(value.shape)}, expected [H] = [{hidden}]")
