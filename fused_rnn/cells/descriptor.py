@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from functools import lru_cache
 from typing import NamedTuple
 
 from torch import Tensor
@@ -62,11 +61,15 @@ class Cell(NamedTuple):
 
 
 class Cells(dict[str, Cell]):
-    """Cells by name. A name that is a program is a cell without having been registered, and is not kept here: Dynamo
-    guards on how many there are."""
+    """Cells by name. A name that is a program is a cell without having been registered, and is kept elsewhere: of a
+    dict's subclass Dynamo guards the size."""
 
     def __missing__(self, name: str) -> Cell:
-        return _of_text(name)
+        if name not in _PROGRAMS:
+            if not is_program(name):
+                raise KeyError(name)
+            _PROGRAMS.setdefault(name, cell_of(parse(name)))
+        return _PROGRAMS[name]
 
 
 def cell_of(program: Program) -> Cell:
@@ -77,20 +80,7 @@ def cell_of(program: Program) -> Cell:
     )  # fmt: skip
 
 
-@lru_cache(maxsize=4096)
-def _read(text: str) -> Cell:
-    if not is_program(text):
-        raise KeyError(text)
-    return cell_of(parse(text))
-
-
-def _of_text(text: str) -> Cell:
-    """The cell of a program's text; raises KeyError for another name."""
-    return _read(text)
-
-
-_of_text._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as torch.compiler.assume_constant_result
-
+_PROGRAMS: dict[str, Cell] = {}
 CELLS: Cells = Cells()
 
 
