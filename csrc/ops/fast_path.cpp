@@ -145,7 +145,7 @@ PyObject* fast_path(PyObject*, PyObject* const* args, Py_ssize_t count) {
         !alike(states[i]))
       Py_RETURN_NONE;
 
-  const Weights w{weights[0].data, weights[1].data, weights[2].data, weights[3].data, weights[4].data, 1};
+  const Weights w{weights[0].data, weights[1].data, weights[2].data, weights[3].data, weights[4].data, 1, {}};
   const bool wide = dtype == Dtype::f32 || dtype == Dtype::f64;  // states are of the accumulation dtype as they stand
   Owned y, after[kMostStates];
   dlpack::Tensor y_out{}, after_out[kMostStates];

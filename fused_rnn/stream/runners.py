@@ -50,7 +50,7 @@ class Packed:
                 raise ValueError(f"weights[{k}]: got a value that is not finite, which int8 cannot hold")
         plain = [w.resolve_neg().contiguous() for w in weights]
         each = self._kinds.split(plain)
-        self._native.pack([[0 if t is None else t.data_ptr() for t in w[:5]] for w in each])
+        self._native.pack([[0 if t is None else t.data_ptr() for t in (*w[:5], *w.params)] for w in each])
 
     def run(self, x: Tensor) -> Tensor:
         if is_compiling():
