@@ -71,7 +71,7 @@ class Stream:
         if weights is not None and self.dtype != torch.float32:
             raise ValueError(f"weights: got {weights!r} for a module of {self.dtype}, expected one of torch.float32")
         packs = self.device.type == "cpu" and backend in (None, "cpu") and ops.MISSING is None
-        packs = packs and heads == 1 and CELLS[cell].program is None
+        packs = packs and heads == 1 and (CELLS[cell].program is None or ops._C.refusal(cell) is None)
         if weights is not None and not packs:
             where = f"backend={backend!r} on {self.device}"
             raise NotImplementedError(f"weights={weights!r} goes with the cpu backend, got {where} ({ops.MISSING})")

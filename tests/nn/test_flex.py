@@ -17,7 +17,7 @@ import fused_rnn
 from fused_rnn import FlexRNN
 
 F64 = torch.float64
-BACKENDS = ("reference",)
+BACKENDS = (None, "reference")
 OPTIONS: list[dict[str, Any]] = [
     {},
     {"num_layers": 2, "bidirectional": True},
@@ -30,7 +30,7 @@ INITS = {"a": 0.3, "b": nn.init.ones_, "u": torch.linspace(-1, 1, 6)}
 def make(cell: Any, *sizes: int, **options: Any) -> FlexRNN:
     """A module in float64, its params other than zero."""
     init = {name: INITS[name] for name in cell.params}
-    return FlexRNN(cell, *(sizes or (4, 6)), dtype=F64, **{"init": init, "backend": "reference", **options})
+    return FlexRNN(cell, *(sizes or (4, 6)), dtype=F64, **{"init": init, **options})
 
 
 def flat(value: Any) -> list[Tensor]:
