@@ -222,8 +222,8 @@ struct Compiled {
 
 struct Kept {
   std::string text;
-  std::vector<std::string> states;
-  std::vector<const char*> state_names;
+  std::vector<std::string> states, params;
+  std::vector<const char*> state_names, param_names;
   Compiled forward, infer, backward;
   Program program{};
 
@@ -237,33 +237,39 @@ struct Kept {
     const bool recurrent = count(counts[2], 0, 1, "matrices W_hh");
     require(recurrent || apart == 0, "it has gates apart, but no recurrent side");
     for (const std::string_view name : words(parts[2])) states.emplace_back(name);
-    const int number_of_states = int(states.size()), params = int(words(parts[3]).size());
+    for (const std::string_view name : words(parts[3])) params.emplace_back(name);
+    const int number_of_states = int(states.size()), number_of_params = int(params.size());
     require(number_of_states >= 1 && number_of_states <= kMostStates,
             "it has " + std::to_string(number_of_states) + " states, expected 1 to " + std::to_string(kMostStates));
-    require(params <= kMostParams, "it has " + std::to_string(params) + " params, expected at most " + std::to_string(kMostParams));
+    require(number_of_params <= kMostParams,
+            "it has " + std::to_string(number_of_params) + " params, expected at most " + std::to_string(kMostParams));
     for (const std::string& name : states) state_names.push_back(name.c_str());
+    for (const std::string& name : params) param_names.push_back(name.c_str());
     const int pre = gates + apart;
-    Graph there = read(parts[4], pre + number_of_states + params, 2);
+    Graph there = read(parts[4], pre + number_of_states + number_of_params, 2);
     require(int(there.outputs[0].size()) == number_of_states, "its forward has another number of states");
     const int saved = int(there.outputs[1].size());
     require(saved <= kMostSaved, "it keeps " + std::to_string(saved) + " values of a step, expected at most " + std::to_string(kMostSaved));
-    Graph back = read(parts[5], saved + 3 * number_of_states + params, 3);
-    require(int(back.outputs[0].size()) == pre && int(back.outputs[1].size()) == number_of_states && int(back.outputs[2].size()) == params,
+    Graph back = read(parts[5], saved + 3 * number_of_states + number_of_params, 3);
+    require(int(back.outputs[0].size()) == pre && int(back.outputs[1].size()) == number_of_states &&
+                int(back.outputs[2].size()) == number_of_params,
             "its backward has another number of gradients");
     join_products(there);
     join_products(back);
     const auto state_moved = [&](size_t group, int place, int value) {
       return group == 0 && place > 0 && value != pre + place && value > pre && value < pre + number_of_states;
     };
-    const int gradients = saved + 2 * number_of_states + params;
+    const int gradients = saved + 2 * number_of_states + number_of_params;
     const auto gradient_moved = [&](size_t group, int place, int value) {
       return group == 1 && value != gradients + place && value >= gradients;
     };
     program.forward = forward.make(there, 2, state_moved);
     program.infer = infer.make(there, 1, state_moved);
     program.backward = backward.make(back, 3, gradient_moved);
-    program.cell = {text.c_str(), kProgramNumber,     gates, number_of_states,   saved,   apart, params,
-                    recurrent,    forward.reads[pre], false, state_names.data(), &program};
+    program.param_names = param_names.data();
+    program.cell = {
+        text.c_str(), kProgramNumber,     gates,   number_of_states, saved, apart, number_of_params, recurrent, program.forward.reads[pre],
+        false,        state_names.data(), &program};
   }
 };
 
