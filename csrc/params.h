@@ -12,11 +12,12 @@ enum class Narrow : int { none, bf16, int8 };  // what packed weights are kept i
 
 struct Weights {       // of one recurrence, row-major, in the tensors' dtype
   const void* w_ih;    // [G H, D]
-  const void* w_hh;    // [G H, P]
+  const void* w_hh;    // [G H, P]; null where the cell is not recurrent
   const void* b_ih;    // [G H] or null
   const void* b_hh;    // [G H] or null
   const void* w_hr;    // [P, H] or null (no projection: P == H)
   int direction;       // +1: t = 0 .. T-1;  -1: t = T-1 .. 0
+  const void* params[kMostParams];  // [H] each
 };
 
 struct Problem {
@@ -45,7 +46,7 @@ struct Forward {
   void* y;               // [T, B, R, P] or null
   void* hidden;          // [T, B, R, P] or null: a second copy of y
   void* saved;           // [stop-start, B, R, S, H] or null
-  void* histories[kMostStates];    // of each state but h: [stop-start, B, R, H] or null
+  void* histories[kMostStates];    // of each state but h: [stop-start, B, R, H] or null; zero past a sequence's end
   void* checkpoints[kMostStates];  // likewise: [T / every rounded up, R, B, H] accumulation dtype, or null: entering every `every`-th step
   int64_t every;  // 0 without checkpoints
   const void* packed;  // the weights of the one recurrence as Packing made them, or null
@@ -71,6 +72,8 @@ struct Backward {
   const void* first[kMostStates];  // h [R, B, P], the others [R, B, H], accumulation dtype: states that entered step `start`
   void* dstates[kMostStates];  // likewise: gradients of the states after step stop-1 in, of those entering `start` out
   void* dgates;  // [stop-start, B, R, gradients, H] out
+  const void* dsequences[kMostStates];  // of each state but h: [T, B, R, H], added to its gradient at every step, or null
+  void* dparams;  // [R, B, params, H] accumulation dtype, added to, or null: not wanted
   bool need_dh;  // false: dh out is not wanted, which saves the last product
   void* dprojected;  // [stop-start, B, R, P] out, projection only: the whole gradient of h_t
   void* unprojected;  // [stop-start, B, R, H] out, projection only: what W_hr multiplied
@@ -86,10 +89,10 @@ struct Products {
   const void* dprojected;  // as in Backward, or null
   const void* unprojected;
   void* const* dw_ih;  // per recurrence, accumulation dtype, added to: [G H, D rounded up to whole vectors], or null: not wanted
-  void* const* dw_hh;  // [G H, P rounded up]
+  void* const* dw_hh;  // [G H, P rounded up]; null where the cell is not recurrent
   void* const* dw_hr;  // [P, H rounded up]
   void* const* db_ih;  // [G H], in double
-  void* const* db_hh;  // [G H], in double
+  void* const* db_hh;  // [G H], in double; null where the cell is not recurrent
   void* dx;  // [T, B, D], or [T, B, R, D] where each recurrence has its x, or null
   bool add_dx;  // dx is added to, not written
   bool first;  // dw_* and db_* hold nothing yet: written, not added to

@@ -4,7 +4,7 @@ from fused_rnn import functional
 from fused_rnn.autograd import GRUFunction, LSTMFunction, RNNFunction
 from fused_rnn.convert import convert, patch, to_torch, unpatch
 from fused_rnn.flex import UserCell, cell
-from fused_rnn.nn import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
+from fused_rnn.nn import GRU, LSTM, RNN, FlexRNN, GRUCell, LSTMCell, RNNCell
 from fused_rnn.plan import plan
 from fused_rnn.stream import Stream
 
@@ -14,6 +14,7 @@ __all__ = [
     "GRU",
     "LSTM",
     "RNN",
+    "FlexRNN",
     "GRUCell",
     "GRUFunction",
     "LSTMCell",

@@ -56,19 +56,20 @@ def parse(cell: str, shapes: Shapes, input_size: int, num_layers: int, recurrenc
             f"weights: got {len(shapes)} tensors, expected {counts(spec)}"
             f" for each of {num_layers} layer(s) × {recurrences} direction(s)"
         )
-    rows, width = shapes[1] if len(shapes[1]) == 2 else (0, 1)
+    at = int(spec.recurrent)  # w_hh, or w_ih where there is none
+    rows, width = shapes[at] if len(shapes[at]) == 2 else (0, 1)
     hidden = rows // spec.gates
+    if not spec.recurrent:
+        width = hidden if rows else 1
     if rows != hidden * spec.gates or (width != hidden and not found.projects):
-        raise ValueError(
-            f"weights[1]: got {shape_text(shapes[1])},"
-            f" expected w_hh [{spec.gates}·H, {'P' if found.projects else 'H'}] of a {cell}"
-        )
-    expected = found.shapes(spec, input_size, hidden, width)
+        expected = f"w_hh [{spec.gates}·H, {'P' if found.projects else 'H'}]" if at else f"w_ih [{spec.gates}·H, D]"
+        raise ValueError(f"weights[{at}]: got {shape_text(shapes[at])}, expected {expected} of a {spec.title}")
+    shapes_of_one = found.shapes(spec, input_size, hidden, width)
     for k, shape in enumerate(shapes):
         if k == count * recurrences:  # every layer above the first reads all directions of the one below
-            expected[0] = (rows, recurrences * width)
-        if shape != expected[k % count]:
-            raise ValueError(f"weights[{k}]: got {shape_text(shape)}, expected {shape_text(expected[k % count])}")
+            shapes_of_one[0] = (rows, recurrences * width)
+        if shape != shapes_of_one[k % count]:
+            raise ValueError(f"weights[{k}]: got {shape_text(shape)}, expected {shape_text(shapes_of_one[k % count])}")
     return hidden, width, found
 
 
@@ -127,13 +128,15 @@ def check_sequence(x: Tensor) -> tuple[int, int, int]:
     return steps, batch, input_size
 
 
-def check_pair(hx: Any, letters: str, is_cell: bool) -> None:
-    """Whether hx is a pair; a tensor is none, though it would unpack along its first dimension. Raises TypeError."""
-    if isinstance(hx, (tuple, list)) and len(hx) == 2:
+def check_pair(hx: Any, letters: str, is_cell: bool, count: int = 2) -> None:
+    """Whether hx is a pair, or a tuple of as many; a tensor is none, though it would unpack along its first dimension.
+    Raises TypeError."""
+    if isinstance(hx, (tuple, list)) and len(hx) == count:
         return
     got = f"a {kind(hx)} of {len(hx)}" if isinstance(hx, (tuple, list)) else kind(hx)
     hint = "" if is_cell else misplaced(hx)
-    raise TypeError(f"hx: got {got}, expected a pair {letters} of tensors{hint}")
+    what = "pair" if count == 2 else "tuple"
+    raise TypeError(f"hx: got {got}, expected a {what} {letters} of tensors{hint}")
 
 
 def check_state(name: str, state: Tensor, x: Tensor, shape: tuple[int, ...], letters: str) -> None:

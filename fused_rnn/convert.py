@@ -16,7 +16,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from fused_rnn.call import known_save
 from fused_rnn.dispatch import known_backend
-from fused_rnn.nn import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell, both
+from fused_rnn.nn import GRU, LSTM, RNN, FlexRNN, GRUCell, LSTMCell, RNNCell, both
 from fused_rnn.nn.base import Fused, mark_leaf, unmark_leaf
 from fused_rnn.nn.recurrent import Recurrent, overrides_checks
 
@@ -133,11 +133,9 @@ def to_torch(model: M) -> M:
             module.__dict__.pop("_fused_backend", None)
             module.__dict__.pop("_fused_save", None)
         elif isinstance(module, Fused):
-            warnings.warn(
-                f"to_torch: {name or 'the model'} is a {kind.__module__}.{kind.__qualname__}, derived from fused_rnn's "
-                "class, and is left as it is",
-                stacklevel=2,
-            )
+            why = "which torch.nn has not" if kind is FlexRNN else "derived from fused_rnn's class"
+            what = f"{name or 'the model'} is a {kind.__module__}.{kind.__qualname__}"
+            warnings.warn(f"to_torch: {what}, {why}, and is left as it is", stacklevel=2)
     return model
 
 
@@ -259,7 +257,8 @@ def _ours(kind: type[nn.Module], parametrized: bool, keep_class: bool) -> type[n
     if not issubclass(kind, Fused):
         return _derived(kind) if issubclass(kind, tuple(_COUNTERPARTS)) else None  # type: ignore[arg-type]  # is hashable
     if keep_class:
-        return None if issubclass(kind, kind._fused_counterpart) else _derived(kind)  # type: ignore[arg-type]
+        theirs = kind._fused_counterpart
+        return None if theirs is None or issubclass(kind, theirs) else _derived(kind)  # type: ignore[arg-type]
     origin = vars(kind).get("_fused_from")
     return origin if origin is not None and issubclass(origin, Fused) else None
 

@@ -19,7 +19,7 @@ from fused_rnn.gpu.precision import tf32_allowed
 from fused_rnn.problem import Problem
 from fused_rnn.transforms.op_gradient import functionalizes, is_jit_tracing, stands_alone
 
-_DIRECTIONS = {1: (1,), 2: (1, -1)}
+_DIRECTIONS: tuple[tuple[int, ...], ...] = ((1,), (1, -1))
 
 States = Sequence[Tensor | None]  # () or None for zeros
 
@@ -37,24 +37,33 @@ def run(
     reset: Tensor | Sequence[Sequence[bool]] | None = None,
     save: str = "gates",
     backend: str | None = None,
+    heads: int = 1,
+    sequences: bool = False,
 ) -> Sequence[Tensor]:
     """A stack of layers of any cell: y [T, B, R·P] and the states after, h [L·R, B, P], the others [L·R, B, H].
 
-    states: shaped as those returned. All else as in fused_rnn.functional.lstm.
+    states: shaped as those returned.
+    heads: N recurrences of H/N units stand for one of H, in y and the states one beside the other. weights: of each.
+    sequences: return each state but h over time too, of the last layer, [T, B, R·H].
+    All else as in fused_rnn.functional.lstm.
     """
     checks.check_tensor("x", x)
     device = x.device.type
     if device != "meta" and torch.is_autocast_enabled(device):
         x, weights, states = _autocast(x, weights, states)
     known_save(save)
-    recurrences = 2 if bidirectional else 1
+    directions = _DIRECTIONS[1 if bidirectional else 0]
+    if heads > 1:
+        directions = tuple(way for way in directions for _ in range(heads))
+    recurrences = len(directions)
     steps, batch, input_size = checks.check_sequence(x)
     hidden, width, kinds = checks.check_weights(cell, x, weights, input_size, num_layers, recurrences)
-    given = (
-        _checked(cell, states, x, (num_layers * recurrences, batch), (width, hidden), "0", "[L·R, B, {}]")
-        if states
-        else ()
+    rows = num_layers * recurrences // heads
+    given: Sequence[Tensor] = (
+        _checked(cell, states, x, (rows, batch), (width * heads, hidden * heads), "0", "[L·R, B, {}]") if states else ()
     )
+    if heads > 1:
+        given = [apart(s, heads) for s in given]
     if lengths is not None:
         lengths = checks.check_lengths(lengths, x)
     if reset is not None:
@@ -70,6 +79,7 @@ def run(
         cell, x.dtype, device, steps == 1, batch, input_size, hidden, width, num_layers, recurrences, kinds.bias,
         keeps, _forward_ad(), save if keeps else "none", lengths is not None, reset is not None,
         transformed, device == "cuda" and tf32_allowed(), transformed and needs_grad and _functionalizes_gradient(),
+        sequences,
     )  # fmt: skip
     chosen = resolve(problem, backend)
     if alone and not given:
@@ -79,21 +89,42 @@ def run(
             x, weights, given, lengths, cell, num_layers, recurrences, dropout, training
         )
         return whole
-    keep, directions = ("none", save)[keeps], _DIRECTIONS[recurrences]
+    keep = ("none", save)[keeps]
     if num_layers == 1:
-        return autograd.layer(chosen, LayerCall(x, weights, given, lengths, reset, cell, directions, keep, keeps))
+        call = LayerCall(x, weights, given, lengths, reset, cell, directions, keep, keeps, sequences)
+        outputs = autograd.layer(chosen, call)
+        return outputs if heads == 1 and not sequences else _joined(outputs, cell, heads)
     finals = []
     for layer in range(num_layers):
         last, first = layer == num_layers - 1, layer * recurrences
         own = weights[first * kinds.number : (first + recurrences) * kinds.number]
         entering = [s[first : first + recurrences] for s in given]
         # The caller's own y, which he may change in place, gets a copy for backward.
-        call = LayerCall(x, own, entering, lengths, reset, cell, directions, keep, keeps and last)
+        over_time = sequences and last
+        call = LayerCall(x, own, entering, lengths, reset, cell, directions, keep, keeps and last, over_time)
         x, *after = autograd.layer(chosen, call)
         finals.append(after)
         if dropout > 0 and training and not last:
             x = torch.dropout(x, dropout, True)
-    return x, *map(torch.cat, zip(*finals, strict=True))
+    outputs = [x, *map(torch.cat, zip(*finals, strict=False))]
+    if not sequences and heads == 1:
+        return outputs
+    return _joined([*outputs, *finals[-1][len(outputs) - 1 :]], cell, heads)
+
+
+def apart(state: Tensor, heads: int) -> Tensor:
+    """A state [L·R, B, H] by recurrences: [L·R·N, B, H/N]."""
+    by_head: Tensor = state.unflatten(-1, (heads, -1))
+    return by_head.movedim(-2, 1).flatten(0, 1)
+
+
+def _joined(outputs: Sequence[Tensor], cell: str, heads: int) -> Sequence[Tensor]:
+    """y, the states after and over time, as `run` returns them, of a layer's by recurrences."""
+    count = 1 + len(CELLS[cell].states)
+    y, *after = outputs[:count]
+    if heads > 1:
+        after = [s.unflatten(0, (-1, heads)).movedim(1, -2).flatten(-2) for s in after]
+    return [y, *after, *(s.flatten(2) for s in outputs[count:])]
 
 
 def step(

@@ -32,3 +32,4 @@ class Problem(NamedTuple):
     transformed: bool = False  # a torch.func transform is under way
     tf32: bool = False  # on a GPU: float32's products may round their operands to TF32
     functionalized: bool = False  # torch.func's functionalize is under way, and so is its grad
+    sequences: bool = False  # every state is returned over time

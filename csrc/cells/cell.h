@@ -21,6 +21,10 @@ namespace fused_rnn {
 constexpr int kMostCells = 16;   // numbers are less than this
 constexpr int kMostStates = 4;
 constexpr int kMostParams = 8;
+constexpr int kMostGates = 16;
+constexpr int kMostSaved = 32;
+constexpr int kProgramNumber = kMostCells;  // of every cell that is a program
+struct Program;                             // cpu/program.h
 
 struct CellDefaults {
   static constexpr int params = 0;         // vectors of one number per unit
@@ -44,6 +48,7 @@ struct CellDescriptor {
   int number, gates, states, saved, apart, params;
   bool recurrent, reads_h, projects;
   const char* const* state_names;
+  const Program* program;  // null in a cell that is compiled in
 };
 
 struct NoCell {};
@@ -61,8 +66,8 @@ struct NumberedCell {
   struct NumberedCell<number_> { \
     using Type = Cell; \
     static constexpr CellDescriptor descriptor{ \
-        Cell::name,   number_,         Cell::gates,   Cell::states,   Cell::saved,      Cell::apart, \
-        Cell::params, Cell::recurrent, Cell::reads_h, Cell::projects, Cell::state_names}; \
+        Cell::name,   number_,         Cell::gates,   Cell::states,   Cell::saved,       Cell::apart, \
+        Cell::params, Cell::recurrent, Cell::reads_h, Cell::projects, Cell::state_names, nullptr}; \
   };
 
 }  // namespace fused_rnn

@@ -7,11 +7,13 @@
 namespace FUSED_RNN_ISA {
 
 template <class Kind, class T, class Cell>
-struct BackwardLoop {
+struct BackwardLoop : Counts<Cell> {
   using A = typename Kind::Operand;
   using S = typename Kind::Accumulator;
   using V = Vec<S>;
-  static constexpr int L = kLanes<S>, G = Cell::gates, SV = Cell::saved, DG = kGradients<Cell>, ST = Cell::states;
+  using C = Counts<Cell>;
+  using C::G, C::PA, C::SV, C::ST, C::NP, C::apart, C::recurrent;
+  static constexpr int L = kLanes<S>;
 
   const Backward& f;
   const Problem& p;
@@ -24,11 +26,13 @@ struct BackwardLoop {
     int64_t* barrier;
     A *w_hh, *w_hr;
     S *dh, *dm, *zero;
-    S* dstates[ST];  // but dh
+    S* dstates[Cell::states];  // but dh
     A *gates[2], *out;
+    S* params;  // [NP, unit_stride]
+    Workspace<S> work;  // a program's, of this thread
   };
 
-  BackwardLoop(const Backward& backward) : f(backward), p(backward.p) {
+  BackwardLoop(const Backward& backward) : C(backward.p), f(backward), p(backward.p) {
     unit_vectors = (p.H + L - 1) / L;
     out_vectors = (p.P + L - 1) / L;
     panels = (unit_vectors + kPanelVectors - 1) / kPanelVectors;
@@ -36,14 +40,14 @@ struct BackwardLoop {
     out_stride = row_stride<Kind>(p.P);
     dh_stride = off_pages<S>(out_vectors * L);
     unit_stride = off_pages<S>(unit_vectors * L);
-    project = p.weights[0].w_hr != nullptr;
-    far = out_vectors * panel_size<Kind>(G * p.H, 1) * int64_t(sizeof(A)) > kNearBytes;
+    project = !kInterpreted<Cell> && p.weights[0].w_hr != nullptr;
+    far = recurrent && out_vectors * panel_size<Kind>(G * p.H, 1) * int64_t(sizeof(A)) > kNearBytes;
   }
 
-  Memory layout(Arena& arena, int threads_in_group) const {
+  Memory layout(Arena& arena, int threads_in_group, int me = 0) const {
     Memory m{};
     m.barrier = arena.take<int64_t>(Barrier::words(threads_in_group));
-    m.w_hh = arena.take<A>(out_vectors * panel_size<Kind>(G * p.H, 1));
+    if (recurrent) m.w_hh = arena.take<A>(out_vectors * panel_size<Kind>(G * p.H, 1));
     m.dh = arena.take<S>(p.B * dh_stride);
     for (int i = 1; i < ST; ++i) m.dstates[i] = arena.take<S>(p.B * unit_stride);
     for (auto& g : m.gates) g = arena.take<A>(p.B * gate_stride);
@@ -53,6 +57,12 @@ struct BackwardLoop {
       m.out = arena.take<A>(p.B * out_stride);
       m.zero = arena.take<S>(kPanelVectors * L);
     }
+    if (NP > 0) m.params = arena.take<S>(NP * unit_stride);
+    if constexpr (kInterpreted<Cell>)
+      for (int i = 0; i < threads_in_group; ++i) {
+        const auto work = Workspace<S>::take(arena, p.cell->program->backward);
+        if (i == me) m.work = work;
+      }
     return m;
   }
 
@@ -96,7 +106,7 @@ struct BackwardLoop {
         for (int v = 0; v < nv; ++v)
           store(out + v * L, load(out + v * L) + load(dy + v * L, lanes_left(p.P, (j * kPanelVectors + v) * L, L)));
       }
-    if (gates) {
+    if (gates && recurrent) {
       const auto panel = [&](int64_t i) { return m.w_hh + i * kPanelVectors * panel_size<Kind>(G * p.H, 1); };
       TileArgs<Kind> tile{gates + b0 * gate_stride, gate_stride, panel(j), G * p.H, dh, dh_stride, dh, dh_stride};
       if (far && next >= 0) tile.ahead = (const char*)panel(next);
@@ -120,6 +130,10 @@ struct BackwardLoop {
 
   // The cell's backward for rows [b0, b1) of panel j; `gates` takes the operand of the next (earlier) step. Copies as in forward.h.
   __attribute__((noinline)) void cell(const Memory& m, int r, int64_t step, A* gates, int64_t j, int64_t b0, int64_t b1) const {
+    if constexpr (kInterpreted<Cell>) return interpreted(m, r, step, gates, j, b0, b1);
+    else compiled(m, r, step, gates, j, b0, b1);
+  }
+  ALWAYS_INLINE void compiled(const Memory& m, int r, int64_t step, A* gates, int64_t j, int64_t b0, int64_t b1) const {
     const Weights& w = p.weights[r];
     const int64_t t = time(w, step), t_prev = t - w.direction, t_row = t - first_time(p, r), shift = f.whole ? 0 : first_time(p, r);
     const int64_t B = p.B, R = p.R, H = p.H, width = p.P, gates_stride = gate_stride, state_stride = unit_stride;
@@ -130,9 +144,12 @@ struct BackwardLoop {
     const T* const hidden = at<const T>(f.hidden, row * width);
     const T* const hidden_prev = at<const T>(f.hidden, row_prev * width);
     const S* const h0 = at<const S>(f.first[0], r * B * width);
-    T* const dgates = at<T>(f.dgates, (t_row * B * R + r) * DG * H);
+    T* const dgates = at<T>(f.dgates, (t_row * B * R + r) * PA * H);
     T* const unprojected = at<T>(f.unprojected, (t_row * B * R + r) * H);
     S* const dh_rows = projects ? m.dm : m.dh;
+    const S* const own_params = m.params;
+    S* const dparams_rows = at<S>(f.dparams, r * B * NP * H);
+    const T* dsequences[ST];
     const T *histories[ST], *histories_prev[ST];
     const S* first_states[ST];
     S* dstates[ST];
@@ -141,13 +158,14 @@ struct BackwardLoop {
       histories_prev[i] = at<const T>(f.histories[i], (row_prev - kept_shift) * H);
       first_states[i] = at<const S>(f.first[i], r * B * H);
       dstates[i] = m.dstates[i];
+      dsequences[i] = at<const T>(f.dsequences[i], row * H);
     }
     constexpr int most = ST > 1 ? 2 : 1;  // cells of one state have no activation here
     const auto body = [&](auto size, const int64_t (&units)[most], const int64_t (&rows)[most]) __attribute__((always_inline)) {
       constexpr int N = decltype(size)::value;
       using P = Pack<S, N>;
       bool on[N], zero[N];
-      P s[SV ? SV : 1] = {}, before[ST] = {}, after[ST] = {}, dstate[ST], d[DG];
+      P s[SV ? SV : 1] = {}, before[ST] = {}, after[ST] = {}, dstate[ST], d[PA];
       P params[fused_rnn::kParams<Cell>] = {}, dparams[fused_rnn::kParams<Cell>];
 #pragma GCC unroll 4
       for (int e = 0; e < N; ++e) {
@@ -164,11 +182,14 @@ struct BackwardLoop {
           if ((Cell::backward_before >> i & 1) && !zero[e])
             before[i].v[e] = from_memory ? load(histories_prev[i] + b * R * H + first, n) : load(first_states[i] + b * H + first, n);
           dstate[i].v[e] = load(dstates[i] + b * state_stride + first);
+          if (dsequences[i] && on[e]) dstate[i].v[e] += load(dsequences[i] + b * R * H + first, n);
         }
         if (Cell::backward_after & 1) after[0].v[e] = load(hidden + b * R * width + first, n);
         if ((Cell::backward_before & 1) && !zero[e])
           before[0].v[e] = from_memory ? load(hidden_prev + b * R * width + first, n) : load(h0 + b * width + first, n);
         dstate[0].v[e] = load(dh_rows + b * dh_row + first);
+#pragma GCC unroll 4
+        for (int i = 0; i < NP; ++i) params[i].v[e] = load(own_params + i * state_stride + first);
       }
       Cell::template backward<Polynomial<S, N>>(s, before, params, after, dstate, d, dparams);
 #pragma GCC unroll 4
@@ -181,24 +202,126 @@ struct BackwardLoop {
           if (!projects) store(dh_rows + b * dh_row + first, zero[e] ? V{} : dstate[0].v[e]);
         }
         if (projects) store(unprojected + b * R * H + first, on[e] ? after[0].v[e] : V{}, n);
-        T* const out = dgates + b * R * DG * H + first;
+        T* const out = dgates + b * R * PA * H + first;
         A* const operand = gates + b * gates_stride + first;
 #pragma GCC unroll 4
-        for (int i = 0; i < DG; ++i) {
+        for (int i = 0; i < PA; ++i) {
           const V gradient = on[e] ? d[i].v[e] : V{};
           store(out + i * H, gradient, n);
-          if (i >= Cell::apart) store(operand + (i - Cell::apart) * H, zero[e] ? V{} : gradient, n);
+          if (recurrent && i >= apart) store(operand + (i - apart) * H, zero[e] ? V{} : gradient, n);
         }
+        if (NP > 0 && dparams_rows && on[e])
+#pragma GCC unroll 4
+          for (int i = 0; i < NP; ++i) {
+            S* const sum = dparams_rows + (b * NP + i) * H + first;
+            store(sum, load(sum, n) + dparams[i].v[e], n);
+          }
       }
     };
     for_packs<most>(j * kPanelVectors, j * kPanelVectors + vectors_of(j, unit_vectors), b0, b1, body);
+  }
+
+  // The same by a program.
+  void interpreted(const Memory& m, int r, int64_t step, A* gates, int64_t j, int64_t b0, int64_t b1) const {
+    const Weights& w = p.weights[r];
+    const int64_t t = time(w, step), t_prev = t - w.direction, t_row = t - first_time(p, r), shift = f.whole ? 0 : first_time(p, r);
+    const int64_t B = p.B, R = p.R, H = p.H;
+    const bool has_prev = step > p.start || (f.whole && step > 0), masked = p.lengths || p.reset;
+    const int64_t row = t * B * R + r, row_prev = (has_prev ? t_prev : t) * B * R + r, kept_shift = shift * B * R;
+    T* const dgates = at<T>(f.dgates, (t_row * B * R + r) * PA * H);
+    S* const dparams = at<S>(f.dparams, r * B * NP * H);
+    const Workspace<S>& work = m.work;
+    const Bytecode& code = *work.code;
+    const auto strip_of = [&](const Strip& strip) {
+      const int n = strip.n;
+      const bool full = (strip.unit_of(n - 1) + 1) * L <= H;
+      bool on[kStrip], zero[kStrip];
+      for (int e = 0; e < n; ++e) on[e] = true, zero[e] = false;
+      if (masked)
+        for (int e = 0; e < n; ++e) on[e] = active(t, strip.row_of(e)), zero[e] = cut(t, strip.row_of(e));
+      Place<S>* const in = work.operands;
+      // Input i from rows of `stride` elements: where it lies, or, where it is of another type or ends within a vector, a copy.
+      const auto lies = [&](int i, const auto* base, int64_t stride) __attribute__((always_inline)) {
+        if (!code.reads[i]) return;
+        if constexpr (sizeof(*base) == sizeof(S)) {
+          if (full) {
+            in[i] = {(const S*)base + strip.first(L, stride), strip.step(L, stride)};
+            return;
+          }
+        }
+        for (int e = 0; e < n; ++e) {
+          const int64_t first = strip.unit_of(e) * L;
+          store(work.copy(i) + e * L, load(base + strip.row_of(e) * stride + first, lanes_left(H, first, L)));
+        }
+        in[i] = {work.copy(i), L};
+      };
+      for (int i = 0; i < SV; ++i) lies(i, (const T*)f.saved + (row - kept_shift) * SV * H + i * H, R * SV * H);
+      for (int i = 0; i < ST; ++i) {
+        const T* const kept = i == 0 ? (const T*)f.hidden : (const T*)f.histories[i] - kept_shift * H;
+        const S* const entered = (const S*)f.first[i] + r * B * H;
+        const int before = SV + i, after = before + ST;
+        lies(after, kept + row * H, R * H);
+        if (!masked) {
+          if (has_prev) lies(before, kept + row_prev * H, R * H);
+          else lies(before, entered, H);
+        } else if (code.reads[before]) {
+          for (int e = 0; e < n; ++e) {
+            const int64_t b = strip.row_of(e), first = strip.unit_of(e) * L;
+            const int lanes = lanes_left(H, first, L);
+            const bool kept_one = has_prev && active(t_prev, b);
+            store(work.copy(before) + e * L, zero[e]    ? V{}
+                                             : kept_one ? load(kept + (row_prev + b * R) * H + first, lanes)
+                                                        : load(entered + b * H + first, lanes));
+          }
+          in[before] = {work.copy(before), L};
+        }
+      }
+      for (int i = 0; i < NP; ++i) in[SV + 2 * ST + i] = {m.params + i * unit_stride + strip.unit * L, strip.step(L, 0)};
+      const int gradients = SV + 2 * ST + NP;
+      in[gradients] = {m.dh + strip.first(L, dh_stride), strip.step(L, dh_stride)};
+      for (int i = 1; i < ST; ++i) {
+        in[gradients + i] = {m.dstates[i] + strip.first(L, unit_stride), strip.step(L, unit_stride)};
+        if (const T* const over_time = at<const T>(f.dsequences[i], row * H))
+          for (int e = 0; e < n; ++e) {
+            const int64_t b = strip.row_of(e), first = strip.unit_of(e) * L;
+            S* const sum = m.dstates[i] + b * unit_stride + first;
+            if (on[e]) store(sum, load(sum) + load(over_time + b * R * H + first, lanes_left(H, first, L)));
+          }
+      }
+      interpret(code, in, n);
+      const auto out = [&](int i, auto function) __attribute__((always_inline)) {
+        const Place<S> value = work.output(i);
+        for (int e = 0; e < n; ++e) function(e, value[e], strip.row_of(e), strip.unit_of(e) * L);
+      };
+      for (int i = 0; i < PA; ++i)
+        out(i, [&](int e, V v, int64_t b, int64_t first) {
+          const int lanes = lanes_left(H, first, L);
+          if (!on[e]) v = V{};
+          store(dgates + (b * R * PA + i) * H + first, v, lanes);
+          if (recurrent && i >= apart) store(gates + b * gate_stride + (i - apart) * H + first, zero[e] ? V{} : v, lanes);
+        });
+      for (int i = 0; i < NP && dparams; ++i)
+        out(PA + ST + i, [&](int e, V v, int64_t b, int64_t first) {
+          const int lanes = lanes_left(H, first, L);
+          S* const sum = dparams + (b * NP + i) * H + first;
+          if (on[e]) store(sum, load(sum, lanes) + v, lanes);
+        });
+      for (int i = 0; i < ST; ++i) {
+        S* const rows = i == 0 ? m.dh : m.dstates[i];
+        const int64_t stride = i == 0 ? dh_stride : unit_stride;
+        out(PA + i, [&](int e, V v, int64_t b, int64_t first) {
+          if (on[e]) store(rows + b * stride + first, zero[e] ? V{} : v);
+        });
+      }
+    };
+    for_strips(j * kPanelVectors, j * kPanelVectors + vectors_of(j, unit_vectors), b0, b1, work.most, strip_of);
   }
 
   // Rows that were left out of a step: no gradient comes of them, nor goes on to the step before.
   void rest(int r, int64_t t_row, A* gates, Rows rows) const {
     for (int64_t b = rows.from; b < rows.to; ++b) {
       const int64_t row = (t_row * p.B + b) * p.R + r;
-      memset((T*)f.dgates + row * DG * p.H, 0, size_t(DG * p.H) * sizeof(T));
+      memset((T*)f.dgates + row * PA * p.H, 0, size_t(PA * p.H) * sizeof(T));
       if (project) memset((T*)f.unprojected + row * p.H, 0, size_t(p.H) * sizeof(T));
       memset((void*)(gates + b * gate_stride), 0, size_t(gate_stride) * sizeof(A));
     }
@@ -213,13 +336,16 @@ struct BackwardLoop {
     const int64_t o0 = s.by_rows ? 0 : part(out_panels, s.me, s.size), o1 = s.by_rows ? out_panels : part(out_panels, s.me + 1, s.size);
     const bool split_units = !s.by_rows && s.size > 1;
 
-    if (f.need_dh || p.stop - p.start > 1)
+    if (recurrent && (f.need_dh || p.stop - p.start > 1))
       pack(m.w_hh, w.w_hh, G * p.H, p.P, out_vectors, part(out_panels, s.me, s.size), part(out_panels, s.me + 1, s.size));
     if (project) {
       pack(m.w_hr, w.w_hr, p.P, p.H, unit_vectors, part(panels, s.me, s.size), part(panels, s.me + 1, s.size));
       if (s.me == 0)
         for (int v = 0; v < kPanelVectors; ++v) store(m.zero + v * L, V{});
     }
+    if (s.me == 0)
+      for (int i = 0; i < NP; ++i) convert_row(m.params + i * unit_stride, (const T*)w.params[i], p.H, unit_stride);
+    if constexpr (kInterpreted<Cell>) m.work.prepare();
     load_state(m, r, part(p.B, s.me, s.size), part(p.B, s.me + 1, s.size));
     barrier.wait(s.me);
 
@@ -275,7 +401,7 @@ struct BackwardLoop {
     if (s.idle) return;
     FlushDenormals region;
     Arena arena{base + s.group * group_bytes};
-    const Memory m = loop.layout(arena, team);
+    const Memory m = loop.layout(arena, team, s.me);
     for (int r = s.group; r < loop.p.R; r += s.groups) loop.recurrence(m, r, s);
   }
   static void run(const Backward& backward) {

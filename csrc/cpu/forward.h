@@ -10,16 +10,19 @@ namespace FUSED_RNN_ISA {
 constexpr int64_t kChunkRows = 64;            // rows of one input product: enough to reuse every panel of W_ih
 constexpr int64_t kChunkBytes = 512 * 1024;   // of pre-activations at the most: they must stay in L2 beside the weights
 constexpr int64_t kUnpackedRows = 16;         // T B up to here: packing W costs more than it saves
+constexpr int64_t kFewVectors = 8;            // of a program at a time, where there are as many
 constexpr int64_t kFarUnpackedRows = 32;      // and up to here where W and its packed form do not fit L2 together
 
 template <class Kind, class T, class Cell>
-struct ForwardLoop {
+struct ForwardLoop : Counts<Cell> {
   using A = typename Kind::Operand;
   using W = typename Kind::Weight;
   using S = typename Kind::Accumulator;
   using V = Vec<S>;
-  using O = Order<Cell>;
-  static constexpr int L = kLanes<S>, G = Cell::gates, PA = kGradients<Cell>, SV = Cell::saved, ST = Cell::states;
+  using C = Counts<Cell>;
+  using C::G, C::PA, C::SV, C::ST, C::NP, C::apart, C::recurrent;
+  using C::units, C::x_gate, C::x_column, C::h_column, C::column;
+  static constexpr int L = kLanes<S>;
   static constexpr bool kUnpackable = Kind::k_group == 1 && !kNarrow<Kind>;
 
   const Forward& f;
@@ -37,15 +40,16 @@ struct ForwardLoop {
     int64_t* barrier;
     W *w_ih, *w_hh, *w_hr;
     S *scale_ih, *scale_hh, *scale_hr;
-    S *bias, *zero, *pre;
-    S* states[ST];  // but h
+    S *bias, *params, *zero, *pre;  // params: [NP, state_stride]
+    S* states[Cell::states];  // but h
     A *h[2], *m, *x;
     S* wide;  // projection: one tile's results before they are rounded
+    Workspace<S> work;  // a program's, of this thread
   };
 
-  ForwardLoop(const Forward& forward) : f(forward), p(forward.p) {
+  ForwardLoop(const Forward& forward) : C(forward.p), f(forward), p(forward.p) {
     unit_vectors = (p.H + L - 1) / L;
-    panels = (unit_vectors + O::units - 1) / O::units;
+    panels = (unit_vectors + units() - 1) / units();
     row = off_pages<S>(unit_vectors * PA * L);
     out_vectors = (p.P + L - 1) / L;
     const int64_t rows = kChunkBytes / (row * int64_t(sizeof(S)));
@@ -56,19 +60,19 @@ struct ForwardLoop {
     h_stride = row_stride<Kind>(p.P);
     m_stride = row_stride<Kind>(p.H);
     state_stride = off_pages<S>(unit_vectors * L);
-    uses_h = !f.h_is_zero || p.stop - p.start > 1;
-    far = unit_vectors * (panel_size<Kind>(p.D, G) + panel_size<Kind>(p.P, G)) * int64_t(sizeof(W)) > kNearBytes;
+    uses_h = recurrent && (!f.h_is_zero || p.stop - p.start > 1);
+    far = unit_vectors * (panel_size<Kind>(p.D, G) + panel_size<Kind>(recurrent ? p.P : 0, G)) * int64_t(sizeof(W)) > kNearBytes;
     unpacked = kUnpackable && !f.packed && (p.stop - p.start) * p.B <= (far ? kFarUnpackedRows : kUnpackedRows);
     joined_x = p.B == 1 || p.T == 1 || f.x.time == p.B * f.x.batch;
     direct_x = joined_x && sizeof(A) == sizeof(T) && p.D % Kind::k_multiple == 0;
   }
-  bool projects() const { return p.P != p.H || p.weights[0].w_hr; }
+  bool projects() const { return !kInterpreted<Cell> && (p.P != p.H || p.weights[0].w_hr); }
 
   // What a `Packing` makes, and a call that packs for itself.
   void layout_weights(Arena& arena, Memory& m) const {
     if (!unpacked) {
       m.w_ih = arena.take<W>(unit_vectors * panel_size<Kind>(p.D, G));
-      m.w_hh = arena.take<W>(unit_vectors * panel_size<Kind>(p.P, G));
+      if (recurrent) m.w_hh = arena.take<W>(unit_vectors * panel_size<Kind>(p.P, G));
       if (projects()) m.w_hr = arena.take<W>(out_vectors * panel_size<Kind>(p.H, 1));
     }
     if constexpr (kScaled<Kind>) {
@@ -77,8 +81,9 @@ struct ForwardLoop {
       if (projects()) m.scale_hr = arena.take<S>(out_vectors * L);
     }
     m.bias = arena.take<S>(row);
+    if (NP > 0) m.params = arena.take<S>(NP * state_stride);
   }
-  Memory layout(Arena& arena, int threads_in_group) const {
+  Memory layout(Arena& arena, int threads_in_group, int me = 0) const {
     Memory m{};
     m.barrier = arena.take<int64_t>(Barrier::words(threads_in_group));
     if (f.packed) {
@@ -96,6 +101,11 @@ struct ForwardLoop {
       m.wide = arena.take<S>(p.B * out_vectors * L);
     }
     if (!direct_x) m.x = arena.take<A>(threads_in_group * chunk_steps * p.B * x_stride);
+    if constexpr (kInterpreted<Cell>)
+      for (int i = 0; i < threads_in_group; ++i) {
+        const auto work = Workspace<S>::take(arena, f.saved ? p.cell->program->forward : p.cell->program->infer);
+        if (i == me) m.work = work;
+      }
     return m;
   }
 
@@ -104,35 +114,51 @@ struct ForwardLoop {
   // Does the state that enters time t of sequence b count as zero?
   bool cut(int64_t t, int64_t b) const { return p.reset && p.reset[t * p.B + b] && active(t, b); }
 
+  // function(first vector of units, first vector of the product, how many) for the parts of panel j: a product of more gates than a
+  // panel of weights has vectors takes several.
+  template <class F>
+  ALWAYS_INLINE void for_parts(int64_t j, F function) const {
+    const int64_t u0 = j * units();
+    const int nv = int(unit_vectors - u0 < units() ? unit_vectors - u0 : units()) * G;
+    if constexpr (kInterpreted<Cell>) {
+      const int parts = (nv + kPanelVectors - 1) / kPanelVectors;
+      for (int i = 0; i < parts; ++i) function(u0, nv * i / parts, nv * (i + 1) / parts - nv * i / parts);
+    } else {
+      function(u0, 0, nv);
+    }
+  }
+
   // ---- set-up of a recurrence; each thread does its panels, or its part of them ----
   void pack(const Memory& m, const Weights& w, int64_t j0, int64_t j1) const {
     for (int64_t j = j0; j < j1; ++j) {
-      const int64_t u0 = j * O::units;
-      const int nu = int(unit_vectors - u0 < O::units ? unit_vectors - u0 : O::units);
-      for (int v = 0; v < nu * G; ++v) {
-        const int gx = O::x_gate(v % G), gh = v % G;
-        const int64_t first = (u0 + v / G) * L;
-        const int n = lanes_left(p.H, first, L);
-        pack_rows<Kind, T>(m.w_ih + u0 * panel_size<Kind>(p.D, G), nu * G, v, (const T*)w.w_ih + (gx * p.H + first) * p.D, p.D, n, p.D);
-        if (uses_h)
-          pack_rows<Kind, T>(m.w_hh + u0 * panel_size<Kind>(p.P, G), nu * G, v, (const T*)w.w_hh + (gh * p.H + first) * p.P, p.P, n, p.P);
-      }
+      for_parts(j, [&](int64_t u0, int v0, int nv) {
+        for (int v = v0; v < v0 + nv; ++v) {
+          const int gx = x_gate(v % G), gh = v % G;
+          const int64_t first = (u0 + v / G) * L;
+          const int n = lanes_left(p.H, first, L);
+          const auto* const x_rows = (const T*)w.w_ih + (gx * p.H + first) * p.D;
+          pack_rows<Kind, T>(m.w_ih + panel_size<Kind>(p.D, 1) * (u0 * G + v0), nv, v - v0, x_rows, p.D, n, p.D);
+          if (!uses_h) continue;
+          const auto* const h_rows = (const T*)w.w_hh + (gh * p.H + first) * p.P;
+          pack_rows<Kind, T>(m.w_hh + panel_size<Kind>(p.P, 1) * (u0 * G + v0), nv, v - v0, h_rows, p.P, n, p.P);
+        }
+      });
     }
   }
   void pack_projection(const Memory& m, const Weights& w, int64_t v0, int64_t v1) const {
     for (int64_t v = v0; v < v1; ++v)
       pack_rows<Kind, T>(m.w_hr + v * panel_size<Kind>(p.H, 1), 1, 0, (const T*)w.w_hr + v * L * p.H, p.H, lanes_left(p.P, v * L, L), p.H);
   }
-  void fill_bias(const Memory& m, const Weights& w) const {
+  void fill_vectors(const Memory& m, const Weights& w) const {
+    for (int i = 0; i < NP; ++i) convert_row(m.params + i * state_stride, (const T*)w.params[i], p.H, state_stride);
     for (int64_t u = 0; u < unit_vectors; ++u) {
       const int n = lanes_left(p.H, u * L, L);
       S* out = m.bias + u * PA * L;
       for (int a = 0; a < PA; ++a) store(out + a * L, V{});
       for (int g = 0; g < G && w.b_ih; ++g) {
-        const V bi = load((const T*)w.b_ih + g * p.H + u * L, n), bh = load((const T*)w.b_hh + g * p.H + u * L, n);
-        S *const x_side = out + O::x_column(g) * L, *const h_side = out + O::h_column(g) * L;
-        store(x_side, load(x_side) + bi);
-        store(h_side, load(h_side) + bh);
+        S *const x_side = out + x_column(g) * L, *const h_side = out + h_column(g) * L;
+        store(x_side, load(x_side) + load((const T*)w.b_ih + g * p.H + u * L, n));
+        if (recurrent) store(h_side, load(h_side) + load((const T*)w.b_hh + g * p.H + u * L, n));
       }
     }
   }
@@ -155,27 +181,28 @@ struct ForwardLoop {
   void product(const Memory& m, const Weights& w, const A* a, int64_t lda, int64_t rows, bool input, int64_t j, int64_t next, const S* init,
                int64_t ldi, S* c) const {
     const int64_t k = input ? p.D : p.P;
-    const int64_t u0 = j * O::units;
-    const int nu = int(unit_vectors - u0 < O::units ? unit_vectors - u0 : O::units);
-    const int64_t column = u0 * PA * L + (input ? 0 : O::h_offset) * L;
-    if constexpr (kUnpackable) {
-      if (unpacked) {
-        for (int v = 0; v < nu * G; ++v) {
-          const int64_t first = (u0 + v / G) * L;
-          const int g = input ? O::x_gate(v % G) : v % G;
-          multiply_rows<T>(rows, a, lda, (const T*)(input ? w.w_ih : w.w_hh) + (g * p.H + first) * k, k, lanes_left(p.H, first, L), k,
-                           init + column + v * L, ldi, c + column + v * L, row);
+    for_parts(j, [&](int64_t u0, int v0, int nv) __attribute__((always_inline)) {
+      const int64_t column = (u0 * PA + (input ? 0 : apart)) * L;
+      if constexpr (kUnpackable) {
+        if (unpacked) {
+          for (int v = v0; v < v0 + nv; ++v) {
+            const int64_t first = (u0 + v / G) * L;
+            const int g = input ? x_gate(v % G) : v % G;
+            multiply_rows<T>(rows, a, lda, (const T*)(input ? w.w_ih : w.w_hh) + (g * p.H + first) * k, k, lanes_left(p.H, first, L), k,
+                             init + column + v * L, ldi, c + column + v * L, row);
+          }
+          return;
         }
-        return;
       }
-    }
-    const W* packed = input ? m.w_ih : m.w_hh;
-    TileArgs<Kind> tile{a, lda, packed + u0 * panel_size<Kind>(k, G), k, init + column, ldi, c + column, row};
-    tile.of_many = input;  // how many steps go through the product at once must not show in the result
-    if constexpr (kScaled<Kind>) tile.scale = (input ? m.scale_ih : m.scale_hh) + u0 * G * L;
-    const int64_t panel_bytes = nu * panel_size<Kind>(k, G) * int64_t(sizeof(W));
-    if (far && next >= 0) tile.ahead = (const char*)(packed + next * O::units * panel_size<Kind>(k, G));
-    multiply_panel<Kind>(rows, nu * G, tile, panel_bytes);
+      const W* packed = input ? m.w_ih : m.w_hh;
+      const int64_t from = column + v0 * L;
+      TileArgs<Kind> tile{a, lda, packed + panel_size<Kind>(k, 1) * (u0 * G + v0), k, init + from, ldi, c + from, row};
+      tile.of_many = input;  // how many steps go through the product at once must not show in the result
+      if constexpr (kScaled<Kind>) tile.scale = (input ? m.scale_ih : m.scale_hh) + (u0 * G + v0) * L;
+      const int64_t panel_bytes = panel_size<Kind>(k, nv) * int64_t(sizeof(W));
+      if (far && next >= 0) tile.ahead = (const char*)(packed + next * units() * panel_size<Kind>(k, G) + panel_size<Kind>(k, v0));
+      multiply_panel<Kind>(rows, nv, tile, panel_bytes);
+    });
   }
 
   // The input of steps [s0, s1): x itself where it is an operand as it stands, else converted rows.
@@ -199,7 +226,7 @@ struct ForwardLoop {
     for (int64_t q = 0; q < in.blocks; ++q) {
       S* c = m.pre + (q * p.B + b0) * row;
       product(m, p.weights[r], in.a + (q * p.B + b0) * in.lda, in.lda, in.rows, true, j, q + 1 == in.blocks ? next : -1, m.bias, 0, c);
-      for (int64_t i = 0; i < in.rows && Cell::apart; ++i)  // the recurrent product's own columns start from their bias
+      for (int64_t i = 0; i < in.rows && apart; ++i)  // the recurrent product's own columns start from their bias
         for (int v = G; v < PA; ++v) store(c + i * row + (j * PA + v) * L, load(m.bias + (j * PA + v) * L));
     }
   }
@@ -209,6 +236,11 @@ struct ForwardLoop {
   // What the loop reads of the problem is copied first: the compiler must assume that a vector store may change the original.
   __attribute__((noinline)) void cell(const Memory& m, int r, int64_t step, const S* pre, const A* h_in, A* h_out, int64_t u0, int64_t u1,
                                       int64_t b0, int64_t b1) const {
+    if constexpr (kInterpreted<Cell>) return interpreted(m, r, step, pre, h_in, h_out, u0, u1, b0, b1);
+    else compiled(m, r, step, pre, h_in, h_out, u0, u1, b0, b1);
+  }
+  ALWAYS_INLINE void compiled(const Memory& m, int r, int64_t step, const S* pre, const A* h_in, A* h_out, int64_t u0, int64_t u1,
+                              int64_t b0, int64_t b1) const {
     const Weights& w = p.weights[r];
     const int64_t t = time(w, step), t_row = t - first_time(p, r), t_next = t + w.direction;
     const int64_t H = p.H, R = p.R, pre_stride = row, in_stride = h_stride, kept_stride = state_stride, unprojected_stride = m_stride;
@@ -217,6 +249,7 @@ struct ForwardLoop {
     T* const hidden = project ? nullptr : at<T>(f.hidden, (t * p.B * R + r) * H);
     T* const saved = SV ? at<T>(f.saved, (t_row * p.B * R + r) * SV * H) : nullptr;
     A* const unprojected = m.m;
+    const S* const own_params = m.params;
     S* states[ST];
     T* histories[ST];
     for (int i = 1; i < ST; ++i) states[i] = m.states[i], histories[i] = at<T>(f.histories[i], (t_row * p.B * R + r) * H);
@@ -232,7 +265,9 @@ struct ForwardLoop {
         if (masked) on[e] = active(t, b), zero[e] = cut(t, b), zero_next[e] = !last && cut(t_next, b);
         const S* a_row = pre + b * pre_stride + first * PA;
 #pragma GCC unroll 4
-        for (int i = 0; i < PA; ++i) a[i].v[e] = load(a_row + O::column(i) * L);
+        for (int i = 0; i < PA; ++i) a[i].v[e] = load(a_row + column(i) * L);
+#pragma GCC unroll 4
+        for (int i = 0; i < NP; ++i) params[i].v[e] = load(own_params + i * kept_stride + first);
 #pragma GCC unroll 4
         for (int i = 1; i < ST; ++i)
           if (!zero[e]) before[i].v[e] = load(states[i] + b * kept_stride + first);
@@ -264,10 +299,71 @@ struct ForwardLoop {
         }
 #pragma GCC unroll 4
         for (int i = 1; i < ST; ++i)
-          if (histories[i]) store(histories[i] + out, after[i].v[e], n);
+          if (histories[i]) store(histories[i] + out, on[e] ? after[i].v[e] : V{}, n);
       }
     };
     for_packs<kPack>(u0, u1, b0, b1, body);
+  }
+
+  // The same by a program.
+  void interpreted(const Memory& m, int r, int64_t step, const S* pre, const A* h_in, A* h_out, int64_t u0, int64_t u1, int64_t b0,
+                   int64_t b1) const {
+    const Weights& w = p.weights[r];
+    const int64_t t = time(w, step), t_row = t - first_time(p, r), t_next = t + w.direction;
+    const int64_t H = p.H, R = p.R;
+    const bool last = step + 1 == p.T, masked = p.lengths || p.reset;
+    T* const y = at<T>(f.y, (t * p.B * R + r) * H);
+    T* const hidden = at<T>(f.hidden, (t * p.B * R + r) * H);
+    T* const saved = at<T>(f.saved, (t_row * p.B * R + r) * SV * H);
+    const Workspace<S>& work = m.work;
+    const Bytecode& code = *work.code;
+    for_strips(u0, u1, b0, b1, work.most, [&](const Strip& strip) {
+      const int n = strip.n;
+      bool on[kStrip], zero_next[kStrip];
+      for (int e = 0; e < n; ++e) on[e] = true, zero_next[e] = false;
+      if (masked)
+        for (int e = 0; e < n; ++e) {
+          const int64_t b = strip.row_of(e);
+          on[e] = active(t, b), zero_next[e] = !last && cut(t_next, b);
+          if (cut(t, b))
+            for (int i = 1; i < ST; ++i) store(m.states[i] + b * state_stride + strip.unit_of(e) * L, V{});
+        }
+      Place<S>* const in = work.operands;
+      for (int i = 0; i < PA; ++i) in[i] = {pre + strip.first(PA * L, row) + column(i) * L, strip.step(PA * L, row)};
+      if (code.reads[PA]) {
+        if constexpr (sizeof(A) == sizeof(S)) {
+          in[PA] = {h_in + strip.first(L, h_stride), strip.step(L, h_stride)};
+        } else {
+          for (int e = 0; e < n; ++e) store(work.copy(PA) + e * L, load(h_in + strip.row_of(e) * h_stride + strip.unit_of(e) * L));
+        }
+      }
+      for (int i = 1; i < ST; ++i) in[PA + i] = {m.states[i] + strip.first(L, state_stride), strip.step(L, state_stride)};
+      for (int i = 0; i < NP; ++i) in[PA + ST + i] = {m.params + i * state_stride + strip.unit * L, strip.step(L, 0)};
+      interpret(code, in, n);
+      const auto out = [&](int i, auto function) __attribute__((always_inline)) {
+        const Place<S> value = work.output(i);
+        for (int e = 0; e < n; ++e) function(e, value[e], strip.row_of(e), strip.unit_of(e) * L);
+      };
+      for (int i = 0; i < SV && saved; ++i)
+        out(ST + i, [&](int, V v, int64_t b, int64_t first) { store(saved + (b * R * SV + i) * H + first, v, lanes_left(H, first, L)); });
+      for (int i = 1; i < ST; ++i)
+        if (T* const history = at<T>(f.histories[i], (t_row * p.B * R + r) * H))
+          out(i,
+              [&](int e, V v, int64_t b, int64_t first) { store(history + b * R * H + first, on[e] ? v : V{}, lanes_left(H, first, L)); });
+      out(0, [&](int e, V v, int64_t b, int64_t first) {
+        const int lanes = lanes_left(H, first, L);
+        V now = rounded<T>(v), keep = now;
+        if (!on[e]) keep = load(h_in + b * h_stride + first), now = V{};
+        if (y) store(y + b * R * H + first, now, lanes);
+        if (hidden) store(hidden + b * R * H + first, now, lanes);
+        if (zero_next[e]) keep = V{};
+        store(h_out + b * h_stride + first, zero_padded<Kind>(keep, lanes));
+      });
+      for (int i = 1; i < ST; ++i)
+        out(i, [&](int e, V v, int64_t b, int64_t first) {
+          if (on[e]) store(m.states[i] + b * state_stride + first, v);
+        });
+    });
   }
 
   // h = W_hr m for output vectors [v0, v1), rows [b0, b1).
@@ -344,7 +440,7 @@ struct ForwardLoop {
       }
     }
     if (s.me == 0) {
-      if (!f.packed) fill_bias(m, w);
+      if (!f.packed) fill_vectors(m, w);
       for (int v = 0; v < kPanelVectors; ++v) store(m.zero + v * L, V{});
     }
     load_state(m, r, part(p.B, s.me, s.size), part(p.B, s.me + 1, s.size));
@@ -355,7 +451,11 @@ struct ForwardLoop {
     // Of very few rows, several panels go through the cell together, for it to have a pack of vectors. Where weights come from L2 that
     // would only part the reading from the arithmetic, which otherwise overlap.
     const bool near = unit_vectors * panel_size<Kind>(p.P, G) * int64_t(sizeof(W)) <= kNearestBytes;
-    const int64_t at_once = near && b1 - b0 < kPack ? kPack : 1, blocks = (j1 - j0 + at_once - 1) / at_once;
+    int64_t at_once = near && b1 - b0 < kPack ? kPack : 1;
+    // A program costs the same for one vector as for a few.
+    if (kInterpreted<Cell> && b1 - b0 < kFewVectors) at_once = (kFewVectors + units() - 1) / units();
+    const int64_t blocks = (j1 - j0 + at_once - 1) / at_once;
+    if constexpr (kInterpreted<Cell>) m.work.prepare();
     static thread_local int calls = 0;
     const int64_t turn = f.packed ? f.turn : unpacked ? calls++ : 0;
     const A* h_in = m.h[0];
@@ -372,7 +472,7 @@ struct ForwardLoop {
           checkpoint(m, r, step, part(p.B, s.me, s.size), part(p.B, s.me + 1, s.size));
           if (split_units) barrier.wait(s.me);  // states of all units are read there, before this step changes them
         }
-        const bool skip = step == p.start && f.h_is_zero, from_end = (step + turn) & 1;
+        const bool skip = !recurrent || (step == p.start && f.h_is_zero), from_end = (step + turn) & 1;
         const int64_t end = live_end(p, time(w, step), b0, chunk_end);
         for (int64_t i = 0; i < blocks && end > b0; ++i) {
           const int64_t ja = j0 + (from_end ? blocks - 1 - i : i) * at_once, jb = ja + at_once < j1 ? ja + at_once : j1;
@@ -382,7 +482,7 @@ struct ForwardLoop {
             if (by_panel) input(m, r, in, b0, j, next);
             if (!skip) product(m, w, h_in + b0 * h_stride, h_stride, end - b0, false, j, next, c, row, c);
           }
-          cell(m, r, step, pre, h_in, h_out, ja * O::units, jb * O::units < unit_vectors ? jb * O::units : unit_vectors, b0, end);
+          cell(m, r, step, pre, h_in, h_out, ja * units(), jb * units() < unit_vectors ? jb * units() : unit_vectors, b0, end);
         }
         if (project_h) {
           if (split_units) barrier.wait(s.me);
@@ -408,7 +508,7 @@ struct ForwardLoop {
     if (s.idle) return;
     FlushDenormals region;
     Arena arena{base + s.group * group_bytes};
-    const Memory m = loop.layout(arena, team);
+    const Memory m = loop.layout(arena, team, s.me);
     for (int r = s.group; r < loop.p.R; r += s.groups) loop.recurrence(m, r, s);
   }
   struct Context {

@@ -21,12 +21,18 @@ template <class Args>
 constexpr bool kMayBeNarrow = std::is_same_v<Args, Forward> || std::is_same_v<Args, Packing>;
 
 // Products and packing know of a cell how many gates it has: cells of one shape share them.
-template <int kGates, int kApart>
+template <int kGates, int kApart, bool kRecurrent>
 struct Shape : fused_rnn::CellDefaults {
   static constexpr int gates = kGates, apart = kApart, states = 1, saved = 0;
+  static constexpr bool recurrent = kRecurrent;
 };
 template <class Args, class Cell>
-using Instance = std::conditional_t<std::is_same_v<Args, Forward> || std::is_same_v<Args, Backward>, Cell, Shape<Cell::gates, Cell::apart>>;
+constexpr auto instance() {
+  if constexpr (kInterpreted<Cell> || std::is_same_v<Args, Forward> || std::is_same_v<Args, Backward>) return (Cell*)nullptr;
+  else return (Shape<Cell::gates, Cell::apart, Cell::recurrent>*)nullptr;
+}
+template <class Args, class Cell>
+using Instance = std::remove_pointer_t<decltype(instance<Args, Cell>())>;
 
 template <template <class, class, class> class Loop, class Args, class Cell>
 static void run_bf16(const Args& args) {
@@ -61,7 +67,8 @@ using Entry = void (*)(const Args&);
 template <template <class, class, class> class Loop, class Args, int number>
 constexpr Entry<Args> entry() {
   using Cell = typename fused_rnn::NumberedCell<number>::Type;
-  if constexpr (std::is_same_v<Cell, fused_rnn::NoCell>) return nullptr;
+  if constexpr (number == fused_rnn::kProgramNumber) return run_cell<Loop, Args, Interpreted>;
+  else if constexpr (std::is_same_v<Cell, fused_rnn::NoCell>) return nullptr;
   else return run_cell<Loop, Args, Instance<Args, Cell>>;
 }
 template <template <class, class, class> class Loop, class Args, int... number>
@@ -71,7 +78,7 @@ static void run_numbered(const Args& args, std::integer_sequence<int, number...>
 }
 template <template <class, class, class> class Loop, class Args>
 static void run(const Args& args) {
-  run_numbered<Loop>(args, fused_rnn::CellNumbers{});
+  run_numbered<Loop>(args, std::make_integer_sequence<int, fused_rnn::kProgramNumber + 1>{});
 }
 
 #if defined(FUSED_RNN_FOR_BF16)  // another file's loops for all other dtypes: they are not compiled again

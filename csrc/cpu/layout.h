@@ -2,6 +2,7 @@
 #pragma once
 #include "../cells/all.h"
 #include "../params.h"
+#include "interpreter.h"
 #include "pack.h"
 #include "team.h"
 #include "vmath.h"
@@ -16,31 +17,54 @@ using fused_rnn::Problem;
 using fused_rnn::Weights;
 using fused_rnn::cpu::Barrier;
 
-// A row of pre-activations is cut into vectors of hidden units; each brings its `kGradients` vectors side by side, in the order of the
-// gradients: the input product writes `gates` of them from the first on, the recurrent product adds to the last `gates`.
+// A cell that is a program. Its counts are the problem's: here is what arrays must hold.
+struct Interpreted {
+  static constexpr int gates = fused_rnn::kMostGates, apart = gates, states = fused_rnn::kMostStates;
+};
 template <class Cell>
-struct Order {
-  static_assert(Cell::gates <= kPanelVectors && Cell::apart <= Cell::gates);
-  static constexpr int units = Cell::apart ? 1 : kPanelVectors / Cell::gates;  // vectors of units a panel holds
-  static constexpr int h_offset = Cell::apart;
-  static constexpr int x_gate(int v) { return (v + Cell::gates - Cell::apart) % Cell::gates; }
-  static constexpr int x_column(int gate) { return (gate + Cell::apart) % Cell::gates; }
-  static constexpr int h_column(int gate) { return gate + Cell::apart; }
+constexpr bool kInterpreted = false;
+template <>
+constexpr bool kInterpreted<Interpreted> = true;
+
+// The counts of a cell, by the letters that the loops use: constants, or a program's own numbers.
+template <class Cell>
+struct Numbers {
+  static constexpr int G = Cell::gates, PA = kGradients<Cell>, SV = Cell::saved, ST = Cell::states, NP = Cell::params;
+  static constexpr int apart = Cell::apart;
+  static constexpr bool recurrent = Cell::recurrent;
+  Numbers(const Problem&) {}
+};
+template <>
+struct Numbers<Interpreted> {
+  int G, PA, SV, ST, NP, apart;
+  bool recurrent;
+  Numbers(const Problem& p)
+      : G(p.cell->gates),
+        PA(p.cell->gates + p.cell->apart),
+        SV(p.cell->saved),
+        ST(p.cell->states),
+        NP(p.cell->params),
+        apart(p.cell->apart),
+        recurrent(p.cell->recurrent) {}
+};
+
+// A row of pre-activations is cut into vectors of hidden units; each brings its PA vectors side by side, in the order of the
+// gradients: the input product writes G of them from the first on, the recurrent product adds to the last G.
+template <class Cell>
+struct Counts : Numbers<Cell> {
+  using Numbers<Cell>::Numbers;
+  using Numbers<Cell>::G;
+  using Numbers<Cell>::apart;
+  ALWAYS_INLINE int units() const { return apart || G > kPanelVectors ? 1 : kPanelVectors / G; }  // vectors of units a panel holds
+  ALWAYS_INLINE int x_gate(int v) const { return (v + G - apart) % G; }
+  ALWAYS_INLINE int x_column(int gate) const { return (gate + apart) % G; }
+  ALWAYS_INLINE int h_column(int gate) const { return gate + apart; }
   // Where pre-activation i of the cell's formula is.
-  static constexpr int column(int i) { return i < Cell::gates ? x_column(i) : h_column(i - Cell::apart); }
+  ALWAYS_INLINE int column(int i) const { return i < G ? x_column(i) : h_column(i - apart); }
 };
 
 static ALWAYS_INLINE int lanes_left(int64_t n, int64_t from, int lanes) { return n - from >= lanes ? lanes : n > from ? int(n - from) : 0; }
 
-#if defined(__AVX512F__) || defined(__aarch64__)
-constexpr int kPack = 4;  // vectors that go through a cell side by side: what 32 registers hold
-#else
-constexpr int kPack = 2;
-#endif
-template <int n>
-struct Count {
-  static constexpr int value = n;
-};
 // function(Count<N>, units, rows) for every vector of units in [u0, u1) and row in [b0, b1), `most` of them at a time while there are
 // as many, then one by one.
 template <int most, class F>

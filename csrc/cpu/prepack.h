@@ -49,7 +49,7 @@ struct PackLoop {
     } else {
       narrowed(loop, f, w, m);
     }
-    loop.fill_bias(m, w);
+    loop.fill_vectors(m, w);
   }
 
   // Packed as float first: the order is the same.
@@ -64,16 +64,18 @@ struct PackLoop {
     wide.pack(from, w, 0, wide.panels);
     if (wide.projects()) wide.pack_projection(from, w, 0, wide.out_vectors);
     const Problem& p = f.p;
-    constexpr int L = Loop::L, G = Loop::G;
+    constexpr int L = Loop::L;
     // A panel of several vectors of units has them side by side in every k, the last panel as many as are left.
-    for (int64_t u = 0; u < loop.unit_vectors; u += Order<Cell>::units) {
-      const int64_t left = loop.unit_vectors - u, units = left < Order<Cell>::units ? left : Order<Cell>::units;
-      const auto one = [&](const float* source, auto* to, float* scale, int64_t k) {
-        narrow_panel(source + u * panel_size<F32>(k, G), to + u * panel_size<Kind>(k, G), at<float>(scale, u * G * L), k, units * G * L);
-      };
-      one(from.w_ih, m.w_ih, m.scale_ih, p.D);
-      one(from.w_hh, m.w_hh, m.scale_hh, p.P);
-    }
+    for (int64_t j = 0; j < loop.panels; ++j)
+      loop.for_parts(j, [&](int64_t u0, int v0, int nv) {
+        const int64_t before = u0 * loop.G + v0;
+        const auto one = [&](const float* source, auto* to, float* scale, int64_t k) {
+          narrow_panel(source + before * panel_size<F32>(k, 1), to + before * panel_size<Kind>(k, 1), at<float>(scale, before * L), k,
+                       nv * L);
+        };
+        one(from.w_ih, m.w_ih, m.scale_ih, p.D);
+        if (loop.recurrent) one(from.w_hh, m.w_hh, m.scale_hh, p.P);
+      });
     for (int64_t v = 0; loop.projects() && v < loop.out_vectors; ++v)
       narrow_panel(from.w_hr + v * panel_size<F32>(p.H, 1), m.w_hr + v * panel_size<Kind>(p.H, 1), at<float>(m.scale_hr, v * L), p.H, L);
   }

@@ -34,10 +34,12 @@ struct WideSum {
 };
 
 template <class Kind, class T, class Cell>
-struct ProductsLoop {
+struct ProductsLoop : Counts<Cell> {
   using A = typename Kind::Operand;
   using S = typename Kind::Accumulator;
-  static constexpr int L = kKindLanes<Kind>, G = Cell::gates, DG = kGradients<Cell>, W = kPanelVectors * L;
+  using C = Counts<Cell>;
+  using C::G, C::PA, C::apart, C::recurrent, C::x_gate;
+  static constexpr int L = kKindLanes<Kind>, W = kPanelVectors * L;
   static constexpr int64_t kLd = kDepth + 64 / int64_t(sizeof(A));  // row stride of the transposed dgates: not a power of two
 
   const Products& f;
@@ -46,25 +48,26 @@ struct ProductsLoop {
 
   struct Memory {
     int64_t* barrier;
-    A *left, *panel, *w_ih, *dx_left;  // left: transposed dgates, [DG, units of this thread, kLd]
+    A *left, *panel, *w_ih, *dx_left;  // left: transposed dgates, [PA, units of this thread, kLd]
     S *zero, *dx_tile;
     double* sums;  // of the gradients of this thread's units
     const T** row;
     int64_t* live;  // rows of this range that have a step, in order; only where some have none
   };
 
-  ProductsLoop(const Products& products) : f(products), p(products.p), rows((products.p.stop - products.p.start) * products.p.B) {}
+  ProductsLoop(const Products& products)
+      : C(products.p), f(products), p(products.p), rows((products.p.stop - products.p.start) * products.p.B) {}
 
   // Which row blocks of W_ih and of W_hh belong to gradient d, -1: none.
-  static constexpr int input_gate(int d) { return d < G ? Order<Cell>::x_gate(d) : -1; }
-  static constexpr int recurrent_gate(int d) { return d < Cell::apart ? -1 : d - Cell::apart; }
+  ALWAYS_INLINE int input_gate(int d) const { return d < G ? x_gate(d) : -1; }
+  ALWAYS_INLINE int recurrent_gate(int d) const { return !recurrent || d < apart ? -1 : d - apart; }
 
   Memory layout(Arena& shared, Arena& own, int threads) const {
     Memory m{};
     m.barrier = shared.take<int64_t>(Barrier::words(threads));
     if (f.dx) m.w_ih = shared.take<A>(((p.D + L - 1) / L) * panel_size<Kind>(G * p.H, 1));
     const int64_t units = (p.H + threads - 1) / threads, outs = (p.P + threads - 1) / threads;
-    m.left = own.take<A>((DG * units > outs ? DG * units : outs) * kLd);
+    m.left = own.take<A>((PA * units > outs ? PA * units : outs) * kLd);
     m.panel = own.take<A>(panel_size<Kind>(kDepth, kPanelVectors));
     m.zero = own.take<S>(W);
     m.sums = own.take<double>(units);
@@ -190,29 +193,29 @@ struct ProductsLoop {
     const int64_t u0 = part(p.H, me, team), units = part(p.H, me + 1, team) - u0;
     const int64_t t0 = first_time(p, r);
     const T* x = (const T*)f.x.data + t0 * f.x.time + r * f.x.recurrence;
-    const int64_t ld = p.R * DG * p.H;
+    const int64_t ld = p.R * PA * p.H;
     const int64_t chosen = choose(m, r);
     for (int64_t k0 = 0; k0 == 0 || k0 < chosen; k0 += kDepth) {
       const Chosen row{m.live, k0};
       const int64_t depth = chosen - k0 < kDepth ? chosen - k0 : kDepth;
       const bool first = f.first && k0 == 0;
-      int64_t left_x[DG], dw_x[DG], left_h[DG], dw_h[DG];
+      int64_t left_x[kGradients<Cell>], dw_x[kGradients<Cell>], left_h[kGradients<Cell>], dw_h[kGradients<Cell>];
       int count_x = 0, count_h = 0;
-      for (int d = 0; d < DG; ++d) {
-        transpose_into(m.left + d * units * kLd, (const T*)f.dgates + (r * DG + d) * p.H + u0, ld, row, units, depth);
+      for (int d = 0; d < PA; ++d) {
+        transpose_into(m.left + d * units * kLd, (const T*)f.dgates + (r * PA + d) * p.H + u0, ld, row, units, depth);
         if (input_gate(d) >= 0) left_x[count_x] = d * units, dw_x[count_x++] = input_gate(d) * p.H + u0;
         if (recurrent_gate(d) >= 0) left_h[count_h] = d * units, dw_h[count_h++] = recurrent_gate(d) * p.H + u0;
       }
       for (int64_t k = 0; k < depth; ++k) m.row[k] = x + row[k] / p.B * f.x.time + row[k] % p.B * f.x.batch;
       weight_gradient(m, (S*)f.dw_ih[r], p.D, depth, first, count_x, left_x, dw_x, units);
-      bool from_zero = true;  // the first step without an initial state
-      for (int64_t k = 0; k < depth; ++k) {
+      bool from_zero = recurrent;  // the first step without an initial state
+      for (int64_t k = 0; k < depth && recurrent; ++k) {
         m.row[k] = h_before(r, t0 + row[k] / p.B, row[k] % p.B);
         from_zero = from_zero && !m.row[k];
       }
-      if (!from_zero) weight_gradient(m, (S*)f.dw_hh[r], p.P, depth, first, count_h, left_h, dw_h, units);
-      for (int d = 0; d < DG && (f.db_ih || from_zero); ++d) {
-        column_sums(m.sums, (const T*)f.dgates + (r * DG + d) * p.H + u0, ld, row, units, depth);
+      if (recurrent && !from_zero) weight_gradient(m, (S*)f.dw_hh[r], p.P, depth, first, count_h, left_h, dw_h, units);
+      for (int d = 0; d < PA && (f.db_ih || from_zero); ++d) {
+        column_sums(m.sums, (const T*)f.dgates + (r * PA + d) * p.H + u0, ld, row, units, depth);
         const int64_t h_row = recurrent_gate(d) * p.H + u0;
         if (from_zero && h_row >= 0) zero_gradient((S*)f.dw_hh[r] + h_row * round_up(p.P, L), round_up(p.P, L), first, m.sums, units);
         if (f.db_ih && input_gate(d) >= 0) accumulate((double*)f.db_ih[r] + input_gate(d) * p.H + u0, m.sums, units, first);
@@ -241,14 +244,14 @@ struct ProductsLoop {
   // A panel of columns of rows [k, k + N).
   template <int N>
   void input_rows(int r, int64_t column, int64_t k) const {
-    const int64_t ld = p.R * DG * p.H, ld_x = dx_stride(), D = p.D, H = p.H;
+    const int64_t ld = p.R * PA * p.H, ld_x = dx_stride(), D = p.D, H = p.H;
     T* dx = dx_of(r) + k * ld_x + column;
     int n[kPanelVectors];
     for (int v = 0; v < kPanelVectors; ++v) n[v] = lanes_left(D, column + v * L, L);
     Vec<S> sum[N][kPanelVectors] = {};
-    for (int d = 0; d < DG; ++d) {
+    for (int d = 0; d < PA; ++d) {
       if (input_gate(d) < 0) continue;
-      const T* g = (const T*)f.dgates + k * ld + (r * DG + d) * H;
+      const T* g = (const T*)f.dgates + k * ld + (r * PA + d) * H;
       const T* w = (const T*)p.weights[r].w_ih + input_gate(d) * H * D + column;
       for (int64_t i0 = 0; i0 < H; i0 += kSumBlock / 8) {  // summed in blocks: one long chain would round too often
         const int64_t i1 = i0 + kSumBlock / 8 < H ? i0 + kSumBlock / 8 : H;
@@ -292,9 +295,9 @@ struct ProductsLoop {
       for (int v = 0; v < vectors_of(j); ++v)
         pack_columns<Kind, T>(m.w_ih + j * kPanelVectors * panel_size<Kind>(G * p.H, 1), vectors_of(j), v,
                               (const T*)w.w_ih + (j * kPanelVectors + v) * L, p.D, lanes_left(p.D, (j * kPanelVectors + v) * L, L), G * p.H,
-                              Order<Cell>::x_gate(0) * p.H);
+                              x_gate(0) * p.H);
     barrier.wait(me);
-    const int64_t stride = row_stride<Kind>(G * p.H), ld = p.R * DG * p.H, ld_x = dx_stride();
+    const int64_t stride = row_stride<Kind>(G * p.H), ld = p.R * PA * p.H, ld_x = dx_stride();
     T* dx = dx_of(r);
     const bool direct = sizeof(A) == sizeof(T) && (G * p.H) % Kind::k_multiple == 0 && !p.lengths;
     for (int64_t k = part(rows, me, team); k < part(rows, me + 1, team) && p.lengths && !f.add_dx; ++k)
@@ -303,7 +306,7 @@ struct ProductsLoop {
     for (int64_t k0 = part(chosen, me, team); k0 < end; k0 += kDxRows) {
       const Chosen row{m.live, k0};
       const int64_t n = end - k0 < kDxRows ? end - k0 : kDxRows;
-      const T* dgates = (const T*)f.dgates + r * DG * p.H;
+      const T* dgates = (const T*)f.dgates + r * PA * p.H;
       for (int64_t k = 0; k < n && !direct; ++k) convert_row(m.dx_left + k * stride, dgates + row[k] * ld, G * p.H, stride);
       for (int64_t j = 0; j < panels; ++j) {
         const int nv = vectors_of(j);

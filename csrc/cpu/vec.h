@@ -61,6 +61,15 @@ template <class Scalar, int N>
 struct Pack {
   Vec<Scalar> v[N];
 };
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int kPack = 4;  // vectors that go through a cell side by side: what 32 registers hold
+#else
+constexpr int kPack = 2;
+#endif
+template <int n>
+struct Count {
+  static constexpr int value = n;
+};
 template <class S, int N, class F>
 static ALWAYS_INLINE Pack<S, N> each(F function) {
   Pack<S, N> out;

@@ -22,14 +22,21 @@ std::vector<Tensor> cpu_forward(Tensor x, std::vector<Tensor> weights, std::vect
   f.x = layer.input();
   f.h_is_zero = states.empty();
   f.y = y.mutable_data_ptr();
-  std::vector<Tensor> kept;
+  std::vector<Tensor> kept, over_time;
   if (keep) kept.push_back(empty(x, keep_gates ? Sizes{p.T, p.B, p.R, p.cell->saved, p.H} : Sizes{0}));
   if (keep_gates) f.saved = kept[0].mutable_data_ptr();
   for (int i = 0; i < p.cell->states; ++i) {
     f.states[i] = after[size_t(i)].mutable_data_ptr();
-    if (i == 0 || !keep) continue;
-    kept.push_back(keep_gates ? empty(x, {p.T, p.B, p.R, p.H}) : layer.checkpoints());
-    (keep_gates ? f.histories : f.checkpoints)[i] = kept.back().mutable_data_ptr();
+    if (i == 0) continue;
+    if (sequences || keep_gates) {
+      std::vector<Tensor>& to = sequences ? over_time : kept;
+      to.push_back(empty(x, {p.T, p.B, p.R, p.H}));
+      f.histories[i] = to.back().mutable_data_ptr();
+    }
+    if (recompute) {
+      kept.push_back(layer.checkpoints());
+      f.checkpoints[i] = kept.back().mutable_data_ptr();
+    }
   }
   if (recompute) f.every = kCheckpointEvery;
   if (keep) kept.push_back(empty(x, keep_hidden ? sizes_of(y) : Sizes{0}));
@@ -37,6 +44,7 @@ std::vector<Tensor> cpu_forward(Tensor x, std::vector<Tensor> weights, std::vect
   if (p.B > 0) cpu::kernels().forward(f);
 
   for (const Tensor& state : after) out.push_back(converted(state, x.scalar_type()));
+  out.insert(out.end(), over_time.begin(), over_time.end());
   out.insert(out.end(), kept.begin(), kept.end());
   return out;
 }

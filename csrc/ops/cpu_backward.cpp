@@ -63,6 +63,22 @@ void take_entering(const Problem& p, const Tensor& hidden, const Tensor& initial
   }
 }
 
+// sums[r params + i] = over all rows what they give to param i of recurrence r, in double.
+template <class S>
+void sum_rows(const Problem& p, const S* rows, const std::vector<void*>& sums) {
+  const int params = p.cell->params;
+  for (int64_t r = 0; r < p.R; ++r)
+    for (int64_t b = 0; b < p.B; ++b)
+      for (int i = 0; i < params; ++i, rows += p.H) {
+        auto* const sum = static_cast<double*>(sums[size_t(r * params + i)]);
+        for (int64_t u = 0; u < p.H; ++u) sum[u] = (b > 0 ? sum[u] : 0) + double(rows[u]);
+      }
+}
+void sum_params(const Problem& p, const Tensor& rows, const std::vector<void*>& sums) {
+  if (rows.scalar_type() == ScalarType::Double) sum_rows(p, static_cast<const double*>(rows.const_data_ptr()), sums);
+  else sum_rows(p, static_cast<const float*>(rows.const_data_ptr()), sums);
+}
+
 std::vector<Tensor> cpu_backward(MaybeTensor dy, std::vector<Tensor> dstates, Tensor x, std::vector<Tensor> weights,
                                  std::vector<Tensor> states, MaybeTensor lengths, MaybeTensor reset, Tensor hidden, Tensor saved,
                                  std::vector<Tensor> histories, StringHandle cell_name, std::vector<int64_t> directions,
@@ -90,6 +106,12 @@ std::vector<Tensor> cpu_backward(MaybeTensor dy, std::vector<Tensor> dstates, Te
     STD_TORCH_CHECK(history.scalar_type() == (recompute ? wide : type), "fused_rnn: a history is of another dtype than forward makes it");
     history = as_contiguous(history);
   }
+  STD_TORCH_CHECK(dsequences.empty() || int(dsequences.size()) == ST - 1, "fused_rnn: dsequences holds ", dsequences.size(),
+                  " tensors, expected none or ", ST - 1);
+  for (Tensor& sequence : dsequences) {
+    layer.check("a sequence's gradient", sequence, {p.T, p.B, p.R, p.H});
+    sequence = as_contiguous(sequence);
+  }
 
   const std::vector<Tensor> d = layer.wide_states(dstates);        // in and out of each range
   const std::vector<Tensor> initial = layer.wide_states(states);
@@ -98,18 +120,23 @@ std::vector<Tensor> cpu_backward(MaybeTensor dy, std::vector<Tensor> dstates, Te
 
   const int64_t pad = cpu::kernels().products_pad / int64_t(initial[0].element_size());
   std::vector<Gradient> gradients;
-  std::vector<void*> dw_ih, dw_hh, dw_hr, db_ih, db_hh;
+  std::vector<void*> dw_ih, dw_hh, dw_hr, db_ih, db_hh, dparams;
+  const int params = p.cell->params;
   if (need_dw)
-    for (size_t i = 0; i < weights.size(); ++i) {
-      gradients.emplace_back(x, weights[i], pad);
-      const int64_t k = int64_t(i) % layer.weights_each;
-      void* data = gradients.back().data();
-      if (k == 0) dw_ih.push_back(data);
-      else if (k == 1) dw_hh.push_back(data);
-      else if (layer.projects && k == layer.weights_each - 1) dw_hr.push_back(data);
-      else if (k == 2) db_ih.push_back(data);
-      else db_hh.push_back(data);
+    for (size_t i = 0; i < weights.size();) {
+      const auto take = [&](std::vector<void*>& to) {
+        gradients.emplace_back(x, weights[i++], pad);
+        to.push_back(gradients.back().data());
+      };
+      take(dw_ih);
+      if (p.cell->recurrent) take(dw_hh);
+      if (layer.bias) take(db_ih);
+      if (layer.bias && p.cell->recurrent) take(db_hh);
+      if (layer.projects) take(dw_hr);
+      for (int k = 0; k < params; ++k) take(dparams);
     }
+  MaybeTensor dparams_of_rows;
+  if (need_dw && params > 0) dparams_of_rows = zeros({p.R, p.B, params, p.H}, wide);
   const bool share_dx = p.R > 1 && x.dim() == 3;  // several recurrences add to the same dx
   const Tensor dx = !need_dx ? empty(x, {0}) : share_dx || p.B == 0 ? zeros(sizes_of(x), type) : empty(x, sizes_of(x));
 
@@ -163,11 +190,13 @@ std::vector<Tensor> cpu_backward(MaybeTensor dy, std::vector<Tensor> dstates, Te
       b.saved = (recompute ? *again_saved : saved).const_data_ptr();
       b.whole = !recompute;
       for (int i = 0; i < ST; ++i) {
+        if (i > 0 && !dsequences.empty()) b.dsequences[i] = dsequences[size_t(i - 1)].const_data_ptr();
         if (i > 0) b.histories[i] = (recompute ? again_histories : histories)[size_t(i - 1)].const_data_ptr();
         b.first[i] = first[size_t(i)].const_data_ptr();
         b.dstates[i] = d[size_t(i)].mutable_data_ptr();
       }
       b.dgates = dgates.mutable_data_ptr();
+      if (dparams_of_rows) b.dparams = dparams_of_rows->mutable_data_ptr();
       b.need_dh = start > 0 || h0;
       if (layer.projects) {
         b.dprojected = dprojected->mutable_data_ptr();
@@ -186,9 +215,10 @@ std::vector<Tensor> cpu_backward(MaybeTensor dy, std::vector<Tensor> dstates, Te
       q.unprojected = b.unprojected;
       if (need_dw) {
         q.dw_ih = dw_ih.data();
-        q.dw_hh = dw_hh.data();
+        if (p.cell->recurrent) q.dw_hh = dw_hh.data();
         if (layer.projects) q.dw_hr = dw_hr.data();
-        if (layer.bias) q.db_ih = db_ih.data(), q.db_hh = db_hh.data();
+        if (layer.bias) q.db_ih = db_ih.data();
+        if (layer.bias && p.cell->recurrent) q.db_hh = db_hh.data();
       }
       if (need_dx) q.dx = dx.mutable_data_ptr();
       q.add_dx = share_dx;
@@ -196,6 +226,8 @@ std::vector<Tensor> cpu_backward(MaybeTensor dy, std::vector<Tensor> dstates, Te
       cpu::kernels().products(q);
     }
   }
+
+  if (dparams_of_rows && p.B > 0) sum_params(p, *dparams_of_rows, dparams);
 
   std::vector<Tensor> out{dx};
   for (size_t i = 0; i < states.size(); ++i) out.push_back(converted(d[i], type));

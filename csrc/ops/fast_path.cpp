@@ -99,7 +99,9 @@ PyObject* fast_path(PyObject*, PyObject* const* args, Py_ssize_t count) {
   const char* const name = PyUnicode_AsUTF8(args[4]);
   const int axis = int(PyLong_AsLong(args[5]));
   if (PyErr_Occurred()) return nullptr;
-  const CellDescriptor* const cell = find_cell(name);
+  const CellDescriptor* cell = find_cell(name);
+  if (std::string reason; !cell)
+    if (const Program* const program = cpu::program_of(name, reason)) cell = &program->cell;
   if (!cell || axis > 1) Py_RETURN_NONE;
   const int G = cell->gates, ST = cell->states;
   const bool sequence = axis >= 0, bias = PyObject_IsTrue(args[1]) == 1, zero = hx == Py_None, several = ST > 1 && !zero;
@@ -114,7 +116,7 @@ PyObject* fast_path(PyObject*, PyObject* const* args, Py_ssize_t count) {
     if (on < 0) return nullptr;
     if (on) Py_RETURN_NONE;
   }
-  dlpack::Tensor x, weights[5]{}, states[kMostStates], lengths{}, reset{};  // weights as Weights has them
+  dlpack::Tensor x, weights[5]{}, params[kMostParams], states[kMostStates], lengths{}, reset{};  // weights as Weights has them
   if (sequence ? !read(x_object, x, 3, -1, -1, -1) : !read(x_object, x, 2, -1, -1)) Py_RETURN_NONE;
   const int64_t T = sequence ? x.shape[axis] : 1, B = sequence ? x.shape[1 - axis] : x.shape[0], D = x.shape[x.ndim - 1];
   const bool batch_first = axis == 1 && B > 1 && T > 1;
@@ -130,14 +132,26 @@ PyObject* fast_path(PyObject*, PyObject* const* args, Py_ssize_t count) {
     own[i] = PyDict_GetItemWithError(args[0], names[sequence][i]);
     Py_XINCREF(held[i].object = own[i]);
   }
-  const bool projects = cell->projects && own[4];
-  if (!own[0] || !own[1] || (bias && !(own[2] && own[3])) || !read(own[1], weights[1], 2, -1, -1)) Py_RETURN_NONE;
-  const int64_t H = weights[1].shape[0] / G, P = weights[1].shape[1];
-  if (weights[1].shape[0] != G * H || (!projects && P != H) || !alike(weights[1])) Py_RETURN_NONE;
-  if (!read(own[0], weights[0], 2, G * H, D) || !alike(weights[0])) Py_RETURN_NONE;
-  for (int i = 2; i < 4 && bias; ++i)
-    if (!read(own[i], weights[i], 1, G * H) || !alike(weights[i])) Py_RETURN_NONE;
+  const bool projects = cell->projects && own[4], recurrent = cell->recurrent;
+  if (!own[0] || !read(own[0], weights[0], 2, -1, D)) Py_RETURN_NONE;
+  const int64_t H = weights[0].shape[0] / G;
+  if (weights[0].shape[0] != G * H || H == 0 || !alike(weights[0])) Py_RETURN_NONE;
+  if (recurrent && (!own[1] || !read(own[1], weights[1], 2, G * H, -1) || !alike(weights[1]))) Py_RETURN_NONE;
+  const int64_t P = recurrent ? weights[1].shape[1] : H;
+  if (!projects && P != H) Py_RETURN_NONE;
+  for (int i = 2; i < 3 + recurrent && bias; ++i)
+    if (!own[i] || !read(own[i], weights[i], 1, G * H) || !alike(weights[i])) Py_RETURN_NONE;
   if (projects && (!read(own[4], weights[4], 2, P, H) || !alike(weights[4]))) Py_RETURN_NONE;
+  Owned held_params[kMostParams];
+  for (int i = 0; i < cell->params; ++i) {
+    if (!cell->program) Py_RETURN_NONE;  // of the others nobody has said their params' names
+    const Owned key{PyUnicode_FromFormat(sequence ? "%s_l0" : "%s", cell->program->param_names[i])};
+    if (!key.object) return nullptr;
+    PyObject* const param = PyDict_GetItemWithError(args[0], key.object);
+    if (!param) Py_RETURN_NONE;
+    Py_INCREF(held_params[i].object = param);
+    if (!read(param, params[i], 1, H) || !alike(params[i])) Py_RETURN_NONE;
+  }
   const auto width = [&](int i) { return i == 0 ? P : H; };
   const auto state_object = [&](int i) { return several ? PyTuple_GET_ITEM(hx, i) : hx; };
   for (int i = 0; i < ST && !zero; ++i)
@@ -145,7 +159,8 @@ PyObject* fast_path(PyObject*, PyObject* const* args, Py_ssize_t count) {
         !alike(states[i]))
       Py_RETURN_NONE;
 
-  const Weights w{weights[0].data, weights[1].data, weights[2].data, weights[3].data, weights[4].data, 1};
+  Weights w{weights[0].data, weights[1].data, weights[2].data, weights[3].data, weights[4].data, 1, {}};
+  for (int i = 0; i < cell->params; ++i) w.params[i] = params[i].data;
   const bool wide = dtype == Dtype::f32 || dtype == Dtype::f64;  // states are of the accumulation dtype as they stand
   Owned y, after[kMostStates];
   dlpack::Tensor y_out{}, after_out[kMostStates];
@@ -190,7 +205,7 @@ PyObject* fast_path(PyObject*, PyObject* const* args, Py_ssize_t count) {
       enough = false;
     }
   };
-  if (T * G * H * (D + P) * (x.bits / 8) < kLongCall) {
+  if (T * G * H * (D + (recurrent ? P : 0)) * (x.bits / 8) < kLongCall) {
     run();
   } else {
     Py_BEGIN_ALLOW_THREADS;

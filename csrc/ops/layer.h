@@ -30,18 +30,20 @@ class Layer {
     p.start = 0;
     p.stop = p.T;
     weights_each = int64_t(weights.size()) / p.R;
-    STD_TORCH_CHECK(int64_t(weights.size()) == weights_each * p.R && weights_each >= 2 && weights_each <= 5, "fused_rnn: weights holds ",
-                    weights.size(), " tensors for ", p.R, " recurrence(s), expected 2 to 5 each");
-    bias = weights_each >= 4;
-    projects = weights_each == 3 || weights_each == 5;
-    STD_TORCH_CHECK(!projects || p.cell->projects, "fused_rnn: cell '", cell, "' has no projection (w_hr)");
-    const int G = p.cell->gates;
-    STD_TORCH_CHECK(weights[1].dim() == 2 && weights[1].size(0) % G == 0, "fused_rnn: w_hh has shape ", text(sizes_of(weights[1])),
-                    ", expected [", G, " H, P]");
-    p.H = weights[1].size(0) / G;
-    p.P = weights[1].size(1);
+    const int sides = p.cell->recurrent ? 2 : 1, params = p.cell->params, G = p.cell->gates;
+    const int64_t matrices = weights_each - params, most = 2 * sides + p.cell->projects;  // matrices and biases
+    STD_TORCH_CHECK(int64_t(weights.size()) == weights_each * p.R && matrices >= sides && matrices <= most, "fused_rnn: weights holds ",
+                    weights.size(), " tensors for ", p.R, " recurrence(s), expected ", sides + params, " to ", most + params, " each");
+    bias = matrices >= 2 * sides;
+    projects = matrices > (bias ? 2 : 1) * sides;
+    STD_TORCH_CHECK(!projects || p.cell->projects, "fused_rnn: cell '", cell.substr(0, 80), "' has no projection (w_hr)");
+    const Tensor& rows = weights[size_t(sides - 1)];
+    STD_TORCH_CHECK(rows.dim() == 2 && rows.size(0) % G == 0, "fused_rnn: ", p.cell->recurrent ? "w_hh" : "w_ih", " has shape ",
+                    text(sizes_of(rows)), ", expected [", G, " H, ", p.cell->recurrent ? "P]" : "D]");
+    p.H = rows.size(0) / G;
+    p.P = p.cell->recurrent ? rows.size(1) : p.H;
     STD_TORCH_CHECK(p.H > 0 && p.D > 0 && p.T > 0, "fused_rnn: T, D and H must be positive, got T=", p.T, ", D=", p.D, ", H=", p.H);
-    STD_TORCH_CHECK(projects || p.P == p.H, "fused_rnn: w_hh has shape ", text(sizes_of(weights[1])), " without a projection, expected [",
+    STD_TORCH_CHECK(projects || p.P == p.H, "fused_rnn: w_hh has shape ", text(sizes_of(rows)), " without a projection, expected [",
                     G * p.H, ", ", p.H, "]");
     held_.reserve(weights.size());
     weights_.resize(size_t(p.R));
@@ -50,12 +52,11 @@ class Layer {
       Weights& w = weights_[size_t(r)];
       w = {};
       w.w_ih = hold("w_ih", weights[i], {G * p.H, p.D});
-      w.w_hh = hold("w_hh", weights[i + 1], {G * p.H, p.P});
-      if (bias) {
-        w.b_ih = hold("b_ih", weights[i + 2], {G * p.H});
-        w.b_hh = hold("b_hh", weights[i + 3], {G * p.H});
-      }
-      if (projects) w.w_hr = hold("w_hr", weights[i + size_t(weights_each) - 1], {p.P, p.H});
+      if (p.cell->recurrent) w.w_hh = hold("w_hh", weights[i + 1], {G * p.H, p.P});
+      if (bias) w.b_ih = hold("b_ih", weights[i + size_t(sides)], {G * p.H});
+      if (bias && p.cell->recurrent) w.b_hh = hold("b_hh", weights[i + 3], {G * p.H});
+      if (projects) w.w_hr = hold("w_hr", weights[i + size_t(matrices) - 1], {p.P, p.H});
+      for (int k = 0; k < params; ++k) w.params[k] = hold("a param", weights[i + size_t(matrices + k)], {p.H});
       STD_TORCH_CHECK(directions[size_t(r)] == 1 || directions[size_t(r)] == -1, "fused_rnn: a direction is ", directions[size_t(r)],
                       ", expected +1 or -1");
       w.direction = int(directions[size_t(r)]);
@@ -82,7 +83,7 @@ class Layer {
   // What there is of each state of the cell: nothing, or all of them. suffix: what errors write behind a state's name.
   void check_states(const char* suffix, const std::vector<Tensor>& given) const {
     STD_TORCH_CHECK(given.empty() || int(given.size()) == p.cell->states, "fused_rnn: got ", given.size(), " states, expected none or the ",
-                    p.cell->states, " of a ", p.cell->name);
+                    p.cell->states, " of a ", std::string(p.cell->name).substr(0, 80));
     for (size_t i = 0; i < given.size(); ++i) check((p.cell->state_names[i] + std::string(suffix)).c_str(), given[i], {p.R, p.B, width(i)});
   }
   // States, or their gradients, in the accumulation dtype, memory of its own: the loops leave there what comes out. Zero where none are

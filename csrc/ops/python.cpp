@@ -15,7 +15,8 @@ static pybind11::list describe_cells() {
     if (!c.name) continue;
     const std::vector<std::string> states(c.state_names, c.state_names + c.states);
     cells.append(pybind11::dict(arg("name") = c.name, arg("number") = c.number, arg("gates") = c.gates, arg("states") = states,
-                                arg("saved") = c.saved, arg("apart") = c.apart, arg("reads_h") = c.reads_h, arg("projects") = c.projects));
+                                arg("saved") = c.saved, arg("apart") = c.apart, arg("reads_h") = c.reads_h, arg("projects") = c.projects,
+                                arg("params") = c.params, arg("recurrent") = c.recurrent));
   }
   return cells;
 }
@@ -27,6 +28,14 @@ PYBIND11_MODULE(_C, m) {
   m.attr("CHECKPOINT_EVERY") = fused_rnn::ops::kCheckpointEvery;
   m.def("isa", [] { return fused_rnn::cpu::kernels().name; }, "The instruction set in use on CPU.");
   m.def("cells", &fused_rnn::ops::describe_cells, "What the compiled loops know of each cell, for comparison with Python's descriptors.");
+  m.def(
+      "refusal",
+      [](const std::string& text) -> std::optional<std::string> {
+        std::string reason;
+        if (fused_rnn::cpu::program_of(text, reason)) return {};
+        return reason;
+      },
+      "Why the loops cannot run a cell that is a program; None where they can.");
   m.def("available_isas", &fused_rnn::cpu::available_isas, "The instruction sets this processor can run, best first, comma-separated.");
   fused_rnn::cuda::bind_plan(m);  // plans can be asked for on any machine
   fused_rnn::ops::add_stream(m.ptr());

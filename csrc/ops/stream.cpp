@@ -13,6 +13,7 @@
 #include "tensors.h"
 
 namespace fused_rnn::ops {
+namespace py = pybind11;
 namespace {
 
 constexpr int64_t kLongStep = 1 << 20;  // bytes of weights times rows, from where on other Python threads may run meanwhile
@@ -43,9 +44,12 @@ Problem Stream::layer(int64_t l, const Weights& w) const {
 void Stream::pack(const std::vector<WeightAddresses>& layers) {
   bytes_ = 0;
   for (size_t l = 0; l < packed_.size(); ++l) {
-    const void* w[5];
-    for (size_t i = 0; i < 5; ++i) w[i] = reinterpret_cast<const void*>(layers.at(l)[i]);
-    const Weights weights{w[0], w[1], w[2], w[3], w[4], 1};
+    const size_t params = size_t(problem_.cell->params);
+    const WeightAddresses& given = layers.at(l);
+    if (given.size() != 5 + params) throw py::value_error("layers: expected five addresses and one of each param");
+    const auto w = [&](size_t i) { return reinterpret_cast<const void*>(given[i]); };
+    Weights weights{w(0), w(1), w(2), w(3), w(4), 1, {}};
+    for (size_t i = 0; i < params; ++i) weights.params[i] = w(5 + i);
     int64_t bytes = 0;
     Packing packing{layer(int64_t(l), weights), narrow_, nullptr, &bytes};
     cpu::kernels().pack(packing);
@@ -97,8 +101,6 @@ void Stream::run(const void* x, int64_t T, void* y) {
 }
 
 namespace {
-
-namespace py = pybind11;
 
 // What a step function has beside its stream.
 struct Step {

@@ -2,7 +2,6 @@
 #pragma once
 #include <Python.h>
 
-#include <array>
 #include <atomic>
 #include <memory>
 #include <vector>
@@ -11,8 +10,8 @@
 
 namespace fused_rnn::ops {
 
-// Addresses of w_ih, w_hh, b_ih, b_hh, w_hr of a layer, as in fused_rnn::Weights; 0 where there is none.
-using WeightAddresses = std::array<uintptr_t, 5>;
+// Addresses of w_ih, w_hh, b_ih, b_hh, w_hr, and of the params, of a layer, as in fused_rnn::Weights; 0 where there is none.
+using WeightAddresses = std::vector<uintptr_t>;
 
 class Stream {
  public:

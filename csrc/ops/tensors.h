@@ -13,6 +13,7 @@
 
 #include "../cells/all.h"
 #include "../cpu/isa.h"
+#include "../cpu/program_text.h"
 #include "../params.h"
 
 namespace fused_rnn::ops {
@@ -125,6 +126,12 @@ inline const CellDescriptor* find_cell(const char* name) {
   return nullptr;
 }
 inline const CellDescriptor* cell_of(const std::string& name) {
+  if (cpu::is_program(name)) {
+    std::string reason;
+    const Program* const program = cpu::program_of(name, reason);
+    STD_TORCH_CHECK(program, "fused_rnn: cell is '", name.substr(0, 80), "', which the loops cannot run: ", reason);
+    return &program->cell;
+  }
   if (const CellDescriptor* const found = find_cell(name.c_str())) return found;
   std::string names;
   for (const CellDescriptor& cell : kCells.of)
@@ -135,7 +142,8 @@ inline const CellDescriptor* cell_of(const std::string& name) {
 
 // One thread for what takes less than about 200 us there: waking the others and their barriers would cost as much.
 inline int threads_for(const Problem& p) {
-  const double flops = double(p.T) * double(p.B) * double(p.R) * 2.0 * p.cell->gates * double(p.H) * double(p.D + p.P);
+  const double flops =
+      double(p.T) * double(p.B) * double(p.R) * 2.0 * p.cell->gates * double(p.H) * double(p.D + (p.cell->recurrent ? p.P : 0));
   const double microseconds = flops / 100e3;
   if (microseconds < 200) return 1;
   const int most = int(torch::stable::get_num_threads());

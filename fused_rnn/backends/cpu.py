@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,6 +11,8 @@ from torch import Tensor
 
 from fused_rnn import ops
 from fused_rnn.cells import unknown
+from fused_rnn.cells.descriptor import title
+from fused_rnn.cells.program import is_program
 from fused_rnn.transforms.op_gradient import without_gradient
 
 if TYPE_CHECKING:
@@ -22,6 +25,20 @@ stack = None  # layers.run runs the layers one by one
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
+def _unknown(cell: str) -> str | None:
+    """Why there is no loop for a cell; None where there is one."""
+    if cell in ops.CELLS:
+        return None
+    return _refusal(cell) if is_program(cell) else unknown(cell, ops.CELLS)
+
+
+@lru_cache(maxsize=4096)
+def _refusal(cell: str) -> str | None:
+    """Why the loops cannot run a cell that is a program; None where they can."""
+    reason = ops._C.refusal(cell)
+    return None if reason is None else f"{title(cell)}: {reason}"
+
+
 def supports(problem: Problem) -> str | None:
     """None if this backend can run the problem, else the reason it cannot."""
     if ops.MISSING is not None:
@@ -30,7 +47,7 @@ def supports(problem: Problem) -> str | None:
         return f"it runs tensors on the cpu, these are on {problem.device}"
     if problem.dtype not in DTYPES:
         return f"it knows float32, float64, bfloat16 and float16, not {problem.dtype}"
-    if (reason := unknown(problem.cell, ops.CELLS)) is not None:
+    if (reason := _unknown(problem.cell)) is not None:
         return reason
     if problem.hidden_size == 0:
         return "it has no loop over no hidden units"

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from fused_rnn.call import BackwardCall, LayerCall
-from fused_rnn.cells import CELLS, unknown
+from fused_rnn.cells import CELLS, is_program, unknown
 from fused_rnn.reference.gradient import backward_layer
 from fused_rnn.reference.loop import run_layer, without_autocast
 
@@ -22,7 +22,7 @@ stack = None  # layers.run runs the layers one by one
 
 def supports(problem: Problem) -> str | None:
     """None if this backend can run the problem, else the reason it cannot."""
-    if (reason := unknown(problem.cell, CELLS)) is not None:
+    if not is_program(problem.cell) and (reason := unknown(problem.cell, CELLS)) is not None:
         return reason
     if problem.needs_grad and problem.save == "recompute":
         return "it keeps what autograd keeps; save='recompute' needs the cpu backend"

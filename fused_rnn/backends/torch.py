@@ -36,6 +36,8 @@ def supports(problem: Problem) -> str | None:
     """None if this backend can run the problem, else the reason it cannot."""
     if (reason := unknown(problem.cell, _STACKS)) is not None:
         return reason
+    if problem.sequences:
+        return "torch's kernels return h alone over time"
     if problem.reset:
         return "torch's kernels know no reset"
     if problem.needs_grad and problem.save == "recompute":

@@ -61,13 +61,15 @@ class Cell(NamedTuple):
 
 
 class Cells(dict[str, Cell]):
-    """Cells by name. A name that is a program is a cell without having been registered."""
+    """Cells by name. A name that is a program is a cell without having been registered, and is kept elsewhere: of a
+    dict's subclass Dynamo guards the size."""
 
     def __missing__(self, name: str) -> Cell:
-        if not is_program(name):
-            raise KeyError(name)
-        program = parse(name)
-        return self.setdefault(name, cell_of(program))
+        if name not in _PROGRAMS:
+            if not is_program(name):
+                raise KeyError(name)
+            _PROGRAMS.setdefault(name, cell_of(parse(name)))
+        return _PROGRAMS[name]
 
 
 def cell_of(program: Program) -> Cell:
@@ -78,6 +80,7 @@ def cell_of(program: Program) -> Cell:
     )  # fmt: skip
 
 
+_PROGRAMS: dict[str, Cell] = {}
 CELLS: Cells = Cells()
 
 

@@ -12,6 +12,7 @@ from fused_rnn.backends import cpu, reference
 from fused_rnn.backends import cuda as cuda_backend
 from fused_rnn.backends import torch as torch_backend
 from fused_rnn.backends import triton as triton_backend
+from fused_rnn.cells import is_program, title
 from fused_rnn.cuda import module as cuda_loops
 from fused_rnn.dispatch import fastest
 from fused_rnn.problem import Problem
@@ -27,6 +28,9 @@ ONEDNN_HIDDEN = 512
 
 # After what measured fastest, where that is not built: torch before what nobody has measured.
 ON_A_GPU = ("torch", "cuda", "triton", "reference", "cpu")
+# Of a user's cell torch has no kernel.
+PROGRAMS = {"cuda": ("cuda", "triton", "reference", "torch", "cpu")}
+PROGRAMS_ELSEWHERE = ("cpu", "reference", "triton", "cuda", "torch")
 
 
 def _onednn_is_faster(problem: Problem) -> bool:
@@ -57,6 +61,8 @@ def is_left_to_torch(problem: Problem) -> bool:
 
 def preference(problem: Problem) -> tuple[str, ...]:
     """The backends in the order in which to try them for this problem, fastest first. Never by T, but for T = 1."""
+    if is_program(problem.cell):
+        return PROGRAMS.get(problem.device, PROGRAMS_ELSEWHERE)
     if problem.device == "cpu" and _onednn_is_faster(problem):
         return ("torch", "cpu", "reference", "triton", "cuda")
     if problem.device == "cuda":
@@ -82,7 +88,7 @@ def choose(problem: Problem, backend: str | None = None) -> ModuleType:
         names = preference(problem)
         for name in names:
             if BACKENDS[name].supports(problem) is None:
-                if name in ("torch", "reference") and (reason := _not_built(names[0])) is not None:
+                if name in ("torch", "reference") and (reason := _falls_back(names[0], problem)) is not None:
                     missing.warn_once(reason)
                 return BACKENDS[name]
     elif known_backend(backend) and BACKENDS[backend].supports(problem) is None:
@@ -90,16 +96,21 @@ def choose(problem: Problem, backend: str | None = None) -> ModuleType:
     raise NotImplementedError(_refusal(problem, backend))
 
 
-def _not_built(backend: str) -> str | None:
-    """Why the compiled part of a backend is not there; None where it is, or none is needed."""
-    return {"cpu": ops.MISSING, "cuda": cuda_loops.MISSING}.get(backend)
+def _falls_back(first: str, problem: Problem) -> str | None:
+    """Why the backend preferred does not run a problem, where that is to be said: its compiled part is not there, or
+    a user's cell is left to the loop in Python, which is many times slower. None where only the reference can."""
+    missing = {"cpu": ops.MISSING, "cuda": cuda_loops.MISSING}.get(first)
+    if missing is not None or not is_program(problem.cell) or problem.forward_ad or problem.functionalized:
+        return missing
+    refused: str | None = BACKENDS[first].supports(problem)
+    return refused
 
 
 def _refusal(problem: Problem, backend: str | None) -> str:
     reasons = {name: module.supports(problem) for name, module in BACKENDS.items()}
     lines = [f"  {name}: {'can run this' if reason is None else reason}" for name, reason in reasons.items()]
     asked = "no backend can" if backend is None else f"backend {backend!r} cannot"
-    return f"{asked} run this {problem.cell} problem ({problem.dtype} on {problem.device}):\n" + "\n".join(lines)
+    return f"{asked} run this {title(problem.cell)} problem ({problem.dtype} on {problem.device}):\n" + "\n".join(lines)
 
 
 _choose_cached = lru_cache(maxsize=4096)(choose)

@@ -31,9 +31,9 @@ class Fused(nn.Module):
     begin with _fused, for users' subclasses have names of their own.
     """
 
-    _fused_counterpart: ClassVar[type[nn.Module]]
+    _fused_counterpart: ClassVar[Any]  # None where torch.nn has none
     _fused_cell: str  # its name in cells.CELLS
-    _fused_states: ClassVar[int] = 1  # how many states a step has: h, or h and c
+    _fused_states: int = 1  # how many states a step has: h, or h and c
     # On the class too, for modules whose state was saved by torch.nn, which has no such attribute.
     _fused_backend: str | None = None
 
@@ -62,6 +62,11 @@ class Fused(nn.Module):
         kind = type(self)
         if overrides_forward(kind):
             return self
+        if self._fused_counterpart is None:
+            raise NotImplementedError(
+                f"{kind.__name__}: torch.jit.script compiles torch.nn's classes, none of which this is; torch.export"
+                " and torch.jit.trace record its op"
+            )
         theirs = self._fused_counterpart if "_fused_counterpart" in vars(kind) else kind
         counterpart = theirs.__new__(theirs)
         counterpart.__setstate__({key: value for key, value in vars(self).items() if not key.startswith("_fused")})
@@ -101,10 +106,10 @@ def prefers_counterpart(module: Fused, weights: Sequence[Tensor], input: Tensor 
     """Whether the counterpart is to run a call that has no lengths and no reset."""
     backend, device = module._fused_backend, weights[0].device.type
     if backend is not None:
-        return backend == "torch" and _casts_alike(device)
+        return backend == "torch" and module._fused_counterpart is not None and _casts_alike(device)
     # A trace shall find torch's own operators, which any runtime and the ONNX exporter know.
     if is_jit_tracing():
-        return True
+        return module._fused_counterpart is not None
     return device == ON_A_GPU and _casts_alike(device) and _counterpart_can(module) and _is_left(module, weights, input)
 
 
@@ -144,6 +149,6 @@ def _counterpart_can(module: Fused) -> bool:
     It keeps the weights in one chunk, casts them as one under autocast, and takes packed input as it is; functional,
     which owns no weights, cannot. cuDNN has no backward in eval mode, keeps all gates, and has no rule for transforms.
     """
-    if is_compiling() or in_transform() or forward_ad._current_level >= 0:
+    if module._fused_counterpart is None or is_compiling() or in_transform() or forward_ad._current_level >= 0:
         return False
     return not is_grad_enabled() or (module.training and getattr(module, "_fused_save", "gates") == "gates")

@@ -20,6 +20,7 @@ from torch.compiler import is_compiling
 from torch.nn.utils.rnn import PackedSequence
 
 from fused_rnn import checks
+from fused_rnn.cells import CELLS
 from fused_rnn.nn.base import Fused
 
 
@@ -35,9 +36,10 @@ def run_counterpart(module: Fused, weights: Sequence[Tensor], input: Any, hx: An
             check_call(module, weights, input, hx)
     except ValueError as error:
         refuse(module, weights, input, hx, error)
-    if extras or module._fused_backend not in (None, "torch"):
+    if extras or module._fused_counterpart is None or module._fused_backend not in (None, "torch"):
+        with_these = f" with lengths, reset or backend={module._fused_backend!r}" if module._fused_counterpart else ""
         raise NotImplementedError(
-            f"{type(module).__name__} with lengths, reset or backend={module._fused_backend!r} takes plain tensors "
+            f"{type(module).__name__}{with_these} takes plain tensors "
             f"alone, got an input of type {type(input).__name__} and parameters of "
             f"type {', '.join({type(p).__name__ for p in module.parameters()})}"
         )
@@ -71,9 +73,11 @@ def check_call(module: Fused, weights: Sequence[Tensor], input: Any, hx: Any) ->
         return
     is_cell = isinstance(module, nn.RNNCellBase)
     named = [("hx", hx, width)]
-    if module._fused_states == 2:
-        checks.check_pair(hx, "(h_0, c_0)", is_cell)
-        named = [("h_0", hx[0], width), ("c_0", hx[1], hidden)]
+    if module._fused_states > 1:
+        names = [f"{name}_0" for name in CELLS[module._fused_cell].states]
+        checks.check_pair(hx, f"({', '.join(names)})", is_cell, len(names))
+        sizes = [width, *[hidden] * (len(names) - 1)]
+        named = list(zip(names, hx, sizes, strict=True))
     rows = () if is_cell else (state_rows(module),)
     for name, state, size in named:
         shape = (*rows, *batch, size)
@@ -146,8 +150,10 @@ def _check_weights(module: Any, weights: Sequence[Tensor], data: Tensor) -> tupl
 
 
 def _check_shapes(module: Any, weights: Sequence[Tensor], input_size: int) -> tuple[int, int]:
-    layers, recurrences = (1, 1) if isinstance(module, nn.RNNCellBase) else (module.num_layers, _directions(module))
-    return checks.check_shapes(module._fused_cell, weights, input_size, layers, recurrences)[:2]
+    is_cell = isinstance(module, nn.RNNCellBase)
+    layers, recurrences, heads = (1, 1, 1) if is_cell else (module.num_layers, _directions(module), module._fused_heads)
+    sizes = checks.check_shapes(module._fused_cell, weights, input_size, layers, recurrences * heads)
+    return sizes[0] * heads, sizes[1] * heads
 
 
 def _directions(module: Any) -> int:
@@ -174,6 +180,9 @@ class _NothingToSay(Exception):
 
 def _raise_in_torchs_words(module: Any, weights: Sequence[Tensor], input: Any, hx: Any) -> None:
     """Run the counterpart's forward on stand-ins, with another _VF at the point where its checks in Python end."""
+    if module._fused_counterpart is None:
+        _raise_in_words_of_the_base(module, input, hx)
+        return
     forward = module._fused_counterpart.forward
     if not isinstance(forward, FunctionType) or "_VF" not in forward.__globals__:  # somebody's own
         return
@@ -186,6 +195,25 @@ def _raise_in_torchs_words(module: Any, weights: Sequence[Tensor], input: Any, h
             checks_alone(module, _stand_in(input), _stand_in(hx))
     except _NothingToSay:
         pass
+
+
+def _raise_in_words_of_the_base(module: Any, input: Any, hx: Any) -> None:
+    """Torch's words for sizes, by the checks that its modules have in Python."""
+    data, sizes = (input.data, input.batch_sizes) if isinstance(input, PackedSequence) else (input, None)
+    if sizes is None and data.dim() not in (2, 3):
+        raise ValueError(f"{type(module).__name__}: Expected input to be 2D or 3D, got {data.dim()}D instead")
+    states = [] if hx is None else _flatten(hx)
+    dims = 3 if sizes is not None else data.dim()
+    if any(state.dim() != dims for state in states):
+        batch = "unbatched 2-D" if dims == 2 else "batched 3-D"
+        got = ", ".join(f"{state.dim()}-D" for state in states)
+        got = f"{got} tensor" if len(states) == 1 else f"({got}) tensors"
+        raise RuntimeError(f"For {batch} input, hx should also be {dims}-D but got {got}")
+    if dims == 2:
+        data, states = data.unsqueeze(0 if module.batch_first else 1), [state.unsqueeze(1) for state in states]
+    module.check_input(data, sizes)
+    if states:
+        module.check_forward_args(data, states if module._fused_states > 1 else states[0], sizes)
 
 
 class _Kernels:

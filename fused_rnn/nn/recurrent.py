@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any, ClassVar, Protocol, TypeVar, overload
 
 from torch import Tensor, nn
@@ -59,9 +58,12 @@ class Recurrent(Fused, nn.RNNBase):
 
     _fused_save: str = "gates"  # on the class too, as Fused._fused_backend is
     _fused_checks: ClassVar[bool] = False  # whether a subclass overrides any of _CHECKS
+    _fused_heads: int = 1
+    _fused_options: tuple[Any, ...] = ()  # of layers.run, beside those that every module has
 
     def __init__(self, mode: str, *args: Any, backend: str | None = None, save: str = "gates", **kwargs: Any) -> None:
-        if not isinstance(self, self._fused_counterpart):
+        counterpart = self._fused_counterpart
+        if counterpart is None or not isinstance(self, counterpart):
             args = (mode, *args)  # for RNNBase; torch's own class comes before it, and knows its mode
         super().__init__(*args, **kwargs)
         self._fused_backend = known_backend(backend)
@@ -114,11 +116,14 @@ class Recurrent(Fused, nn.RNNBase):
             raise ValueError("bidirectional: got True, expected False: its other direction starts at the last step")
         if self.training and self.dropout and self.num_layers > 1:
             raise RuntimeError(f"dropout: got {self.dropout} in training mode, which a stream does not apply: eval()")
-        read, first = partial(read_weights, self), self.batch_first
         return Stream(
-            self.mode.lower(), read, batch_size=batch_size, num_layers=self.num_layers, batch_first=first,
-            weights=weights, backend=self._fused_backend,
+            self._fused_cell, self._fused_read, batch_size=batch_size, num_layers=self.num_layers,
+            batch_first=self.batch_first, weights=weights, backend=self._fused_backend, heads=self._fused_heads,
         )  # fmt: skip
+
+    def _fused_read(self) -> list[Tensor]:
+        """The weights as a stream reads them."""
+        return read_weights(self)
 
     def extra_repr(self) -> str:
         """torch.nn's, and the extra arguments where they are not the default."""
@@ -127,12 +132,12 @@ class Recurrent(Fused, nn.RNNBase):
         return super().extra_repr() + "".join(extras)
 
 
-def overrides_checks(cls: type[Recurrent]) -> bool:
+def overrides_checks(cls: type[Recurrent], counterpart: type | None = None) -> bool:
     """Whether a class, or one above it, has other checks than its counterpart.
 
     A class without a counterpart, as a library may put between ours, is none that anybody calls.
     """
-    counterpart = getattr(cls, "_fused_counterpart", cls)
+    counterpart = counterpart or getattr(cls, "_fused_counterpart", None) or cls
     return any(getattr(cls, name, None) is not getattr(counterpart, name, None) for name in _CHECKS)
 
 

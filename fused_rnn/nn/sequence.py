@@ -44,15 +44,18 @@ def step(module: Recurrent, input: Any, hx: Any, lengths: Any, reset: Any) -> Se
     return FAST_PATH(module._parameters, module.bias, input, hx, _CELLS[module.mode], time, lengths, reset)
 
 
-def run(module: Recurrent, input: Any, hx: Any, lengths: Any, reset: Any) -> Result:
-    """forward, of any call."""
+def run(
+    module: Recurrent, input: Any, hx: Any, lengths: Any, reset: Any, weights: Sequence[Tensor] | None = None
+) -> Result:
+    """forward, of any call. weights: where they are not as the module has them."""
     extras = lengths is not None or reset is not None
     packed = isinstance(input, PackedSequence)
     if packed and lengths is not None:
         raise ValueError("lengths: got some beside a PackedSequence, expected None: the input has its own")
     if packed and module._fused_states == 2 and input.data.dim() == 3:  # torch's LSTM takes rows of equal lengths so
         input = input._replace(data=input.data.flatten(0, 1))
-    weights = read_weights(module)
+    if weights is None:
+        weights = read_weights(module)
     plain = are_plain((input.data if packed else input, *weights))
     if (
         not plain
@@ -79,6 +82,8 @@ def run(module: Recurrent, input: Any, hx: Any, lengths: Any, reset: Any) -> Res
             # that lie one after the other.
             x = x.contiguous()
         y, hx = _run_layers(module, x, weights, hx, lengths, reset)
+        if isinstance(y, tuple):
+            return tuple(s.transpose(0, 1) for s in y), hx
         return (y.transpose_(0, 1) if is_unshared(y, module._fused_backend) else y.transpose(0, 1)), hx
     except ValueError as error:
         return refuse(module, weights, input, hx, error)
@@ -90,14 +95,14 @@ def _run_unbatched(
     """forward of [T, D]."""
     if input.dim() != 2:
         raise ValueError(f"input: got {input.dim()} dimensions, expected two or three")
-    hx = _map(module, lambda s: s.unsqueeze(1), hx)
+    hx = _each(lambda s: s.unsqueeze(1), hx)
     if lengths is not None:
         lengths = checks.as_lengths(lengths)
         if lengths.numel() != 1:
             raise ValueError(f"lengths: got {checks.shape_text(lengths.shape)}, expected [], of unbatched input")
         lengths = lengths.reshape(1)
     y, hx = _run_layers(module, input.unsqueeze(1), weights, hx, lengths, reset)
-    return y.squeeze(1), _map(module, lambda s: s.squeeze(1), hx)
+    return _each(lambda s: s.squeeze(1), y), _each(lambda s: s.squeeze(1), hx)
 
 
 def _run_packed(
@@ -119,14 +124,14 @@ def _run_packed(
         data, hx = _run_packed_dropout(module, data, layout, weights, hx, reset)
     else:
         y, hx = _run_layers(module, layout.pad(data), weights, hx, layout.lengths, reset)
-        data = layout.pack(y, module._fused_backend)
-    packed = PackedSequence(data, batch_sizes, sorted_indices, unsorted_indices)
+        data = _each(lambda s: layout.pack(s, module._fused_backend), y)
+    packed = _each(lambda s: PackedSequence(s, batch_sizes, sorted_indices, unsorted_indices), data)
     return packed, module.permute_hidden(hx, unsorted_indices)
 
 
 def _run_packed_dropout(
     module: Recurrent, data: Tensor, layout: Layout, weights: Sequence[Tensor], hx: Any, reset: Tensor | None
-) -> tuple[Tensor, Any]:
+) -> tuple[Any, Any]:
     """The layers one by one: torch draws the masks between them for the packed rows, and so do we."""
     recurrences = 2 if module.bidirectional else 1
     count = len(weights) // module.num_layers
@@ -136,11 +141,13 @@ def _run_packed_dropout(
             data = torch.dropout(data, module.dropout, True)
         rows = slice(layer * recurrences, (layer + 1) * recurrences)
         own = weights[layer * count : (layer + 1) * count]
-        h_in = _map(module, lambda s, rows=rows: s[rows], hx)  # type: ignore[misc]
+        h_in = _each(lambda s, rows=rows: s[rows], hx)
         y, final = _run_layers(module, layout.pad(data), own, h_in, layout.lengths, reset, num_layers=1)
-        data = layout.pack(y, module._fused_backend)
+        packed = _each(lambda s: layout.pack(s, module._fused_backend), y)
+        data = packed if isinstance(packed, Tensor) else packed[0]
         finals.append(final)
-    if module._fused_states == 2:
+    data = packed
+    if module._fused_states > 1:
         return data, tuple(torch.cat(states) for states in zip(*finals, strict=True))
     return data, torch.cat(finals)
 
@@ -155,12 +162,13 @@ def _run_layers(
     num_layers: int | None = None,
 ) -> Result:
     """x [T, B, D], hx of [L·R, B, ·] or None → y [T, B, R·P], the final hx."""
-    pair = module._fused_states == 2
+    several, options = module._fused_states > 1, module._fused_options
+    y: Any
     y, *after = layers.run(
         module._fused_cell,
         x,
         weights,
-        () if hx is None else hx if pair else (hx,),
+        () if hx is None else hx if several else (hx,),
         num_layers or module.num_layers,
         module.bidirectional,
         module.dropout,
@@ -169,8 +177,11 @@ def _run_layers(
         reset,
         module._fused_save,
         module._fused_backend,
+        *options,
     )
-    return y, tuple(after) if pair else after[0]
+    if options and options[1]:
+        y, after = (y, *after[module._fused_states :]), after[: module._fused_states]
+    return y, tuple(after) if several else after[0]
 
 
 def _time_first(module: Recurrent, reset: Tensor, shape: Sequence[int]) -> Tensor:
@@ -188,17 +199,19 @@ def _time_first(module: Recurrent, reset: Tensor, shape: Sequence[int]) -> Tenso
 def _check_rows(module: Recurrent, hx: Any, batch: int) -> None:
     """Whether states may be put into a packed batch's order, and taken apart by layers. Raises ValueError."""
     rows = state_rows(module)
-    for name, state in zip(("h_0", "c_0"), hx if module._fused_states == 2 else (hx,), strict=False):
+    names = CELLS[module._fused_cell].states
+    for name, state in zip(names, hx if len(names) > 1 else (hx,), strict=True):
         if state.dim() != 3 or state.size(0) != rows or state.size(1) < batch:
-            expected = f"[L·R, B, {'P' if name == 'h_0' else 'H'}] with [{rows}, {batch}]{checks.misplaced(state)}"
-            raise ValueError(f"{name}: got {checks.shape_text(state.shape)}, expected {expected}")
+            width = "P" if name == names[0] else "H"
+            expected = f"[L·R, B, {width}] with [{rows}, {batch}]{checks.misplaced(state)}"
+            raise ValueError(f"{name}_0: got {checks.shape_text(state.shape)}, expected {expected}")
 
 
-def _map(module: Recurrent, function: Callable[[Tensor], Tensor], hx: Any) -> Any:
-    """function of each state of hx."""
-    if hx is None:
+def _each(function: Callable[..., Any], value: Any) -> Any:
+    """function of each state of hx, or sequence of y."""
+    if value is None:
         return None
-    return (function(hx[0]), function(hx[1])) if module._fused_states == 2 else function(hx)
+    return tuple(map(function, value)) if isinstance(value, (tuple, list)) else function(value)
 
 
 def _check(module: Recurrent, input: Tensor, hx: Any, batch_sizes: Tensor | None = None) -> None:
@@ -206,9 +219,10 @@ def _check(module: Recurrent, input: Tensor, hx: Any, batch_sizes: Tensor | None
     module._update_flat_weights()
     if batch_sizes is None and input.dim() == 2:
         input = input.unsqueeze(0 if module.batch_first else 1)
-        hx = _map(module, lambda s: s.unsqueeze(1), hx)
+        hx = _each(lambda s: s.unsqueeze(1), hx)
     if hx is None:
         hx = input.new_zeros(module.get_expected_hidden_size(input, batch_sizes))
-        if module._fused_states == 2:
-            hx = (hx, input.new_zeros(module.get_expected_cell_size(input, batch_sizes)))  # type: ignore[operator]
+        if module._fused_states > 1:
+            other = module.get_expected_cell_size(input, batch_sizes)  # type: ignore[operator]
+            hx = (hx, *(input.new_zeros(other) for _ in range(module._fused_states - 1)))
     module.check_forward_args(input, hx, batch_sizes)

@@ -49,27 +49,29 @@ class Stream:
         batch_first: bool = False,
         weights: str | None = None,
         backend: str | None = None,
+        heads: int = 1,
     ) -> None:
-        """cell: lstm, gru, rnn_tanh or rnn_relu.  read: returns the weights, in the order of torch's _flat_weights."""
+        """cell: its name.  read: returns the weights as fused_rnn.layers.run takes them.  heads: as there."""
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
             raise ValueError(f"batch_size: got {batch_size!r}, expected a positive integer")
         if weights not in NARROW:
             raise ValueError(f"weights: got {weights!r}, expected None, 'bf16' or 'int8'")
         self._read = read
-        self._options = {
+        self._options: dict[str, Any] = {
             "batch_size": batch_size, "num_layers": num_layers, "batch_first": batch_first, "weights": weights,
-            "backend": backend,
+            "backend": backend, "heads": heads,
         }  # fmt: skip
         self._cell, self.batch_size, self.num_layers, self.batch_first = cell, batch_size, num_layers, batch_first
         flat = [w.detach() for w in read()]
         self.dtype, self.device, self.input_size = flat[0].dtype, flat[0].device, flat[0].shape[-1]
-        sizes = hidden, width, _ = checks.check_weights(cell, flat[0], flat, self.input_size, num_layers, 1)
-        self.output_size = width
+        sizes = hidden, width, _ = checks.check_weights(cell, flat[0], flat, self.input_size, num_layers, heads)
+        self.output_size = width * heads
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype: got {self.dtype}, expected float32, float64, bfloat16 or float16")
         if weights is not None and self.dtype != torch.float32:
             raise ValueError(f"weights: got {weights!r} for a module of {self.dtype}, expected one of torch.float32")
         packs = self.device.type == "cpu" and backend in (None, "cpu") and ops.MISSING is None
+        packs = packs and heads == 1 and (CELLS[cell].program is None or ops._C.refusal(cell) is None)
         if weights is not None and not packs:
             where = f"backend={backend!r} on {self.device}"
             raise NotImplementedError(f"weights={weights!r} goes with the cpu backend, got {where} ({ops.MISSING})")
@@ -79,11 +81,15 @@ class Stream:
             place: dict[str, Any] = {"dtype": wide if packs else self.dtype, "device": self.device}
             # By the states' names: h [L, B, P], the others [L, B, H].
             self._states = {
-                name: torch.zeros(num_layers, batch_size, hidden if k else width, **place)
+                name: torch.zeros(num_layers, batch_size, (hidden if k else width) * heads, **place)
                 for k, name in enumerate(CELLS[cell].states)
             }
-            kind, states = Packed if packs else Buffered, list(self._states.values())
-            self._runner: Packed | Buffered = kind(cell, backend, weights, self.input_size, sizes, states, self.dtype)
+            states = list(self._states.values())
+            self._runner: Packed | Buffered = (
+                Packed(cell, weights, self.input_size, sizes, states, self.dtype)
+                if packs
+                else Buffered(cell, backend, sizes, states, heads)
+            )
             self._runner.take(flat)
         self._quick = self._runner.quick
 
@@ -149,7 +155,8 @@ class Stream:
 
     @property
     def state(self) -> State:
-        """A copy of the state, h [L, B, P], for an LSTM (h, c [L, B, H]), of the module's dtype. Setting copies too."""
+        """A copy of the state, of the module's dtype: h [L, B, P], for an LSTM (h, c [L, B, H]), as the module's hx.
+        Setting copies too."""
         states = [buffer.to(self.dtype, copy=True) for buffer in self._states.values()]
         return states[0] if len(states) == 1 else tuple(states)
 
@@ -158,10 +165,11 @@ class Stream:
         several = len(self._states) > 1
         if several and not (isinstance(value, (tuple, list)) and len(value) == len(self._states)):
             names = ", ".join(self._states)
-            raise TypeError(f"state: got {type(value).__name__}, expected a pair ({names}) of tensors")
+            what = "pair" if len(self._states) == 2 else "tuple"
+            raise TypeError(f"state: got {type(value).__name__}, expected a {what} ({names}) of tensors")
         given = tuple(value) if several else (value,)
-        for (name, buffer), new in zip(self._states.items(), given, strict=True):
-            self._check(f"state ({name})", new, tuple(buffer.shape), "[L, B, P]" if name == "h" else "[L, B, H]")
+        for k, ((name, buffer), new) in enumerate(zip(self._states.items(), given, strict=True)):
+            self._check(f"state ({name})", new, tuple(buffer.shape), "[L, B, H]" if k else "[L, B, P]")
         with torch.no_grad():
             for buffer, new in zip(self._states.values(), given, strict=True):
                 buffer.copy_(new)
@@ -190,7 +198,7 @@ class Stream:
         """
         flat = [w.detach() for w in self._read()]
         like = torch.empty(0, dtype=self.dtype, device=self.device)
-        sizes = checks.check_weights(self._cell, like, flat, self.input_size, self.num_layers, 1)
+        sizes = checks.check_weights(self._cell, like, flat, self.input_size, self.num_layers, self._options["heads"])
         if sizes != self._runner.sizes:
             now, before = ((hidden, width, kinds.number) for hidden, width, kinds in (sizes, self._runner.sizes))
             raise ValueError(f"weights: H, P and their number became {now}, expected {before} as before")
@@ -200,8 +208,9 @@ class Stream:
     def __repr__(self) -> str:
         weights = self._options["weights"]
         extra = "" if weights is None else f", weights={weights!r}"
-        sizes = f"{self.input_size}, {self._runner.sizes[0]}, num_layers={self.num_layers}"
-        return f"Stream({self._cell}, {sizes}, batch_size={self.batch_size}{extra})"
+        hidden = self._runner.sizes[0] * self._options["heads"]
+        sizes = f"{self.input_size}, {hidden}, num_layers={self.num_layers}"
+        return f"Stream({CELLS[self._cell].title}, {sizes}, batch_size={self.batch_size}{extra})"
 
     def __reduce__(self) -> Any:
         return _again, (self._cell, self._read, self._options, self.state_dict())

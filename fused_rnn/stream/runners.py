@@ -24,7 +24,6 @@ class Packed:
     def __init__(
         self,
         cell: str,
-        _backend: str | None,
         weights: str | None,
         input_size: int,
         sizes: tuple[int, int, Kinds],
@@ -51,7 +50,7 @@ class Packed:
                 raise ValueError(f"weights[{k}]: got a value that is not finite, which int8 cannot hold")
         plain = [w.resolve_neg().contiguous() for w in weights]
         each = self._kinds.split(plain)
-        self._native.pack([[0 if t is None else t.data_ptr() for t in w[:5]] for w in each])
+        self._native.pack([[0 if t is None else t.data_ptr() for t in (*w[:5], *w.params)] for w in each])
 
     def run(self, x: Tensor) -> Tensor:
         if is_compiling():
@@ -81,16 +80,14 @@ class Buffered:
         self,
         cell: str,
         backend: str | None,
-        _weights: str | None,
-        _input_size: int,
         sizes: tuple[int, int, Kinds],
         states: list[Tensor],
-        _dtype: torch.dtype,
+        heads: int = 1,
     ) -> None:
         self.sizes = sizes
         self._states = states
         self._weights: list[Tensor] = []
-        self._cell, self._backend = cell, backend
+        self._cell, self._backend, self._heads = cell, backend, heads
 
     def take(self, weights: Sequence[Tensor]) -> None:
         if not self._weights:
@@ -109,7 +106,8 @@ class Buffered:
 
     def _advance(self, x: Tensor) -> Tensor:
         states = self._states
-        y, *after = layers.run(self._cell, x, self._weights, states, states[0].size(0), backend=self._backend)
+        layer_count, run = states[0].size(0), layers.run
+        y, *after = run(self._cell, x, self._weights, states, layer_count, backend=self._backend, heads=self._heads)
         for state, new in zip(states, after, strict=True):
             state.copy_(new)
         return y

@@ -47,10 +47,13 @@ def backward(op: Callable[..., list[Tensor]], n: int, call: BackwardCall) -> lis
                 units = width // spec.gates
                 opened = zero_past_end(call.saved[:, :, r, 0], call.lengths)
                 recurrent = torch.cat([d[..., :-units], d[..., -units:] * opened], -1)
-            before = entering(hidden[:, :, r], h0[r], call.lengths, call.reset, direction)
-            outputs += [_product(d, x if x.dim() == 3 else x[:, :, r], n), _product(recurrent, before, n)]
+            outputs.append(_product(d, x if x.dim() == 3 else x[:, :, r], n))
+            if spec.recurrent:
+                before = entering(hidden[:, :, r], h0[r], call.lengths, call.reset, direction)
+                outputs.append(_product(recurrent, before, n))
             if w.b_ih is not None:
-                outputs += [side.sum(0).unflatten(0, (n, -1)).sum(1) for side in (d, recurrent)]
+                sides = (d, recurrent) if spec.recurrent else (d,)
+                outputs += [side.sum(0).unflatten(0, (n, -1)).sum(1) for side in sides]
         return outputs
 
 

@@ -23,5 +23,10 @@ LEAKY = (
 )  # fmt: skip
 # h' = relu(x + u h), without W_hh: Li et al. 2018.
 INDRNN = PREFIX + "indrnn|1 0 0|h|u|fma 2 1 0,relu 3>4;|relu_backward 3 1,mul 4 2,mul 4 0>4;5;6"
+# Three states, one after the other: m' = a m + x + r, k' = b k + m', h' = tanh(k').
+CHAIN = (
+    PREFIX + "chain|1 0 1|h m k|a b|fma 4 2 0,fma 5 3 6,tanh 7>8 6 7;8|"
+    "tanh_backward 9 0,add 12 11,add 10 13,mul 14 7,mul 13 8,const 0.0,mul 14 2,mul 13 3>14;17 15 16;18 19"
+)
 
-PROGRAMS = {"lstm": LSTM, "gru": GRU, "leaky": LEAKY, "indrnn": INDRNN}
+PROGRAMS = {"lstm": LSTM, "gru": GRU, "leaky": LEAKY, "indrnn": INDRNN, "chain": CHAIN}
