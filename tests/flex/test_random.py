@@ -1,4 +1,4 @@
-"""Steps at random: 2,000 of them, each with its program against autograd."""
+"""Steps at random: 2,000 of them, each program and the CPU's loops over it against autograd."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import fused_rnn
-from tests.flex.steps import agrees_with_autograd
+from fused_rnn import ops
+from tests.flex.steps import agrees_with_autograd, loops_agree_with_autograd
 
 Function = Callable[..., Tensor]
 
@@ -75,3 +76,5 @@ def test_programs_of_random_steps(
         return tuple(values[-1 - pick % len(values)] + 0.1 * s[i] for i, pick in enumerate(picks[:states]))
 
     agrees_with_autograd(step, seed=seed, rows=2, units=3, rtol=1e-6)
+    if ops.MISSING is None:
+        loops_agree_with_autograd(step, seed=seed, rtol=1e-6)
