@@ -11,7 +11,6 @@ from torch import Tensor
 
 from fused_rnn import ops
 from fused_rnn.cells import unknown
-from fused_rnn.cells.descriptor import title
 from fused_rnn.cells.program import is_program
 from fused_rnn.transforms.op_gradient import without_gradient
 
@@ -35,8 +34,8 @@ def _unknown(cell: str) -> str | None:
 @lru_cache(maxsize=4096)
 def _refusal(cell: str) -> str | None:
     """Why the loops cannot run a cell that is a program; None where they can."""
-    reason = ops._C.refusal(cell)
-    return None if reason is None else f"{title(cell)}: {reason}"
+    reason: str | None = ops._C.refusal(cell)
+    return reason
 
 
 def supports(problem: Problem) -> str | None:
