@@ -106,10 +106,10 @@ def run(
         finals.append(after)
         if dropout > 0 and training and not last:
             x = torch.dropout(x, dropout, True)
-    outputs = [x, *map(torch.cat, zip(*finals, strict=False))]
-    if not sequences and heads == 1:
-        return outputs
-    return _joined([*outputs, *finals[-1][len(outputs) - 1 :]], cell, heads)
+    over_time = finals[-1][len(finals[0]) :]
+    finals[-1] = finals[-1][: len(finals[0])]
+    outputs = (x, *map(torch.cat, zip(*finals, strict=True)), *over_time)
+    return outputs if heads == 1 and not sequences else _joined(outputs, cell, heads)
 
 
 def apart(state: Tensor, heads: int) -> Tensor:

@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import PackedSequence
 from fused_rnn.checks import kind, shape_text
 from fused_rnn.flex import UserCell
 from fused_rnn.nn.recurrent import Recurrent, overrides_checks, read_weights
-from fused_rnn.nn.sequence import run
+from fused_rnn.nn.sequence import run, step
 
 Init = Number | Tensor | Callable[[Tensor], Any]
 State = Tensor | tuple[Tensor, ...]
@@ -212,6 +212,10 @@ class FlexRNN(Recurrent):
         reset: Tensor | Sequence[Any] | None = None,
     ) -> tuple[Any, Any]:
         """Run the layers: output and the final states. Shapes and errors stand in the class's docstring."""
+        if self._fused_options == (1, False):
+            stepped = step(self, input, hx, lengths, reset, self._fused_cell)
+            if stepped is not None:
+                return stepped[0], stepped[1] if len(stepped) == 2 else tuple(stepped[1:])
         result: tuple[Any, Any] = run(self, input, hx, lengths, reset, self._fused_read())
         return result
 

@@ -24,7 +24,9 @@ def test_both_languages_describe_the_same_cells() -> None:
     described = {cell["name"]: cell for cell in ops._C.cells()}
     assert described.keys() == CELLS.keys()
     for name, cell in CELLS.items():
-        expected = {key: getattr(cell, key) for key in ("name", "gates", "saved", "apart", "reads_h", "projects", "recurrent")}
+        expected = {
+            key: getattr(cell, key) for key in ("name", "gates", "saved", "apart", "reads_h", "projects", "recurrent")
+        }
         assert described[name] == expected | {
             "number": described[name]["number"],
             "states": list(cell.states),
