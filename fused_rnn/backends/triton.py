@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fused_rnn.cells import CELLS, unknown
+from fused_rnn.cells import CELLS, Cell, unknown
+from fused_rnn.cells.program import is_program
 from fused_rnn.gpu import op
 from fused_rnn.transforms.op_gradient import without_gradient
 from fused_rnn.triton import device as devices
 from fused_rnn.triton import planner
 from fused_rnn.triton.cells import MODULES
-from fused_rnn.triton.schedule import Shape
+from fused_rnn.triton.schedule import shape_of
 from fused_rnn.triton.target import INTERPRETER
 
 if TYPE_CHECKING:
@@ -26,7 +27,6 @@ NAME = "triton"
 DIFFERENTIABLE = False  # fused_rnn.autograd's Functions wrap the ops
 stack = None  # layers.run runs the layers one by one
 
-_WIDEST = 4  # vectors of H that are kept, or made, per step at most
 _LIMIT = 1 << 31  # offsets within a step, and numbers of steps, take 32 bits; a step's place takes 64
 
 
@@ -42,7 +42,7 @@ def supports(problem: Problem) -> str | None:
         return reason
     if problem.dtype not in devices.DTYPES:
         return f"it knows float32, bfloat16 and float16, not {problem.dtype}"
-    if (reason := unknown(problem.cell, MODULES)) is not None:
+    if not is_program(problem.cell) and (reason := unknown(problem.cell, MODULES)) is not None:
         return reason
     if problem.hidden_size == 0:
         return "it has no loop over no hidden units"
@@ -50,13 +50,14 @@ def supports(problem: Problem) -> str | None:
         return "it has no forward-mode derivative"
     if problem.functionalized:
         return "torch.func.functionalize has no rule for its gradient"
-    return _too_large(problem.batch, problem.recurrences, problem.hidden_size)
+    return _too_large(CELLS[problem.cell], problem.batch, problem.recurrences, problem.hidden_size)
 
 
-def _too_large(batch: int, recurrences: int, hidden: int) -> str | None:
-    step, gate = batch * recurrences * hidden * _WIDEST, hidden * hidden
+def _too_large(cell: Cell, batch: int, recurrences: int, hidden: int) -> str | None:
+    vectors = max(cell.gradients, cell.saved, len(cell.params))  # read, kept or made in a step
+    step, gate = batch * recurrences * hidden * vectors, hidden * hidden
     if step >= _LIMIT:
-        return f"B·R·H·{_WIDEST} = {step} is beyond the 2^31 that its kernels can address in a step"
+        return f"B·R·H·{vectors} = {step} is beyond the 2^31 that its kernels can address in a step"
     if gate >= _LIMIT:
         return f"H·H = {gate} is beyond the 2^31 that its kernels can address in a gate's W_hh"
     return None
@@ -68,9 +69,9 @@ def describe(problem: Problem) -> str:
         return "nothing here"
     target = INTERPRETER if problem.device == "cpu" else devices.target_at(torch.cuda.current_device())
     said = ["Triton's interpreter" if problem.device == "cpu" else f"Triton on {target.arch}"]
-    gates, kind = CELLS[problem.cell].gates, devices.kind_of(problem.dtype, target)
+    cell, kind = CELLS[problem.cell], devices.kind_of(problem.dtype, target)
     for way in ("forward", "backward")[: 1 + problem.needs_grad]:
-        shape = Shape(problem.cell, gates, kind, problem.hidden_size, way == "backward")
+        shape = shape_of(cell, kind, problem.hidden_size, way == "backward")
         said.append(f"{way}: {planner.choose(shape, target, problem.batch, problem.recurrences)}")
     return "; ".join(said)
 
@@ -85,11 +86,11 @@ def _loops(layer: Layer, x: Tensor, backward: bool) -> Loops:
         raise RuntimeError(f"x: got {x.dtype}, expected float32, bfloat16 or float16")
     if layer.steps >= _LIMIT:
         raise RuntimeError(f"x: got T = {layer.steps}, expected less than 2^31")
-    if (reason := _too_large(layer.batch, layer.recurrences, layer.hidden)) is not None:
+    if (reason := _too_large(layer.cell, layer.batch, layer.recurrences, layer.hidden)) is not None:
         raise RuntimeError(f"x: {reason}")  # B or R may have grown under vmap since dispatch asked
     target = devices.target_of(x)
     kind = devices.kind_of(x.dtype, target)
-    shape = Shape(layer.cell.name, layer.cell.gates, kind, layer.hidden, backward)
+    shape = shape_of(layer.cell, kind, layer.hidden, backward)
     schedule = planner.choose(shape, target, layer.batch, layer.recurrences)
     precision, activation = devices.precision_of(kind, target), devices.activation_of(kind, target)
     return launch.Loops(layer, launch.LaunchConfig(schedule, target, precision, activation))

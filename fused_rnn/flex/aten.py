@@ -14,7 +14,7 @@ from torch import Tensor
 
 # Their result is their first argument, of another shape at most.
 ALIASES = {
-    "alias", "clone", "contiguous", "detach", "expand", "view", "_unsafe_view", "unsqueeze", "squeeze", "lift",
+    "alias", "clone", "contiguous", "expand", "view", "_unsafe_view", "unsqueeze", "squeeze", "lift",
     "lift_fresh", "_to_copy", "to", "view_as", "expand_as",
 }  # fmt: skip
 # They need the data.
@@ -157,6 +157,23 @@ def _elu(t: Any, _: str, x: Any, alpha: Any = 1, scale: Any = 1, input_scale: An
     return int(b.add("where", b.add("le", x, zero), low, b.add("mul", x, t.value(scale))))
 
 
+def _celu(t: Any, _: str, x: Any, alpha: Any = 1) -> int:
+    return _elu(t, _, x, alpha, 1, 1 / alpha)
+
+
+def _softshrink(t: Any, _: str, x: Any, width: Any = 0.5) -> int:
+    b, x = t.builder, t.value(x)
+    inside = b.add("mul", x, b.const(0))  # NaN stays NaN
+    low = b.add("where", b.add("lt", x, b.const(-width)), b.add("add", x, b.const(width)), inside)
+    return int(b.add("where", b.add("gt", x, b.const(width)), b.add("sub", x, b.const(width)), low))
+
+
+def _hardshrink(t: Any, _: str, x: Any, width: Any = 0.5) -> int:
+    b, x = t.builder, t.value(x)
+    inside = b.add("and", b.add("ge", x, b.const(-width)), b.add("le", x, b.const(width)))
+    return int(b.add("where", inside, b.const(0), x))
+
+
 def _leaky_relu(t: Any, _: str, x: Any, slope: Any = 0.01) -> int:
     b, x = t.builder, t.value(x)
     return int(b.add("where", b.add("gt", x, b.const(0)), x, b.add("mul", x, t.value(slope))))
@@ -254,9 +271,12 @@ def _tan(t: Any, _: str, x: Any) -> int:
 
 
 def _sinh(t: Any, _: str, x: Any) -> int:
-    b = t.builder
-    e = b.add("expm1", t.value(x))
-    return _times(t, b.add("add", e, b.add("div", e, b.add("add", e, b.const(1)))), 0.5)
+    """Near zero by expm1, for there the difference of exponentials cancels."""
+    b, x = t.builder, t.value(x)
+    e = b.add("expm1", b.add("clamp_max", b.add("clamp_min", x, b.const(-1)), b.const(1)))
+    near = b.add("add", e, b.add("div", e, b.add("add", e, b.const(1))))
+    far = b.add("sub", b.add("exp", x), b.add("exp", b.add("neg", x)))
+    return _times(t, b.add("where", b.add("lt", b.add("abs", x), b.const(1)), near, far), 0.5)
 
 
 def _cosh(t: Any, _: str, x: Any) -> int:
@@ -277,9 +297,10 @@ OPERATIONS: dict[str, Callable[..., int]] = {
     "clamp_min": lambda t, _, x, low: _clamp(t, _, x, low),
     "clamp_max": lambda t, _, x, high: _clamp(t, _, x, None, high),
     "sgn": _unary("sign"), "exp2": _scaled_exp(2), "log2": _scaled_log(2), "log10": _scaled_log(10),
-    "tan": _tan, "sinh": _sinh, "cosh": _cosh,
+    "detach": _unary("detach"), "tan": _tan, "sinh": _sinh, "cosh": _cosh,
     "gelu": _gelu, "silu": _silu, "softplus": _softplus, "log_sigmoid_forward": _log_sigmoid, "mish": _mish,
-    "elu": _elu, "leaky_relu": _leaky_relu, "hardsigmoid": _hardsigmoid, "hardswish": _hardswish,
+    "elu": _elu, "celu": _celu, "softshrink": _softshrink, "hardshrink": _hardshrink,
+    "leaky_relu": _leaky_relu, "hardsigmoid": _hardsigmoid, "hardswish": _hardswish,
     "lerp": _lerp, "addcmul": _addcmul, "addcdiv": _addcdiv, "where": _where, "masked_fill": _masked_fill,
     "logical_and": _logical("logical_and"), "logical_or": _logical("logical_or"), "logical_not": _not,
     "logical_xor": _xor, "bitwise_and": _logical("bitwise_and"), "bitwise_or": _logical("bitwise_or"),

@@ -12,8 +12,10 @@ from fused_rnn.cells.program import ARITY, BINARY, TERNARY, UNARY, Graph, Instru
 _COMMUTES = {"add", "mul", "maximum", "minimum", "eq", "ne", "and", "or"}
 _FOLDED: dict[str, Callable[..., torch.Tensor]] = {**UNARY, **BINARY, **TERNARY}
 
-# Operations of a program under construction alone, whose gradient is not that of what they become.
+# Operations of a program under construction alone, whose gradient is not that of what they become; and one that becomes
+# its argument, past which no gradient goes.
 LOWERED = {"clamp_min": "maximum", "clamp_max": "minimum"}
+DETACH = "detach"
 
 
 class Builder:
@@ -45,6 +47,8 @@ class Builder:
         return self._known[key]
 
     def _fold(self, op: str, args: tuple[int, ...]) -> int | None:
+        if op == DETACH and self.value(args[0]) is not None:
+            return args[0]
         values = [self.value(i) for i in args]
         if op == "where" and values[0] is not None:
             return args[1] if values[0] != 0 else args[2]
@@ -101,6 +105,13 @@ class Builder:
 def emit(builder: Builder, given: dict[int, int], inputs: int, outputs: list[list[int]]) -> Graph:
     """The graph that makes the outputs. given: which of its inputs is which of the builder's values."""
     nodes = builder.nodes
+
+    def real(i: int) -> int:
+        while i not in given and nodes[i].op == DETACH:
+            i = nodes[i].args[0]
+        return i
+
+    outputs = [[real(i) for i in group] for group in outputs]
     needed: set[int] = set()
     todo = [i for group in outputs for i in group]
     while todo:
@@ -109,9 +120,12 @@ def emit(builder: Builder, given: dict[int, int], inputs: int, outputs: list[lis
             continue
         assert nodes[i].op != "input", f"value {i} is not given"
         needed.add(i)
-        todo += nodes[i].args
+        todo += map(real, nodes[i].args)
     order = sorted(needed)  # arguments come before what is made of them
-    code = {i: Instruction(LOWERED.get(nodes[i].op, nodes[i].op), nodes[i].args, nodes[i].value) for i in order}
+    code = {}
+    for i in order:
+        op, args, value = nodes[i]
+        code[i] = Instruction(LOWERED.get(op, op), tuple(map(real, args)), value)
     _fuse(code, [i for group in outputs for i in group])
     numbers = dict(given)
     made: list[Instruction] = []

@@ -21,6 +21,7 @@ class UserCell:
 
     Attributes:
         step: the function it was made of.
+        name: the function's.
         gates, states, params, recurrent: as given to :func:`cell`.
     """
 
@@ -28,7 +29,7 @@ class UserCell:
         self, step: Callable[..., Any], gates: int, states: tuple[str, ...], params: tuple[str, ...], recurrent: bool
     ) -> None:
         self.step, self.gates, self.states, self.params, self.recurrent = step, gates, states, params, recurrent
-        self.__name__ = getattr(step, "__name__", type(step).__name__)
+        self.name = self.__name__ = getattr(step, "__name__", type(step).__name__)
         self.__qualname__ = getattr(step, "__qualname__", self.__name__)
         self.__module__ = getattr(step, "__module__", None) or "__main__"
         self.__doc__ = step.__doc__
@@ -52,11 +53,10 @@ class UserCell:
     @property
     def program(self) -> Program:
         """The step and its gradient as the loops run them, traced once. Raises ValueError for what no loop runs."""
-        return self.descriptor.program  # type: ignore[return-value]
+        return self.descriptor().program  # type: ignore[return-value]
 
-    @property
     def descriptor(self) -> Cell:
-        """The cell as the loops know it."""
+        """The cell as the loops know it, whose name is the program's text."""
         with self._lock:
             if self._descriptor is None:
                 made = program_of(
@@ -64,11 +64,6 @@ class UserCell:
                 )
                 self._descriptor = CELLS[made.text]
             return self._descriptor
-
-    @property
-    def name(self) -> str:
-        """What stands for the cell in a call: its program's text."""
-        return self.descriptor.name
 
     def _plain(
         self, x: Sequence[Tensor], r: Sequence[Tensor] | None, s: Sequence[Tensor], p: Sequence[Tensor]

@@ -93,7 +93,7 @@ RULES: dict[str, Rule] = {
     "clamp_max": _clamp("le"),
 }
 # Steps: their gradient is zero wherever they have one.
-FLAT = {"const", "input", "sign", "lt", "le", "gt", "ge", "eq", "ne", "and", "or"}
+FLAT = {"const", "input", "detach", "sign", "lt", "le", "gt", "ge", "eq", "ne", "and", "or"}
 
 
 def differentiate(b: Builder, outputs: Sequence[int], grads: Sequence[int], inputs: Sequence[int]) -> list[int]:

@@ -66,10 +66,10 @@ def layer_of(call: LayerCall) -> tuple[Layer, list[Weights]]:
     kinds = call.kinds
     if x.dim() not in (3, 4) or (x.dim() == 4 and x.shape[2] != recurrences):
         raise RuntimeError(f"x: got {list(x.shape)}, expected [T, B, D] or [T, B, {recurrences}, D]")
-    if x.shape[0] == 0 or x.shape[-1] == 0 or call.weights[1].numel() == 0:
+    (steps, batch), hidden = x.shape[:2], call.hidden_size
+    width = call.width if kinds.projects else hidden
+    if 0 in (steps, x.shape[-1], hidden, width):
         raise RuntimeError(f"x: got {list(x.shape)}, expected at least one step, input and hidden unit")
-    (steps, batch), hidden = x.shape[:2], call.weights[1].shape[0] // cell.gates
-    width = call.weights[1].shape[-1] if kinds.projects else hidden
     shapes = kinds.shapes(cell, x.shape[-1], hidden, width)
     for i, weight in enumerate(call.weights):
         _check(f"weights[{i}]", weight, shapes[i % kinds.number], x)
@@ -102,6 +102,11 @@ def _check_backward(call: BackwardCall) -> None:
         raise RuntimeError(f"histories: got {len(call.histories)} tensors, expected {len(histories)}")
     for history, expected in zip(call.histories, histories, strict=True):
         _check("histories", history, expected, x, dtype)
+    sequences = layer.sequence_shapes()
+    if len(call.dsequences) not in (0, len(sequences)):
+        raise RuntimeError(f"dsequences: got {len(call.dsequences)} tensors, expected none or {len(sequences)}")
+    for gradient, expected in zip(call.dsequences, sequences, strict=False):
+        _check("dsequences", gradient, expected, x)
 
 
 def _implement(make: Make) -> tuple[Callable[..., list[Tensor]], Callable[..., list[Tensor]]]:

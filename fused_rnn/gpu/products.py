@@ -45,6 +45,19 @@ def input_product(
     return gx
 
 
+def recurrent_product(
+    layer: Layer, weights: Sequence[Weights], windows: Sequence[tuple[int, int]], h0: Tensor, hidden: Tensor
+) -> Tensor:
+    """h_{t-1} @ W_hh^T over each recurrence's window of time, of an h that is known: [window, B, R, G, H]."""
+    length = windows[0][1] - windows[0][0]
+    product = h0.new_empty(length, layer.batch, layer.recurrences, layer.cell.gates, layer.hidden)
+    for r, (window, w) in enumerate(zip(windows, weights, strict=True)):
+        before = entering(hidden[:, :, r], h0[r], layer.lengths, layer.reset, layer.directions[r], *window)
+        own = torch.mm(before.flatten(0, 1), w.w_hh.t())
+        product[:, :, r] = own.view(length, layer.batch, layer.cell.gates, layer.hidden)
+    return product
+
+
 def window_of(direction: int, steps: int, first: int, last: int) -> tuple[int, int]:
     """Steps first .. last - 1 in the recurrence's order, as a range of time."""
     return (first, last) if direction > 0 else (steps - last, steps - first)
@@ -86,26 +99,36 @@ def recurrent_side(dgates: Tensor, cell: Cell, r: int) -> Tensor:
 def weight_gradients(
     layer: Layer, x: Tensor, weights: Sequence[Weights], h_first: Tensor, hidden: Tensor, dgates: Tensor
 ) -> list[list[Tensor]]:
-    """Per recurrence [w_ih, w_hh] or [w_ih, w_hh, b_ih, b_hh]. No atomics: one product each. hidden: [T, B, R, P]."""
-    cell, steps = layer.cell, layer.steps
+    """Per recurrence [w_ih, w_hh, b_ih, b_hh], those that there are. No atomics: one product each.
+
+    hidden: [T, B, R, P].
+    """
+    cell = layer.cell
     x = zero_past_end(x, layer.lengths)
     outputs = []
-    for r, direction in enumerate(layer.directions):
+    for r in range(layer.recurrences):
         input_side = dgates[:, :, r, : cell.gates].flatten(0, 1).flatten(1)
         recurrent = recurrent_side(dgates, cell, r)
-        dw_ih = _apart(torch.mm(input_side.t(), _rows(x, r, 0, steps)), cell, to_front=False)
-        if layer.reset is None and layer.lengths is None:
-            # h_{t-1} is y one step off, not a copy; what is left is the first step, which saw h0, or zeros: a NaN times
-            # those is NaN.
-            later, before = (recurrent[1:], hidden[:-1, :, r]) if direction > 0 else (recurrent[:-1], hidden[1:, :, r])
-            dw_hh = torch.mm(later.flatten(0, 1).t(), before.flatten(0, 1))
-            dw_hh.addmm_(recurrent[0 if direction > 0 else steps - 1].t(), h_first[r])
-        else:
-            before = entering(hidden[:, :, r], h_first[r], layer.lengths, layer.reset, direction)
-            before = zero_past_end(before, layer.lengths)  # where gradients are 0, and NaN times that is NaN
-            dw_hh = torch.mm(recurrent.flatten(0, 1).t(), before.flatten(0, 1))
-        outputs.append([dw_ih, dw_hh])
+        own = [_apart(torch.mm(input_side.t(), _rows(x, r, 0, layer.steps)), cell, to_front=False)]
+        if cell.recurrent:
+            own.append(_recurrent_gradient(layer, r, recurrent, h_first[r], hidden[:, :, r]))
         if weights[r].b_ih is not None:
-            db_ih = _apart(input_side.sum(0), cell, to_front=False)
-            outputs[-1] += [db_ih, recurrent.sum((0, 1)) if cell.apart else db_ih.clone()]
+            own.append(_apart(input_side.sum(0), cell, to_front=False))
+        if weights[r].b_hh is not None:
+            own.append(recurrent.sum((0, 1)) if cell.apart else own[-1].clone())
+        outputs.append(own)
     return outputs
+
+
+def _recurrent_gradient(layer: Layer, r: int, dgates: Tensor, h_first: Tensor, hidden: Tensor) -> Tensor:
+    """Of W_hh of recurrence r. dgates: [T, B, G·H], h_first: [B, P], hidden: [T, B, P]."""
+    direction = layer.directions[r]
+    if layer.reset is None and layer.lengths is None:
+        # h_{t-1} is y one step off, not a copy; what is left is the first step, which saw h0, or zeros: a NaN times
+        # those is NaN.
+        later, before = (dgates[1:], hidden[:-1]) if direction > 0 else (dgates[:-1], hidden[1:])
+        dw_hh = torch.mm(later.flatten(0, 1).t(), before.flatten(0, 1))
+        return dw_hh.addmm_(dgates[0 if direction > 0 else layer.steps - 1].t(), h_first)
+    before = entering(hidden, h_first, layer.lengths, layer.reset, direction)
+    before = zero_past_end(before, layer.lengths)  # where gradients are 0, and NaN times that is NaN
+    return torch.mm(dgates.flatten(0, 1).t(), before.flatten(0, 1))

@@ -11,9 +11,8 @@ from torch import Tensor
 from fused_rnn.call import BackwardCall, LayerCall, Weights, all_or_none, wide
 from fused_rnn.gpu import projection
 from fused_rnn.gpu.loops import Layer, Loops
-from fused_rnn.gpu.products import input_gradient, input_product, weight_gradients, window_of
-from fused_rnn.gpu.weights import aligned, recurrent, recurrent_bias
-from fused_rnn.reference.sequence import entering
+from fused_rnn.gpu.products import input_gradient, input_product, recurrent_product, weight_gradients, window_of
+from fused_rnn.gpu.weights import aligned, params, recurrent, recurrent_bias
 
 
 def _wide(layer: Layer, like: Tensor, states: Sequence[Tensor | None]) -> list[Tensor]:
@@ -28,7 +27,7 @@ def _wide(layer: Layer, like: Tensor, states: Sequence[Tensor | None]) -> list[T
 
 
 def forward(layer: Layer, loops: Loops, call: LayerCall, weights: Sequence[Weights]) -> list[Tensor]:
-    """As the op: [y, states after], and what is kept for backward, if anything."""
+    """As the op: [y, states after, sequences], and what is kept for backward, if anything."""
     cell, steps, batch, hidden, recurrences = layer.cell, layer.steps, layer.batch, layer.hidden, layer.recurrences
     x, projects, more = call.x, call.kinds.projects, len(cell.states) - 1
     gx = input_product(x, weights, cell, [(0, steps)] * recurrences, hidden)
@@ -42,22 +41,27 @@ def forward(layer: Layer, loops: Loops, call: LayerCall, weights: Sequence[Weigh
     h_n = torch.empty_like(h_first)
     saved_shape, shapes, dtype = call.kept_shapes()
     saved, histories, checkpoints = None, [], []
+    if call.save == "gates" or call.sequences:
+        histories = [x.new_empty(shape) for shape in call.sequence_shapes()]
     if call.save == "gates":
-        saved, histories = x.new_empty(saved_shape), [x.new_empty(shape) for shape in shapes]
+        saved = x.new_empty(saved_shape)
     elif call.save == "recompute":
         # Rows that no step fills are zero, so that equal calls give equal results.
         checkpoints = [x.new_zeros(shape, dtype=dtype) for shape in shapes]
     loops.forward(
-        gx=gx, w=recurrent(weights, cell), bias=recurrent_bias(weights, cell), h0=h_first, carried=carried, y=m,
-        h_n=h_n, saved=saved, histories=histories, checkpoints=checkpoints, every=call.every,
+        gx=gx, w=recurrent(weights, cell), bias=recurrent_bias(weights, cell), params=params(weights), h0=h_first,
+        carried=carried, y=m, h_n=h_n, saved=saved, histories=histories, checkpoints=checkpoints, every=call.every,
     )  # fmt: skip
     if projects:
         y, h_n = projection.leave(layer, m, h0, weights)
     outputs = [y, h_n, *(state.to(x.dtype, copy=True) for state in carried[cell.reads_h :])]
+    if call.sequences:
+        outputs += histories
     if call.save == "none":
         return outputs
+    kept = checkpoints if call.save == "recompute" else [] if call.sequences else histories
     hidden_copy = y.clone() if call.keep_hidden else x.new_empty(0)
-    return [*outputs, x.new_empty(0) if saved is None else saved, *histories, *checkpoints, hidden_copy]
+    return [*outputs, x.new_empty(0) if saved is None else saved, *kept, hidden_copy]
 
 
 def backward(layer: Layer, loops: Loops, call: BackwardCall, weights: Sequence[Weights]) -> list[Tensor]:
@@ -72,17 +76,22 @@ def backward(layer: Layer, loops: Loops, call: BackwardCall, weights: Sequence[W
     if projects:
         dm = None if dy is None else projection.pull(dy, weights)
         dm_n = None if dh_n is None else projection.pull(dh_n.transpose(0, 1), weights).transpose(0, 1)
+    dsequences = [aligned(d) for d in call.dsequences]
     dgates = x.new_empty(steps, batch, recurrences, cell.gradients, units)
-    dstates = _wide(layer, x, [dm_n, *dmore])
+    dstates, dparams = _wide(layer, x, [dm_n, *dmore]), None
+    if cell.params and call.need_dw:
+        dparams = x.new_zeros(recurrences, batch, len(cell.params), units, dtype=wide(x.dtype))
     m = x.new_empty(steps, batch, recurrences, units) if projects and call.need_dw else None
+    gradients = (dm, dsequences, dgates, dstates, dparams)
     if call.save == "recompute" and (cell.saved or call.histories):
-        _backward_by_chunks(layer, loops, call, weights, initial, hidden, dm, dgates, dstates, m)
+        _backward_by_chunks(layer, loops, call, weights, initial, hidden, gradients, m)
     else:
         if m is not None:
             m.copy_(projection.unprojected(call.saved, call.histories[0], x.dtype))
         loops.backward(
-            dy=dm, w=recurrent(weights, cell), states=[hidden, *call.histories], first=initial,
-            saved=call.saved if cell.saved else None, dgates=dgates, dstates=dstates,
+            dy=dm, dsequences=dsequences, w=recurrent(weights, cell), params=params(weights),
+            states=[hidden, *call.histories], first=initial, saved=call.saved if cell.saved else None, dgates=dgates,
+            dstates=dstates, dparams=dparams,
         )  # fmt: skip
 
     dh0, dw_hr = dstates[0], list[Tensor]()
@@ -93,6 +102,8 @@ def backward(layer: Layer, loops: Loops, call: BackwardCall, weights: Sequence[W
     if call.need_dw:
         for r, each in enumerate(weight_gradients(layer, x, weights, initial[0], hidden, dgates)):
             outputs += [*each, *dw_hr[r : r + 1]]
+            if dparams is not None:
+                outputs += [d.sum(0).to(x.dtype) for d in dparams[r].unbind(1)]
     return outputs
 
 
@@ -103,36 +114,34 @@ def _backward_by_chunks(
     weights: Sequence[Weights],
     initial: list[Tensor],
     hidden: Tensor,
-    dy: Tensor | None,
-    dgates: Tensor,
-    dstates: list[Tensor],
+    gradients: tuple[Tensor | None, list[Tensor], Tensor, list[Tensor], Tensor | None],
     m: Tensor | None,
 ) -> None:
-    """save="recompute": chunk by chunk from the end, gates are made again by one product, then run backward over."""
+    """save="recompute": chunk by chunk from the end, gates are made again by one product, then run backward over.
+
+    gradients: dy, dsequences, dgates, dstates and dparams, as `Loops.backward` takes them.
+    """
+    dy, dsequences, dgates, dstates, dparams = gradients
     cell, steps, batch, units, recurrences = layer.cell, layer.steps, layer.batch, layer.hidden, layer.recurrences
     x, h0, every = call.x, initial[0], call.layer.every
-    w, bias = recurrent(weights, cell), recurrent_bias(weights, cell)
+    w, bias, vectors = recurrent(weights, cell), recurrent_bias(weights, cell), params(weights)
     for first in range((steps - 1) // every * every, -1, -every):
         last = min(first + every, steps)
         windows = [window_of(direction, steps, first, last) for direction in layer.directions]
         gx = input_product(x, weights, cell, windows, units)
-        given = torch.empty_like(gx)
-        for r, window in enumerate(windows):
-            before = entering(hidden[:, :, r], h0[r], layer.lengths, layer.reset, layer.directions[r], *window)
-            product = torch.mm(before.flatten(0, 1), weights[r].w_hh.t())
-            given.view(-1, recurrences, cell.gates * units)[:, r] = product
+        given = recurrent_product(layer, weights, windows, h0, hidden) if cell.recurrent else None
         saved = x.new_empty(last - first, batch, recurrences, cell.saved, units)
         # Histories are kept wide here: they are made from a wide checkpoint and live no longer than the chunk.
         histories = [x.new_empty(*saved.shape[:3], units, dtype=wide(x.dtype)) for _ in call.histories]
         states = [aligned(history[first // every]) for history in call.histories]
         loops.replay(
-            gx=gx, given=given, bias=bias, h0=h0, hidden=hidden, carried=[state.clone() for state in states],
-            saved=saved, histories=histories, window=(first, last),
+            gx=gx, given=given, bias=bias, params=vectors, h0=h0, hidden=hidden,
+            carried=[state.clone() for state in states], saved=saved, histories=histories, window=(first, last),
         )  # fmt: skip
         if m is not None:
             for r, window in enumerate(windows):
                 m[slice(*window), :, r] = projection.unprojected(saved[:, :, r], histories[0][:, :, r], x.dtype)
         loops.backward(
-            dy=dy, w=w, states=[hidden, *histories], first=[h0, *states], saved=saved if cell.saved else None,
-            dgates=dgates, dstates=dstates, window=(first, last),
+            dy=dy, dsequences=dsequences, w=w, params=vectors, states=[hidden, *histories], first=[h0, *states],
+            saved=saved if cell.saved else None, dgates=dgates, dstates=dstates, dparams=dparams, window=(first, last),
         )  # fmt: skip

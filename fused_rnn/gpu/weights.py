@@ -17,8 +17,10 @@ def aligned(tensor: Tensor) -> Tensor:
     return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
 
 
-def recurrent(weights: Sequence[Weights], cell: Cell) -> Tensor:
-    """What a loop multiplies by: [R, G, H, H], a view where there is but one W_hh and no projection."""
+def recurrent(weights: Sequence[Weights], cell: Cell) -> Tensor | None:
+    """What a loop multiplies by, if anything: [R, G, H, H], a view where there is one W_hh and no projection."""
+    if not cell.recurrent:
+        return None
     each = [w.w_hh if w.w_hr is None else torch.mm(w.w_hh, w.w_hr) for w in weights]
     hidden = each[0].shape[1]
     whole = each[0].contiguous() if len(each) == 1 else torch.stack(each)
@@ -27,8 +29,9 @@ def recurrent(weights: Sequence[Weights], cell: Cell) -> Tensor:
 
 def input_bias(w: Weights, cell: Cell) -> Tensor | None:
     """What is added before the cell: b_ih + b_hh, less the part of b_hh that enters the cell apart."""
-    if w.b_ih is None:
-        return None
+    if w.b_hh is None:
+        alone: Tensor | None = w.b_ih
+        return alone
     if not cell.apart:
         both: Tensor = w.b_ih + w.b_hh
         return both
@@ -47,3 +50,9 @@ def recurrent_bias(weights: Sequence[Weights], cell: Cell) -> Tensor | None:
         zeros: Tensor = weights[0].w_hh.new_zeros(len(weights), cell.apart, hidden)
         return zeros
     return torch.stack([w.b_hh.view(cell.gates, hidden)[-cell.apart :] for w in weights])
+
+
+def params(weights: Sequence[Weights]) -> Tensor | None:
+    """The cell's vectors of one number per unit, [R, NP, H]; None where it has none."""
+    each = [torch.stack(w.params) for w in weights if w.params]
+    return torch.stack(each) if each else None

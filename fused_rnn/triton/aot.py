@@ -60,11 +60,13 @@ def _pointers(kernel: Any, cell: Cell, dtype: str, constants: Mapping[str, Any])
     history = (wide if replay else own,) * others
     every: Pointers = {
         "carried": (wide,) * (others if replay else cell.carried),
-        "histories": history if constants.get("SAVE") else (),
+        "histories": history if constants.get("SAVE") or constants.get("SEQUENCES") else (),
         "checkpoints": (wide,) * others if constants.get("CHECKPOINT") else (),
         "states": (own, *history),
         "first": (own, *history),
         "dstates": (wide,) * len(cell.states),
+        "dsequences": (own,) * others if constants.get("SEQUENCES") else (),
+        "dparams": wide if constants.get("DP") else own,
         "lengths": "*i64" if constants["HAS_LENGTHS"] else own,
         "reset": "*i32" if constants["HAS_RESET"] else own,
         "counters": "*i32",
@@ -84,17 +86,21 @@ def compile_kernel(
     variant: Collection[str] = (),
     bound: int | None = None,
 ) -> Any:
-    """A schedule's compiled kernel. variant: of save, checkpoint, replay (in backward: after it), lengths, reset."""
+    """A schedule's compiled kernel.
+
+    variant: of save, checkpoint, sequences, replay (in backward: after it), lengths, reset.
+    """
     kernel = bwd_kernel if backward else fwd_kernel
     activation = activation_of("half" if dtype != "float32" else precision, ARCHITECTURES[arch])
     if backward:
-        constants = constants_backward(cell, hidden, SIZES[dtype], True)
+        constants = constants_backward(cell, hidden, SIZES[dtype], True, True)
     else:
         made = (name in variant for name in ("save", "checkpoint", "replay"))
         constants = constants_forward(cell, hidden, SIZES[dtype], *made)
     masks = ("lengths" in variant, "reset" in variant)
     constants |= constants_schedule(schedule, ARCHITECTURES[arch], *masks, precision, activation)
-    pointers = _pointers(kernel, cell, dtype, {"REPLAY": "replay" in variant, **constants})
+    asked = {"REPLAY": "replay" in variant, "SEQUENCES": "sequences" in variant}
+    pointers = _pointers(kernel, cell, dtype, asked | constants)
     signature = {name: "constexpr" if name in constants else pointers.get(name, "i32") for name in kernel.arg_names}
     # As the JIT of Triton 3.6 has them, so that what is compiled here has the key of what a launch compiles.
     attributes: dict[tuple[int, ...], list[list[Any]]] = {}

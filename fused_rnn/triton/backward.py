@@ -15,7 +15,18 @@ import triton.language as tl
 from fused_rnn.triton.exchange import arrive, wait
 from fused_rnn.triton.forward import SIZES
 from fused_rnn.triton.product import all_asked_for, dot, rounded, rounded_after, total, zeros
-from fused_rnn.triton.tuples import add_to_first, load_each, load_gates, store_each, to_float32, where_each
+from fused_rnn.triton.tuples import (
+    add_of_rows,
+    add_to_first,
+    add_to_rest,
+    load_each,
+    load_gates,
+    load_vectors,
+    store_each,
+    store_gates,
+    to_float32,
+    where_each,
+)
 
 
 @triton.jit
@@ -107,15 +118,16 @@ def load_step(
     HAS_DY: tl.constexpr,
     HAS_LENGTHS: tl.constexpr,
 ):
-    """Kept gates, dy, the states after the step and those before; zeros for what is not needed.
+    """Kept gates, dy, the other sequences' gradients, the states after the step and those before; zeros for what is not
+    needed.
 
     now: from `place`.  units: (row, row_rb, n, own, H).  window: (its first step, t_base, width, backwards, length).
-    kept: the pointers (dy, states, first, saved).
+    kept: the pointers (dy, dsequences, states, first, saved).
     """
     step, t, valid, live = now
     row, row_rb, n, own, H = units
     window0, t_base, width, backwards, length = window
-    dy, states, first, saved = kept
+    dy, dsequences, states, first, saved = kept
     here = own & valid[:, None]
     local = (t - t_base) * width
     gates = load_gates(saved + local * S, row, n, here, S, H)
@@ -123,6 +135,7 @@ def load_step(
     dy_t = tl.full(here.shape, 0.0, dy.dtype.element_ty)
     if HAS_DY:
         dy_t = tl.load(dy + t * width + at, mask=here, other=0.0)
+    more = load_each(dsequences, t * width + at, here)
     after = ()
     before = ()
     for j in tl.static_range(len(states)):
@@ -141,18 +154,21 @@ def load_step(
             entering = tl.load(rows[:, None] + n[None, :], mask=own & live[:, None], other=0.0)
         after = after + (value,)
         before = before + (entering,)
-    return gates, dy_t, after, before
+    return gates, dy_t, more, after, before
 
 
 @triton.jit(do_not_specialize=SIZES)
 def bwd_kernel(
     dy,  # [T, B, R, H]             HAS_DY only
+    dsequences,  # a [T, B, R, H] for each state but h, or ()
     w,  # [R, G, H, H]
+    params,  # [R, NP, H]
     states,  # h [T, B, R, H], then a [window, B, R, H] for each other state
     first,  # a [R, B, H] for each state: what enters the first of these
     saved,  # [window, B, R, S, H]
     dgates,  # [T, B, R, APART + G, H]: of the input side of gates that are apart, then of all gates' recurrent side
     dstates,  # a [R, B, H] float32 for each state. in: its gradient after the last step to run; out: before the first
+    dparams,  # [R, B, DP, H] float32   in and out
     lengths,  # [B] int64           HAS_LENGTHS only
     reset,  # [T, B] int32          HAS_RESET only
     counters,  # [R * tiles, 32] int32 COUNT only
@@ -172,6 +188,9 @@ def bwd_kernel(
     G: tl.constexpr,
     S: tl.constexpr,
     APART: tl.constexpr,
+    NP: tl.constexpr,
+    DP: tl.constexpr,  # NP where the params' gradients are wanted, else 0
+    RECURRENT: tl.constexpr,
     H: tl.constexpr,
     ALIGN: tl.constexpr,  # bytes that divide a row of H elements, 16 at most
     AFTER: tl.constexpr,  # for each state whether the cell reads it as the step leaves it
@@ -214,13 +233,17 @@ def bwd_kernel(
     at_rb = row_rb[:, None] * H + n[None, :]
     DG: tl.constexpr = APART + G
     ds = zeros(len(dstates), BB, BH)
+    p = zeros(NP, 1, BH)
+    dp = zeros(DP, BB, BH)
     if NT == 1:
         ds = load_each(dstates, at_rb, own)
+        p = load_vectors(params, r, n, NP, H)
+        dp = load_gates(dparams, row_rb, n, own, DP, H)
     if REGISTERS or HOLD:
         held = hold_bwd(w_r, n, G, H, BK, PRECISION)
 
     window = (window0, t_base, width, backwards, length)
-    forward = (dy, states, first, saved)  # what it left
+    forward = (dy, dsequences, states, first, saved)  # what it left, and what comes of it
     if AHEAD:
         now = place(step1 - 1, step0, steps, batch, backwards, b, length, reset, HAS_RESET)
         units = (row, row_rb, n, own, H)
@@ -236,18 +259,20 @@ def bwd_kernel(
             own = in_b[:, None] & (n < H)[None, :]
             at_rb = row_rb[:, None] * H + n[None, :]
             ds = load_each(dstates, at_rb, own)
+            p = load_vectors(params, r, n, NP, H)
+            dp = load_gates(dparams, row_rb, n, own, DP, H)
         units = (row, row_rb, n, own, H)
 
         if AHEAD:
             # What forward left is read one step early, so that memory's latency passes behind the wait and the product,
             # and brought into the product's layout before the wait, not after it.
-            kept, dy_t, after, before = next_
-            kept, dy_t = to_float32(kept), dy_t.to(tl.float32)
+            kept, dy_t, more, after, before = next_
+            kept, dy_t, more = to_float32(kept), dy_t.to(tl.float32), to_float32(more)
             after, before = to_float32(after), to_float32(before)
             later = place(step - 1, step0, steps, batch, backwards, b, length, reset, HAS_RESET)
             next_ = load_step(later, units, window, forward, S, ALIGN, AFTER, BEFORE, HAS_DY, HAS_LENGTHS)
 
-        if not REGISTERS:
+        if RECURRENT and not REGISTERS:
             if step + 1 < steps:
                 # The step that ran last here, t_later, and whether its gradient reaches this one: not past a reset.
                 t_later = tl.where(backwards, t - 1, t + 1)
@@ -266,13 +291,15 @@ def bwd_kernel(
                 ds = add_to_first(ds, dh)
 
         if not AHEAD:
-            kept, dy_t, after, before = load_step(
+            kept, dy_t, more, after, before = load_step(
                 now, units, window, forward, S, ALIGN, AFTER, BEFORE, HAS_DY, HAS_LENGTHS
             )
-            kept, after, before = to_float32(kept), to_float32(after), to_float32(before)
+            kept, more, after, before = to_float32(kept), to_float32(more), to_float32(after), to_float32(before)
         if HAS_DY:
             ds = add_to_first(ds, dy_t.to(tl.float32))
-        d_gates, ds_before = CELL(ds, kept, after, before, ACTIVATION)
+        ds = add_to_rest(ds, more)
+        d_gates, ds_before, d_params = CELL(ds, kept, after, before, p, ACTIVATION)
+        dp = add_of_rows(dp, valid, d_params)
         for g in tl.static_range(DG):
             at = row[:, None] * (DG * H) + (g * H + n)[None, :]
             d = tl.where(valid[:, None], d_gates[g], 0.0).to(dgates.dtype.element_ty)
@@ -289,11 +316,13 @@ def bwd_kernel(
             ds = add_to_first(ds, total(sums, G))
         if NT != 1:
             store_each(dstates, at_rb, ds, own)
+            store_gates(dparams, row_rb, n, dp, own, DP, H)
         if COUNT:
             if i % NT == NT - 1:
                 arrive(counter, LANES)
-        elif TEAM == 1 and not REGISTERS:
+        elif RECURRENT and TEAM == 1 and not REGISTERS:
             tl.debug_barrier()  # a team of one: what its threads stored is what its threads read next
 
     if NT == 1:
         store_each(dstates, at_rb, ds, own)
+        store_gates(dparams, row_rb, n, dp, own, DP, H)

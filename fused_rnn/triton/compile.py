@@ -17,7 +17,8 @@ Made = TypeVar("Made")
 
 def _constants(cell: Cell, hidden: int, size: int) -> dict[str, Any]:
     align = math.gcd(hidden * size, 16)
-    return {"G": cell.gates, "S": cell.saved, "APART": cell.apart, "H": hidden, "ALIGN": align}
+    constants = {"G": cell.gates, "S": cell.saved, "APART": cell.apart, "H": hidden, "ALIGN": align}
+    return constants | {"NP": len(cell.params), "RECURRENT": cell.recurrent}
 
 
 def constants_forward(cell: Cell, hidden: int, size: int, save: bool, checkpoint: bool, replay: bool) -> dict[str, Any]:
@@ -31,7 +32,7 @@ def constants_forward(cell: Cell, hidden: int, size: int, save: bool, checkpoint
     }
 
 
-def constants_backward(cell: Cell, hidden: int, size: int, has_dy: bool) -> dict[str, Any]:
+def constants_backward(cell: Cell, hidden: int, size: int, has_dy: bool, has_dp: bool) -> dict[str, Any]:
     """What bwd_kernel is compiled for, less the schedule's part."""
     module = kernels(cell.name)
     return _constants(cell, hidden, size) | {
@@ -39,6 +40,7 @@ def constants_backward(cell: Cell, hidden: int, size: int, has_dy: bool) -> dict
         "AFTER": tuple(state in module.AFTER for state in cell.states),
         "BEFORE": tuple(state in module.BEFORE for state in cell.states),
         "HAS_DY": has_dy,
+        "DP": len(cell.params) if has_dp else 0,
     }
 
 

@@ -17,10 +17,11 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from typing import NamedTuple
 
-from fused_rnn.cells import CELLS
+from fused_rnn.cells import CELLS, title
+from fused_rnn.cells.program import is_program
 from fused_rnn.triton import planner
 from fused_rnn.triton.compile import SPILLS, fewest_spills
-from fused_rnn.triton.schedule import Schedule, Shape
+from fused_rnn.triton.schedule import Schedule, Shape, shape_of
 from fused_rnn.triton.target import ARCHITECTURES
 
 ARCHS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
@@ -45,7 +46,7 @@ class Job(NamedTuple):
         name = "bwd" if self.shape.backward else "fwd"
         what = "+".join(self.variant) or "plain"
         return (
-            f"{self.arch:<7} {name} {self.shape.cell:<8} {self.dtype:<8} {self.precision} H={self.shape.hidden:<5}"
+            f"{self.arch:<7} {name} {title(self.shape.cell):<8} {self.dtype:<8} {self.precision} H={self.shape.hidden:<5}"
             f"{what:<18} {self.schedule}"
         )
 
@@ -111,21 +112,21 @@ def jobs(archs: list[str], cells: list[str], kinds: list[str], hidden: list[int]
             for cell in cells:
                 gates = CELLS[cell].gates
                 few = [size for size in hidden if size in RNN_HIDDEN] or hidden[:1]
-                for size in hidden if gates > 1 else few:
+                for size in hidden if gates > 1 or is_program(cell) else few:
                     for backward in (False, True):
-                        yield from _of_shape(arch, Shape(cell, gates, kind, size, backward), dtype, precision)
+                        yield from _of_shape(arch, shape_of(CELLS[cell], kind, size, backward), dtype, precision)
         for cell, dtype in (("rnn_relu", "bfloat16"), ("lstm", "float16"), ("gru", "float16")):
             if "half" in kinds and 256 in hidden and cell in (*cells, "rnn_relu"):
                 for backward in (False, True):
-                    yield from _of_shape(arch, Shape(cell, CELLS[cell].gates, "half", 256, backward), dtype, "ieee")
+                    yield from _of_shape(arch, shape_of(CELLS[cell], "half", 256, backward), dtype, "ieee")
 
 
 def compile_job(job: Job) -> Outcome:
     """Compile under the register bound that a launch would take."""
     from fused_rnn.triton import aot
 
-    cell, _, _, hidden, backward = job.shape
-    what = (CELLS[cell], job.dtype, job.precision, hidden, job.schedule, job.arch, backward)
+    shape = job.shape
+    what = (CELLS[shape.cell], job.dtype, job.precision, shape.hidden, job.schedule, job.arch, shape.backward)
 
     def compiled(bound: int | None) -> tuple[int, Outcome]:
         kernel = aot.compile_kernel(*what, job.variant, bound)
@@ -138,10 +139,16 @@ def compile_job(job: Job) -> Outcome:
         return Outcome(job, error=f"{type(error).__name__}: {error}".splitlines()[0])
 
 
+def _cell(name: str) -> str:
+    if name not in CELLS and not is_program(name):
+        raise argparse.ArgumentTypeError(f"got {name!r}, expected one of {', '.join(CELLS)} or a cell's program")
+    return CELLS[name].name
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="cubin", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--arch", nargs="+", default=list(ARCHS), choices=list(ARCHITECTURES))
-    parser.add_argument("--cell", nargs="+", default=list(COMPILED), choices=list(CELLS))
+    parser.add_argument("--cell", nargs="+", default=list(COMPILED), type=_cell, help="names, or a program's text")
     parser.add_argument("--kind", nargs="+", default=list(KINDS), choices=list(KINDS))
     parser.add_argument("--hidden", nargs="+", type=int, default=list(HIDDEN))
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes")

@@ -6,6 +6,7 @@ A program is one member of the team that runs one recurrence for one tile of the
   HOLD       the member's rows of W_hh stay resident, h is read from y, where the team has just put it.
   neither    the rows of W_hh are streamed in BK-deep tiles as well.
   REPLAY     there is no product: acc comes ready-made from `given` (the gates of save="recompute" being made again).
+  not RECURRENT  the cell has no W_hh, and no program needs another's units.
 COUNT says that members run in one launch and wait for each other; without it a launch is one step, or one is alone.
 """
 
@@ -17,21 +18,11 @@ import triton.language as tl
 
 from fused_rnn.triton.exchange import arrive, wait
 from fused_rnn.triton.product import all_asked_for, dot, rounded, rounded_after, zeros
-from fused_rnn.triton.tuples import load_each, load_gates, store_each, to_float32, where_each
+from fused_rnn.triton.tuples import load_each, load_gates, load_vectors, store_each, to_float32, where_each
 
 # Arguments for whose values no kernel is compiled, of both loops.
 SIZES = ("steps", "batch", "recurrences", "tiles", "tile0", "step0", "step1", "window0", "window1", "every", "close")
 SIZES += ("reversed_", "period")
-
-
-@triton.jit
-def load_bias(bias, r, n, APART: tl.constexpr, H: tl.constexpr):
-    """Of the gates that are apart, recurrence r's biases of units n: [1, BH] each."""
-    biases = ()
-    for g in tl.static_range(APART):
-        b = tl.load(bias + (r * APART + g) * H + n, mask=n < H, other=0.0).to(tl.float32)
-        biases = biases + (b[None, :],)
-    return biases
 
 
 @triton.jit
@@ -127,12 +118,13 @@ def fwd_kernel(
     given,  # [window, B, R, G, H]  recurrent product, REPLAY only
     w,  # [R, G, H, H]
     bias,  # [R, APART, H]          of the recurrent side of the gates that are apart
+    params,  # [R, NP, H]           the cell's numbers of each unit
     h0,  # [R, B, H]
     carried,  # a [R, B, H] float32 each, in at step0, out at step1: h if READS_H and not REPLAY, then all other states
     y,  # [T, B, R, H]
     h_n,  # [R, B, H]               written with the last step
     saved,  # [window, B, R, S, H]  SAVE only
-    histories,  # a [window, B, R, H] for each state but h   SAVE only
+    histories,  # a [window, B, R, H] for each state but h, or ()
     checkpoints,  # a [ceil(T / every), R, B, H] float32 for each state but h, entering step j * every   CHECKPOINT only
     lengths,  # [B] int64           HAS_LENGTHS only
     reset,  # [T, B] int32          HAS_RESET only; narrower would lead Triton to a slower layout of the products
@@ -155,6 +147,8 @@ def fwd_kernel(
     H: tl.constexpr,
     ALIGN: tl.constexpr,  # bytes that divide a row of H elements, 16 at most
     APART: tl.constexpr,
+    NP: tl.constexpr,
+    RECURRENT: tl.constexpr,
     READS_H: tl.constexpr,
     HAS_LENGTHS: tl.constexpr,
     HAS_RESET: tl.constexpr,
@@ -197,9 +191,11 @@ def fwd_kernel(
     zero = zeros(len(carried), BB, BH)
     s = zero
     apart = zeros(APART, 1, BH)
+    p = zeros(NP, 1, BH)
     if NT == 1:
         s = load_each(carried, at_rb, own)
-        apart = load_bias(bias, r, n, APART, H)
+        apart = load_vectors(bias, r, n, APART, H)
+        p = load_vectors(params, r, n, NP, H)
     if AHEAD:
         t = tl.where(backwards, steps - 1 - step0, step0)
         x_next = load_gates(gx + (t - t_base) * (width * G), row, n, own & (b * 0 + step0 < step1)[:, None], G, H)
@@ -224,7 +220,8 @@ def fwd_kernel(
             own = in_b[:, None] & (n < H)[None, :]
             at_rb = row_rb[:, None] * H + n[None, :]
             s = load_each(carried, at_rb, own)
-            apart = load_bias(bias, r, n, APART, H)
+            apart = load_vectors(bias, r, n, APART, H)
+            p = load_vectors(params, r, n, NP, H)
         if AHEAD:
             # One step ahead, so that memory's latency passes behind the wait and the product.
             x = x_next
@@ -246,7 +243,9 @@ def fwd_kernel(
         before = tl.where(backwards, t + 1, t - 1)
         h_row = tl.multiple_of(tl.where(first, h0 + row_rb * H, y + before * width + row * H), [ALIGN])
 
-        if REPLAY:
+        if not RECURRENT:
+            acc = ()
+        elif REPLAY:
             acc = to_float32(load_gates(given + local * G, row, n, own, G, H))
         elif REGISTERS:
             acc = ()
@@ -269,7 +268,7 @@ def fwd_kernel(
             entering = (h_in.to(tl.float32),) + entering
         elif not READS_H:
             entering = zeros(1, BB, BH) + entering
-        after, kept = CELL(to_float32(x), acc, apart, entering, ACTIVATION)
+        after, kept = CELL(to_float32(x), acc, apart, entering, p, ACTIVATION)
         s_new = ()
         for j in tl.static_range(len(after) - len(s), len(after)):
             s_new = s_new + (after[j],)
@@ -282,17 +281,18 @@ def fwd_kernel(
             if COUNT:
                 if i % NT == NT - 1:
                     arrive(counter, LANES)
-            elif TEAM == 1 and not REGISTERS:
+            elif RECURRENT and TEAM == 1 and not REGISTERS:
                 tl.debug_barrier()  # a team of one: what its threads stored is what its threads read next
         if REGISTERS:
             new = after[0].to(h.dtype)
             h = tl.where(valid[:, None], new, h) if HAS_LENGTHS else new
+        # After the arrival: the team need not wait for what only backward reads.
         if SAVE:
-            # After the arrival: the team need not wait for what only backward reads.
             for g in tl.static_range(S):
                 at = row[:, None] * (S * H) + (g * H + n)[None, :]
                 tl.store(saved + local * S + at, tl.where(valid[:, None], kept[g], 0.0), mask=own)
-            store_each(histories, local + (row[:, None] * H + n[None, :]), s, own)
+        ended = where_each(valid, s, zero) if HAS_LENGTHS else s
+        store_each(histories, local + (row[:, None] * H + n[None, :]), ended, own)
 
     if NT == 1:
         store_each(carried, at_rb, s, own)

@@ -97,7 +97,7 @@ class _Launches:
         layer, schedule = self.layer, self.config.schedule
         # What the kernel is not compiled for it does not touch: another tensor stands for it.
         given = (*tensors, layer.lengths, layer.reset)
-        absent = next(t for t in given if t is not None)
+        absent = next(t for t in given if isinstance(t, Tensor))
         tensors = [tuple(t) if isinstance(t, list) else absent if t is None else t for t in given]
         sizes, bits = (layer.steps, layer.batch, layer.recurrences), direction_bits(layer.directions)
         for tile0, tiles in waves(layer.batch, layer.recurrences, schedule, self.config.target):
@@ -143,8 +143,9 @@ class Loops:
         self,
         *,
         gx: Tensor,
-        w: Tensor,
+        w: Tensor | None,
         bias: Tensor | None,
+        params: Tensor | None,
         h0: Tensor,
         carried: list[Tensor],
         y: Tensor,
@@ -154,15 +155,16 @@ class Loops:
         checkpoints: list[Tensor],
         every: int,
     ) -> None:
-        tensors = (gx, None, w, bias, h0, carried, y, h_n, saved, histories, checkpoints)
+        tensors = (gx, None, w, bias, params, h0, carried, y, h_n, saved, histories, checkpoints)
         self._forward(self.config, (0, self.layer.steps), tensors, every)
 
     def replay(
         self,
         *,
         gx: Tensor,
-        given: Tensor,
+        given: Tensor | None,
         bias: Tensor | None,
+        params: Tensor | None,
         h0: Tensor,
         hidden: Tensor,
         carried: list[Tensor],
@@ -171,13 +173,15 @@ class Loops:
         window: tuple[int, int],
     ) -> None:
         config = replace(self.config, schedule=planner.replay(self.layer.hidden))
-        tensors: Sequence[Any] = (gx, given, None, bias, h0, carried, hidden, h0, saved, histories, [])
-        self._forward(config, window, tensors, 1)
+        tensors: Sequence[Any] = (gx, given, None, bias, params, h0, carried, hidden, h0, saved, histories, [])
+        self._forward(config, window, tensors, 1, replay=True)
 
-    def _forward(self, config: LaunchConfig, window: tuple[int, int], tensors: Sequence[Any], every: int) -> None:
+    def _forward(
+        self, config: LaunchConfig, window: tuple[int, int], tensors: Sequence[Any], every: int, replay: bool = False
+    ) -> None:
         """The forward loop over a window of time. tensors: fwd_kernel's, in its order."""
-        layer, (gx, given, *_, saved, _, checkpoints) = self.layer, tensors
-        made = (saved is not None, bool(checkpoints), given is not None)
+        layer, (gx, *_, saved, _, checkpoints) = self.layer, tensors
+        made = (saved is not None, bool(checkpoints), replay)
         constants = constants_forward(layer.cell, layer.hidden, gx.element_size(), *made)
         launches = _Launches(fwd_kernel, layer, config, constants)
         counters = new_counters(layer, config.schedule, gx.device)
@@ -187,23 +191,30 @@ class Loops:
         self,
         *,
         dy: Tensor | None,
-        w: Tensor,
+        dsequences: list[Tensor],
+        w: Tensor | None,
+        params: Tensor | None,
         states: list[Tensor],
         first: list[Tensor],
         saved: Tensor | None,
         dgates: Tensor,
         dstates: list[Tensor],
+        dparams: Tensor | None,
         window: tuple[int, int] | None = None,
     ) -> None:
         layer, schedule, window = self.layer, self.config.schedule, window or (0, self.layer.steps)
         if self.counters is None:
             self.counters = new_counters(layer, schedule, dgates.device)
-        constants = constants_backward(layer.cell, layer.hidden, w.element_size(), dy is not None)
+        given = (dy is not None, dparams is not None)
+        constants = constants_backward(layer.cell, layer.hidden, dgates.element_size(), *given)
         launches = _Launches(bwd_kernel, layer, self.config, constants)
         ranges = [(*steps, 0) for steps in launches.ranges(*window)][::-1]
-        if window[0] == 0 and not schedule.registers:  # the product of step 0, for the gradient of h0
+        if (
+            layer.cell.recurrent and window[0] == 0 and not schedule.registers
+        ):  # the product of step 0, for the gradient of h0
             if schedule.loop != "stepwise" and self.config.target.arch != "interpreter":
                 ranges[-1] = (*ranges[-1][:2], 1)
             else:
                 ranges.append((0, 0, 1))
-        launches.run((dy, w, states, first, saved, dgates, dstates), self.counters, window, ranges)
+        tensors = (dy, dsequences, w, params, states, first, saved, dgates, dstates, dparams)
+        launches.run(tensors, self.counters, window, ranges)

@@ -63,6 +63,8 @@ def _stepwise(shape: Shape, target: Target) -> Schedule:
 
 def shipped(shape: Shape, target: Target) -> list[Schedule]:
     """Every schedule that `choose` can come to without measurements: what is compiled ahead of time by `make cubin`."""
+    if not shape.recurrent:
+        return [_independent(shape)]
     registers = _registers(shape, target)
     if registers is not None:
         return [registers]
@@ -76,6 +78,8 @@ def shipped(shape: Shape, target: Target) -> list[Schedule]:
 
 def choose(shape: Shape, target: Target, batch: int, recurrences: int) -> Schedule:
     """The schedule for a problem. `override` forces one, a measured table comes next, then those of tiles.py."""
+    if not shape.recurrent:
+        return _independent(shape)
     if _forced:
         return _build(shape, target, **_forced)
     # Measured with R = 1, and perhaps on a part of the same architecture with more multiprocessors.
@@ -115,6 +119,12 @@ def replay(hidden: int) -> Schedule:
     """For making gates again: pointwise, every program for itself, no product."""
     tile = Tile(16, 32, 16, 4, ahead=False)
     return Schedule("solo", tile, -(-hidden // tile.units))
+
+
+def _independent(shape: Shape) -> Schedule:
+    """For a cell without W_hh: every program for itself, its units over all of time."""
+    tile = Tile(16, 32, 16, 4)
+    return Schedule("solo", tile, -(-shape.hidden // tile.units))
 
 
 _forced: dict[str, Any] = {}

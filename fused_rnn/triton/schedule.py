@@ -5,21 +5,55 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from fused_rnn.cells import Cell
+from fused_rnn.cells.program import Graph
+
 LOOPS = ("solo", "cooperative", "stepwise")
+LSTM_ALIVE = (9, 12)  # of its forward and backward as a program, and its states
 
 
 class Shape(NamedTuple):
-    """What a schedule is keyed on. kind: how products are taken, "half" (16-bit), "tf32" or "ieee"."""
+    """What a schedule is keyed on.
+
+    kind: how products are taken, "half" (16-bit), "tf32" or "ieee".  recurrent: as the cell's.
+    heavier: by how many values alive at once a unit has more than an LSTM's, for which the tiles are chosen.
+    """
 
     cell: str
     gates: int
     kind: str
     hidden: int
     backward: bool
+    recurrent: bool = True
+    heavier: int = 0
 
     @property
     def size(self) -> int:
         return 2 if self.kind == "half" else 4
+
+
+def shape_of(cell: Cell, kind: str, hidden: int, backward: bool) -> Shape:
+    """The shape of a cell's loop."""
+    heavier = 0
+    if cell.program:
+        graph = cell.program.backward if backward else cell.program.forward
+        more = len(cell.states) + (len(cell.params) if backward else 0)  # what a loop carries from step to step
+        heavier = max(0, _alive(graph) + more - LSTM_ALIVE[backward])
+    return Shape(cell.name, cell.gates, kind, hidden, backward, cell.recurrent, heavier)
+
+
+def _alive(graph: Graph) -> int:
+    """Values that are alive at once, at most, in the order of the code. Constants are in the instructions."""
+    last = {i: k for k, (_, args, _) in enumerate(graph.code) for i in args}
+    last |= {i: len(graph.code) for group in graph.outputs for i in group}
+    alive = {i for i in range(graph.inputs) if i in last}
+    most = len(alive)
+    for k, instruction in enumerate(graph.code):
+        if instruction.op != "const" and graph.inputs + k in last:
+            alive.add(graph.inputs + k)
+        most = max(most, len(alive))
+        alive = {i for i in alive if last[i] > k}
+    return most
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,8 @@ STREAM_ODD = {
     "tf32": Tile(16, 32, 32, 4, 3, ahead=False),
     "ieee": Tile(16, 32, 16, 8, 3, ahead=False),
 }
+# Values a unit may have more than an LSTM's in a large tile of the forward loop in 16 bits. Others have no room.
+FREE_FORWARD = 8
 # On AMD what is resident stays in registers, not in shared memory: this much of it leaves room for the rest, in
 # backward half as much.
 AMD_RESIDENT = 64 * KIB
@@ -79,10 +81,21 @@ def _odd(shape: Shape) -> bool:
     return shape.hidden * shape.size % 16 != 0
 
 
+def _too_heavy(shape: Shape) -> bool:
+    """Whether a large tile has too few registers for the cell."""
+    return shape.heavier > (FREE_FORWARD if shape.kind == "half" and not shape.backward else 0)
+
+
+def _lighter(shape: Shape, tile: Tile) -> Tile:
+    """A streamed tile for a cell heavier than an LSTM, which leaves registers free in few of them: with fewer units."""
+    large = tile.batch * tile.units >= 256 * tile.warps
+    return replace(tile, units=tile.units // 2) if large and _too_heavy(shape) else tile
+
+
 def stream(shape: Shape, target: Target, large: bool) -> Tile:
     large_table = STREAM_LARGE_BACKWARD if shape.backward else STREAM_LARGE
     table = STREAM_ODD if _odd(shape) else large_table if large else STREAM
-    tile = _deepest(table[shape.kind], shape.hidden)
+    tile = _lighter(shape, _deepest(table[shape.kind], shape.hidden))
     if target.nvidia:
         return tile
     # AMD's warps have twice the threads, and more than four of them share registers: too few for LSTM's 64 units.
@@ -92,6 +105,8 @@ def stream(shape: Shape, target: Target, large: bool) -> Tile:
 
 def held(shape: Shape, target: Target, large: bool) -> Tile | None:
     """The first resident tile that fits."""
+    if large and _too_heavy(shape):
+        return None
     forward, backward = (HOLD_LARGE, HOLD_LARGE_BACKWARD) if large else (HOLD, HOLD_BACKWARD)
     for tile in (backward if shape.backward else forward)[shape.kind]:
         tile = _held_as(shape, target, tile)

@@ -25,7 +25,7 @@ from fused_rnn.gpu.loops import Layer
 from fused_rnn.triton import measured, planner
 from fused_rnn.triton.device import activation_of, kind_of, precision_of, target_at
 from fused_rnn.triton.launch import LaunchConfig, Loops, waves
-from fused_rnn.triton.schedule import Schedule, Shape
+from fused_rnn.triton.schedule import Schedule, Shape, shape_of
 from fused_rnn.triton.target import INTERPRETER, Target
 
 Timer = Callable[[Callable[[], None]], float]
@@ -75,7 +75,10 @@ def runner(
 
         def run_backward() -> None:
             loops.counters = None  # a run counts from zero
-            loops.backward(dy=y, w=w, states=states, first=first, saved=saved, dgates=dgates, dstates=dstates)
+            loops.backward(
+                dy=y, dsequences=[], w=w, params=None, states=states, first=first, saved=saved, dgates=dgates,
+                dstates=dstates, dparams=None,
+            )  # fmt: skip
 
         return run_backward
     gx, h_n = random(steps, batch, 1, cell.gates, hidden), torch.empty_like(h0)
@@ -84,7 +87,7 @@ def runner(
 
     def run_forward() -> None:
         kept: dict[str, list[Tensor]] = {"carried": carried, "histories": histories, "checkpoints": []}
-        loops.forward(gx=gx, w=w, bias=bias, h0=h0, y=y, h_n=h_n, saved=saved, every=1, **kept)
+        loops.forward(gx=gx, w=w, bias=bias, params=None, h0=h0, y=y, h_n=h_n, saved=saved, every=1, **kept)
 
     return run_forward
 
@@ -157,7 +160,7 @@ def main() -> int:
             dtype = getattr(torch, name)
             for hidden in chosen.hidden:
                 for backward in (False, True):
-                    shape = Shape(cell, CELLS[cell].gates, kind_of(dtype, target), hidden, backward)
+                    shape = shape_of(CELLS[cell], kind_of(dtype, target), hidden, backward)
                     print(f"{cell} {name} H={hidden} {'backward' if backward else 'forward'}")
                     tune(shape, dtype, target, chosen.steps, chosen.batch, by_events)
     print(f"written to {measured.path()}")

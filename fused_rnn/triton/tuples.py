@@ -18,6 +18,24 @@ def load_gates(base, row, n, mask, G: tl.constexpr, H: tl.constexpr):
 
 
 @triton.jit
+def store_gates(base, row, n, gates, mask, G: tl.constexpr, H: tl.constexpr):
+    """What load_gates loads."""
+    at = row[:, None] * (G * H) + n[None, :]
+    for g in tl.static_range(G):
+        tl.store(base + (at + g * H), gates[g], mask=mask)
+
+
+@triton.jit
+def load_vectors(vectors, r, n, COUNT: tl.constexpr, H: tl.constexpr):
+    """Of units n the numbers of recurrence r: [1, BH] each. vectors: [R, COUNT, H]."""
+    numbers = ()
+    for g in tl.static_range(COUNT):
+        v = tl.load(vectors + (r * COUNT + g) * H + n, mask=n < H, other=0.0).to(tl.float32)
+        numbers = numbers + (v[None, :],)
+    return numbers
+
+
+@triton.jit
 def to_float32(tiles):
     wide = ()
     for j in tl.static_range(len(tiles)):
@@ -57,3 +75,24 @@ def add_to_first(states, more):
     for j in tl.static_range(1, len(states)):
         sums = sums + (states[j],)
     return sums
+
+
+@triton.jit
+def add_to_rest(states, more):
+    """A tuple of tiles with those of `more`, if there are any, added to all but the first."""
+    sums = (states[0],)
+    for j in tl.static_range(1, len(states)):
+        if len(more) > 0:
+            sums = sums + (states[j] + more[j - 1],)
+        else:
+            sums = sums + (states[j],)
+    return sums
+
+
+@triton.jit
+def add_of_rows(sums, rows, more):
+    """The sums, to which `more` is added in the rows for which it holds. rows: [BB]."""
+    added = ()
+    for j in tl.static_range(len(sums)):
+        added = added + (sums[j] + tl.where(rows[:, None], more[j], 0.0),)
+    return added

@@ -45,7 +45,7 @@ def test_backward_is_forwards_gradient(text: str) -> None:
     made = program.backward.run([*saved, *states, *after, *params, *dafter])
     apart = grads[joined : program.gates] if program.apart else ()
     expected = [*apart, *grads[:joined], *grads[program.gates :]] if apart else grads
-    for a, b in zip(sum(made, []), expected, strict=True):
+    for a, b in zip([value for group in made for value in group], expected, strict=True):
         torch.testing.assert_close(a.expand_as(b), b)
 
 

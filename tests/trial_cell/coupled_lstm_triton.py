@@ -9,7 +9,7 @@ AFTER = BEFORE = ("c",)
 
 
 @triton.jit
-def fwd(x, r, bias, states, ACTIVATION: tl.constexpr):
+def fwd(x, r, bias, states, params, ACTIVATION: tl.constexpr):
     i = sigmoid(x[0] + r[0], ACTIVATION)
     g = tanh(x[1] + r[1], ACTIVATION)
     o = sigmoid(x[2] + r[2], ACTIVATION)
@@ -18,10 +18,10 @@ def fwd(x, r, bias, states, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def bwd(dstates, kept, after, before, ACTIVATION: tl.constexpr):
+def bwd(dstates, kept, after, before, params, ACTIVATION: tl.constexpr):
     dh, dc = dstates
     i, g, o = kept
     t = tanh(after[1], ACTIVATION)
     dc += dh * o * (1.0 - t * t)
     gates = (dc * (g - before[1]) * i * (1.0 - i), dc * i * (1.0 - g * g), dh * t * o * (1.0 - o))
-    return gates, (tl.full(dh.shape, 0.0, dh.dtype), dc * (1.0 - i))
+    return gates, (tl.full(dh.shape, 0.0, dh.dtype), dc * (1.0 - i)), ()

@@ -12,7 +12,7 @@ AFTER, BEFORE = (), ("m",)
 
 
 @triton.jit
-def fwd(x, r, bias, states, ACTIVATION: tl.constexpr):
+def fwd(x, r, bias, states, params, ACTIVATION: tl.constexpr):
     h, m = states
     i = sigmoid(x[0] + r[0], ACTIVATION)
     r_g = r[1] + bias[0]
@@ -23,10 +23,10 @@ def fwd(x, r, bias, states, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def bwd(dstates, kept, after, before, ACTIVATION: tl.constexpr):
+def bwd(dstates, kept, after, before, params, ACTIVATION: tl.constexpr):
     dh, dm = dstates
     i, g, d, r_g = kept
     dm += dh * i
     dg = dh * i * (1.0 - g * g)
     di = (dh * d + dm * before[1] + dg * r_g) * i * (1.0 - i)
-    return (dg, di, dg * i), (dh * (1.0 - i) + dm, dm * i)
+    return (dg, di, dg * i), (dh * (1.0 - i) + dm, dm * i), ()

@@ -1,9 +1,10 @@
 """The cells by name: a cell is a module. A new one is a file of its own and an entry here. Imports no Triton.
 
-fwd(x, r, bias, states, ACTIVATION) → (the states after, what backward wants kept), all of them tuples of tiles.
+fwd(x, r, bias, states, params, ACTIVATION) → (the states after, what backward wants kept), all of them tuples of tiles.
   x, r: each gate's input side and recurrent side.  bias: of the recurrent side of the gates that are apart.
-  states: those before, all float32; h is zero where the cell does not read it.
-bwd(dstates, kept, after, before, ACTIVATION) → (the gates' gradients, what of dstates reaches the states before)
+  states: those before, all float32; h is zero where the cell does not read it.  params: [1, BH] each.
+bwd(dstates, kept, after, before, params, ACTIVATION)
+  → (the gates' gradients, what of dstates reaches the states before, what this step gives each param)
   dstates: the whole gradient of each state after.  after, before: the states; zero those that are not read.
   Gradients: of the input side of the gates that are apart, then of all gates' recurrent side. What reaches h by the
   product with W_hh the loop adds.
@@ -15,6 +16,9 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
+from fused_rnn.cells.program import is_program
+from fused_rnn.triton import printer
+
 MODULES: dict[str, str] = {}
 
 
@@ -24,6 +28,9 @@ def register(cell: str, module: str) -> None:
 
 
 def kernels(cell: str) -> ModuleType:
+    """The module of a cell of this name; of a program it is printed."""
+    if is_program(cell):
+        return printer.module(cell)
     return importlib.import_module(MODULES[cell])
 
 

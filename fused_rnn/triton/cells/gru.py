@@ -12,7 +12,7 @@ AFTER, BEFORE = (), ("h",)
 
 
 @triton.jit
-def fwd(x, r, bias, states, ACTIVATION: tl.constexpr):
+def fwd(x, r, bias, states, params, ACTIVATION: tl.constexpr):
     reset = sigmoid(x[0] + r[0], ACTIVATION)
     z = sigmoid(x[1] + r[1], ACTIVATION)
     hn = r[2] + bias[0]
@@ -21,9 +21,9 @@ def fwd(x, r, bias, states, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def bwd(dstates, kept, after, before, ACTIVATION: tl.constexpr):
+def bwd(dstates, kept, after, before, params, ACTIVATION: tl.constexpr):
     dh = dstates[0]
     reset, z, n, hn = kept
     dn = dh * (1.0 - z) * (1.0 - n * n)
     dr = dn * hn * reset * (1.0 - reset)
-    return (dn, dr, dh * (before[0] - n) * z * (1.0 - z), dn * reset), (dh * z,)
+    return (dn, dr, dh * (before[0] - n) * z * (1.0 - z), dn * reset), (dh * z,), ()

@@ -12,7 +12,7 @@ AFTER = BEFORE = ("c",)
 
 
 @triton.jit
-def fwd(x, r, bias, states, ACTIVATION: tl.constexpr):
+def fwd(x, r, bias, states, params, ACTIVATION: tl.constexpr):
     i = sigmoid(x[0] + r[0], ACTIVATION)
     f = sigmoid(x[1] + r[1], ACTIVATION)
     g = tanh(x[2] + r[2], ACTIVATION)
@@ -22,10 +22,10 @@ def fwd(x, r, bias, states, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def bwd(dstates, kept, after, before, ACTIVATION: tl.constexpr):
+def bwd(dstates, kept, after, before, params, ACTIVATION: tl.constexpr):
     dh, dc = dstates
     i, f, g, o = kept
     t = tanh(after[1], ACTIVATION)
     dc += dh * o * (1.0 - t * t)
     gates = (dc * g * i * (1.0 - i), dc * before[1] * f * (1.0 - f), dc * i * (1.0 - g * g), dh * t * o * (1.0 - o))
-    return gates, (tl.full(dh.shape, 0.0, dh.dtype), dc * f)
+    return gates, (tl.full(dh.shape, 0.0, dh.dtype), dc * f), ()

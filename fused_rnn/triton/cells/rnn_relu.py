@@ -7,12 +7,12 @@ AFTER, BEFORE = ("h",), ()
 
 
 @triton.jit
-def fwd(x, r, bias, states, ACTIVATION: tl.constexpr):
+def fwd(x, r, bias, states, params, ACTIVATION: tl.constexpr):
     h = x[0] + r[0]
     return (tl.where(h <= 0, 0.0, h),), ()  # a NaN stays one, as in torch
 
 
 @triton.jit
-def bwd(dstates, kept, after, before, ACTIVATION: tl.constexpr):
+def bwd(dstates, kept, after, before, params, ACTIVATION: tl.constexpr):
     dh = dstates[0]
-    return (tl.where(after[0] <= 0, 0.0, dh),), (tl.full(dh.shape, 0.0, dh.dtype),)
+    return (tl.where(after[0] <= 0, 0.0, dh),), (tl.full(dh.shape, 0.0, dh.dtype),), ()

@@ -9,11 +9,11 @@ AFTER, BEFORE = ("h",), ()
 
 
 @triton.jit
-def fwd(x, r, bias, states, ACTIVATION: tl.constexpr):
+def fwd(x, r, bias, states, params, ACTIVATION: tl.constexpr):
     return (tanh(x[0] + r[0], ACTIVATION),), ()
 
 
 @triton.jit
-def bwd(dstates, kept, after, before, ACTIVATION: tl.constexpr):
+def bwd(dstates, kept, after, before, params, ACTIVATION: tl.constexpr):
     dh, h = dstates[0], after[0]
-    return (dh * (1.0 - h * h),), (tl.full(dh.shape, 0.0, dh.dtype),)
+    return (dh * (1.0 - h * h),), (tl.full(dh.shape, 0.0, dh.dtype),), ()

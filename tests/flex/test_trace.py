@@ -1,0 +1,286 @@
+"""What a step becomes: every operation against torch, forward and backward, and what is refused."""
+
+from __future__ import annotations
+
+import copy
+import math
+import pickle
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import fused_rnn
+from fused_rnn.cells.program import Program, parse
+from tests.flex.steps import agrees_with_autograd
+
+Function = Callable[..., Any]
+
+UNARY: dict[str, Function] = {
+    **{name: getattr(torch, name) for name in (
+        "neg", "abs", "sign", "sgn", "exp", "exp2", "expm1", "square", "sigmoid", "tanh", "relu", "erf", "sin", "cos",
+        "tan", "sinh", "cosh", "isnan", "isinf", "isfinite", "positive", "reciprocal", "clone", "detach", "logical_not",
+    )},
+    **{name: getattr(F, name) for name in (
+        "gelu", "silu", "softplus", "logsigmoid", "mish", "elu", "selu", "celu", "leaky_relu", "relu6", "hardtanh",
+        "hardsigmoid", "hardswish", "softsign", "tanhshrink", "softshrink", "hardshrink",
+    )},
+    "log": lambda x: torch.log(x.abs() + 0.1),
+    "log2": lambda x: torch.log2(x.abs() + 0.1),
+    "log10": lambda x: torch.log10(x.abs() + 0.1),
+    "log1p": lambda x: torch.log1p(x.abs()),
+    "sqrt": lambda x: torch.sqrt(x.abs() + 0.1),
+    "rsqrt": lambda x: torch.rsqrt(x.abs() + 0.1),
+    "gelu of tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "softplus steep": lambda x: F.softplus(x, beta=3.0, threshold=2.0),
+    "elu 0.5": lambda x: F.elu(x, alpha=0.5),
+    "threshold": lambda x: F.threshold(x, 0.3, -2.0),
+    "clamp": lambda x: x.clamp(-0.5, 0.7),
+    "clamp low": lambda x: x.clamp(min=-0.5),
+    "clip high": lambda x: x.clip(max=0.5),
+    "number - x": lambda x: 1 - x,
+    "number / x": lambda x: 2 / (x * x + 1),
+    "x / number": lambda x: x / 3 + x / 4,
+    "number ** x": lambda x: 2**x,
+    **{f"x ** {e}": lambda x, e=e: (x.abs() + 0.1) ** e for e in (0, 1, 2, 3, 0.5, -0.5, -1, -2, 2.5, -1.7)},
+    "x in a copy": lambda x: x.clone().mul_(2).add_(1).tanh_(),
+    "to float": lambda x: (x > 0).float() * x,
+    "constants": lambda x: torch.ones_like(x) * x + torch.full_like(x, 0.3) + x.new_ones(()) - torch.zeros_like(x),
+    "masked": lambda x: x.masked_fill(x > 0.5, 2.0),
+    "mask and mask": lambda x: torch.where((x > -0.5) & ~(x > 0.5) | (x < -1), x * 2, x * x),
+    "mask xor mask": lambda x: torch.where((x > -0.5) ^ (x > 0.5), x * 2, x * x),
+    "logical": lambda x: torch.where(torch.logical_and(x > -0.5, torch.logical_or(x < 0, x > 1)), x, 3 * x),
+    "nothing changes": lambda x: x.neg().neg() * 1 + 0 - 0,
+    "twice itself": lambda x: x * x + x * x,
+}  # fmt: skip
+BINARY: dict[str, Function] = {
+    **{name: getattr(torch, name) for name in (
+        "add", "sub", "rsub", "mul", "div", "maximum", "minimum", "lt", "le", "gt", "ge", "eq", "ne",
+    )},
+    "add alpha": lambda x, y: torch.add(x, y, alpha=0.7),
+    "sub alpha": lambda x, y: torch.sub(x, y, alpha=0.7),
+    "pow": lambda x, y: torch.pow(x.abs() + 0.1, y),
+    "lerp": lambda x, y: torch.lerp(x, y, 0.3),
+    "lerp by a tensor": lambda x, y: torch.lerp(x, y, torch.sigmoid(x)),
+    "addcmul": lambda x, y: torch.addcmul(x, x, y, value=0.5),
+    "addcdiv": lambda x, y: torch.addcdiv(x, y, x.abs() + 1, value=0.5),
+    "where": lambda x, y: torch.where(x > y, x, y * 2),
+    "clamp by a tensor": lambda x, y: torch.clamp(x, min=y),
+    "maximum of relus": lambda x, y: torch.maximum(torch.relu(x), torch.relu(y)),  # ties at zero
+    "in place": lambda x, y: (x * 1.5).sub_(y).sigmoid_(),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", UNARY)
+def test_unary(name: str) -> None:
+    function = UNARY[name]
+
+    @fused_rnn.cell(gates=1)
+    def step(x: Any, r: Any, s: Any, p: Any) -> Tensor:
+        return function(x[0] + r[0]) + s.h  # type: ignore[no-any-return]
+
+    # torch's gradient of hardsigmoid has a sixth in float32, in float64 too.
+    agrees_with_autograd(step, rtol=1e-7 if name in ("hardsigmoid", "hardswish") else 1e-8)
+
+
+@pytest.mark.parametrize("name", BINARY)
+def test_binary(name: str) -> None:
+    function = BINARY[name]
+
+    @fused_rnn.cell(gates=2, params=("a",))
+    def step(x: Any, r: Any, s: Any, p: Any) -> Tensor:
+        return function(x[0] + r[0], x[1]) * r[1] + function(s.h, p.a)  # type: ignore[no-any-return]
+
+    agrees_with_autograd(step)
+
+
+# torch has another formula for a weight of 0.5 and more, of which the difference is seen at infinity alone.
+@pytest.mark.parametrize("name", sorted({*UNARY, *BINARY} - {"lerp by a tensor"}))
+def test_special_values(name: str) -> None:
+    """NaN, infinities, zeros and ends of ranges: forward as torch's, bit for bit where torch's formula is the same."""
+    ends = [0.5, 0.7, 1.0, 3.0, 6.0, 20.0, 25.0, 100.0, math.inf]
+    special = torch.tensor([0.0, -0.0, math.nan, *ends, *(-end for end in ends)])
+    function = UNARY.get(name) or BINARY[name]
+    values = [v.reshape(-1).double() for v in torch.meshgrid(special, special, indexing="ij")][: 1 + (name in BINARY)]
+
+    @fused_rnn.cell(gates=len(values), recurrent=False)
+    def step(x: Any, r: Any, s: Any, p: Any) -> Tensor:
+        return function(*x) + 0.0 * torch.zeros_like(s.h)  # type: ignore[no-any-return]
+
+    rows = [v.unsqueeze(0) for v in values]
+    (made,) = step.program.step(rows, (), [torch.zeros_like(rows[0])], ())
+    torch.testing.assert_close(made, function(*rows).double(), rtol=1e-12, atol=1e-12, equal_nan=True)
+
+
+def program(step: Function, **options: Any) -> Program:
+    return fused_rnn.cell(**{"gates": 1, **options})(step).program
+
+
+def test_sides_are_joined_where_only_their_sum_is_read() -> None:
+    assert program(lambda x, r, s, p: x[0] + r[0], gates=1).apart == 0
+    assert program(lambda x, r, s, p: r[0] + x[0] * 1, gates=1).apart == 0
+    assert program(lambda x, r, s, p: x[0] + p.a * s.h + r[0], params=("a",)).apart == 0
+    assert program(lambda x, r, s, p: r[0] + (p.a * s.h + x[0] + 1), params=("a",)).apart == 0
+    assert program(lambda x, r, s, p: x[0] * r[0]).apart == 1
+    assert program(lambda x, r, s, p: x[0] + r[0] + x[0]).apart == 1
+    assert program(lambda x, r, s, p: x[1] + r[1], gates=3).apart == 0  # gates that nobody reads
+    assert program(lambda x, r, s, p: x[0] + r[0] + x[1] * r[1] + x[2] + r[2], gates=3).apart == 2
+    assert program(lambda x, r, s, p: x[0] + x[1], gates=2, recurrent=False).apart == 0
+
+
+def test_what_is_kept() -> None:
+    """As few values as will do: none that the states and params tell."""
+    assert program(lambda x, r, s, p: torch.tanh(x[0] + r[0])).saved == 0  # h itself
+    assert program(lambda x, r, s, p: x[0] + r[0] + torch.tanh(s.h)).saved == 0  # h before
+    assert program(lambda x, r, s, p: torch.exp(torch.tanh(x[0] + r[0]))).saved == 1  # exp's is h; tanh's is not
+    assert program(lambda x, r, s, p: torch.sin(x[0] + r[0]) * s.h).saved == 1
+    three = program(lambda x, r, s, p: (torch.sin(x[0] + r[0]) + torch.cos(x[0] + r[0]) ** 2) * 0.5)
+    assert three.saved == 1  # the sum, of which both are made again
+    assert len(three.forward.outputs[1]) == 1 and three.forward.outputs[1][0] == 0
+
+
+def test_constants_are_those_of_the_closure() -> None:
+    number, tensor = 0.25, torch.tensor(0.5)
+    made = program(lambda x, r, s, p: (x[0] + r[0]) * number * (tensor * 2) + torch.tensor([2.0]) * s.h)
+    assert {i.value for i in made.forward.code if i.op == "const"} <= {0.25, 1.0, 0.5, 2.0}
+    (after,) = made.step([torch.ones(1, 2)], [torch.ones(1, 2)], [torch.ones(1, 2)], ())
+    torch.testing.assert_close(after, torch.full((1, 2), 2.5))
+
+
+WEIGHT, VECTOR, LAYER = torch.randn(7, requires_grad=True), torch.randn(7), torch.nn.Linear(7, 7)
+
+
+def branch(x: Any, r: Any, s: Any, p: Any) -> Any:
+    if s.h.sum() > 0:
+        return x[0]
+    return r[0]
+
+
+def compare(x: Any, r: Any, s: Any, p: Any) -> Any:
+    return x[0] if s.h > 0 else r[0]
+
+
+REFUSED: dict[str, tuple[Function, str]] = {
+    "branch on a sum": (branch, "sum is no operation that a cell can run; it sees more than one unit"),
+    "branch on a tensor": (compare, "it branches on the value of a tensor; use torch.where"),
+    "item": (lambda x, r, s, p: x[0] * (s.h * 0 + 1)[0, 0].item(), "select is no operation"),
+    "unknown op": (lambda x, r, s, p: torch.erfinv(s.h), "erfinv is no operation that a cell can run"),
+    "too many states": (lambda x, r, s, p: (s.h, s.h), "the step returned 2 values, expected 1: h"),
+    "a string": (lambda x, r, s, p: "h", "the step returned str for state 'h', expected a tensor"),
+    "a slice": (lambda x, r, s, p: x[0][:, :2], "slice is no operation"),
+    "a new dimension": (lambda x, r, s, p: x[0].unsqueeze(1), "unsqueeze makes a tensor [B, 1, H], expected [B, H]"),
+    "a product": (lambda x, r, s, p: LAYER(s.h), "'LAYER.weight' requires a gradient"),
+    "a gradient": (lambda x, r, s, p: s.h * WEIGHT, "'WEIGHT' requires a gradient, which a step does not give"),
+    "a gradient apart": (lambda x, r, s, p: s.h * (WEIGHT * 2), "'WEIGHT' requires a gradient"),
+    "a vector": (lambda x, r, s, p: s.h * VECTOR, "'VECTOR' has shape [7]; a step closes over single numbers"),
+    "a vector apart": (lambda x, r, s, p: s.h * (VECTOR + 1), "'VECTOR' has shape [7]"),
+    "another dtype": (lambda x, r, s, p: s.h.double(), "_to_copy makes torch.float64; a cell computes in one dtype"),
+    "integers": (lambda x, r, s, p: s.h.int() * x[0], "_to_copy makes torch.int32"),
+    "in place": (lambda x, r, s, p: s.h.add_(1), "add_ changes an argument of the step, or a tensor outside, in place"),
+    "random": (lambda x, r, s, p: F.dropout(x[0], 0.5, True), "is no operation that a cell can run"),
+    "rounding": (lambda x, r, s, p: torch.div(x[0], 2, rounding_mode="floor"), "rounding_mode: got 'floor'"),
+    "an index": (lambda x, r, s, p: x[1], "tuple index out of range"),
+    "a missing param": (lambda x, r, s, p: p.a * x[0], "has no attribute 'a'"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_refused(what: str) -> None:
+    """By the operation, and the line of the user's."""
+    step, said = REFUSED[what]
+    with pytest.raises(Exception) as caught:
+        program(step)
+    assert said in str(caught.value)
+    if not isinstance(caught.value, (IndexError, AttributeError)):
+        assert isinstance(caught.value, ValueError)
+        assert str(caught.value).startswith(f"cell {step.__name__!r}: ")
+        assert __file__ in str(caught.value)
+
+
+def test_the_line_is_the_users() -> None:
+    with pytest.raises(ValueError, match=r"in branch\n    if s.h.sum\(\) > 0:"):
+        program(branch)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"gates": 0}, "gates: got 0, expected a number of at least 1"),
+        ({"gates": 1.5}, "gates: got 1.5"),
+        ({"gates": True}, "gates: got True"),
+        ({"states": ()}, "states: got none"),
+        ({"states": "h"}, r"states: got the string 'h', expected a sequence of names, as \('h',\)"),
+        ({"states": ("h", "h")}, "states: got .* expected different names"),
+        ({"states": ("_h",)}, "states: got '_h'"),
+        ({"states": ("h 1",)}, "states: got 'h 1'"),
+        ({"params": ("h",)}, "params: got 'h', which is a state"),
+        ({"params": (1,)}, "params: got 1"),
+        ({"recurrent": 1}, "recurrent: got 1, expected True or False"),
+    ],
+)
+def test_arguments(options: dict[str, Any], said: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=said):
+        fused_rnn.cell(**{"gates": 1, **options})
+    with pytest.raises(TypeError, match="step: got int, expected a function"):
+        fused_rnn.cell(gates=1)(3)  # type: ignore[arg-type]
+
+
+@fused_rnn.cell(gates=1, states=("h", "m"), params=("a",))
+def smoothed(x: Any, r: Any, s: Any, p: Any) -> tuple[Tensor, Tensor]:
+    """Its doc."""
+    m = p.a * s.m + torch.tanh(x[0] + r[0])
+    return m + s.h, m
+
+
+def test_it_is_the_step() -> None:
+    values = [torch.randn(2, 3) for _ in range(4)]
+    a = torch.randn(3)
+    expected = smoothed.step([values[0]], [values[1]], smoothed._states(*values[2:]), smoothed._params(a))
+    for s, p in (
+        ((values[2], values[3]), (a,)),
+        ({"h": values[2], "m": values[3]}, {"a": a}),
+        (smoothed._states(*values[2:]), a),
+    ):
+        for made, right in zip(smoothed([values[0]], [values[1]], s, p), expected, strict=True):
+            assert torch.equal(made, right)
+    assert smoothed.__doc__ == "Its doc." and smoothed.__name__ == "smoothed"
+    assert repr(smoothed) == "<cell smoothed: gates=1, states=('h', 'm'), params=('a',)>"
+    assert parse(smoothed.descriptor().name) == smoothed.program
+
+
+def test_copies_and_pickles_by_name() -> None:
+    assert copy.deepcopy(smoothed) is smoothed and copy.copy(smoothed) is smoothed
+    assert pickle.loads(pickle.dumps(smoothed)) is smoothed
+    local = fused_rnn.cell(gates=1)(lambda x, r, s, p: x[0])
+    with pytest.raises(pickle.PicklingError, match="define the cell at the top of a module"):
+        pickle.dumps(local)
+
+
+def test_equal_steps_are_one_cell() -> None:
+    first, second = (fused_rnn.cell(gates=1)(lambda x, r, s, p: torch.tanh(x[0] + r[0])) for _ in range(2))
+    assert first.descriptor() is second.descriptor()
+
+
+def test_the_first_cell_of_a_process_takes_no_time() -> None:
+    """Nothing of Dynamo, fx or sympy is imported for it."""
+    script = textwrap.dedent("""
+        import sys, time, torch, fused_rnn
+        @fused_rnn.cell(gates=4, states=("h", "c"))
+        def lstm(x, r, s, p):
+            i, f, o = (torch.sigmoid(x[g] + r[g]) for g in (0, 1, 3))
+            c = f * s.c + i * torch.tanh(x[2] + r[2])
+            return o * torch.tanh(c), c
+        before, start = set(sys.modules), time.perf_counter()
+        lstm.descriptor()
+        taken = time.perf_counter() - start
+        heavy = {name.split(".")[0] for name in set(sys.modules) - before} & {"sympy", "mpmath", "triton"}
+        assert not heavy and "torch._dynamo" not in sys.modules, heavy
+        assert taken < 1.5, taken
+    """)
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=120)

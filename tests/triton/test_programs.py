@@ -1,0 +1,208 @@
+"""Cells that are programs by the Triton loops: every operation, every loop, the built-in cells as programs."""
+
+from __future__ import annotations
+
+import itertools
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import program_cases
+import pytest
+import torch
+import triton
+import triton.language as tl
+from program_cases import CELLS_BY_NAME, ProgramCase, by_loop, by_reference, call_of
+from programs import GRU, LSTM
+from tolerances import assert_as_good_as_torch
+from torch import Tensor
+from triton_cases import DEVICE, LOOPS, MARKS, quicker_interpreter
+
+from fused_rnn.backends import triton as backend
+from fused_rnn.call import BackwardCall, LayerCall
+from fused_rnn.cells.program import ARITY, BINARY, PREFIX, TERNARY, UNARY, parse
+from fused_rnn.problem import Problem
+from fused_rnn.triton import cells, planner, printer
+
+pytestmark = MARKS
+
+
+@pytest.fixture(autouse=True)
+def _quick() -> None:
+    quicker_interpreter()
+
+
+def on_device(call: LayerCall) -> LayerCall:
+    masks = [None if t is None else t.to(DEVICE) for t in (call.lengths, call.reset)]
+    return program_cases.mapped(call, lambda t: t.to(DEVICE))._replace(lengths=masks[0], reset=masks[1])
+
+
+def check(case: ProgramCase, **schedule: Any) -> None:
+    call = on_device(call_of(case))
+    with planner.override(**schedule):
+        ours = program_cases.by_backend(call, backend)
+    assert_as_good_as_torch(ours, by_loop(call), by_reference(call))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("cell", CELLS_BY_NAME)
+def test_every_cell(cell: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fused_rnn.call.CHECKPOINT_EVERY", 2)
+    more: dict[str, Any] = {"bidirectional": True, "lengths": True, "reset": True, "sequences": True}
+    check(ProgramCase(cell, dtype=dtype, **more))
+    check(ProgramCase(cell, H=40, save="recompute", dtype=dtype, **more))
+    check(ProgramCase(cell, B=17, H=3, bias=False, hx=False, dtype=dtype))
+
+
+@pytest.mark.parametrize("save", ["gates", "recompute"])
+@pytest.mark.parametrize("loop", LOOPS)
+@pytest.mark.parametrize("cell", ["lstm", "leaky"])
+def test_every_loop(cell: str, loop: str, save: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fused_rnn.call.CHECKPOINT_EVERY", 2)
+    check(ProgramCase(cell, lengths=True, reset=True, sequences=True, save=save, bidirectional=True), **LOOPS[loop])
+
+
+@pytest.mark.parametrize(("name", "program"), [("lstm", LSTM), ("gru", GRU)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_built_in_cells_as_programs(name: str, program: str, dtype: torch.dtype) -> None:
+    """The same numbers as by the kernels that were written by hand, but for the order of a formula's factors."""
+    call = on_device(call_of(ProgramCase(name, bidirectional=True, lengths=True, reset=True, dtype=dtype)))
+    assert call.cell == program
+    ours, theirs = (program_cases.by_backend(call._replace(cell=cell), backend) for cell in (program, name))
+    assert ours.keys() == theirs.keys()
+    for key, value in ours.items():
+        torch.testing.assert_close(value, theirs[key], msg=lambda text, key=key: f"{key}: {text}")
+
+
+@pytest.mark.parametrize("sequences", [False, True])
+def test_forward_alone(sequences: bool) -> None:
+    call = on_device(call_of(ProgramCase("sru", lengths=True, sequences=sequences, save="none")))
+    kept = backend.forward(call._replace(save="gates"))
+    for one, other in zip(backend.forward(call), kept, strict=False):
+        assert torch.equal(one, other)
+
+
+def test_what_is_not_asked_for() -> None:
+    """Without the gradients of the weights dx is the same."""
+    call = on_device(call_of(ProgramCase("leaky")))
+    y, h_n, saved, _ = backend.forward(call)
+    back = BackwardCall(y, (h_n,), *call[:5], y, saved, (), *call[5:8], True, True)
+    every, few = backend.backward(back), backend.backward(back._replace(need_dw=False))
+    assert len(every) == len(few) + len(call.weights)
+    for one, other in zip(few, every, strict=False):
+        assert torch.equal(one, other)
+
+
+# --- operations
+
+NUMBERS = [0.0, -0.0, 1.0, -1.0, 0.5, -0.5, 1e-6, -1e-6, 2e-3, -0.37, 3.7, -7.25, 12.0, 30.0, -30.0, 100.0, -100.0]
+NUMBERS += [float("inf"), float("-inf"), float("nan")]
+
+
+@triton.jit
+def run_cell(x, out, CELL: tl.constexpr, ARGS: tl.constexpr, N: tl.constexpr):
+    """out[N] = the first state after a step with inputs x[ARGS, N]."""
+    n = tl.arange(0, N)[None, :]
+    inputs = ()
+    for k in tl.static_range(ARGS):
+        inputs = inputs + (tl.load(x + k * N + n),)  # noqa: RUF005
+    zero = tl.full(n.shape, 0.0, tl.float32)
+    after, _ = CELL(inputs, (), (), (zero,), (), "float32")
+    tl.store(out + n, after[0])
+
+
+def step_of(code: str, result: int, gates: int) -> str:
+    """A cell without W_hh, whose h is a value of this code over its gates."""
+    return f"{PREFIX}op|{gates} 0 0|h||{code}>{result};|const 0.0>{' '.join(['3'] * gates)};3;"
+
+
+def by_kernel(text: str, x: Tensor) -> Tensor:
+    count = 1 << (x.shape[1] - 1).bit_length()
+    padded = torch.zeros(x.shape[0], count, device=DEVICE)
+    padded[:, : x.shape[1]] = x
+    out = torch.empty(count, device=DEVICE)
+    run_cell[(1,)](padded, out, CELL=cells.kernels(text).fwd, ARGS=x.shape[0], N=count)
+    return out[: x.shape[1]]
+
+
+def assert_float32(ours: Tensor, exact: Tensor, name: str) -> None:
+    """Equal where not finite; 4 ulp elsewhere, of the value or of the smallest normal number."""
+    assert torch.equal(ours.isnan(), exact.isnan()), name
+    finite = exact.float().isfinite() & ~exact.isnan()
+    assert torch.equal(ours[~finite & ~exact.isnan()], exact[~finite & ~exact.isnan()].float()), name
+    error = (ours.double() - exact)[finite].abs()
+    allowed = 4 * torch.finfo(torch.float32).eps * exact[finite].abs() + torch.finfo(torch.float32).tiny
+    worst = (error - allowed).argmax()
+    assert bool((error <= allowed).all()), f"{name}: {ours[finite][worst]} for {exact[finite][worst]}"
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of the interpreter
+@pytest.mark.parametrize("op", [op for op in ARITY if op != "const"])
+def test_every_operation(op: str) -> None:
+    arity = ARITY[op]
+    rows = list(itertools.product(NUMBERS, repeat=min(arity, 2)))
+    if arity == 3:
+        rows = [(a, b, c) for (a, b), c in zip(rows, itertools.cycle(NUMBERS[1:-1]))]
+    x = torch.tensor(rows, dtype=torch.float32).t().contiguous()
+    text = step_of(f"{op} {' '.join(map(str, range(arity)))}", arity + 1, arity)
+    function: Callable[..., Tensor] = {**UNARY, **BINARY, **TERNARY}[op]
+    exact = function(*x.double())
+    if op in ("sin", "cos", "erf", "fma"):  # whose result is small beside what it is made of
+        ours, theirs = by_kernel(text, x.to(DEVICE)).cpu(), exact
+        torch.testing.assert_close(ours.double(), theirs, rtol=1e-6, atol=1e-6, equal_nan=True)
+    else:
+        assert_float32(by_kernel(text, x.to(DEVICE)).cpu(), exact, op)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_constants_are_exact() -> None:
+    for value in (0.1, -2.5e-39, 1.0 / 3.0, 3.4e38, float("inf"), float("-inf"), -0.0):
+        single = struct.unpack("f", struct.pack("f", value))[0]
+        for code, result in ((f"const {value!r},add 2 0", 3), (f"const {value!r}", 2)):
+            ours = by_kernel(step_of(code, result, 1), torch.zeros(1, 4, device=DEVICE))
+            assert ours.tolist() == [single] * 4
+    for code in ("const nan,mul 0 2", "const nan,maximum 2 0", "const nan,minimum 0 2"):
+        assert bool(by_kernel(step_of(code, 3, 1), torch.zeros(1, 4, device=DEVICE)).isnan().all())
+
+
+def test_truths_and_constants_meet() -> None:
+    """Comparisons as numbers, conditions that are numbers, constants in every place."""
+    code = "const 1.0,gt 0 3,const 2.0,where 4 5 1,and 4 1,add 6 7,ne 8 3,where 9 3 8,where 1 4 9,sub 10 11,lt 3 5"
+    code += ",mul 13 12"
+    program = step_of(code, 14, 2)
+    x = torch.tensor([[2.0, 0.5, -1.0, 1.0], [0.0, 3.0, -2.0, 0.0]])
+    exact = parse(program).forward.run([*x, torch.zeros(4)])[0][0]
+    torch.testing.assert_close(by_kernel(program, x.to(DEVICE)).cpu(), exact)
+
+
+# --- modules on disk
+
+
+def test_a_module_is_written_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("FUSED_RNN_CACHE", str(tmp_path))
+    text = printer.source(parse(LSTM))
+    path = printer.written(text)
+    assert path.parent == tmp_path / "triton" and path.read_text() == text
+    before = path.stat()
+    assert printer.written(text) == path
+    assert path.stat().st_mtime_ns == before.st_mtime_ns
+    path.write_text("half a file")
+    assert printer.written(text).read_text() == text
+    assert [entry.name for entry in path.parent.iterdir()] == [path.name]
+
+
+def test_a_cache_that_takes_no_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("FUSED_RNN_CACHE", str(tmp_path / "file"))
+    text = printer.source(parse(GRU))
+    assert printer.written(text).read_text() == text
+
+
+def test_supports_programs_alone_of_what_is_unknown() -> None:
+    problem = Problem(LSTM, torch.float32, DEVICE, False, 3, 4, 17, 17, 1, 1, True, True, False, "gates", False, False)
+    assert backend.supports(problem) is None
+    assert "not 'another'" in str(backend.supports(problem._replace(cell="another")))
+    assert "forward: loop solo, team of 5, W_hh streamed" in backend.describe(
+        problem._replace(cell=CELLS_BY_NAME["indrnn"], hidden_size=130)
+    )
