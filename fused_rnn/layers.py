@@ -100,8 +100,7 @@ def run(
         own = weights[first * kinds.number : (first + recurrences) * kinds.number]
         entering = [s[first : first + recurrences] for s in given]
         # The caller's own y, which he may change in place, gets a copy for backward.
-        over_time = sequences and last
-        call = LayerCall(x, own, entering, lengths, reset, cell, directions, keep, keeps and last, over_time)
+        call = LayerCall(x, own, entering, lengths, reset, cell, directions, keep, keeps and last, sequences and last)
         x, *after = autograd.layer(chosen, call)
         finals.append(after)
         if dropout > 0 and training and not last:

@@ -110,12 +110,12 @@ class FlexRNN(Recurrent):
             raise ValueError(f"heads: got {heads!r}, expected a positive divisor of hidden_size = {hidden_size}")
         if return_sequences not in ("h", "states"):
             raise ValueError(f"return_sequences: got {return_sequences!r}, expected 'h' or 'states'")
-        self.mode = cell.__name__
+        self.mode = cell.name
         self._fused_user, self._fused_states = cell, len(cell.states)
         self._fused_heads = heads if cell.recurrent else 1  # without W_hh they are one
         self._fused_options = (self._fused_heads, return_sequences == "states")
         self._fused_init = _checked_init(init, cell, hidden_size)
-        self._fused_cell = cell.name
+        self._fused_cell = cell.descriptor().name
         for name in list(self._parameters):
             del self._parameters[name]
         self._flat_weights_names, self._all_weights = [], []
@@ -236,7 +236,7 @@ class FlexRNN(Recurrent):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self._fused_cell = self._fused_user.name  # of the step as it is here, which may have changed
+        self._fused_cell = self._fused_user.descriptor().name  # of the step as it is here, which may have changed
 
 
 def _by_head(module: FlexRNN, weights: Sequence[Tensor]) -> list[Tensor]:
@@ -269,7 +269,7 @@ def _checked_init(init: Mapping[str, Init] | None, cell: UserCell, hidden: int) 
     for name, value in init.items():
         if name not in cell.params:
             known = ", ".join(cell.params) or "none"
-            raise ValueError(f"init: got {name!r}, expected the name of a param of {cell.__name__}: {known}")
+            raise ValueError(f"init: got {name!r}, expected the name of a param of {cell.name}: {known}")
         if isinstance(value, Tensor):
             if value.shape not in ((), (hidden,)):
                 raise ValueError(f"init[{name!r}]: got {shape_text(value.shape)}, expected [H] = [{hidden}]")

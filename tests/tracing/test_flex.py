@@ -79,7 +79,7 @@ def gradients(outputs: Any, module: nn.Module) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("save", ["gates", "recompute"])
-@pytest.mark.parametrize("cell", USER_CELLS.values(), ids=lambda cell: cell.__name__)
+@pytest.mark.parametrize("cell", USER_CELLS.values(), ids=lambda cell: cell.name)
 def test_one_graph_for_every_length(cell: Any, save: str) -> None:
     """And one that a new cell, which is traced between two calls, does not compile again."""
     model, counter = Model(cell, save=save), CompileCounterWithBackend("aot_eager")
@@ -142,7 +142,7 @@ def test_an_exported_program_holds_the_cell(cell: Any, strict: bool) -> None:
     program = torch.export.export(model, arguments(3, 5), dynamic_shapes=shapes, strict=strict)
     nodes = [node for node in program.graph.nodes if "fused_rnn" in str(node.target)]
     assert [str(node.target) for node in nodes] == ["fused_rnn.forward.default"] * 2
-    assert all(cell.name in node.args for node in nodes)
+    assert all(cell.descriptor().name in node.args for node in nodes)
     assert "'gates'" not in str(program.graph)
     loaded = program.module()
     for batch, steps in ((2, 2), (7, 33)):
