@@ -20,6 +20,8 @@ from fused_rnn.nn.sequence import run, step
 Init = Number | Tensor | Callable[[Tensor], Any]
 State = Tensor | tuple[Tensor, ...]
 
+_WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+
 
 class FlexRNN(Recurrent):
     r"""__init__(cell,input_size,hidden_size,num_layers=1,bias=True,batch_first=False,dropout=0.0,bidirectional=False,device=None,dtype=None,*,heads=1,init=None,return_sequences='h',backend=None,save='gates')
@@ -106,6 +108,10 @@ class FlexRNN(Recurrent):
             "RNN_TANH", input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, 0, "meta",
             backend=backend, save=save,
         )  # fmt: skip
+        if clash := [name for name in cell.params if name in _WEIGHTS]:
+            raise ValueError(
+                f"cell: got a param {clash[0]!r}, expected another name: the module has a weight of this one"
+            )
         if isinstance(heads, bool) or not isinstance(heads, int) or heads < 1 or hidden_size % heads:
             raise ValueError(f"heads: got {heads!r}, expected a positive divisor of hidden_size = {hidden_size}")
         if return_sequences not in ("h", "states"):
@@ -266,6 +272,8 @@ def _checked_init(init: Mapping[str, Init] | None, cell: UserCell, hidden: int) 
     """The initial values, if they are of the cell's params. Raises ValueError, TypeError for what is no value."""
     if init is None:
         return {}
+    if not isinstance(init, Mapping):
+        raise TypeError(f"init: got {kind(init)}, expected values by the names of params")
     for name, value in init.items():
         if name not in cell.params:
             known = ", ".join(cell.params) or "none"
