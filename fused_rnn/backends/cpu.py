@@ -11,7 +11,6 @@ from torch import Tensor
 
 from fused_rnn import ops
 from fused_rnn.cells import unknown
-from fused_rnn.cells.descriptor import title
 from fused_rnn.cells.program import is_program
 from fused_rnn.transforms.op_gradient import without_gradient
 
@@ -34,8 +33,8 @@ def _unknown(cell: str) -> str | None:
 
 @lru_cache(maxsize=4096)
 def _ask(cell: str) -> str | None:
-    reason = ops._C.refusal(cell)
-    return None if reason is None else f"{title(cell)}: {reason}"
+    reason: str | None = ops._C.refusal(cell)
+    return reason
 
 
 def _refusal(cell: str) -> str | None:

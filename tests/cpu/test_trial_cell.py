@@ -22,16 +22,13 @@ def test_both_languages_describe_the_same_cells() -> None:
     numbers = [cell["number"] for cell in ops._C.cells()]
     assert len(set(numbers)) == len(numbers)
     described = {cell["name"]: cell for cell in ops._C.cells()}
-    assert described.keys() == CELLS.keys()
-    for name, cell in CELLS.items():
-        expected = {
-            key: getattr(cell, key) for key in ("name", "gates", "saved", "apart", "reads_h", "projects", "recurrent")
-        }
-        assert described[name] == expected | {
-            "number": described[name]["number"],
-            "states": list(cell.states),
-            "params": len(cell.params),
-        }
+    built_in = {name: cell for name, cell in CELLS.items() if cell.program is None}
+    assert described.keys() == built_in.keys()
+    names = ("name", "gates", "saved", "apart", "reads_h", "projects", "recurrent")
+    for name, cell in built_in.items():
+        expected = {key: getattr(cell, key) for key in names}
+        expected |= {"number": described[name]["number"], "states": list(cell.states), "params": len(cell.params)}
+        assert described[name] == expected
 
 
 def test_both_languages_keep_checkpoints_alike() -> None:
@@ -52,4 +49,4 @@ def test_cells_from_outside(tmp_path: Path) -> None:
     header = str(TRIAL / "cells.h")
     run(*build, FUSED_RNN_MORE_CELLS=header, FUSED_RNN_ISAS="baseline", CXXFLAGS="-O1 -w", FUSED_RNN_CUDA="0")
     (extension,) = tmp_path.glob("fused_rnn/_C*")
-    assert run(str(TRIAL / "compare.py"), str(extension)) == "45 problems agree, by baseline\n"
+    assert run(str(TRIAL / "compare.py"), str(extension)) == "57 problems agree, by baseline\n"

@@ -17,13 +17,16 @@ sys.modules["fused_rnn._C"] = module_from_spec(spec)
 spec.loader.exec_module(sys.modules["fused_rnn._C"])
 
 from coupled_lstm import COUPLED  # noqa: E402
+from decay import DECAY  # noqa: E402
 from leaky import LEAKY  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from fused_rnn import layers, ops  # noqa: E402
 from fused_rnn.cells import Cell, register  # noqa: E402
+from tests.common.program_calls import by_loop, by_ops, make_call  # noqa: E402
 
 register(COUPLED)
+register(DECAY)
 register(LEAKY)
 B, D, H = 3, 4, 17
 STEPS = {"gates": 6, "recompute": 70}  # the latter more than between two checkpoints
@@ -71,4 +74,15 @@ problems = [
 ]
 for problem in problems:
     compare(*problem)
-print(f"{len(problems)} problems agree, by {ops.ISA}")
+calls = [
+    make_call("decay", T=STEPS[save], directions=(1, -1), lengths=masked, reset=masked, save=save, dtype=dtype)
+    for dtype in TOLERANCES
+    for masked in (False, True)
+    for save in STEPS
+]
+for call in calls:  # the ops themselves, with the states over time and their gradients
+    made, expected = by_ops(call, ops.forward, ops.backward), by_loop(call)
+    for name, value in expected.items():
+        error = ((made[name] - value).abs() / (value.abs() + value.abs().max())).max().item()
+        assert error < TOLERANCES[call.x.dtype], (call.x.dtype, call.save, name, error)
+print(f"{len(problems) + len(calls)} problems agree, by {ops.ISA}")

@@ -1,0 +1,173 @@
+"""Calls of the ops whose cell is a program: arguments, the plain loop's results, a program of any counts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fused_rnn.call import Kinds, LayerCall
+from fused_rnn.cells import CELLS
+from fused_rnn.cells.program import PREFIX
+from fused_rnn.reference.loop import run_layer
+
+Results = dict[str, Tensor]
+
+
+def make_call(
+    cell: str, T: int = 5, B: int = 3, D: int = 4, H: int = 17, directions: tuple[int, ...] = (1,), bias: bool = True,
+    lengths: bool = False, reset: bool = False, hx: bool = True, save: str = "gates",
+    dtype: torch.dtype = torch.float32, seed: int = 0,
+) -> LayerCall:  # fmt: skip
+    """A layer that returns its sequences, of random numbers; lengths hold 0 and T where B allows it."""
+    random, spec = torch.Generator().manual_seed(seed), CELLS[cell]
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=random, dtype=torch.float64).to(dtype)
+
+    each = Kinds(0, bias, False, spec.recurrent).shapes(spec, D, H, H)
+    uniform = [torch.rand(*s, generator=random, dtype=torch.float64) * 2 - 1 for _ in directions for s in each]
+    ends = torch.randint(0, T + 1, (B,), generator=random)
+    if B > 2:
+        ends[0], ends[-1] = 0, T
+    cuts = torch.rand(T, B, generator=random) < 0.2
+    states = [normal(len(directions), B, H) for _ in spec.states] if hx else []
+    weights = [(w * H**-0.5).to(dtype) for w in uniform]
+    return LayerCall(
+        normal(T, B, D), weights, states, ends if lengths else None, cuts if reset else None, cell, directions, save,
+        False, True,
+    )  # fmt: skip
+
+
+def gradients_of(call: LayerCall, seed: int = 1) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """dy, of the states after, of their sequences: NaN past a sequence's end, where nobody may look."""
+    random, (steps, batch, _) = torch.Generator().manual_seed(seed), call.x.shape
+
+    def normal(shape: Any) -> Tensor:
+        return torch.randn(*shape, generator=random, dtype=torch.float64).to(call.x.dtype)
+
+    dy = normal((steps, batch, call.recurrences * call.width))
+    dstates, dsequences = (
+        [normal(shape) for shape in shapes] for shapes in (call.state_shapes(), call.sequence_shapes())
+    )
+    if call.lengths is not None:
+        past = torch.arange(steps).unsqueeze(1) >= call.lengths
+        for sequence in dsequences:
+            sequence.masked_fill_(past[..., None, None], float("nan"))
+    return dy, dstates, dsequences
+
+
+def named(call: LayerCall, outputs: list[Tensor], gradients: list[Tensor]) -> Results:
+    """What forward and backward return, by name."""
+    more = call.spec.states[1:]
+    forward = ["y", *(f"{s}_n" for s in call.spec.states), *(f"{s} over time" for s in more)]
+    backward = ["dx", *(f"d{s}0" for s in call.spec.states[: len(call.states)])]
+    backward += [f"dweights[{k}]" for k in range(len(call.weights))]
+    return dict(zip([*forward, *backward], [*outputs[: len(forward)], *gradients], strict=True))
+
+
+def by_ops(call: LayerCall, forward: Any, backward: Any) -> Results:
+    """A call by a pair of ops."""
+    outputs = forward(*call)
+    n = 1 + len(call.spec.states)
+    over_time, (saved, *histories, _) = outputs[n : n + len(call.spec.states) - 1], outputs[2 * n - 2 :]
+    histories = over_time if call.save == "gates" else histories
+    dy, dstates, dsequences = gradients_of(call)
+    kept = (outputs[0], saved, histories, call.cell, call.directions, call.save, True, True)
+    return named(call, outputs, backward(dy, dstates, *call[:5], *kept, dsequences))
+
+
+def by_loop(call: LayerCall) -> Results:
+    """The plain loop in float64: the judge."""
+    wide = in_double(call)
+    return _by_loop(wide, run_layer, [t.double() for t in flat(gradients_of(call))])
+
+
+def by_steps(call: LayerCall) -> Results:
+    """The plain loop in the call's dtype, to which it rounds its states at every step, as all loops do."""
+    return _by_loop(call, step_by_step, flat(gradients_of(call)))
+
+
+def flat(gradients: tuple[Tensor, list[Tensor], list[Tensor]]) -> list[Tensor]:
+    return [gradients[0], *gradients[1], *gradients[2]]
+
+
+def in_double(call: LayerCall) -> LayerCall:
+    weights, states = [w.double() for w in call.weights], [s.double() for s in call.states]
+    return call._replace(x=call.x.double(), weights=weights, states=states)
+
+
+def _by_loop(call: LayerCall, run: Any, given: list[Tensor]) -> Results:
+    leaves = [t.clone().requires_grad_() for t in (call.x, *call.states, *call.weights)]
+    n = 1 + len(call.states)
+    outputs = run(call._replace(x=leaves[0], states=leaves[1:n], weights=leaves[n:]))
+    masked = [g.masked_fill(g.isnan(), 0) for g in given]
+    grads = torch.autograd.grad(outputs, leaves, masked, allow_unused=True, materialize_grads=True)
+    return named(call, [o.detach() for o in outputs], list(grads))
+
+
+def step_by_step(call: LayerCall) -> list[Tensor]:
+    number, sequences = len(call.weights) // call.recurrences, []
+    after = []
+    for r, direction in enumerate(call.directions):
+        states, made = [s[r : r + 1] for s in call.initial()], []
+        for t in range(call.x.shape[0])[::direction]:
+            lengths = None if call.lengths is None else (call.lengths - t).clamp(0, 1)
+            reset = None if call.reset is None else call.reset[t : t + 1]
+            weights = call.weights[r * number : (r + 1) * number]
+            one = LayerCall(call.x[t : t + 1], weights, states, lengths, reset, call.cell, (1,), sequences=True)
+            y, *rest = run_layer(one)
+            states = rest[: len(states)]
+            made.append([y, *(s for s in rest[len(states) :])])
+        sequences.append([torch.cat(list(each)) for each in zip(*made[::direction], strict=True)])
+        after.append(states)
+    y, *others = zip(*sequences, strict=True)
+    return [torch.cat(y, -1), *(torch.cat(s) for s in zip(*after, strict=True)), *(torch.cat(s, 2) for s in others)]
+
+
+def program_of(gates: int, apart: int = 0, states: int = 1, params: int = 0, recurrent: bool = True) -> str:
+    """A cell of these counts: state i is the sum of tanh(a) of every states-th pre-activation, times 1 / gates, and of
+    itself times the sum of every states-th param and 0.25."""
+    pre = gates + apart
+    names = ("h", "c", "n", "m")[:states]
+    code, next_value = [], pre + states + params
+
+    def add(text: str) -> int:
+        nonlocal next_value
+        code.append(text)
+        next_value += 1
+        return next_value - 1
+
+    scale = add(f"const {1 / gates!r}")
+    kept = add("const 0.25")
+    saved = [add(f"tanh {g}") for g in range(pre)]
+    after = []
+    for i in range(states):
+        factor = kept
+        for k in range(i, params, states):
+            factor = add(f"add {factor} {pre + states + k}")
+        total = add(f"mul {factor} {pre + i}")
+        for g in range(i, pre, states):
+            total = add(f"fma {scale} {saved[g]} {total}")
+        after.append(total)
+    forward = f"{','.join(code)}>{' '.join(map(str, after))};{' '.join(map(str, saved))}"
+    first, first_param = 2 * states + params + pre, 2 * states + pre
+    code, next_value = [], first + states
+    scale, kept = add(f"const {1 / gates!r}"), add("const 0.25")
+    scaled = [add(f"mul {scale} {first + i}") for i in range(states)]
+    gradients = [add(f"tanh_backward {scaled[g % states]} {g}") for g in range(pre)]
+    before = []
+    for i in range(states):
+        factor = kept
+        for k in range(i, params, states):
+            factor = add(f"add {factor} {first_param + k}")
+        before.append(add(f"mul {factor} {first + i}"))
+    of_params = [add(f"mul {first + k % states} {pre + k % states}") for k in range(params)]
+    # Gradients come in another order: the input sides of the gates apart, then the recurrent sides of all.
+    joined = gates - apart
+    ordered = [*gradients[joined:gates], *gradients[:joined], *gradients[gates:]]
+    groups = (ordered, before, of_params)
+    backward = f"{','.join(code)}>{';'.join(' '.join(map(str, group)) for group in groups)}"
+    vectors = " ".join(f"p{k}" for k in range(params))
+    return f"{PREFIX}any|{gates} {apart} {int(recurrent)}|{' '.join(names)}|{vectors}|{forward}|{backward}"
