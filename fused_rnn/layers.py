@@ -100,16 +100,15 @@ def run(
         own = weights[first * kinds.number : (first + recurrences) * kinds.number]
         entering = [s[first : first + recurrences] for s in given]
         # The caller's own y, which he may change in place, gets a copy for backward.
-        over_time = sequences and last
-        call = LayerCall(x, own, entering, lengths, reset, cell, directions, keep, keeps and last, over_time)
+        call = LayerCall(x, own, entering, lengths, reset, cell, directions, keep, keeps and last, sequences and last)
         x, *after = autograd.layer(chosen, call)
         finals.append(after)
         if dropout > 0 and training and not last:
             x = torch.dropout(x, dropout, True)
-    outputs = [x, *map(torch.cat, zip(*finals, strict=False))]
-    if not sequences and heads == 1:
-        return outputs
-    return _joined([*outputs, *finals[-1][len(outputs) - 1 :]], cell, heads)
+    over_time = finals[-1][len(finals[0]) :]
+    finals[-1] = finals[-1][: len(finals[0])]
+    outputs = (x, *map(torch.cat, zip(*finals, strict=True)), *over_time)
+    return outputs if heads == 1 and not sequences else _joined(outputs, cell, heads)
 
 
 def apart(state: Tensor, heads: int) -> Tensor:

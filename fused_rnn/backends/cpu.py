@@ -32,10 +32,17 @@ def _unknown(cell: str) -> str | None:
 
 
 @lru_cache(maxsize=4096)
-def _refusal(cell: str) -> str | None:
-    """Why the loops cannot run a cell that is a program; None where they can."""
+def _ask(cell: str) -> str | None:
     reason: str | None = ops._C.refusal(cell)
     return reason
+
+
+def _refusal(cell: str) -> str | None:
+    """Why the loops cannot run a cell that is a program; None where they can."""
+    return _ask(cell)
+
+
+_refusal._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as torch.compiler.assume_constant_result
 
 
 def supports(problem: Problem) -> str | None:

@@ -15,10 +15,12 @@ from torch.nn.utils.rnn import PackedSequence
 from fused_rnn.checks import kind, shape_text
 from fused_rnn.flex import UserCell
 from fused_rnn.nn.recurrent import Recurrent, overrides_checks, read_weights
-from fused_rnn.nn.sequence import run
+from fused_rnn.nn.sequence import run, step
 
 Init = Number | Tensor | Callable[[Tensor], Any]
 State = Tensor | tuple[Tensor, ...]
+
+_WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 
 
 class FlexRNN(Recurrent):
@@ -106,16 +108,20 @@ class FlexRNN(Recurrent):
             "RNN_TANH", input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, 0, "meta",
             backend=backend, save=save,
         )  # fmt: skip
+        if clash := [name for name in cell.params if name in _WEIGHTS]:
+            raise ValueError(
+                f"cell: got a param {clash[0]!r}, expected another name: the module has a weight of this one"
+            )
         if isinstance(heads, bool) or not isinstance(heads, int) or heads < 1 or hidden_size % heads:
             raise ValueError(f"heads: got {heads!r}, expected a positive divisor of hidden_size = {hidden_size}")
         if return_sequences not in ("h", "states"):
             raise ValueError(f"return_sequences: got {return_sequences!r}, expected 'h' or 'states'")
-        self.mode = cell.__name__
+        self.mode = cell.name
         self._fused_user, self._fused_states = cell, len(cell.states)
         self._fused_heads = heads if cell.recurrent else 1  # without W_hh they are one
         self._fused_options = (self._fused_heads, return_sequences == "states")
         self._fused_init = _checked_init(init, cell, hidden_size)
-        self._fused_cell = cell.name
+        self._fused_cell = cell.descriptor().name
         for name in list(self._parameters):
             del self._parameters[name]
         self._flat_weights_names, self._all_weights = [], []
@@ -212,6 +218,10 @@ class FlexRNN(Recurrent):
         reset: Tensor | Sequence[Any] | None = None,
     ) -> tuple[Any, Any]:
         """Run the layers: output and the final states. Shapes and errors stand in the class's docstring."""
+        if self._fused_options == (1, False):
+            stepped = step(self, input, hx, lengths, reset, self._fused_cell)
+            if stepped is not None:
+                return stepped[0], stepped[1] if len(stepped) == 2 else tuple(stepped[1:])
         result: tuple[Any, Any] = run(self, input, hx, lengths, reset, self._fused_read())
         return result
 
@@ -232,7 +242,7 @@ class FlexRNN(Recurrent):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self._fused_cell = self._fused_user.name  # of the step as it is here, which may have changed
+        self._fused_cell = self._fused_user.descriptor().name  # of the step as it is here, which may have changed
 
 
 def _by_head(module: FlexRNN, weights: Sequence[Tensor]) -> list[Tensor]:
@@ -262,10 +272,12 @@ def _checked_init(init: Mapping[str, Init] | None, cell: UserCell, hidden: int) 
     """The initial values, if they are of the cell's params. Raises ValueError, TypeError for what is no value."""
     if init is None:
         return {}
+    if not isinstance(init, Mapping):
+        raise TypeError(f"init: got {kind(init)}, expected values by the names of params")
     for name, value in init.items():
         if name not in cell.params:
             known = ", ".join(cell.params) or "none"
-            raise ValueError(f"init: got {name!r}, expected the name of a param of {cell.__name__}: {known}")
+            raise ValueError(f"init: got {name!r}, expected the name of a param of {cell.name}: {known}")
         if isinstance(value, Tensor):
             if value.shape not in ((), (hidden,)):
                 raise ValueError(f"init[{name!r}]: got {shape_text(value.shape)}, expected [H] = [{hidden}]")

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, is_grad_enabled
+from torch._C import _is_tracing as is_tracing  # torch.jit.trace
 from torch.compiler import is_compiling
 from torch.nn.utils.rnn import PackedSequence
 
@@ -24,7 +25,9 @@ _CELLS = {cell.upper(): cell for cell in CELLS}
 Result = Any  # (y, hx)
 
 
-def step(module: Recurrent, input: Any, hx: Any, lengths: Any, reset: Any) -> Sequence[Tensor] | None:
+def step(
+    module: Recurrent, input: Any, hx: Any, lengths: Any, reset: Any, cell: str | None = None
+) -> Sequence[Tensor] | None:
     """y, h_n (and c_n) of a single layer without gradient, run as directly as can be; None where the call is another.
 
     Python is most of the time of a step or a short sequence: what the op checks is not checked here, and the weights
@@ -41,7 +44,7 @@ def step(module: Recurrent, input: Any, hx: Any, lengths: Any, reset: Any) -> Se
     ):
         return None
     time = 1 if module.batch_first else 0
-    return FAST_PATH(module._parameters, module.bias, input, hx, _CELLS[module.mode], time, lengths, reset)
+    return FAST_PATH(module._parameters, module.bias, input, hx, cell or _CELLS[module.mode], time, lengths, reset)
 
 
 def run(
@@ -77,9 +80,9 @@ def run(
         if not module.batch_first:
             return _run_layers(module, input, weights, hx, lengths, reset)
         x = input.transpose(0, 1)
-        if is_grad_enabled() or not x.is_cpu:
+        if is_grad_enabled() or not x.is_cpu or is_tracing():
             # The copy that backward has, so that the caller may write to the input. On a GPU the products read steps
-            # that lie one after the other.
+            # that lie one after the other, and a trace is to be the same with and without gradients.
             x = x.contiguous()
         y, hx = _run_layers(module, x, weights, hx, lengths, reset)
         if isinstance(y, tuple):

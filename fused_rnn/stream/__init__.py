@@ -73,7 +73,7 @@ class Stream:
         packs = self.device.type == "cpu" and backend in (None, "cpu") and ops.MISSING is None
         packs = packs and heads == 1 and (CELLS[cell].program is None or ops._C.refusal(cell) is None)
         if weights is not None and not packs:
-            where = f"backend={backend!r} on {self.device}"
+            where = f"backend={backend!r} on {self.device}" + (f" with heads={heads}" if heads > 1 else "")
             raise NotImplementedError(f"weights={weights!r} goes with the cpu backend, got {where} ({ops.MISSING})")
         # Also in inference mode the state is of ordinary tensors, which may be written outside it.
         with torch.inference_mode(False), torch.no_grad():
@@ -165,8 +165,11 @@ class Stream:
         several = len(self._states) > 1
         if several and not (isinstance(value, (tuple, list)) and len(value) == len(self._states)):
             names = ", ".join(self._states)
+            got = (
+                f"{type(value).__name__} of {len(value)}" if isinstance(value, (tuple, list)) else type(value).__name__
+            )
             what = "pair" if len(self._states) == 2 else "tuple"
-            raise TypeError(f"state: got {type(value).__name__}, expected a {what} ({names}) of tensors")
+            raise TypeError(f"state: got {got}, expected a {what} ({names}) of tensors")
         given = tuple(value) if several else (value,)
         for k, ((name, buffer), new) in enumerate(zip(self._states.items(), given, strict=True)):
             self._check(f"state ({name})", new, tuple(buffer.shape), "[L, B, H]" if k else "[L, B, P]")

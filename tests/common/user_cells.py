@@ -43,7 +43,7 @@ def chain(x: Any, r: Any, s: Any, p: Any) -> Any:
     return torch.tanh(k), m, k
 
 
-USER_CELLS = {cell.__name__: cell for cell in (lstm, gru, leaky, indrnn, chain)}
+USER_CELLS = {cell.name: cell for cell in (lstm, gru, leaky, indrnn, chain)}
 
 
 def dense(w_hh: Tensor, gates: int) -> Tensor:

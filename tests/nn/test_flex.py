@@ -56,7 +56,7 @@ def assert_alike(got: Any, expected: Any) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-@pytest.mark.parametrize("cell", USER_CELLS.values(), ids=lambda cell: cell.__name__)
+@pytest.mark.parametrize("cell", USER_CELLS.values(), ids=lambda cell: cell.name)
 def test_the_plain_loop(cell: Any, options: dict[str, Any], backend: str | None) -> None:
     """All states over time, lengths, resets, initial states; and the gradients of everything."""
     module = make(cell, return_sequences="states", backend=backend, **options)
@@ -112,7 +112,7 @@ def test_a_step_of_torchs_is_torchs_module(cell: Any, theirs: type[nn.Module], o
 
 
 @pytest.mark.parametrize("sequences", ["h", "states"])
-@pytest.mark.parametrize("cell", [lstm, leaky, chain], ids=lambda cell: cell.__name__)
+@pytest.mark.parametrize("cell", [lstm, leaky, chain], ids=lambda cell: cell.name)
 def test_every_layout_is_the_padded_one(cell: Any, sequences: str) -> None:
     module = make(cell, num_layers=2, bidirectional=True, heads=2, return_sequences=sequences)
     x, hx, lengths = torch.randn(5, 3, 4, dtype=F64), states_of(module), torch.tensor([2, 5, 3])
@@ -149,7 +149,7 @@ def test_packed_with_dropout_draws_masks_of_packed_rows() -> None:
     assert_alike(y[1:], nothing[0][1:])  # of the first layer nothing comes through
 
 
-@pytest.mark.parametrize("cell", [lstm, indrnn, chain], ids=lambda cell: cell.__name__)
+@pytest.mark.parametrize("cell", [lstm, indrnn, chain], ids=lambda cell: cell.name)
 def test_an_empty_batch(cell: Any) -> None:
     module = make(cell, num_layers=2, bidirectional=True, return_sequences="states")
     y, after = module(torch.randn(5, 0, 4, dtype=F64))
@@ -159,7 +159,7 @@ def test_an_empty_batch(cell: Any) -> None:
         module(torch.randn(0, 3, 4, dtype=F64))
 
 
-@pytest.mark.parametrize("cell", [lstm, gru, chain], ids=lambda cell: cell.__name__)
+@pytest.mark.parametrize("cell", [lstm, gru, chain], ids=lambda cell: cell.name)
 def test_heads_are_modules_of_their_own(cell: Any) -> None:
     """A layer of N heads is N modules of H/N units on the same input."""
     module = make(cell, 4, 6, heads=3, bidirectional=True)
@@ -183,7 +183,7 @@ def test_heads_are_modules_of_their_own(cell: Any) -> None:
 
 
 @pytest.mark.parametrize("heads", [1, 2])
-@pytest.mark.parametrize("cell", USER_CELLS.values(), ids=lambda cell: cell.__name__)
+@pytest.mark.parametrize("cell", USER_CELLS.values(), ids=lambda cell: cell.name)
 def test_gradients(cell: Any, heads: int) -> None:
     """First and second derivatives, of all states over time."""
     module = make(cell, 1, 2, bidirectional=True, heads=heads, return_sequences="states", init={})
@@ -248,7 +248,7 @@ def test_attributes_and_repr() -> None:
     assert isinstance(module, nn.RNNBase)
 
 
-@pytest.mark.parametrize("cell", USER_CELLS.values(), ids=lambda cell: cell.__name__)
+@pytest.mark.parametrize("cell", USER_CELLS.values(), ids=lambda cell: cell.name)
 def test_copies_and_pickles(cell: Any) -> None:
     module = make(cell, num_layers=2, heads=2, bidirectional=True, return_sequences="states")
     x = torch.randn(5, 3, 4, dtype=F64)
@@ -294,7 +294,7 @@ def test_weights_are_read_as_they_are() -> None:
 
 
 @pytest.mark.parametrize("heads", [1, 3])
-@pytest.mark.parametrize("cell", USER_CELLS.values(), ids=lambda cell: cell.__name__)
+@pytest.mark.parametrize("cell", USER_CELLS.values(), ids=lambda cell: cell.name)
 def test_a_stream_is_the_sequence(cell: Any, heads: int) -> None:
     module = make(cell, num_layers=2, heads=heads)
     stream, x = module.stream(3), torch.randn(7, 3, 4, dtype=F64)
@@ -310,7 +310,7 @@ def test_a_stream_is_the_sequence(cell: Any, heads: int) -> None:
     other = pickle.loads(pickle.dumps(stream))
     assert_alike(other.state, stream.state)
     assert_alike(other.step(x[0]), stream.step(x[0]))
-    assert repr(stream) == f"Stream({cell.__name__}, 4, 6, num_layers=2, batch_size=3)"
+    assert repr(stream) == f"Stream({cell.name}, 4, 6, num_layers=2, batch_size=3)"
     with torch.no_grad():
         module.weight_ih_l0.mul_(2)
     stream.refresh()
