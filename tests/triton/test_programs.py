@@ -21,9 +21,12 @@ from triton_cases import DEVICE, LOOPS, MARKS, quicker_interpreter
 
 from fused_rnn.backends import triton as backend
 from fused_rnn.call import BackwardCall, LayerCall
-from fused_rnn.cells.program import ARITY, BINARY, PREFIX, TERNARY, UNARY, parse
+from fused_rnn.cells import CELLS
+from fused_rnn.cells.program import ARITY, BINARY, PREFIX, TERNARY, UNARY, Instruction, parse
 from fused_rnn.problem import Problem
 from fused_rnn.triton import cells, planner, printer
+from fused_rnn.triton.schedule import shape_of
+from fused_rnn.triton.target import ARCHITECTURES
 
 pytestmark = MARKS
 
@@ -206,3 +209,36 @@ def test_supports_programs_alone_of_what_is_unknown() -> None:
     assert "forward: loop solo, team of 5, W_hh streamed" in backend.describe(
         problem._replace(cell=CELLS_BY_NAME["indrnn"], hidden_size=130)
     )
+
+
+# --- schedules
+
+
+def test_tiles_are_smaller_for_a_cell_with_more_values() -> None:
+    """Of an LSTM as a program the same schedules as by hand; of one whose units hold twice as much fewer rows."""
+    target = ARCHITECTURES["sm_90"]
+    wide = parse(LSTM)
+    more = tuple(Instruction("mul", (8, i % 8)) for i in range(24))  # all alive until the last
+    total = [Instruction("add", (wide.backward.inputs + 14 + i, 8)) for i in range(24)]
+    code = (*wide.backward.code, *more, *total)
+    outputs = (*wide.backward.outputs[:2], ())
+    heavy = wide._replace(title="heavy", backward=wide.backward._replace(code=code, outputs=outputs))
+    for kind in ("half", "tf32", "ieee"):
+        for hidden in (128, 512, 2048):
+            by_hand, printed, larger = (
+                planner.shipped(shape_of(CELLS[name], kind, hidden, True), target)
+                for name in ("lstm", LSTM, heavy.text)
+            )
+            assert by_hand == printed
+            streamed = [s.tile.batch for s in larger if not s.hold and not s.registers]
+            assert all(rows == 16 for rows in streamed)
+            assert any(s.tile.batch > 16 for s in by_hand) or by_hand[0].registers
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_a_cell_without_w_hh_needs_no_team(arch: str) -> None:
+    shape = shape_of(CELLS[CELLS_BY_NAME["sru"]], "half", 512, True)
+    for batch in (1, 64, 4096):
+        schedule = planner.choose(shape, ARCHITECTURES[arch], batch, 2)
+        assert schedule.loop == "solo" and schedule in planner.shipped(shape, ARCHITECTURES[arch])
+        assert schedule.team * schedule.tile.units == 512
