@@ -66,6 +66,21 @@ def test_every_loop(cell: str, loop: str, save: str, monkeypatch: pytest.MonkeyP
     check(ProgramCase(cell, lengths=True, reset=True, sequences=True, save=save, bidirectional=True), **LOOPS[loop])
 
 
+# h' = tanh(x + r) / p, a NaN of the zeros that stand for units beyond H.
+DIVIDED = (
+    PREFIX + "divided|1 0 1|h|p|tanh 0,div 3 2>4;3|div 4 3,tanh_backward 5 0,const 0.0,mul 4 2,div 8 3,neg 9>6;7;10"
+)
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_what_a_formula_makes_beyond_h_stays_there(loop: str) -> None:
+    call = on_device(call_of(ProgramCase(DIVIDED, lengths=True, reset=True)))
+    call = call._replace(weights=[*call.weights[:-1], call.weights[-1].abs() + 1])
+    with planner.override(**LOOPS[loop]):
+        ours = program_cases.by_backend(call, backend)
+    assert_as_good_as_torch(ours, by_loop(call), by_reference(call))
+
+
 @pytest.mark.parametrize(("name", "program"), [("lstm", LSTM), ("gru", GRU)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_built_in_cells_as_programs(name: str, program: str, dtype: torch.dtype) -> None:
