@@ -74,7 +74,7 @@ DIVIDED = (
 
 @pytest.mark.parametrize("loop", LOOPS)
 def test_what_a_formula_makes_beyond_h_stays_there(loop: str) -> None:
-    call = on_device(call_of(ProgramCase(DIVIDED, lengths=True, reset=True)))
+    call = on_device(call_of(ProgramCase(DIVIDED)))
     call = call._replace(weights=[*call.weights[:-1], call.weights[-1].abs() + 1])
     with planner.override(**LOOPS[loop]):
         ours = program_cases.by_backend(call, backend)
