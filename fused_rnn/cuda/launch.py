@@ -51,8 +51,9 @@ class Loops:
         self,
         *,
         gx: Tensor,
-        w: Tensor,
+        w: Tensor | None,
         bias: Tensor | None,
+        params: Tensor | None,
         h0: Tensor,
         carried: list[Tensor],
         y: Tensor,
@@ -63,12 +64,15 @@ class Loops:
         every: int,
     ) -> None:
         given = {
-            "gx": gx.data_ptr(), "w": w.data_ptr(), "bias": _at(bias), "h0": h0.data_ptr(), "carried": _each(carried),
-            "y": y.data_ptr(), "h_n": h_n.data_ptr(), "saved": _at(saved), "histories": _each(histories),
-            "checkpoints": _each(checkpoints), "every": every,
+            "gx": gx.data_ptr(), "w": _at(w), "bias": _at(bias), "params": _at(params), "h0": h0.data_ptr(),
+            "carried": _each(carried), "y": y.data_ptr(), "h_n": h_n.data_ptr(), "saved": _at(saved),
+            "histories": _each(histories), "checkpoints": _each(checkpoints), "every": every,
         }  # fmt: skip
         if self.plan is not None:
             self._run(self._bind(self.module.Forward, self.plan, given), y)
+            return
+        if w is None:  # a unit's thread runs all of its steps
+            self._bind(self.module.Forward, None, given).run(0, self.stream)
             return
         layer = self.layer
         weights = w.view(layer.recurrences, -1, layer.hidden).transpose(1, 2)
@@ -84,8 +88,9 @@ class Loops:
         self,
         *,
         gx: Tensor,
-        given: Tensor,
+        given: Tensor | None,
         bias: Tensor | None,
+        params: Tensor | None,
         h0: Tensor,
         hidden: Tensor,
         carried: list[Tensor],
@@ -96,9 +101,9 @@ class Loops:
         # Of h there is but the hidden one, from which the loop takes what it carries.
         h = [torch.empty(h0.shape, dtype=wide(h0.dtype), device=h0.device)] * self.layer.cell.reads_h
         told = {
-            "window": window, "gx": gx.data_ptr(), "given": given.data_ptr(), "bias": _at(bias), "h0": h0.data_ptr(),
-            "hidden": hidden.data_ptr(), "carried": _each([*h, *carried]), "saved": saved.data_ptr(),
-            "histories": _each(histories), "wide": True,
+            "window": window, "gx": gx.data_ptr(), "given": _at(given), "bias": _at(bias), "params": _at(params),
+            "h0": h0.data_ptr(), "hidden": hidden.data_ptr(), "carried": _each([*h, *carried]),
+            "saved": saved.data_ptr(), "histories": _each(histories), "wide": True,
         }  # fmt: skip
         self._bind(self.module.Forward, None, told).run(0, self.stream)
 
@@ -106,23 +111,30 @@ class Loops:
         self,
         *,
         dy: Tensor | None,
-        w: Tensor,
+        dsequences: list[Tensor],
+        w: Tensor | None,
+        params: Tensor | None,
         states: list[Tensor],
         first: list[Tensor],
         saved: Tensor | None,
         dgates: Tensor,
         dstates: list[Tensor],
+        dparams: Tensor | None,
         window: tuple[int, int] | None = None,
     ) -> None:
         layer = self.layer
         begin, end = window = window or (0, layer.steps)
         given = {
-            "window": window, "dy": _at(dy), "w": w.data_ptr(), "states": _each(states), "first": _each(first),
-            "saved": _at(saved), "dgates": dgates.data_ptr(), "dstates": _each(dstates),
-            "wide": states[-1].dtype != w.dtype,
+            "window": window, "dy": _at(dy), "dsequences": _each(dsequences), "w": _at(w), "params": _at(params),
+            "states": _each(states), "first": _each(first), "saved": _at(saved), "dgates": dgates.data_ptr(),
+            "dstates": _each(dstates), "dparams": _at(dparams), "wide": states[-1].dtype != states[0].dtype,
         }  # fmt: skip
-        if self.plan is not None:
-            self._run(self._bind(self.module.Backward, self.plan, given), w)
+        # The persistent kernels of built-in cells have no register for the gradients of sequences.
+        if self.plan is not None and not dsequences:
+            self._run(self._bind(self.module.Backward, self.plan, given), dgates)
+            return
+        if w is None:
+            self._bind(self.module.Backward, None, given).run(0, self.stream)
             return
         product = w.new_empty(layer.recurrences, layer.batch, layer.hidden)
         loop = self._bind(self.module.Backward, None, given | {"given": product.data_ptr()})
