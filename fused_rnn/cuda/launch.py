@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fused_rnn.call import wide
-from fused_rnn.cuda import module, plans
+from fused_rnn.cuda import module, plans, programs
 from fused_rnn.gpu.directions import direction_bits
 from fused_rnn.gpu.loops import Layer
 
@@ -27,10 +27,8 @@ class Loops:
 
     def __init__(self, layer: Layer, x: Tensor, backward: bool) -> None:
         self.layer, self.precision, self.module = layer, plans.precision(x.dtype), module.loaded()
-        self.plan = plans.choose(
-            module.device_index(x.device), self.precision, backward, layer.cell.gates, layer.batch, layer.hidden,
-            layer.recurrences,
-        )  # fmt: skip
+        self.device, self.dtype = module.device_index(x.device), x.dtype
+        self.sizes = (self.precision, backward, layer.cell.gates, layer.batch, layer.hidden, layer.recurrences)
         bits, self.period = direction_bits(layer.directions)
         self.steps = self.module.Steps(
             T=layer.steps, B=layer.batch, R=layer.recurrences, H=layer.hidden, reversed=bits, period=self.period,
@@ -38,9 +36,13 @@ class Loops:
         )  # fmt: skip
         self.stream = torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
 
-    def _bind(self, loop: Any, plan: Any, given: dict[str, Any]) -> Any:
+    def _bind(self, loop: Any, given: dict[str, Any], plan: Any = None, loaded: int = 0) -> Any:
         """The module's Forward or Backward with its arrays; without a plan it is told the products."""
-        return loop(self.layer.cell.name, self.precision, plan, self.steps, **given)
+        cell = self.layer.cell
+        if plan is None:
+            kind = "fwd" if loop is self.module.Forward else "bwd"
+            loaded = programs.pointwise(cell, kind, self.dtype, self.device)
+        return loop("" if loaded else cell.name, self.precision, plan, self.steps, loaded=loaded, **given)
 
     def _run(self, loop: Any, like: Tensor) -> None:
         """A persistent loop. Its teams share in global memory what is in the workspace."""
@@ -68,18 +70,19 @@ class Loops:
             "carried": _each(carried), "y": y.data_ptr(), "h_n": h_n.data_ptr(), "saved": _at(saved),
             "histories": _each(histories), "checkpoints": _each(checkpoints), "every": every,
         }  # fmt: skip
-        if self.plan is not None:
-            self._run(self._bind(self.module.Forward, self.plan, given), y)
+        plan, loaded = programs.planned(self.layer.cell, self.device, self.sizes, sequences=False)
+        if plan is not None:
+            self._run(self._bind(self.module.Forward, given, plan, loaded), y)
             return
         if w is None:  # a unit's thread runs all of its steps
-            self._bind(self.module.Forward, None, given).run(0, self.stream)
+            self._bind(self.module.Forward, given).run(0, self.stream)
             return
         layer = self.layer
         weights = w.view(layer.recurrences, -1, layer.hidden).transpose(1, 2)
         entering = h0.clone()
         product = gx.new_empty(layer.batch, layer.recurrences, weights.shape[2])
         given |= {"given": product.data_ptr(), "entering": entering.data_ptr()}
-        loop, by_recurrence = self._bind(self.module.Forward, None, given), product.transpose(0, 1)
+        loop, by_recurrence = self._bind(self.module.Forward, given), product.transpose(0, 1)
         for step in range(layer.steps):
             torch.bmm(entering, weights, out=by_recurrence)
             loop.run_step(step, self.stream)
@@ -105,7 +108,7 @@ class Loops:
             "h0": h0.data_ptr(), "hidden": hidden.data_ptr(), "carried": _each([*h, *carried]),
             "saved": saved.data_ptr(), "histories": _each(histories), "wide": True,
         }  # fmt: skip
-        self._bind(self.module.Forward, None, told).run(0, self.stream)
+        self._bind(self.module.Forward, told).run(0, self.stream)
 
     def backward(
         self,
@@ -129,15 +132,16 @@ class Loops:
             "states": _each(states), "first": _each(first), "saved": _at(saved), "dgates": dgates.data_ptr(),
             "dstates": _each(dstates), "dparams": _at(dparams), "wide": states[-1].dtype != states[0].dtype,
         }  # fmt: skip
+        plan, loaded = programs.planned(layer.cell, self.device, self.sizes, sequences=bool(dsequences))
         # The persistent kernels of built-in cells have no register for the gradients of sequences.
-        if self.plan is not None and not dsequences:
-            self._run(self._bind(self.module.Backward, self.plan, given), dgates)
+        if plan is not None and (loaded or not dsequences):
+            self._run(self._bind(self.module.Backward, given, plan, loaded), dgates)
             return
         if w is None:
-            self._bind(self.module.Backward, None, given).run(0, self.stream)
+            self._bind(self.module.Backward, given).run(0, self.stream)
             return
         product = w.new_empty(layer.recurrences, layer.batch, layer.hidden)
-        loop = self._bind(self.module.Backward, None, given | {"given": product.data_ptr()})
+        loop = self._bind(self.module.Backward, given | {"given": product.data_ptr()})
         pull = self._to_the_step_before(dgates, w, product)
         for step in range(end - 1, begin - 1, -1):
             pull(step + 1)
