@@ -29,6 +29,7 @@ class Loops:
         self.layer, self.precision, self.module = layer, plans.precision(x.dtype), module.loaded()
         self.device, self.dtype = module.device_index(x.device), x.dtype
         self.sizes = (self.precision, backward, layer.cell.gates, layer.batch, layer.hidden, layer.recurrences)
+        self.plan, self.loaded = programs.planned(layer.cell, self.device, self.sizes)
         bits, self.period = direction_bits(layer.directions)
         self.steps = self.module.Steps(
             T=layer.steps, B=layer.batch, R=layer.recurrences, H=layer.hidden, reversed=bits, period=self.period,
@@ -36,13 +37,14 @@ class Loops:
         )  # fmt: skip
         self.stream = torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
 
-    def _bind(self, loop: Any, given: dict[str, Any], plan: Any = None, loaded: int = 0) -> Any:
+    def _bind(self, loop: str, given: dict[str, Any], plan: Any = None, loaded: int = 0) -> Any:
         """The module's Forward or Backward with its arrays; without a plan it is told the products."""
         cell = self.layer.cell
         if plan is None:
-            kind = "fwd" if loop is self.module.Forward else "bwd"
-            loaded = programs.pointwise(cell, kind, self.dtype, self.device)
-        return loop("" if loaded else cell.name, self.precision, plan, self.steps, loaded=loaded, **given)
+            loaded = programs.pointwise(cell, loop, self.dtype, self.device)
+        own = {"loaded": loaded} if cell.program else {}
+        name = "" if own else cell.name
+        return getattr(self.module, loop)(name, self.precision, plan, self.steps, **given, **own)
 
     def _run(self, loop: Any, like: Tensor) -> None:
         """A persistent loop. Its teams share in global memory what is in the workspace."""
@@ -70,19 +72,18 @@ class Loops:
             "carried": _each(carried), "y": y.data_ptr(), "h_n": h_n.data_ptr(), "saved": _at(saved),
             "histories": _each(histories), "checkpoints": _each(checkpoints), "every": every,
         }  # fmt: skip
-        plan, loaded = programs.planned(self.layer.cell, self.device, self.sizes, sequences=False)
-        if plan is not None:
-            self._run(self._bind(self.module.Forward, given, plan, loaded), y)
+        if self.plan is not None:
+            self._run(self._bind("Forward", given, self.plan, self.loaded), y)
             return
         if w is None:  # a unit's thread runs all of its steps
-            self._bind(self.module.Forward, given).run(0, self.stream)
+            self._bind("Forward", given).run(0, self.stream)
             return
         layer = self.layer
         weights = w.view(layer.recurrences, -1, layer.hidden).transpose(1, 2)
         entering = h0.clone()
         product = gx.new_empty(layer.batch, layer.recurrences, weights.shape[2])
         given |= {"given": product.data_ptr(), "entering": entering.data_ptr()}
-        loop, by_recurrence = self._bind(self.module.Forward, given), product.transpose(0, 1)
+        loop, by_recurrence = self._bind("Forward", given), product.transpose(0, 1)
         for step in range(layer.steps):
             torch.bmm(entering, weights, out=by_recurrence)
             loop.run_step(step, self.stream)
@@ -108,7 +109,7 @@ class Loops:
             "h0": h0.data_ptr(), "hidden": hidden.data_ptr(), "carried": _each([*h, *carried]),
             "saved": saved.data_ptr(), "histories": _each(histories), "wide": True,
         }  # fmt: skip
-        self._bind(self.module.Forward, told).run(0, self.stream)
+        self._bind("Forward", told).run(0, self.stream)
 
     def backward(
         self,
@@ -132,16 +133,17 @@ class Loops:
             "states": _each(states), "first": _each(first), "saved": _at(saved), "dgates": dgates.data_ptr(),
             "dstates": _each(dstates), "dparams": _at(dparams), "wide": states[-1].dtype != states[0].dtype,
         }  # fmt: skip
-        plan, loaded = programs.planned(layer.cell, self.device, self.sizes, sequences=bool(dsequences))
-        # The persistent kernels of built-in cells have no register for the gradients of sequences.
-        if plan is not None and (loaded or not dsequences):
-            self._run(self._bind(self.module.Backward, given, plan, loaded), dgates)
+        plan, loaded = self.plan, self.loaded
+        if plan is not None and dsequences:  # a built-in cell's persistent kernels have no registers for them
+            plan, loaded = programs.planned(layer.cell, self.device, self.sizes, sequences=True)
+        if plan is not None:
+            self._run(self._bind("Backward", given, plan, loaded), dgates)
             return
         if w is None:
-            self._bind(self.module.Backward, given).run(0, self.stream)
+            self._bind("Backward", given).run(0, self.stream)
             return
         product = w.new_empty(layer.recurrences, layer.batch, layer.hidden)
-        loop = self._bind(self.module.Backward, given | {"given": product.data_ptr()})
+        loop = self._bind("Backward", given | {"given": product.data_ptr()})
         pull = self._to_the_step_before(dgates, w, product)
         for step in range(end - 1, begin - 1, -1):
             pull(step + 1)

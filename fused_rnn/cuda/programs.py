@@ -148,13 +148,15 @@ def loaded(cell: Cell, kernel: Kernel, device: int, sequences: bool = False) -> 
         return _loaded[key]
 
 
-def planned(cell: Cell, device: int, sizes: tuple[int, ...], sequences: bool) -> tuple[Any | None, int]:
+def planned(cell: Cell, device: int, sizes: tuple[int, ...], sequences: bool = False) -> tuple[Any | None, int]:
     """The plan of a loop, or None where it runs a step at a time, and its kernel, as `loaded` gives it.
 
-    sizes: as fused_rnn.plan.make has them.
+    sizes: as fused_rnn.plan.make has them.  sequences: backward, with gradients of the other states over time.
     """
-    if cell.program is None or not cell.recurrent:
-        return plans.choose(device, *sizes) if cell.recurrent else None, 0
+    if not cell.recurrent:
+        return None, 0
+    if cell.program is None:
+        return None if sequences else plans.choose(device, *sizes), 0
     key = (module.loaded(), _emulated, plans.forced(), cell.name, device, sizes, sequences)
     if key not in _planned:
         _planned[key] = _find(cell, device, sizes, sequences)
@@ -173,7 +175,8 @@ def _find(cell: Cell, device: int, sizes: tuple[int, ...], sequences: bool) -> t
     return None, 0
 
 
-def pointwise(cell: Cell, kind: str, dtype: torch.dtype, device: int) -> int:
-    """Likewise the kernel that runs a step at a time. kind: "fwd" or "bwd"."""
+def pointwise(cell: Cell, loop: str, dtype: torch.dtype, device: int) -> int:
+    """Likewise the kernel that runs a step at a time. loop: "Forward" or "Backward"."""
+    kind = "fwd" if loop == "Forward" else "bwd"
     number = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float64: "f64"}.get(dtype, "ieee")
     return loaded(cell, Kernel(f"pointwise_{kind}", number), device)
