@@ -9,8 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fused_rnn import ops
-from fused_rnn.cells import CELLS, Cell
-from fused_rnn.cells.program import is_program
+from fused_rnn.cells import CELLS, Cell, is_program
 from fused_rnn.gpu.precision import tf32_allowed
 
 EXCHANGES = ("cta", "cluster", "grid")

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fused_rnn.cells import CELLS, unknown
-from fused_rnn.cells.program import is_program
+from fused_rnn.cells import CELLS, is_program, unknown
 from fused_rnn.cuda import launch, module, plans, programs
 from fused_rnn.gpu import op
 from fused_rnn.plan import NO_PRODUCT, PRECISIONS, fewer_blocks
