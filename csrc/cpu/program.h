@@ -5,13 +5,14 @@
 #include "../cells/cell.h"
 
 // (name, arguments): what a text may call; but for `const`.
+// clang-format off
 #define FUSED_RNN_FUNCTIONS(X) \
-  X(neg, 1) \
-  X(abs, 1) \
-  X(sign, 1) X(exp, 1) X(expm1, 1) X(log, 1) X(log1p, 1) X(sqrt, 1) X(rsqrt, 1) X(reciprocal, 1) X(sigmoid, 1) X(tanh, 1) X(relu, 1) \
-      X(erf, 1) X(sin, 1) X(cos, 1) X(softplus, 1) X(add, 2) X(sub, 2) X(mul, 2) X(div, 2) X(maximum, 2) X(minimum, 2) X(pow, 2) X(lt, 2) \
-          X(le, 2) X(gt, 2) X(ge, 2) X(eq, 2) X(ne, 2) X(and, 2) X(or, 2) X(sigmoid_backward, 2) X(tanh_backward, 2) X(relu_backward, 2) \
-              X(where, 3) X(fma, 3)
+  X(neg, 1) X(abs, 1) X(sign, 1) X(exp, 1) X(expm1, 1) X(log, 1) X(log1p, 1) X(sqrt, 1) X(rsqrt, 1) X(reciprocal, 1) \
+  X(sigmoid, 1) X(tanh, 1) X(relu, 1) X(erf, 1) X(sin, 1) X(cos, 1) X(softplus, 1) \
+  X(add, 2) X(sub, 2) X(mul, 2) X(div, 2) X(maximum, 2) X(minimum, 2) X(pow, 2) \
+  X(lt, 2) X(le, 2) X(gt, 2) X(ge, 2) X(eq, 2) X(ne, 2) X(and, 2) X(or, 2) \
+  X(sigmoid_backward, 2) X(tanh_backward, 2) X(relu_backward, 2) X(where, 3) X(fma, 3)
+// clang-format on
 
 namespace fused_rnn {
 
