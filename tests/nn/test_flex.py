@@ -320,6 +320,22 @@ def test_a_stream_is_the_sequence(cell: Any, heads: int) -> None:
         stream.state = torch.zeros(2, 3, 5, dtype=F64)
 
 
+@pytest.mark.parametrize("weights", ["bf16", "int8"])
+@pytest.mark.parametrize("cell", USER_CELLS.values(), ids=lambda cell: cell.name)
+def test_a_stream_of_narrow_weights(cell: Any, weights: str) -> None:
+    """The matrices are rounded, and nothing else."""
+    module = FlexRNN(cell, 9, 21, 2, init=dict.fromkeys(cell.params, 0.3))
+    stream, x = module.stream(3, weights=weights), torch.randn(20, 3, 9)
+    with torch.no_grad():
+        for p in module.parameters():
+            if p.dim() == 2 and weights == "bf16":
+                p.copy_(p.bfloat16())
+            elif p.dim() == 2:
+                scale = p.abs().amax(1, keepdim=True) / 127
+                p.copy_(torch.round(p / scale) * scale)
+        torch.testing.assert_close(stream.steps(x), module(x)[0])
+
+
 def test_autocast() -> None:
     module = FlexRNN(chain, 4, 6, heads=2, return_sequences="states", backend="reference", init={"a": 0.5})
     x = torch.randn(5, 3, 4)
