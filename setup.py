@@ -29,6 +29,7 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.build import build
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 OBJECTS = Path("build/objects")  # named by what goes into them; all interpreters share those that know no Python
@@ -140,6 +141,18 @@ class Fresh(build):
         super().run()
 
 
+class Sources(build_py):
+    """With the headers that NVRTC compiles users' cells from; in place they lie beside the package."""
+
+    def run(self) -> None:
+        super().run()
+        for path in [] if self.editable_mode else files("*", "cells", "cuda", "cuda/primitives", "nvrtc"):
+            if Path(path).suffix in ("", ".h") and Path(path).is_file():
+                made = Path(self.build_lib, "fused_rnn", path)
+                self.mkpath(str(made.parent))
+                self.copy_file(path, str(made))
+
+
 class Build(build_ext):
     """Compiles each file with its own flags, as many at a time as there are cores, and no file twice."""
 
@@ -233,4 +246,4 @@ if WANTED == "1":
     macros = [("FUSED_RNN_MODULE", "_cuda"), ("FUSED_RNN_ARCHITECTURES", f'"{ARCHITECTURES}"')]
     sources, headers = files("*.c*", "cuda"), files("*.h", "", "cells", "cuda", "cuda/primitives")
     extensions += [Extension("fused_rnn._cuda", sources, define_macros=macros, depends=headers, language="c++")]
-setup(ext_modules=extensions, cmdclass={"build": Fresh, "build_ext": Build})
+setup(ext_modules=extensions, cmdclass={"build": Fresh, "build_py": Sources, "build_ext": Build})

@@ -9,11 +9,12 @@ from typing import Any, NamedTuple
 import torch
 
 from fused_rnn import ops
-from fused_rnn.cells import CELLS
+from fused_rnn.cells import CELLS, Cell, is_program
 from fused_rnn.gpu.precision import tf32_allowed
 
 EXCHANGES = ("cta", "cluster", "grid")
 PRECISIONS = ("bf16", "f16", "tf32", "ieee", "f64")  # how products are taken; csrc/cuda/tiles.h's Precision
+NO_PRODUCT = "the cell has no W_hh, and a unit's thread runs all of its steps"
 _KIB = 1024
 
 
@@ -75,7 +76,7 @@ class Plan:
 
     Attributes:
         exchange: how a team shares its state between steps, "cta", "cluster" or "grid"; "stepwise" is a matrix product
-            and a pointwise launch a step.
+            and a pointwise launch a step; "none", of a cell without W_hh, a thread that runs all of a unit's steps.
         number: how products are taken, "bf16", "f16", "tf32", "ieee" (float32) or "f64".
         device: what the plan was made for.
         members: CTAs of a team.
@@ -88,7 +89,7 @@ class Plan:
         tiles_at_once: how many of them run beside each other.
         waves: of teams until all have run.
         cycles: estimated, of a step.
-        reason: why it runs stepwise, or None.
+        reason: why there is no team, or None.
     """
 
     exchange: str
@@ -107,6 +108,8 @@ class Plan:
     reason: str | None = None
 
     def __str__(self) -> str:
+        if self.exchange == "none":
+            return f"a thread for each unit: {self.reason}"
         if self.reason is not None:
             return f"stepwise: {self.reason}"
         team = {"cta": "one CTA", "cluster": f"a cluster of {self.members}", "grid": f"{self.members} CTAs of the grid"}
@@ -130,10 +133,27 @@ def precision_of(dtype: torch.dtype, tf32: bool) -> str:
     return precisions[dtype]
 
 
-def make(planner: Any, sizes: tuple[int, ...], device: Any, forced: Forced) -> Any:
-    """The plan and the device as a compiled module has them. sizes: the precision's place, backward, G, B, H, R."""
+def make(planner: Any, sizes: tuple[int, ...], device: Any, forced: Forced, fewer: int = 0) -> Any:
+    """The plan and the device as a compiled module has them. sizes: the precision's place, backward, G, B, H, R.
+    fewer: as `fewer_blocks` says."""
     exchange = -1 if forced.exchange is None else EXCHANGES.index(forced.exchange)
-    return planner.make_plan(*sizes, device, exchange, forced.members, forced.rows)
+    return planner.make_plan(*sizes, device, exchange, forced.members, forced.rows, fewer)
+
+
+def fewer_blocks(cell: Cell, precision: str, backward: bool) -> int:
+    """How many blocks of W_hh the kernels of a user's cell move from registers to shared memory, where it has more
+    numbers a unit than an LSTM: csrc/cuda/tiles.h's kFewerBlocks. Of a built-in cell none."""
+    if cell.program is None:
+        return 0
+    states, params = len(cell.states), len(cell.params)
+    if backward:
+        before, after = (sum(flags) for flags in cell.program.backward_reads())
+        numbers = states + before + after + cell.gradients + cell.saved + 2 * params - 12
+    else:
+        numbers = cell.carried + cell.gradients + cell.saved + params - 9
+    # Two units a thread; a block is 8 registers an m tile, of which forward has two, or 16 of FMA lanes.
+    block = 8 if backward and precision != "ieee" else 16
+    return max(0, -(-2 * numbers // block))
 
 
 def read(native: Any, precision: str, device: Device) -> Plan:
@@ -198,7 +218,7 @@ def plan(
     Needs neither a GPU nor a build with CUDA kernels. T has no say in it.
 
     Args:
-        cell: lstm, gru, rnn_tanh or rnn_relu.
+        cell: lstm, gru, rnn_tanh or rnn_relu, or the name of a user's cell.
         batch: B.
         hidden_size: H.
         dtype: float32, bfloat16, float16, float64.
@@ -222,7 +242,7 @@ def plan(
     """
     if ops._C is None:
         raise NotImplementedError(ops.MISSING)
-    if cell not in CELLS:
+    if cell not in CELLS and not is_program(cell):
         raise ValueError(f"cell: got {cell!r}, expected one of {', '.join(CELLS)}")
     for name, size in (("batch", batch), ("hidden_size", hidden_size), ("recurrences", recurrences)):
         if size < 1:
@@ -230,5 +250,9 @@ def plan(
     if exchange is not None and exchange not in EXCHANGES:
         raise ValueError(f"exchange: got {exchange!r}, expected None or one of {', '.join(EXCHANGES)}")
     precision, found = precision_of(dtype, tf32_allowed() if tf32 is None else tf32), _device(device)
-    sizes = (PRECISIONS.index(precision), backward, CELLS[cell].gates, batch, hidden_size, recurrences)
-    return read(make(ops._C, sizes, ops._C.Device(*found), Forced(exchange, members, rows)), precision, found)
+    spec = CELLS[cell]
+    if not spec.recurrent:
+        return Plan("none", precision, found, reason=NO_PRODUCT)
+    sizes = (PRECISIONS.index(precision), backward, spec.gates, batch, hidden_size, recurrences)
+    forced, fewer = Forced(exchange, members, rows), fewer_blocks(spec, precision, backward)
+    return read(make(ops._C, sizes, ops._C.Device(*found), forced, fewer), precision, found)

@@ -32,6 +32,7 @@ struct CellDefaults {
   static constexpr int apart = 0;          // how many of the last gates enter the formula with their input and recurrent side apart
   static constexpr bool reads_h = false;   // forward reads before[0] itself, not only W_hh h
   static constexpr bool projects = false;  // W_hr may stand behind it
+  static constexpr bool sequences = false; // CUDA's persistent backward takes gradients of the other states over time
   static constexpr unsigned backward_after = 0, backward_before = 0;
 };
 

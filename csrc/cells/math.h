@@ -6,6 +6,8 @@
 //   M::relu(N)                  max(x, 0); NaN stays NaN
 //   M::relu_gradient(N h, N dh)  dh, but 0 where h = relu(x) <= 0; as in torch, dh passes where h is NaN
 //
+// A user's cell, printed from its program, may call every one of `Operations`, on scalars.
+//
 // `Libm` is the plain scalar policy (the C library). The CPU backend brings its vector polynomials (cpu/vmath.h).
 #pragma once
 #include <cmath>
@@ -25,13 +27,34 @@ static FUSED_RNN_HD N rounded_product(const N& product) {
   return product;
 }
 
+// The operations of fused_rnn/cells/program.py that are no operator of C++; sigmoid and tanh are a policy's own.
 template <class Scalar>
-struct Libm {
+struct Operations {
   static constexpr Scalar one = 1;
-  static FUSED_RNN_HD Scalar sigmoid(Scalar x) { return one / (one + std::exp(-x)); }
-  static FUSED_RNN_HD Scalar tanh(Scalar x) { return std::tanh(x); }
+  static FUSED_RNN_HD Scalar abs(Scalar x) { return std::abs(x); }
+  static FUSED_RNN_HD Scalar sign(Scalar x) { return Scalar((x > 0) - (x < 0)); }
+  static FUSED_RNN_HD Scalar exp(Scalar x) { return std::exp(x); }
+  static FUSED_RNN_HD Scalar expm1(Scalar x) { return std::expm1(x); }
+  static FUSED_RNN_HD Scalar log(Scalar x) { return std::log(x); }
+  static FUSED_RNN_HD Scalar log1p(Scalar x) { return std::log1p(x); }
+  static FUSED_RNN_HD Scalar sqrt(Scalar x) { return std::sqrt(x); }
+  static FUSED_RNN_HD Scalar rsqrt(Scalar x) { return one / std::sqrt(x); }
+  static FUSED_RNN_HD Scalar reciprocal(Scalar x) { return one / x; }
   static FUSED_RNN_HD Scalar relu(Scalar x) { return x < 0 ? Scalar(0) : x; }
   static FUSED_RNN_HD Scalar relu_gradient(Scalar h, Scalar dh) { return h <= 0 ? Scalar(0) : dh; }
+  static FUSED_RNN_HD Scalar erf(Scalar x) { return std::erf(x); }
+  static FUSED_RNN_HD Scalar sin(Scalar x) { return std::sin(x); }
+  static FUSED_RNN_HD Scalar cos(Scalar x) { return std::cos(x); }
+  static FUSED_RNN_HD Scalar softplus(Scalar x) { return x > 40 ? x : std::log1p(std::exp(x)); }
+  static FUSED_RNN_HD Scalar maximum(Scalar a, Scalar b) { return a != a || a > b ? a : b; }
+  static FUSED_RNN_HD Scalar minimum(Scalar a, Scalar b) { return a != a || a < b ? a : b; }
+  static FUSED_RNN_HD Scalar pow(Scalar a, Scalar b) { return std::pow(a, b); }
+};
+
+template <class Scalar>
+struct Libm : Operations<Scalar> {
+  static FUSED_RNN_HD Scalar sigmoid(Scalar x) { return Scalar(1) / (Scalar(1) + std::exp(-x)); }
+  static FUSED_RNN_HD Scalar tanh(Scalar x) { return std::tanh(x); }
 };
 
 }  // namespace fused_rnn

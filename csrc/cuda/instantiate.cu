@@ -35,6 +35,12 @@ template <class Formula, Precision kPrecision>
 Kernels kernels_of() {
   if constexpr (kPrecision == Precision::f64) {
     return {{}, {}, &pointwise_fwd_kernel<Formula, double, Libm<double>>, &pointwise_bwd_kernel<Formula, double, Libm<double>>};
+  } else if constexpr (!Formula::recurrent) {
+    using Policy = typename PolicyOf<kPrecision>::Type;
+    return {{},
+            {},
+            &pointwise_fwd_kernel<Formula, typename Policy::Storage, typename Policy::Math>,
+            &pointwise_bwd_kernel<Formula, typename Policy::Storage, typename Policy::Math>};
   } else {
     using Policy = typename PolicyOf<kPrecision>::Type;
     Kernels made{{&persistent_fwd_kernel<Formula, Policy, 1>},

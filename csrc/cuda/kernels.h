@@ -10,6 +10,14 @@ namespace fused_rnn::cuda {
 using ForwardKernel = void (*)(ForwardLoop);
 using BackwardKernel = void (*)(BackwardLoop);
 
+// One to launch: built into this module; or, of a user's cell, compiled since, as launch.h's `load` gives it. Neither: there is none.
+template <class Loop>
+struct Kernel {
+  void (*built)(Loop) = nullptr;
+  void* loaded = nullptr;
+  explicit operator bool() const { return built || loaded; }
+};
+
 // Of one cell and precision: persistent ones by kBatchTiles, pointwise ones for the storage type. Null where there is none.
 struct Kernels {
   ForwardKernel persistent_fwd[3];

@@ -7,6 +7,8 @@
 #include <mutex>
 #include <utility>
 
+#include "loaded.h"
+
 namespace fused_rnn::cuda {
 namespace {
 
@@ -15,12 +17,6 @@ std::string text(const char* what, cudaError_t error) {
   cudaGetLastError();  // not left behind for somebody else's check
   return std::string(what) + ": " + cudaGetErrorString(error);
 }
-
-// What a kernel has been permitted to use: asked for once per kernel and device, since asking costs microseconds.
-struct Permitted {
-  bool clusters = false;
-  int64_t shared = 0;
-};
 
 std::string permit(const void* kernel, const Shape& shape) {
   static std::mutex mutex;
@@ -92,11 +88,13 @@ std::string count_clusters(Device& device) {
 
 }  // namespace
 
-std::string launch(void (*kernel)(ForwardLoop), const ForwardLoop& loop, const Shape& shape, void* stream) {
-  return launch_any(reinterpret_cast<const void*>(kernel), &loop, shape, stream);
+std::string launch(Kernel<ForwardLoop> kernel, const ForwardLoop& loop, const Shape& shape, void* stream) {
+  if (kernel.loaded) return launch_loaded(kernel.loaded, &loop, shape, stream);
+  return launch_any(reinterpret_cast<const void*>(kernel.built), &loop, shape, stream);
 }
-std::string launch(void (*kernel)(BackwardLoop), const BackwardLoop& loop, const Shape& shape, void* stream) {
-  return launch_any(reinterpret_cast<const void*>(kernel), &loop, shape, stream);
+std::string launch(Kernel<BackwardLoop> kernel, const BackwardLoop& loop, const Shape& shape, void* stream) {
+  if (kernel.loaded) return launch_loaded(kernel.loaded, &loop, shape, stream);
+  return launch_any(reinterpret_cast<const void*>(kernel.built), &loop, shape, stream);
 }
 std::string clear(uint32_t* arrived, int64_t count, void* stream) {
   return text("cudaMemsetAsync", cudaMemsetAsync(arrived, 0, size_t(count) * 4, static_cast<cudaStream_t>(stream)));

@@ -3,6 +3,7 @@
 #include <cstdint>
 #include <string>
 
+#include "kernels.h"
 #include "params.h"
 #include "plan.h"
 
@@ -17,10 +18,13 @@ struct Shape {
 };
 
 // Each returns what went wrong, or an empty text.
-std::string launch(void (*kernel)(ForwardLoop), const ForwardLoop& loop, const Shape& shape, void* stream);
-std::string launch(void (*kernel)(BackwardLoop), const BackwardLoop& loop, const Shape& shape, void* stream);
+std::string launch(Kernel<ForwardLoop> kernel, const ForwardLoop& loop, const Shape& shape, void* stream);
+std::string launch(Kernel<BackwardLoop> kernel, const BackwardLoop& loop, const Shape& shape, void* stream);
 // arrived[0 .. count) = 0
 std::string clear(uint32_t* arrived, int64_t count, void* stream);
+
+// The kernel of this name in machine code that was compiled since, for the current device and for good; null and the reason in `error`.
+void* load(const void* image, const char* name, std::string& error);
 
 // What the device of this number offers; arch 0 and the reason in `error` where it cannot be asked.
 Device device_at(int index, std::string& error);

@@ -63,11 +63,12 @@ struct ForwardLoop {
   void* y;                         // [T, B, R, H] or null
   void* h_n;                       // [R, B, H] or null  written with step T - 1
   void* saved;                     // [window, B, R, S, H] or null
-  void* histories[kMostStates];    // [window, B, R, H]  of each state but h
+  void* histories[kMostStates];    // [window, B, R, H]  of each state but h, zero past a sequence's end
   void* checkpoints[kMostStates];  // [ceil(T / every), R, B, H] accumulation type, or null: each state but h as it enters step j * every
   int every;
   bool keeps_histories;
   bool histories_are_wide;         // in the accumulation type, else in the storage type
+  const void* params;              // [R, params, H]
 };
 
 struct BackwardLoop {
@@ -84,6 +85,9 @@ struct BackwardLoop {
   void* dstates[kMostStates];       // [R, B, H] accumulation type, in: gradient of each state after step1 - 1; out: before step0
   bool histories_are_wide;          // and what enters them: in the accumulation type, else in the storage type
   bool close;                       // after step 0, take its product too, into that of h: the gradient of h0 (pointwise: only that)
+  const void* params;               // [R, params, H]
+  void* dparams;                    // [R, B, params, H] accumulation type, in and out, or null: added to, by one thread each
+  const void* dsequences[kMostStates];  // [T, B, R, H] or null: of each state but h the gradient of what it is over time
 };
 
 }  // namespace fused_rnn::cuda

@@ -46,7 +46,7 @@ persistent_bwd_kernel(const FUSED_RNN_GRID_CONSTANT BackwardLoop p) {
   const Product<Policy, true, NT> product(team, shared_array<uint4>(at.weights, at.weights_count),
                                           BackwardWeights<Policy>(w, G, width, padded, team.units, me.first_u));
 
-  using Unit = BackwardUnit<Cell, Storage, typename Policy::Math>;
+  using Unit = BackwardUnit<Cell, Storage, typename Policy::Math, Cell::sequences>;
   const ThreadUnit index[kUnitsPerThread] = {{team, 0}, {team, 1}};
   Unit units[kUnitsPerThread] = {{p, me.r, me.first_b + index[0].b, index[0].inside ? me.first_u + index[0].u : width},
                                  {p, me.r, me.first_b + index[1].b, index[1].inside ? me.first_u + index[1].u : width}};

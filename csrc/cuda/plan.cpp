@@ -28,7 +28,7 @@ constexpr double kFma = 128;  // a cycle
 constexpr double kIssue = 90000, kProductFlops = 2048, kL2Bytes = 2500;
 
 Cycles estimate(const Request& q, const Plan& plan) {
-  const Tile t = tile(q.precision, q.backward, plan.nt);
+  const Tile t = tile(q.precision, q.backward, plan.nt, q.fewer);
   const Team& team = plan.team;
   const double warps = team.warps_m * team.warps_k, fragments = warps * t.mt * team.blocks;
   const double rest = std::max(team.blocks - t.kr, 0) * warps * t.mt * t.registers * 128;
@@ -57,7 +57,7 @@ double without_a_team(const Request& q, const Device& device) {
 
 // The division of a CTA's warps with so many shares of the depth; false if the team cannot be.
 bool lay_out(const Request& q, const Device& device, int shares, Plan& plan) {
-  const Tile t = tile(q.precision, q.backward, plan.nt);
+  const Tile t = tile(q.precision, q.backward, plan.nt, q.fewer);
   Team& team = plan.team;
   const int padded = team.members * team.units;
   team.depth = q.backward ? q.gates * padded : padded;

@@ -26,6 +26,7 @@ struct Request {
   int exchange = -1;    // an ExchangeKind to insist on, -1 for any
   int members = 0;      // likewise C, 0 for any
   int rows = 0;         // likewise NB
+  int fewer = 0;        // blocks in registers than the kernels of built-in cells have: tiles.h's kFewerBlocks of those that will run
 };
 
 // Estimated cycles of a step on its critical path, by part.

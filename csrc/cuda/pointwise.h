@@ -21,8 +21,9 @@ struct Flat {
   }
 };
 
-// given: [window, B, R, G, H].  workspace.operand, where there is one: [R, B, H], h for the next step's product; then the range is
-// one step, and given holds it alone, [B, R, G, H]: two recurrences that run in opposite directions are at different times.
+// given: [window, B, R, G, H], none where the cell has no W_hh.  workspace.operand, where there is one: [R, B, H], h for the next step's
+// product; then the range is one step, and given holds it alone, [B, R, G, H]: two recurrences that run in opposite directions are at
+// different times.
 template <class Cell, class Storage, class Math>
 FUSED_RNN_KERNEL(kPointwiseThreads)
 pointwise_fwd_kernel(const FUSED_RNN_GRID_CONSTANT ForwardLoop p) {
@@ -41,11 +42,13 @@ pointwise_fwd_kernel(const FUSED_RNN_GRID_CONSTANT ForwardLoop p) {
   for (int step = p.steps.step0; step < p.steps.step1; ++step) {
     const int t = walk.time(step);
     const int held = p.workspace.operand ? 0 : t - walk.first_time;
-    const Storage* given = static_cast<const Storage*>(p.given) + steps_size(p.steps, held, G) + unit.at.in_step(p.steps, G);
-    const bool live = unit.at.live(p.steps, t);
     Acc recurrent[G];
-    FUSED_RNN_UNROLL
-    for (int g = 0; g < G; ++g) recurrent[g] = live ? Acc(widen(given[g * p.steps.H])) : Acc(0);
+    if constexpr (Cell::recurrent) {
+      const Storage* given = static_cast<const Storage*>(p.given) + steps_size(p.steps, held, G) + unit.at.in_step(p.steps, G);
+      const bool live = unit.at.live(p.steps, t);
+      FUSED_RNN_UNROLL
+      for (int g = 0; g < G; ++g) recurrent[g] = live ? Acc(widen(given[g * p.steps.H])) : Acc(0);
+    }
     unit.run(walk, step, recurrent);
     unit.store(p, walk, step);
     if (p.workspace.operand) static_cast<Storage*>(p.workspace.operand)[unit.at.in_state(p.steps)] = unit.hidden();
@@ -56,7 +59,8 @@ pointwise_fwd_kernel(const FUSED_RNN_GRID_CONSTANT ForwardLoop p) {
   unit.finish(p);
 }
 
-// One step, step0, whose product with the gradients of the step after it is given: [R, B, H]; or, to close, that product alone.
+// One step, step0, whose product with the gradients of the step after it is given: [R, B, H]; or, to close, that product alone. Without
+// W_hh all steps, from the last to the first.
 template <class Cell, class Storage, class Math>
 FUSED_RNN_KERNEL(kPointwiseThreads)
 pointwise_bwd_kernel(const FUSED_RNN_GRID_CONSTANT BackwardLoop p) {
@@ -64,7 +68,16 @@ pointwise_bwd_kernel(const FUSED_RNN_GRID_CONSTANT BackwardLoop p) {
   const Flat flat(p.steps);
   if (!flat.inside) return;
   const TimeIndex walk(p.steps, flat.r);
-  BackwardUnit<Cell, Storage, Math> unit(p, flat.r, flat.b, flat.u);
+  BackwardUnit<Cell, Storage, Math, true> unit(p, flat.r, flat.b, flat.u);
+  if constexpr (!Cell::recurrent) {
+    for (int step = p.steps.step1 - 1; step >= p.steps.step0; --step) {
+      unit.forget();
+      unit.fetch(p, walk, step);
+      unit.run(p);
+      unit.store(p, walk, step);
+    }
+    return unit.finish(p);
+  }
   unit.resume(p, walk);
   const Acc product = p.given ? Acc(widen(static_cast<const Storage*>(p.given)[unit.at.in_state(p.steps)])) : Acc(0);
   if (!p.close) unit.fetch(p, walk, p.steps.step0);

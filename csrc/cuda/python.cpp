@@ -89,6 +89,15 @@ PYBIND11_MODULE(FUSED_RNN_MODULE, m) {
         return device;
       },
       py::arg("index"), "What the device of this number offers.");
+  m.def(
+      "load",
+      [](const py::bytes& image, const std::string& name) {
+        std::string error;
+        void* loaded = load(std::string(image).data(), name.c_str(), error);
+        raise(error);
+        return Address(loaded);
+      },
+      py::arg("image"), py::arg("name"), "A kernel in machine code, for `loaded` of a loop on the current device.");
 #if defined(FUSED_RNN_EMULATE)
   m.def("seed", [](uint64_t seed) { emulated_seed = seed; }, "The order in which the emulator's threads run.");
 #endif
@@ -105,7 +114,7 @@ PYBIND11_MODULE(FUSED_RNN_MODULE, m) {
       .def(py::init([](const std::string& cell, int precision, const Plan* plan, const Steps& steps,
                        std::optional<std::pair<int, int>> window, Address gx, Address given, Address w, Address bias, Address h0,
                        Address hidden, const Addresses& carried, Address y, Address h_n, Address saved, const Addresses& histories,
-                       const Addresses& checkpoints, int every, Address entering, bool wide) {
+                       const Addresses& checkpoints, int every, Address entering, bool wide, Address params, Address loaded) {
              ForwardLoop loop{};
              loop.steps = within(steps, window);
              loop.gx = at(gx);
@@ -124,16 +133,19 @@ PYBIND11_MODULE(FUSED_RNN_MODULE, m) {
              loop.every = every;
              loop.workspace.operand = at(entering);
              loop.histories_are_wide = wide;
-             return Bound<ForwardLoop>(cell, Precision(precision), plan, loop);
+             loop.params = at(params);
+             return Bound<ForwardLoop>(cell, Precision(precision), plan, loop, at(loaded));
            }),
            py::arg("cell"), py::arg("precision"), py::arg("plan"), py::arg("steps"), py::kw_only(), py::arg("window") = py::none(),
            py::arg("gx"), py::arg("given") = 0, py::arg("w") = 0, py::arg("bias") = 0, py::arg("h0"), py::arg("hidden") = 0,
            py::arg("carried") = none, py::arg("y") = 0, py::arg("h_n") = 0, py::arg("saved") = 0, py::arg("histories") = none,
-           py::arg("checkpoints") = none, py::arg("every") = 1, py::arg("entering") = 0, py::arg("wide") = false);
+           py::arg("checkpoints") = none, py::arg("every") = 1, py::arg("entering") = 0, py::arg("wide") = false, py::arg("params") = 0,
+           py::arg("loaded") = 0);
   bind_loop<BackwardLoop>(m, "Backward")
       .def(py::init([](const std::string& cell, int precision, const Plan* plan, const Steps& steps,
                        std::optional<std::pair<int, int>> window, Address dy, Address given, Address w, const Addresses& states,
-                       const Addresses& first, Address saved, Address dgates, const Addresses& dstates, bool wide) {
+                       const Addresses& first, Address saved, Address dgates, const Addresses& dstates, bool wide, Address params,
+                       Address dparams, const Addresses& dsequences, Address loaded) {
              BackwardLoop loop{};
              loop.steps = within(steps, window);
              loop.dy = at(dy);
@@ -145,10 +157,14 @@ PYBIND11_MODULE(FUSED_RNN_MODULE, m) {
              loop.dgates = at(dgates);
              fill(loop.dstates, dstates);
              loop.histories_are_wide = wide;
-             return Bound<BackwardLoop>(cell, Precision(precision), plan, loop);
+             loop.params = at(params);
+             loop.dparams = at(dparams);
+             fill(loop.dsequences, dsequences);
+             return Bound<BackwardLoop>(cell, Precision(precision), plan, loop, at(loaded));
            }),
            py::arg("cell"), py::arg("precision"), py::arg("plan"), py::arg("steps"), py::kw_only(), py::arg("window") = py::none(),
            py::arg("dy") = 0, py::arg("given") = 0, py::arg("w") = 0, py::arg("states"), py::arg("first"), py::arg("saved") = 0,
-           py::arg("dgates"), py::arg("dstates"), py::arg("wide") = false)
+           py::arg("dgates"), py::arg("dstates"), py::arg("wide") = false, py::arg("params") = 0, py::arg("dparams") = 0,
+           py::arg("dsequences") = none, py::arg("loaded") = 0)
       .def("close", [](const Bound<BackwardLoop>& loop, Address stream) { unlocked([&] { return loop.close(at(stream)); }); });
 }

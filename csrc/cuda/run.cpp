@@ -17,15 +17,17 @@ int index_of(int nt) { return int(std::find(std::begin(kBatchTiles), std::end(kB
 }  // namespace
 
 template <class Loop>
-Bound<Loop>::Bound(std::string_view cell, Precision precision, const Plan* plan, const Loop& loop)
+Bound<Loop>::Bound(std::string_view cell, Precision precision, const Plan* plan, const Loop& loop, void* loaded)
     : loop_(loop), plan_(plan ? *plan : Plan{}), has_plan_(plan != nullptr) {
   constexpr bool kForward = std::is_same_v<Loop, ForwardLoop>;
   const Kernels kernels = find_kernels(cell, precision);
-  if constexpr (kForward) pointwise_ = kernels.pointwise_fwd;
-  else pointwise_ = kernels.pointwise_bwd;
+  if constexpr (kForward) pointwise_.built = kernels.pointwise_fwd;
+  else pointwise_.built = kernels.pointwise_bwd;
+  if (!has_plan_) pointwise_.loaded = loaded;
   if (!has_plan_) return;
-  if constexpr (kForward) persistent_ = kernels.persistent_fwd[index_of(plan_.nt)];
-  else persistent_ = kernels.persistent_bwd[index_of(plan_.nt)];
+  if constexpr (kForward) persistent_.built = kernels.persistent_fwd[index_of(plan_.nt)];
+  else persistent_.built = kernels.persistent_bwd[index_of(plan_.nt)];
+  persistent_.loaded = loaded;
   if constexpr (!kForward) loop_.close = loop_.steps.step0 == 0;
   loop_.team = plan_.team;
   tiles_of_a_launch_ = plan_.tiles;

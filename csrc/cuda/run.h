@@ -12,14 +12,15 @@ namespace fused_rnn::cuda {
 template <class Loop>  // ForwardLoop or BackwardLoop
 class Bound {
  public:
-  // plan: of the persistent kernel; null where the product is given. loop: its team, tiles and workspace are filled in here.
-  Bound(std::string_view cell, Precision precision, const Plan* plan, const Loop& loop);
+  // plan: of the persistent kernel; null where the product is given, or there is none. loop: its team, tiles and workspace are filled in
+  // here. loaded: the kernel, where it is not among those of this module.
+  Bound(std::string_view cell, Precision precision, const Plan* plan, const Loop& loop, void* loaded = nullptr);
 
   // Of a run: a counter for each team, then the operand. Zero but for the grid exchange.
   int64_t workspace_bytes() const { return arrived_bytes_ + operand_bytes_; }
 
   // Each returns what went wrong, or an empty text.
-  // By the plan; without one, forward, by the pointwise kernel: `given` holds the product of every step.
+  // By the plan; without one by the pointwise kernel: forward, `given` holds the product of every step; or the cell has no W_hh.
   std::string run(void* workspace, void* stream) const;
   // One step by the pointwise kernel: `given` holds its product. Backward the last step has none.
   std::string run_step(int step, void* stream) const;
@@ -27,13 +28,12 @@ class Bound {
   std::string close(void* stream) const;
 
  private:
-  using Kernel = void (*)(Loop);
   std::string run_pointwise(const Loop& loop, void* stream) const;
 
   Loop loop_;
   Plan plan_;
   bool has_plan_;
-  Kernel persistent_ = nullptr, pointwise_;
+  Kernel<Loop> persistent_, pointwise_;
   int tiles_of_a_launch_ = 0;
   int64_t arrived_bytes_ = 0, operand_bytes_ = 0;
 };

@@ -17,19 +17,32 @@ struct Tile {
 };
 
 constexpr int kThreads = 256;
+
+// A user's cell may need more registers than the built-in ones: its kernels leave so many blocks more to shared memory.
+#if !defined(FUSED_RNN_FEWER_BLOCKS)
+#define FUSED_RNN_FEWER_BLOCKS 0
+#endif
+constexpr int kFewerBlocks = FUSED_RNN_FEWER_BLOCKS;
+
 constexpr int kBatchTiles[] = {1, 2, 4};  // NT: rows of the batch in eights
 // Without tensor cores a lane has 8 sums for 8 rows of the batch: 32 rows leave no registers for anything else.
 constexpr int most_batch_tiles(Precision precision) { return precision == Precision::ieee ? 2 : 4; }
 
 // Forward's rows are G U, so two m tiles a warp share each fragment of the operand; backward's are only U, but its depth is G C U.
 // KR is what ptxas fits without a spill.
-FUSED_RNN_HD constexpr Tile tile(Precision precision, bool backward, int nt) {
+FUSED_RNN_HD constexpr Tile built_in_tile(Precision precision, bool backward, int nt) {
   switch (precision) {
     case Precision::bf16:
     case Precision::f16: return backward ? Tile{1, nt == 4 ? 10 : 13, 16, 32, 8, 2} : Tile{2, nt == 4 ? 4 : nt == 2 ? 6 : 8, 16, 32, 8, 2};
     case Precision::tf32: return backward ? Tile{1, nt == 4 ? 9 : 13, 16, 16, 8, 4} : Tile{2, nt == 4 ? 4 : nt == 2 ? 6 : 7, 16, 16, 8, 4};
     default: return Tile{1, nt == 2 || backward ? 1 : 3, 32, 16, 16, 4};
   }
+}
+
+FUSED_RNN_HD constexpr Tile tile(Precision precision, bool backward, int nt, int fewer = kFewerBlocks) {
+  Tile t = built_in_tile(precision, backward, nt);
+  t.kr = t.kr > fewer ? t.kr - fewer : 1;
+  return t;
 }
 
 // An mma waits for the one before it that adds to the same sums, some four times as long as it takes: where a warp has few m tiles and

@@ -5,7 +5,8 @@
 
 namespace fused_rnn::cuda {
 
-template <class Cell, class Storage, class Math>
+// kSequences: whether it takes gradients of the other states over time.
+template <class Cell, class Storage, class Math, bool kSequences>
 class BackwardUnit {
   using Acc = Accumulator<Storage>;
   static constexpr int G = Cell::gates, kStates = Cell::states, kAll = kGradients<Cell>;
@@ -16,6 +17,10 @@ class BackwardUnit {
   FUSED_RNN_DEVICE BackwardUnit(const BackwardLoop& p, int r, int b, int u) : at(p.steps, r, b, u) {
     if (!at.inside) return;
     each<kStates>([&](auto s) { dstate_[s] = static_cast<const Acc*>(p.dstates[s])[at.in_state(p.steps)]; });
+    each<Cell::params>([&](auto k) {
+      params_[k] = widen(static_cast<const Storage*>(p.params)[(r * Cell::params + k) * p.steps.H + u]);
+      if (p.dparams) dparams_[k] = static_cast<const Acc*>(p.dparams)[in_params(p, k)];
+    });
   }
 
   // Forgets what was fetched for the step before. A thread does so for all of its units before it fetches for any: loads on their way
@@ -33,6 +38,11 @@ class BackwardUnit {
     FUSED_RNN_UNROLL
     for (int s = 0; s < Cell::saved; ++s) kept_[s] = kept[s * p.steps.H];
     if (p.dy) dy_ = static_cast<const Storage*>(p.dy)[steps_size(p.steps, t, 1) + i];
+    if constexpr (kSequences) {
+      each<kStates - 1>([&](auto s) {
+        if (p.dsequences[s]) dsequences_[s] = static_cast<const Storage*>(p.dsequences[s])[steps_size(p.steps, t, 1) + i];
+      });
+    }
     each<kStates>([&](auto s) {
       if constexpr (reads_after(s)) after_.template of<s>().load(p, p.states[s], steps_size(p.steps, s > 0 ? local : t, 1) + i);
     });
@@ -59,7 +69,7 @@ class BackwardUnit {
     for (int g = 0; g < kAll; ++g) d_[g] = 0;
     if (!valid_) return;  // over, or not begun: gradients pass unchanged
     Acc kept[Cell::saved > 0 ? Cell::saved : 1], before[kStates], after[kStates], dstate[kStates];
-    Acc params[kParams<Cell>] = {}, dparams[kParams<Cell>];
+    Acc dparams[kParams<Cell>];
     FUSED_RNN_UNROLL
     for (int s = 0; s < Cell::saved; ++s) kept[s] = widen(kept_[s]);
     each<kStates>([&](auto s) {
@@ -68,7 +78,9 @@ class BackwardUnit {
       dstate[s] = dstate_[s];
     });
     dstate[0] += widen(dy_);
-    Cell::template backward<Math>(kept, before, params, after, dstate, d_, dparams);
+    if constexpr (kSequences) each<kStates - 1>([&](auto s) { dstate[s + 1] += widen(dsequences_[s]); });
+    Cell::template backward<Math>(kept, before, params_, after, dstate, d_, dparams);
+    each<Cell::params>([&](auto k) { dparams_[k] += dparams[k]; });
     each<kStates>([&](auto s) { dstate_[s] = live() ? dstate[s] : Acc(0); });
   }
 
@@ -85,9 +97,15 @@ class BackwardUnit {
   FUSED_RNN_DEVICE void finish(const BackwardLoop& p) const {
     if (!at.inside) return;
     each<kStates>([&](auto s) { static_cast<Acc*>(p.dstates[s])[at.in_state(p.steps)] = dstate_[s]; });
+    each<Cell::params>([&](auto k) {
+      if (p.dparams) static_cast<Acc*>(p.dparams)[in_params(p, k)] = dparams_[k];
+    });
   }
 
  private:
+  FUSED_RNN_DEVICE int64_t in_params(const BackwardLoop& p, int k) const {
+    return (int64_t(at.r * p.steps.B + at.b) * Cell::params + k) * p.steps.H + at.u;
+  }
   static constexpr FUSED_RNN_DEVICE bool reads_after(int s) { return Cell::backward_after >> s & 1; }
   static constexpr FUSED_RNN_DEVICE bool reads_before(int s) { return Cell::backward_before >> s & 1; }
 
@@ -128,7 +146,8 @@ class BackwardUnit {
 
   Acc dstate_[kStates] = {};
   States after_, before_;
-  Acc d_[kAll] = {};
+  Acc d_[kAll] = {}, params_[kParams<Cell>] = {}, dparams_[kParams<Cell>] = {};
+  Storage dsequences_[kSequences && kStates > 1 ? kStates - 1 : 1]{};
   Storage dy_{}, kept_[Cell::saved > 0 ? Cell::saved : 1]{};
   int32_t reset_ = 0;
   bool valid_ = false;

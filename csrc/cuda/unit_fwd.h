@@ -22,6 +22,7 @@ class ForwardUnit {
     const int i = at.in_state(p.steps);
     each<kCarried>([&](auto k) { carried_[k] = static_cast<const Acc*>(p.carried[k])[i]; });
     each<kApart>([&](auto k) { bias_[k] = widen(static_cast<const Storage*>(p.bias)[(r * kApart + k) * p.steps.H + u]); });
+    each<Cell::params>([&](auto k) { params_[k] = widen(static_cast<const Storage*>(p.params)[(r * Cell::params + k) * p.steps.H + u]); });
     h_ = static_cast<const Storage*>(p.h0)[i];
     if (keeps_checkpoints(p) && p.steps.step0 == 0) checkpoint(p, 0);
     if (p.y) take(p, walk, p.y);
@@ -60,14 +61,14 @@ class ForwardUnit {
     if (step + 1 < p.steps.step1 && at.valid(next)) next_reset_ = at.reset(p.steps, next);
   }
 
-  // recurrent: h_{t-1} W_hh^T, zero where the state does not enter.
+  // recurrent: h_{t-1} W_hh^T, zero where the state does not enter; nobody reads it where there is no W_hh.
   FUSED_RNN_DEVICE void run(const TimeIndex& walk, int step, const Acc (&recurrent)[G]) {
-    Acc a[kGradients<Cell>], before[kStates] = {}, params[kParams<Cell>] = {}, after[kStates];
+    Acc a[kGradients<Cell>], before[kStates] = {}, after[kStates];
     FUSED_RNN_UNROLL
-    for (int g = 0; g < G; ++g) a[g] = g < G - kApart ? widen(x_[g]) + recurrent[g] : widen(x_[g]);
+    for (int g = 0; g < G; ++g) a[g] = Cell::recurrent && g < G - kApart ? widen(x_[g]) + recurrent[g] : widen(x_[g]);
     each<kApart>([&](auto k) { a[G + k] = recurrent[G - kApart + k] + bias_[k]; });
     each<kCarried>([&](auto k) { before[kFirst + k] = carried_[k]; });
-    Cell::template forward<Math>(a, before, params, after, kept_);
+    Cell::template forward<Math>(a, before, params_, after, kept_);
     if (!at.valid(walk.time(step))) return;
     each<kCarried>([&](auto k) { carried_[k] = after[kFirst + k]; });
     h_ = narrow<Storage>(after[0]);
@@ -94,8 +95,9 @@ class ForwardUnit {
     if (kStates > 1 && p.keeps_histories) {
       const int64_t i = steps_size(p.steps, local, 1) + at.in_step(p.steps, 1);
       each<kStates - 1>([&](auto s) {
-        if (p.histories_are_wide) static_cast<Acc*>(p.histories[s])[i] = carried_[s + 1 - kFirst];
-        else static_cast<Storage*>(p.histories[s])[i] = narrow<Storage>(carried_[s + 1 - kFirst]);
+        const Acc value = valid ? carried_[s + 1 - kFirst] : Acc(0);
+        if (p.histories_are_wide) static_cast<Acc*>(p.histories[s])[i] = value;
+        else static_cast<Storage*>(p.histories[s])[i] = narrow<Storage>(value);
       });
     }
   }
@@ -115,7 +117,7 @@ class ForwardUnit {
   }
 
   Acc carried_[kCarried > 0 ? kCarried : 1] = {}, bias_[kApart > 0 ? kApart : 1] = {};
-  Acc kept_[Cell::saved > 0 ? Cell::saved : 1] = {};
+  Acc params_[kParams<Cell>] = {}, kept_[Cell::saved > 0 ? Cell::saved : 1] = {};
   Storage h_{}, x_[G]{};
   int32_t next_reset_ = 0;  // 0 where the state enters the next step; nobody looks before it has arrived from memory
 };

@@ -1,11 +1,7 @@
 // ../cuda/launch.h on ../emulator: the "device" on which the tests run the CUDA loops.
-#include "../cuda/launch.h"
-
 #include <cstring>
-#include <exception>
-#include <mutex>
 
-#include "../emulator/emulator.h"
+#include "emulate.h"
 
 namespace fused_rnn::cuda {
 
@@ -14,23 +10,24 @@ uint64_t emulated_seed = 0;  // of the schedule of the next launches; ../cuda/py
 namespace {
 
 template <class Loop>
-std::string emulate(void (*kernel)(Loop), const Loop& loop, const Shape& shape) {
-  static std::mutex one_at_a_time;  // callers do not hold Python's lock, and there is but one machine
-  const std::lock_guard<std::mutex> lock(one_at_a_time);
-  try {
-    emulator::launch(dim3{unsigned(shape.ctas), 1, 1}, dim3{unsigned(shape.threads), 1, 1}, unsigned(shape.cluster > 1 ? shape.cluster : 0),
-                     size_t(shape.shared), {emulated_seed, shape.cooperative}, [&] { kernel(loop); });
-  } catch (const std::exception& error) {
-    return error.what();
-  }
-  return {};
+std::string launch_any(Kernel<Loop> kernel, const Loop& loop, const Shape& shape) {
+  if (!kernel.loaded) return emulate(kernel.built, loop, shape, emulated_seed);
+  std::string error;
+  reinterpret_cast<Foreign<Loop>>(kernel.loaded)(loop, shape, emulated_seed, error);
+  return error;
 }
 
 }  // namespace
 
-std::string launch(void (*kernel)(ForwardLoop), const ForwardLoop& loop, const Shape& shape, void*) { return emulate(kernel, loop, shape); }
-std::string launch(void (*kernel)(BackwardLoop), const BackwardLoop& loop, const Shape& shape, void*) {
-  return emulate(kernel, loop, shape);
+std::string launch(Kernel<ForwardLoop> kernel, const ForwardLoop& loop, const Shape& shape, void*) {
+  return launch_any(kernel, loop, shape);
+}
+std::string launch(Kernel<BackwardLoop> kernel, const BackwardLoop& loop, const Shape& shape, void*) {
+  return launch_any(kernel, loop, shape);
+}
+void* load(const void*, const char*, std::string& error) {
+  error = "the emulator runs no machine code";
+  return nullptr;
 }
 std::string clear(uint32_t* arrived, int64_t count, void*) {
   memset(arrived, 0, size_t(count) * 4);

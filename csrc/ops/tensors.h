@@ -142,8 +142,9 @@ inline const CellDescriptor* cell_of(const std::string& name) {
 
 // One thread for what takes less than about 200 us there: waking the others and their barriers would cost as much.
 inline int threads_for(const Problem& p) {
-  const double flops =
-      double(p.T) * double(p.B) * double(p.R) * 2.0 * p.cell->gates * double(p.H) * double(p.D + (p.cell->recurrent ? p.P : 0));
+  const int64_t k = p.D + (p.cell->recurrent ? p.P : 0);
+  const double of_cell = p.cell->program ? 8.0 * p.cell->program->forward.length : 0;  // an operation of a program takes as long
+  const double flops = double(p.T) * double(p.B) * double(p.R) * double(p.H) * (2.0 * p.cell->gates * double(k) + of_cell);
   const double microseconds = flops / 100e3;
   if (microseconds < 200) return 1;
   const int most = int(torch::stable::get_num_threads());

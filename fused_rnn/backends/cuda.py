@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fused_rnn.cells import CELLS, unknown
-from fused_rnn.cuda import launch, module, plans
+from fused_rnn.cells import CELLS, is_program, unknown
+from fused_rnn.cuda import launch, module, plans, programs
 from fused_rnn.gpu import op
+from fused_rnn.plan import NO_PRODUCT, PRECISIONS, fewer_blocks
 from fused_rnn.transforms.op_gradient import without_gradient
 
 if TYPE_CHECKING:
@@ -47,7 +48,8 @@ def _unable(dtype: torch.dtype, cell: str, batch: int, recurrences: int, hidden:
     """Why the kernels cannot run such a layer on any device, or None."""
     if dtype not in _DTYPES:
         return f"it knows float32, float64, bfloat16 and float16, not {dtype}"
-    if (reason := unknown(cell, module.loaded().CELLS)) is not None:
+    reason = programs.refusal() if is_program(cell) else unknown(cell, module.loaded().CELLS)
+    if reason is not None:
         return reason
     widest = max(CELLS[cell].gradients, CELLS[cell].saved)  # vectors of H that are kept, or made, per step
     step = batch * recurrences * hidden * widest
@@ -61,10 +63,14 @@ def describe(problem: Problem) -> str:
     if supports(problem) is not None:
         return "nothing here"
     device = module.device_index(torch.device(problem.device))
-    precision, gates = plans.precision(problem.dtype), CELLS[problem.cell].gates
+    precision, cell = plans.precision(problem.dtype), CELLS[problem.cell]
+    if not cell.recurrent:
+        return f"{module.where(device)}; {NO_PRODUCT}"
     loops = []
     for backward in (False, True)[: 1 + problem.needs_grad]:
-        plan = plans.ask(device, precision, backward, gates, problem.batch, problem.hidden_size, problem.recurrences)
+        fewer = fewer_blocks(cell, PRECISIONS[precision], backward)
+        sizes = (precision, backward, cell.gates, problem.batch, problem.hidden_size, problem.recurrences)
+        plan = plans.ask(device, *sizes, fewer=fewer)
         loops.append(f"{'backward' if backward else 'forward'}: {plan}")
     return f"{module.where(device)}; {'; '.join(loops)}"
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fused_rnn.call import wide
-from fused_rnn.cuda import module, plans
+from fused_rnn.cuda import module, plans, programs
 from fused_rnn.gpu.directions import direction_bits
 from fused_rnn.gpu.loops import Layer
 
@@ -27,10 +27,9 @@ class Loops:
 
     def __init__(self, layer: Layer, x: Tensor, backward: bool) -> None:
         self.layer, self.precision, self.module = layer, plans.precision(x.dtype), module.loaded()
-        self.plan = plans.choose(
-            module.device_index(x.device), self.precision, backward, layer.cell.gates, layer.batch, layer.hidden,
-            layer.recurrences,
-        )  # fmt: skip
+        self.device, self.dtype = module.device_index(x.device), x.dtype
+        self.sizes = (self.precision, backward, layer.cell.gates, layer.batch, layer.hidden, layer.recurrences)
+        self.plan, self.loaded = programs.planned(layer.cell, self.device, self.sizes)
         bits, self.period = direction_bits(layer.directions)
         self.steps = self.module.Steps(
             T=layer.steps, B=layer.batch, R=layer.recurrences, H=layer.hidden, reversed=bits, period=self.period,
@@ -38,9 +37,14 @@ class Loops:
         )  # fmt: skip
         self.stream = torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
 
-    def _bind(self, loop: Any, plan: Any, given: dict[str, Any]) -> Any:
+    def _bind(self, loop: str, given: dict[str, Any], plan: Any = None, loaded: int = 0) -> Any:
         """The module's Forward or Backward with its arrays; without a plan it is told the products."""
-        return loop(self.layer.cell.name, self.precision, plan, self.steps, **given)
+        cell = self.layer.cell
+        if plan is None:
+            loaded = programs.pointwise(cell, loop, self.dtype, self.device)
+        own = {"loaded": loaded} if cell.program else {}
+        name = "" if own else cell.name
+        return getattr(self.module, loop)(name, self.precision, plan, self.steps, **given, **own)
 
     def _run(self, loop: Any, like: Tensor) -> None:
         """A persistent loop. Its teams share in global memory what is in the workspace."""
@@ -51,8 +55,9 @@ class Loops:
         self,
         *,
         gx: Tensor,
-        w: Tensor,
+        w: Tensor | None,
         bias: Tensor | None,
+        params: Tensor | None,
         h0: Tensor,
         carried: list[Tensor],
         y: Tensor,
@@ -63,19 +68,22 @@ class Loops:
         every: int,
     ) -> None:
         given = {
-            "gx": gx.data_ptr(), "w": w.data_ptr(), "bias": _at(bias), "h0": h0.data_ptr(), "carried": _each(carried),
-            "y": y.data_ptr(), "h_n": h_n.data_ptr(), "saved": _at(saved), "histories": _each(histories),
-            "checkpoints": _each(checkpoints), "every": every,
+            "gx": gx.data_ptr(), "w": _at(w), "bias": _at(bias), "params": _at(params), "h0": h0.data_ptr(),
+            "carried": _each(carried), "y": y.data_ptr(), "h_n": h_n.data_ptr(), "saved": _at(saved),
+            "histories": _each(histories), "checkpoints": _each(checkpoints), "every": every,
         }  # fmt: skip
         if self.plan is not None:
-            self._run(self._bind(self.module.Forward, self.plan, given), y)
+            self._run(self._bind("Forward", given, self.plan, self.loaded), y)
+            return
+        if w is None:  # a unit's thread runs all of its steps
+            self._bind("Forward", given).run(0, self.stream)
             return
         layer = self.layer
         weights = w.view(layer.recurrences, -1, layer.hidden).transpose(1, 2)
         entering = h0.clone()
         product = gx.new_empty(layer.batch, layer.recurrences, weights.shape[2])
         given |= {"given": product.data_ptr(), "entering": entering.data_ptr()}
-        loop, by_recurrence = self._bind(self.module.Forward, None, given), product.transpose(0, 1)
+        loop, by_recurrence = self._bind("Forward", given), product.transpose(0, 1)
         for step in range(layer.steps):
             torch.bmm(entering, weights, out=by_recurrence)
             loop.run_step(step, self.stream)
@@ -84,8 +92,9 @@ class Loops:
         self,
         *,
         gx: Tensor,
-        given: Tensor,
+        given: Tensor | None,
         bias: Tensor | None,
+        params: Tensor | None,
         h0: Tensor,
         hidden: Tensor,
         carried: list[Tensor],
@@ -96,36 +105,45 @@ class Loops:
         # Of h there is but the hidden one, from which the loop takes what it carries.
         h = [torch.empty(h0.shape, dtype=wide(h0.dtype), device=h0.device)] * self.layer.cell.reads_h
         told = {
-            "window": window, "gx": gx.data_ptr(), "given": given.data_ptr(), "bias": _at(bias), "h0": h0.data_ptr(),
-            "hidden": hidden.data_ptr(), "carried": _each([*h, *carried]), "saved": saved.data_ptr(),
-            "histories": _each(histories), "wide": True,
+            "window": window, "gx": gx.data_ptr(), "given": _at(given), "bias": _at(bias), "params": _at(params),
+            "h0": h0.data_ptr(), "hidden": hidden.data_ptr(), "carried": _each([*h, *carried]),
+            "saved": saved.data_ptr(), "histories": _each(histories), "wide": True,
         }  # fmt: skip
-        self._bind(self.module.Forward, None, told).run(0, self.stream)
+        self._bind("Forward", told).run(0, self.stream)
 
     def backward(
         self,
         *,
         dy: Tensor | None,
-        w: Tensor,
+        dsequences: list[Tensor],
+        w: Tensor | None,
+        params: Tensor | None,
         states: list[Tensor],
         first: list[Tensor],
         saved: Tensor | None,
         dgates: Tensor,
         dstates: list[Tensor],
+        dparams: Tensor | None,
         window: tuple[int, int] | None = None,
     ) -> None:
         layer = self.layer
         begin, end = window = window or (0, layer.steps)
         given = {
-            "window": window, "dy": _at(dy), "w": w.data_ptr(), "states": _each(states), "first": _each(first),
-            "saved": _at(saved), "dgates": dgates.data_ptr(), "dstates": _each(dstates),
-            "wide": states[-1].dtype != w.dtype,
+            "window": window, "dy": _at(dy), "dsequences": _each(dsequences), "w": _at(w), "params": _at(params),
+            "states": _each(states), "first": _each(first), "saved": _at(saved), "dgates": dgates.data_ptr(),
+            "dstates": _each(dstates), "dparams": _at(dparams), "wide": states[-1].dtype != states[0].dtype,
         }  # fmt: skip
-        if self.plan is not None:
-            self._run(self._bind(self.module.Backward, self.plan, given), w)
+        plan, loaded = self.plan, self.loaded
+        if plan is not None and dsequences:  # a built-in cell's persistent kernels have no registers for them
+            plan, loaded = programs.planned(layer.cell, self.device, self.sizes, sequences=True)
+        if plan is not None:
+            self._run(self._bind("Backward", given, plan, loaded), dgates)
+            return
+        if w is None:
+            self._bind("Backward", given).run(0, self.stream)
             return
         product = w.new_empty(layer.recurrences, layer.batch, layer.hidden)
-        loop = self._bind(self.module.Backward, None, given | {"given": product.data_ptr()})
+        loop = self._bind("Backward", given | {"given": product.data_ptr()})
         pull = self._to_the_step_before(dgates, w, product)
         for step in range(end - 1, begin - 1, -1):
             pull(step + 1)

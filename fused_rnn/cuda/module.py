@@ -41,6 +41,11 @@ def emulating(module: Any) -> Iterator[None]:
         _emulated = before
 
 
+def emulates() -> bool:
+    """Whether another module stands in its place."""
+    return _emulated is not None
+
+
 def device_index(device: torch.device) -> int:
     return 0 if device.type == "cpu" else int(torch.cuda.current_device() if device.index is None else device.index)
 

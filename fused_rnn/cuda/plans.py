@@ -34,26 +34,31 @@ def precision(dtype: torch.dtype) -> int:
     return PRECISIONS.index(precision_of(dtype, tf32_allowed()))
 
 
-def choose(device: int, *sizes: int) -> Any | None:
-    """The module's plan, or None where the loop runs a step at a time. sizes: as fused_rnn.plan.make has them."""
-    return _choose(module.loaded(), _forced, device, sizes)
+def forced() -> Forced:
+    """What plans are not left to the planner."""
+    return _forced
 
 
-def ask(device: int, *sizes: int) -> Plan:
+def choose(device: int, *sizes: int, fewer: int = 0) -> Any | None:
+    """The module's plan, or None where the loop runs a step at a time. Arguments as fused_rnn.plan.make has them."""
+    return _choose(module.loaded(), _forced, device, sizes, fewer)
+
+
+def ask(device: int, *sizes: int, fewer: int = 0) -> Plan:
     """Likewise, to be read."""
     loops, name = module.loaded(), PRECISIONS[sizes[0]]
     found = _device(loops, device)
-    native = choose(device, *sizes)
+    native = choose(device, *sizes, fewer=fewer)
     if native is None and _forced.exchange == "stepwise":
         return Plan("stepwise", name, Device.of(found), reason="as asked for")
-    return read(native or make(loops, sizes, found, Forced()), name, Device.of(found))
+    return read(native or make(loops, sizes, found, Forced(), fewer), name, Device.of(found))
 
 
 @lru_cache(maxsize=4096)
-def _choose(loops: Any, forced: Forced, device: int, sizes: tuple[int, ...]) -> Any | None:
+def _choose(loops: Any, forced: Forced, device: int, sizes: tuple[int, ...], fewer: int) -> Any | None:
     if forced.exchange == "stepwise" or PRECISIONS[sizes[0]] == "f64":
         return None
-    plan = make(loops, sizes, _device(loops, device), forced)
+    plan = make(loops, sizes, _device(loops, device), forced, fewer)
     if plan.refusal and forced != Forced():
         raise RuntimeError(f"no plan with {forced}: {plan.refusal}")
     return None if plan.refusal else plan

@@ -21,7 +21,7 @@ from fused_rnn.triton.device import activation_of
 from fused_rnn.triton.forward import fwd_kernel
 from fused_rnn.triton.schedule import Schedule
 from fused_rnn.triton.target import ARCHITECTURES
-from fused_rnn.triton.trips import trips
+from fused_rnn.triton.trips import LINE, trips
 
 DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
@@ -136,6 +136,11 @@ def _cuobjdump(kernel: Any, what: str) -> str:
         file.write(kernel.asm["cubin"])
         file.flush()
         return subprocess.run([tool, what, file.name], capture_output=True, text=True, check=True).stdout
+
+
+def instructions(kernel: Any) -> int:
+    """How many there are in the machine code, on NVIDIA."""
+    return len(LINE.findall(_cuobjdump(kernel, "-sass")))
 
 
 def _report_cuda(kernel: Any, hold: bool) -> Report:

@@ -312,6 +312,8 @@ def bwd_kernel(
             sums = ()
             for g in tl.static_range(G):
                 d = tl.where(live[:, None], d_gates[APART + g], 0.0).to(w.dtype.element_ty)
+                if H != BH:  # see forward
+                    d = tl.where(own, d, 0.0)
                 sums = sums + (dot(rounded(d, PRECISION), held[g], tl.full((BB, BH), 0.0, tl.float32), PRECISION),)
             ds = add_to_first(ds, total(sums, G))
         if NT != 1:

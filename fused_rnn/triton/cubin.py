@@ -43,10 +43,10 @@ class Job(NamedTuple):
     variant: tuple[str, ...]
 
     def __str__(self) -> str:
-        name = "bwd" if self.shape.backward else "fwd"
+        name, hidden = "bwd" if self.shape.backward else "fwd", self.shape.hidden
         what = "+".join(self.variant) or "plain"
         return (
-            f"{self.arch:<7} {name} {title(self.shape.cell):<8} {self.dtype:<8} {self.precision} H={self.shape.hidden:<5}"
+            f"{self.arch:<7} {name} {title(self.shape.cell):<8} {self.dtype:<8} {self.precision} H={hidden:<5}"
             f"{what:<18} {self.schedule}"
         )
 

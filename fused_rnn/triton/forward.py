@@ -285,6 +285,8 @@ def fwd_kernel(
                 tl.debug_barrier()  # a team of one: what its threads stored is what its threads read next
         if REGISTERS:
             new = after[0].to(h.dtype)
+            if H != BH:  # a formula may make a NaN of the zeros beyond H, which the product would spread
+                new = tl.where(own, new, 0.0)
             h = tl.where(valid[:, None], new, h) if HAS_LENGTHS else new
         # After the arrival: the team need not wait for what only backward reads.
         if SAVE:

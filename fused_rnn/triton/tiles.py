@@ -87,9 +87,9 @@ def _too_heavy(shape: Shape) -> bool:
 
 
 def _lighter(shape: Shape, tile: Tile) -> Tile:
-    """A streamed tile for a cell heavier than an LSTM, which leaves registers free in few of them: with fewer units."""
-    large = tile.batch * tile.units >= 256 * tile.warps
-    return replace(tile, units=tile.units // 2) if large and _too_heavy(shape) else tile
+    """A streamed tile for a cell heavier than an LSTM, whose large ones leave few registers free: with fewer rows. Of
+    fewer units warps would repeat each other's products."""
+    return replace(tile, batch=16) if _too_heavy(shape) else tile
 
 
 def stream(shape: Shape, target: Target, large: bool) -> Tile:
@@ -127,4 +127,6 @@ def _held_as(shape: Shape, target: Target, tile: Tile) -> Tile:
         return tile
     if target.arch.startswith("sm_8" if tile.units < 32 else "sm_10"):  # deeper steps spill there
         tile = replace(tile, depth=min(tile.depth, 64))
+    if shape.kind == "tf32" and tile.units < 32 and _too_heavy(shape):
+        tile = replace(tile, depth=32)
     return replace(tile, ahead=tile.ahead and tile.batch < 32 and not _odd(shape))

@@ -71,6 +71,7 @@ def call_of(case: ProgramCase, seed: int = 0) -> LayerCall:
     shapes = found.shapes(cell, case.D, case.H, case.H) * len(directions)
     weights = [normal(*shape) * case.H**-0.5 if shape != (case.H,) else normal(*shape) * 0.5 for shape in shapes]
     states = [normal(len(directions), case.B, case.H) for _ in cell.states] if case.hx else []
+    random.manual_seed(seed + 1)
     lengths = torch.randint(0, case.T + 1, (case.B,), generator=random)
     if case.B > 2:
         lengths[0], lengths[-1] = 0, case.T

@@ -41,6 +41,16 @@ def test_all_of_them_are_right(isa: str) -> None:
     assert "skipped" not in done.stdout.splitlines()[-1]
 
 
+@pytest.mark.parametrize("isa", NAMES[1:])
+def test_programs_by_all_of_them(isa: str) -> None:
+    files = ["tests/cpu/test_programs.py", "tests/cpu/test_program_functions.py"]
+    selection = "test_of_one or test_of_more or many_go_together or test_any_counts or built_in"
+    arguments = ["-q", "-p", "no:cacheprovider", *files, "-k", selection]
+    done = run(isa, f"import sys, pytest; sys.exit(pytest.main({arguments}))")
+    assert done.returncode == 0, done.stdout
+    assert "passed" in done.stdout
+
+
 def test_an_unknown_name_is_an_error() -> None:
     require("cpu", Case("lstm"))
     done = run("sse9", "from fused_rnn import _C; print(_C.isa())")

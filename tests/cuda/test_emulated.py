@@ -21,7 +21,7 @@ from fused_rnn.cells import CELLS, Cell
 
 from .emulated import cases, mutations
 
-DRIVER, HEADER = (Path(cases.__file__).parent / name for name in ("drive.py", "three_states.h"))
+DRIVER, HEADER = (Path(cases.__file__).parent / name for name in ("drive.py", "more_cells.h"))
 pytestmark = pytest.mark.skipif(shutil.which(build.CXX) is None, reason=f"no {build.CXX}")
 
 # Every cell in every precision, and of these six with all of their tiles, not the smallest alone.
@@ -37,6 +37,37 @@ SEEDS = 2  # the cases share no schedule: each new one meets others
 @functools.cache
 def sanitized() -> list[cases.Case]:
     return cases.pairwise(SANITIZED, SMALLEST, seed=1)
+
+
+def _three_states(x: Sequence[Tensor], r: Sequence[Tensor], s: Sequence[Tensor], params: Sequence[Tensor]) -> Any:
+    (h, c, n), (p, q) = s, params
+    i = (x[0] + r[0] + p * c).sigmoid()
+    c = i * c + (x[1] + i * r[1]).tanh()
+    n = i * n + q * c
+    return n + i * (h - c), c, n
+
+
+def _alone(x: Sequence[Tensor], _: Sequence[Tensor], s: Sequence[Tensor], params: Sequence[Tensor]) -> Any:
+    f = (x[0] + params[0] * s[0]).sigmoid()
+    c = f * s[1] + (1 - f) * x[1]
+    return c.tanh(), c
+
+
+MORE_CELLS = {
+    "three_states": Cell("three_states", 2, ("h", "c", "n"), 3, _three_states, ("p", "q"), apart=1, reads_h=True),
+    "alone": Cell("alone", 2, ("h", "c"), 2, _alone, ("p",), reads_h=True, recurrent=False),
+}
+
+
+@pytest.fixture
+def more_cells(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, cell in MORE_CELLS.items():
+        monkeypatch.setitem(CELLS, name, cell)
+
+
+def more_for(instance: build.Instance) -> Path | None:
+    """The header of a cell that is not among the built-in ones."""
+    return None if instance.cell in build.CELLS else HEADER
 
 
 def drive(flavour: str, library: Path, told: list[cases.Case], seeds: int, folder: Path, cut: str = "") -> str:
@@ -93,14 +124,18 @@ def test_a_write_past_a_global_array_is_caught(cut: str, tmp_path: Path) -> None
     assert "AddressSanitizer: heap-buffer-overflow" in found, found
 
 
+@pytest.mark.usefixtures("more_cells")
 @pytest.mark.parametrize("name", mutations.MUTATIONS)
 def test_mistake_is_caught(name: str, tmp_path: Path) -> None:
     mutation = mutations.MUTATIONS[name]
-    library = build.module(mutation.by, [mutation.instance], mutations.plant(mutation, tmp_path))
+    library = build.module(
+        mutation.by, [mutation.instance], mutations.plant(mutation, tmp_path), more_for(mutation.instance)
+    )
     found = drive(mutation.by, library, list(mutation.cases), mutations.SEEDS[mutation.by], tmp_path)
     assert mutation.says in found, found or "not caught"
 
 
+@pytest.mark.usefixtures("more_cells")
 @pytest.mark.parametrize("by", list(build.FLAVOURS))
 def test_without_a_mistake_all_is_well(by: str, tmp_path: Path) -> None:
     """What is caught above is caught because of the mutation."""
@@ -109,27 +144,41 @@ def test_without_a_mistake_all_is_well(by: str, tmp_path: Path) -> None:
         if mutation.by == by:
             told[mutation.instance] |= set(mutation.cases)
     for instance, some in told.items():
-        library = build.module(by, [instance])
+        library = build.module(by, [instance], more=more_for(instance))
         assert not (found := drive(by, library, sorted(some), mutations.SEEDS[by], tmp_path)), found
 
 
-@pytest.mark.parametrize("exchange", ["cta", "cluster 2", "grid", "stepwise"])
-def test_a_cell_is_one_header(exchange: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three states, h read by the formula, a gate apart: nothing but the header knows of it."""
-
-    def step(x: Sequence[Tensor], r: Sequence[Tensor], states: Sequence[Tensor], _: Sequence[Tensor]) -> Any:
-        i, (h, c, n) = (x[0] + r[0]).sigmoid(), states
-        c = i * c + (x[1] + i * r[1]).tanh()
-        n = i * n + c
-        return n + i * (h - c), c, n
-
-    name = "three_states"
-    described = Cell(name, gates=2, states=("h", "c", "n"), saved=3, step=step, apart=1, reads_h=True)
-    monkeypatch.setitem(CELLS, name, described)
-    library = build.module("plain", [build.Instance(name, "ieee", True)], more=HEADER)
+@pytest.mark.usefixtures("more_cells")
+@pytest.mark.parametrize(
+    ("name", "exchange"),
+    [*(("three_states", exchange) for exchange in ("cta", "cluster 2", "grid", "stepwise")), ("alone", "cta")],
+)
+def test_a_cell_is_one_header(name: str, exchange: str, tmp_path: Path) -> None:
+    """Three states, h read by the formula, a gate apart, params; no W_hh: nothing but the header knows of it."""
+    instances = [build.Instance(each, "ieee", smallest=True) for each in MORE_CELLS]
+    library = build.module("asan", instances, more=HEADER)
     widths = {"cta": 17, "cluster 2": 33, "grid": 33, "stepwise": 17}
     told = [
-        cases.Case(name, "ieee", exchange, 5, 3, widths[exchange], "fr", True, True, save, every)
-        for save, every in (("saved", 2), ("saved", 3), ("recompute", 2))
+        cases.Case(name, "ieee", exchange, 5, 3, widths[exchange], "fr", True, True, save, every, sequences=sequences)
+        for save, every, sequences in (
+            ("saved", 2, False),
+            ("saved", 3, True),
+            ("recompute", 2, False),
+            ("recompute", 2, True),
+            ("none", 2, True),
+        )
     ]
-    assert not (found := drive("plain", library, told, 1, tmp_path)), found
+    assert not (found := drive("asan", library, told, 1, tmp_path)), found
+
+
+@pytest.mark.usefixtures("more_cells")
+@pytest.mark.parametrize("name", MORE_CELLS)
+def test_races_of_a_cell_with_params(name: str, tmp_path: Path) -> None:
+    library = build.module("races", [build.Instance(name, "bf16", smallest=True)], more=HEADER)
+    exchanges = ("cta", "cluster 2", "grid", "stepwise")[:: 1 if MORE_CELLS[name].recurrent else 4]
+    told = [
+        cases.Case(name, "bf16", exchange, 4, 3, 17 + 16 * (exchange == "grid"), save=save, sequences=True)
+        for exchange in exchanges
+        for save in ("saved", "recompute")
+    ]
+    assert not (found := drive("races", library, told, 1, tmp_path)), found

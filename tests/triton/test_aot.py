@@ -40,6 +40,37 @@ def test_kernels_compile_without_spills(chosen: list[str]) -> None:
     assert (", 1 trips to memory" in done.stdout) == ("tf32" in chosen)
 
 
+# Of the LSTM as a program and by hand what the machine code takes, in the loops that training runs.
+GENERATED = """
+import sys
+from fused_rnn.cells import CELLS
+from fused_rnn.triton import aot, planner
+from fused_rnn.triton.compile import SPILLS
+from fused_rnn.triton.schedule import shape_of
+from fused_rnn.triton.target import ARCHITECTURES
+sys.path.insert(0, "tests/common")
+from programs import LSTM
+
+for hidden, backward in ((128, False), (512, True)):
+    lengths = []
+    for name in ("lstm", LSTM):
+        cell = CELLS[name]
+        schedule = planner.shipped(shape_of(cell, "half", hidden, backward), ARCHITECTURES["sm_90"])[0]
+        variant = ("lengths", "reset") if backward else ("lengths", "reset", "save")
+        kernel = aot.compile_kernel(cell, "bfloat16", "ieee", hidden, schedule, "sm_90", backward, variant, 255)
+        assert aot.report(kernel, "sm_90", schedule.hold).spills <= SPILLS
+        lengths.append((schedule, aot.instructions(kernel)))
+    (by_hand, hand_written), (printed, generated) = lengths
+    assert by_hand == printed
+    assert generated <= 1.1 * hand_written, (hidden, backward, generated, hand_written)
+"""
+
+
+def test_a_generated_lstm_is_no_longer_than_the_one_by_hand() -> None:
+    done = run("-c", GENERATED)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_what_counts_as_a_fault() -> None:
     from fused_rnn.triton import planner
     from fused_rnn.triton.compile import SPILLS

@@ -21,9 +21,12 @@ from triton_cases import DEVICE, LOOPS, MARKS, quicker_interpreter
 
 from fused_rnn.backends import triton as backend
 from fused_rnn.call import BackwardCall, LayerCall
-from fused_rnn.cells.program import ARITY, BINARY, PREFIX, TERNARY, UNARY, parse
+from fused_rnn.cells import CELLS
+from fused_rnn.cells.program import ARITY, BINARY, PREFIX, TERNARY, UNARY, Instruction, parse
 from fused_rnn.problem import Problem
 from fused_rnn.triton import cells, planner, printer
+from fused_rnn.triton.schedule import shape_of
+from fused_rnn.triton.target import ARCHITECTURES
 
 pytestmark = MARKS
 
@@ -61,6 +64,21 @@ def test_every_cell(cell: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPat
 def test_every_loop(cell: str, loop: str, save: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fused_rnn.call.CHECKPOINT_EVERY", 2)
     check(ProgramCase(cell, lengths=True, reset=True, sequences=True, save=save, bidirectional=True), **LOOPS[loop])
+
+
+# h' = tanh(x + r) / p, a NaN of the zeros that stand for units beyond H.
+DIVIDED = (
+    PREFIX + "divided|1 0 1|h|p|tanh 0,div 3 2>4;3|div 4 3,tanh_backward 5 0,const 0.0,mul 4 2,div 8 3,neg 9>6;7;10"
+)
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_what_a_formula_makes_beyond_h_stays_there(loop: str) -> None:
+    call = on_device(call_of(ProgramCase(DIVIDED)))
+    call = call._replace(weights=[*call.weights[:-1], call.weights[-1].abs() + 1])
+    with planner.override(**LOOPS[loop]):
+        ours = program_cases.by_backend(call, backend)
+    assert_as_good_as_torch(ours, by_loop(call), by_reference(call))
 
 
 @pytest.mark.parametrize(("name", "program"), [("lstm", LSTM), ("gru", GRU)])
@@ -206,3 +224,36 @@ def test_supports_programs_alone_of_what_is_unknown() -> None:
     assert "forward: loop solo, team of 5, W_hh streamed" in backend.describe(
         problem._replace(cell=CELLS_BY_NAME["indrnn"], hidden_size=130)
     )
+
+
+# --- schedules
+
+
+def test_tiles_are_smaller_for_a_cell_with_more_values() -> None:
+    """Of an LSTM as a program the same schedules as by hand; of one whose units hold twice as much fewer rows."""
+    target = ARCHITECTURES["sm_90"]
+    wide = parse(LSTM)
+    more = tuple(Instruction("mul", (8, i % 8)) for i in range(24))  # all alive until the last
+    total = [Instruction("add", (wide.backward.inputs + 14 + i, 8)) for i in range(24)]
+    code = (*wide.backward.code, *more, *total)
+    outputs = (*wide.backward.outputs[:2], ())
+    heavy = wide._replace(title="heavy", backward=wide.backward._replace(code=code, outputs=outputs))
+    for kind in ("half", "tf32", "ieee"):
+        for hidden in (128, 512, 2048):
+            by_hand, printed, larger = (
+                planner.shipped(shape_of(CELLS[name], kind, hidden, True), target)
+                for name in ("lstm", LSTM, heavy.text)
+            )
+            assert by_hand == printed
+            streamed = [s.tile.batch for s in larger if not s.hold and not s.registers]
+            assert all(rows == 16 for rows in streamed)
+            assert any(s.tile.batch > 16 for s in by_hand) or by_hand[0].registers
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_a_cell_without_w_hh_needs_no_team(arch: str) -> None:
+    shape = shape_of(CELLS[CELLS_BY_NAME["sru"]], "half", 512, True)
+    for batch in (1, 64, 4096):
+        schedule = planner.choose(shape, ARCHITECTURES[arch], batch, 2)
+        assert schedule.loop == "solo" and schedule in planner.shipped(shape, ARCHITECTURES[arch])
+        assert schedule.team * schedule.tile.units == 512

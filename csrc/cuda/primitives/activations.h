@@ -1,9 +1,7 @@
 // The GPU's math policies for csrc/cells. NaN in, NaN out.
 #pragma once
+#include "../../cells/math.h"
 #include "platform.h"
-#if defined(FUSED_RNN_EMULATE)
-#include <cmath>
-#endif
 
 namespace fused_rnn::cuda {
 
@@ -49,20 +47,15 @@ FUSED_RNN_DEVICE float multiply_add(float a, float b, float c) {
 
 // ---- the policies
 
-struct Rectifier {
-  static constexpr float one = 1;
-  static FUSED_RNN_DEVICE float relu(float x) { return x < 0 ? 0.0f : x; }
-  static FUSED_RNN_DEVICE float relu_gradient(float h, float dh) { return h <= 0 ? 0.0f : dh; }
-};
-
 // For results that are stored in 16 bits: one instruction of about 11 bits a tanh, and so a sigmoid.
-struct Fast : Rectifier {
+struct Fast : Operations<float> {
+  static FUSED_RNN_DEVICE float exp(float x) { return exp2_approx(1.44269504f * x); }
   static FUSED_RNN_DEVICE float tanh(float x) { return tanh_approx(x); }
   static FUSED_RNN_DEVICE float sigmoid(float x) { return multiply_add(0.5f, tanh_approx(0.5f * x), 0.5f); }
 };
 
 // For float32: a few ulp, also relative to results near 0.
-struct Exact : Rectifier {
+struct Exact : Operations<float> {
   // 1 / (1 + exp(-x)). For large -x the product with log2(e) needs more bits than a float has: `rest` is what it lost.
   static FUSED_RNN_DEVICE float sigmoid(float x) {
     constexpr float kLog2e = 1.44269504f, kLog2eRest = 1.92596299e-8f, kLn2 = 0.693147181f;

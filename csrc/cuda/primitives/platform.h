@@ -9,6 +9,7 @@
 
 #define FUSED_RNN_DEVICE inline
 #define FUSED_RNN_KERNEL(...) inline void
+#define FUSED_RNN_INSTANCE void
 #define FUSED_RNN_GRID_CONSTANT
 #define FUSED_RNN_UNROLL
 #define threadIdx (::fused_rnn::emulator::thread_index())
@@ -20,6 +21,7 @@
 
 #define FUSED_RNN_DEVICE __device__ __forceinline__
 #define FUSED_RNN_KERNEL(...) __global__ void __launch_bounds__((__VA_ARGS__), 1)
+#define FUSED_RNN_INSTANCE __global__ void
 #define FUSED_RNN_GRID_CONSTANT __grid_constant__
 #define FUSED_RNN_UNROLL _Pragma("unroll")
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from cuda_cases import PRECISIONS
+from emulated_build import CELLS as BUILT_IN
 from tolerances import TIMES_TORCH, ULPS, error
 from torch import Tensor
 
@@ -46,10 +47,11 @@ class Case(NamedTuple):
     save: str = "saved"  # none, saved, recompute (by windows of `every` steps)
     every: int = 2
     rows: int = 8
+    sequences: bool = False  # states over time are returned, and have gradients
 
     @property
     def name(self) -> str:
-        options = ("lengths" * self.lengths, "reset" * self.reset, self.save)
+        options = ("lengths" * self.lengths, "reset" * self.reset, "sequences" * self.sequences, self.save)
         shape = f"T{self.T} B{self.B} H{self.H} {self.directions} rows{self.rows}"
         return " ".join([self.cell, self.precision, self.exchange, shape, *filter(None, options)])
 
@@ -65,6 +67,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "save": ("saved", "none", "recompute"),
     "every": (2, 3),
     "rows": (8, 16, 32),
+    "sequences": (False, True),
 }
 
 
@@ -80,6 +83,8 @@ SMALL: dict[str, tuple[Any, ...]] = {
 def _possible(row: dict[str, Any], smallest: set[tuple[str, str]]) -> bool:
     kind, members, widths = EXCHANGES[row["exchange"]]
     if row["H"] not in widths or (row["cell"].startswith("rnn") and row["save"] == "recompute"):
+        return False
+    if row["sequences"] and len(CELLS[row["cell"]].states) == 1:
         return False
     if row["precision"] == "f64" and kind >= 0:
         return False
@@ -150,15 +155,20 @@ def job(case: Case) -> dict[str, Any]:
 
     given = {
         "gx": normal(steps, batch, recurrences, spec.gates, units),
-        "w": normal(recurrences, spec.gates, units, units, scale=units**-0.5),
         "bias": normal(recurrences, spec.apart, units, scale=0.3),
         "dy": normal(steps, batch, recurrences, units),
         "lengths": torch.full((batch,), steps),
         "reset": torch.zeros(steps, batch, dtype=torch.int32),
     }
+    if spec.recurrent:
+        given["w"] = normal(recurrences, spec.gates, units, units, scale=units**-0.5)
+    if spec.params:
+        given["params"] = normal(recurrences, len(spec.params), units)
     for i in range(len(spec.states)):
         given[f"s{i}"] = normal(recurrences, batch, units, scale=0.5)
         given[f"ds{i}"] = normal(recurrences, batch, units)
+        if case.sequences and i:
+            given[f"dq{i}"] = normal(steps, batch, recurrences, units)
     if case.lengths:  # one sequence at least is whole, and where there are several one is empty
         given["lengths"] = torch.randint(1, steps + 1, (batch,), generator=generator)
         given["lengths"][0], given["lengths"][batch // 2] = 0, steps
@@ -178,7 +188,7 @@ def job(case: Case) -> dict[str, Any]:
         allowed = {name: 1e-11 * max(1.0, float(t.abs().max())) for name, t in right.items()}
 
     past = torch.arange(steps)[:, None] >= given["lengths"]
-    for name in ("gx", "dy"):  # nobody may use these
+    for name in ("gx", "dy", *(name for name in given if name.startswith("dq"))):  # nobody may use these
         given[name] = given[name].clone()
         given[name][past] = float("nan")
     wide = torch.float64 if dtype == torch.float64 else torch.float32
@@ -196,6 +206,9 @@ def job(case: Case) -> dict[str, Any]:
             "saved": spec.saved,
             "apart": spec.apart,
             "reads_h": spec.reads_h,
+            "params": len(spec.params),
+            "recurrent": spec.recurrent,
+            "persistent_sequences": case.cell not in BUILT_IN,
         },
         "given": arrays,
         "right": {name: t.numpy() for name, t in right.items()},

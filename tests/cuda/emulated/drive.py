@@ -54,6 +54,7 @@ class Run:
         self.cell, self.kind = case["cell"], KINDS.index(case["precision"])
         self.G, self.S, self.apart, self.states = spec["gates"], spec["saved"], spec["apart"], spec["states"]
         self.first = 0 if spec["reads_h"] else 1  # state that is carried
+        self.recurrent, self.persistent_sequences = spec["recurrent"], spec["persistent_sequences"]
         self.storage = TYPES[case["precision"]]
         self.wide = np.float64 if self.storage is np.float64 else np.float32
         self.given = {name: np.array(a) for name, a in job["given"].items()}
@@ -68,6 +69,8 @@ class Run:
         self.y = self.poisoned("y", self.T, self.B, self.R, self.H)
         self.dgates = self.poisoned("dgates", self.T, self.B, self.R, self.G + self.apart, self.H)
         self.dstates = [self.given[f"ds{i}"].copy() for i in range(self.states)]
+        # Others have left something there.
+        self.dparams = np.ones((self.R, self.B, spec["params"], self.H), self.wide) if spec["params"] else None
 
     def poisoned(self, name: str, *shape: int, dtype: Any = None) -> Array:
         dtype = np.dtype(dtype or self.storage)
@@ -155,17 +158,22 @@ class Run:
         self.saved = self.poisoned("saved", *steps, self.S, self.H) if self.S and save == "saved" else None
         self.are_wide = every == 3  # histories: both occur
         kept = self.wide if self.are_wide else None
-        self.histories = [self.poisoned("history", *steps, self.H, dtype=kept) for _ in others if save == "saved"]
+        if case["sequences"]:
+            self.are_wide, kept = False, None
+        over_time = save == "saved" or case["sequences"]
+        self.histories = [self.poisoned("history", *steps, self.H, dtype=kept) for _ in others if over_time]
         rows = (-(-self.T // every), self.R, self.B, self.H)
         self.checkpoints = [self.poisoned("checkpoint", *rows, dtype=self.wide) for _ in others if save == "recompute"]
         carried = [given[f"wide s{i}"].copy() for i in range(self.first, self.states)]
         h_n = self.poisoned("h_n", self.R, self.B, self.H)
         loop = {
-            "gx": given["gx"], "w": given["w"], "bias": given["bias"], "h0": given["s0"], "carried": carried,
-            "y": self.y, "h_n": h_n, "saved": self.saved, "histories": self.histories, "wide": self.are_wide,
-            "checkpoints": self.checkpoints, "every": every,
+            "gx": given["gx"], "w": given.get("w"), "bias": given["bias"], "params": given.get("params"),
+            "h0": given["s0"], "carried": carried, "y": self.y, "h_n": h_n, "saved": self.saved,
+            "histories": self.histories, "wide": self.are_wide, "checkpoints": self.checkpoints, "every": every,
         }  # fmt: skip
-        if case["kind"] < 0:
+        if not self.recurrent:
+            self.bind("Forward", None, loop).run(0, 0)
+        elif case["kind"] < 0:
             self.forward_by_steps(loop)
         else:
             self.run_planned("Forward", loop)
@@ -173,6 +181,8 @@ class Run:
         self.check("end0", h_n)
         for i in others:
             self.check(f"end{i}", carried[i - self.first])
+        for i, over_time in enumerate(self.histories, 1):
+            self.check(f"sequence{i}", over_time)
         for i, rows in enumerate(self.checkpoints, 1):
             self.check(f"entered{i}", rows, self.right[f"entered{i}"][::every])
 
@@ -203,12 +213,14 @@ class Run:
         self.check("dgates", self.dgates)
         for i, d in enumerate(self.dstates):
             self.check(f"d{i}", d)
+        if self.dparams is not None:
+            self.check("dparams", self.dparams - 1)
 
     def backward_over(self, first: int, last: int) -> None:
         """A window whose gates are made again from its first states and from y."""
         steps = (last - first, self.B, self.R)
         given = self.poisoned("given", self.T, self.B, self.R, self.G, self.H)
-        for step in range(first, last):
+        for step in range(first, last) if self.recurrent else ():
             found = narrow(self.product(np.stack([self.entering(r, step) for r in range(self.R)])), self.storage)
             for r in range(self.R):
                 given[self.time(r, step), :, r] = found[:, r]
@@ -218,8 +230,8 @@ class Run:
         h = self.poisoned("h", self.R, self.B, self.H, dtype=self.wide)
         loop = {
             "window": (first, last), "gx": self.window(self.given["gx"], first, last), "bias": self.given["bias"],
-            "given": self.window(given, first, last), "h0": self.given["s0"], "hidden": self.y, "saved": saved,
-            "histories": histories,
+            "given": self.window(given, first, last) if self.recurrent else None, "params": self.given.get("params"),
+            "h0": self.given["s0"], "hidden": self.y, "saved": saved, "histories": histories,
             "wide": True, "carried": [h, *(rows.copy() for rows in entered)][self.first :],
         }  # fmt: skip
         self.bind("Forward", None, loop).run(0, 0)
@@ -231,9 +243,14 @@ class Run:
         first, last = window
         loop = {
             "window": window, "states": [self.y, *histories], "first": [self.given["s0"], *first_of], "saved": saved,
-            "wide": wide, "dy": self.given["dy"], "w": self.given["w"], "dgates": self.dgates, "dstates": self.dstates,
+            "wide": wide, "dy": self.given["dy"], "w": self.given.get("w"), "dgates": self.dgates,
+            "dstates": self.dstates, "params": self.given.get("params"), "dparams": self.dparams,
+            "dsequences": [self.given[f"dq{i}"] for i in range(1, self.states) if self.case["sequences"]],
         }  # fmt: skip
-        if self.case["kind"] >= 0:
+        if not self.recurrent:
+            self.bind("Backward", None, loop).run(0, 0)
+            return
+        if self.case["kind"] >= 0 and (self.persistent_sequences or not self.case["sequences"]):
             self.run_planned("Backward", loop)
             return
         product = self.poisoned("product", self.R, self.B, self.H)

@@ -23,6 +23,9 @@ GRID = Case("lstm", "bf16", "grid", 4, 3, 33)
 ALIGNED = Case("lstm", "bf16", "grid", 4, 3, 48)  # rows of W_hh are whole vectors
 RESET = CTA._replace(reset=True, T=7)
 RECOMPUTED = CTA._replace(T=7, save="recompute")
+PARAMS = Case("three_states", "bf16", "cta", 4, 3, 17, "fr", save="recompute")
+ENDS = Case("three_states", "bf16", "cta", 4, 3, 17, "fr", lengths=True, sequences=True)
+ALONE = Case("alone", "bf16", "cta", 4, 3, 17, "fr", lengths=True)
 WINDOWS = Case("gru", "bf16", "cta", 7, 3, 17, "fr", save="recompute")
 
 
@@ -229,6 +232,38 @@ MUTATIONS: dict[str, Mutation] = {
     ),
     "backward: a gradient passes a reset": Mutation(
         "cuda/unit_bwd.h", "dstate_[0] += reaches_ ? product", "dstate_[0] += true ? product", "plain", WRONG, (RESET,)
+    ),
+    # ---- params, states over time, no W_hh
+    "backward: a param's gradient of the last step alone": Mutation(
+        "cuda/unit_bwd.h", "dparams_[k] += dparams[k]", "dparams_[k] = dparams[k]", "plain", WRONG, (PARAMS,)
+    ),
+    "backward: what another window gave a param is forgotten": Mutation(
+        "cuda/unit_bwd.h", "if (p.dparams) dparams_[k] =", "if (false) dparams_[k] =", "plain", WRONG, (PARAMS,)
+    ),
+    "backward: the params of the first recurrence": Mutation(
+        "cuda/unit_bwd.h",
+        "p.params)[(r * Cell::params",
+        "p.params)[(0 * r * Cell::params",
+        "plain",
+        WRONG,
+        (PARAMS,),
+    ),
+    "backward: two sequences give one sum": Mutation(
+        "cuda/unit_bwd.h", "(int64_t(at.r * p.steps.B + at.b)", "(int64_t(at.r * p.steps.B)", "races", "RACE", (PARAMS,)
+    ),
+    "forward: a state over time past its end": Mutation(
+        "cuda/unit_fwd.h", "const Acc value = valid ?", "const Acc value = true ?", "plain", WRONG, (ENDS,)
+    ),
+    "backward: no gradient of a state over time": Mutation(
+        "cuda/unit_bwd.h", "dstate[s + 1] += widen(dsequences_[s])", "(void)s", "plain", WRONG, (ENDS,)
+    ),
+    "backward without W_hh: of the first step alone": Mutation(
+        "cuda/pointwise.h",
+        "for (int step = p.steps.step1 - 1;",
+        "for (int step = p.steps.step0;",
+        "plain",
+        WRONG,
+        (ALONE,),
     ),
     "forward: a checkpoint a step late": Mutation(
         "cuda/unit_fwd.h", "(step + 1) % p.every == 0", "step % p.every == 0", "plain", WRONG, (RECOMPUTED,)

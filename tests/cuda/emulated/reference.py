@@ -31,39 +31,53 @@ class _ProductInTf32(torch.autograd.Function):
 def run(cell: str, given: Tensors, backwards: list[bool], dtype: torch.dtype, tf32: bool = False) -> Tensors:
     """A loop's results forward and backward, and the states that entered each step in the recurrence's own order.
 
-    given: gx, w, bias, dy; of each state s0, s1, .. at the start, ds0, .. the gradient at the end; lengths, reset.
+    given: gx, w, bias, params, dy; of each state s0, s1, .. at the start, ds0, .. the gradient at the end, dq1, .. that
+    over time; lengths, reset.
     """
     spec = CELLS[cell]
     own = {name: t.to(dtype).requires_grad_() for name, t in given.items() if name not in ("lengths", "reset")}
-    gx, w, states = own["gx"], own["w"], [own[f"s{i}"] for i in range(len(spec.states))]
+    gx, w, states = own["gx"], own.get("w"), [own[f"s{i}"] for i in range(len(spec.states))]
+    params = own.get("params", torch.zeros(len(backwards), 0, gx.shape[-1]))
+    # A tensor for each sequence, whose gradients are a param's that its units give.
+    each = [params[r].unsqueeze(1).expand(-1, gx.shape[1], -1) for r in range(len(backwards))]
     steps, batch, recurrences, gates, units = gx.shape
     joined = gates - spec.apart
     # Finds the gradients of the recurrent side of the gates whose two sides enter the cell apart.
     probe = torch.zeros(steps, batch, recurrences, spec.apart, units, dtype=dtype, requires_grad=True)
-    ys, ends, entered = [], [], []
+    ys, ends, entered, sequences = [], [], [], []
     for r in range(recurrences):
-        now, y = [s[r] for s in states], [torch.empty(0)] * steps
+        now, y, all_states = [s[r] for s in states], [torch.empty(0)] * steps, [torch.empty(0)] * steps
         entered.append([])
         for t in range(steps - 1, -1, -1) if backwards[r] else range(steps):
             entered[r].append(torch.stack([s.detach() for s in now]))
             keep, alive = (given["reset"][t] == 0).to(dtype)[:, None], (t < given["lengths"])[:, None]
             entering = [s * keep for s in now]
-            rec = _ProductInTf32.apply(entering[0], w[r]) if tf32 else torch.einsum("bk,guk->bgu", entering[0], w[r])
-            x, sides = list(gx[t, :, r].unbind(1)), list(rec.unbind(1))
+            x, sides = list(gx[t, :, r].unbind(1)), list[Tensor]()
+            if w is not None:
+                h = entering[0]
+                rec = _ProductInTf32.apply(h, w[r]) if tf32 else torch.einsum("bk,guk->bgu", h, w[r])
+                sides = list(rec.unbind(1))
             for i in range(spec.apart):
                 sides[joined + i] = sides[joined + i] + own["bias"][r, i] + probe[t, :, r, i]
-            after = spec.step(x, sides, entering, ())
+            after = spec.step(x, sides, entering, [*each[r]])
             now = [torch.where(alive, new, old) for new, old in zip(after, now, strict=True)]
             y[t] = torch.where(alive, after[0], torch.zeros_like(after[0]))
+            all_states[t] = torch.stack([torch.where(alive, s, torch.zeros_like(s)) for s in after])
         ys.append(torch.stack(y))
+        sequences.append(torch.stack(all_states, 1))
         ends.append(torch.stack(now))
         entered[r] = torch.stack(entered[r])
-    y, last = torch.stack(ys, 2), torch.stack(ends, 1)
+    y, last, over_time = torch.stack(ys, 2), torch.stack(ends, 1), torch.stack(sequences, 3)
     loss = (y * own["dy"]).sum() + sum((end * own[f"ds{i}"]).sum() for i, end in enumerate(last))
-    d = torch.autograd.grad(loss, [gx, probe, *states], allow_unused=True, materialize_grads=True)
+    loss = loss + sum((s * own[f"dq{i}"]).sum() for i, s in enumerate(over_time) if f"dq{i}" in own)
+    wanted = [gx, probe, *states, *(each if params.numel() else [])]
+    d = torch.autograd.grad(loss, wanted, allow_unused=True, materialize_grads=True)
     found = {"y": y, "dgates": torch.cat([d[0][:, :, :, joined:], d[0][:, :, :, :joined], d[1]], 3)}
+    if params.numel():
+        found["dparams"] = torch.stack(d[2 + len(states) :]).transpose(1, 2)  # [R, B, NP, H]
     for i, end in enumerate(last):
         found |= {f"end{i}": end, f"d{i}": d[2 + i], f"entered{i}": torch.stack(entered, 2)[:, i]}  # [T, R, B, H]
+        found[f"sequence{i}"] = over_time[i]
     return {name: t.detach() for name, t in found.items()}
 
 

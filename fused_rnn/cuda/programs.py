@@ -1,0 +1,182 @@
+"""Kernels of users' cells: printed, compiled by NVRTC for the device at first use, and kept on disk.
+
+The folder is FUSED_RNN_CACHE_DIR, else fused_rnn in XDG_CACHE_HOME or ~/.cache. A file is named by all that went into
+it, and never changes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fused_rnn.cells import Cell
+from fused_rnn.cells.program import Program
+from fused_rnn.cuda import module, nvrtc, plans, printer
+from fused_rnn.cuda.printer import Kernel
+from fused_rnn.plan import PRECISIONS, fewer_blocks
+
+# (program, kernel, whether with gradients of sequences, device) → what a loop of the module is given as `loaded`.
+Load = Callable[[Program, Kernel, bool, int], int]
+
+_OPTIONS = ("-std=c++17", "--device-as-default-execution-space", "--ptxas-options=-v")
+_LARGEST = 12  # with so many blocks fewer one is left in registers, of any tile
+_emulated: Load | None = None
+_lock = threading.Lock()
+_loaded: dict[tuple[Any, ...], int] = {}
+_planned: dict[tuple[Any, ...], tuple[Any, int]] = {}
+
+
+class Spills(Exception):
+    """A kernel has not the registers that it needs."""
+
+
+@contextmanager
+def emulating(load: Load) -> Iterator[None]:
+    """Kernels for the module that stands in fused_rnn._cuda's place: for tests."""
+    global _emulated
+    before, _emulated = _emulated, load
+    try:
+        yield
+    finally:
+        _emulated = before
+
+
+def refusal() -> str | None:
+    """Why the kernels of users' cells cannot be had, or None."""
+    if module.emulates():
+        return None if _emulated is not None else "the emulator has the kernels of built-in cells alone"
+    if (reason := nvrtc.missing()) is not None:
+        return reason
+    if headers() is None:
+        return "the sources of its kernels were not installed with it"
+    return None
+
+
+@cache
+def headers() -> Path | None:
+    """The folder of csrc's headers: in an installed package, or beside it where it was built in place."""
+    package = Path(__file__).parents[1]
+    for folder in (package / "csrc", package.parent / "csrc"):
+        if (folder / "nvrtc" / "cmath").exists():
+            return folder
+    return None
+
+
+@cache
+def _content(folder: Path) -> bytes:
+    """What stands for all headers in a file's name."""
+    found = hashlib.sha256()
+    for part in ("cells", "cuda", "cuda/primitives", "nvrtc"):
+        for path in sorted(path for path in (folder / part).iterdir() if path.suffix in (".h", "")):
+            if path.is_file():
+                found.update(path.name.encode() + path.read_bytes())
+    return found.digest()
+
+
+def cache_folder() -> Path:
+    own = os.environ.get("FUSED_RNN_CACHE_DIR")
+    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "fused_rnn")
+
+
+def compiled(program: Program, kernel: Kernel, sequences: bool, arch: int) -> nvrtc.Compiled:
+    """A kernel's machine code, compiled or found. arch: 90 for sm_90."""
+    folder = headers()
+    if folder is None:
+        raise RuntimeError(refusal())
+    source = printer.source(printer.struct(program, sequences=sequences), [kernel])
+    options = [*_OPTIONS, f"--gpu-architecture={nvrtc.target(arch)}"]
+    key = hashlib.sha256(repr((source, options, nvrtc.version())).encode() + _content(folder)).hexdigest()
+    path = cache_folder() / f"{key}.kernel"
+    if (found := _read(path)) is not None:
+        return found
+    includes = [f"--include-path={folder}", f"--include-path={folder / 'nvrtc'}"]
+    made = nvrtc.compiled(source, kernel.name("Printed"), options + includes)
+    with suppress(OSError):  # a folder that cannot be written to costs time alone
+        _write(path, made)
+    return made
+
+
+def _read(path: Path) -> nvrtc.Compiled | None:
+    """What an earlier process has left."""
+    try:
+        head, _, image = path.read_bytes().partition(b"\n")
+        told = json.loads(head)
+        if told["bytes"] == len(image):
+            return nvrtc.Compiled(told["name"], image, told["spills"])
+    except (OSError, ValueError, KeyError):
+        pass
+    return None
+
+
+def _write(path: Path, made: nvrtc.Compiled) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    head = json.dumps({"name": made.name, "spills": made.spills, "bytes": len(made.image)}).encode()
+    number, part = tempfile.mkstemp(dir=path.parent)
+    with os.fdopen(number, "wb") as file:
+        file.write(head + b"\n" + made.image)
+    Path(part).replace(path)
+
+
+def _load(program: Program, kernel: Kernel, sequences: bool, device: int) -> int:
+    loops = module.loaded()
+    made = compiled(program, kernel, sequences, loops.device(device).arch)
+    if made.spills and kernel.tiles:
+        raise Spills
+    loaded: int = loops.load(made.image, made.name)
+    return loaded
+
+
+def loaded(cell: Cell, kernel: Kernel, device: int, sequences: bool = False) -> int:
+    """A kernel, for `loaded` of the module's loops on the current device; 0 of a built-in cell: the module has it."""
+    if cell.program is None:
+        return 0
+    load = _load if _emulated is None else _emulated
+    key = (module.loaded(), load, cell.name, kernel, sequences, device)
+    with _lock:
+        if key not in _loaded:
+            _loaded[key] = load(cell.program, kernel, sequences, device)
+        return _loaded[key]
+
+
+def planned(cell: Cell, device: int, sizes: tuple[int, ...], sequences: bool = False) -> tuple[Any | None, int]:
+    """The plan of a loop, or None where it runs a step at a time, and its kernel, as `loaded` gives it.
+
+    sizes: as fused_rnn.plan.make has them.  sequences: backward, with gradients of the other states over time.
+    """
+    if not cell.recurrent:
+        return None, 0
+    if cell.program is None:
+        return None if sequences else plans.choose(device, *sizes), 0
+    key = (module.loaded(), _emulated, plans.forced(), cell.name, device, sizes, sequences)
+    if key not in _planned:
+        _planned[key] = _find(cell, device, sizes, sequences)
+    return _planned[key]
+
+
+def _find(cell: Cell, device: int, sizes: tuple[int, ...], sequences: bool) -> tuple[Any | None, int]:
+    """A kernel that spills leaves a part of its weights to shared memory, by the plan that is then the best."""
+    precision, backward, kind = PRECISIONS[sizes[0]], bool(sizes[1]), ("persistent_fwd", "persistent_bwd")[sizes[1]]
+    for fewer in range(fewer_blocks(cell, precision, backward), _LARGEST + 2, 2):
+        plan = plans.choose(device, *sizes, fewer=fewer)
+        if plan is None:
+            break
+        with suppress(Spills):
+            return plan, loaded(cell, Kernel(kind, precision, plan.rows // 8, fewer), device, sequences)
+    return None, 0
+
+
+def pointwise(cell: Cell, loop: str, dtype: torch.dtype, device: int) -> int:
+    """Likewise the kernel that runs a step at a time. loop: "Forward" or "Backward"."""
+    kind = "fwd" if loop == "Forward" else "bwd"
+    number = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float64: "f64"}.get(dtype, "ieee")
+    return loaded(cell, Kernel(f"pointwise_{kind}", number), device)

@@ -1,0 +1,101 @@
+"""Kernels of users' cells over the emulator: what fused_rnn.cuda.printer prints, compiled by g++ and loaded by address.
+
+A library holds the kernels of one group, of several cells. The sources' text names it, with that of all headers.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+from collections.abc import Iterable
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import emulated_build as build
+
+from fused_rnn.cells.program import Program, parse
+from fused_rnn.cuda.printer import Kernel, source, struct
+
+FLAGS = ["-O1", "-g0", "-shared"]
+ENTRY = """
+extern "C" __attribute__((visibility("default"))) void {entry}(
+    const fused_rnn::cuda::{loop}& loop, const fused_rnn::cuda::Shape& shape, uint64_t seed, std::string& error) {{
+  error = fused_rnn::cuda::emulate(&{name}, loop, shape, seed);
+}}
+"""
+
+
+class Printed(NamedTuple):
+    """A kernel of a user's cell. text: the cell's name.  sequences: with gradients of states over time."""
+
+    text: str
+    kernel: Kernel
+    sequences: bool = False
+
+
+def kernels(text: str, precision: str, tiles: Iterable[int] = (1,)) -> list[Printed]:
+    """All of a cell in one precision."""
+    program = parse(text)
+    number = "ieee" if precision == "tf32" else precision  # pointwise, they are the same
+    made = [Printed(text, Kernel(f"pointwise_{kind}", number)) for kind in ("fwd", "bwd")]
+    for nt in tiles if program.recurrent and precision != "f64" else ():
+        made.append(Printed(text, Kernel("persistent_fwd", precision, nt)))
+        more = (False, True) if len(program.states) > 1 else (False,)
+        made += [Printed(text, Kernel("persistent_bwd", precision, nt), sequences) for sequences in more]
+    return made
+
+
+@cache
+def _headers() -> bytes:
+    found = hashlib.sha256()
+    for folder in ("cells", "cuda", "cuda/primitives", "emulated", "emulator"):
+        for path in sorted((build.CSRC / folder).glob("*.h")):
+            found.update(path.read_bytes())
+    return found.digest()
+
+
+def _source(group: tuple[Printed, ...]) -> str:
+    """One translation unit."""
+    cells = {(one.text, one.sequences): f"Cell{i}" for i, one in enumerate(group)}
+    structs = [struct(parse(text), name, sequences) for (text, sequences), name in cells.items()]
+    parts = [source("\n".join(structs), [one.kernel for one in group], instances=False)]
+    parts.append('#include "emulated/emulate.h"\n')
+    for i, (text, kernel, sequences) in enumerate(group):
+        name = kernel.name(cells[text, sequences])
+        parts.append(ENTRY.format(entry=f"entry{i}", loop=kernel.loop, name=name))
+    return "".join(parts)
+
+
+@cache
+def library(group: tuple[Printed, ...]) -> Path:
+    """The group's library. Its kernels leave the same number of blocks to shared memory."""
+    build.CACHE.mkdir(parents=True, exist_ok=True)
+    text = _source(group)
+    key = hashlib.sha256(repr([build.CXX, build.FLAGS, FLAGS, text]).encode() + _headers()).hexdigest()[:20]
+    made = build.CACHE / f"printed-{key}.so"
+    if not made.exists():
+        written, unfinished = made.with_suffix(".cpp"), made.with_suffix(".unfinished")
+        written.write_text(text)
+        command = [build.CXX, *build.FLAGS, *FLAGS, *build.DEFINES, f"-I{build.CSRC}", str(written)]
+        build._run([*command, "-o", str(unfinished)])
+        unfinished.replace(made)
+    return made
+
+
+@cache
+def _address(group: tuple[Printed, ...], place: int) -> int:
+    entry = getattr(ctypes.CDLL(str(library(group))), f"entry{place}")
+    return ctypes.cast(entry, ctypes.c_void_p).value or 0
+
+
+class Loader:
+    """What programs.emulating is given. groups: of kernels that are built together; others are built alone."""
+
+    def __init__(self, groups: Iterable[Iterable[Printed]] = ()) -> None:
+        self.groups = [tuple(group) for group in groups]
+
+    def __call__(self, program: Program, kernel: Kernel, sequences: bool, device: int) -> int:
+        one = Printed(program.text, kernel, sequences)
+        group = next((group for group in self.groups if one in group), (one,))
+        return _address(group, group.index(one))
