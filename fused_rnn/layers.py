@@ -58,12 +58,12 @@ def run(
     recurrences = len(directions)
     steps, batch, input_size = checks.check_sequence(x)
     hidden, width, kinds = checks.check_weights(cell, x, weights, input_size, num_layers, recurrences)
-    rows = num_layers * recurrences // heads
-    given: Sequence[Tensor] = (
-        _checked(cell, states, x, (rows, batch), (width * heads, hidden * heads), "0", "[L·R, B, {}]") if states else ()
-    )
-    if heads > 1:
-        given = [apart(s, heads) for s in given]
+    given: Sequence[Tensor] = ()
+    if states:
+        lead, sizes = (num_layers * recurrences // heads, batch), (width * heads, hidden * heads)
+        given = _checked(cell, states, x, lead, sizes, "0", "[L·R, B, {}]")
+        if heads > 1:
+            given = [_by_head(s, heads) for s in given]
     if lengths is not None:
         lengths = checks.check_lengths(lengths, x)
     if reset is not None:
@@ -105,13 +105,12 @@ def run(
         finals.append(after)
         if dropout > 0 and training and not last:
             x = torch.dropout(x, dropout, True)
-    over_time = finals[-1][len(finals[0]) :]
-    finals[-1] = finals[-1][: len(finals[0])]
-    outputs = (x, *map(torch.cat, zip(*finals, strict=True)), *over_time)
+    over_time = finals[-1][len(finals[0]) :] if sequences else ()
+    outputs = (x, *map(torch.cat, zip(*finals, strict=not sequences)), *over_time)
     return outputs if heads == 1 and not sequences else _joined(outputs, cell, heads)
 
 
-def apart(state: Tensor, heads: int) -> Tensor:
+def _by_head(state: Tensor, heads: int) -> Tensor:
     """A state [L·R, B, H] by recurrences: [L·R·N, B, H/N]."""
     by_head: Tensor = state.unflatten(-1, (heads, -1))
     return by_head.movedim(-2, 1).flatten(0, 1)

@@ -8,14 +8,16 @@ from numbers import Number
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, is_grad_enabled, nn
 from torch._jit_internal import unused
+from torch.compiler import is_compiling
 from torch.nn.utils.rnn import PackedSequence
 
 from fused_rnn.checks import kind, shape_text
 from fused_rnn.flex import UserCell
+from fused_rnn.nn.plain import FAST_PATH, STEPPING
 from fused_rnn.nn.recurrent import Recurrent, overrides_checks, read_weights
-from fused_rnn.nn.sequence import run, step
+from fused_rnn.nn.sequence import run
 
 Init = Number | Tensor | Callable[[Tensor], Any]
 State = Tensor | tuple[Tensor, ...]
@@ -218,12 +220,19 @@ class FlexRNN(Recurrent):
         reset: Tensor | Sequence[Any] | None = None,
     ) -> tuple[Any, Any]:
         """Run the layers: output and the final states. Shapes and errors stand in the class's docstring."""
-        if self._fused_options == (1, False):
-            stepped = step(self, input, hx, lengths, reset, self._fused_cell)
+        if not is_grad_enabled() and not is_compiling() and self._fused_is_plain():
+            time = 1 if self.batch_first else 0
+            cell, parameters = self._fused_cell, self._parameters
+            stepped = FAST_PATH(parameters, self.bias, input, hx, cell, time, lengths, reset)  # type: ignore[misc]
             if stepped is not None:
                 return stepped[0], stepped[1] if len(stepped) == 2 else tuple(stepped[1:])
         result: tuple[Any, Any] = run(self, input, hx, lengths, reset, self._fused_read())
         return result
+
+    def _fused_is_plain(self) -> bool:
+        """Whether the layers are one recurrence that returns h, as sequence.step runs one: past the dispatcher."""
+        alone = self._fused_options == (1, False) and self.num_layers == 1 and not self.bidirectional
+        return alone and FAST_PATH is not None and self._fused_backend in STEPPING and not self._fused_checks
 
     def _fused_read(self) -> list[Tensor]:
         """The weights of every recurrence, of all heads, as `layers` wants them."""

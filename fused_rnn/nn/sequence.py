@@ -25,9 +25,7 @@ _CELLS = {cell.upper(): cell for cell in CELLS}
 Result = Any  # (y, hx)
 
 
-def step(
-    module: Recurrent, input: Any, hx: Any, lengths: Any, reset: Any, cell: str | None = None
-) -> Sequence[Tensor] | None:
+def step(module: Recurrent, input: Any, hx: Any, lengths: Any, reset: Any) -> Sequence[Tensor] | None:
     """y, h_n (and c_n) of a single layer without gradient, run as directly as can be; None where the call is another.
 
     Python is most of the time of a step or a short sequence: what the op checks is not checked here, and the weights
@@ -44,7 +42,7 @@ def step(
     ):
         return None
     time = 1 if module.batch_first else 0
-    return FAST_PATH(module._parameters, module.bias, input, hx, cell or _CELLS[module.mode], time, lengths, reset)
+    return FAST_PATH(module._parameters, module.bias, input, hx, _CELLS[module.mode], time, lengths, reset)
 
 
 def run(

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import programs
 import pytest
 import torch
 from cases import Case, inputs
@@ -314,3 +315,44 @@ def test_every_backend_has_the_cells_that_it_says() -> None:
 
     assert tuple(MODULES) == tuple(CELLS)
     assert all({"fwd", "bwd", "AFTER", "BEFORE"} <= set(dir(kernels(cell))) for cell in MODULES)
+
+
+# ---- a user's cell ----
+
+LEAKY = Case("lstm").problem()._replace(cell=programs.LEAKY)
+
+
+def test_a_users_cell_goes_to_our_own_loops_first() -> None:
+    assert dispatch.preference(LEAKY)[:2] == ("cpu", "reference")
+    assert dispatch.preference(LEAKY._replace(device="cuda"))[:3] == ("cuda", "triton", "reference")
+    for device in ("cpu", "cuda", "meta"):
+        assert set(dispatch.preference(LEAKY._replace(device=device))) == set(BACKENDS)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_loop_in_python_is_no_secret(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a user's cell it is what remains where no loops are built, or none can: said once, with the reason."""
+    for backend in ("cpu", "cuda", "triton"):
+        monkeypatch.setattr(BACKENDS[backend], "supports", lambda problem: "not today")
+    for attribute, why in ((None, "not today"), ("MISSING", "not built")):
+        if attribute:
+            monkeypatch.setattr(ops if device == "cpu" else dispatch.cuda_loops, attribute, why)
+        elif device == "cuda":
+            monkeypatch.setattr(dispatch.cuda_loops, "MISSING", None)
+        monkeypatch.setattr(missing, "_warned", False)
+        problem = LEAKY._replace(device=device)
+        with pytest.warns(RuntimeWarning, match=f"runs without its own kernels, at torch's speed or less: {why}"):
+            assert choose(problem) is BACKENDS["reference"]
+        assert choose(problem) is BACKENDS["reference"]
+
+
+def test_where_only_the_reference_can_it_says_nothing(recwarn: pytest.WarningsRecorder) -> None:
+    require("cpu", Case("lstm"))
+    for only in ({"forward_ad": True}, {"functionalized": True}):
+        assert choose(LEAKY._replace(**only)) is BACKENDS["reference"]
+    assert not recwarn
+
+
+def test_torch_has_states_over_time_of_no_cell() -> None:
+    reason = BACKENDS["torch"].supports(PROBLEM._replace(sequences=True))
+    assert reason == "torch's kernels return h alone over time"

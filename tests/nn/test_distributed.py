@@ -32,10 +32,11 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
+from user_cells import leaky
 
 PROCESSES, LIMIT = 2, 120  # seconds, for all scenarios together
 T, B, D, H = 7, 6, 3, 5
-CELLS = ("LSTM", "GRU", "RNN")
+CELLS = ("LSTM", "GRU", "RNN", "FlexRNN")
 
 
 class Model(nn.Module):
@@ -44,7 +45,8 @@ class Model(nn.Module):
     def __init__(self, cell: str, library: Any = fused_rnn) -> None:
         super().__init__()
         torch.manual_seed(1)
-        self.rnn = getattr(library, cell)(D, H, num_layers=2, bidirectional=True)
+        own = (leaky,) if cell == "FlexRNN" else ()
+        self.rnn = getattr(library, cell)(*own, D, H, num_layers=2, bidirectional=True)
         self.head = nn.Linear(2 * H, 4)
         self.double()
 

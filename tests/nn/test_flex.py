@@ -320,6 +320,40 @@ def test_a_stream_is_the_sequence(cell: Any, heads: int) -> None:
         stream.state = torch.zeros(2, 3, 5, dtype=F64)
 
 
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize("cell", USER_CELLS.values(), ids=lambda cell: cell.name)
+def test_without_gradient_past_the_dispatcher(cell: Any, batch_first: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The numbers are those of the op."""
+    module, x = make(cell, batch_first=batch_first), torch.randn(3, 5, 4, dtype=F64)
+    if fused_rnn.nn.flex.FAST_PATH is None:
+        pytest.skip("this torch does not lend its tensors, or the extension is not built")
+    for hx in (None, states_of(module, 3 if batch_first else 5)):
+        for masks in ({}, {"lengths": torch.tensor([3, 0, 2, 1, 3][: 3 if batch_first else 5])}):
+            expected = module(x, hx, **masks)
+            with torch.no_grad(), monkeypatch.context() as patch:
+                patch.setattr(fused_rnn.nn.flex, "run", None)
+                got = module(x, hx, **masks)
+            assert isinstance(got[1], tuple) == (len(cell.states) > 1)
+            for a, b in zip(flat(got), flat(expected), strict=True):
+                assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("weights", ["bf16", "int8"])
+@pytest.mark.parametrize("cell", USER_CELLS.values(), ids=lambda cell: cell.name)
+def test_a_stream_of_narrow_weights(cell: Any, weights: str) -> None:
+    """The matrices are rounded, and nothing else."""
+    module = FlexRNN(cell, 9, 21, 2, init=dict.fromkeys(cell.params, 0.3))
+    stream, x = module.stream(3, weights=weights), torch.randn(20, 3, 9)
+    with torch.no_grad():
+        for p in module.parameters():
+            if p.dim() == 2 and weights == "bf16":
+                p.copy_(p.bfloat16())
+            elif p.dim() == 2:
+                scale = p.abs().amax(1, keepdim=True) / 127
+                p.copy_(torch.round(p / scale) * scale)
+        torch.testing.assert_close(stream.steps(x), module(x)[0])
+
+
 def test_autocast() -> None:
     module = FlexRNN(chain, 4, 6, heads=2, return_sequences="states", backend="reference", init={"a": 0.5})
     x = torch.randn(5, 3, 4)

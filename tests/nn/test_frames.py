@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from user_cells import leaky
 
 import fused_rnn
 from fused_rnn import ops
@@ -18,7 +19,7 @@ MOST = 8
 
 @pytest.mark.skipif(ops.MISSING is not None, reason=str(ops.MISSING))
 @pytest.mark.parametrize("batch_first", [False, True])
-@pytest.mark.parametrize("name", ["LSTM", "GRU", "RNN"])
+@pytest.mark.parametrize("name", ["LSTM", "GRU", "RNN", "FlexRNN"])
 def test_from_module_to_op_in_training(name: str, batch_first: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     found: list[list[str]] = []
 
@@ -33,7 +34,8 @@ def test_from_module_to_op_in_training(name: str, batch_first: bool, monkeypatch
 
     real = ops.forward
     monkeypatch.setattr(ops, "forward", forward)
-    module = getattr(fused_rnn, name)(4, 5, batch_first=batch_first)
+    cell = (leaky,) if name == "FlexRNN" else ()
+    module = getattr(fused_rnn, name)(*cell, 4, 5, batch_first=batch_first)
     output, _ = module(torch.randn(3, 3, 4))
     output.sum().backward()
     assert len(found) == 1
