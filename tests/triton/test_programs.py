@@ -17,14 +17,14 @@ from program_cases import CELLS_BY_NAME, ProgramCase, by_loop, by_reference, cal
 from programs import GRU, LSTM
 from tolerances import assert_as_good_as_torch
 from torch import Tensor
-from triton_cases import DEVICE, LOOPS, MARKS, quicker_interpreter
+from triton_cases import DEVICE, LOOPS, MARKS, planted, quicker_interpreter
 
 from fused_rnn.backends import triton as backend
 from fused_rnn.call import BackwardCall, LayerCall
 from fused_rnn.cells import CELLS
 from fused_rnn.cells.program import ARITY, BINARY, PREFIX, TERNARY, UNARY, Instruction, parse
 from fused_rnn.problem import Problem
-from fused_rnn.triton import cells, planner, printer
+from fused_rnn.triton import cells, launch, planner, printer
 from fused_rnn.triton.schedule import shape_of
 from fused_rnn.triton.target import ARCHITECTURES
 
@@ -110,6 +110,56 @@ def test_what_is_not_asked_for() -> None:
     assert len(every) == len(few) + len(call.weights)
     for one, other in zip(few, every, strict=False):
         assert torch.equal(one, other)
+
+
+# h' = tanh(x + r) + p, whose p has a gradient wherever h has.
+SHIFTED = PREFIX + "shifted|1 0 1|h|p|tanh 0,add 3 2>4;3|tanh_backward 4 0,const 0.0>5;6;4"
+MASKED: dict[str, Any] = {"lengths": True, "reset": True, "bidirectional": True, "sequences": True}
+# file, text in it, what to write instead, case, as in test_mutations.py
+MUTATIONS: dict[str, tuple[str, str, str, ProgramCase]] = {
+    "a sequence past its end": (
+        "forward",
+        "ended = where_each(valid, s, zero) if HAS_LENGTHS else s",
+        "ended = s",
+        ProgramCase("sru", **MASKED),
+    ),
+    "a sequence's gradient past its end": (
+        "backward",
+        "load_each(dsequences, t * width + at, here)",
+        "load_each(dsequences, t * width + at, own)",
+        ProgramCase("lstm", **MASKED),
+    ),
+    "a param's gradient past the end": (
+        "backward",
+        "dp = add_of_rows(dp, valid, d_params)",
+        "dp = add_of_rows(dp, in_b, d_params)",
+        ProgramCase(SHIFTED, **MASKED),
+    ),
+    "a param's gradient in the rows of another recurrence": (
+        "backward",
+        "dp = load_gates(dparams, row_rb, n, own, DP, H)\n    if REGISTERS",
+        "dp = load_gates(dparams, row, n, own, DP, H)\n    if REGISTERS",
+        ProgramCase("leaky", save="recompute", **MASKED),
+    ),
+    "another recurrence's params": (
+        "forward",
+        "p = load_vectors(params, r, n, NP, H)\n    if AHEAD",
+        "p = load_vectors(params, r * 0, n, NP, H)\n    if AHEAD",
+        ProgramCase("indrnn", **MASKED),
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("mutation", MUTATIONS)
+def test_mistake_is_caught(mutation: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("fused_rnn.call.CHECKPOINT_EVERY", 2)
+    name, old, new, case = MUTATIONS[mutation]
+    check(case)
+    kernel = {"forward": "fwd_kernel", "backward": "bwd_kernel"}[name]
+    monkeypatch.setattr(launch, kernel, getattr(planted(name, old, new, tmp_path), kernel))
+    with pytest.raises(AssertionError, match="error"):
+        check(case)
 
 
 # --- operations
