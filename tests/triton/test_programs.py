@@ -248,7 +248,7 @@ def test_truths_and_constants_meet() -> None:
 
 
 def test_a_module_is_written_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("FUSED_RNN_CACHE", str(tmp_path))
+    monkeypatch.setenv("FUSED_RNN_CACHE_DIR", str(tmp_path))
     text = printer.source(parse(LSTM))
     path = printer.written(text)
     assert path.parent == tmp_path / "triton" and path.read_text() == text
@@ -262,7 +262,7 @@ def test_a_module_is_written_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
 
 def test_a_cache_that_takes_no_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    monkeypatch.setenv("FUSED_RNN_CACHE", str(tmp_path / "file"))
+    monkeypatch.setenv("FUSED_RNN_CACHE_DIR", str(tmp_path / "file"))
     text = printer.source(parse(GRU))
     assert printer.written(text).read_text() == text
 
