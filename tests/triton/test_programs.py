@@ -11,13 +11,16 @@ from typing import Any
 import program_cases
 import pytest
 import torch
-import triton
-import triton.language as tl
 from program_cases import CELLS_BY_NAME, ProgramCase, by_loop, by_reference, call_of
 from programs import GRU, LSTM
 from tolerances import assert_as_good_as_torch
 from torch import Tensor
 from triton_cases import DEVICE, LOOPS, MARKS, planted, quicker_interpreter
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+import triton
+import triton.language as tl
 
 from fused_rnn.backends import triton as backend
 from fused_rnn.call import BackwardCall, LayerCall
@@ -194,13 +197,14 @@ def by_kernel(text: str, x: Tensor) -> Tensor:
     return out[: x.shape[1]]
 
 
-def assert_float32(ours: Tensor, exact: Tensor, name: str) -> None:
-    """Equal where not finite; 4 ulp elsewhere, of the value or of the smallest normal number."""
+def assert_float32(ours: Tensor, exact: Tensor, name: str, growth: Tensor) -> None:
+    """Equal where not finite; elsewhere 4 ulp, times `growth`, of the value or of the smallest normal number."""
     assert torch.equal(ours.isnan(), exact.isnan()), name
     finite = exact.float().isfinite() & ~exact.isnan()
     assert torch.equal(ours[~finite & ~exact.isnan()], exact[~finite & ~exact.isnan()].float()), name
     error = (ours.double() - exact)[finite].abs()
-    allowed = 4 * torch.finfo(torch.float32).eps * exact[finite].abs() + torch.finfo(torch.float32).tiny
+    single = torch.finfo(torch.float32)
+    allowed = 4 * single.eps * growth[finite] * exact[finite].abs() + single.tiny
     worst = (error - allowed).argmax()
     assert bool((error <= allowed).all()), f"{name}: {ours[finite][worst]} for {exact[finite][worst]}"
 
@@ -220,7 +224,10 @@ def test_every_operation(op: str) -> None:
         ours, theirs = by_kernel(text, x.to(DEVICE)).cpu(), exact
         torch.testing.assert_close(ours.double(), theirs, rtol=1e-6, atol=1e-6, equal_nan=True)
     else:
-        assert_float32(by_kernel(text, x.to(DEVICE)).cpu(), exact, op)
+        # On a GPU Triton's exp is a power of two whose exponent is rounded: by an ulp of x / ln 2.
+        by_power = DEVICE == "cuda" and op in ("exp", "expm1", "softplus")
+        growth = 1 + x[0].abs() if by_power else torch.ones(x.shape[1])
+        assert_float32(by_kernel(text, x.to(DEVICE)).cpu(), exact, op, growth)
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
