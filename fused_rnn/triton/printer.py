@@ -213,10 +213,10 @@ def source(program: Program) -> str:
 
 
 def folder() -> Path:
-    """Where printed modules are: $FUSED_RNN_CACHE or the user's cache, and triton in it."""
-    home = os.environ.get("XDG_CACHE_HOME", "~/.cache")
-    default = Path(home).expanduser() / "fused_rnn"
-    return Path(os.environ.get("FUSED_RNN_CACHE", default)) / "triton"
+    """Where printed modules are: triton in FUSED_RNN_CACHE_DIR, else in fused_rnn of the user's cache."""
+    own = os.environ.get("FUSED_RNN_CACHE_DIR")
+    home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    return (Path(own) if own else home / "fused_rnn") / "triton"
 
 
 def written(text: str) -> Path:

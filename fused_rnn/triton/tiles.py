@@ -46,7 +46,7 @@ STREAM_ODD = {
     "ieee": Tile(16, 32, 16, 8, 3, ahead=False),
 }
 # Values a unit may have more than an LSTM's in a large tile of the forward loop in 16 bits. Others have no room.
-FREE_FORWARD = 8
+FREE_FORWARD = 5
 # On AMD what is resident stays in registers, not in shared memory: this much of it leaves room for the rest, in
 # backward half as much.
 AMD_RESIDENT = 64 * KIB

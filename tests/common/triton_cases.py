@@ -6,10 +6,13 @@ On a GPU they run there; without one in Triton's interpreter, on the cpu, a prog
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import itertools
 import os
 import random
 from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -22,6 +25,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 pytest.importorskip("triton", reason="Triton is not installed")
 
+import fused_rnn
 from fused_rnn.triton.schedule import Tile
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -130,3 +134,17 @@ def here(given: Inputs) -> Inputs:
     x, weights, hx, lengths, reset, dout = given
     moved = [[t.to(DEVICE) for t in tensors] for tensors in (weights, hx, dout)]
     return Inputs(x.to(DEVICE), moved[0], moved[1], move(lengths), move(reset), moved[2])
+
+
+def planted(name: str, old: str, new: str, folder: Path) -> ModuleType:
+    """The kernels' module with one edit. Triton reads a kernel's source from its file."""
+    kernels = Path(fused_rnn.__file__).parent / "triton"
+    source = (kernels / ("" if name in ("forward", "backward") else "cells") / f"{name}.py").read_text()
+    assert source.count(old) == 1, f"{name}.py has {old!r} {source.count(old)} times"
+    path = folder / f"planted_{name}.py"
+    path.write_text(source.replace(old, new))
+    spec = importlib.util.spec_from_file_location(f"planted_{name}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

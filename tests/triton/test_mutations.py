@@ -6,17 +6,15 @@ team: the interpreter runs its programs one after the other.
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 from cases import Case, inputs
 from oracle import by_backend, by_reference, by_torch
 from tolerances import assert_as_good_as_torch
-from triton_cases import LOOPS, MARKS, here, quicker_interpreter
+from triton_cases import LOOPS, MARKS, here, planted, quicker_interpreter
 
 from fused_rnn.triton import cells, launch, planner
 
@@ -96,12 +94,12 @@ MUTATIONS: dict[str, tuple[str, str, str, Case, tuple[str, ...]]] = {
         Case("gru", bidirectional=True),
         ("stepwise",),
     ),
-    "forward: a gate's depth unmasked": (
+    "forward: W_hh transposed": (
         "forward",
-        "mask=(n < H)[None, :] & (k < H)[:, None], other=0.0)",
-        "mask=(n < H)[None, :] & (k < H)[:, None], other=0.5)",
+        "n[None, :] * H + k[:, None]",
+        "n[None, :] + k[:, None] * H",
         Case("gru"),
-        ("solo-registers",),
+        ("solo-registers", "stepwise"),
     ),
     "backward: gradient passes a reset": (
         "backward",
@@ -158,20 +156,6 @@ MUTATIONS: dict[str, tuple[str, str, str, Case, tuple[str, ...]]] = {
 @pytest.fixture(autouse=True)
 def _quick() -> None:
     quicker_interpreter()
-
-
-def planted(name: str, old: str, new: str, folder: Path) -> ModuleType:
-    """The kernels' module with one edit. Triton reads a kernel's source from its file."""
-    kernels = Path(launch.__file__).parent
-    source = (kernels / ("" if name in ("forward", "backward") else "cells") / f"{name}.py").read_text()
-    assert source.count(old) == 1, f"{name}.py has {old!r} {source.count(old)} times"
-    path = folder / f"planted_{name}.py"
-    path.write_text(source.replace(old, new))
-    spec = importlib.util.spec_from_file_location(f"planted_{name}", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def judged(case: Case, loop: str) -> None:
