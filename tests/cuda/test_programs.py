@@ -112,7 +112,7 @@ def test_fewer_blocks_in_registers(exchange: str) -> None:
     cell = peephole.descriptor()
     numbers = [fewer_blocks(cell, "bf16", backward) for backward in (False, True)]
     assert min(numbers) > 0
-    case = ProgramCase(cell.name, H=130, B=2, T=3, bidirectional=True, sequences=True, dtype=torch.bfloat16)
+    case = ProgramCase(cell.name, H=117, B=2, T=3, bidirectional=True, sequences=True, dtype=torch.bfloat16)
     check(case, "bf16", rows=8, **EXCHANGES[exchange])
 
 
