@@ -29,7 +29,7 @@ from fused_rnn.plan import PRECISIONS, fewer_blocks
 Load = Callable[[Program, Kernel, bool, int], int]
 
 _OPTIONS = ("-std=c++17", "--device-as-default-execution-space", "--ptxas-options=-v")
-_LARGEST = 12  # with so many blocks fewer one is left in registers, of any tile
+_LARGEST = 12  # with so many blocks fewer one is left in registers, of any tile; FMA lanes have 3 at most
 _emulated: Load | None = None
 _lock = threading.Lock()
 _loaded: dict[tuple[Any, ...], int] = {}
@@ -169,7 +169,8 @@ def _find(
     """
     cell = CELLS[name]
     precision, backward, kind = PRECISIONS[sizes[0]], bool(sizes[1]), ("persistent_fwd", "persistent_bwd")[sizes[1]]
-    for fewer in range(fewer_blocks(cell, precision, backward), _LARGEST + 2, 2):
+    first, last = fewer_blocks(cell, precision, backward), 2 if precision == "ieee" else _LARGEST
+    for fewer in range(first, max(first, last) + 1, 2):
         plan = plans.choose(device, *sizes, fewer=fewer)
         if plan is None:
             break
