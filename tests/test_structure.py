@@ -162,7 +162,7 @@ def test_c_plus_plus_includes_run_downwards() -> None:
         "ops": {"ops", "cpu", "cuda", "cells", ""},
         "cpu": {"cpu", "cells", ""},
         "cuda": {"cuda", "cells", "emulator", ""},  # the emulator stands in for CUDA's own headers
-        "emulated": {"cuda", "emulator"},
+        "emulated": {"emulated", "cuda", "emulator"},
         "emulator": {"emulator"},
         "cells": {"cells"},
         "": {"", "cells"},

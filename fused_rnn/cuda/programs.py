@@ -13,13 +13,13 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fused_rnn.cells import Cell
+from fused_rnn.cells import CELLS, Cell
 from fused_rnn.cells.program import Program
 from fused_rnn.cuda import module, nvrtc, plans, printer
 from fused_rnn.cuda.printer import Kernel
@@ -29,11 +29,10 @@ from fused_rnn.plan import PRECISIONS, fewer_blocks
 Load = Callable[[Program, Kernel, bool, int], int]
 
 _OPTIONS = ("-std=c++17", "--device-as-default-execution-space", "--ptxas-options=-v")
-_LARGEST = 12  # with so many blocks fewer one is left in registers, of any tile
+_LARGEST = 12  # with so many blocks fewer one is left in registers, of any tile; FMA lanes have 3 at most
 _emulated: Load | None = None
 _lock = threading.Lock()
 _loaded: dict[tuple[Any, ...], int] = {}
-_planned: dict[tuple[Any, ...], tuple[Any, int]] = {}
 
 
 class Spills(Exception):
@@ -157,16 +156,21 @@ def planned(cell: Cell, device: int, sizes: tuple[int, ...], sequences: bool = F
         return None, 0
     if cell.program is None:
         return None if sequences else plans.choose(device, *sizes), 0
-    key = (module.loaded(), _emulated, plans.forced(), cell.name, device, sizes, sequences)
-    if key not in _planned:
-        _planned[key] = _find(cell, device, sizes, sequences)
-    return _planned[key]
+    return _find((module.loaded(), _emulated, plans.forced()), cell.name, device, sizes, sequences)
 
 
-def _find(cell: Cell, device: int, sizes: tuple[int, ...], sequences: bool) -> tuple[Any | None, int]:
-    """A kernel that spills leaves a part of its weights to shared memory, by the plan that is then the best."""
+@lru_cache(maxsize=4096)
+def _find(
+    now: tuple[Any, ...], name: str, device: int, sizes: tuple[int, ...], sequences: bool
+) -> tuple[Any | None, int]:
+    """A kernel that spills leaves a part of its weights to shared memory, by the plan that is then the best.
+
+    now: what else it depends on.
+    """
+    cell = CELLS[name]
     precision, backward, kind = PRECISIONS[sizes[0]], bool(sizes[1]), ("persistent_fwd", "persistent_bwd")[sizes[1]]
-    for fewer in range(fewer_blocks(cell, precision, backward), _LARGEST + 2, 2):
+    first, last = fewer_blocks(cell, precision, backward), 2 if precision == "ieee" else _LARGEST
+    for fewer in range(first, max(first, last) + 1, 2):
         plan = plans.choose(device, *sizes, fewer=fewer)
         if plan is None:
             break

@@ -33,7 +33,6 @@ KERNELS = [
 def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FUSED_RNN_CACHE_DIR", str(tmp_path / "kernels"))
     monkeypatch.setattr(programs, "_loaded", {})
-    monkeypatch.setattr(programs, "_planned", {})
 
 
 @needs_nvrtc

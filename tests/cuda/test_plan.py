@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from program_cases import SRU
+from programs import CHAIN, GRU, INDRNN, LSTM
 
 import fused_rnn
 from fused_rnn import ops
@@ -14,7 +16,7 @@ from fused_rnn.backends import cuda as backend
 from fused_rnn.cells import CELLS
 
 # `fused_rnn.plan` is the function; the module of that name is to be had through what imports from it.
-from fused_rnn.plan import DEVICES, Plan, precision_of
+from fused_rnn.plan import DEVICES, Forced, Plan, fewer_blocks, make, precision_of
 
 pytestmark = pytest.mark.skipif(ops.MISSING is not None, reason=str(ops.MISSING))
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -199,6 +201,29 @@ def test_a_plan_reads_well() -> None:
     assert str(ask(dtype=torch.float64)).startswith("stepwise: float64")
     assert ask() == ask()
     assert backend.NAME == "cuda"
+
+
+def test_plans_of_users_cells() -> None:
+    for backward in (False, True):
+        ours, built_in = (ask(cell, backward=backward) for cell in (LSTM, "lstm"))
+        assert ours == built_in
+        assert ask(GRU, backward=backward) == ask("gru", backward=backward)
+    for cell in (INDRNN, SRU):
+        plan = ask(cell)
+        assert (plan.exchange, plan.members) == ("none", 0)
+        assert str(plan).startswith("a thread for each unit: the cell has no W_hh")
+
+
+def test_a_cell_of_many_numbers_leaves_weights_to_shared_memory() -> None:
+    wide = CELLS[CHAIN]._replace(params=tuple("abcdefgh"))
+    for precision, backward in itertools.product(("bf16", "tf32", "ieee"), (False, True)):
+        few, more = (fewer_blocks(cell, precision, backward) for cell in (CELLS[CHAIN], wide))
+        assert 0 <= few <= more
+        assert fewer_blocks(CELLS["lstm"], precision, backward) == fewer_blocks(CELLS[LSTM], precision, backward) == 0
+    assert fewer_blocks(wide, "bf16", True) > 0
+    sizes = (0, True, 4, 8, 512, 1)
+    plans = [make(ops._C, sizes, ops._C.Device(*H100), Forced("cluster"), fewer) for fewer in (0, 4)]
+    assert plans[1].shared > plans[0].shared  # of the same team
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there the default is the GPU")

@@ -14,8 +14,12 @@ from emulated_printed import Loader, Printed, kernels
 from program_cases import CELLS_BY_NAME, ProgramCase, by_backend, by_loop, by_reference, call_of
 from tolerances import assert_as_good_as_torch, tf32
 
+import fused_rnn
 from fused_rnn import ops
+from fused_rnn.backends import cuda as backend
 from fused_rnn.cuda import programs
+from fused_rnn.plan import fewer_blocks
+from fused_rnn.problem import Problem
 
 pytestmark = [
     pytest.mark.skipif(shutil.which("g++") is None, reason="the emulator is compiled by g++"),
@@ -76,3 +80,51 @@ def test_without_w_hh(cell: str, precision: str, options: int, monkeypatch: pyte
 @pytest.mark.parametrize("cell", CELLS_BY_NAME)
 def test_float64(cell: str, options: int) -> None:
     check(ProgramCase(cell, dtype=torch.float64, **OPTIONS[options]), "f64", options)
+
+
+@pytest.mark.parametrize(("cell", "precision"), [("lstm", "bf16"), ("lstm", "ieee"), ("gru", "tf32"), ("gru", "f64")])
+def test_as_the_hand_written_cell(cell: str, precision: str) -> None:
+    """Forward to the bit: the formula is the same. Gradients as near to the truth."""
+    case = ProgramCase(cell, lengths=True, reset=True, bidirectional=True, dtype=PRECISIONS[precision])
+    call = call_of(case)
+    forced = {} if precision == "f64" else {"exchange": "cta", "rows": 8}
+    with tf32(precision == "tf32"), on_the_emulator(**forced), programs.emulating(LOADER):
+        ours, theirs = (by_backend(call._replace(cell=name), "cuda") for name in (call.cell, cell))
+    for name in ("y", *(f"{state}_n" for state in call.spec.states)):
+        assert torch.equal(ours[name], theirs[name]), name
+    assert_as_good_as_torch(ours, theirs, by_reference(call))
+
+
+# --- cells with more numbers a unit than an LSTM, whose kernels leave weights to shared memory
+
+
+@fused_rnn.cell(gates=4, states=("h", "c"), params=("p_i", "p_f", "p_o"))
+def peephole(x: Any, r: Any, s: Any, p: Any) -> Any:
+    i = torch.sigmoid(x[0] + r[0] + p.p_i * s.c)
+    f = torch.sigmoid(x[1] + r[1] + p.p_f * s.c)
+    c = f * s.c + i * torch.tanh(x[2] + r[2])
+    o = torch.sigmoid(x[3] + r[3] + p.p_o * c)
+    return o * torch.tanh(c), c
+
+
+@pytest.mark.parametrize("exchange", ["cluster4", "grid"])
+def test_fewer_blocks_in_registers(exchange: str) -> None:
+    cell = peephole.descriptor()
+    numbers = [fewer_blocks(cell, "bf16", backward) for backward in (False, True)]
+    assert min(numbers) > 0
+    case = ProgramCase(cell.name, H=117, B=2, T=3, bidirectional=True, sequences=True, dtype=torch.bfloat16)
+    check(case, "bf16", rows=8, **EXCHANGES[exchange])
+
+
+def test_what_is_said() -> None:
+    """Of a cell that can be compiled, and of one that cannot."""
+    name = peephole.descriptor().name
+    problem = Problem(name, torch.float32, "cpu", False, 3, 5, 17, 17, 1, 1, True, True, False, "gates", False, False)
+    assert backend.supports(problem) is not None
+    with on_the_emulator():
+        assert backend.supports(problem) == "the emulator has the kernels of built-in cells alone"
+        with programs.emulating(LOADER):
+            assert backend.supports(problem) is None
+            assert "forward: " in backend.describe(problem)
+            alone = problem._replace(cell=CELLS_BY_NAME["indrnn"])
+            assert "no W_hh, and a unit's thread runs all of its steps" in backend.describe(alone)
