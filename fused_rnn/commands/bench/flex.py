@@ -248,11 +248,9 @@ def table(results: Results) -> str:
         lines += ["", *_scanned(results, list(scanned))]
     dates = "; ".join(f"commit {run['commit'] or 'unknown'}, {run['date']}" for run in results.runs)
     jax = f", JAX {run['jax']}" if run.get("jax") else ""
-    lines += [
-        "",
-        f"<sub>Time that the one thread had its core. {run['device_name']}, torch {run['torch']}{jax}, {dates}; `python -m fused_rnn bench --flex`</sub>",
-    ]
-    return "\n".join(lines)
+    facts = f"{run['device_name']}, torch {run['torch']}{jax}, {dates}"
+    said = f"{facts}; `python -m fused_rnn bench --flex`, times are what the one thread had its core"
+    return "\n".join([*lines, "", f"<sub>{said}</sub>"])
 
 
 def _by_cell(title: str, found: dict[Point, float], mode: str, worst: Callable[[list[float]], float]) -> str:
