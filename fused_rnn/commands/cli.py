@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -64,6 +65,7 @@ KINDS: dict[str | None, tuple[str, set[str]]] = {
     "choose": ("which measures nothing", {"device", "out"}),
     "model": ("which is measured as it is", {"threads", "modes", "device", "minutes"}),
     "stream": ("which has sizes of its own, float32 on the CPU", {"cells", "threads", "minutes", "out"}),
+    "flex": ("which has sizes of its own, float32 by one thread", {"cells", "jax_python", "minutes", "out"}),
     "scaling": ("which goes by the CPU's threads and processes, ours by torch.nn's", CPU_SCALING),
     "shapes": ("which is in the place of a grid", EVERY_GRID | {"layers", "bidirectional"}),
     None: ("and with --scaling; of the grid --variant layers or bidirectional can be measured", EVERY_GRID | {"quick"}),
@@ -115,7 +117,7 @@ def _check_kind() -> None:
 @click.option(
     "--minutes",
     type=click.FloatRange(0),
-    help="For each dtype and thread count. [default: 9; 1 of --quick, --shape, --model; 3 of --scaling]",
+    help="For each dtype and thread count. [default: 9; 1 of --quick, --shape, --model; 3 of --scaling, --flex]",
 )
 @click.option("--memory/--no-memory", default=None, help="Measure peak memory as well. [default: yes, of --shape no]")
 @click.option("--stream", is_flag=True, help="Measure module.stream() alone, against torch's cells and T=1 calls.")
@@ -130,6 +132,10 @@ def _check_kind() -> None:
     is_flag=True,
     help="Measure 1, 2, … threads, and as many processes of one thread each: sequences a second.",
 )
+@click.option(
+    "--flex", is_flag=True, help="Measure FlexRNN against the built-in modules, a loop over its step, and JAX."
+)
+@click.option("--jax-python", metavar="PATH", help="Of --flex: a Python that has jax. [default: this one]")
 @click.option(
     "--out",
     type=click.Path(path_type=Path),
@@ -159,6 +165,8 @@ def bench(
     stream: bool,
     model: str | None,
     scaling: bool,
+    flex: bool,
+    jax_python: str | None,
     out: Path | None,
     choose: bool,
     readme: Path | None,
@@ -199,6 +207,12 @@ def bench(
 
         for count in threads or (1,):
             execute_stream(cells or CELLS, count, 60 * (minutes if minutes is not None else 2), out, Console())
+        return
+    if flex:
+        from fused_rnn.commands.bench.flex import execute as execute_flex
+
+        budget = 60 * (minutes if minutes is not None else 3)
+        execute_flex(cells or CELLS, jax_python or sys.executable, budget, out, Console())
         return
     if scaling:
         points = partial(_scaling_points, cells, modes, shapes, layers or 1, bidirectional)

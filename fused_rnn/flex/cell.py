@@ -23,6 +23,14 @@ class UserCell:
         step: the function it was made of.
         name: the function's.
         gates, states, params, recurrent: as given to :func:`cell`.
+
+    Examples:
+        >>> @fused_rnn.cell(gates=1)
+        ... def elman(x, r, s, p):
+        ...     return torch.tanh(x[0] + r[0])
+        >>> elman
+        <cell elman: gates=1, states=('h',)>
+        >>> (h,) = elman([torch.ones(2, 3)], [torch.zeros(2, 3)], {"h": torch.zeros(2, 3)})
     """
 
     def __init__(

@@ -147,7 +147,7 @@ ANYTHING = {
     "--cell": "GRU", "--dtype": "bf16", "--threads": "1", "--shape": "8,2,8,8", "--layers": "2",
     "--bidirectional": None, "--mode": "training", "--variant": "layers", "--provider": "loop", "--device": "cuda",
     "--quick": None, "--minutes": "0", "--memory": None, "--stream": None, "--model": "a:b", "--scaling": None,
-    "--out": "nowhere", "--choose": None, "--readme": "README.md",
+    "--flex": None, "--jax-python": "python", "--out": "nowhere", "--choose": None, "--readme": "README.md",
 }  # fmt: skip
 GRID = {"--cell", "--dtype", "--threads", "--mode", "--variant", "--provider", "--device", "--minutes", "--memory"}
 KINDS = {
@@ -155,6 +155,7 @@ KINDS = {
     "--choose": {"--device", "--out"},
     "--model": {"--threads", "--mode", "--device", "--minutes"},
     "--stream": {"--cell", "--threads", "--minutes", "--out"},
+    "--flex": {"--cell", "--jax-python", "--minutes", "--out"},
     "--scaling": {"--cell", "--dtype", "--threads", "--shape", "--layers", "--bidirectional"}
     | {"--mode", "--minutes", "--out"},
     "--shape": GRID | {"--layers", "--bidirectional", "--out"},
@@ -298,6 +299,12 @@ def test_the_example_trains_and_prints(capsys: pytest.CaptureFixture[str]) -> No
     printed = capsys.readouterr().out
     assert "torch.LSTM" in printed
     assert "fused_rnn.LSTM" in printed
+
+
+@pytest.mark.skipif(ops.MISSING is not None, reason=str(ops.MISSING))
+def test_the_cell_of_ones_own_trains_as_by_the_loop(capsys: pytest.CaptureFixture[str]) -> None:
+    runpy.run_path(str(EXAMPLES / "own_cell.py"))["main"](steps=3)
+    assert "the losses differ by" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["swap.py", "lengths_and_resets.py", "streaming.py"])
