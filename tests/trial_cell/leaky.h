@@ -26,8 +26,7 @@ struct Leaky : CellDefaults {
   }
 
   template <class M, class N>
-  static FUSED_RNN_HD void backward(const N (&s)[4], const N (&before)[2], const N (&)[1], N (&)[2], N (&dstate)[2], N (&d)[3],
-                                    N (&)[1]) {
+  static FUSED_RNN_HD void backward(const N (&s)[4], const N (&before)[2], const N (&)[1], N (&)[2], N (&dstate)[2], N (&d)[3], N (&)[1]) {
     const N dm = dstate[1] + dstate[0] * s[0];
     d[0] = dstate[0] * s[0] * (M::one - s[1] * s[1]);
     d[1] = (dstate[0] * s[2] + rounded_product(N(dm * before[1])) + rounded_product(N(d[0] * s[3]))) * s[0] * (M::one - s[0]);
