@@ -182,6 +182,15 @@ def _read(text: str, inputs: int) -> Graph:
     return Graph(inputs, tuple(instructions), tuple(tuple(map(int, group.split())) for group in outputs.split(";")))
 
 
+def _is_sound(graph: Graph) -> bool:
+    """Whether every operation has its arguments, and every value is made before it is read."""
+    made = graph.inputs + len(graph.code)
+    for k, (op, args, _) in enumerate(graph.code, graph.inputs):
+        if len(args) != ARITY[op] or not all(0 <= i < k for i in args):
+            return False
+    return all(0 <= i < made for group in graph.outputs for i in group)
+
+
 @lru_cache(maxsize=4096)
 def parse(text: str) -> Program:
     """The program of a text; raises ValueError for a text that is none."""
@@ -191,14 +200,11 @@ def parse(text: str) -> Program:
         names, vectors = tuple(states.split()), tuple(params.split())
         first = _read(forward, gates + apart + len(names) + len(vectors))
         second = _read(backward, len(first.outputs[1]) + 3 * len(names) + len(vectors))
-        for graph, groups in ((first, 2), (second, 3)):
-            assert len(graph.outputs) == groups
-            for k, (op, args, _) in enumerate(graph.code):
-                assert len(args) == ARITY[op] and all(0 <= i < graph.inputs + k for i in args)
-            assert all(0 <= i < graph.inputs + len(graph.code) for group in graph.outputs for i in group)
-        assert text.startswith(PREFIX) and len(first.outputs[0]) == len(names)
-        assert [len(group) for group in second.outputs] == [gates + apart, len(names), len(vectors)]
-    except (AssertionError, KeyError, ValueError) as error:
+        sizes = [len(group) for group in (*first.outputs[:1], *second.outputs)]
+        fits = text.startswith(PREFIX) and sizes == [len(names), gates + apart, len(names), len(vectors)]
+        if not (fits and len(first.outputs) == 2 and _is_sound(first) and _is_sound(second)):
+            raise ValueError("counts do not fit together, or a value is read before it is made")
+    except (KeyError, ValueError) as error:
         raise ValueError(f"cell: got {text[:80]!r}, expected a cell as fused_rnn.cell writes it") from error
     return Program(title, gates, apart, bool(recurrent), names, vectors, first, second)
 

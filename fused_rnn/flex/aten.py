@@ -1,4 +1,6 @@
-"""What ATen's pointwise operations are in a program: each by the formula of torch's own kernel, ties and NaN included.
+"""What ATen's pointwise operations are in a program: each by the formula of torch's own kernel, ties included.
+
+At NaN values are torch's, too; a gradient there may be another one.
 
 A rule takes the trace, the overload's name and the operation's arguments, and returns the value.
 """
@@ -17,6 +19,8 @@ ALIASES = {
     "alias", "clone", "contiguous", "expand", "view", "_unsafe_view", "unsqueeze", "squeeze", "lift",
     "lift_fresh", "_to_copy", "to", "view_as", "expand_as",
 }  # fmt: skip
+# Of these those that share their argument's memory.
+VIEWS = ALIASES - {"clone", "_to_copy"} | {"detach"}
 # They need the data.
 READS = {"_local_scalar_dense", "item", "is_nonzero", "equal", "nonzero", "_assert_async"}
 # They see more than one unit or row: a better message than "unknown".
@@ -29,6 +33,12 @@ REDUCES = {
 # Their result is a condition.
 TRUTHS = {
     "lt", "le", "gt", "ge", "eq", "ne", "logical_and", "logical_or", "logical_not", "logical_xor", "isnan", "isinf",
+}  # fmt: skip
+# Their result is a whole number, or a condition, where their arguments are.
+INTEGERS = {
+    "add", "sub", "rsub", "mul", "maximum", "minimum", "neg", "abs", "sign", "sgn", "where", "masked_fill", "pow",
+    "square", "clamp", "clip", "clamp_min", "clamp_max", "relu", "threshold", "detach", "bitwise_and", "bitwise_or",
+    "bitwise_not", "bitwise_xor",
 }  # fmt: skip
 
 
@@ -51,20 +61,21 @@ def _add(t: Any, _: str, x: Any, y: Any, alpha: Any = 1) -> int:
 def _sum(t: Any, x: int, y: int) -> int:
     """x + y, with the two sides of a gate side by side where a step adds something between them."""
     for side, rest in ((y, x), (x, y)):
-        if side in t.partners and (made := _beside(t, rest, t.partners[side], side)) is not None:
+        if side in t.partners and (made := _beside(t, rest, t.partners[side], side, set())) is not None:
             return made
     return int(t.builder.add("add", x, y))
 
 
-def _beside(t: Any, x: int, partner: int, side: int) -> int | None:
-    """A sum x with a gate's side added to its other one, if that is a term of it."""
+def _beside(t: Any, x: int, partner: int, side: int, seen: set[int]) -> int | None:
+    """A sum x with a gate's side added to its other one, if that is a term of it. seen: terms without it."""
     if x == partner:
         return int(t.builder.add("add", partner, side))
     node = t.builder.nodes[x]
-    if node.op == "add":
+    if node.op == "add" and x not in seen:
         for term, other in (node.args, node.args[::-1]):
-            if (made := _beside(t, term, partner, side)) is not None:
+            if (made := _beside(t, term, partner, side, seen)) is not None:
                 return int(t.builder.add("add", made, other))
+    seen.add(x)
     return None
 
 
@@ -90,11 +101,9 @@ def power(t: Any, x: int, y: int) -> int:
         return int(b.const(1))
     if exponent == 1:
         return x
-    if exponent in (2, 3, -2):
+    if exponent in (2, 3):
         square = b.add("mul", x, x)
-        return int(
-            square if exponent == 2 else b.add("mul", square, x) if exponent == 3 else b.add("reciprocal", square)
-        )
+        return int(square if exponent == 2 else b.add("mul", square, x))
     named = {0.5: "sqrt", -0.5: "rsqrt", -1: "reciprocal"}.get(exponent)
     return int(b.add(named, x) if named else b.add("pow", x, y))
 
@@ -207,9 +216,18 @@ def _mish(t: Any, _: str, x: Any) -> int:
 
 
 def _lerp(t: Any, _: str, x: Any, y: Any, weight: Any) -> int:
+    """From the nearer end, as torch does it."""
     b = t.builder
     x, y, weight = t.value(x), t.value(y), t.value(weight)
-    return int(b.add("add", x, b.add("mul", weight, b.add("sub", y, x))))
+    way = b.add("sub", y, x)
+    near = b.add("lt", b.add("abs", weight), b.const(0.5))
+    if b.value(near) == 0:
+        return int(b.add("sub", y, b.add("mul", way, b.add("sub", b.const(1), weight))))
+    first = b.add("add", x, b.add("mul", weight, way))
+    if b.value(near) == 1:
+        return int(first)
+    last = b.add("sub", y, b.add("mul", way, b.add("sub", b.const(1), weight)))
+    return int(b.add("where", near, first, last))
 
 
 def _addcmul(t: Any, _: str, x: Any, y: Any, z: Any, *, value: Any = 1) -> int:

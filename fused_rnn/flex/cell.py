@@ -6,7 +6,8 @@ import importlib
 import pickle
 import threading
 from collections import namedtuple
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from keyword import iskeyword
 from typing import Any
 
 from torch import Tensor
@@ -14,6 +15,7 @@ from torch import Tensor
 from fused_rnn.cells import CELLS, Cell
 from fused_rnn.cells.program import Program
 from fused_rnn.flex.compile import program_of
+from fused_rnn.flex.source import StepError
 
 
 class UserCell:
@@ -37,12 +39,14 @@ class UserCell:
         self, step: Callable[..., Any], gates: int, states: tuple[str, ...], params: tuple[str, ...], recurrent: bool
     ) -> None:
         self.step, self.gates, self.states, self.params, self.recurrent = step, gates, states, params, recurrent
-        self.name = self.__name__ = getattr(step, "__name__", type(step).__name__)
+        self.__name__ = getattr(step, "__name__", type(step).__name__)
+        # A program's text has its own signs, and is one line.
+        self.name = "".join(c if c.isprintable() and c != "|" else "_" for c in self.__name__)
         self.__qualname__ = getattr(step, "__qualname__", self.__name__)
         self.__module__ = getattr(step, "__module__", None) or "__main__"
         self.__doc__ = step.__doc__
         self._states, self._params = namedtuple("States", states), namedtuple("Params", params)
-        self._lock = threading.Lock()
+        self._lock, self._traced = threading.RLock(), False
         self._descriptor: Cell | None = None
 
     def __call__(self, x: Sequence[Tensor], r: Sequence[Tensor] | None, s: Any, p: Any = ()) -> tuple[Tensor, ...]:
@@ -67,10 +71,14 @@ class UserCell:
         """The cell as the loops know it, whose name is the program's text."""
         with self._lock:
             if self._descriptor is None:
-                made = program_of(
-                    self.__name__, self.step, self._plain, self.gates, self.states, self.params, self.recurrent
-                )
-                self._descriptor = CELLS[made.text]
+                if self._traced:
+                    raise StepError(f"cell {self.name!r}: the step asks for its own program, as a FlexRNN of it does")
+                self._traced = True
+                try:
+                    shape = (self.gates, self.states, self.params, self.recurrent)
+                    self._descriptor = CELLS[program_of(self.name, self.step, self._plain, *shape).text]
+                finally:
+                    self._traced = False
             return self._descriptor
 
     def _plain(
@@ -139,7 +147,7 @@ def cell(
 
     and returns the states after, in the order of `states`; for one state a tensor will do. The first is the output, and
     what W_hh multiplies. It may do what torch has of pointwise arithmetic, comparisons, torch.where, clamp,
-    exponentials and activations. It runs once, when it is first needed, on tensors that stand for its arguments.
+    exponentials and activations. It runs when it is first needed, on tensors that stand for its arguments.
     Numbers that it closes over, and tensors of one number without a gradient, are taken as they are then. Loops run
     what it did then, forward and backward, as one fused kernel.
 
@@ -184,9 +192,11 @@ def cell(
 def _names(argument: str, given: Sequence[str]) -> tuple[str, ...]:
     if isinstance(given, str):
         raise TypeError(f"{argument}: got the string {given!r}, expected a sequence of names, as ({given!r},)")
+    if not isinstance(given, Iterable):
+        raise TypeError(f"{argument}: got {given!r}, expected a sequence of names")
     names = tuple(given)
     for name in names:
-        if not isinstance(name, str) or not name.isidentifier() or name.startswith("_"):
+        if not isinstance(name, str) or not name.isidentifier() or name[0] == "_" or iskeyword(name):
             raise ValueError(
                 f"{argument}: got {name!r}, expected names that are Python's, without a leading underscore"
             )

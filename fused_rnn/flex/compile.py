@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from fused_rnn.cells.program import Program
 from fused_rnn.flex.builder import Builder, emit
 from fused_rnn.flex.gradient import differentiate
 from fused_rnn.flex.kept import keep
-from fused_rnn.flex.trace import B, H, Trace
+from fused_rnn.flex.source import StepError, line_of_step, line_of_traceback
+from fused_rnn.flex.trace import Trace
 
 # (the gates' input sides, their recurrent sides or None, states, params) → a tensor a state.
 Call = Callable[[Sequence[Tensor], Sequence[Tensor] | None, Sequence[Tensor], Sequence[Tensor]], Any]
@@ -63,29 +66,58 @@ def _trace(
     params: tuple[str, ...],
     recurrent: bool,
 ) -> tuple[Builder, list[int]]:
-    """The builder after the step has run: inputs x, r, the states and the params; and its values of the states."""
-    sides = gates * (1 + recurrent)
-    rows, vectors = sides + len(states), len(params)
-    builder = Builder(rows + vectors)
-    trace = Trace(builder, title, step)
-    if recurrent:
+    """The builder after the step has run: inputs x, r, the states and the params; and its values of the states.
+
+    Run twice, on other sizes and numbers, it has to do the same: else it depends on what is not seen here.
+    """
+    counts = (gates, gates * recurrent, len(states), len(params))
+    with _alone():
+        runs = [
+            _run(Trace(Builder(sum(counts)), title, step, sizes, fill), call, counts, states)
+            for sizes, fill in (((5, 7), -997.0), ((6, 11), 1013.0))
+        ]
+    first, second = ((list(map(repr, builder.nodes)), after) for builder, after in runs)
+    if first != second:
+        raise StepError(
+            f"cell {title!r}: the step did something else when it ran again: it depends on sizes, on values, on random"
+            f" numbers, or on what it changes outside{line_of_step(step)}"
+        )
+    return runs[0]
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """Whatever else is under way: modes, transforms, inference. A step has gradients, whoever first needs it."""
+    clear = torch._functorch.pyfunctorch.temporarily_clear_interpreter_stack
+    with _disable_current_modes(), clear(), torch.inference_mode(False), torch.enable_grad():
+        yield
+
+
+def _run(trace: Trace, call: Call, counts: Sequence[int], states: Sequence[str]) -> tuple[Builder, list[int]]:
+    (b, h), gates = trace.sizes, counts[0]
+    rows = sum(counts[:3])
+    if counts[1]:
         trace.partners = {**{g: gates + g for g in range(gates)}, **{gates + g: g for g in range(gates)}}
-    made = [trace.input(i, (B, H)) for i in range(rows)] + [trace.input(rows + i, (H,)) for i in range(vectors)]
-    x, r = tuple(made[:gates]), tuple(made[gates:sides]) if recurrent else None
+    made = [trace.input(i, (b, h)) for i in range(rows)]
+    vectors = [trace.input(rows + i, (h,)) for i in range(counts[3])]
+    sides = gates + counts[1]
     try:
-        with torch.no_grad(), trace:
-            result = call(x, r, made[sides:rows], made[rows:])
+        with trace:
+            result = call(tuple(made[:gates]), tuple(made[gates:sides]) or None, made[sides:], vectors)
     except RuntimeError as error:
         if "ambiguous" in str(error):  # bool(tensor), which Python refuses before any operation
-            raise trace.error("it branches on the value of a tensor; use torch.where") from error
+            line = line_of_traceback(error.__traceback__)
+            raise trace.error("it branches on the value of a tensor; use torch.where", line) from error
         raise
-    results = tuple(result) if isinstance(result, (tuple, list)) else (result,)
+    results, line = tuple(result) if isinstance(result, (tuple, list)) else (result,), line_of_step(trace.step)
     if len(results) != len(states):
-        raise trace.error(f"the step returned {len(results)} values, expected {len(states)}: {', '.join(states)}")
+        text = f"the step returned {len(results)} values, expected {len(states)}: {', '.join(states)}"
+        raise trace.error(text, line)
     for name, value in zip(states, results, strict=True):
         if not isinstance(value, (Tensor, float, int)):
-            raise trace.error(f"the step returned {type(value).__name__} for state {name!r}, expected a tensor [B, H]")
-    return builder, [trace.value(value) for value in results]
+            text = f"the step returned {type(value).__name__} for state {name!r}, expected a tensor [B, H]"
+            raise trace.error(text, line)
+    return trace.builder, [trace.value(value) for value in results]
 
 
 def _joined(

@@ -68,25 +68,17 @@ def keep(b: Builder, needed: set[int], free: set[int], made: int) -> list[int]:
 
 def _between(b: Builder, needed: set[int], free: set[int]) -> set[int]:
     """What the needed values are made of, as far as it is not free or made of what is free alone."""
-    made: dict[int, bool] = {}
-
-    def depends(i: int) -> bool:
-        """Whether value i is not to be had without something kept."""
-        if i not in made:
-            node = b.nodes[i]
-            if i in free or node.op == "const":
-                made[i] = False
-            elif node.op == "input":
-                made[i] = True
-            else:
-                made[i] = any(depends(a) for a in node.args)
-        return made[i]
-
+    kept: list[bool] = []  # of each value whether it is not to be had without something kept
+    for i, node in enumerate(b.nodes):  # arguments come before what is made of them
+        if i in free or node.op == "const":
+            kept.append(False)
+        else:
+            kept.append(node.op == "input" or any(kept[a] for a in node.args))
     found: set[int] = set()
     todo = list(needed)
     while todo:
         i = todo.pop()
-        if i not in found and depends(i):
+        if i not in found and kept[i]:
             found.add(i)
             if b.nodes[i].op != "input":
                 todo += b.nodes[i].args

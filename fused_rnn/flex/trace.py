@@ -1,43 +1,40 @@
 """A step, run once on tensors that stand for its arguments, as a program: the ATen operations it calls, in their order.
 
-Nothing is computed: an operation's result is another such tensor. What a step decides by values is refused.
+Nothing is computed: an operation's result is another such tensor. A step that reads a tensor's value is refused, or,
+where it is not seen to do so, found out by running it again on other sizes and other numbers (compile.py).
 """
 
 from __future__ import annotations
 
-import inspect
-import linecache
 import sys
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from fused_rnn.flex.aten import ALIASES, FACTORIES, OPERATIONS, READS, REDUCES, TRUTHS, Refused
-from fused_rnn.flex.builder import Builder
-
-# Sizes that nobody has: what a step makes must be [B, H], [H] or one number.
-B, H = 5, 7
-_SHAPES = ((B, H), (1, H), (H,), (1, 1), (1,), ())
-_OURS = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
-
-
-class StepError(ValueError):
-    """A step that is not what a cell can run."""
+from fused_rnn.flex.aten import ALIASES, FACTORIES, INTEGERS, OPERATIONS, READS, REDUCES, TRUTHS, VIEWS, Refused
+from fused_rnn.flex.builder import DETACH, Builder
+from fused_rnn.flex.source import StepError, line_of, name_of, own_frame
 
 
 class Trace(TorchDispatchMode):
-    """While it is on, operations on tensors that it knows become values of the builder."""
+    """While it is on, operations on tensors that it knows become values of the builder.
 
-    def __init__(self, builder: Builder, name: str, step: Callable[..., Any]) -> None:
+    sizes: B and H. Of what a step makes every tensor is [B, H], [H] or one number.  fill: the stand-ins' numbers.
+    """
+
+    def __init__(
+        self, builder: Builder, name: str, step: Callable[..., Any], sizes: tuple[int, int], fill: float
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.builder, self.name, self.step = builder, name, step
+        self.builder, self.name, self.step, self.sizes, self.fill = builder, name, step, sizes, fill
         self.partners: dict[int, int] = {}  # of a gate's either side the other one
         self._known: dict[int, tuple[Tensor, int]] = {}  # with the tensor, so that no other one gets its id
         self._inputs: set[int] = set()
+        self._seen_twice: set[int] = set()  # tensors that share their memory with another one
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -46,14 +43,13 @@ class Trace(TorchDispatchMode):
 
     def input(self, i: int, shape: tuple[int, ...]) -> Tensor:
         """The tensor that stands for the builder's input i."""
-        made = torch.zeros(shape, device="cpu")
-        self._known[id(made)] = (made, i)
+        made = self._stand_in(shape, torch.float32, i)
         self._inputs.add(id(made))
         return made
 
-    def error(self, what: str) -> StepError:
-        """An error that names the cell and the line of the user's that did it."""
-        return StepError(f"cell {self.name!r}: {what}{self._line()}")
+    def error(self, what: str, line: str | None = None) -> StepError:
+        """An error that names the cell, and the line of the user's that did it."""
+        return StepError(f"cell {self.name!r}: {what}{line_of(own_frame(sys._getframe(1))) if line is None else line}")
 
     def value(self, x: Any) -> int:
         """What the builder knows a tensor or a number as."""
@@ -67,7 +63,7 @@ class Trace(TorchDispatchMode):
 
     def _captured(self, x: Tensor) -> float:
         """A tensor from outside of the step."""
-        name = _name_of(x, self.step)
+        name = name_of(x, self.step)
         if x.requires_grad:
             raise self.error(
                 f"{name} requires a gradient, which a step does not give what it closes over; make it one of `params`"
@@ -80,30 +76,30 @@ class Trace(TorchDispatchMode):
             raise self.error(f"{name} is on the meta device and has no value")
         return float(x.detach())
 
-    def _line(self) -> str:
-        frame = sys._getframe(1)
-        while frame.f_code.co_filename.startswith(_OURS) and frame.f_back is not None:
-            frame = frame.f_back
-        file, line = frame.f_code.co_filename, frame.f_lineno
-        text = linecache.getline(file, line).strip()
-        return f'\n  File "{file}", line {line}, in {frame.f_code.co_name}' + (f"\n    {text}" if text else "")
-
     def __torch_dispatch__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         op, overload = func.name().partition("::")[2].partition(".")[::2]
         if not func.name().startswith("aten::"):
             raise self.error(f"{func.name()} is no operation that a cell can run")
-        tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
-        if op in READS:
-            raise self.error("it branches on, or reads, the value of a tensor; use torch.where")
+        tensors = [a for a in tree_leaves((args, kwargs)) if isinstance(a, Tensor)]
         if op in FACTORIES:
-            return self._record(torch.zeros(_shape_of(op, args), device="cpu"), FACTORIES[op](self, args, kwargs))
+            shape, dtype = _shape_of(op, args), kwargs.get("dtype")
+            if dtype is None:
+                dtype = args[0].dtype if tensors else torch.float32
+            self._check(shape, op)
+            return self._stand_in(shape, dtype, FACTORIES[op](self, args, kwargs))
         if not any(id(t) in self._known for t in tensors):
             return self._outside(func, tensors, args, kwargs)
+        if op in READS:
+            raise self.error("it branches on, or reads, the value of a tensor; use torch.where")
         return self._operation(func, op, overload, args, kwargs)
 
     def _outside(self, func: Any, tensors: list[Tensor], args: Sequence[Any], kwargs: Any) -> Any:
         """An operation on tensors of the closure alone: its result is another one."""
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            raise self.error("it draws random numbers, which a cell would draw once for ever")
+        if func._schema.is_mutable:
+            raise self.error(f"{func.name()} changes a tensor outside of the step")
         for t in tensors:
             if t.requires_grad or t.numel() != 1:
                 self._captured(t)
@@ -111,41 +107,98 @@ class Trace(TorchDispatchMode):
 
     def _operation(self, func: Any, op: str, overload: str, args: Sequence[Any], kwargs: Any) -> Any:
         changes = op.endswith("_") and not op.startswith("_") and func._schema.is_mutable
-        target = args[0] if changes else None
         name = op[:-1] if changes else op
-        if changes and (id(target) not in self._known or id(target) in self._inputs):
+        if changes and (id(args[0]) not in self._known or id(args[0]) in self._inputs):
             raise self.error(f"{op} changes an argument of the step, or a tensor outside, in place")
+        if changes and id(args[0]) in self._seen_twice:
+            raise self.error(f"{op} changes in place a tensor that the step also has under another view")
         if name in ALIASES and not changes:
-            made = func(*args, **kwargs)
-            self._check(made.shape, op)
-            if made.dtype not in (args[0].dtype, torch.float32):
-                raise self.error(f"{op} makes {made.dtype}; a cell computes in one dtype, its loop's own")
-            return self._record(made if made is not args[0] else made.clone(), self.value(args[0]))
+            return self._alias(func, op, args, kwargs)
         rule = OPERATIONS.get(name)
         if rule is None:
             more = "; it sees more than one unit" if name in REDUCES else ""
             raise self.error(f"{op} is no operation that a cell can run{more}")
-        try:
-            number = rule(self, overload, *args, **kwargs)
-        except (Refused, TypeError) as error:
-            raise self.error(f"{op}.{overload}: {error}") from None
         tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
         shape = torch.broadcast_tensors(*tensors)[0].shape if len(tensors) > 1 else tensors[0].shape
         self._check(shape, op)
+        try:
+            dtype = _dtype_of(name, args, kwargs)
+            if dtype == torch.bool and name == "add":
+                rule = OPERATIONS["logical_or"]
+            number = rule(self, overload, *args, **kwargs)
+        except (Refused, TypeError) as error:
+            raise self.error(f"{op}.{overload}: {error}") from None
+        if not torch.is_grad_enabled():
+            self._refuse_function()
+            number = self.builder.add(DETACH, number)
         if changes:
+            if shape != args[0].shape:
+                raise self.error(f"{op} would give a tensor {self._text(args[0].shape)} the shape {self._text(shape)}")
             return self._record(args[0], number)
-        truth = name in TRUTHS or all(t.dtype == torch.bool for t in tensors)
-        made = self._record(torch.zeros(shape, dtype=torch.bool if truth else torch.float32, device="cpu"), number)
+        made = self._stand_in(shape, dtype, number)
+        if name in VIEWS:
+            self._seen_twice |= {id(made), id(args[0])}
         return (made, torch.zeros(0, device="cpu")) if len(func._schema.returns) > 1 else made
 
-    def _check(self, shape: Sequence[int], op: str) -> None:
-        if tuple(shape) not in _SHAPES:
-            text = ", ".join({B: "B", H: "H"}.get(n, str(n)) for n in shape)
-            raise self.error(f"{op} makes a tensor [{text}], expected [B, H], [H] or a single number")
+    def _alias(self, func: Any, op: str, args: Sequence[Any], kwargs: Any) -> Tensor:
+        """The first argument by another shape, or a copy of it."""
+        made: Tensor = func(*args, **kwargs)
+        self._check(made.shape, op)
+        if (
+            made.dtype != args[0].dtype
+            and made.dtype != torch.float32
+            and args[0].dtype not in (torch.bool, torch.int64)
+        ):
+            raise self.error(f"{op} makes {made.dtype}; a cell computes in one dtype, its loop's own")
+        number = self.value(args[0])
+        if made is args[0]:
+            made = made.clone()
+        if op in VIEWS:
+            self._seen_twice |= {id(made), id(args[0])}
+        return self._record(made, number if torch.is_grad_enabled() else self.builder.add(DETACH, number))
+
+    def _refuse_function(self) -> None:
+        """A torch.autograd.Function runs its forward without gradients, and has a backward that nobody would run."""
+        frame: Any = sys._getframe(1)
+        while frame is not None:
+            if frame.f_code.co_name == "apply" and frame.f_globals.get("__name__") == "torch.autograd.function":
+                raise self.error("it calls a torch.autograd.Function, whose backward a cell does not see")
+            frame = frame.f_back
+
+    def _check(self, shape: Iterable[int], op: str) -> None:
+        b, h = self.sizes
+        if tuple(shape) not in ((b, h), (1, h), (h,), (1, 1), (1,), ()):
+            raise self.error(f"{op} makes a tensor {self._text(shape)}, expected [B, H], [H] or a single number")
+
+    def _text(self, shape: Iterable[int]) -> str:
+        return f"[{', '.join({self.sizes[0]: 'B', self.sizes[1]: 'H'}.get(n, str(n)) for n in shape)}]"
+
+    def _stand_in(self, shape: Sequence[int], dtype: torch.dtype, number: int) -> Tensor:
+        return self._record(torch.full(shape, self.fill, dtype=dtype, device="cpu"), number)
 
     def _record(self, made: Tensor, number: int) -> Tensor:
         self._known[id(made)] = (made, number)
         return made
+
+
+def _dtype_of(name: str, args: Sequence[Any], kwargs: Any) -> torch.dtype:
+    """Of an operation's result. Conditions may add up, but are no numbers to torch, and so to nobody here."""
+    operands = [a for a in (*args, *kwargs.values()) if isinstance(a, (Tensor, bool, int, float))]
+    if name in ("where", "masked_fill"):
+        operands = operands[1:] if name == "where" else [operands[0], operands[2]]
+    if name in TRUTHS:
+        return torch.bool
+    tensors = [a for a in operands if isinstance(a, Tensor)]
+    if not tensors:
+        return torch.float32
+    dtype = tensors[0].dtype
+    for other in operands:
+        dtype = torch.promote_types(dtype, torch.result_type(tensors[0], other))
+    if dtype.is_floating_point or name not in INTEGERS:
+        return torch.float32
+    if dtype == torch.bool and name in ("sub", "rsub", "neg"):
+        raise Refused("expected numbers, got conditions; torch.where and logical operations take these")
+    return dtype
 
 
 def _shape_of(op: str, args: Sequence[Any]) -> Sequence[int]:
@@ -153,22 +206,3 @@ def _shape_of(op: str, args: Sequence[Any]) -> Sequence[int]:
         return tuple(args[0].shape)
     size = args[1] if op.startswith("new_") else args[0]
     return size if isinstance(size, (list, tuple, torch.Size)) else ()
-
-
-def _name_of(x: Tensor, step: Callable[..., Any]) -> str:
-    """What a step calls a tensor of its closure."""
-    try:
-        found = inspect.getclosurevars(step)
-    except TypeError:  # no plain function
-        return "a tensor of the closure"
-    for name, value in (*found.nonlocals.items(), *found.globals.items()):
-        if value is x:
-            return repr(name)
-        if isinstance(value, torch.nn.Module):
-            for own, tensor in (*value.named_parameters(), *value.named_buffers()):
-                if tensor is x:
-                    return repr(f"{name}.{own}")
-        for own, tensor in getattr(value, "__dict__", {}).items():
-            if tensor is x:
-                return repr(f"{name}.{own}")
-    return "a tensor of the closure"

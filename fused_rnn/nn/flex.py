@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from numbers import Number
+from numbers import Real
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from fused_rnn.nn.plain import FAST_PATH, STEPPING
 from fused_rnn.nn.recurrent import Recurrent, overrides_checks, read_weights
 from fused_rnn.nn.sequence import run
 
-Init = Number | Tensor | Callable[[Tensor], Any]
+Init = Real | Tensor | Callable[[Tensor], Any]
 State = Tensor | tuple[Tensor, ...]
 
 _WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
@@ -38,7 +38,8 @@ class FlexRNN(Recurrent):
             belong to head n. Keyword only, as are all that follow.
         init: initial values of the cell's params by name: a number, a tensor [H] or a function of a tensor such as
             torch.nn.init.ones_. Zeros for all others.
-        return_sequences: "h" for the first state of every step, "states" for a tuple of all states'.
+        return_sequences: "h" for the first state of every step, "states" for a tuple of all states', of which only the
+            first may be changed in place before backward.
         backend: "cpu", "reference", "cuda" or "triton" to force one; None takes the one that is fastest.
         save: what training keeps for backward, "gates" (fastest) or "recompute" (least memory).
 
@@ -237,6 +238,9 @@ class FlexRNN(Recurrent):
     def _fused_read(self) -> list[Tensor]:
         """The weights of every recurrence, of all heads, as `layers` wants them."""
         weights = read_weights(self)
+        rows = self._fused_user.gates * self.hidden_size
+        if not self._fused_user.recurrent and weights[0].shape[:1] != (rows,):  # no W_hh says what H is
+            raise ValueError(f"weight_ih_l0: got {shape_text(weights[0].shape)}, expected [{rows}, {self.input_size}]")
         return weights if self._fused_heads == 1 else _by_head(self, weights)
 
     def extra_repr(self) -> str:
@@ -290,7 +294,7 @@ def _checked_init(init: Mapping[str, Init] | None, cell: UserCell, hidden: int) 
         if isinstance(value, Tensor):
             if value.shape not in ((), (hidden,)):
                 raise ValueError(f"init[{name!r}]: got {shape_text(value.shape)}, expected [H] = [{hidden}]")
-        elif isinstance(value, bool) or not (isinstance(value, (int, float)) or callable(value)):
+        elif isinstance(value, bool) or not (isinstance(value, Real) or callable(value)):
             raise TypeError(f"init[{name!r}]: got {kind(value)}, expected a number, a tensor or a function of a tensor")
     return dict(init)
 
@@ -300,6 +304,12 @@ def _set(param: Tensor, value: Any) -> None:
         if isinstance(value, Tensor):
             param.copy_(value)
         elif callable(value):
-            value(param)
+            made = value(param.zero_())
+            if isinstance(made, Tensor) and made is not param:  # it returns what it was to write
+                if made.shape != param.shape:
+                    raise ValueError(
+                        f"init: its function made {shape_text(made.shape)}, expected {shape_text(param.shape)}"
+                    )
+                param.copy_(made)
         else:
             param.fill_(value)

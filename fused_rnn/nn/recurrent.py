@@ -1,4 +1,4 @@
-"""The base of LSTM, GRU and RNN, and their call as type checkers see it."""
+"""The base of LSTM, GRU, RNN and FlexRNN, and their call as type checkers see it."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class SequenceCall(Protocol[State]):
 
 
 class Recurrent(Fused, nn.RNNBase):
-    """Base of LSTM, GRU and RNN: torch.nn.RNNBase, which owns the weights, with a forward of our own.
+    """Base of LSTM, GRU, RNN and FlexRNN: torch.nn.RNNBase, which owns the weights, with a forward of our own.
 
     It is RNNBase and not torch.nn.LSTM because Dynamo refuses every instance of the latter; both.py has those that are.
     """

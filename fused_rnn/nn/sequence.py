@@ -1,4 +1,4 @@
-"""A call of LSTM, GRU or RNN: from torch.nn's arguments to a call of `layers`, and back to its results."""
+"""A call of LSTM, GRU, RNN or FlexRNN: from torch.nn's arguments to a call of `layers`, and back to its results."""
 
 from __future__ import annotations
 

@@ -74,7 +74,8 @@ class Stream:
         packs = packs and heads == 1 and (CELLS[cell].program is None or ops._C.refusal(cell) is None)
         if weights is not None and not packs:
             where = f"backend={backend!r} on {self.device}" + (f" with heads={heads}" if heads > 1 else "")
-            raise NotImplementedError(f"weights={weights!r} goes with the cpu backend, got {where} ({ops.MISSING})")
+            why = f" ({ops.MISSING})" if ops.MISSING else ""
+            raise NotImplementedError(f"weights={weights!r} goes with the cpu backend, got {where}{why}")
         # Also in inference mode the state is of ordinary tensors, which may be written outside it.
         with torch.inference_mode(False), torch.no_grad():
             wide = torch.float64 if self.dtype == torch.float64 else torch.float32

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import pickle
+import random
 import subprocess
 import sys
 import textwrap
@@ -100,8 +101,7 @@ def test_binary(name: str) -> None:
     agrees_with_autograd(step)
 
 
-# torch has another formula for a weight of 0.5 and more, of which the difference is seen at infinity alone.
-@pytest.mark.parametrize("name", sorted({*UNARY, *BINARY} - {"lerp by a tensor"}))
+@pytest.mark.parametrize("name", sorted({*UNARY, *BINARY}))
 def test_special_values(name: str) -> None:
     """NaN, infinities, zeros and ends of ranges: forward as torch's, bit for bit where torch's formula is the same."""
     ends = [0.5, 0.7, 1.0, 3.0, 6.0, 20.0, 25.0, 100.0, math.inf]
@@ -166,7 +166,56 @@ def compare(x: Any, r: Any, s: Any, p: Any) -> Any:
     return x[0] if s.h > 0 else r[0]
 
 
+COUNTER, HALF = torch.zeros(()), torch.tensor(0.5)
+
+
+def without_gradient(x: Any, r: Any, s: Any, p: Any) -> Any:
+    with torch.no_grad():
+        z = torch.sigmoid(x[0] + r[0])
+    return z * s.h + x[0]
+
+
+class Straight(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.sign()
+
+    @staticmethod
+    def backward(ctx: Any, d: Tensor) -> Tensor:  # type: ignore[override]
+        return d
+
+
+def view(x: Any, r: Any, s: Any, p: Any) -> Any:
+    a = x[0] + r[0]
+    a.view_as(s.h).mul_(2)
+    return a
+
+
+def original(x: Any, r: Any, s: Any, p: Any) -> Any:
+    a = x[0] + r[0]
+    b = a.expand_as(s.h)
+    a.mul_(2)
+    return b
+
+
+AGAIN = "the step did something else when it ran again"
 REFUSED: dict[str, tuple[Function, str]] = {
+    "a size": (lambda x, r, s, p: x[0] / math.sqrt(x[0].shape[-1]), AGAIN),
+    "the batch": (lambda x, r, s, p: x[0] * x[0].size(0), AGAIN),
+    "a value": (lambda x, r, s, p: x[0] * s.h.tolist()[0][0], AGAIN),
+    "numpy": (lambda x, r, s, p: x[0] if (x[0] + r[0]).numpy().max() > 1 else r[0], AGAIN),
+    "Python's random numbers": (lambda x, r, s, p: x[0] * random.random(), AGAIN),
+    "torch's random numbers": (lambda x, r, s, p: x[0] * torch.rand(()), "it draws random numbers"),
+    "noise": (lambda x, r, s, p: x[0] + torch.randn_like(s.h), "randn_like is no operation"),
+    "a counter": (lambda x, r, s, p: x[0] * COUNTER.add_(1), "changes a tensor outside of the step"),
+    "a Function": (lambda x, r, s, p: Straight.apply(x[0]), "it calls a torch.autograd.Function"),
+    "a view": (view, "mul_ changes in place a tensor that the step also has under another view"),
+    "what has a view": (original, "mul_ changes in place a tensor that the step also has under another view"),
+    "detached in place": (lambda x, r, s, p: (x[0] * 1.5).detach().mul_(2), "under another view"),
+    "an argument's view": (lambda x, r, s, p: s.h.view_as(x[0]).mul_(2), "under another view"),
+    "a list": (lambda x, r, s, p: torch.stack([x[0], r[0]]), "stack is no operation"),
+    "growing in place": (lambda x, r, s, p: torch.zeros(()).add_(x[0]), "add_ would give a tensor [] the shape [B, H]"),
+    "minus a condition": (lambda x, r, s, p: x[0] * ((x[0] > 0) - (r[0] > 0)), "expected numbers, got conditions"),
     "branch on a sum": (branch, "sum is no operation that a cell can run; it sees more than one unit"),
     "branch on a tensor": (compare, "it branches on the value of a tensor; use torch.where"),
     "item": (lambda x, r, s, p: x[0] * (s.h * 0 + 1)[0, 0].item(), "select is no operation"),
@@ -204,8 +253,101 @@ def test_refused(what: str) -> None:
 
 
 def test_the_line_is_the_users() -> None:
-    with pytest.raises(ValueError, match=r"in branch\n    if s.h.sum\(\) > 0:"):
-        program(branch)
+    """Also where Python refuses before torch is asked, and where the step is over."""
+    for step, line in ((branch, r"if s.h.sum\(\) > 0:"), (compare, "return x.0. if s.h > 0 else r.0.")):
+        with pytest.raises(ValueError, match=rf"in {step.__name__}\n    {line}"):
+            fused_rnn.FlexRNN(fused_rnn.cell(gates=1)(step), 2, 3)
+    with pytest.raises(ValueError, match=r"in without_gradient\n    def without_gradient"):
+        fused_rnn.FlexRNN(fused_rnn.cell(gates=1, states=("h", "c"))(without_gradient), 2, 3)
+
+
+def test_no_gradient_is_none() -> None:
+    """Neither is it lost where the cell is first needed without gradients, or in another mode."""
+    cell = fused_rnn.cell(gates=1)(without_gradient)
+    agrees_with_autograd(cell)
+    texts = {cell.descriptor().name}
+    for context in (torch.no_grad, torch.inference_mode):
+        with context():
+            texts.add(fused_rnn.cell(gates=1)(without_gradient).descriptor().name)
+    inside: list[Any] = []
+
+    def traced(x: Tensor) -> Tensor:
+        inside.append(fused_rnn.cell(gates=1)(without_gradient).descriptor())
+        return x
+
+    torch.func.grad(traced)(torch.ones(()))
+    with torch._subclasses.FakeTensorMode():
+        inside.append(fused_rnn.cell(gates=1)(without_gradient).descriptor())
+    assert texts | {made.name for made in inside} == texts and len(texts) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_default_dtype_is_none_of_the_steps(dtype: torch.dtype) -> None:
+    step = fused_rnn.cell(gates=1)(lambda x, r, s, p: (x[0] > 0).to(x[0].dtype) * r[0] + torch.zeros_like(s.h))
+    plain = step.descriptor().name
+    torch.set_default_dtype(dtype)
+    try:
+        again = fused_rnn.cell(gates=1)(step.step).descriptor().name
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert again == plain
+
+
+def test_numbers_of_the_closure_may_be_read() -> None:
+    made = program(lambda x, r, s, p: x[0] * float(HALF) + (r[0] if HALF > 0 else s.h) * HALF.item())
+    (after,) = made.step([torch.ones(1, 2)], [torch.ones(1, 2)], [torch.ones(1, 2)], ())
+    torch.testing.assert_close(after, torch.ones(1, 2))
+
+
+def test_conditions_add_up_as_torchs() -> None:
+    def either(x: Any, r: Any, s: Any, p: Any) -> Any:
+        return ((x[0] > 0) + (r[0] > 0)) * s.h + (x[0] > 0) * 2 * r[0]
+
+    def counted(x: Any, r: Any, s: Any, p: Any) -> Any:
+        return ((x[0] > 0) * 2 + 1) / 4 * s.h - (s.h > 0).float()
+
+    agrees_with_autograd(fused_rnn.cell(gates=1)(either))
+    agrees_with_autograd(fused_rnn.cell(gates=1)(counted))
+
+
+def test_a_step_of_many_operations() -> None:
+    def long(x: Any, r: Any, s: Any, p: Any) -> Any:
+        a = x[0]
+        for _ in range(3000):
+            a = torch.sin(a)
+        return a + r[0]
+
+    def doubled(x: Any, r: Any, s: Any, p: Any) -> Any:
+        a = x[0]
+        for _ in range(40):
+            a = a + a
+        return a + r[0]
+
+    assert len(program(long).forward.code) == 3001
+    assert program(doubled).apart == 1
+
+
+def test_a_step_that_asks_for_itself() -> None:
+    cell: Any = fused_rnn.cell(gates=1)(lambda x, r, s, p: fused_rnn.FlexRNN(cell, 2, 3) and x[0])
+    for _ in range(2):
+        with pytest.raises(ValueError, match="the step asks for its own program"):
+            cell.descriptor()
+
+
+def test_any_name() -> None:
+    def step(x: Any, r: Any, s: Any, p: Any) -> Any:
+        return x[0] + r[0]
+
+    step.__name__ = "a|b\nü"
+    cell = fused_rnn.cell(gates=1)(step)
+    assert cell.name == "a_b_ü" and parse(cell.descriptor().name).title == cell.name
+
+
+def test_lerp_is_torchs() -> None:
+    """From the nearer end: at a weight of one the other end itself."""
+    made = program(lambda x, r, s, p: torch.lerp(x[0], r[0], s.h))
+    x, r, s = (torch.full((1, 2), v) for v in (1e8, 1.0, 1.0))
+    assert made.step([x], [r], [s], ())[0].tolist() == torch.lerp(x, r, s).tolist()
 
 
 @pytest.mark.parametrize(
@@ -222,6 +364,8 @@ def test_the_line_is_the_users() -> None:
         ({"params": ("h",)}, "params: got 'h', which is a state"),
         ({"params": (1,)}, "params: got 1"),
         ({"recurrent": 1}, "recurrent: got 1, expected True or False"),
+        ({"states": ("h", "for")}, "states: got 'for'"),
+        ({"states": None}, "states: got None, expected a sequence of names"),
     ],
 )
 def test_arguments(options: dict[str, Any], said: str) -> None:
