@@ -249,7 +249,7 @@ def table(results: Results) -> str:
     dates = "; ".join(f"commit {run['commit'] or 'unknown'}, {run['date']}" for run in results.runs)
     jax = f", JAX {run['jax']}" if run.get("jax") else ""
     facts = f"{run['device_name']}, torch {run['torch']}{jax}, {dates}"
-    said = f"{facts}; `python -m fused_rnn bench --flex`, times are what the one thread had its core"
+    said = f"{facts}; `python -m fused_rnn bench --flex`, the clock runs while the one thread has its core"
     return "\n".join([*lines, "", f"<sub>{said}</sub>"])
 
 
