@@ -31,6 +31,21 @@ static FUSED_RNN_HD N rounded_product(const N& product) {
 template <class Scalar>
 struct Operations {
   static constexpr Scalar one = 1;
+  // Rounded by itself, whatever sum reads it.
+  static FUSED_RNN_HD Scalar product(Scalar a, Scalar b) {
+#if defined(__CUDA_ARCH__)
+    if constexpr (sizeof(Scalar) == sizeof(float)) return __fmul_rn(a, b);
+    else return __dmul_rn(a, b);
+#else
+    Scalar made = a * b;
+#if defined(__x86_64__)
+    asm("" : "+x"(made));
+#elif defined(__aarch64__)
+    asm("" : "+w"(made));
+#endif
+    return made;
+#endif
+  }
   static FUSED_RNN_HD Scalar abs(Scalar x) { return std::abs(x); }
   static FUSED_RNN_HD Scalar sign(Scalar x) { return Scalar((x > 0) - (x < 0)); }
   static FUSED_RNN_HD Scalar exp(Scalar x) { return std::exp(x); }

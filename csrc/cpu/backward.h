@@ -335,6 +335,7 @@ struct BackwardLoop : Counts<Cell> {
     const int64_t j0 = s.by_rows ? 0 : part(panels, s.me, s.size), j1 = s.by_rows ? panels : part(panels, s.me + 1, s.size);
     const int64_t o0 = s.by_rows ? 0 : part(out_panels, s.me, s.size), o1 = s.by_rows ? out_panels : part(out_panels, s.me + 1, s.size);
     const bool split_units = !s.by_rows && s.size > 1;
+    const bool every_step = split_units && (recurrent || p.lengths || project);  // as in forward.h
 
     if (recurrent && (f.need_dh || p.stop - p.start > 1))
       pack(m.w_hh, w.w_hh, G * p.H, p.P, out_vectors, part(out_panels, s.me, s.size), part(out_panels, s.me + 1, s.size));
@@ -377,7 +378,7 @@ struct BackwardLoop : Counts<Cell> {
       }
       if (end < b1) rest(r, t - first_time(p, r), out, Rows(s, end, b1));
       after = end;
-      if (split_units) barrier.wait(s.me);
+      if (every_step) barrier.wait(s.me);
       in = out;
       out = in == m.gates[0] ? m.gates[1] : m.gates[0];
     }

@@ -432,6 +432,8 @@ struct ForwardLoop : Counts<Cell> {
     const int64_t j0 = s.by_rows ? 0 : part(panels, s.me, s.size), j1 = s.by_rows ? panels : part(panels, s.me + 1, s.size);
     const int64_t v0 = s.by_rows ? 0 : part(out_vectors, s.me, s.size), v1 = s.by_rows ? out_vectors : part(out_vectors, s.me + 1, s.size);
     const bool split_units = !s.by_rows && s.size > 1, project_h = projects();
+    // A cell without W_hh reads its own units alone; what goes by rows does not: the ends of sequences, checkpoints.
+    const bool every_step = split_units && (recurrent || p.lengths || project_h || (ST > 1 && f.every));
 
     if constexpr (!kNarrow<Kind>) {  // those come packed
       if (!unpacked && !f.packed) {
@@ -489,12 +491,13 @@ struct ForwardLoop : Counts<Cell> {
           if (end > b0) project(m, r, step, h_in, h_out, v0, v1, b0, end);
         }
         if (end < b1) rest(r, step, h_in, h_out, Rows(s, end, b1));
-        if (split_units) barrier.wait(s.me);
+        if (every_step) barrier.wait(s.me);
         A* next = const_cast<A*>(h_in);
         h_in = h_out;
         h_out = next;
       }
     }
+    if (split_units && !every_step) barrier.wait(s.me);
     for (int64_t b = part(p.B, s.me, s.size); b < part(p.B, s.me + 1, s.size); ++b) {
       convert_row((S*)f.states[0] + (r * p.B + b) * p.P, h_in + b * h_stride, p.P, p.P);
       for (int i = 1; i < ST; ++i) memcpy((S*)f.states[i] + (r * p.B + b) * p.H, m.states[i] + b * state_stride, size_t(p.H) * sizeof(S));

@@ -116,7 +116,7 @@ static ALWAYS_INLINE Vf finite_log(Vf x) {
   q = q * f + 2.0000714765e-1f;
   q = q * f + -2.4999993993e-1f;
   q = q * f + 3.3333331174e-1f;
-  const Vf y = z * (f * q + -0.5f);
+  const Vf y = rounded_product(Pack<float, 1>{{z * (f * q + -0.5f)}}).v[0];
   return f + (e * -2.12194440e-4f + y) + e * 0.693359375f;
 }
 static ALWAYS_INLINE Vf log_of(Vf x) {

@@ -20,16 +20,16 @@ namespace FUSED_RNN_ISA {
 template <class Args>
 constexpr bool kMayBeNarrow = std::is_same_v<Args, Forward> || std::is_same_v<Args, Packing>;
 
-// Products and packing know of a cell how many gates it has: cells of one shape share them.
-template <int kGates, int kApart, bool kRecurrent>
+// Products and packing know of a cell how many gates and params it has: cells of one shape share them.
+template <int kGates, int kApart, int kParams, bool kRecurrent>
 struct Shape : fused_rnn::CellDefaults {
-  static constexpr int gates = kGates, apart = kApart, states = 1, saved = 0;
+  static constexpr int gates = kGates, apart = kApart, params = kParams, states = 1, saved = 0;
   static constexpr bool recurrent = kRecurrent;
 };
 template <class Args, class Cell>
 constexpr auto instance() {
   if constexpr (kInterpreted<Cell> || std::is_same_v<Args, Forward> || std::is_same_v<Args, Backward>) return (Cell*)nullptr;
-  else return (Shape<Cell::gates, Cell::apart, Cell::recurrent>*)nullptr;
+  else return (Shape<Cell::gates, Cell::apart, Cell::params, Cell::recurrent>*)nullptr;
 }
 template <class Args, class Cell>
 using Instance = std::remove_pointer_t<decltype(instance<Args, Cell>())>;

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <charconv>
+#include <cmath>
 #include <cstring>
 #include <memory>
 #include <mutex>
@@ -123,31 +124,47 @@ std::vector<int> uses(const Graph& graph) {
   return count;
 }
 
-// A product that one sum, difference or product alone reads becomes part of it. What a graph leaves out later does not count: the results
-// are the same with it and without.
+// A product becomes part of the sum or difference that reads it, and of the product that alone does. What a graph leaves out later does
+// not count, nor who else reads a product: the results are the same.
+//
+// Of two products that may cancel neither: a a - b b is 0 where a = b only if both are rounded.
 void join_products(Graph& graph) {
-  std::vector<int> read = uses(graph);
-  const auto product = [&](int value) -> const Line* {
-    if (value < graph.inputs || read[size_t(value)] != 1) return nullptr;
-    const Line& line = graph.code[size_t(value - graph.inputs)];
-    return line.arity == 2 && line.function == Function::mul_ ? &line : nullptr;
+  const std::vector<Line> text = graph.code;
+  const std::vector<int> read = uses(graph);
+  const auto line_of = [&](int value) { return value < graph.inputs ? nullptr : &text[size_t(value - graph.inputs)]; };
+  const auto is = [](const Line* line, Function function, int arity) { return line && line->arity == arity && line->function == function; };
+  const auto product = [&](int value) { return is(line_of(value), Function::mul_, 2) ? line_of(value) : nullptr; };
+  const auto may_cancel = [&](int value) {
+    const Line* line = line_of(value);
+    while (is(line, Function::neg_, 1)) line = line_of(line->args[0]);
+    return is(line, Function::mul_, 2) || is(line, Function::sigmoid_backward_, 2) || is(line, Function::tanh_backward_, 2);
   };
+  std::vector<bool> turned(size_t(graph.inputs));  // whether a minus stands in a value
+  for (const Line& line : text) {
+    const bool factor = is(&line, Function::mul_, 2) && (turned[size_t(line.args[0])] || turned[size_t(line.args[1])]);
+    turned.push_back(factor || is(&line, Function::neg_, 1) || (line.arity == 0 && std::signbit(line.value)));
+  }
   for (Line& line : graph.code) {
     if (line.arity != 2) continue;
-    const Line *first = product(line.args[0]), *second = product(line.args[1]);
-    if (line.args[0] == line.args[1] || !(first || second)) continue;
+    const int a = line.args[0], b = line.args[1];
+    const Line *first = product(a), *second = product(b);
     Function joined;
-    switch (line.function) {
-      case Function::add_: joined = Function::fma_; break;
-      case Function::mul_: joined = Function::mul_mul; break;
-      case Function::sub_: joined = second ? Function::sub_mul : Function::mul_sub; break;
-      default: continue;
+    if (line.function == Function::mul_) {
+      if (first && read[size_t(a)] != 1) first = nullptr;
+      if (second && read[size_t(b)] != 1) second = nullptr;
+      joined = Function::mul_mul;
+    } else if (line.function == Function::add_) {
+      if (may_cancel(a) && may_cancel(b) && (turned[size_t(a)] || turned[size_t(b)])) continue;
+      joined = Function::fma_;
+    } else if (line.function == Function::sub_) {
+      if (may_cancel(a) && may_cancel(b)) continue;
+      joined = second ? Function::sub_mul : Function::mul_sub;
+    } else {
+      continue;
     }
-    const bool by_second = second != nullptr;
-    const Line& own = by_second ? *second : *first;
-    const int gone = line.args[by_second], other = line.args[!by_second];
-    line = {joined, 3, {own.args[0], own.args[1], other}, 0};
-    read[size_t(gone)] = 0;
+    if (a == b || !(first || second)) continue;
+    const Line& own = second ? *second : *first;
+    line = {joined, 3, {own.args[0], own.args[1], second ? a : b}, 0};
   }
 }
 

@@ -6,6 +6,7 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 
 #include <cstring>
+#include <exception>
 #include <memory>
 #include <new>
 
@@ -16,7 +17,7 @@ namespace fused_rnn::ops {
 namespace {
 
 constexpr Py_ssize_t kMostWatchers = 8;
-constexpr int64_t kLongCall = 1 << 18;  // bytes of weights times steps, from where on other Python threads may run meanwhile
+constexpr double kLongCall = 50;  // microseconds, from where on other Python threads may run meanwhile
 
 // What `watch_steps` was given. Written once, at import.
 PyObject *new_empty, *transpose, *zero_one[2], *watchers[kMostWatchers];
@@ -93,7 +94,7 @@ bool dtype_of(const dlpack::Tensor& t, Dtype& dtype) {
 // fused_rnn::forward of one recurrence on a layer's three. parameters: a module's own, by name; bias: whether it has biases. hx: None, the
 // state, or a tuple of states. axis: the one that is time in an x of three dimensions, -1 in a cell. reset is laid out as x. A tuple, or
 // None.
-PyObject* fast_path(PyObject*, PyObject* const* args, Py_ssize_t count) {
+PyObject* fast_path_of(PyObject* const* args, Py_ssize_t count) {
   if ((count != 6 && count != 8) || !exchange || !PyDict_Check(args[0]) || aoti_torch_grad_mode_is_enabled()) Py_RETURN_NONE;
   PyObject *const x_object = args[2], *const hx = args[3];
   const char* const name = PyUnicode_AsUTF8(args[4]);
@@ -197,22 +198,22 @@ PyObject* fast_path(PyObject*, PyObject* const* args, Py_ssize_t count) {
   f.x = {x.data, batch_first ? D : B * D, batch_first ? T * D : D, 0};
   f.h_is_zero = zero;
   f.y = y_out.data;
-  bool enough = true;
+  std::exception_ptr failed;
   const auto run = [&] {
     try {
       cpu::kernels().forward(f);
-    } catch (const std::bad_alloc&) {
-      enough = false;
+    } catch (...) {  // raised when this thread has the interpreter again
+      failed = std::current_exception();
     }
   };
-  if (T * G * H * (D + (recurrent ? P : 0)) * (x.bits / 8) < kLongCall) {
+  if (microseconds_of(f.p) < kLongCall) {
     run();
   } else {
     Py_BEGIN_ALLOW_THREADS;
     run();
     Py_END_ALLOW_THREADS;
   }
-  if (!enough) return PyErr_NoMemory();
+  if (failed) std::rethrow_exception(failed);
   for (int i = 0; i < ST && !wide; ++i) cpu::kernels().convert(Dtype::f32, dtype, f.states[i], after_out[i].data, B * width(i));
   if (batch_first) {
     PyObject* const turn[] = {y.object, zero_one[0], zero_one[1]};
@@ -227,6 +228,17 @@ PyObject* fast_path(PyObject*, PyObject* const* args, Py_ssize_t count) {
     one.object = nullptr;
   }
   return results;
+}
+
+PyObject* fast_path(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  try {
+    return fast_path_of(args, count);
+  } catch (const std::bad_alloc&) {
+    return PyErr_NoMemory();
+  } catch (const std::exception& error) {
+    PyErr_SetString(PyExc_RuntimeError, error.what());
+    return nullptr;
+  }
 }
 
 PyMethodDef methods[] = {

@@ -36,7 +36,7 @@ class Layer {
                     weights.size(), " tensors for ", p.R, " recurrence(s), expected ", sides + params, " to ", most + params, " each");
     bias = matrices >= 2 * sides;
     projects = matrices > (bias ? 2 : 1) * sides;
-    STD_TORCH_CHECK(!projects || p.cell->projects, "fused_rnn: cell '", cell.substr(0, 80), "' has no projection (w_hr)");
+    STD_TORCH_CHECK(!projects || p.cell->projects, "fused_rnn: cell '", shown(cell), "' has no projection (w_hr)");
     const Tensor& rows = weights[size_t(sides - 1)];
     STD_TORCH_CHECK(rows.dim() == 2 && rows.size(0) % G == 0, "fused_rnn: ", p.cell->recurrent ? "w_hh" : "w_ih", " has shape ",
                     text(sizes_of(rows)), ", expected [", G, " H, ", p.cell->recurrent ? "P]" : "D]");
@@ -83,7 +83,7 @@ class Layer {
   // What there is of each state of the cell: nothing, or all of them. suffix: what errors write behind a state's name.
   void check_states(const char* suffix, const std::vector<Tensor>& given) const {
     STD_TORCH_CHECK(given.empty() || int(given.size()) == p.cell->states, "fused_rnn: got ", given.size(), " states, expected none or the ",
-                    p.cell->states, " of a ", std::string(p.cell->name).substr(0, 80));
+                    p.cell->states, " of a ", shown(p.cell->name));
     for (size_t i = 0; i < given.size(); ++i) check((p.cell->state_names[i] + std::string(suffix)).c_str(), given[i], {p.R, p.B, width(i)});
   }
   // States, or their gradients, in the accumulation dtype, memory of its own: the loops leave there what comes out. Zero where none are

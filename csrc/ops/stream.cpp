@@ -147,7 +147,7 @@ PyObject* step(PyObject* self, PyObject* const* args, Py_ssize_t count) {
       s->stream->run(x.data, 1, y.data);
     } catch (const std::bad_alloc&) {
       enough = false;
-    } catch (const std::runtime_error&) {
+    } catch (const std::exception&) {
       alone = false;
     }
   };

@@ -9,6 +9,7 @@
 #include <exception>
 #include <optional>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "../cells/all.h"
@@ -125,27 +126,40 @@ inline const CellDescriptor* find_cell(const char* name) {
     if (cell.name && !strcmp(cell.name, name)) return &cell;
   return nullptr;
 }
+// A cell's name for people: of a program its title. Of a long one the beginning, in whole characters of UTF-8.
+inline std::string shown(std::string_view name) {
+  if (cpu::is_program(name)) {
+    const size_t from = name.find('|') + 1;
+    name = name.substr(from, name.find('|', from) - from);
+  }
+  size_t end = name.size() < 80 ? name.size() : 80;
+  while (end > 0 && end < name.size() && (static_cast<unsigned char>(name[end]) & 0xC0) == 0x80) --end;
+  return std::string(name.substr(0, end));
+}
 inline const CellDescriptor* cell_of(const std::string& name) {
   if (cpu::is_program(name)) {
     std::string reason;
     const Program* const program = cpu::program_of(name, reason);
-    STD_TORCH_CHECK(program, "fused_rnn: cell is '", name.substr(0, 80), "', which the loops cannot run: ", reason);
+    STD_TORCH_CHECK(program, "fused_rnn: cell is '", shown(name), "', which the loops cannot run: ", reason);
     return &program->cell;
   }
   if (const CellDescriptor* const found = find_cell(name.c_str())) return found;
   std::string names;
   for (const CellDescriptor& cell : kCells.of)
     if (cell.name) names += (names.empty() ? "" : ", ") + std::string(cell.name);
-  STD_TORCH_CHECK(false, "fused_rnn: cell is '", name, "', expected one of ", names);
+  STD_TORCH_CHECK(false, "fused_rnn: cell is '", shown(name), "', expected one of ", names);
   return nullptr;
 }
 
-// One thread for what takes less than about 200 us there: waking the others and their barriers would cost as much.
-inline int threads_for(const Problem& p) {
+// What a forward takes on one thread, about.
+inline double microseconds_of(const Problem& p) {
   const int64_t k = p.D + (p.cell->recurrent ? p.P : 0);
   const double of_cell = p.cell->program ? 8.0 * p.cell->program->forward.length : 0;  // an operation of a program takes as long
-  const double flops = double(p.T) * double(p.B) * double(p.R) * double(p.H) * (2.0 * p.cell->gates * double(k) + of_cell);
-  const double microseconds = flops / 100e3;
+  return double(p.T) * double(p.B) * double(p.R) * double(p.H) * (2.0 * p.cell->gates * double(k) + of_cell) / 100e3;
+}
+// One thread for what takes less than about 200 us there: waking the others and their barriers would cost as much.
+inline int threads_for(const Problem& p) {
+  const double microseconds = microseconds_of(p);
   if (microseconds < 200) return 1;
   const int most = int(torch::stable::get_num_threads());
   return microseconds / 100 < most ? int(microseconds / 100) : most;

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fused_rnn.cells import CELLS, is_program, unknown
+from fused_rnn.cells.program import MOST_PARAMS, MOST_STATES
 from fused_rnn.cuda import launch, module, plans, programs
 from fused_rnn.gpu import op
 from fused_rnn.plan import NO_PRODUCT, PRECISIONS, fewer_blocks
@@ -51,7 +52,13 @@ def _unable(dtype: torch.dtype, cell: str, batch: int, recurrences: int, hidden:
     reason = programs.refusal() if is_program(cell) else unknown(cell, module.loaded().CELLS)
     if reason is not None:
         return reason
-    widest = max(CELLS[cell].gradients, CELLS[cell].saved)  # vectors of H that are kept, or made, per step
+    spec = CELLS[cell]
+    if len(spec.states) > MOST_STATES or len(spec.params) > MOST_PARAMS:
+        return (
+            f"it knows cells of up to {MOST_STATES} states and {MOST_PARAMS} params, "
+            f"this one has {len(spec.states)} and {len(spec.params)}"
+        )
+    widest = max(spec.gradients, spec.saved, len(spec.params))  # vectors of H that are kept, or made, per step
     step = batch * recurrences * hidden * widest
     if step >= _LIMIT:
         return f"B·R·H·{widest} = {step} is beyond the 2^31 that its kernels can address in a step"

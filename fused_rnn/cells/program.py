@@ -30,6 +30,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 PREFIX = "fused_rnn.cell 1|"
+MOST_STATES, MOST_PARAMS = 4, 8  # that the compiled loops take: csrc/cells/cell.h
 
 
 def _number(condition: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -87,6 +88,7 @@ TERNARY: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "where": lambda c, a, b: torch.where(_true(c), a, b),
     "fma": lambda a, b, c: a * b + c,
 }
+PRODUCTS = ("mul", "sigmoid_backward", "tanh_backward")  # a multiplication comes last in them
 ARITY = {"const": 0} | dict.fromkeys(UNARY, 1) | dict.fromkeys(BINARY, 2) | dict.fromkeys(TERNARY, 3)
 _FUNCTIONS: dict[str, Callable[..., Tensor]] = {**UNARY, **BINARY, **TERNARY}
 
@@ -110,6 +112,28 @@ class Graph(NamedTuple):
         """The values that an instruction or an output reads."""
         read = {i for group in self.outputs for i in group}
         return read.union(*(instruction.args for instruction in self.code))
+
+    def rounded(self) -> set[int]:
+        """Products that one sum or difference reads together with another: each is to be rounded by itself. a·a - b·b
+        is 0 where a = b, and no compiler has two products to choose from."""
+        made: set[int] = set()
+        for op, args, _ in self.code:
+            if op in ("add", "sub", "fma"):
+                products = {self._product(i) for i in (args if op != "fma" else args[2:])}
+                if None not in products and (op == "fma" or len(products) > 1):
+                    made |= products  # type: ignore[arg-type]
+        return made
+
+    def _product(self, i: int) -> int | None:
+        """The product that a value is, or of which it is the negative."""
+        while i >= self.inputs:
+            op, args, _ = self.code[i - self.inputs]
+            if op in PRODUCTS:
+                return i
+            if op != "neg":
+                break
+            i = args[0]
+        return None
 
     def run(self, inputs: Sequence[Tensor]) -> list[list[Tensor]]:
         """The groups of outputs, in plain PyTorch."""

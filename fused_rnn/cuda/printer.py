@@ -29,6 +29,12 @@ _OPERATORS = {
     "where": "{0} != 0 ? {1} : {2}",
     "fma": "{0} * {1} + {2}",
 }
+# Those of Graph.rounded.
+_ROUNDED = {
+    "mul": "M::product({0}, {1})",
+    "sigmoid_backward": "M::product({0}, {1} * (M::one - {1}))",
+    "tanh_backward": "M::product({0}, M::one - {1} * {1})",
+}
 _FROM_DOUBLE = {"inf": "-M::log(N(0))", "-inf": "M::log(N(0))", "nan": "M::sqrt(N(-1))"}
 
 
@@ -66,7 +72,9 @@ def _array(name: str, count: int, used: bool, const: bool = True) -> str:
     return f"{'const ' * const}N (&{name * used})[{max(count, 1)}]"
 
 
-def _value(op: str, args: Sequence[str], value: float) -> str:
+def _value(op: str, args: Sequence[str], value: float, rounded: bool) -> str:
+    if rounded:
+        return _ROUNDED[op].format(*args)
     if op == "const":
         return _FROM_DOUBLE.get(repr(value), f"N({value!r})")
     return _OPERATORS[op].format(*args) if op in _OPERATORS else f"M::{op}({', '.join(args)})"
@@ -74,10 +82,11 @@ def _value(op: str, args: Sequence[str], value: float) -> str:
 
 def _body(graph: Graph, inputs: Sequence[str], targets: Sequence[Sequence[str]]) -> list[str]:
     """The statements of a graph. targets: where each group of outputs goes; none of them may be an input."""
-    names, lines = list(inputs), list[str]()
+    names, lines, rounded = list(inputs), list[str](), graph.rounded()
     for i, (op, args, value) in enumerate(graph.code):
         names.append(f"v{i}")
-        lines.append(f"const N v{i} = {_value(op, [names[k] for k in args], value)};")
+        text = _value(op, [names[k] for k in args], value, graph.inputs + i in rounded)
+        lines.append(f"const N v{i} = {text};")
     for group, places in zip(graph.outputs, targets, strict=True):
         lines += [f"{place} = {names[k]};" for k, place in zip(group, places, strict=True)]
     return lines

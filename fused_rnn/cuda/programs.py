@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -23,6 +22,7 @@ from fused_rnn.cells import CELLS, Cell
 from fused_rnn.cells.program import Program
 from fused_rnn.cuda import module, nvrtc, plans, printer
 from fused_rnn.cuda.printer import Kernel
+from fused_rnn.gpu.files import replace
 from fused_rnn.plan import PRECISIONS, fewer_blocks
 
 # (program, kernel, whether with gradients of sequences, device) → what a loop of the module is given as `loaded`.
@@ -112,7 +112,7 @@ def _read(path: Path) -> nvrtc.Compiled | None:
         told = json.loads(head)
         if told["bytes"] == len(image):
             return nvrtc.Compiled(told["name"], image, told["spills"])
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):  # nor is every JSON a dict
         pass
     return None
 
@@ -120,10 +120,7 @@ def _read(path: Path) -> nvrtc.Compiled | None:
 def _write(path: Path, made: nvrtc.Compiled) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     head = json.dumps({"name": made.name, "spills": made.spills, "bytes": len(made.image)}).encode()
-    number, part = tempfile.mkstemp(dir=path.parent)
-    with os.fdopen(number, "wb") as file:
-        file.write(head + b"\n" + made.image)
-    Path(part).replace(path)
+    replace(path, head + b"\n" + made.image)
 
 
 def _load(program: Program, kernel: Kernel, sequences: bool, device: int) -> int:

@@ -137,13 +137,16 @@ def emit(builder: Builder, given: dict[int, int], inputs: int, outputs: list[lis
 
 
 def _fuse(code: dict[int, Instruction], outputs: list[int]) -> None:
-    """Products that are only added to something become one operation with the sum."""
+    """Products that are only added to something become one operation with the sum; not to another product, which each
+    backend rounds as its own rules say, for the two may cancel."""
     uses: dict[int, int] = dict.fromkeys(outputs, 2)
     for _, args, _ in code.values():
         for i in args:
             uses[i] = uses.get(i, 0) + 1
     for i, (op, args, _) in sorted(code.items()):
         if op != "add":
+            continue
+        if all(i in code and code[i].op == "mul" for i in args):
             continue
         for product, other in (args, args[::-1]):
             if product in code and code[product].op == "mul" and uses[product] == 1 and product != other:

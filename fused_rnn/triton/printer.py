@@ -16,6 +16,7 @@ from pathlib import Path
 from types import ModuleType
 
 from fused_rnn.cells.program import Graph, Program, parse
+from fused_rnn.gpu.files import replace
 
 _HEAD = '''\
 """A cell printed by fused_rnn.triton.printer."""
@@ -79,6 +80,12 @@ _OPS = {
     "where": "tl.where({0}, {1}, {2})",
     "fma": "{0} * {1} + {2}",
 }
+# Those of Graph.rounded: no compiler takes a fused multiply-add apart. Of a zero the sign may change.
+_ROUNDED = {
+    "mul": "tl.fma({0}, {1}, 0.0)",
+    "sigmoid_backward": "tl.fma({0}, {1} * (1.0 - {1}), 0.0)",
+    "tanh_backward": "tl.fma({0}, 1.0 - {1} * {1}, 0.0)",
+}
 _COMPARISONS = ("lt", "le", "gt", "ge", "eq", "ne")
 _LOGICAL = ("and", "or")
 # Those of two arguments of which either may be a number in the text.
@@ -107,6 +114,7 @@ class _Function:
         self.narrow = set(narrow)
         self.lines: list[str] = []
         self.made: set[str] = set()
+        self.rounded = graph.rounded()
         used = graph.uses()
         for i, text in enumerate(inputs):
             if i in used:
@@ -123,8 +131,11 @@ class _Function:
     def _op(self, i: int) -> str:
         return "" if i < self.graph.inputs else self.graph.code[i - self.graph.inputs].op
 
+    def _value(self, i: int) -> float:
+        return self.graph.code[i - self.graph.inputs].value
+
     def _constant(self, i: int) -> str:
-        return _number(self.graph.code[i - self.graph.inputs].value)
+        return _number(self._value(i))
 
     def tile(self, i: int) -> str:
         """A value as numbers."""
@@ -155,14 +166,16 @@ class _Function:
         if tiles and all(j in self.narrow for j in tiles):
             self.narrow.add(i)
         form, name = _OPS[op], f"{'b' if op in (*_COMPARISONS, *_LOGICAL) else 'v'}{i}"
-        if op in _LOGICAL:
+        if i in self.rounded:
+            form, written = _ROUNDED[op], [self.tile(j) for j in args]
+        elif op in _LOGICAL:
             written = [self.truth(j) for j in args]
         elif op == "where":
             written = [self.truth(args[0]), *self._numbers(args[1:])]
         elif op in _TAKES_NUMBERS:
             written = self._numbers(args)
-        elif op == "pow" and self._op(args[1]) == "const" and float(self._constant(args[1])) in _POWERS:
-            form, written = _POWERS[float(self._constant(args[1]))], [self.tile(args[0])]
+        elif op == "pow" and self._op(args[1]) == "const" and self._value(args[1]) in _POWERS:
+            form, written = _POWERS[self._value(args[1])], [self.tile(args[0])]
         else:
             written = [self.tile(j) for j in args]
         self._line(name, form.format(*written))
@@ -225,12 +238,9 @@ def written(text: str) -> Path:
     for place in (folder, _own_folder):
         path = place() / name
         try:
-            if not path.exists() or path.read_text() != text:
+            if not path.exists() or path.read_bytes() != text.encode():
                 path.parent.mkdir(parents=True, exist_ok=True)
-                descriptor, whole = tempfile.mkstemp(dir=path.parent)  # so that nobody ever reads half a file
-                with os.fdopen(descriptor, "w") as file:
-                    file.write(text)
-                os.replace(whole, path)
+                replace(path, text.encode())
             return path
         except OSError:
             if place is _own_folder:

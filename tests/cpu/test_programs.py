@@ -98,6 +98,22 @@ def test_same_bits_whoever_does_them(name: str, save: str) -> None:
                 assert torch.equal(again[key], value), key
 
 
+@pytest.mark.parametrize("options", [{}, {"reset": True}, {"lengths": True}, {"save": "recompute"}], ids=str)
+def test_threads_that_need_not_wait(options: dict[str, Any]) -> None:
+    """Without W_hh they meet where sequences end and at checkpoints; of few rows each has its units."""
+    call = make_call(program_of(2, states=2, params=2, recurrent=False), T=140, B=5, D=24, H=600, **options)
+    torch.set_num_threads(1)
+    first = by_ops(call, ops.forward, ops.backward)
+    for n in (2, 3, 2, 3):
+        torch.set_num_threads(n)
+        again = by_ops(call, ops.forward, ops.backward)
+        for key, value in first.items():
+            if key.startswith("dweights"):
+                torch.testing.assert_close(again[key], value)
+            else:
+                assert torch.equal(again[key], value), key
+
+
 def long_formula() -> str:
     """Operations of every kind on three gates, h and p, one after the other on; products in sums."""
     unary = ("sigmoid", "tanh", "exp", "neg", "softplus", "log1p", "sin", "cos", "erf", "expm1", "abs", "relu")
@@ -184,6 +200,19 @@ def test_what_is_refused(text: str, reason: str) -> None:
         ops.forward(*given._replace(cell=text))
     assert reason in str(error.value)
     assert reason in str(cpu.supports(problem(text)))
+
+
+@pytest.mark.parametrize("title", ["short", "\xe9" * 70, "x" + "\xe9" * 70], ids=ascii)
+def test_what_an_error_shows_of_a_cell(title: str) -> None:
+    """Its title, as far as 80 bytes go, and no part of a character."""
+    call = make_call(INDRNN.replace("1|indrnn|", f"1|{title}|"))
+    with pytest.raises(RuntimeError) as error:
+        ops.forward(*call._replace(states=[*call.states] * 2))
+    shown = title.encode()[:80].decode(errors="ignore")
+    assert f"got 2 states, expected none or the 1 of a {shown}" in str(error.value)
+    assert shown + "\xe9" not in str(error.value)
+    with pytest.raises(RuntimeError, match=f"cell is '{shown}', which the loops cannot run"):
+        ops.forward(*call._replace(cell=call.cell.replace("relu 3>", "relux 3>")))
 
 
 def test_what_is_not() -> None:

@@ -49,4 +49,4 @@ def test_cells_from_outside(tmp_path: Path) -> None:
     header = str(TRIAL / "cells.h")
     run(*build, FUSED_RNN_MORE_CELLS=header, FUSED_RNN_ISAS="baseline", CXXFLAGS="-O1 -w", FUSED_RNN_CUDA="0")
     (extension,) = tmp_path.glob("fused_rnn/_C*")
-    assert run(str(TRIAL / "compare.py"), str(extension)) == "57 problems agree, by baseline\n"
+    assert run(str(TRIAL / "compare.py"), str(extension)) == "60 problems agree, by baseline\n"

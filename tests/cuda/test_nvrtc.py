@@ -45,6 +45,18 @@ def test_kernels_compile(text: str, kernel: Kernel, arch: int) -> None:
     assert kernel.kind in made.name
 
 
+def test_a_file_that_is_none(tmp_path: Path) -> None:
+    """Whatever another program has left there."""
+    path = tmp_path / "one.kernel"
+    for content in (b"", b"[1]\n", b"null\n", b'"bytes"\nabc', b'{"bytes": 3}\nabc', b"\xff\n", b'{"bytes": 4}\nabc'):
+        path.write_bytes(content)
+        assert programs._read(path) is None, content
+    made = nvrtc.Compiled("name", b"image", 0)
+    programs._write(path, made)
+    assert programs._read(path) == made
+    assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
+
+
 @needs_nvcc
 @pytest.mark.parametrize(("text", "kernel"), KERNELS[1:3], ids=lambda value: getattr(value, "kind", None))
 def test_the_same_source_by_nvcc(text: str, kernel: Kernel, tmp_path: Path) -> None:

@@ -11,12 +11,14 @@ import torch
 from cuda_cases import EXCHANGES, PRECISIONS, _Tf32Products
 from emulated import on_the_emulator
 from emulated_printed import Loader, Printed, kernels
+from program_calls import program_of
 from program_cases import CELLS_BY_NAME, ProgramCase, by_backend, by_loop, by_reference, call_of
 from tolerances import assert_as_good_as_torch, tf32
 
 import fused_rnn
 from fused_rnn import ops
 from fused_rnn.backends import cuda as backend
+from fused_rnn.cells.program import PREFIX
 from fused_rnn.cuda import programs
 from fused_rnn.plan import fewer_blocks
 from fused_rnn.problem import Problem
@@ -116,6 +118,9 @@ def test_fewer_blocks_in_registers(exchange: str) -> None:
     check(case, "bf16", rows=8, **EXCHANGES[exchange])
 
 
+FIVE_STATES = PREFIX + "x|1 0 1|a b c d e||tanh 0>6 6 6 6 6;|const 0.0>15;15 15 15 15 15;"
+
+
 def test_what_is_said() -> None:
     """Of a cell that can be compiled, and of one that cannot."""
     name = peephole.descriptor().name
@@ -126,5 +131,12 @@ def test_what_is_said() -> None:
         with programs.emulating(LOADER):
             assert backend.supports(problem) is None
             assert "forward: " in backend.describe(problem)
+            for most in (program_of(5, states=4), program_of(2, params=8)):
+                assert backend.supports(problem._replace(cell=most)) is None
+            for beyond in (program_of(2, params=9), FIVE_STATES):
+                reason = str(backend.supports(problem._replace(cell=beyond)))
+                assert "it knows cells of up to 4 states and 8 params, this one has" in reason
+            large = problem._replace(cell=program_of(1, params=8), batch=1 << 20, hidden_size=256, width=256)
+            assert "B·R·H·8 = 2147483648 is beyond" in str(backend.supports(large))
             alone = problem._replace(cell=CELLS_BY_NAME["indrnn"])
             assert "no W_hh, and a unit's thread runs all of its steps" in backend.describe(alone)

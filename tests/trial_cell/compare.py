@@ -22,6 +22,7 @@ from leaky import LEAKY  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from fused_rnn import layers, ops  # noqa: E402
+from fused_rnn.call import LayerCall  # noqa: E402
 from fused_rnn.cells import Cell, register  # noqa: E402
 from tests.common.program_calls import by_loop, by_ops, make_call  # noqa: E402
 
@@ -32,6 +33,12 @@ B, D, H = 3, 4, 17
 STEPS = {"gates": 6, "recompute": 70}  # the latter more than between two checkpoints
 # The error that an element may have beside its part of the largest one.
 TOLERANCES = {torch.float64: 1e-11, torch.float32: 2e-5, torch.bfloat16: 4e-2}
+
+
+def error_of(made: Tensor, expected: Tensor) -> float:
+    """The largest one, each as a part of its element and the largest; where all are zero as it is."""
+    scale = expected.abs() + expected.abs().max()
+    return ((made - expected).abs() / torch.where(scale == 0, 1, scale)).max().item()
 
 
 def run(cell: Cell, backend: str, given: list[Tensor], dtype: torch.dtype, **options: object) -> list[Tensor]:
@@ -59,8 +66,24 @@ def compare(cell: Cell, dtype: torch.dtype, bidirectional: bool, width: int, mas
     made = run(cell, "cpu", given, dtype, **options)
     expected = run(cell, "reference", given, torch.float64, **options | {"save": "gates"})
     for k, (a, b) in enumerate(zip([*alone, *made], [*expected[:3], *expected], strict=True)):
-        error = ((a - b).abs() / (b.abs() + b.abs().max())).max().item()
+        error = error_of(a, b)
         assert error < TOLERANCES[dtype], (cell.name, dtype, options, width, k, error)
+
+
+def compare_stream(call: LayerCall) -> None:
+    """Raises AssertionError where steps on packed weights are not the layer's own."""
+    T, B, D = call.x.shape
+    wide = torch.float64 if call.x.dtype == torch.float64 else torch.float32
+    states = [s.to(wide, copy=True) for s in call.states]
+    number = [torch.float32, torch.float64, torch.bfloat16].index(call.x.dtype)
+    stream = ops._C.Stream(call.cell, number, 0, B, D, H, H, 1, False, [s.data_ptr() for s in states])
+    w_ih, b_ih, *params = (w.data_ptr() for w in call.weights)
+    stream.pack([[w_ih, 0, b_ih, 0, 0, *params]])
+    y = torch.empty(T, B, H, dtype=call.x.dtype)
+    for t in range(T):
+        stream.run(call.x[t].data_ptr(), 1, y[t].data_ptr())
+    for made, expected in zip([y, *states], ops.forward(*call), strict=False):
+        torch.testing.assert_close(made.to(call.x.dtype), expected, msg=f"a stream, {call.x.dtype}")
 
 
 kinds = [(False, False, "gates"), (True, False, "gates"), (False, True, "gates"), (True, True, "gates")]
@@ -83,6 +106,8 @@ calls = [
 for call in calls:  # the ops themselves, with the states over time and their gradients
     made, expected = by_ops(call, ops.forward, ops.backward), by_loop(call)
     for name, value in expected.items():
-        error = ((made[name] - value).abs() / (value.abs() + value.abs().max())).max().item()
+        error = error_of(made[name], value)
         assert error < TOLERANCES[call.x.dtype], (call.x.dtype, call.save, name, error)
-print(f"{len(problems) + len(calls)} problems agree, by {ops.ISA}")
+for dtype in TOLERANCES:
+    compare_stream(make_call("decay", dtype=dtype))
+print(f"{len(problems) + len(calls) + len(TOLERANCES)} problems agree, by {ops.ISA}")

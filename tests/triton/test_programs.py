@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import os
 import struct
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +15,7 @@ import program_cases
 import pytest
 import torch
 from program_cases import CELLS_BY_NAME, ProgramCase, by_loop, by_reference, call_of
-from programs import GRU, LSTM
+from programs import GRU, LEAKY, LSTM
 from tolerances import assert_as_good_as_torch
 from torch import Tensor
 from triton_cases import DEVICE, LOOPS, MARKS, planted, quicker_interpreter
@@ -241,6 +244,14 @@ def test_constants_are_exact() -> None:
         assert bool(by_kernel(step_of(code, 3, 1), torch.zeros(1, 4, device=DEVICE)).isnan().all())
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_powers_by_a_constant() -> None:
+    x = torch.tensor([[0.5, 2.0, 1.0, -3.0, 0.0]])
+    for value in ("2.0", "3.0", "inf", "-inf", "nan", "1e60"):
+        ours = by_kernel(step_of(f"const {value},pow 0 2", 3, 1), x.to(DEVICE)).cpu()
+        torch.testing.assert_close(ours, (x[0].double() ** float(value)).float(), equal_nan=True)
+
+
 def test_truths_and_constants_meet() -> None:
     """Comparisons as numbers, conditions that are numbers, constants in every place."""
     code = "const 1.0,gt 0 3,const 2.0,where 4 5 1,and 4 1,add 6 7,ne 8 3,where 9 3 8,where 1 4 9,sub 10 11,lt 3 5"
@@ -265,6 +276,31 @@ def test_a_module_is_written_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     path.write_text("half a file")
     assert printer.written(text).read_text() == text
     assert [entry.name for entry in path.parent.iterdir()] == [path.name]
+
+
+def test_a_failed_write_leaves_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("FUSED_RNN_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr("fused_rnn.gpu.files.os.replace", refuse)
+    with pytest.raises(PermissionError):
+        printer.written(printer.source(parse(LEAKY)))
+    assert [*(tmp_path / "triton").iterdir()] == []
+
+
+def refuse(*_: object) -> None:
+    raise PermissionError
+
+
+def test_a_title_of_any_script(tmp_path: Path) -> None:
+    """Where Python's own encoding is ASCII."""
+    text = LSTM.replace("1|lstm|", "1|\xe9cran|")
+    code = f"from fused_rnn.triton import printer; print(ascii(printer.module({text!a}).TITLE))"
+    own = {"FUSED_RNN_CACHE_DIR": str(tmp_path), "LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    for _ in range(2):  # written, then found
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=os.environ | own, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout == "'\\xe9cran'\n"
 
 
 def test_a_cache_that_takes_no_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
