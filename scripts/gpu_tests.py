@@ -31,7 +31,10 @@ LANES = {
     "autocast": (("tests/test_autocast.py",), 1),
     "emulator": (("tests/emulator/test_emulator.py",), 1),
     "bench": (("tests/commands/test_bench.py", "tests/commands/test_bench_gpu.py"), 1),
-    "triton": (tuple(f"tests/triton/test_{name}.py" for name in ("gpu", "loops", "backend", "trial_cell")), 12),
+    "triton": (
+        tuple(f"tests/triton/test_{name}.py" for name in ("gpu", "loops", "backend", "programs", "trial_cell")),
+        12,
+    ),
 }
 
 
