@@ -58,10 +58,12 @@ def check(case: ProgramCase, **schedule: Any) -> None:
 @pytest.mark.parametrize("cell", CELLS_BY_NAME)
 def test_every_cell(cell: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fused_rnn.call.CHECKPOINT_EVERY", 2)
-    more: dict[str, Any] = {"bidirectional": True, "lengths": True, "reset": True, "sequences": True}
-    check(ProgramCase(cell, dtype=dtype, **more))
-    check(ProgramCase(cell, H=40, save="recompute", dtype=dtype, **more))
-    check(ProgramCase(cell, B=17, H=3, bias=False, hx=False, dtype=dtype))
+    # A chain's states grow until their sums cancel: over five steps half an ulp of the inputs is 15 ulp of a result.
+    more: dict[str, Any] = {"T": 3 if cell == "chain" else 5, "dtype": dtype}
+    masked: dict[str, Any] = {"bidirectional": True, "lengths": True, "reset": True, "sequences": True}
+    check(ProgramCase(cell, **masked, **more))
+    check(ProgramCase(cell, H=40, save="recompute", **masked, **more))
+    check(ProgramCase(cell, B=17, H=3, bias=False, hx=False, **more))
 
 
 @pytest.mark.parametrize("save", ["gates", "recompute"])
