@@ -162,7 +162,7 @@ def bwd_kernel(
     dy,  # [T, B, R, H]             HAS_DY only
     dsequences,  # a [T, B, R, H] for each state but h, or ()
     w,  # [R, G, H, H]
-    params,  # [R, NP, H]
+    vectors,  # [R, NP, H]
     states,  # h [T, B, R, H], then a [window, B, R, H] for each other state
     first,  # a [R, B, H] for each state: what enters the first of these
     saved,  # [window, B, R, S, H]
@@ -237,7 +237,7 @@ def bwd_kernel(
     dp = zeros(DP, BB, BH)
     if NT == 1:
         ds = load_each(dstates, at_rb, own)
-        p = load_vectors(params, r, n, NP, H)
+        p = load_vectors(vectors, r, n, NP, H)
         dp = load_gates(dparams, row_rb, n, own, DP, H)
     if REGISTERS or HOLD:
         held = hold_bwd(w_r, n, G, H, BK, PRECISION)
@@ -259,7 +259,7 @@ def bwd_kernel(
             own = in_b[:, None] & (n < H)[None, :]
             at_rb = row_rb[:, None] * H + n[None, :]
             ds = load_each(dstates, at_rb, own)
-            p = load_vectors(params, r, n, NP, H)
+            p = load_vectors(vectors, r, n, NP, H)
             dp = load_gates(dparams, row_rb, n, own, DP, H)
         units = (row, row_rb, n, own, H)
 

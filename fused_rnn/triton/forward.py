@@ -118,7 +118,7 @@ def fwd_kernel(
     given,  # [window, B, R, G, H]  recurrent product, REPLAY only
     w,  # [R, G, H, H]
     bias,  # [R, APART, H]          of the recurrent side of the gates that are apart
-    params,  # [R, NP, H]           the cell's numbers of each unit
+    vectors,  # [R, NP, H]          the cell's numbers of each unit
     h0,  # [R, B, H]
     carried,  # a [R, B, H] float32 each, in at step0, out at step1: h if READS_H and not REPLAY, then all other states
     y,  # [T, B, R, H]
@@ -195,7 +195,7 @@ def fwd_kernel(
     if NT == 1:
         s = load_each(carried, at_rb, own)
         apart = load_vectors(bias, r, n, APART, H)
-        p = load_vectors(params, r, n, NP, H)
+        p = load_vectors(vectors, r, n, NP, H)
     if AHEAD:
         t = tl.where(backwards, steps - 1 - step0, step0)
         x_next = load_gates(gx + (t - t_base) * (width * G), row, n, own & (b * 0 + step0 < step1)[:, None], G, H)
@@ -221,7 +221,7 @@ def fwd_kernel(
             at_rb = row_rb[:, None] * H + n[None, :]
             s = load_each(carried, at_rb, own)
             apart = load_vectors(bias, r, n, APART, H)
-            p = load_vectors(params, r, n, NP, H)
+            p = load_vectors(vectors, r, n, NP, H)
         if AHEAD:
             # One step ahead, so that memory's latency passes behind the wait and the product.
             x = x_next
