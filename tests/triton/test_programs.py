@@ -151,8 +151,8 @@ MUTATIONS: dict[str, tuple[str, str, str, ProgramCase]] = {
     ),
     "another recurrence's params": (
         "forward",
-        "p = load_vectors(params, r, n, NP, H)\n    if AHEAD",
-        "p = load_vectors(params, r * 0, n, NP, H)\n    if AHEAD",
+        "p = load_vectors(vectors, r, n, NP, H)\n    if AHEAD",
+        "p = load_vectors(vectors, r * 0, n, NP, H)\n    if AHEAD",
         ProgramCase("indrnn", **MASKED),
     ),
 }
