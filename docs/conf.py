@@ -25,6 +25,7 @@ nitpicky = True
 nitpick_ignore_regex = [
     ("py:.*", r"(torch|collections|typing|types)(\..*)?"),
     ("py:class", r"fused_rnn\.convert\.(M|Patch)"),
+    ("py:class", r"fused_rnn\.cells\.(descriptor\.Cell|program\.Program)"),
 ]
 
 html_theme = "furo"

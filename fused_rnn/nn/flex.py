@@ -33,11 +33,11 @@ class FlexRNN(Recurrent):
 
     Args:
         cell: a step in PyTorch under :func:`fused_rnn.cell`.
-        input_size ... dtype: as torch.nn.LSTM's, without proj_size.
+        input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device, dtype: torch.nn.LSTM's.
         heads: N recurrences of H/N units each in the place of one, a block-diagonal W_hh: units n·H/N … of every gate
             belong to head n. Keyword only, as are all that follow.
         init: initial values of the cell's params by name: a number, a tensor [H] or a function of a tensor such as
-            torch.nn.init.ones_. Zeros for all others.
+            ``torch.nn.init.ones_``. Zeros for all others.
         return_sequences: "h" for the first state of every step, "states" for a tuple of all states', of which only the
             first may be changed in place before backward.
         backend: "cpu", "reference", "cuda" or "triton" to force one; None takes the one that is fastest.
@@ -52,11 +52,10 @@ class FlexRNN(Recurrent):
         output, h_n, or output, (h_n, c_n, ...): output [T, B, R·H], laid out, and packed, as the input was; with
         return_sequences="states" a tuple of such, one for each state, of the last layer; the final states shaped as hx.
 
-    Parameters:
-        weight_ih_l0 [G·H, D or R·H], weight_hh_l0 [G·H, H], with heads [N, G·H/N, H/N], rows of a head gate by gate;
-        bias_ih_l0 and bias_hh_l0 [G·H]; for each of the cell's params p_l0 [H]; all with _reverse for the other
-        direction. A cell that is not recurrent has no weight_hh and bias_hh. Initial values are uniform in ±1/√H as
-        torch.nn.LSTM's; weight_hh's in ±1/√(H/N), for that is how many terms each of its sums has.
+    Its parameters are weight_ih_l0 [G·H, D or R·H]; weight_hh_l0 [G·H, H], with heads [N, G·H/N, H/N], rows of a head
+    gate by gate; bias_ih_l0 and bias_hh_l0 [G·H]; for each of the cell's params p_l0 [H]; all with _reverse for the
+    other direction. A cell that is not recurrent has no weight_hh and bias_hh. Initial values are uniform in ±1/√H as
+    torch.nn.LSTM's; weight_hh's in ±1/√(H/N), for that is how many terms each of its sums has.
 
     Raises:
         TypeError, ValueError: for arguments that do not fit, from the cell for a step that cannot be traced.
@@ -165,7 +164,7 @@ class FlexRNN(Recurrent):
     @property
     @unused
     def heads(self) -> int:
-        """N, how many recurrences stand for one: 1 for a cell without W_hh."""
+        """N, how many recurrences stand for one. Of a cell without W_hh it is 1."""
         return self._fused_heads
 
     @property

@@ -156,7 +156,7 @@ class Stream:
 
     @property
     def state(self) -> State:
-        """A copy of the state, of the module's dtype: h [L, B, P], for an LSTM (h, c [L, B, H]), as the module's hx.
+        """A copy of the state in the module's dtype, as its hx, h [L, B, P], for an LSTM (h, c [L, B, H]).
         Setting copies too."""
         states = [buffer.to(self.dtype, copy=True) for buffer in self._states.values()]
         return states[0] if len(states) == 1 else tuple(states)
