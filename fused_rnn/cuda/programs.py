@@ -1,14 +1,12 @@
 """Kernels of users' cells: printed, compiled by NVRTC for the device at first use, and kept on disk.
 
-The folder is FUSED_RNN_CACHE_DIR, else fused_rnn in XDG_CACHE_HOME or ~/.cache. A file is named by all that went into
-it, and never changes.
+A file is named by all that went into it, and never changes.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -22,7 +20,7 @@ from fused_rnn.cells import CELLS, Cell
 from fused_rnn.cells.program import Program
 from fused_rnn.cuda import module, nvrtc, plans, printer
 from fused_rnn.cuda.printer import Kernel
-from fused_rnn.gpu.files import replace
+from fused_rnn.gpu.files import cache_folder, replace
 from fused_rnn.plan import PRECISIONS, fewer_blocks
 
 # (program, kernel, whether with gradients of sequences, device) → what a loop of the module is given as `loaded`.
@@ -80,11 +78,6 @@ def _content(folder: Path) -> bytes:
             if path.is_file():
                 found.update(path.name.encode() + path.read_bytes())
     return found.digest()
-
-
-def cache_folder() -> Path:
-    own = os.environ.get("FUSED_RNN_CACHE_DIR")
-    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "fused_rnn")
 
 
 def compiled(program: Program, kernel: Kernel, sequences: bool, arch: int) -> nvrtc.Compiled:

@@ -248,7 +248,7 @@ def _masked_fill(t: Any, _: str, x: Any, mask: Any, value: Any) -> int:
     return int(t.builder.add("where", t.value(mask), t.value(value), t.value(x)))
 
 
-def _logical(op: str, negated: bool = False) -> Callable[..., int]:
+def _logical(op: str) -> Callable[..., int]:
     def rule(t: Any, _: str, x: Any, y: Any) -> int:
         for argument in (x, y):
             if op.startswith("bitwise") and isinstance(argument, Tensor) and argument.dtype != torch.bool:

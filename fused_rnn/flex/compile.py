@@ -31,7 +31,7 @@ def program_of(
     recurrent: bool,
 ) -> Program:
     """The program of a step. call: the step on plain sequences. Raises StepError for what is none."""
-    traced, after = _trace(title, step, call, gates, states, params, recurrent)
+    traced, after = _trace(title, step, call, (gates, gates * recurrent, len(states), len(params)), states)
     builder, after, apart = _joined(traced, after, gates, len(states), len(params), recurrent)
     width, count = gates + apart, len(states)
     forward_inputs = width + count + len(params)
@@ -41,10 +41,8 @@ def program_of(
 
     made = len(builder.nodes)  # all later values are backward's
     grads = differentiate(builder, after, dafter, range(forward_inputs))
-    front = range(gates - apart, gates) if apart else ()
-    dgates = [grads[i] for i in (*front, *range(gates - apart), *range(gates, width))]
-    if not recurrent or not apart:
-        dgates = grads[:gates]
+    joined = gates - apart
+    dgates = [grads[i] for i in (*range(joined, gates), *range(joined), *range(gates, width))]
     outputs = [dgates, [grads[i] for i in before], [grads[i] for i in vectors]]
 
     needed = _needed(builder, set(dafter), [i for group in outputs for i in group])
@@ -58,19 +56,13 @@ def program_of(
 
 
 def _trace(
-    title: str,
-    step: Callable[..., Any],
-    call: Call,
-    gates: int,
-    states: tuple[str, ...],
-    params: tuple[str, ...],
-    recurrent: bool,
+    title: str, step: Callable[..., Any], call: Call, counts: Sequence[int], states: tuple[str, ...]
 ) -> tuple[Builder, list[int]]:
     """The builder after the step has run: inputs x, r, the states and the params; and its values of the states.
 
+    counts: of input sides, recurrent sides, states and params.
     Run twice, on other sizes and numbers, it has to do the same: else it depends on what is not seen here.
     """
-    counts = (gates, gates * recurrent, len(states), len(params))
     with _alone():
         runs = [
             _run(Trace(Builder(sum(counts)), title, step, sizes, fill), call, counts, states)

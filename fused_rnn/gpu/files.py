@@ -1,10 +1,17 @@
-"""Files that several processes write."""
+"""Files that several processes write, and where those are kept that outlive them."""
 
 from __future__ import annotations
 
 import os
 import tempfile
 from pathlib import Path
+
+
+def cache_folder() -> Path:
+    """FUSED_RNN_CACHE_DIR, else fused_rnn in XDG_CACHE_HOME or ~/.cache."""
+    own = os.environ.get("FUSED_RNN_CACHE_DIR")
+    home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    return Path(own) if own else home / "fused_rnn"
 
 
 def replace(path: Path, content: bytes) -> None:

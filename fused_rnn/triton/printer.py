@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import os
 import struct
 import tempfile
 from functools import lru_cache
@@ -16,7 +15,7 @@ from pathlib import Path
 from types import ModuleType
 
 from fused_rnn.cells.program import Graph, Program, parse
-from fused_rnn.gpu.files import replace
+from fused_rnn.gpu.files import cache_folder, replace
 
 _HEAD = '''\
 """A cell printed by fused_rnn.triton.printer."""
@@ -226,10 +225,8 @@ def source(program: Program) -> str:
 
 
 def folder() -> Path:
-    """Where printed modules are: triton in FUSED_RNN_CACHE_DIR, else in fused_rnn of the user's cache."""
-    own = os.environ.get("FUSED_RNN_CACHE_DIR")
-    home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    return (Path(own) if own else home / "fused_rnn") / "triton"
+    """Where printed modules are."""
+    return cache_folder() / "triton"
 
 
 def written(text: str) -> Path:
