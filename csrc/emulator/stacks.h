@@ -1,7 +1,8 @@
-// The stacks of the fibers: one mapping, kept from launch to launch, with a page that traps below each of them.
+// The stacks of the fibers: one mapping, kept from launch to launch, with a page that traps below the first of them.
 #pragma once
 #include <sys/mman.h>
 
+#include <algorithm>
 #include <cstddef>
 #include <stdexcept>
 #include <string>
@@ -29,6 +30,8 @@ inline void unpoison([[maybe_unused]] const void* p, [[maybe_unused]] size_t byt
 class Stacks {
  public:
   static constexpr size_t kBytes = 64 << 10, kGuard = 4 << 10;
+  // All threads run the same code. Each guard splits the mapping, of which a process has 65,530 by Linux's default.
+  static constexpr size_t kGuarded = 512;
   // Where the frames lie from which a thread that ended never returned.
   static constexpr size_t kLastFrames = 20 << 10;
 
@@ -39,7 +42,8 @@ class Stacks {
       if (p == MAP_FAILED) throw std::runtime_error("emulator: no memory for " + std::to_string(count) + " stacks");
       memory_ = static_cast<char*>(p);
       count_ = count;
-      for (size_t i = 0; i < count; ++i) mprotect(memory_ + i * kBytes, kGuard, PROT_NONE);
+      for (size_t i = 0; i < std::min(count, kGuarded); ++i)
+        if (mprotect(memory_ + i * kBytes, kGuard, PROT_NONE)) throw std::runtime_error("emulator: no guard below a stack");
     }
     const size_t depth = abandoned_ ? kBytes - kGuard : kLastFrames;
     for (size_t i = 0; i < (abandoned_ ? count_ : count); ++i) unpoison(memory_ + (i + 1) * kBytes - depth, depth);

@@ -1,4 +1,7 @@
 // The emulator itself: wrong kernels must end in an error that says what is wrong, whatever the schedule, and right ones must not.
+#include <algorithm>
+#include <fstream>
+#include <iterator>
 #include <set>
 
 #include "cuda/primitives/barrier.h"
@@ -75,6 +78,14 @@ TEST(many_threads) {
     out[blockIdx.x * 512 + threadIdx.x] = cluster_rank();
   });
   for (size_t i = 0; i < out.size(); ++i) REQUIRE(out[i] == i / 512, i);
+}
+
+// A process may have 65,530 of them, and tests load many libraries with an emulator each.
+TEST(many_threads_take_few_mappings) {
+  run({16, 512, 16}, 1, [] { cluster_rank(); });
+  std::ifstream maps("/proc/self/maps");
+  const auto count = std::count(std::istreambuf_iterator<char>(maps), {}, '\n');
+  REQUIRE(count < 2000, count);
 }
 
 TEST(launches_that_no_device_takes) {
