@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from fused_rnn.cells import Cell
@@ -88,14 +89,35 @@ def bounds(schedule: Schedule, arch: str) -> tuple[int | None, ...]:
     return (255, None) if arch.startswith("sm_") and schedule.tile.warps <= 8 else (None,)
 
 
-def fewest_spills(schedule: Schedule, arch: str, compiled: Callable[[int | None], tuple[int, Made]]) -> Made:
-    """What `compiled` makes under the best of the bounds: for each it gives bytes spilled and the result."""
+def lighter(schedule: Schedule) -> Iterator[Schedule]:
+    """A schedule, and what takes fewer registers with the same team and batch tile."""
+    yield schedule
+    tile = schedule.tile
+    if tile.ahead:
+        tile = replace(tile, ahead=False)
+        yield replace(schedule, tile=tile)
+    while tile.depth > 16 and not schedule.registers:  # there the depth is all of H
+        tile = replace(tile, depth=tile.depth // 2)
+        yield replace(schedule, tile=tile)
+
+
+def fewest_spills(
+    cell: Cell, schedule: Schedule, arch: str, compiled: Callable[[Schedule, int | None], tuple[int, Made]]
+) -> Made:
+    """The best of what `compiled` makes, of the bytes it spills and the result, under one of the bounds.
+
+    A built-in cell's tiles were chosen by what they spill. What a user's cell takes shows when it is compiled: if that
+    is too much, a lighter schedule may do.
+    """
+    schedules = tuple(lighter(schedule)) if cell.program else (schedule,)
+    enough = SPILLS if schedule.hold else 0  # streamed, ptxas's own choice is as good
     best = None
     for bound in bounds(schedule, arch):
-        made = compiled(bound)
-        if best is None or made[0] < best[0]:
-            best = made
-        if best[0] <= SPILLS:
-            break
+        for candidate in schedules:
+            made = compiled(candidate, bound)
+            if best is None or made[0] < best[0]:
+                best = made
+            if best[0] <= enough:
+                return best[1]
     assert best is not None
     return best[1]

@@ -2,6 +2,8 @@
 
     python -m fused_rnn.triton.cubin [--arch sm_90 ...] [--cell lstm ...] [--hidden 256 ...] [--kind half ...]
 
+A cell is a built-in one's name, MODULE:NAME of a user's own in a module that can be imported, or a program's text.
+
 Prints registers, spills and shared memory of each, and with a resident W_hh on NVIDIA a step's trips to memory. Exits
 with 1 if a kernel does not compile, spills more than a few bytes, takes more shared memory than its architecture has,
 or asks for one part of h after the other (of dgates: for every part).
@@ -10,6 +12,7 @@ or asks for one part of h after the other (of dgates: for every part).
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import sys
 from collections.abc import Iterator
@@ -19,6 +22,7 @@ from typing import NamedTuple
 
 from fused_rnn.cells import CELLS, title
 from fused_rnn.cells.program import is_program
+from fused_rnn.flex import UserCell
 from fused_rnn.triton import planner
 from fused_rnn.triton.compile import SPILLS, fewest_spills
 from fused_rnn.triton.schedule import Schedule, Shape, shape_of
@@ -55,9 +59,11 @@ class Job(NamedTuple):
         """The most that a step's product may take if W_hh is resident.
 
         Forward asks for all of h at once. dgates would fill backward's registers: it may take less than one for each
-        depth of its tile.
+        depth of its tile, and of a user's cell, whose values may be in the way, one more.
         """
-        return max(1, -(-self.shape.hidden // self.schedule.tile.depth) - 1) if self.shape.backward else 1
+        if not self.shape.backward:
+            return 1
+        return max(1, -(-self.shape.hidden // self.schedule.tile.depth) - 1) + is_program(self.shape.cell)
 
 
 class Outcome(NamedTuple):
@@ -122,33 +128,43 @@ def jobs(archs: list[str], cells: list[str], kinds: list[str], hidden: list[int]
 
 
 def compile_job(job: Job) -> Outcome:
-    """Compile under the register bound that a launch would take."""
+    """Compile as a launch would: under its register bound and, of a user's cell, in its tile."""
     from fused_rnn.triton import aot
 
     shape = job.shape
-    what = (CELLS[shape.cell], job.dtype, job.precision, shape.hidden, job.schedule, job.arch, shape.backward)
+    cell, products = CELLS[shape.cell], (job.dtype, job.precision, shape.hidden)
 
-    def compiled(bound: int | None) -> tuple[int, Outcome]:
-        kernel = aot.compile_kernel(*what, job.variant, bound)
-        report = aot.report(kernel, job.arch, job.schedule.hold)
-        return report.spills, Outcome(job, report.registers, report.spills, report.shared, report.trips)
+    def compiled(schedule: Schedule, bound: int | None) -> tuple[int, Outcome]:
+        kernel = aot.compile_kernel(cell, *products, schedule, job.arch, shape.backward, job.variant, bound)
+        report = aot.report(kernel, job.arch, schedule.hold)
+        made = job._replace(schedule=schedule)
+        return report.spills, Outcome(made, report.registers, report.spills, report.shared, report.trips)
 
     try:
-        return fewest_spills(job.schedule, job.arch, compiled)
+        return fewest_spills(cell, job.schedule, job.arch, compiled)
     except Exception as error:  # whatever the compiler's passes and its assembler raise, the report names it
         return Outcome(job, error=f"{type(error).__name__}: {error}".splitlines()[0])
 
 
 def _cell(name: str) -> str:
-    if name not in CELLS and not is_program(name):
-        raise argparse.ArgumentTypeError(f"got {name!r}, expected one of {', '.join(CELLS)} or a cell's program")
-    return CELLS[name].name
+    """The name by which the loops know a cell that was asked for."""
+    if name in CELLS or is_program(name):
+        return CELLS[name].name
+    module, _, attribute = name.partition(":")
+    try:
+        own = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError):
+        own = None
+    if not isinstance(own, UserCell):
+        known = f"one of {', '.join(CELLS)}, MODULE:NAME of a user's cell or a program's text"
+        raise argparse.ArgumentTypeError(f"got {name!r}, expected {known}")
+    return own.descriptor().name
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="cubin", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--arch", nargs="+", default=list(ARCHS), choices=list(ARCHITECTURES))
-    parser.add_argument("--cell", nargs="+", default=list(COMPILED), type=_cell, help="names, or a program's text")
+    parser.add_argument("--cell", nargs="+", default=list(COMPILED), type=_cell, help="see above")
     parser.add_argument("--kind", nargs="+", default=list(KINDS), choices=list(KINDS))
     parser.add_argument("--hidden", nargs="+", type=int, default=list(HIDDEN))
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes")

@@ -83,11 +83,8 @@ class _Launches:
 
     def __init__(self, kernel: Any, layer: Layer, config: LaunchConfig, constants: dict[str, Any]) -> None:
         self.kernel, self.layer, self.config = kernel, layer, config
-        schedule, masks = config.schedule, (layer.lengths is not None, layer.reset is not None)
-        self.constants = constants | constants_schedule(
-            schedule, config.target, *masks, config.precision, config.activation
-        )
-        self.options: dict[str, Any] | None = None
+        self.constants = constants
+        self.settled: dict[str, Any] | None = None
 
     def ranges(self, first: int, last: int) -> Iterator[tuple[int, int]]:
         """Step ranges of the launches that together run first .. last - 1, in the order of the steps."""
@@ -115,30 +112,38 @@ class _Launches:
 
     def __call__(self, tiles: int, args: Sequence[Any]) -> None:
         grid = (self.layer.recurrences * self.config.schedule.team * tiles,)
-        if self.options is None:
-            self.options = self._options(grid, args)
+        if self.settled is None:
+            self.settled = self._settled(grid, args)
         with _no_warnings() if self.config.target.arch == "interpreter" else nullcontext():
-            self.kernel[grid](*args, **self.constants, **self.options)
+            self.kernel[grid](*args, **self.constants, **self.settled)
 
-    def _options(self, grid: tuple[int, ...], args: Sequence[Any]) -> dict[str, Any]:
+    def _settled(self, grid: tuple[int, ...], args: Sequence[Any]) -> dict[str, Any]:
+        """The schedule's constants, and the options."""
         schedule, arch = self.config.schedule, self.config.target.arch
         if arch == "interpreter":
-            return {}
-        key = (self.kernel, torch.cuda.current_device(), schedule, *self.constants.values(), *map(_kind, args))
+            return self._of_schedule(schedule)
+        wanted = (*self.constants.values(), *self._of_schedule(schedule).values())
+        key = (self.kernel, torch.cuda.current_device(), schedule, *wanted, *map(_kind, args))
         if key not in _compiled:
             if torch.cuda.is_current_stream_capturing():
                 raise RuntimeError(
                     "this problem's Triton kernels are not compiled yet, and nothing is compiled inside a CUDA graph"
                     " capture: run it once before capturing"
                 )
-            _compiled[key] = fewest_spills(schedule, arch, lambda bound: self._compiled(bound, grid, args))
+
+            def compiled(candidate: Schedule, bound: int | None) -> tuple[int, dict[str, Any]]:
+                chosen = self._of_schedule(candidate) | options(candidate, arch, bound)
+                kernel = self.kernel.warmup(*args, grid=grid, **self.constants, **chosen)
+                _ = kernel.run  # loads it, which is what makes n_spills known
+                return 4 * kernel.n_spills, chosen
+
+            _compiled[key] = fewest_spills(self.layer.cell, schedule, arch, compiled)
         return _compiled[key]
 
-    def _compiled(self, bound: int | None, grid: tuple[int, ...], args: Sequence[Any]) -> tuple[int, dict[str, Any]]:
-        chosen = options(self.config.schedule, self.config.target.arch, bound)
-        kernel = self.kernel.warmup(*args, grid=grid, **self.constants, **chosen)
-        _ = kernel.run  # loads it, which is what makes n_spills known
-        return 4 * kernel.n_spills, chosen
+    def _of_schedule(self, schedule: Schedule) -> dict[str, Any]:
+        layer, config = self.layer, self.config
+        masks = (layer.lengths is not None, layer.reset is not None)
+        return constants_schedule(schedule, config.target, *masks, config.precision, config.activation)
 
 
 class Loops:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from fused_rnn.cells.program import is_program
 from fused_rnn.triton.schedule import Shape, Tile
 from fused_rnn.triton.target import KIB, Target
 
@@ -16,7 +17,7 @@ HOLD = {
     "ieee": (),  # without tensor cores the operands of a resident product fill the registers
 }
 HOLD_BACKWARD = {
-    "half": (Tile(16, 32, 256, 8), Tile(16, 32, 128, 8), Tile(16, 16, 128, 8)),
+    "half": (Tile(16, 32, 128, 8), Tile(16, 16, 128, 8)),
     "tf32": (Tile(16, 32, 128, 8, ahead=False), Tile(16, 16, 64, 8, ahead=False), Tile(16, 16, 32, 4, ahead=False)),
     "ieee": (),
 }
@@ -47,9 +48,12 @@ STREAM_ODD = {
 }
 # Values a unit may have more than an LSTM's in a large tile of the forward loop in 16 bits. Others have no room.
 FREE_FORWARD = 5
+# And with a resident W_hh of four gates in the backward loop in TF32.
+FREE_TF32 = 2
 # On AMD what is resident stays in registers, not in shared memory: this much of it leaves room for the rest, in
 # backward half as much.
 AMD_RESIDENT = 64 * KIB
+DEEPEST = 1024  # step of a product with a resident W_hh
 
 
 def padded(hidden: int) -> int:
@@ -68,12 +72,16 @@ def _deepest(tile: Tile, hidden: int) -> Tile:
 def fits(shape: Shape, target: Target, tile: Tile, units: int) -> bool:
     """Whether W_hh for `units` units can stay resident beside what the products stage."""
     depth = -(-shape.hidden // tile.depth) * tile.depth
-    # Forward takes the gates of a team's member in one product, three of them as four.
-    gates = 4 if shape.gates == 3 and not shape.backward and units < shape.hidden else shape.gates
+    gates = shape.gates
+    if gates % 4 == 3 and not shape.backward and units < shape.hidden:
+        gates += 1  # a team's member takes four to a product, three as four
     weights = gates * units * depth * shape.size
     if not target.nvidia:
-        return weights <= (AMD_RESIDENT // 2 if shape.backward else AMD_RESIDENT)
-    rows = 2 * shape.gates * tile.depth if shape.backward else depth
+        room = AMD_RESIDENT // 2 if shape.backward else AMD_RESIDENT
+        return weights < room if is_program(shape.cell) else weights <= room
+    rows = depth
+    if shape.backward:  # dgates of two steps; of those in float32 half stay in registers
+        rows = min(2 * tile.depth, depth) * (gates if shape.size == 2 else (gates + 1) // 2)
     return weights + tile.batch * rows * shape.size + 2 * KIB <= target.shared
 
 
@@ -93,6 +101,8 @@ def _lighter(shape: Shape, tile: Tile) -> Tile:
 
 
 def stream(shape: Shape, target: Target, large: bool) -> Tile:
+    if shape.kind == "ieee" and _too_heavy(shape):
+        large = False  # with 16 rows that tile is the small one, but for a shallower step
     large_table = STREAM_LARGE_BACKWARD if shape.backward else STREAM_LARGE
     table = STREAM_ODD if _odd(shape) else large_table if large else STREAM
     tile = _lighter(shape, _deepest(table[shape.kind], shape.hidden))
@@ -105,14 +115,30 @@ def stream(shape: Shape, target: Target, large: bool) -> Tile:
 
 def held(shape: Shape, target: Target, large: bool) -> Tile | None:
     """The first resident tile that fits."""
-    if large and _too_heavy(shape):
+    if (shape.gates > 4 and (large or shape.backward)) or (large and _too_heavy(shape)):
+        return None
+    if shape.kind == "tf32" and shape.backward and shape.gates == 4 and shape.heavier > FREE_TF32:
         return None
     forward, backward = (HOLD_LARGE, HOLD_LARGE_BACKWARD) if large else (HOLD, HOLD_BACKWARD)
-    for tile in (backward if shape.backward else forward)[shape.kind]:
-        tile = _held_as(shape, target, tile)
-        if fits(shape, target, tile, tile.units):
-            return tile
+    table = (backward if shape.backward else forward)[shape.kind]
+    if large:  # the more units a program has, the fewer programs a tile of the batch takes
+        ways = [how(shape, target, tile) for tile in table for how in (_at_once, _held_as)]
+    else:
+        ways = [how(shape, target, tile) for how in (_at_once, _held_as) for tile in table]
+    for candidate in ways:
+        if candidate is not None and fits(shape, target, candidate, candidate.units):
+            return candidate
     return None
+
+
+def _at_once(shape: Shape, target: Target, tile: Tile) -> Tile | None:
+    """A resident tile of backward that asks for all of dgates at once, or None. They go by shared memory: of all tiles
+    it takes the fewest registers."""
+    if not shape.backward or not target.nvidia:
+        return None
+    depth = padded(shape.hidden) // (1 if tile.batch < 32 else 2)
+    tile = _deepest(replace(tile, depth=min(depth, DEEPEST)), shape.hidden)
+    return _ahead(shape, tile) if 2 * tile.depth >= shape.hidden else None
 
 
 def _held_as(shape: Shape, target: Target, tile: Tile) -> Tile:
@@ -127,6 +153,8 @@ def _held_as(shape: Shape, target: Target, tile: Tile) -> Tile:
         return tile
     if target.arch.startswith("sm_8" if tile.units < 32 else "sm_10"):  # deeper steps spill there
         tile = replace(tile, depth=min(tile.depth, 64))
-    if shape.kind == "tf32" and tile.units < 32 and _too_heavy(shape):
-        tile = replace(tile, depth=32)
+    return _ahead(shape, tile)
+
+
+def _ahead(shape: Shape, tile: Tile) -> Tile:
     return replace(tile, ahead=tile.ahead and tile.batch < 32 and not _odd(shape))

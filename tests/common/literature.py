@@ -228,6 +228,18 @@ def min_lstm(x: Any, r: Any, s: Any, p: Any) -> Any:
     return f / (f + i) * s.h + i / (f + i) * x[2]
 
 
+@fused_rnn.cell(gates=8, states=("h", "c"))
+def nas_cell(x: Any, r: Any, s: Any, p: Any) -> Any:
+    """Zoph, Le 2017, "Neural architecture search with reinforcement learning", the cell found on the Penn Treebank, as
+    TensorFlow's NASCell has it: eight gates, in pairs."""
+    a = tanh(sigmoid(x[0] + r[0]) * torch.relu(x[1] + r[1]))
+    b = tanh(sigmoid(x[2] + r[2]) + torch.relu(x[3] * r[3]))
+    c = tanh(tanh(x[4] + r[4]) * sigmoid(x[5] + r[5]))
+    d = sigmoid(tanh(x[6] + r[6]) + sigmoid(x[7] + r[7]))
+    inner = tanh(a + s.c) * b
+    return tanh(inner * tanh(c + d)), inner
+
+
 CELLS: dict[str, UserCell] = {name: value for name, value in globals().items() if isinstance(value, UserCell)}
 # What is no bare number: (low, high) of states and params that the papers keep within bounds.
 RANGES: dict[str, dict[str, tuple[float, float]]] = {
@@ -239,4 +251,4 @@ RANGES: dict[str, dict[str, tuple[float, float]]] = {
 }
 # Cells with a kink. There rounding alone decides what the gradient is, and in 16 bits often: of many such units the
 # plain loop's own error says little. sLSTM's is in its m, whose gradient the tests ask for too.
-KINKED = {"rnn_relu", "indrnn", "ligru", "hard_lstm", "slstm"}
+KINKED = {"rnn_relu", "indrnn", "ligru", "hard_lstm", "slstm", "nas_cell"}

@@ -24,7 +24,7 @@ pytestmark = [
 # Every cell pointwise, a launch a step, in a precision of its own; these by teams too.
 POINTWISE = ("ieee", "bf16", "f64", "f16")
 TURNS = {name: POINTWISE[i % len(POINTWISE)] for i, name in enumerate(literature.CELLS)}
-BY_TEAMS = {"slstm": "ieee", "peephole_lstm": "bf16", "mgu": "f16"}
+BY_TEAMS = {"slstm": "ieee", "peephole_lstm": "bf16", "mgu": "f16", "nas_cell": "ieee"}
 
 
 def printed(precision: str) -> list[Printed]:

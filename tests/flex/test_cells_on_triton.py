@@ -55,3 +55,18 @@ def test_what_a_step_makes_past_the_last_unit_reaches_no_other(loop: str, monkey
     monkeypatch.setitem(literature.RANGES, "divides", {"tau": (0.5, 2.0)})
     with planner.override(**LOOPS[loop]):
         check(Own("divides", T=3, H=5), "triton", DEVICE)
+
+
+@pytest.mark.parametrize("loop", ["solo-registers", "cooperative-resident", "cooperative-streamed"])
+@pytest.mark.parametrize("gates", [2, 5, 6, 7])
+def test_numbers_of_gates(gates: int, loop: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A resident W_hh has up to four of them side by side; each must come back as itself."""
+    quicker_interpreter()
+
+    @fused_rnn.cell(gates=gates)
+    def many(x: Any, r: Any, s: Any, p: Any) -> Any:
+        return torch.tanh(sum((g + 1) * torch.sin(x[g] + (g + 1) * r[g]) for g in range(gates)) / gates**2)
+
+    monkeypatch.setitem(literature.CELLS, "many", many)
+    with planner.override(**LOOPS[loop]):
+        check(Own("many", T=3, H=34), "triton", DEVICE)

@@ -19,6 +19,7 @@ ROOT = Path(__file__).parents[2]
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests" / "common")])
     command = [sys.executable, *arguments]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
 
@@ -28,8 +29,9 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     [
         ["--arch", "sm_80", "sm_90", "sm_100", "sm_120", "gfx942", "--cell", "gru", "--kind", "half", "--hidden", "32"],
         ["--arch", "sm_90", "--cell", "rnn_tanh", "--kind", "tf32", "--hidden", "256"],
+        ["--arch", "sm_90", "--cell", "literature:nas_cell", "literature:mgu", "--kind", "half", "--hidden", "512"],
     ],
-    ids=["each_architecture", "teams"],
+    ids=["each_architecture", "teams", "users_cells"],
 )
 def test_kernels_compile_without_spills(chosen: list[str]) -> None:
     done = run("-m", "fused_rnn.triton.cubin", "--jobs", "1", *chosen)
@@ -37,7 +39,15 @@ def test_kernels_compile_without_spills(chosen: list[str]) -> None:
     assert "0 with a fault" in done.stdout
     assert "registers" in done.stdout
     assert "bytes shared" in done.stdout
-    assert (", 1 trips to memory" in done.stdout) == ("tf32" in chosen)
+    assert (", 1 trips to memory" in done.stdout) == ("gru" not in chosen)
+    assert "spilled" not in done.stdout
+
+
+@pytest.mark.parametrize("name", ["lstms", "literature:lstms", "literature:CELLS", "no_such_module:lstm", ":"])
+def test_cells_that_are_none(name: str) -> None:
+    done = run("-m", "fused_rnn.triton.cubin", "--cell", name)
+    assert done.returncode == 2
+    assert f"got {name!r}, expected one of lstm, " in done.stderr
 
 
 # Of the LSTM as a program and by hand what the machine code takes, in the loops that training runs.

@@ -360,7 +360,8 @@ def test_arguments_have_the_types_that_are_compiled_for(cell: str, save: str, mo
     original = launch._Launches.__call__
 
     def spied(self: Any, tiles: int, args: Any) -> None:
-        launched.append((self.kernel, self.constants, args))
+        constants = self.constants | self._of_schedule(self.config.schedule)
+        launched.append((self.kernel, constants, args))
         original(self, tiles, args)
 
     monkeypatch.setattr(launch._Launches, "__call__", spied)
