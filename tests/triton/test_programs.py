@@ -8,6 +8,7 @@ import struct
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,8 @@ from fused_rnn.cells import CELLS
 from fused_rnn.cells.program import ARITY, BINARY, PREFIX, TERNARY, UNARY, Instruction, parse
 from fused_rnn.problem import Problem
 from fused_rnn.triton import cells, launch, planner, printer
-from fused_rnn.triton.schedule import shape_of
+from fused_rnn.triton.compile import fewest_spills
+from fused_rnn.triton.schedule import Schedule, Tile, shape_of
 from fused_rnn.triton.target import ARCHITECTURES
 
 pytestmark = MARKS
@@ -343,6 +345,36 @@ def test_tiles_are_smaller_for_a_cell_with_more_values() -> None:
             streamed = [s.tile.batch for s in larger if not s.hold and not s.registers]
             assert all(rows == 16 for rows in streamed)
             assert any(s.tile.batch > 16 for s in by_hand) or by_hand[0].registers
+
+
+@pytest.mark.parametrize(
+    ("cell", "hold", "tried"),
+    [
+        (LSTM, True, [(True, 128, 255), (False, 128, 255), (False, 64, 255)]),  # up to 64 bytes are good enough
+        ("lstm", True, [(True, 128, 255), (True, 128, None)]),  # its tile was chosen by what it spills
+        ("lstm", False, [(True, 128, 255), (True, 128, None)]),
+        (
+            LSTM,
+            False,
+            [(True, 128, 255), (False, 128, 255), *((False, d, 255) for d in (64, 32, 16)), (True, 128, None)],
+        ),
+    ],
+    ids=["program", "built-in", "built-in streamed", "program streamed"],
+)
+def test_a_kernel_that_spills_is_compiled_lighter(cell: str, hold: bool, tried: list[tuple[bool, int, int]]) -> None:
+    schedule = Schedule("cooperative", Tile(16, 32, 128, 8), 16, hold=hold)
+    seen: list[tuple[Schedule, int | None]] = []
+
+    def compiled(candidate: Schedule, bound: int | None) -> tuple[int, int]:
+        seen.append((candidate, bound))
+        return max(8, candidate.tile.depth - 60) if bound or hold else 0, len(seen)
+
+    best = fewest_spills(CELLS[cell], schedule, "sm_90", compiled)
+    assert [(candidate.tile.ahead, candidate.tile.depth, bound) for candidate, bound in seen] == tried
+    assert best == (1 if cell == "lstm" and hold else len(tried))
+    for candidate, _ in seen:
+        assert candidate == replace(schedule, tile=candidate.tile)
+        assert (candidate.tile.batch, candidate.tile.units) == (16, 32)
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
