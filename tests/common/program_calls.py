@@ -1,4 +1,4 @@
-"""Calls of the ops whose cell is a program: arguments, the plain loop's results, a program of any counts."""
+"""Calls of the ops whose cell is a program: arguments, and what the ops and plain loops make of them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from torch import Tensor
 
 from fused_rnn.call import Kinds, LayerCall
 from fused_rnn.cells import CELLS
-from fused_rnn.cells.program import PREFIX
 from fused_rnn.reference.loop import run_layer
 
 Results = dict[str, Tensor]
@@ -78,7 +77,7 @@ def by_ops(call: LayerCall, forward: Any, backward: Any) -> Results:
     return named(call, outputs, backward(dy, dstates, *call[:5], *kept, dsequences))
 
 
-def by_loop(call: LayerCall) -> Results:
+def by_reference(call: LayerCall) -> Results:
     """The plain loop in float64: the judge."""
     wide = in_double(call)
     return _by_loop(wide, run_layer, [t.double() for t in flat(gradients_of(call))])
@@ -124,50 +123,3 @@ def step_by_step(call: LayerCall) -> list[Tensor]:
         after.append(states)
     y, *others = zip(*sequences, strict=True)
     return [torch.cat(y, -1), *(torch.cat(s) for s in zip(*after, strict=True)), *(torch.cat(s, 2) for s in others)]
-
-
-def program_of(gates: int, apart: int = 0, states: int = 1, params: int = 0, recurrent: bool = True) -> str:
-    """A cell of these counts: state i is the sum of tanh(a) of every states-th pre-activation, times 1 / gates, and of
-    itself times the sum of every states-th param and 0.25."""
-    pre = gates + apart
-    names = ("h", "c", "n", "m")[:states]
-    code, next_value = [], pre + states + params
-
-    def add(text: str) -> int:
-        nonlocal next_value
-        code.append(text)
-        next_value += 1
-        return next_value - 1
-
-    scale = add(f"const {1 / gates!r}")
-    kept = add("const 0.25")
-    saved = [add(f"tanh {g}") for g in range(pre)]
-    after = []
-    for i in range(states):
-        factor = kept
-        for k in range(i, params, states):
-            factor = add(f"add {factor} {pre + states + k}")
-        total = add(f"mul {factor} {pre + i}")
-        for g in range(i, pre, states):
-            total = add(f"fma {scale} {saved[g]} {total}")
-        after.append(total)
-    forward = f"{','.join(code)}>{' '.join(map(str, after))};{' '.join(map(str, saved))}"
-    first, first_param = 2 * states + params + pre, 2 * states + pre
-    code, next_value = [], first + states
-    scale, kept = add(f"const {1 / gates!r}"), add("const 0.25")
-    scaled = [add(f"mul {scale} {first + i}") for i in range(states)]
-    gradients = [add(f"tanh_backward {scaled[g % states]} {g}") for g in range(pre)]
-    before = []
-    for i in range(states):
-        factor = kept
-        for k in range(i, params, states):
-            factor = add(f"add {factor} {first_param + k}")
-        before.append(add(f"mul {factor} {first + i}"))
-    of_params = [add(f"mul {first + k % states} {pre + k % states}") for k in range(params)]
-    # Gradients come in another order: the input sides of the gates apart, then the recurrent sides of all.
-    joined = gates - apart
-    ordered = [*gradients[joined:gates], *gradients[:joined], *gradients[gates:]]
-    groups = (ordered, before, of_params)
-    backward = f"{','.join(code)}>{';'.join(' '.join(map(str, group)) for group in groups)}"
-    vectors = " ".join(f"p{k}" for k in range(params))
-    return f"{PREFIX}any|{gates} {apart} {int(recurrent)}|{' '.join(names)}|{vectors}|{forward}|{backward}"

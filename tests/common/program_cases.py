@@ -13,26 +13,15 @@ from torch import Tensor
 from fused_rnn import autograd
 from fused_rnn.call import LayerCall, kinds
 from fused_rnn.cells import CELLS
-from fused_rnn.cells.program import PREFIX
 from fused_rnn.dispatch import BACKENDS
 from fused_rnn.reference import loop
 from fused_rnn.reference.sequence import past_end
 
 Results = dict[str, Tensor]
 
-# c' = f c + (1 - f) x_0, h' = r tanh(c') + (1 - r) x_3: no W_hh, and h is not read. As Lei et al. 2018.
-SRU = (
-    PREFIX + "sru|4 0 0|h c|v_f v_r|"
-    "fma 6 5 1,sigmoid 8,fma 7 5 2,sigmoid 10,sub 5 0,fma 9 12 0,tanh 13,sub 14 3,fma 11 15 3>16 13;9 11 12 15|"
-    "mul 10 3,sigmoid_backward 12 1,mul 10 1,tanh 7,tanh_backward 14 15,add 11 16,mul 17 2,sigmoid_backward 18 0,"
-    "const 1.0,sub 20 0,mul 17 21,sub 20 1,mul 10 23,mul 17 0,mul 19 8,mul 13 9,add 25 26,add 28 27,const 0.0,"
-    "mul 19 5,mul 13 5>22 19 13 24;30 29;31 32"
-)
-CELLS_BY_NAME = {**PROGRAMS, "sru": SRU}
-
 
 class ProgramCase(NamedTuple):
-    """A layer. cell: of CELLS_BY_NAME, or a name of CELLS.  sequences: as in LayerCall."""
+    """A layer. cell: of PROGRAMS, or a name of CELLS.  sequences: as in LayerCall."""
 
     cell: str
     T: int = 5
@@ -58,7 +47,7 @@ class ProgramCase(NamedTuple):
 
 def call_of(case: ProgramCase, seed: int = 0) -> LayerCall:
     """Random tensors in the case's dtype. lengths hold 0 and T where B allows it."""
-    name = CELLS_BY_NAME.get(case.cell, case.cell)
+    name = PROGRAMS.get(case.cell, case.cell)
     cell, directions = CELLS[name], (1, -1)[: 1 + case.bidirectional]
     random = torch.Generator().manual_seed(seed)
 

@@ -29,4 +29,59 @@ CHAIN = (
     "tanh_backward 9 0,add 12 11,add 10 13,mul 14 7,mul 13 8,const 0.0,mul 14 2,mul 13 3>14;17 15 16;18 19"
 )
 
-PROGRAMS = {"lstm": LSTM, "gru": GRU, "leaky": LEAKY, "indrnn": INDRNN, "chain": CHAIN}
+# c' = f c + (1 - f) x_0, h' = r tanh(c') + (1 - r) x_3: no W_hh, and h is not read. As Lei et al. 2018.
+SRU = (
+    PREFIX + "sru|4 0 0|h c|v_f v_r|"
+    "fma 6 5 1,sigmoid 8,fma 7 5 2,sigmoid 10,sub 5 0,fma 9 12 0,tanh 13,sub 14 3,fma 11 15 3>16 13;9 11 12 15|"
+    "mul 10 3,sigmoid_backward 12 1,mul 10 1,tanh 7,tanh_backward 14 15,add 11 16,mul 17 2,sigmoid_backward 18 0,"
+    "const 1.0,sub 20 0,mul 17 21,sub 20 1,mul 10 23,mul 17 0,mul 19 8,mul 13 9,add 25 26,add 28 27,const 0.0,"
+    "mul 19 5,mul 13 5>22 19 13 24;30 29;31 32"
+)
+PROGRAMS = {"lstm": LSTM, "gru": GRU, "leaky": LEAKY, "indrnn": INDRNN, "chain": CHAIN, "sru": SRU}
+
+
+def program_of(gates: int, apart: int = 0, states: int = 1, params: int = 0, recurrent: bool = True) -> str:
+    """A cell of these counts: state i is the sum of tanh(a) of every states-th pre-activation, times 1 / gates, and of
+    itself times the sum of every states-th param and 0.25."""
+    pre = gates + apart
+    names = ("h", "c", "n", "m")[:states]
+    code, next_value = [], pre + states + params
+
+    def add(text: str) -> int:
+        nonlocal next_value
+        code.append(text)
+        next_value += 1
+        return next_value - 1
+
+    scale = add(f"const {1 / gates!r}")
+    kept = add("const 0.25")
+    saved = [add(f"tanh {g}") for g in range(pre)]
+    after = []
+    for i in range(states):
+        factor = kept
+        for k in range(i, params, states):
+            factor = add(f"add {factor} {pre + states + k}")
+        total = add(f"mul {factor} {pre + i}")
+        for g in range(i, pre, states):
+            total = add(f"fma {scale} {saved[g]} {total}")
+        after.append(total)
+    forward = f"{','.join(code)}>{' '.join(map(str, after))};{' '.join(map(str, saved))}"
+    first, first_param = 2 * states + params + pre, 2 * states + pre
+    code, next_value = [], first + states
+    scale, kept = add(f"const {1 / gates!r}"), add("const 0.25")
+    scaled = [add(f"mul {scale} {first + i}") for i in range(states)]
+    gradients = [add(f"tanh_backward {scaled[g % states]} {g}") for g in range(pre)]
+    before = []
+    for i in range(states):
+        factor = kept
+        for k in range(i, params, states):
+            factor = add(f"add {factor} {first_param + k}")
+        before.append(add(f"mul {factor} {first + i}"))
+    of_params = [add(f"mul {first + k % states} {pre + k % states}") for k in range(params)]
+    # Gradients come in another order: the input sides of the gates apart, then the recurrent sides of all.
+    joined = gates - apart
+    ordered = [*gradients[joined:gates], *gradients[:joined], *gradients[gates:]]
+    groups = (ordered, before, of_params)
+    backward = f"{','.join(code)}>{';'.join(' '.join(map(str, group)) for group in groups)}"
+    vectors = " ".join(f"p{k}" for k in range(params))
+    return f"{PREFIX}any|{gates} {apart} {int(recurrent)}|{' '.join(names)}|{vectors}|{forward}|{backward}"

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from program_calls import by_loop, by_ops, by_steps, gradients_of, make_call, program_of
-from programs import GRU, INDRNN, LEAKY, LSTM, PROGRAMS
+from program_calls import by_ops, by_reference, by_steps, gradients_of, make_call
+from programs import GRU, INDRNN, LEAKY, LSTM, PROGRAMS, program_of
 from tolerances import assert_as_good_as_torch, assert_same_formula
 
 from fused_rnn import ops
@@ -44,7 +44,7 @@ COUNTS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_results_and_gradients(name: str, variant: dict[str, Any], dtype: torch.dtype) -> None:
     call = make_call(PROGRAMS[name], dtype=dtype, **variant)
-    assert_as_good_as_torch(by_ops(call, ops.forward, ops.backward), by_steps(call), by_loop(call))
+    assert_as_good_as_torch(by_ops(call, ops.forward, ops.backward), by_steps(call), by_reference(call))
 
 
 @pytest.mark.parametrize("variant", [VARIANTS[1], VARIANTS[3]], ids=str)
@@ -52,7 +52,7 @@ def test_results_and_gradients(name: str, variant: dict[str, Any], dtype: torch.
 def test_any_counts(counts: dict[str, Any], variant: dict[str, Any]) -> None:
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
         call = make_call(program_of(**counts), dtype=dtype, **variant)
-        assert_as_good_as_torch(by_ops(call, ops.forward, ops.backward), by_steps(call), by_loop(call))
+        assert_as_good_as_torch(by_ops(call, ops.forward, ops.backward), by_steps(call), by_reference(call))
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)

@@ -10,8 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from program_cases import SRU
-from programs import GRU, LEAKY, LSTM
+from programs import GRU, LEAKY, LSTM, SRU
 
 from fused_rnn.cells import CELLS
 from fused_rnn.cells.program import parse

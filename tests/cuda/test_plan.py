@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from program_cases import SRU
-from programs import CHAIN, GRU, INDRNN, LSTM
+from programs import CHAIN, GRU, INDRNN, LSTM, SRU
 
 import fused_rnn
 from fused_rnn import ops

@@ -11,8 +11,8 @@ import torch
 from cuda_cases import EXCHANGES, PRECISIONS, _Tf32Products
 from emulated import on_the_emulator
 from emulated_printed import Loader, Printed, kernels
-from program_calls import program_of
-from program_cases import CELLS_BY_NAME, ProgramCase, by_backend, by_loop, by_reference, call_of
+from program_cases import ProgramCase, by_backend, by_loop, by_reference, call_of
+from programs import PROGRAMS, program_of
 from tolerances import assert_as_good_as_torch, tf32
 
 import fused_rnn
@@ -36,8 +36,8 @@ ALONE = ("indrnn", "sru")
 
 def group(precision: str) -> list[Printed]:
     names = [*BY_TEAMS[precision], *(ALONE if precision != "tf32" else ())]
-    names = list(CELLS_BY_NAME) if precision == "f64" else names
-    return [one for name in names for one in kernels(CELLS_BY_NAME[name], precision)]
+    names = list(PROGRAMS) if precision == "f64" else names
+    return [one for name in names for one in kernels(PROGRAMS[name], precision)]
 
 
 LOADER = Loader(group(precision) for precision in PRECISIONS)
@@ -79,7 +79,7 @@ def test_without_w_hh(cell: str, precision: str, options: int, monkeypatch: pyte
 
 
 @pytest.mark.parametrize("options", range(len(OPTIONS)))
-@pytest.mark.parametrize("cell", CELLS_BY_NAME)
+@pytest.mark.parametrize("cell", PROGRAMS)
 def test_float64(cell: str, options: int) -> None:
     check(ProgramCase(cell, dtype=torch.float64, **OPTIONS[options]), "f64", options)
 
@@ -138,5 +138,5 @@ def test_what_is_said() -> None:
                 assert "it knows cells of up to 4 states and 8 params, this one has" in reason
             large = problem._replace(cell=program_of(1, params=8), batch=1 << 20, hidden_size=256, width=256)
             assert "B·R·H·8 = 2147483648 is beyond" in str(backend.supports(large))
-            alone = problem._replace(cell=CELLS_BY_NAME["indrnn"])
+            alone = problem._replace(cell=PROGRAMS["indrnn"])
             assert "no W_hh, and a unit's thread runs all of its steps" in backend.describe(alone)

@@ -14,7 +14,8 @@ import pytest
 import torch
 from cases import PROJECTIONS, Case, inputs, option_cases
 from oracle import by_backend, by_reference, by_torch
-from program_cases import CELLS_BY_NAME, ProgramCase, call_of
+from program_cases import ProgramCase, call_of
+from programs import PROGRAMS
 from tolerances import assert_as_good_as_torch, assert_same_formula
 from torch import Tensor
 
@@ -216,7 +217,7 @@ PROGRAM_OPTIONS: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("options", PROGRAM_OPTIONS, ids=lambda options: "-".join(options) or "plain")
-@pytest.mark.parametrize("cell", CELLS_BY_NAME)
+@pytest.mark.parametrize("cell", PROGRAMS)
 def test_programs_in_float64(cell: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fused_rnn.call.CHECKPOINT_EVERY", 4)
     call = call_of(ProgramCase(cell, dtype=torch.float64, **options))

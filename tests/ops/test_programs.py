@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from program_calls import gradients_of, make_call, program_of
-from programs import INDRNN, LEAKY, LSTM, PROGRAMS
+from program_calls import gradients_of, make_call
+from programs import INDRNN, LEAKY, LSTM, PROGRAMS, program_of
 from torch import Tensor
 
 from fused_rnn import ops

@@ -24,7 +24,7 @@ from torch import Tensor  # noqa: E402
 from fused_rnn import layers, ops  # noqa: E402
 from fused_rnn.call import LayerCall  # noqa: E402
 from fused_rnn.cells import Cell, register  # noqa: E402
-from tests.common.program_calls import by_loop, by_ops, make_call  # noqa: E402
+from tests.common.program_calls import by_ops, by_reference, make_call  # noqa: E402
 
 register(COUPLED)
 register(DECAY)
@@ -104,7 +104,7 @@ calls = [
     for save in STEPS
 ]
 for call in calls:  # the ops themselves, with the states over time and their gradients
-    made, expected = by_ops(call, ops.forward, ops.backward), by_loop(call)
+    made, expected = by_ops(call, ops.forward, ops.backward), by_reference(call)
     for name, value in expected.items():
         error = error_of(made[name], value)
         assert error < TOLERANCES[call.x.dtype], (call.x.dtype, call.save, name, error)

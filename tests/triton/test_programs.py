@@ -15,8 +15,8 @@ from typing import Any
 import program_cases
 import pytest
 import torch
-from program_cases import CELLS_BY_NAME, ProgramCase, by_loop, by_reference, call_of
-from programs import GRU, LEAKY, LSTM
+from program_cases import ProgramCase, by_loop, by_reference, call_of
+from programs import GRU, LEAKY, LSTM, PROGRAMS
 from tolerances import assert_as_good_as_torch
 from torch import Tensor
 from triton_cases import DEVICE, LOOPS, MARKS, planted, quicker_interpreter
@@ -57,7 +57,7 @@ def check(case: ProgramCase, **schedule: Any) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=lambda dtype: str(dtype)[6:])
-@pytest.mark.parametrize("cell", CELLS_BY_NAME)
+@pytest.mark.parametrize("cell", PROGRAMS)
 def test_every_cell(cell: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fused_rnn.call.CHECKPOINT_EVERY", 2)
     # A chain's states grow until their sums cancel: over five steps half an ulp of the inputs is 15 ulp of a result.
@@ -319,7 +319,7 @@ def test_supports_programs_alone_of_what_is_unknown() -> None:
     assert backend.supports(problem) is None
     assert "not 'another'" in str(backend.supports(problem._replace(cell="another")))
     assert "forward: loop solo, team of 5, W_hh streamed" in backend.describe(
-        problem._replace(cell=CELLS_BY_NAME["indrnn"], hidden_size=130)
+        problem._replace(cell=PROGRAMS["indrnn"], hidden_size=130)
     )
 
 
@@ -379,7 +379,7 @@ def test_a_kernel_that_spills_is_compiled_lighter(cell: str, hold: bool, tried: 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_a_cell_without_w_hh_needs_no_team(arch: str) -> None:
-    shape = shape_of(CELLS[CELLS_BY_NAME["sru"]], "half", 512, True)
+    shape = shape_of(CELLS[PROGRAMS["sru"]], "half", 512, True)
     for batch in (1, 64, 4096):
         schedule = planner.choose(shape, ARCHITECTURES[arch], batch, 2)
         assert schedule.loop == "solo" and schedule in planner.shipped(shape, ARCHITECTURES[arch])
