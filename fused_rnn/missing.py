@@ -1,7 +1,8 @@
-"""What is said where a compiled part of the package is not there: why, what to do, and once in a process a warning."""
+"""What is said where a compiled part of the package is not there: why, what to do; a warning once for each reason."""
 
 from __future__ import annotations
 
+import re
 import sys
 import warnings
 from importlib.machinery import EXTENSION_SUFFIXES
@@ -10,7 +11,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).resolve().parent
 BUILD = "pip install --no-build-isolation ."
 
-_warned = False
+_warned: set[str] = set()  # the reasons of which there was a warning
 
 
 def reason(name: str, error: ImportError, package: Path = PACKAGE) -> str:
@@ -45,9 +46,9 @@ def _installed_elsewhere(package: Path) -> Path | None:
 
 def warn_once(reason: str) -> None:
     """Say that torch's own kernels run in the place of ours: nothing falls back in silence."""
-    global _warned
-    if not _warned:
-        _warned = True
+    kind = re.sub(r"\d+", "", reason)  # once for all sizes
+    if kind not in _warned:
+        _warned.add(kind)
         said = f"fused_rnn runs without its own kernels, at torch's speed or less: {reason}"
         warnings.warn(said, RuntimeWarning, stacklevel=2)
 

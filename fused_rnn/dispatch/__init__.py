@@ -102,8 +102,8 @@ def _falls_back(first: str, problem: Problem) -> str | None:
     missing = {"cpu": ops.MISSING, "cuda": cuda_loops.MISSING}.get(first)
     if missing is not None or not is_program(problem.cell) or problem.forward_ad or problem.functionalized:
         return missing
-    refused: str | None = BACKENDS[first].supports(problem)
-    return refused
+    refused = BACKENDS[first].supports(problem)
+    return None if refused is None else f"cell {title(problem.cell)}: {refused}"
 
 
 def _refusal(problem: Problem, backend: str | None) -> str:

@@ -27,9 +27,11 @@ READS = {"_local_scalar_dense", "item", "is_nonzero", "equal", "nonzero", "_asse
 REDUCES = {
     "sum", "mean", "var", "std", "var_mean", "norm", "linalg_vector_norm", "amax", "amin", "max", "min", "all", "any",
     "prod", "logsumexp", "_softmax", "_log_softmax", "native_layer_norm", "native_group_norm", "_fused_rms_norm", "mm",
-    "addmm", "bmm", "cumsum", "cat", "stack", "split", "chunk", "slice", "select", "index", "gather", "sort", "t",
-    "transpose", "permute", "native_dropout",
+    "addmm", "bmm", "cumsum", "split", "chunk", "slice", "select", "index", "gather", "sort",
 }  # fmt: skip
+RESHAPES = {"cat", "stack", "t", "transpose", "permute", "repeat", "tile", "flip", "diagonal", "as_strided"}
+# Their result is memory, for random numbers mostly.
+UNSET = {"empty", "empty_like", "new_empty", "empty_strided", "native_dropout"}
 # Their result is a condition.
 TRUTHS = {
     "lt", "le", "gt", "ge", "eq", "ne", "logical_and", "logical_or", "logical_not", "logical_xor", "isnan", "isinf",
@@ -152,6 +154,15 @@ def _softplus(t: Any, _: str, x: Any, beta: Any = 1, threshold: Any = 20) -> int
     return int(b.add("where", b.add("gt", scaled, t.value(threshold)), x, curve))
 
 
+def _logaddexp(t: Any, _: str, x: Any, y: Any) -> int:
+    """From the larger one on; of two equal infinities it is that."""
+    b, x, y = t.builder, t.value(x), t.value(y)
+    far = b.add("abs", b.add("sub", x, y))
+    both = b.add("add", b.add("maximum", x, y), b.add("softplus", b.add("neg", far)))
+    infinite = b.add("and", b.add("eq", x, y), b.add("eq", b.add("abs", x), b.const(math.inf)))
+    return int(b.add("where", infinite, x, both))
+
+
 def _log_sigmoid(t: Any, _: str, x: Any) -> int:
     b = t.builder
     return int(b.add("neg", b.add("softplus", b.add("neg", t.value(x)))))
@@ -249,13 +260,7 @@ def _masked_fill(t: Any, _: str, x: Any, mask: Any, value: Any) -> int:
 
 
 def _logical(op: str) -> Callable[..., int]:
-    def rule(t: Any, _: str, x: Any, y: Any) -> int:
-        for argument in (x, y):
-            if op.startswith("bitwise") and isinstance(argument, Tensor) and argument.dtype != torch.bool:
-                raise Refused("expected booleans")
-        return int(t.builder.add(op.rpartition("_")[2], t.value(x), t.value(y)))
-
-    return rule
+    return lambda t, _, x, y: t.builder.add(op, t.value(x), t.value(y))
 
 
 def _not(t: Any, _: str, x: Any) -> int:
@@ -265,6 +270,18 @@ def _not(t: Any, _: str, x: Any) -> int:
 def _xor(t: Any, _: str, x: Any, y: Any) -> int:
     zero = t.builder.const(0)
     return int(t.builder.add("ne", *(t.builder.add("ne", t.value(each), zero) for each in (x, y))))
+
+
+def _of_conditions(rule: Callable[..., int]) -> Callable[..., int]:
+    """Bit by bit, where every argument has one bit."""
+
+    def refusing(t: Any, _: str, *arguments: Any) -> int:
+        for argument in arguments:
+            if (argument.dtype != torch.bool) if isinstance(argument, Tensor) else not isinstance(argument, bool):
+                raise Refused("expected booleans")
+        return rule(t, _, *arguments)
+
+    return refusing
 
 
 def _isnan(t: Any, _: str, x: Any) -> int:
@@ -320,9 +337,10 @@ OPERATIONS: dict[str, Callable[..., int]] = {
     "elu": _elu, "celu": _celu, "softshrink": _softshrink, "hardshrink": _hardshrink,
     "leaky_relu": _leaky_relu, "hardsigmoid": _hardsigmoid, "hardswish": _hardswish,
     "lerp": _lerp, "addcmul": _addcmul, "addcdiv": _addcdiv, "where": _where, "masked_fill": _masked_fill,
-    "logical_and": _logical("logical_and"), "logical_or": _logical("logical_or"), "logical_not": _not,
-    "logical_xor": _xor, "bitwise_and": _logical("bitwise_and"), "bitwise_or": _logical("bitwise_or"),
-    "bitwise_not": _not, "bitwise_xor": _xor, "isnan": _isnan, "isinf": _isinf,
+    "logical_and": _logical("and"), "logical_or": _logical("or"), "logical_not": _not, "logical_xor": _xor,
+    "bitwise_and": _of_conditions(_logical("and")), "bitwise_or": _of_conditions(_logical("or")),
+    "bitwise_not": _of_conditions(_not), "bitwise_xor": _of_conditions(_xor), "isnan": _isnan, "isinf": _isinf,
+    "logaddexp": _logaddexp, "_prelu_kernel": _leaky_relu, "fill": lambda t, _, x, value: t.value(value),
 }  # fmt: skip
 
 

@@ -9,7 +9,7 @@ import torch
 
 from fused_rnn.cells.program import ARITY, BINARY, TERNARY, UNARY, Graph, Instruction
 
-_COMMUTES = {"add", "mul", "maximum", "minimum", "eq", "ne", "and", "or"}
+COMMUTES = {"add", "mul", "maximum", "minimum", "eq", "ne", "and", "or"}
 _FOLDED: dict[str, Callable[..., torch.Tensor]] = {**UNARY, **BINARY, **TERNARY}
 
 # Operations of a program under construction alone, whose gradient is not that of what they become; and one that becomes
@@ -34,7 +34,7 @@ class Builder:
 
     def add(self, op: str, *args: int) -> int:
         """The value of an operation on values."""
-        if op in _COMMUTES:
+        if op in COMMUTES:
             args = tuple(sorted(args))
         return self._simpler(op, args) if (folded := self._fold(op, args)) is None else folded
 
@@ -85,7 +85,7 @@ class Builder:
             return self.add("mul", args[0], self.const(1 / last))  # exact
         if op == "where" and args[1] == args[2]:
             return args[1]
-        if op in _COMMUTES:
+        if op in COMMUTES:
             args = tuple(sorted(args))
         return self._node(Instruction(op, args))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -11,7 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from fused_rnn.cells.program import Program
-from fused_rnn.flex.builder import Builder, emit
+from fused_rnn.flex.builder import COMMUTES, Builder, emit
 from fused_rnn.flex.gradient import differentiate
 from fused_rnn.flex.kept import keep
 from fused_rnn.flex.source import StepError, line_of_step, line_of_traceback
@@ -61,20 +62,52 @@ def _trace(
     """The builder after the step has run: inputs x, r, the states and the params; and its values of the states.
 
     counts: of input sides, recurrent sides, states and params.
-    Run twice, on other sizes and numbers, it has to do the same: else it depends on what is not seen here.
+    Run twice, on other sizes, numbers and another dtype, it has to do the same: else it depends on what is not seen
+    here. The wider dtype comes last, for its constants are what the step has in any other, before rounding.
     """
+
+    def run(sizes: tuple[int, int], fill: float, dtype: torch.dtype) -> tuple[Builder, list[int]]:
+        return _run(Trace(Builder(sum(counts)), title, step, sizes, fill, dtype), call, counts, states)
+
     with _alone():
-        runs = [
-            _run(Trace(Builder(sum(counts)), title, step, sizes, fill), call, counts, states)
-            for sizes, fill in (((5, 7), -997.0), ((6, 11), 1013.0))
-        ]
-    first, second = ((list(map(repr, builder.nodes)), after) for builder, after in runs)
-    if first != second:
+        first = run((5, 7), -997.0, torch.float32)
+        try:
+            again = run((6, 11), 1013.0, torch.float64)
+        except TorchRefuses:  # a step in float32 alone
+            again = run((6, 11), 1013.0, torch.float32)
+    if not _alike(first, again):
         raise StepError(
-            f"cell {title!r}: the step did something else when it ran again: it depends on sizes, on values, on random"
-            f" numbers, or on what it changes outside{line_of_step(step)}"
+            f"cell {title!r}: the step did something else when it ran again: it depends on sizes, on values, on dtypes,"
+            f" on random numbers, or on what it changes outside{line_of_step(step)}"
         )
-    return runs[0]
+    return again
+
+
+def _alike(*runs: tuple[Builder, list[int]]) -> bool:
+    """Whether two runs made the same, but for what float32 rounds of a constant."""
+    kinds: dict[Any, int] = {}
+    constants: list[float] = []
+
+    def constant(value: float) -> int:
+        for i, known in enumerate(constants):
+            if known == value or math.isclose(known, value, rel_tol=1e-6) or (known != known and value != value):
+                return i
+        constants.append(value)
+        return len(constants) - 1
+
+    made = []
+    for builder, after in runs:
+        own: list[int] = []
+        for op, args, value in builder.nodes:
+            of = args if op == "input" else [own[i] for i in args]
+            key = (op, tuple(sorted(of) if op in COMMUTES else of), None if value is None else constant(value))
+            own.append(kinds.setdefault(key, len(kinds)))
+        made.append([own[i] for i in after])
+    return made[0] == made[1]
+
+
+class TorchRefuses(StepError):
+    """torch itself raised, before any operation that is seen here."""
 
 
 @contextmanager
@@ -94,13 +127,14 @@ def _run(trace: Trace, call: Call, counts: Sequence[int], states: Sequence[str])
     vectors = [trace.input(rows + i, (h,)) for i in range(counts[3])]
     sides = gates + counts[1]
     try:
-        with trace:
+        with torch.device("cpu"), trace:
             result = call(tuple(made[:gates]), tuple(made[gates:sides]) or None, made[sides:], vectors)
     except RuntimeError as error:
         if "ambiguous" in str(error):  # bool(tensor), which Python refuses before any operation
             line = line_of_traceback(error.__traceback__)
             raise trace.error("it branches on the value of a tensor; use torch.where", line) from error
-        raise
+        text = f"torch says {str(error).splitlines()[0]!r}"
+        raise TorchRefuses(str(trace.error(text, line_of_traceback(error.__traceback__)))) from error
     results, line = tuple(result) if isinstance(result, (tuple, list)) else (result,), line_of_step(trace.step)
     if len(results) != len(states):
         text = f"the step returned {len(results)} values, expected {len(states)}: {', '.join(states)}"

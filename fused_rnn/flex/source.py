@@ -16,6 +16,9 @@ from torch import Tensor
 _OURS = tuple(str(path) + os.sep for path in (Path(torch.__file__).parent, Path(__file__).parent))
 
 
+UNNAMED = "a tensor of the closure"
+
+
 class StepError(ValueError):
     """A step that is not what a cell can run."""
 
@@ -59,7 +62,7 @@ def name_of(x: Tensor, step: Callable[..., Any]) -> str:
     try:
         found = inspect.getclosurevars(step)
     except TypeError:  # no plain function
-        return "a tensor of the closure"
+        return UNNAMED
     for name, value in (*found.nonlocals.items(), *found.globals.items()):
         if value is x:
             return repr(name)
@@ -70,4 +73,4 @@ def name_of(x: Tensor, step: Callable[..., Any]) -> str:
         for own, tensor in getattr(value, "__dict__", {}).items():
             if tensor is x:
                 return repr(f"{name}.{own}")
-    return "a tensor of the closure"
+    return UNNAMED

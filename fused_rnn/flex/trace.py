@@ -15,26 +15,46 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fused_rnn.flex.aten import ALIASES, FACTORIES, INTEGERS, OPERATIONS, READS, REDUCES, TRUTHS, VIEWS, Refused
+from fused_rnn.flex.aten import (
+    ALIASES,
+    FACTORIES,
+    INTEGERS,
+    OPERATIONS,
+    READS,
+    REDUCES,
+    RESHAPES,
+    TRUTHS,
+    UNSET,
+    VIEWS,
+    Refused,
+)
 from fused_rnn.flex.builder import DETACH, Builder
-from fused_rnn.flex.source import StepError, line_of, name_of, own_frame
+from fused_rnn.flex.source import UNNAMED, StepError, line_of, name_of, own_frame
 
 
 class Trace(TorchDispatchMode):
     """While it is on, operations on tensors that it knows become values of the builder.
 
-    sizes: B and H. Of what a step makes every tensor is [B, H], [H] or one number.  fill: the stand-ins' numbers.
+    sizes: B and H. Of what a step makes every tensor is [B, H], [H] or one number.
+    fill, dtype: of the stand-ins, their numbers and the arguments' type.
     """
 
     def __init__(
-        self, builder: Builder, name: str, step: Callable[..., Any], sizes: tuple[int, int], fill: float
+        self,
+        builder: Builder,
+        name: str,
+        step: Callable[..., Any],
+        sizes: tuple[int, int],
+        fill: float,
+        dtype: torch.dtype,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.builder, self.name, self.step, self.sizes, self.fill = builder, name, step, sizes, fill
+        self.builder, self.name, self.step, self.sizes, self.fill, self.dtype = builder, name, step, sizes, fill, dtype
         self.partners: dict[int, int] = {}  # of a gate's either side the other one
         self._known: dict[int, tuple[Tensor, int]] = {}  # with the tensor, so that no other one gets its id
         self._inputs: set[int] = set()
         self._seen_twice: set[int] = set()  # tensors that share their memory with another one
+        self._fresh: tuple[Any, ...] = ()  # what a factory made last, and where it was called
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -43,7 +63,7 @@ class Trace(TorchDispatchMode):
 
     def input(self, i: int, shape: tuple[int, ...]) -> Tensor:
         """The tensor that stands for the builder's input i."""
-        made = self._stand_in(shape, torch.float32, i)
+        made = self._stand_in(shape, self.dtype, i)
         self._inputs.add(id(made))
         return made
 
@@ -68,6 +88,8 @@ class Trace(TorchDispatchMode):
             raise self.error(
                 f"{name} requires a gradient, which a step does not give what it closes over; make it one of `params`"
             )
+        if name == UNNAMED and tuple(x.shape) in (self.sizes, self.sizes[1:]):
+            raise self.error("it makes a tensor by other means than torch's operations, as NumPy's")
         if x.numel() != 1:
             raise self.error(
                 f"{name} has shape {list(x.shape)}; a step closes over single numbers; make it one of `params`"
@@ -87,11 +109,17 @@ class Trace(TorchDispatchMode):
             if dtype is None:
                 dtype = args[0].dtype if tensors else torch.float32
             self._check(shape, op)
-            return self._stand_in(shape, dtype, FACTORIES[op](self, args, kwargs))
+            made = self._stand_in(shape, dtype, FACTORIES[op](self, args, kwargs))
+            self._fresh = (id(made), *_place())
+            return made
         if not any(id(t) in self._known for t in tensors):
             return self._outside(func, tensors, args, kwargs)
         if op in READS:
             raise self.error("it branches on, or reads, the value of a tensor; use torch.where")
+        if torch.Tag.nondeterministic_seeded in func.tags or op in UNSET:
+            raise self.error(
+                f"{op} is no operation that a cell can run; it draws random numbers, or leaves them to be set"
+            )
         return self._operation(func, op, overload, args, kwargs)
 
     def _outside(self, func: Any, tensors: list[Tensor], args: Sequence[Any], kwargs: Any) -> Any:
@@ -116,9 +144,18 @@ class Trace(TorchDispatchMode):
             return self._alias(func, op, args, kwargs)
         rule = OPERATIONS.get(name)
         if rule is None:
-            more = "; it sees more than one unit" if name in REDUCES else ""
+            more = (
+                "; it sees more than one unit"
+                if name in REDUCES
+                else "; it changes the shape"
+                if name in RESHAPES
+                else ""
+            )
             raise self.error(f"{op} is no operation that a cell can run{more}")
         tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
+        for t in tensors:
+            if id(t) not in self._known:
+                self._captured(t)
         shape = torch.broadcast_tensors(*tensors)[0].shape if len(tensors) > 1 else tensors[0].shape
         self._check(shape, op)
         try:
@@ -126,8 +163,11 @@ class Trace(TorchDispatchMode):
             if dtype == torch.bool and name == "add":
                 rule = OPERATIONS["logical_or"]
             number = rule(self, overload, *args, **kwargs)
-        except (Refused, TypeError) as error:
+        except Refused as error:
             raise self.error(f"{op}.{overload}: {error}") from None
+        except TypeError:
+            text = f" by name {', '.join(kwargs)}" if kwargs else ""
+            raise self.error(f"{op}.{overload}: arguments that a cell does not take{text}") from None
         if not torch.is_grad_enabled():
             self._refuse_function()
             number = self.builder.add(DETACH, number)
@@ -136,7 +176,8 @@ class Trace(TorchDispatchMode):
                 raise self.error(f"{op} would give a tensor {self._text(args[0].shape)} the shape {self._text(shape)}")
             return self._record(args[0], number)
         made = self._stand_in(shape, dtype, number)
-        if name in VIEWS:
+        # torch's own factories detach what they have made before anybody sees it.
+        if name in VIEWS and self._fresh != (id(args[0]), *_place()):
             self._seen_twice |= {id(made), id(args[0])}
         return (made, torch.zeros(0, device="cpu")) if len(func._schema.returns) > 1 else made
 
@@ -144,11 +185,11 @@ class Trace(TorchDispatchMode):
         """The first argument by another shape, or a copy of it."""
         made: Tensor = func(*args, **kwargs)
         self._check(made.shape, op)
-        if (
-            made.dtype != args[0].dtype
-            and made.dtype != torch.float32
-            and args[0].dtype not in (torch.bool, torch.int64)
-        ):
+        counts = args[0].dtype in (torch.bool, torch.int64, torch.int32)
+        known = {args[0].dtype, torch.float32, self.dtype} | (
+            {torch.int32, torch.int64, torch.float64} if counts else set()
+        )
+        if made.dtype not in known:
             raise self.error(f"{op} makes {made.dtype}; a cell computes in one dtype, its loop's own")
         number = self.value(args[0])
         if made is args[0]:
@@ -174,6 +215,8 @@ class Trace(TorchDispatchMode):
         return f"[{', '.join({self.sizes[0]: 'B', self.sizes[1]: 'H'}.get(n, str(n)) for n in shape)}]"
 
     def _stand_in(self, shape: Sequence[int], dtype: torch.dtype, number: int) -> Tensor:
+        if dtype.itemsize < 4 and not dtype.is_floating_point and dtype != torch.bool:
+            raise self.error(f"it makes {dtype}, whose numbers a cell does not have")
         return self._record(torch.full(shape, self.fill, dtype=dtype, device="cpu"), number)
 
     def _record(self, made: Tensor, number: int) -> Tensor:
@@ -194,11 +237,19 @@ def _dtype_of(name: str, args: Sequence[Any], kwargs: Any) -> torch.dtype:
     dtype = tensors[0].dtype
     for other in operands:
         dtype = torch.promote_types(dtype, torch.result_type(tensors[0], other))
-    if dtype.is_floating_point or name not in INTEGERS:
+    if dtype.is_floating_point:
+        return dtype
+    if name not in INTEGERS:
         return torch.float32
     if dtype == torch.bool and name in ("sub", "rsub", "neg"):
         raise Refused("expected numbers, got conditions; torch.where and logical operations take these")
     return dtype
+
+
+def _place() -> tuple[Any, int]:
+    """The instruction of the user's that is under way."""
+    frame = own_frame(sys._getframe(1))
+    return frame, frame.f_lasti
 
 
 def _shape_of(op: str, args: Sequence[Any]) -> Sequence[int]:

@@ -219,7 +219,7 @@ def test_what_is_not_built_is_left_to_torch(measured: None, monkeypatch: pytest.
     dispatch._choose_cached.cache_clear()
     monkeypatch.setattr(BACKENDS["cuda"], "supports", lambda problem: "not built")
     monkeypatch.setattr(dispatch.cuda_loops, "MISSING", "not built")
-    monkeypatch.setattr(missing, "_warned", False)
+    monkeypatch.setattr(missing, "_warned", set())
     with pytest.warns(RuntimeWarning, match="runs without its own kernels, at torch's speed or less: not built"):
         assert dispatch.is_left_to_torch(on_gpu(hidden_size=64, width=64))
     dispatch._choose_cached.cache_clear()
@@ -334,16 +334,18 @@ def test_a_loop_in_python_is_no_secret(device: str, monkeypatch: pytest.MonkeyPa
     """Of a user's cell it is what remains where no loops are built, or none can: said once, with the reason."""
     for backend in ("cpu", "cuda", "triton"):
         monkeypatch.setattr(BACKENDS[backend], "supports", lambda problem: "not today")
-    for attribute, why in ((None, "not today"), ("MISSING", "not built")):
+    for attribute, why in ((None, "cell leaky: not today"), ("MISSING", "not built")):
         if attribute:
             monkeypatch.setattr(ops if device == "cpu" else dispatch.cuda_loops, attribute, why)
         elif device == "cuda":
             monkeypatch.setattr(dispatch.cuda_loops, "MISSING", None)
-        monkeypatch.setattr(missing, "_warned", False)
+        monkeypatch.setattr(missing, "_warned", set())
         problem = LEAKY._replace(device=device)
         with pytest.warns(RuntimeWarning, match=f"runs without its own kernels, at torch's speed or less: {why}"):
             assert choose(problem) is BACKENDS["reference"]
         assert choose(problem) is BACKENDS["reference"]
+    with pytest.warns(RuntimeWarning, match="another reason"):  # is not hidden by the first
+        missing.warn_once("another reason")
 
 
 def test_where_only_the_reference_can_it_says_nothing(recwarn: pytest.WarningsRecorder) -> None:

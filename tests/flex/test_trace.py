@@ -12,6 +12,7 @@ import textwrap
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -57,6 +58,9 @@ UNARY: dict[str, Function] = {
     "mask and mask": lambda x: torch.where((x > -0.5) & ~(x > 0.5) | (x < -1), x * 2, x * x),
     "mask xor mask": lambda x: torch.where((x > -0.5) ^ (x > 0.5), x * 2, x * x),
     "logical": lambda x: torch.where(torch.logical_and(x > -0.5, torch.logical_or(x < 0, x > 1)), x, 3 * x),
+    "widened": lambda x: (x.float() * 1.0).to(x.dtype) if x.dtype.itemsize < 8 else x,
+    "new tensor": lambda x: x * x.new_tensor(0.1) + 0.1 + torch.zeros_like(x).fill_(0.25),
+    "int32": lambda x: (x > 0).int() * x + (x > 0).long(),
     "nothing changes": lambda x: x.neg().neg() * 1 + 0 - 0,
     "twice itself": lambda x: x * x + x * x,
 }  # fmt: skip
@@ -73,6 +77,7 @@ BINARY: dict[str, Function] = {
     "addcdiv": lambda x, y: torch.addcdiv(x, y, x.abs() + 1, value=0.5),
     "where": lambda x, y: torch.where(x > y, x, y * 2),
     "clamp by a tensor": lambda x, y: torch.clamp(x, min=y),
+    "logaddexp": torch.logaddexp,
     "maximum of relus": lambda x, y: torch.maximum(torch.relu(x), torch.relu(y)),  # ties at zero
     "in place": lambda x, y: (x * 1.5).sub_(y).sigmoid_(),
 }  # fmt: skip
@@ -154,6 +159,7 @@ def test_constants_are_those_of_the_closure() -> None:
 
 
 WEIGHT, VECTOR, LAYER = torch.randn(7, requires_grad=True), torch.randn(7), torch.nn.Linear(7, 7)
+OTHER = torch.randn(6)  # broadcast with no size that a step is traced on
 
 
 def branch(x: Any, r: Any, s: Any, p: Any) -> Any:
@@ -185,6 +191,16 @@ class Straight(torch.autograd.Function):
         return d
 
 
+def epsilon(x: Any, r: Any, s: Any, p: Any) -> Any:
+    return (x[0] + r[0]) / (s.h.abs() + torch.finfo(s.h.dtype).eps)
+
+
+def after_a_factory(x: Any, r: Any, s: Any, p: Any) -> Any:
+    a = torch.zeros_like(s.h)
+    a.detach().add_(x[0])
+    return a
+
+
 def view(x: Any, r: Any, s: Any, p: Any) -> Any:
     a = x[0] + r[0]
     a.view_as(s.h).mul_(2)
@@ -206,14 +222,23 @@ REFUSED: dict[str, tuple[Function, str]] = {
     "numpy": (lambda x, r, s, p: x[0] if (x[0] + r[0]).numpy().max() > 1 else r[0], AGAIN),
     "Python's random numbers": (lambda x, r, s, p: x[0] * random.random(), AGAIN),
     "torch's random numbers": (lambda x, r, s, p: x[0] * torch.rand(()), "it draws random numbers"),
-    "noise": (lambda x, r, s, p: x[0] + torch.randn_like(s.h), "randn_like is no operation"),
+    "noise": (lambda x, r, s, p: x[0] + torch.randn_like(s.h), "it draws random numbers"),
+    "a dtype": (lambda x, r, s, p: x[0] * (1 if x[0].dtype == torch.float64 else 5), AGAIN),
+    "a dtype's smallest step": (epsilon, AGAIN),
+    "NumPy's": (lambda x, r, s, p: torch.from_numpy(np.tanh((x[0] * 1).numpy())) * s.h, "by other means than torch's"),
+    "bits of a number": (lambda x, r, s, p: ~(x[0] > 0).int() * r[0], "bitwise_not.default: expected booleans"),
+    "bits of two": (lambda x, r, s, p: ((x[0] > 0).int() ^ 2) * r[0], "bitwise_xor.Scalar: expected booleans"),
+    "narrow integers": (lambda x, r, s, p: (x[0] > 0).to(torch.int8) * r[0], "_to_copy makes torch.int8"),
+    "out": (lambda x, r, s, p: torch.sigmoid(x[0], out=s.h), "does not take by name out"),
+    "two dtypes": (lambda x, r, s, p: F.prelu(x[0], torch.ones(1).half()), "torch says "),
+    "a view of a factory's": (after_a_factory, "under another view"),
     "a counter": (lambda x, r, s, p: x[0] * COUNTER.add_(1), "changes a tensor outside of the step"),
     "a Function": (lambda x, r, s, p: Straight.apply(x[0]), "it calls a torch.autograd.Function"),
     "a view": (view, "mul_ changes in place a tensor that the step also has under another view"),
     "what has a view": (original, "mul_ changes in place a tensor that the step also has under another view"),
     "detached in place": (lambda x, r, s, p: (x[0] * 1.5).detach().mul_(2), "under another view"),
     "an argument's view": (lambda x, r, s, p: s.h.view_as(x[0]).mul_(2), "under another view"),
-    "a list": (lambda x, r, s, p: torch.stack([x[0], r[0]]), "stack is no operation"),
+    "a list": (lambda x, r, s, p: torch.stack([x[0], r[0]]), "that a cell can run; it changes the shape"),
     "growing in place": (lambda x, r, s, p: torch.zeros(()).add_(x[0]), "add_ would give a tensor [] the shape [B, H]"),
     "minus a condition": (lambda x, r, s, p: x[0] * ((x[0] > 0) - (r[0] > 0)), "expected numbers, got conditions"),
     "branch on a sum": (branch, "sum is no operation that a cell can run; it sees more than one unit"),
@@ -228,11 +253,13 @@ REFUSED: dict[str, tuple[Function, str]] = {
     "a gradient": (lambda x, r, s, p: s.h * WEIGHT, "'WEIGHT' requires a gradient, which a step does not give"),
     "a gradient apart": (lambda x, r, s, p: s.h * (WEIGHT * 2), "'WEIGHT' requires a gradient"),
     "a vector": (lambda x, r, s, p: s.h * VECTOR, "'VECTOR' has shape [7]; a step closes over single numbers"),
+    "another vector": (lambda x, r, s, p: s.h * OTHER, "'OTHER' has shape [6]; a step closes over single numbers"),
     "a vector apart": (lambda x, r, s, p: s.h * (VECTOR + 1), "'VECTOR' has shape [7]"),
     "another dtype": (lambda x, r, s, p: s.h.double(), "_to_copy makes torch.float64; a cell computes in one dtype"),
     "integers": (lambda x, r, s, p: s.h.int() * x[0], "_to_copy makes torch.int32"),
+    "half": (lambda x, r, s, p: s.h.half() * x[0], "_to_copy makes torch.float16"),
     "in place": (lambda x, r, s, p: s.h.add_(1), "add_ changes an argument of the step, or a tensor outside, in place"),
-    "random": (lambda x, r, s, p: F.dropout(x[0], 0.5, True), "is no operation that a cell can run"),
+    "random": (lambda x, r, s, p: F.dropout(x[0], 0.5, True), "it draws random numbers, or leaves"),
     "rounding": (lambda x, r, s, p: torch.div(x[0], 2, rounding_mode="floor"), "rounding_mode: got 'floor'"),
     "an index": (lambda x, r, s, p: x[1], "tuple index out of range"),
     "a missing param": (lambda x, r, s, p: p.a * x[0], "has no attribute 'a'"),
@@ -297,6 +324,36 @@ def test_numbers_of_the_closure_may_be_read() -> None:
     made = program(lambda x, r, s, p: x[0] * float(HALF) + (r[0] if HALF > 0 else s.h) * HALF.item())
     (after,) = made.step([torch.ones(1, 2)], [torch.ones(1, 2)], [torch.ones(1, 2)], ())
     torch.testing.assert_close(after, torch.ones(1, 2))
+
+
+def test_constants_are_those_of_the_widest_dtype() -> None:
+    """0.1 of a tensor that is made in x's dtype is that dtype's, and of one in float32 float32's."""
+    own = program(lambda x, r, s, p: (x[0] + r[0]) * x[0].new_tensor(0.1))
+    single = program(lambda x, r, s, p: (x[0] + r[0]) * torch.tensor(0.1))
+    found = [[i.value for i in made.forward.code if i.op == "const"] for made in (own, single)]
+    assert found == [[0.1], [float(torch.tensor(0.1))]]
+
+
+def test_a_step_in_float32_alone() -> None:
+    slope = torch.full((1,), 0.25)
+    made = program(lambda x, r, s, p: F.prelu(x[0] + r[0], slope))
+    assert 0.25 in {i.value for i in made.forward.code}
+
+
+def test_the_default_device_is_none_of_the_steps() -> None:
+    with torch.device("meta"):
+        made = program(lambda x, r, s, p: torch.tensor(0.5) * x[0] + torch.zeros(()) * r[0])
+    assert 0.5 in {i.value for i in made.forward.code}
+
+
+def test_a_sum_in_place() -> None:
+    def summed(x: Any, r: Any, s: Any, p: Any) -> Any:
+        a = torch.zeros_like(s.h)
+        for gate in (*x, *r):
+            a += torch.tanh(gate)
+        return a
+
+    agrees_with_autograd(fused_rnn.cell(gates=3)(summed))
 
 
 def test_conditions_add_up_as_torchs() -> None:
