@@ -30,20 +30,22 @@ inline void unpoison([[maybe_unused]] const void* p, [[maybe_unused]] size_t byt
 class Stacks {
  public:
   static constexpr size_t kBytes = 64 << 10, kGuard = 4 << 10;
-  // All threads run the same code. Each guard splits the mapping, of which a process has 65,530 by Linux's default.
+  // All threads run the same code; a deeper stack than the first ones' runs into its neighbour's. Each guard splits the
+  // mapping, and Linux allows a process 65,530.
   static constexpr size_t kGuarded = 512;
   // Where the frames lie from which a thread that ended never returned.
   static constexpr size_t kLastFrames = 20 << 10;
 
   void reserve(size_t count) {
     if (count > count_) {
-      if (memory_) munmap(memory_, count_ * kBytes);
+      if (count_) munmap(memory_, count_ * kBytes);
       void* p = mmap(nullptr, count * kBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
       if (p == MAP_FAILED) throw std::runtime_error("emulator: no memory for " + std::to_string(count) + " stacks");
       memory_ = static_cast<char*>(p);
-      count_ = count;
+      count_ = 0;
       for (size_t i = 0; i < std::min(count, kGuarded); ++i)
         if (mprotect(memory_ + i * kBytes, kGuard, PROT_NONE)) throw std::runtime_error("emulator: no guard below a stack");
+      count_ = count;
     }
     const size_t depth = abandoned_ ? kBytes - kGuard : kLastFrames;
     for (size_t i = 0; i < (abandoned_ ? count_ : count); ++i) unpoison(memory_ + (i + 1) * kBytes - depth, depth);

@@ -66,7 +66,8 @@ def product_held(row, live, held, G: tl.constexpr, H: tl.constexpr, PRECISION: t
     BK: tl.constexpr = held[0].shape[0]
     acc = zeros(G, row.shape[0], held[0].shape[1])
     for j in tl.static_range(len(held) // G):
-        # Two at a time: all would fill the registers, and one ahead shares scoreboards with the one that is waited for.
+        # Two at a time, and the deepest tiles have no more: more would fill the registers, and one ahead shares
+        # scoreboards with the one that is waited for.
         if j % 2 == 0:
             d = load_dgates(row, live, j * BK, G, H, BK)
             if (j + 1) * BK < H:

@@ -93,7 +93,7 @@ def lighter(schedule: Schedule) -> Iterator[Schedule]:
     """A schedule, and what takes fewer registers with the same team and batch tile."""
     yield schedule
     tile = schedule.tile
-    if tile.ahead:
+    if schedule.ahead:
         tile = replace(tile, ahead=False)
         yield replace(schedule, tile=tile)
     while tile.depth > 16 and not schedule.registers:  # there the depth is all of H
@@ -109,15 +109,16 @@ def fewest_spills(
     A built-in cell's tiles were chosen by what they spill. What a user's cell takes shows when it is compiled: if that
     is too much, a lighter schedule may do.
     """
-    schedules = tuple(lighter(schedule)) if cell.program else (schedule,)
-    enough = SPILLS if schedule.hold else 0  # streamed, ptxas's own choice is as good
+    enough = SPILLS if schedule.hold else 0  # streamed, ptxas's own choice is as good, and may spill nothing
     best = None
-    for bound in bounds(schedule, arch):
-        for candidate in schedules:
+    for candidate in lighter(schedule) if cell.program else (schedule,):
+        for bound in bounds(schedule, arch):
             made = compiled(candidate, bound)
             if best is None or made[0] < best[0]:
                 best = made
             if best[0] <= enough:
                 return best[1]
+        if best is not None and best[0] <= SPILLS:
+            break
     assert best is not None
     return best[1]

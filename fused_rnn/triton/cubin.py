@@ -58,11 +58,11 @@ class Job(NamedTuple):
     def trips(self) -> int:
         """The most that a step's product may take if W_hh is resident.
 
-        Forward asks for all of h at once. dgates would fill backward's registers: it may take less than one for each
-        depth of its tile, and of a user's cell, whose values may be in the way, one more.
+        Forward asks for all of h at once, of more than four gates some versions of Triton in parts. Backward may take
+        less than one for each depth of its tile, and of a user's cell, whose values may be in the way, one more.
         """
         if not self.shape.backward:
-            return 1
+            return 1 if self.shape.gates <= 4 else 3
         return max(1, -(-self.shape.hidden // self.schedule.tile.depth) - 1) + is_program(self.shape.cell)
 
 
@@ -152,8 +152,10 @@ def _cell(name: str) -> str:
         return CELLS[name].name
     module, _, attribute = name.partition(":")
     try:
-        own = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError):
+        own = getattr(importlib.import_module(module), attribute, None) if attribute else None
+    except ModuleNotFoundError as error:
+        if error.name != module:
+            raise
         own = None
     if not isinstance(own, UserCell):
         known = f"one of {', '.join(CELLS)}, MODULE:NAME of a user's cell or a program's text"

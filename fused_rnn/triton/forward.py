@@ -35,13 +35,11 @@ def load_w_fwd(w, g, n, k, H: tl.constexpr):
 
 
 @triton.jit
-def hold_fwd(w, n, G: tl.constexpr, H: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr):
-    """All of W_hh that units n need: a tuple over depth tiles, then gates."""
+def hold_fwd(w, n, G: tl.constexpr, H: tl.constexpr, PRECISION: tl.constexpr):
+    """All of W_hh, whose units are n, by gates."""
     held = ()
-    for j in tl.static_range((H + BK - 1) // BK):
-        for g in tl.static_range(G):
-            tile = load_w_fwd(w, g, n, j * BK + tl.arange(0, BK), H)
-            held = held + (rounded(tile, PRECISION),)
+    for g in tl.static_range(G):
+        held = held + (rounded(load_w_fwd(w, g, n, n, H), PRECISION),)
     return held
 
 
@@ -98,7 +96,8 @@ def product_held(row, live, held, G: tl.constexpr, H: tl.constexpr, PRECISION: t
     BK: tl.constexpr = held[0].shape[0]
     FOURS: tl.constexpr = (G + 3) // 4
     h = ()
-    for j in tl.static_range(len(held) // FOURS):  # all of it is asked for before the first of it is used
+    # All of it is asked for before the first of it is used; of more than four gates not by Triton 3.6.
+    for j in tl.static_range(len(held) // FOURS):
         k = j * BK + tl.arange(0, BK)
         # From L2: the line may have been read by this multiprocessor before another one wrote it.
         mask = live[:, None] & (k < H)[None, :]
@@ -217,7 +216,7 @@ def fwd_kernel(
         t = tl.where(backwards, steps - 1 - step0, step0)
         x_next = load_gates(gx + (t - t_base) * (width * G), row, n, own & (b * 0 + step0 < step1)[:, None], G, H)
     if REGISTERS:
-        held = hold_fwd(w_r, n, G, H, BK, PRECISION)
+        held = hold_fwd(w_r, n, G, H, PRECISION)
     elif HOLD:
         held = hold_fused(w_r, member * BH, G, H, BH, BK, PRECISION)
     if REGISTERS:

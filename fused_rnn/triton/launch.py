@@ -21,7 +21,8 @@ from fused_rnn.triton.target import Target
 
 COUNTER_STRIDE = 32  # int32: a counter has its own 128 bytes, as the kernels have it
 
-# Kernels compiled and loaded in this process, with the options they were compiled under: what a capture may use.
+# Kernels compiled and loaded in this process, with the schedule's constants and the options they were compiled under:
+# what a capture may use.
 _compiled: dict[tuple[Any, ...], dict[str, Any]] = {}
 
 

@@ -13,6 +13,8 @@ from fused_rnn.triton import measured, tiles
 from fused_rnn.triton.schedule import LOOPS, Schedule, Shape, Tile
 from fused_rnn.triton.target import Target
 
+MOST_GATES = 8  # that registers have room for, beside W_hh
+
 
 def _registers(shape: Shape, target: Target) -> Schedule | None:
     side = tiles.padded(shape.hidden)
@@ -21,7 +23,7 @@ def _registers(shape: Shape, target: Target) -> Schedule | None:
         warps = 4
     tile = Tile(16, side, side, min(warps, max(1, side // 8)))
     fits = side <= (256 if shape.kind == "half" else 64) and tiles.fits(shape, target, tile, side)
-    return Schedule("solo", tile, 1, registers=True) if fits else None
+    return Schedule("solo", tile, 1, registers=True) if fits and shape.gates <= MOST_GATES else None
 
 
 def _teams(shape: Shape, target: Target) -> list[Schedule]:

@@ -78,7 +78,7 @@ def fits(shape: Shape, target: Target, tile: Tile, units: int) -> bool:
     weights = gates * units * depth * shape.size
     if not target.nvidia:
         room = AMD_RESIDENT // 2 if shape.backward else AMD_RESIDENT
-        return weights < room if is_program(shape.cell) else weights <= room
+        return weights < room if is_program(shape.cell) else weights <= room  # all of it leaves a user's formula none
     rows = depth
     if shape.backward:  # dgates of two steps; of those in float32 half stay in registers
         rows = min(2 * tile.depth, depth) * (gates if shape.size == 2 else (gates + 1) // 2)
@@ -102,10 +102,14 @@ def _lighter(shape: Shape, tile: Tile) -> Tile:
 
 def stream(shape: Shape, target: Target, large: bool) -> Tile:
     if shape.kind == "ieee" and _too_heavy(shape):
-        large = False  # with 16 rows that tile is the small one, but for a shallower step
+        large = False  # with 16 rows that tile is the small one, and backward's takes too shallow a step
     large_table = STREAM_LARGE_BACKWARD if shape.backward else STREAM_LARGE
     table = STREAM_ODD if _odd(shape) else large_table if large else STREAM
     tile = _lighter(shape, _deepest(table[shape.kind], shape.hidden))
+    while _staged(shape, tile) > target.shared and tile.depth > 16:
+        tile = replace(tile, depth=tile.depth // 2)
+    if _staged(shape, tile) > target.shared:
+        tile = replace(tile, stages=2)
     if target.nvidia:
         return tile
     # AMD's warps have twice the threads, and more than four of them share registers: too few for LSTM's 64 units.
@@ -113,8 +117,14 @@ def stream(shape: Shape, target: Target, large: bool) -> Tile:
     return replace(tile, units=min(tile.units, most), warps=min(tile.warps, 4))
 
 
+def _staged(shape: Shape, tile: Tile) -> int:
+    """Bytes of shared memory of a streamed product: both operands' tiles of all gates, for each stage but one."""
+    rows = tile.batch * (shape.gates if shape.backward else 1) + tile.units * shape.gates
+    return rows * tile.depth * shape.size * max(1, tile.stages - 1)
+
+
 def held(shape: Shape, target: Target, large: bool) -> Tile | None:
-    """The first resident tile that fits."""
+    """The first resident tile that fits. dgates of more than four gates fill the registers of any."""
     if (shape.gates > 4 and (large or shape.backward)) or (large and _too_heavy(shape)):
         return None
     if shape.kind == "tf32" and shape.backward and shape.gates == 4 and shape.heavier > FREE_TF32:
@@ -132,8 +142,8 @@ def held(shape: Shape, target: Target, large: bool) -> Tile | None:
 
 
 def _at_once(shape: Shape, target: Target, tile: Tile) -> Tile | None:
-    """A resident tile of backward that asks for all of dgates at once, or None. They go by shared memory: of all tiles
-    it takes the fewest registers."""
+    """A resident tile of backward that asks for all of dgates at once, or None. Triton passes the dgates of such a deep
+    step through shared memory, so that it takes fewer registers than a shallower one."""
     if not shape.backward or not target.nvidia:
         return None
     depth = padded(shape.hidden) // (1 if tile.batch < 32 else 2)

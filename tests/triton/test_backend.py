@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from contextlib import nullcontext
 from pathlib import Path
@@ -23,7 +24,7 @@ from fused_rnn.cells import CELLS
 from fused_rnn.dispatch import choose
 from fused_rnn.functional import lstm
 from fused_rnn.gpu.loops import Layer
-from fused_rnn.triton import aot, device, launch, measured, planner
+from fused_rnn.triton import aot, device, launch, measured, planner, tiles
 from fused_rnn.triton.schedule import Schedule, Shape, Tile
 from fused_rnn.triton.target import ARCHITECTURES, INTERPRETER
 
@@ -397,6 +398,19 @@ def test_there_is_a_plan_for_everything(arch: str) -> None:
                         assert schedule.team * schedule.spread * schedule.tile.units >= hidden
                         assert schedule.loop != "cooperative" or schedule.team * 2 <= known.processors
                         assert schedule.loop != "stepwise" or batch > 64 or hidden > 2000 or known.processors < 80
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_what_a_streamed_product_stages_fits(arch: str) -> None:
+    """Of up to sixteen gates, by what Triton was seen to take."""
+    known = ARCHITECTURES[arch]
+    for kind, gates, hidden in itertools.product(("half", "tf32", "ieee"), range(1, 17), (17, 130, 512, 2048)):
+        for backward, large in itertools.product((False, True), repeat=2):
+            shape = Shape("lstm", gates, kind, hidden, backward)
+            tile = tiles.stream(shape, known, large)
+            rows = tile.batch * (gates if backward else 1) + tile.units * gates
+            assert rows * tile.depth * shape.size * (tile.stages - 1) <= known.shared
+            assert tile.depth >= 16
 
 
 def test_h_up_to_512_never_takes_a_launch_a_step_on_an_h100() -> None:
