@@ -106,15 +106,13 @@ def stream(shape: Shape, target: Target, large: bool) -> Tile:
     large_table = STREAM_LARGE_BACKWARD if shape.backward else STREAM_LARGE
     table = STREAM_ODD if _odd(shape) else large_table if large else STREAM
     tile = _lighter(shape, _deepest(table[shape.kind], shape.hidden))
+    if not target.nvidia:
+        # AMD's warps have twice the threads, and more than four of them share registers: too few for LSTM's 64 units.
+        most = 32 if shape.backward and shape.gates == 4 else tile.units
+        tile = replace(tile, units=min(tile.units, most), warps=min(tile.warps, 4))
     while _staged(shape, tile) > target.shared and tile.depth > 16:
         tile = replace(tile, depth=tile.depth // 2)
-    if _staged(shape, tile) > target.shared:
-        tile = replace(tile, stages=2)
-    if target.nvidia:
-        return tile
-    # AMD's warps have twice the threads, and more than four of them share registers: too few for LSTM's 64 units.
-    most = 32 if shape.backward and shape.gates == 4 else tile.units
-    return replace(tile, units=min(tile.units, most), warps=min(tile.warps, 4))
+    return tile if _staged(shape, tile) <= target.shared else replace(tile, stages=2)
 
 
 def _staged(shape: Shape, tile: Tile) -> int:

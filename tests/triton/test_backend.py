@@ -405,7 +405,7 @@ def test_what_a_streamed_product_stages_fits(arch: str) -> None:
     """Of up to sixteen gates, by what Triton was seen to take."""
     known = ARCHITECTURES[arch]
     for kind, gates, hidden in itertools.product(("half", "tf32", "ieee"), range(1, 17), (17, 130, 512, 2048)):
-        for backward, large in itertools.product((False, True), repeat=2):
+        for backward, large in itertools.product((False, True), repeat=2) if kind != "tf32" or known.nvidia else ():
             shape = Shape("lstm", gates, kind, hidden, backward)
             tile = tiles.stream(shape, known, large)
             rows = tile.batch * (gates if backward else 1) + tile.units * gates
