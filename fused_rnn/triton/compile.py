@@ -110,15 +110,13 @@ def fewest_spills(
     is too much, a lighter schedule may do.
     """
     enough = SPILLS if schedule.hold else 0  # streamed, ptxas's own choice is as good, and may spill nothing
-    best = None
+    tried: list[tuple[int, Made]] = []
     for candidate in lighter(schedule) if cell.program else (schedule,):
+        least = min((spills for spills, _ in tried), default=None)
         for bound in bounds(schedule, arch):
-            made = compiled(candidate, bound)
-            if best is None or made[0] < best[0]:
-                best = made
-            if best[0] <= enough:
-                return best[1]
-        if best is not None and best[0] <= SPILLS:
-            break
-    assert best is not None
-    return best[1]
+            tried.append(compiled(candidate, bound))
+            if tried[-1][0] <= enough:
+                return tried[-1][1]
+        if least is not None and least <= min(SPILLS, *(spills for spills, _ in tried)):
+            break  # no tile changes it, as that of a sine, whose reduction has an array
+    return min(tried, key=lambda each: each[0])[1]

@@ -367,11 +367,15 @@ def test_a_kernel_that_spills_is_compiled_lighter(cell: str, hold: bool, tried: 
         return max(8, candidate.tile.depth - 60) if bound or hold else 0, len(seen)
 
     best = fewest_spills(CELLS[cell], schedule, "sm_90", compiled)
+    found = seen[:]
     assert [(candidate.tile.ahead, candidate.tile.depth, bound) for candidate, bound in seen] == tried
     assert best == (1 if cell == "lstm" and hold else len(tried))
-    for candidate, _ in seen:
+    for candidate, _ in found:
         assert candidate == replace(schedule, tile=candidate.tile)
         assert (candidate.tile.batch, candidate.tile.units) == (16, 32)
+    seen.clear()
+    fewest_spills(CELLS[cell], schedule, "sm_90", lambda candidate, bound: (32, seen.append((candidate, bound))))
+    assert len(seen) == (1 if hold else 2 if cell == "lstm" else 4)  # what no tile changes is not tried for ever
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
