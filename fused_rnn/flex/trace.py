@@ -15,19 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fused_rnn.flex.aten import (
-    ALIASES,
-    FACTORIES,
-    INTEGERS,
-    OPERATIONS,
-    READS,
-    REDUCES,
-    RESHAPES,
-    TRUTHS,
-    UNSET,
-    VIEWS,
-    Refused,
-)
+from fused_rnn.flex.aten import ALIASES, FACTORIES, INTEGERS, OPERATIONS, READS, TRUTHS, UNSET, VIEWS, WHY_NOT, Refused
 from fused_rnn.flex.builder import DETACH, Builder
 from fused_rnn.flex.source import UNNAMED, StepError, line_of, name_of, own_frame
 
@@ -144,14 +132,7 @@ class Trace(TorchDispatchMode):
             return self._alias(func, op, args, kwargs)
         rule = OPERATIONS.get(name)
         if rule is None:
-            more = (
-                "; it sees more than one unit"
-                if name in REDUCES
-                else "; it changes the shape"
-                if name in RESHAPES
-                else ""
-            )
-            raise self.error(f"{op} is no operation that a cell can run{more}")
+            raise self.error(f"{op} is no operation that a cell can run{WHY_NOT.get(name, '')}")
         tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
         for t in tensors:
             if id(t) not in self._known:
@@ -185,11 +166,10 @@ class Trace(TorchDispatchMode):
         """The first argument by another shape, or a copy of it."""
         made: Tensor = func(*args, **kwargs)
         self._check(made.shape, op)
-        counts = args[0].dtype in (torch.bool, torch.int64, torch.int32)
-        known = {args[0].dtype, torch.float32, self.dtype} | (
-            {torch.int32, torch.int64, torch.float64} if counts else set()
-        )
-        if made.dtype not in known:
+        allowed = {args[0].dtype, torch.float32, self.dtype}
+        if args[0].dtype in (torch.bool, torch.int32, torch.int64):  # what counts is exact in each of these
+            allowed |= {torch.int32, torch.int64, torch.float64}
+        if made.dtype not in allowed:
             raise self.error(f"{op} makes {made.dtype}; a cell computes in one dtype, its loop's own")
         number = self.value(args[0])
         if made is args[0]:
