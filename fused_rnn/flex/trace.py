@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fused_rnn.flex.aten import ALIASES, FACTORIES, INTEGERS, OPERATIONS, READS, TRUTHS, UNSET, VIEWS, WHY_NOT, Refused
+from fused_rnn.flex.aten import FACTORIES, OPERATIONS, Refused
 from fused_rnn.flex.builder import DETACH, Builder
+from fused_rnn.flex.kinds import ALIASES, INTEGERS, READS, TRUTHS, UNSET, VIEWS, WHY_NOT
 from fused_rnn.flex.source import UNNAMED, StepError, line_of, name_of, own_frame
 
 
