@@ -53,15 +53,18 @@ def program_of(gates: int, apart: int = 0, states: int = 1, params: int = 0, rec
         next_value += 1
         return next_value - 1
 
+    def with_params(factor: int, i: int, first: int) -> int:
+        """The factor and state i's params, of which `first` is the first of all, added up."""
+        for k in range(i, params, states):
+            factor = add(f"add {factor} {first + k}")
+        return factor
+
     scale = add(f"const {1 / gates!r}")
     kept = add("const 0.25")
     saved = [add(f"tanh {g}") for g in range(pre)]
     after = []
     for i in range(states):
-        factor = kept
-        for k in range(i, params, states):
-            factor = add(f"add {factor} {pre + states + k}")
-        total = add(f"mul {factor} {pre + i}")
+        total = add(f"mul {with_params(kept, i, pre + states)} {pre + i}")
         for g in range(i, pre, states):
             total = add(f"fma {scale} {saved[g]} {total}")
         after.append(total)
@@ -71,12 +74,7 @@ def program_of(gates: int, apart: int = 0, states: int = 1, params: int = 0, rec
     scale, kept = add(f"const {1 / gates!r}"), add("const 0.25")
     scaled = [add(f"mul {scale} {first + i}") for i in range(states)]
     gradients = [add(f"tanh_backward {scaled[g % states]} {g}") for g in range(pre)]
-    before = []
-    for i in range(states):
-        factor = kept
-        for k in range(i, params, states):
-            factor = add(f"add {factor} {first_param + k}")
-        before.append(add(f"mul {factor} {first + i}"))
+    before = [add(f"mul {with_params(kept, i, first_param)} {first + i}") for i in range(states)]
     of_params = [add(f"mul {first + k % states} {pre + k % states}") for k in range(params)]
     # Gradients come in another order: the input sides of the gates apart, then the recurrent sides of all.
     joined = gates - apart

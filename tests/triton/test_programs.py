@@ -367,10 +367,9 @@ def test_a_kernel_that_spills_is_compiled_lighter(cell: str, hold: bool, tried: 
         return max(8, candidate.tile.depth - 60) if bound or hold else 0, len(seen)
 
     best = fewest_spills(CELLS[cell], schedule, "sm_90", compiled)
-    found = seen[:]
     assert [(candidate.tile.ahead, candidate.tile.depth, bound) for candidate, bound in seen] == tried
     assert best == (1 if cell == "lstm" and hold else len(tried))
-    for candidate, _ in found:
+    for candidate, _ in seen:
         assert candidate == replace(schedule, tile=candidate.tile)
         assert (candidate.tile.batch, candidate.tile.units) == (16, 32)
     seen.clear()
