@@ -28,12 +28,16 @@ SILENT = 60  # and for a start; a process whose main thread never lets go of the
 # processes they run: Triton's spend their time in its compiler.
 LANES = {
     "cuda": (("tests/cuda/test_gpu.py",), 2),
+    "programs": (("tests/cuda/test_gpu_programs.py",), 4),
     "autocast": (("tests/test_autocast.py",), 1),
     "emulator": (("tests/emulator/test_emulator.py",), 1),
     "bench": (("tests/commands/test_bench.py", "tests/commands/test_bench_gpu.py"), 1),
     "triton": (
-        tuple(f"tests/triton/test_{name}.py" for name in ("gpu", "loops", "backend", "programs", "trial_cell")),
-        12,
+        (
+            *(f"tests/triton/test_{name}.py" for name in ("gpu", "loops", "backend", "programs", "trial_cell")),
+            "tests/flex/test_cells_on_triton.py",
+        ),
+        10,
     ),
 }
 

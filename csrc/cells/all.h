@@ -18,7 +18,9 @@ struct CellTable {
 };
 template <int... number>
 constexpr CellTable make_cell_table(std::integer_sequence<int, number...>) {
-  return {{NumberedCell<number>::descriptor...}};
+  CellTable table{};
+  ((table.of[number] = NumberedCell<number>::descriptor), ...);  // not a list in braces, which nvcc hands on to g++ as something else
+  return table;
 }
 // By number, with gaps.
 constexpr CellTable kCells = make_cell_table(CellNumbers{});

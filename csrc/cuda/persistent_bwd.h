@@ -3,6 +3,7 @@
 // reaches the state of the step before.
 #pragma once
 #include "cta_rank.h"
+#include "primitives/timeline.h"
 #include "unit_bwd.h"
 
 namespace fused_rnn::cuda {
@@ -66,10 +67,14 @@ persistent_bwd_kernel(const FUSED_RNN_GRID_CONSTANT BackwardLoop p) {
 
   for (int step = p.steps.step1 - 1; step >= p.steps.step0; --step) {
     const bool has_future = step + 1 < p.steps.T;
+    mark(step, kBegins);
     if (has_future) {
       exchange.wait();
+      mark(step, kArrived);
       product.run(team, exchange.current(), partial);
+      mark(step, kMultiplied);
       sync_threads();
+      mark(step, kSummed);
     }
     FUSED_RNN_UNROLL
     for (int j = 0; j < kUnitsPerThread; ++j) {
@@ -79,19 +84,24 @@ persistent_bwd_kernel(const FUSED_RNN_GRID_CONSTANT BackwardLoop p) {
       FUSED_RNN_UNROLL
       for (int g = 0; g < G; ++g) exchange.put(index[j].b, g * padded + me.first_u + index[j].u, Policy::operand(units[j].recurrent(g)));
     }
+    mark(step, kPut);
     if (step > p.steps.step0 || p.close) {  // else nobody would wait for it
       exchange.publish();
       FUSED_RNN_UNROLL
       for (int j = 0; j < kUnitsPerThread; ++j) exchange.template send<G>(chunk[j], me.first_u, padded);
     }
+    mark(step, kSent);
     exchange.arrive();
+    mark(step, kEnded);
     FUSED_RNN_UNROLL
     for (int j = 0; j < kUnitsPerThread; ++j) units[j].store(p, walk, step);
+    mark(step, kStored);
     if (step == p.steps.step0) break;
     FUSED_RNN_UNROLL
     for (int j = 0; j < kUnitsPerThread; ++j) units[j].forget();
     FUSED_RNN_UNROLL
     for (int j = 0; j < kUnitsPerThread; ++j) units[j].fetch(p, walk, step - 1);
+    mark(step, kFetched);
   }
   if (p.close) {
     exchange.wait();

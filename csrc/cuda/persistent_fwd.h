@@ -1,6 +1,7 @@
 // The forward loop over all of time in one launch: one kernel for every cell, precision, team and exchange.
 #pragma once
 #include "cta_rank.h"
+#include "primitives/timeline.h"
 #include "unit_fwd.h"
 
 namespace fused_rnn::cuda {
@@ -53,9 +54,13 @@ persistent_fwd_kernel(const FUSED_RNN_GRID_CONSTANT ForwardLoop p) {
   exchange.open();
 
   for (int step = p.steps.step0; step < p.steps.step1; ++step) {
+    mark(step, kBegins);
     exchange.wait();
+    mark(step, kArrived);
     product.run(team, exchange.current(), partial);
+    mark(step, kMultiplied);
     sync_threads();
+    mark(step, kSummed);
     FUSED_RNN_UNROLL
     for (int j = 0; j < kUnitsPerThread; ++j) {
       if (!index[j].inside) break;  // the whole warp: a member's units are a multiple of 32
@@ -64,19 +69,24 @@ persistent_fwd_kernel(const FUSED_RNN_GRID_CONSTANT ForwardLoop p) {
       units[j].run(walk, step, recurrent);
       exchange.put(index[j].b, me.first_u + index[j].u, Policy::operand(units[j].entering()));
     }
+    mark(step, kPut);
     if (step + 1 < p.steps.step1) {
       exchange.publish();
       FUSED_RNN_UNROLL
       for (int j = 0; j < kUnitsPerThread; ++j) exchange.template send<1>(chunk[j], me.first_u, 0);
     }
+    mark(step, kSent);
     exchange.arrive();
+    mark(step, kEnded);
     FUSED_RNN_UNROLL
     for (int j = 0; j < kUnitsPerThread; ++j) units[j].store(p, walk, step);
+    mark(step, kStored);
     if (step + 1 == p.steps.step1) break;
     FUSED_RNN_UNROLL
     for (int j = 0; j < kUnitsPerThread; ++j) units[j].enter();
     FUSED_RNN_UNROLL
     for (int j = 0; j < kUnitsPerThread; ++j) units[j].fetch(p, walk, step + 1);
+    mark(step, kFetched);
   }
   FUSED_RNN_UNROLL
   for (int j = 0; j < kUnitsPerThread; ++j) units[j].finish(p);
