@@ -35,10 +35,10 @@ from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
-sys.path.insert(0, str(Path(__file__).parent))
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(Path(__file__).parent), str(ROOT)]  # a checkout built in place, with nothing installed
 import gpu_tests
 
-ROOT = Path(__file__).parent.parent
 WORK = ROOT / "build" / "gpu-work"
 PACK = ROOT / "build" / "pack"  # scripts/gpu_pack.py's
 TRITON_CACHE = Path("/tmp/fused_rnn-triton")  # absolute, since paths in it are; the same on both machines
@@ -272,7 +272,7 @@ def figures(work: Path) -> list[str]:
     """The first of what was measured, in as few lines as a screen has: steps by the estimate, ratios to torch.nn."""
     try:
         return [*steps_measured(work / "steps" / "steps.json"), *ratios_measured(work / "bench")]
-    except (OSError, ValueError, KeyError) as error:  # a file that is being written right now
+    except Exception as error:  # a file that is being written right now; whatever it is, the rest must come back
         return [f"no figures: {error!r}"]
 
 
