@@ -6,7 +6,9 @@
 //
 // A part is the time from the mark before it (csrc/cuda/primitives/timeline.h). Reading the clock costs some cycles itself: "micros" of a
 // launch beside those of the loop without marks says how many.
+#if !defined(FUSED_RNN_NO_MARKS)
 #define FUSED_RNN_TIMELINE
+#endif
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -14,9 +16,9 @@
 #include <cstdlib>
 #include <vector>
 
-#include "../csrc/cells/all.h"
-#include "../csrc/cuda/persistent_bwd.h"
-#include "../csrc/cuda/persistent_fwd.h"
+#define FUSED_RNN_FORMULA Lstm
+#define FUSED_RNN_PRECISION bf16
+#include "../csrc/cuda/instantiate.cu"
 #include "../csrc/cuda/plan.h"
 
 using namespace fused_rnn;
@@ -26,7 +28,7 @@ namespace {
 
 constexpr int kT = 512, kRuns = 5;
 const char* kNames[kMarks] = {"begins", "wait", "product", "barrier", "cell", "send", "end", "store", "fetch"};
-const char* kExchanges[] = {"cta", "cluster", "grid"};
+const char* kExchanges[] = {"cta", "cluster", "grid", "scatter"};
 
 void check(cudaError_t status, const char* what) {
   if (status == cudaSuccess) return;
@@ -54,22 +56,18 @@ Device device() {
   return d;
 }
 
-template <class Loop>
-void* kernel_of(int nt) {
-  if constexpr (std::is_same_v<Loop, ForwardLoop>) {
-    if (nt == 1) return reinterpret_cast<void*>(&persistent_fwd_kernel<Lstm, Bf16Product, 1>);
-    if (nt == 2) return reinterpret_cast<void*>(&persistent_fwd_kernel<Lstm, Bf16Product, 2>);
-    return reinterpret_cast<void*>(&persistent_fwd_kernel<Lstm, Bf16Product, 4>);
-  } else {
-    if (nt == 1) return reinterpret_cast<void*>(&persistent_bwd_kernel<Lstm, Bf16Product, 1>);
-    if (nt == 2) return reinterpret_cast<void*>(&persistent_bwd_kernel<Lstm, Bf16Product, 2>);
-    return reinterpret_cast<void*>(&persistent_bwd_kernel<Lstm, Bf16Product, 4>);
-  }
+const void* kernel_of(const ForwardLoop&, const Plan& plan) {
+  const Kernels made = kernels_of<Lstm, Precision::bf16>();
+  return reinterpret_cast<const void*>(plan.known < 0 ? made.persistent_fwd[plan.nt / 2] : made.known_fwd[plan.known]);
+}
+const void* kernel_of(const BackwardLoop&, const Plan& plan) {
+  const Kernels made = kernels_of<Lstm, Precision::bf16>();
+  return reinterpret_cast<const void*>(plan.known < 0 ? made.persistent_bwd[plan.nt / 2] : made.known_bwd[plan.known]);
 }
 
 template <class Loop>
 float milliseconds(Loop& loop, const Plan& plan) {
-  void* kernel = kernel_of<Loop>(plan.nt);
+  const void* kernel = kernel_of(loop, plan);
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1), "a cluster of more than 8");
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(plan.shared)), "dynamic shared memory");
   const bool grid = plan.team.exchange == ExchangeKind::grid;
@@ -105,23 +103,27 @@ uint32_t median(std::vector<uint32_t> v) {
 }
 
 template <class Loop>
-void measure(const char* way, int H, int B, bool keeps, Loop loop, const Device& where) {
+void measure(const char* way, int H, int B, bool known, Loop loop, const Device& where) {
   const bool backward = std::is_same_v<Loop, BackwardLoop>;
-  const Plan plan = make_plan({Precision::bf16, backward, 4, B, H, 1}, where);
-  if (!plan.refusal.empty() || plan.tiles > plan.tiles_at_once) return;
+  Request wanted{Precision::bf16, backward, 4, B, H, 1};
+  wanted.known = known;
+  const Plan plan = make_plan(wanted, where);
+  if (!plan.refusal.empty() || (plan.known >= 0) != known || (plan.team.exchange == ExchangeKind::grid && plan.waves > 1)) return;
   loop.steps = {kT, 0, kT, 0, kT, 0, 1, nullptr, nullptr, B, 1, H, plan.tiles, 0};
   loop.team = plan.team;
   float best = 1e9f;
   for (int n = 0; n < kRuns; ++n) best = std::min(best, milliseconds(loop, plan));
+  std::printf("{\"way\": \"%s\", \"H\": %d, \"B\": %d, \"known\": %d, \"exchange\": \"%s\", \"members\": %d, \"units\": %d, \"rows\": %d, \"waves\": %d, "
+              "\"micros\": %.3f, \"estimated\": %.0f",
+              way, H, B, int(known), kExchanges[int(plan.team.exchange)], plan.team.members, plan.team.units, plan.team.rows, plan.waves,
+              1e3 * double(best) / kT, plan.cycles.sum());
+#if defined(FUSED_RNN_TIMELINE)
   static uint32_t times[kTimedMembers][kTimedWarps][kTimedSteps][kMarks];
   check(cudaMemcpyFromSymbol(times, timeline, sizeof(times)), "cudaMemcpyFromSymbol");
   const int warps = plan.threads / 32, ahead = backward ? -1 : 1, first = backward ? kTimedSteps - 2 : 1;
   std::vector<uint32_t> whole;
   for (int i = 1; i + 1 < kTimedSteps; ++i) whole.push_back(ahead * int(times[0][0][i][kBegins] - times[0][0][i - 1][kBegins]));
-  std::printf("{\"way\": \"%s\", \"H\": %d, \"B\": %d, \"keeps\": %d, \"exchange\": \"%s\", \"members\": %d, \"units\": %d, \"rows\": %d, \"warps\": [%d, %d, %d],\n"
-              " \"micros\": %.3f, \"cycles\": %u, \"parts\": {",
-              way, H, B, int(keeps), kExchanges[int(plan.team.exchange)], plan.team.members, plan.team.units, plan.team.rows, plan.team.warps_m,
-              plan.team.warps_k, warps, 1e3 * double(best) / kT, median(whole));
+  std::printf(", \"cycles\": %u,\n \"parts\": {", median(whole));
   for (int m = 1; m < kMarks; ++m) {
     std::printf("%s\"%s\": [", m > 1 ? ", " : "", kNames[m]);
     for (int w = 0; w < warps; ++w) {
@@ -140,7 +142,9 @@ void measure(const char* way, int H, int B, bool keeps, Loop loop, const Device&
     for (int m = 0; m < kMarks; ++m) std::printf("%s%u", m ? ", " : "", times[0][w][first][m] - from);
     std::printf("]");
   }
-  std::printf("]}\n");
+  std::printf("]");
+#endif
+  std::printf("}\n");
   std::fflush(stdout);
 }
 
@@ -148,7 +152,7 @@ void measure(const char* way, int H, int B, bool keeps, Loop loop, const Device&
 
 int main() {
   const Device where = device();
-  constexpr size_t kStates = size_t(64) * 1024 * 4, kSteps = size_t(kT) * kStates;
+  constexpr size_t kStates = size_t(128) * 1024 * 4, kSteps = size_t(kT) * kStates;
   ForwardLoop forward{};
   BackwardLoop backward{};
   Workspace workspace{zeros(size_t(1) << 24), static_cast<uint32_t*>(zeros(1 << 16))};
@@ -160,12 +164,14 @@ int main() {
   backward.dy = dy, backward.w = w, backward.saved = gates, backward.dgates = more;
   backward.states[0] = h, backward.states[1] = c, backward.first[0] = state, backward.first[1] = state;
   backward.dstates[0] = state, backward.dstates[1] = other, backward.histories_are_wide = true, backward.close = true;
-  for (const int H : {128, 256, 512, 1024})
-    for (const int B : {8, 64}) {
-      forward.y = h, forward.saved = nullptr, forward.keeps_histories = false;
-      measure("inference", H, B, false, forward, where);
-      forward.saved = more, forward.histories[0] = c, forward.keeps_histories = forward.histories_are_wide = true;
-      measure("forward", H, B, true, forward, where);
-      measure("backward", H, B, true, backward, where);
+  for (const int H : {64, 128, 256, 512, 1024})
+    for (const int B : {8, 64, 128}) {
+      for (const bool known : {false, true}) {
+        forward.y = h, forward.saved = nullptr, forward.keeps_histories = false;
+        measure("inference", H, B, known, forward, where);
+        forward.saved = more, forward.histories[0] = c, forward.keeps_histories = forward.histories_are_wide = true;
+        measure("forward", H, B, known, forward, where);
+        measure("backward", H, B, known, backward, where);
+      }
     }
 }

@@ -12,7 +12,7 @@ from fused_rnn import ops
 from fused_rnn.cells import CELLS, Cell, is_program
 from fused_rnn.gpu.precision import tf32_allowed
 
-EXCHANGES = ("cta", "cluster", "grid")
+EXCHANGES = ("cta", "cluster", "grid", "scatter")
 PRECISIONS = ("bf16", "f16", "tf32", "ieee", "f64")  # how products are taken; csrc/cuda/tiles.h's Precision
 NO_PRODUCT = "the cell has no W_hh, and a unit's thread runs all of its steps"
 _KIB = 1024
@@ -42,6 +42,7 @@ class Forced(NamedTuple):
     exchange: str | None = None
     members: int = 0
     rows: int = 0
+    known: bool = True  # whether a kernel may be taken that is compiled for the team
 
 
 def _clusters(largest: int, *gpcs: int) -> tuple[int, ...]:
@@ -75,7 +76,8 @@ class Plan:
     """How a loop over time would run. Where no kernel keeps W_hh resident, exchange is "stepwise" and reason says why.
 
     Attributes:
-        exchange: how a team shares its state between steps, "cta", "cluster" or "grid"; "stepwise" is a matrix product
+        exchange: how a team shares its state between steps, "cta", "cluster", "grid" or, backward, "scatter": a cluster
+            whose members send each other sums; "stepwise" is a matrix product
             and a pointwise launch a step; "none", of a cell without W_hh, a thread that runs all of a unit's steps.
         number: how products are taken, "bf16", "f16", "tf32", "ieee" (float32) or "f64".
         device: what the plan was made for.
@@ -88,6 +90,7 @@ class Plan:
         tiles: of the batch.
         tiles_at_once: how many of them run beside each other.
         waves: of teams until all have run.
+        known: whether the kernel is compiled for the team, and not for any.
         cycles: estimated, of a step.
         reason: why there is no team, or None.
     """
@@ -104,6 +107,7 @@ class Plan:
     tiles: int = 0
     tiles_at_once: int = 0
     waves: int = 0
+    known: bool = False
     cycles: Cycles = Cycles(0, 0, 0, 0)  # noqa: RUF009 (a named tuple)
     reason: str | None = None
 
@@ -112,9 +116,14 @@ class Plan:
             return f"a thread for each unit: {self.reason}"
         if self.reason is not None:
             return f"stepwise: {self.reason}"
-        team = {"cta": "one CTA", "cluster": f"a cluster of {self.members}", "grid": f"{self.members} CTAs of the grid"}
+        team = {
+            "cta": "one CTA",
+            "cluster": f"a cluster of {self.members}",
+            "grid": f"{self.members} CTAs of the grid",
+            "scatter": f"a cluster of {self.members} that scatters sums",
+        }
         return (
-            f"{team[self.exchange]}, {self.number}, {self.units} units x {self.rows} rows a CTA, {self.threads}"
+            f"{team[self.exchange]}{', compiled for it' * self.known}, {self.number}, {self.units} units x {self.rows} rows a CTA, {self.threads}"
             f" threads, {self.shared} bytes shared, {self.tiles} team(s) a recurrence in {self.waves} wave(s), "
             f"about {sum(self.cycles):.0f} cycles a step"
         )
@@ -133,11 +142,15 @@ def precision_of(dtype: torch.dtype, tf32: bool) -> str:
     return precisions[dtype]
 
 
-def make(planner: Any, sizes: tuple[int, ...], device: Any, forced: Forced, fewer: int = 0) -> Any:
+def make(
+    planner: Any, sizes: tuple[int, ...], device: Any, forced: Forced, built_in: bool = True, fewer: int = 0
+) -> Any:
     """The plan and the device as a compiled module has them. sizes: the precision's place, backward, G, B, H, R.
-    fewer: as `fewer_blocks` says."""
-    exchange = -1 if forced.exchange is None else EXCHANGES.index(forced.exchange)
-    return planner.make_plan(*sizes, device, exchange, forced.members, forced.rows, fewer)
+    built_in: of a built-in cell, whose kernels are compiled for some teams as well.  fewer: as `fewer_blocks` says."""
+    name = "cluster" if forced.exchange == "scatter" and not sizes[1] else forced.exchange  # forward does not scatter
+    exchange = -1 if name is None else EXCHANGES.index(name)
+    known = built_in and forced.known
+    return planner.make_plan(*sizes, device, exchange, forced.members, forced.rows, known, fewer)
 
 
 def fewer_blocks(cell: Cell, precision: str, backward: bool) -> int:
@@ -162,7 +175,8 @@ def read(native: Any, precision: str, device: Device) -> Plan:
         return Plan("stepwise", precision, device, reason=native.refusal)
     return Plan(
         EXCHANGES[native.exchange], precision, device, native.members, native.units, native.rows, native.warps,
-        native.threads, native.shared, native.tiles, native.tiles_at_once, native.waves, Cycles(**native.cycles),
+        native.threads, native.shared, native.tiles, native.tiles_at_once, native.waves, native.known,
+        Cycles(**native.cycles),
     )  # fmt: skip
 
 
@@ -228,7 +242,7 @@ def plan(
         device: "cuda:0", or an architecture ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120": a full-size part
             of each), or (arch, multiprocessors, shared bytes a CTA, clusters): at place n - 1 of the last, how many
             clusters of n CTAs are resident together. None: the current GPU, or where there is none "sm_90".
-        exchange: insist on "cta", "cluster" or "grid".
+        exchange: insist on "cta", "cluster", "grid" or, backward, "scatter".
         members: insist on CTAs of a team.
         rows: insist on rows of the batch a team.
 
@@ -255,4 +269,5 @@ def plan(
         return Plan("none", precision, found, reason=NO_PRODUCT)
     sizes = (PRECISIONS.index(precision), backward, spec.gates, batch, hidden_size, recurrences)
     forced, fewer = Forced(exchange, members, rows), fewer_blocks(spec, precision, backward)
-    return read(make(ops._C, sizes, ops._C.Device(*found), forced, fewer), precision, found)
+    native = make(ops._C, sizes, ops._C.Device(*found), forced, spec.program is None, fewer)
+    return read(native, precision, found)

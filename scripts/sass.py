@@ -296,6 +296,17 @@ class Thread:
     def do_fsetp(self, kinds: list[str], to: str, other: str, *_: str) -> None:
         self.put_predicate(to, False)
 
+    def do_shfl(self, kinds: list[str], *operands: str) -> None:
+        """Of this thread's own lane."""
+        numbers, predicates = self.sources(operands)
+        self.put(numbers[0], self.value(numbers[1]))
+        self.put_predicate(predicates[0], True)
+
+    def do_vote(self, kinds: list[str], *operands: str) -> None:
+        """Of one thread."""
+        numbers, predicates = self.sources(operands)
+        self.put(numbers[0], int(self.truth(predicates[-1])))
+
     def do_sel(self, kinds: list[str], to: str, a: str, b: str, choice: str) -> None:
         self.put(to, self.value(a if self.truth(choice) else b))
 

@@ -29,6 +29,7 @@ inline void bind_plan(pybind11::module_& m) {
   py::class_<Plan>(m, "Plan", py::module_local())
       .def_property_readonly("exchange", [](const Plan& p) { return int(p.team.exchange); })
       .def_property_readonly("members", [](const Plan& p) { return p.team.members; })
+      .def_property_readonly("known", [](const Plan& p) { return p.known >= 0; })
       .def_property_readonly("units", [](const Plan& p) { return p.team.units; })
       .def_property_readonly("rows", [](const Plan& p) { return p.team.rows; })
       .def_property_readonly("warps", [](const Plan& p) { return py::make_tuple(p.team.warps_m, p.team.warps_k); })
@@ -51,10 +52,11 @@ inline void bind_plan(pybind11::module_& m) {
   m.def(
       "make_plan",
       [](int precision, bool backward, int gates, int64_t B, int64_t H, int64_t R, const Device& device, int exchange, int members,
-         int rows,
-         int fewer) { return make_plan({Precision(precision), backward, gates, B, H, R, exchange, members, rows, fewer}, device); },
+         int rows, bool known, int fewer) {
+        return make_plan({Precision(precision), backward, gates, B, H, R, exchange, members, rows, known, fewer}, device);
+      },
       py::arg("precision"), py::arg("backward"), py::arg("gates"), py::arg("B"), py::arg("H"), py::arg("R"), py::arg("device"),
-      py::arg("exchange") = -1, py::arg("members") = 0, py::arg("rows") = 0, py::arg("fewer") = 0);
+      py::arg("exchange") = -1, py::arg("members") = 0, py::arg("rows") = 0, py::arg("known") = false, py::arg("fewer") = 0);
 }
 
 }  // namespace fused_rnn::cuda

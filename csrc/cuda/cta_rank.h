@@ -8,7 +8,8 @@ struct CtaRank {
   int index, team, teams;  // member of a team, team of the launch
   int r, first_b, first_u;
 
-  FUSED_RNN_DEVICE CtaRank(const Steps& s, const Team& team)
+  template <int kWidth>
+  FUSED_RNN_DEVICE CtaRank(const StepsOf<kWidth>& s, const Team& team)
       : index(int(blockIdx.x) % team.members), team(int(blockIdx.x) / team.members), teams(s.R * s.tiles) {
     r = this->team / s.tiles;
     first_b = (s.tile0 + this->team % s.tiles) * team.rows;
@@ -28,6 +29,20 @@ struct ThreadUnit {
     inside = b < team.rows;
   }
 };
+
+// What make(0), make(1), .. give.
+template <int count, class T>
+struct Each {
+  T of[count];
+  FUSED_RNN_DEVICE T& operator[](int j) { return of[j]; }
+  FUSED_RNN_DEVICE const T& operator[](int j) const { return of[j]; }
+};
+template <int count, class T, class Make>
+FUSED_RNN_DEVICE Each<count, T> made_each(const Make& make) {
+  static_assert(count == 1 || count == 2);
+  if constexpr (count == 1) return {{make(0)}};
+  else return {{make(0), make(1)}};
+}
 
 // Both copies of the operand start as zeros: what no member writes (depth beyond C U) must not be NaN.
 template <class Operand>

@@ -36,7 +36,7 @@
 
 namespace fused_rnn::cuda {
 
-template <class Policy, bool kBackward>
+template <class Policy, bool kBackward, bool kKnown = false>
 class Exchange {
   using Operand = typename Policy::Operand;
   static constexpr int kChunk = 16 / int(sizeof(Operand));  // elements of 16 bytes
@@ -50,6 +50,7 @@ class Exchange {
       : team_(team),
         operands_(operands),
         barriers_(barriers),
+        thread_(kKnown ? kept(int(threadIdx.x)) : 0),
         member_(member),
         stride_(operand_stride(team.depth, tile(Policy::kPrecision, kBackward, 1))),
         bytes_((team.members - 1) * team.rows * (team.depth / team.members) * int(sizeof(Operand))) {
@@ -128,12 +129,12 @@ class Exchange {
     if (turn_ == 0) return;  // the first is loaded by each member for itself
     if (team_.exchange == ExchangeKind::cluster) {
       uint64_t* barrier = &barriers_[turn_ & 1];
-      barrier_wait(barrier, unsigned((turn_ - 1) / 2) & 1);
-      if (threadIdx.x == 0) expect(turn_ & 1);
+      barrier_wait(barrier, (turn_ - 1) / 2 & 1);
+      if ((kKnown ? thread_ : int(threadIdx.x)) == 0) expect(turn_ & 1);
     } else if (team_.exchange == ExchangeKind::grid) {
       if (threadIdx.x == 0) {
         const SpinTimeout timeout;
-        while (load_acquire(arrived_) < uint32_t(turn_) * uint32_t(team_.members)) {
+        while (load_acquire(arrived_) < turn_ * uint32_t(team_.members)) {
           timeout.spend("2 s for the members of the team to be counted in");
           pause();
         }
@@ -151,8 +152,8 @@ class Exchange {
   }
 
  private:
-  FUSED_RNN_DEVICE Operand* copy(int turn) const {
-    return team_.exchange == ExchangeKind::cluster ? operands_ + (turn & 1) * team_.rows * stride_ : operands_;
+  FUSED_RNN_DEVICE Operand* copy(unsigned turn) const {
+    return team_.exchange == ExchangeKind::cluster ? operands_ + int(turn & 1) * team_.rows * stride_ : operands_;
   }
   FUSED_RNN_DEVICE void expect(int copy) const { barrier_expect(&barriers_[copy], bytes_); }
 
@@ -162,9 +163,9 @@ class Exchange {
   Operand* global_ = nullptr;
   int64_t copies_apart_ = 0;
   uint32_t* arrived_ = nullptr;
-  int member_, stride_;
+  int thread_, member_, stride_;
   int bytes_;  // that the peers send for one operand
-  int turn_ = 0;
+  unsigned turn_ = 0;
 };
 
 }  // namespace fused_rnn::cuda

@@ -11,12 +11,17 @@ namespace fused_rnn::cuda {
 struct TimeIndex {
   int T, first_time;  // first_time: of the window
   int origin, pace;   // the time of step 0; what a step adds to it, 1 or -1
+  int size;           // elements of a step of an array with one vector of H
 
-  FUSED_RNN_DEVICE TimeIndex(const Steps& s, int r) : T(s.T) {
+  template <int kWidth>
+  FUSED_RNN_DEVICE TimeIndex(const StepsOf<kWidth>& s, int r) : T(s.T), size(s.B * s.R * s.H) {
     const bool backwards = (s.reversed >> (r % s.period)) & 1;
     first_time = backwards ? T - s.window1 : s.window0;
     origin = backwards ? T - 1 : 0;
     pace = backwards ? -1 : 1;
+    if constexpr (kWidth > 0) {  // else registers are dear
+      for (int* number : {&first_time, &origin, &pace, &size}) *number = kept(*number);
+    }
   }
   FUSED_RNN_DEVICE int time(int step) const { return origin + pace * step; }
   // The first step at which a sequence of this length is alive: a reverse one starts at its own end.
@@ -29,17 +34,22 @@ struct UnitIndex {
   bool inside;     // of the batch and of the hidden size
   int length;  // 0 outside
 
-  FUSED_RNN_DEVICE UnitIndex(const Steps& s, int r, int b, int u) : r(r), b(b), u(u), inside(b < s.B && u < s.H) {
+  template <int kWidth>
+  FUSED_RNN_DEVICE UnitIndex(const StepsOf<kWidth>& s, int r, int b, int u) : r(r), b(b), u(u), inside(b < s.B && u < s.H) {
     const int given = inside && s.lengths ? int(s.lengths[b]) : s.T;
     length = !inside ? 0 : given < s.T ? given : s.T;  // waits for the load here, once, and not in the loop
   }
-  FUSED_RNN_DEVICE int in_step(const Steps& s, int vectors) const { return (b * s.R + r) * vectors * s.H + u; }
-  FUSED_RNN_DEVICE int in_state(const Steps& s) const { return (r * s.B + b) * s.H + u; }
+  template <int kWidth>
+  FUSED_RNN_DEVICE int in_step(const StepsOf<kWidth>& s, int vectors) const { return (b * s.R + r) * vectors * s.H + u; }
+  template <int kWidth>
+  FUSED_RNN_DEVICE int in_state(const StepsOf<kWidth>& s) const { return (r * s.B + b) * s.H + u; }
   // The sequence is alive at t, and its state enters t as it is.
   FUSED_RNN_DEVICE bool valid(int t) const { return t < length; }
-  FUSED_RNN_DEVICE bool live(const Steps& s, int t) const { return valid(t) && reset(s, t) == 0; }
+  template <int kWidth>
+  FUSED_RNN_DEVICE bool live(const StepsOf<kWidth>& s, int t) const { return valid(t) && reset(s, t) == 0; }
   // As it lies in memory, so that nobody waits for it who does not use it yet. For a valid t.
-  FUSED_RNN_DEVICE int32_t reset(const Steps& s, int t) const { return s.reset ? s.reset[int64_t(t) * s.B + b] : 0; }
+  template <int kWidth>
+  FUSED_RNN_DEVICE int32_t reset(const StepsOf<kWidth>& s, int t) const { return s.reset ? s.reset[int64_t(t) * s.B + b] : 0; }
 };
 
 // run(0), .., run(n - 1), each number a constant. Where a loop over a cell's states would do, ptxas found a schedule some percent slower.
@@ -53,6 +63,39 @@ FUSED_RNN_DEVICE void each(const Run& run) {
 }
 
 // Elements of so many steps of an array with so many vectors of H.
-FUSED_RNN_DEVICE int64_t steps_size(const Steps& s, int steps, int vectors) { return int64_t(steps) * (s.B * s.R * vectors * s.H); }
+template <int kWidth>
+FUSED_RNN_DEVICE int64_t steps_size(const StepsOf<kWidth>& s, int steps, int vectors) { return int64_t(steps) * (s.B * s.R * vectors * s.H); }
+
+// Where a unit is in arrays of the window with so many vectors of H, and in those of all time. Where H is known it moves on from step to
+// step; else it is reckoned anew each time, for which there are more instructions but fewer registers.
+template <int kWidth>
+class Place {
+ public:
+  FUSED_RNN_DEVICE Place(const StepsOf<kWidth>& s, const TimeIndex& walk, const UnitIndex& at, int step)
+      : now_(int64_t(walk.time(step) - walk.first_time) * walk.size + at.in_step(s, 1)) {}
+  FUSED_RNN_DEVICE void move(const TimeIndex& walk, int by) { now_ += int64_t(walk.pace * by) * walk.size; }
+  // At `step`, which is so many steps ahead of where it has moved to.
+  FUSED_RNN_DEVICE int64_t in(const StepsOf<kWidth>&, const TimeIndex& walk, const UnitIndex& at, int, int vectors, int ahead = 0) const {
+    return (now_ + int64_t(walk.pace * ahead) * walk.size) * vectors - int64_t(vectors - 1) * at.u;
+  }
+  FUSED_RNN_DEVICE int64_t of_all(const StepsOf<kWidth>&, const TimeIndex& walk, const UnitIndex& at, int, int vectors, int ahead = 0) const {
+    return (now_ + int64_t(walk.first_time + walk.pace * ahead) * walk.size) * vectors - int64_t(vectors - 1) * at.u;
+  }
+
+ private:
+  int64_t now_;
+};
+template <>
+class Place<0> {
+ public:
+  FUSED_RNN_DEVICE Place(const Steps&, const TimeIndex&, const UnitIndex&, int) {}
+  FUSED_RNN_DEVICE void move(const TimeIndex&, int) {}
+  FUSED_RNN_DEVICE int64_t in(const Steps& s, const TimeIndex& walk, const UnitIndex& at, int step, int vectors, int = 0) const {
+    return steps_size(s, walk.time(step) - walk.first_time, vectors) + at.in_step(s, vectors);
+  }
+  FUSED_RNN_DEVICE int64_t of_all(const Steps& s, const TimeIndex& walk, const UnitIndex& at, int step, int vectors, int = 0) const {
+    return steps_size(s, walk.time(step), vectors) + at.in_step(s, vectors);
+  }
+};
 
 }  // namespace fused_rnn::cuda

@@ -29,6 +29,19 @@ constexpr int kMost = 1;
 constexpr int kMost = most_batch_tiles(Precision::FUSED_RNN_PRECISION);  // kernels that the planner does not ask for are not made
 #endif
 
+// Those of known teams, one for each shape that there is in the cell and precision.
+template <class Formula, class Policy, int shape>
+void add_known(Kernels& made) {
+  using Known = KnownTeam<shape, Policy::kPrecision, Formula::gates>;
+  if constexpr (Known::team.members == 0) return;
+  else if constexpr (kKnownShapes[shape].backward) made.known_bwd[shape] = &persistent_bwd_kernel<Formula, Policy, Known::team.rows / 8, Known>;
+  else made.known_fwd[shape] = &persistent_fwd_kernel<Formula, Policy, Known::team.rows / 8, Known>;
+}
+template <class Formula, class Policy, int... shape>
+void add_known(Kernels& made, std::integer_sequence<int, shape...>) {
+  (add_known<Formula, Policy, shape>(made), ...);
+}
+
 }  // namespace
 
 template <class Formula, Precision kPrecision>
@@ -51,6 +64,8 @@ Kernels kernels_of() {
     if constexpr (kMost >= 2) made.persistent_bwd[1] = &persistent_bwd_kernel<Formula, Policy, 2>;
     if constexpr (kMost >= 4) made.persistent_fwd[2] = &persistent_fwd_kernel<Formula, Policy, 4>;
     if constexpr (kMost >= 4) made.persistent_bwd[2] = &persistent_bwd_kernel<Formula, Policy, 4>;
+    if constexpr (has_known_teams(kPrecision, Formula::gates))
+      add_known<Formula, Policy>(made, std::make_integer_sequence<int, kKnownShapeCount>{});
     return made;
   }
 }

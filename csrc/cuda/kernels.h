@@ -2,8 +2,7 @@
 #pragma once
 #include <string_view>
 
-#include "params.h"
-#include "tiles.h"
+#include "known_teams.h"
 
 namespace fused_rnn::cuda {
 
@@ -18,12 +17,14 @@ struct Kernel {
   explicit operator bool() const { return built || loaded; }
 };
 
-// Of one cell and precision: persistent ones by kBatchTiles, pointwise ones for the storage type. Null where there is none.
+// Of one cell and precision: persistent ones by kBatchTiles, pointwise ones for the storage type; known ones by kKnownShapes. Null where there is none.
 struct Kernels {
   ForwardKernel persistent_fwd[3];
   BackwardKernel persistent_bwd[3];
   ForwardKernel pointwise_fwd;
   BackwardKernel pointwise_bwd;
+  ForwardKernel known_fwd[kKnownShapeCount];
+  BackwardKernel known_bwd[kKnownShapeCount];
 };
 
 // Instantiated in instantiate.cu, each cell and precision in an object file of its own.

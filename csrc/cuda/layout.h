@@ -21,23 +21,47 @@ FUSED_RNN_HD constexpr int partial_stride(const Team& team, Tile t) { return tea
 // the registers are filled where rows of W_hh are not aligned.
 FUSED_RNN_HD constexpr int shared_blocks(const Team& team, Tile t) { return team.blocks > t.kr + 1 ? team.blocks - t.kr : 1; }
 
+FUSED_RNN_HD constexpr int ceil_div(int64_t a, int64_t b) { return int((a + b - 1) / b); }
+
+// The team of so many members with the depth of its product divided into so many shares; false where it cannot be, or is that of fewer.
+FUSED_RNN_HD constexpr bool lay_out(Tile t, bool backward, int gates, ExchangeKind exchange, int members, int units, int nt, int shares,
+                                    Team& team) {
+  const bool scatters = exchange == ExchangeKind::scatter;
+  const int padded = members * units, most = kThreads / 32;
+  const int depth = scatters ? gates * units : backward ? gates * padded : padded, blocks = ceil_div(depth, t.depth);
+  const int rows = scatters ? padded : backward ? units : gates * units;
+  int warps_m = ceil_div(ceil_div(rows, t.rows), t.mt);
+  if (scatters && warps_m > most) warps_m = most;  // a warp has several tiles
+  if (shares > blocks || warps_m * shares > most) return false;
+  team = {exchange, members, units, 8 * nt, warps_m, shares, depth, ceil_div(blocks, shares)};
+  return ceil_div(blocks, team.blocks) == shares;
+}
+
+// Of a member: those of its product's warps, or as many as its units need, so many a thread.
+FUSED_RNN_HD constexpr int threads_of(const Team& team, int units_per_thread = kUnitsPerThread) {
+  const int product = team.warps_m * team.warps_k, units = ceil_div(int64_t(team.units) * team.rows, units_per_thread * 32);
+  return 32 * (product > units ? product : units);
+}
+
 // Arrays in the dynamic shared memory: byte offsets and numbers of elements.
 struct SharedLayout {
   int operands, operands_count;   // the operand, [NB, stride], twice where peers write into it
-  int partial, partial_count;     // float [WK, NB, stride]
-  int barriers, barriers_count;   // two mbarriers
+  int partial, partial_count;     // float [WK, NB, stride]; of a team that scatters what it receives, [2, C U, NB]
+  int barriers, barriers_count;   // mbarriers: one for each copy of the operand, or for each group of what is received
   int weights, weights_count;     // uint4: fragments that the registers do not hold
   int64_t total;
 };
 FUSED_RNN_HD constexpr SharedLayout shared_layout(const Team& team, Tile t) {
   SharedLayout at{};
-  at.operands_count = (team.exchange == ExchangeKind::cluster ? 2 : 1) * team.rows * operand_stride(team.depth, t);
+  const bool scatters = team.exchange == ExchangeKind::scatter;
+  const int copies = scatters || team.exchange == ExchangeKind::cluster ? 2 : 1, width = team.members * team.units;
+  at.operands_count = copies * team.rows * operand_stride(team.depth, t);
   at.partial = at.operands + at.operands_count * t.size + kSharedGap;
-  at.partial_count = team.warps_k * team.rows * partial_stride(team, t);
+  at.partial_count = scatters ? 2 * team.rows * width : team.warps_k * team.rows * partial_stride(team, t);
   at.barriers = at.partial + at.partial_count * 4 + kSharedGap;
-  at.barriers_count = 2;
-  at.weights = at.barriers + 16 + kSharedGap;
-  at.weights_count = team.warps_m * team.warps_k * shared_blocks(team, t) * t.mt * t.registers / 4 * 32;
+  at.barriers_count = scatters ? 2 * (width / 16 / team.warps_m) : 2;
+  at.weights = at.barriers + at.barriers_count * 8 + kSharedGap;
+  at.weights_count = scatters ? 0 : team.warps_m * team.warps_k * shared_blocks(team, t) * t.mt * t.registers / 4 * 32;
   at.total = at.weights + int64_t(at.weights_count) * 16 + kSharedGap;
   return at;
 }

@@ -11,7 +11,8 @@ namespace fused_rnn::cuda {
 enum class ExchangeKind : int {
   cta,      // a team of one: a barrier of its threads
   cluster,  // a thread-block cluster: remote stores into the peers' shared memory
-  grid      // any CTAs that are resident together: global memory and a counter
+  grid,     // any CTAs that are resident together: global memory and a counter
+  scatter   // backward, a cluster: each member sends the others the sums that are theirs, not what they are made of (scatter.h)
 };
 
 constexpr int kLargestCluster = 16;  // CTAs; 8 is what every device with clusters offers
@@ -28,8 +29,16 @@ struct Team {
   int blocks;      // of depth, of each warp; the first few have their weights in registers, the rest in shared memory
 };
 
+// H, as a launch tells it; or as a kernel was compiled for it, which then looks nothing up.
+template <int kKnown>
+struct Width {
+  int told;
+  FUSED_RNN_HD constexpr operator int() const { return kKnown ? kKnown : told; }
+};
+
 // The time of a loop's step, and what masks it.
-struct Steps {
+template <int kWidth>
+struct StepsOf {
   int T;
   int step0, step1;        // run steps step0 .. step1 - 1, in the recurrence's own order
   int window0, window1;    // steps that gx, given, saved and histories hold; all of time: 0, T
@@ -37,9 +46,11 @@ struct Steps {
   int period;
   const int64_t* lengths;  // [B] or null: steps t >= lengths[b] leave sequence b's state alone
   const int32_t* reset;    // [T, B] or null: not 0 where the state that enters step t is zero
-  int B, R, H;
+  int B, R;
+  Width<kWidth> H;
   int tiles, tile0;        // batch tiles of this launch, and the first of them
 };
+using Steps = StepsOf<0>;
 
 // Where the team's exchange happens, grid exchange only.
 struct Workspace {
@@ -47,8 +58,9 @@ struct Workspace {
   uint32_t* arrived;  // [teams of the launch, 32]: how often members arrived, one counter in 128 bytes
 };
 
-struct ForwardLoop {
-  Steps steps;
+template <int kWidth>
+struct ForwardLoopOf {
+  StepsOf<kWidth> steps;
   Team team;
   Workspace workspace;
   const void* gx;                  // [window, B, R, G, H]  input product, with the biases that are added before the cell
@@ -70,9 +82,11 @@ struct ForwardLoop {
   bool histories_are_wide;         // in the accumulation type, else in the storage type
   const void* params;              // [R, params, H]
 };
+using ForwardLoop = ForwardLoopOf<0>;
 
-struct BackwardLoop {
-  Steps steps;
+template <int kWidth>
+struct BackwardLoopOf {
+  StepsOf<kWidth> steps;
   Team team;
   Workspace workspace;
   const void* dy;                   // [T, B, R, H] or null
@@ -89,5 +103,6 @@ struct BackwardLoop {
   void* dparams;                    // [R, B, params, H] accumulation type, in and out, or null: added to, by one thread each
   const void* dsequences[kMostStates];  // [T, B, R, H] or null: of each state but h the gradient of what it is over time
 };
+using BackwardLoop = BackwardLoopOf<0>;
 
 }  // namespace fused_rnn::cuda

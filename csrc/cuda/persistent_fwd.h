@@ -1,19 +1,24 @@
 // The forward loop over all of time in one launch: one kernel for every cell, precision, team and exchange.
 #pragma once
 #include "cta_rank.h"
+#include "known_teams.h"
 #include "primitives/timeline.h"
 #include "unit_fwd.h"
 
 namespace fused_rnn::cuda {
 
-// NT: a team has 8 NT rows of the batch.
-template <class Cell, class Policy, int NT>
+// NT: a team has 8 NT rows of the batch.  Known: what is known of the team when this is compiled.
+template <class Cell, class Policy, int NT, class Known = AnyTeam>
 FUSED_RNN_KERNEL(kThreads)
-persistent_fwd_kernel(const FUSED_RNN_GRID_CONSTANT ForwardLoop p) {
+persistent_fwd_kernel(const FUSED_RNN_GRID_CONSTANT ForwardLoop told) {
   using Storage = typename Policy::Storage;
   using Operand = typename Policy::Operand;
-  constexpr int G = Cell::gates;
-  const Team& team = p.team;
+  constexpr int G = Cell::gates, kUnits = Known::units_per_thread;
+  // The next step's input is asked for before this one's results are stored: a step may be shorter than memory takes. The general kernels
+  // would wait for it there, of two units or with registers short.
+  constexpr bool kFetchesFirst = Known::width > 0;
+  const auto& p = reinterpret_cast<const ForwardLoopOf<Known::width>&>(told);
+  const Team& team = Known::of(p.team);
   const CtaRank me(p.steps, team);
   const TimeIndex walk(p.steps, me.r);
   const SharedLayout at = shared_layout(team, tile(Policy::kPrecision, false, NT));
@@ -21,7 +26,7 @@ persistent_fwd_kernel(const FUSED_RNN_GRID_CONSTANT ForwardLoop p) {
   float* partial = shared_array<float>(at.partial, at.partial_count);
 
   clear(operands, at.operands_count);
-  Exchange<Policy, false> exchange(team, p.workspace, operands, shared_array<uint64_t>(at.barriers, at.barriers_count), me.team, me.teams,
+  Exchange<Policy, false, (Known::width > 0)> exchange(team, p.workspace, operands, shared_array<uint64_t>(at.barriers, at.barriers_count), me.team, me.teams,
                                    me.index);
   sync_threads();
   exchange.invite();
@@ -39,18 +44,18 @@ persistent_fwd_kernel(const FUSED_RNN_GRID_CONSTANT ForwardLoop p) {
   }
 
   const Storage* w = static_cast<const Storage*>(p.w) + int64_t(me.r) * G * width * width;
-  const Product<Policy, false, NT> product(team, shared_array<uint4>(at.weights, at.weights_count),
+  const Product<Policy, false, NT, Known> product(team, shared_array<uint4>(at.weights, at.weights_count),
                                            ForwardWeights<Policy>(w, G, width, team.units, me.first_u));
 
-  using Unit = ForwardUnit<Cell, Storage, typename Policy::Math>;
-  const ThreadUnit index[kUnitsPerThread] = {{team, 0}, {team, 1}};
-  Unit units[kUnitsPerThread] = {{p, walk, me.r, me.first_b + index[0].b, index[0].inside ? me.first_u + index[0].u : width},
-                                 {p, walk, me.r, me.first_b + index[1].b, index[1].inside ? me.first_u + index[1].u : width}};
+  using Unit = ForwardUnit<Cell, Storage, typename Policy::Math, Known::width>;
+  const auto index = made_each<kUnits, ThreadUnit>([&](int j) { return ThreadUnit(team, j); });
+  auto units = made_each<kUnits, Unit>(
+      [&](int j) { return Unit(p, walk, me.r, me.first_b + index[j].b, index[j].inside ? me.first_u + index[j].u : width); });
   FUSED_RNN_UNROLL
-  for (int j = 0; j < kUnitsPerThread; ++j) units[j].enter();
+  for (int j = 0; j < kUnits; ++j) units[j].enter();
   FUSED_RNN_UNROLL
-  for (int j = 0; j < kUnitsPerThread; ++j) units[j].fetch(p, walk, p.steps.step0);
-  const int chunk[kUnitsPerThread] = {exchange.chunk_of(index[0].i - lane()), exchange.chunk_of(index[1].i - lane())};
+  for (int j = 0; j < kUnits; ++j) units[j].fetch(p, walk, p.steps.step0);
+  const auto chunk = made_each<kUnits, int>([&](int j) { return exchange.chunk_of(index[j].i - lane()); });
   exchange.open();
 
   for (int step = p.steps.step0; step < p.steps.step1; ++step) {
@@ -62,7 +67,7 @@ persistent_fwd_kernel(const FUSED_RNN_GRID_CONSTANT ForwardLoop p) {
     sync_threads();
     mark(step, kSummed);
     FUSED_RNN_UNROLL
-    for (int j = 0; j < kUnitsPerThread; ++j) {
+    for (int j = 0; j < kUnits; ++j) {
       if (!index[j].inside) break;  // the whole warp: a member's units are a multiple of 32
       float recurrent[G];
       product.sum(team, partial, index[j].u, team.units, index[j].b, recurrent);
@@ -73,23 +78,27 @@ persistent_fwd_kernel(const FUSED_RNN_GRID_CONSTANT ForwardLoop p) {
     if (step + 1 < p.steps.step1) {
       exchange.publish();
       FUSED_RNN_UNROLL
-      for (int j = 0; j < kUnitsPerThread; ++j) exchange.template send<1>(chunk[j], me.first_u, 0);
+      for (int j = 0; j < kUnits; ++j) exchange.template send<1>(chunk[j], me.first_u, 0);
     }
     mark(step, kSent);
+    const auto fetch = [&] {
+      if (step + 1 == p.steps.step1) return;
+      FUSED_RNN_UNROLL
+      for (int j = 0; j < kUnits; ++j) units[j].enter();
+      FUSED_RNN_UNROLL
+      for (int j = 0; j < kUnits; ++j) units[j].fetch(p, walk, step + 1);
+    };
+    if (kFetchesFirst) fetch();
     exchange.arrive();
     mark(step, kEnded);
     FUSED_RNN_UNROLL
-    for (int j = 0; j < kUnitsPerThread; ++j) units[j].store(p, walk, step);
+    for (int j = 0; j < kUnits; ++j) units[j].store(p, walk, step);
     mark(step, kStored);
-    if (step + 1 == p.steps.step1) break;
-    FUSED_RNN_UNROLL
-    for (int j = 0; j < kUnitsPerThread; ++j) units[j].enter();
-    FUSED_RNN_UNROLL
-    for (int j = 0; j < kUnitsPerThread; ++j) units[j].fetch(p, walk, step + 1);
+    if (!kFetchesFirst) fetch();
     mark(step, kFetched);
   }
   FUSED_RNN_UNROLL
-  for (int j = 0; j < kUnitsPerThread; ++j) units[j].finish(p);
+  for (int j = 0; j < kUnits; ++j) units[j].finish(p);
 }
 
 }  // namespace fused_rnn::cuda

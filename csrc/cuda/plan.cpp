@@ -2,12 +2,10 @@
 
 #include <algorithm>
 
-#include "layout.h"
+#include "known_teams.h"
 
 namespace fused_rnn::cuda {
 namespace {
-
-int ceil_div(int64_t a, int64_t b) { return int((a + b - 1) / b); }
 
 // Cycles of each part, fitted to what teams took on an H200 at 1.98 GHz (2026-11-26; LSTM and GRU, bf16 and TF32, H = 128 to 2048): 60
 // plans that were chosen come within 15 %, with a standard deviation of 6 %. benchmarks/results/h200/NOTES.md has the numbers.
@@ -19,6 +17,8 @@ constexpr double kWork = 0.8;         // of product and loads, which overlap, is
 // What a step takes beside, from the sums to the stores and the next input, the latency of an exchange between neighbours included; more in
 // backward, and where a thread has two units.
 constexpr double kCell = 2225, kCellBackward = 170, kSecondUnit = 630, kSecondUnitBackward = 850;
+constexpr double kKnownCell = 650;  // of a known team
+constexpr double kScatteredBytes = 14;  // that arrive a cycle of what is scattered
 constexpr double kTwoOnOne = 1.15;  // where a multiprocessor has two members
 constexpr double kClusterBytes = 17.5;  // that arrive a cycle, as fitted; by themselves 9 to 12
 constexpr double kGridLatency = 1800, kGridBytes = 53;  // beyond a cluster's, through L2; bytes from L2 a cycle
@@ -43,8 +43,13 @@ Cycles estimate(const Request& q, const Plan& plan) {
   c.loads = kWork * (rest + operand + partial) / kSharedBytes;
   c.cell = kCell + kCellBackward * q.backward;
   if (elements > plan.threads) c.cell += kSecondUnit + kSecondUnitBackward * q.backward;
+  if (plan.known >= 0) c.cell = kKnownCell;
   const double bytes = double(team.rows) * team.depth * t.size * (team.members - 1) / team.members;
   if (team.exchange == ExchangeKind::cluster) c.exchange = bytes / kClusterBytes;
+  if (team.exchange == ExchangeKind::scatter) {  // beside the product
+    c.exchange = std::max(double(team.rows) * q.H * 4 / kScatteredBytes - c.product, 0.0);
+    c.loads = 0;
+  }
   if (team.exchange == ExchangeKind::grid) c.exchange = kGridLatency + bytes / kGridBytes;
   return c;
 }
@@ -53,23 +58,6 @@ double without_a_team(const Request& q, const Device& device) {
   const double weights = double(q.R) * q.gates * q.H * q.H;
   const double rate = q.precision == Precision::ieee ? 2 * kFma : q.precision == Precision::tf32 ? kProductFlops / 2 : kProductFlops;
   return kIssue + std::max(2 * weights * q.B / (rate * device.multiprocessors), weights * tile(q.precision, false, 1).size / kL2Bytes);
-}
-
-// The division of a CTA's warps with so many shares of the depth; false if the team cannot be.
-bool lay_out(const Request& q, const Device& device, int shares, Plan& plan) {
-  const Tile t = tile(q.precision, q.backward, plan.nt, q.fewer);
-  Team& team = plan.team;
-  const int padded = team.members * team.units;
-  team.depth = q.backward ? q.gates * padded : padded;
-  team.warps_m = ceil_div(ceil_div(q.backward ? team.units : q.gates * team.units, t.rows), t.mt);
-  const int blocks = ceil_div(team.depth, t.depth), most = kThreads / 32;
-  if (shares > blocks || team.warps_m * shares > most) return false;
-  team.blocks = ceil_div(blocks, shares);
-  team.warps_k = ceil_div(blocks, team.blocks);
-  if (team.warps_k != shares) return false;  // the same as with fewer
-  plan.threads = 32 * std::max(team.warps_m * team.warps_k, ceil_div(int64_t(team.units) * team.rows, kUnitsPerThread * 32));
-  plan.shared = shared_layout(team, t).total;
-  return plan.threads <= kThreads && plan.shared <= device.shared;
 }
 
 // Clusters queue for multiprocessors: whether one has the registers (all of 255) and the memory for two members. In backward two were
@@ -81,19 +69,23 @@ bool has_room_for_two(const Plan& plan, const Device& device) {
 void consider(const Request& q, const Device& device, ExchangeKind exchange, int units, int nt, Plan& best) {
   Plan plan;
   plan.nt = nt;
-  plan.team.exchange = exchange;
-  plan.team.units = units;
-  plan.team.members = ceil_div(q.H, units);
-  plan.team.rows = 8 * nt;
-  const int members = plan.team.members;
+  const Tile t = tile(q.precision, q.backward, nt, q.fewer);
+  const int members = ceil_div(q.H, units);
+  const bool scatters = exchange == ExchangeKind::scatter;
   if (q.members && q.members != members) return;
-  plan.tiles = ceil_div(q.B, plan.team.rows);
+  plan.tiles = ceil_div(q.B, 8 * nt);
   // Teams that are resident together; all of a launch must be where they meet in global memory, others queue.
-  const int64_t teams = exchange == ExchangeKind::cluster ? device.clusters[members - 1] : device.multiprocessors / members;
+  const bool clusters = scatters || exchange == ExchangeKind::cluster;
+  const int64_t teams = clusters ? device.clusters[members - 1] : device.multiprocessors / members;
   const bool together = exchange == ExchangeKind::grid;
   if (teams < (together ? q.R : 1)) return;
   for (int shares = 1; shares <= kThreads / 32; ++shares) {
-    if (!lay_out(q, device, shares, plan)) continue;
+    if (!lay_out(t, q.backward, q.gates, exchange, members, units, nt, shares, plan.team)) continue;
+    plan.known = q.known ? find_known(plan.team, q.precision, q.backward, q.gates, q.H) : -1;
+    if (scatters && plan.known < 0) continue;
+    plan.threads = threads_of(plan.team, plan.known < 0 ? kUnitsPerThread : 1);
+    plan.shared = shared_layout(plan.team, t).total;
+    if (plan.threads > kThreads || plan.shared > device.shared) continue;
     plan.cycles = estimate(q, plan);
     const bool crowded = !together && !q.backward && plan.tiles * q.R > teams && has_room_for_two(plan, device);
     const int64_t at_once = teams * (crowded ? 2 : 1);
@@ -107,6 +99,9 @@ void consider(const Request& q, const Device& device, ExchangeKind exchange, int
 void consider_units(const Request& q, const Device& device, ExchangeKind exchange, int nt, Plan& best) {
   switch (exchange) {
     case ExchangeKind::cta: return consider(q, device, exchange, 16 * ceil_div(q.H, 16), nt, best);
+    case ExchangeKind::scatter:
+      if (!q.backward || !q.known) return;
+      [[fallthrough]];
     case ExchangeKind::cluster:
       for (int members = 2; members <= kLargestCluster; ++members) {
         const int units = 16 * ceil_div(q.H, 16 * int64_t(members));
@@ -135,9 +130,9 @@ std::string explain(const Request& q, const Device& device) {
 Plan make_plan(const Request& q, const Device& device) {
   Plan best;
   if (q.precision != Precision::f64 && device.arch >= 80 && q.H < 1 << 16) {
-    for (int exchange = 0; exchange < 3; ++exchange) {
+    for (int exchange = 0; exchange < 4; ++exchange) {
       if (q.exchange >= 0 && q.exchange != exchange) continue;
-      if (ExchangeKind(exchange) == ExchangeKind::cluster && device.arch < 90) continue;
+      if ((ExchangeKind(exchange) == ExchangeKind::cluster || ExchangeKind(exchange) == ExchangeKind::scatter) && device.arch < 90) continue;
       for (const int nt : kBatchTiles)
         if (nt <= most_batch_tiles(q.precision) && (!q.rows || q.rows == 8 * nt))
           consider_units(q, device, ExchangeKind(exchange), nt, best);

@@ -26,6 +26,7 @@ struct Request {
   int exchange = -1;    // an ExchangeKind to insist on, -1 for any
   int members = 0;      // likewise C, 0 for any
   int rows = 0;         // likewise NB
+  bool known = false;   // there are kernels for known teams (known_teams.h)
   int fewer = 0;        // blocks in registers than the kernels of built-in cells have: tiles.h's kFewerBlocks of those that will run
 };
 
@@ -38,6 +39,7 @@ struct Cycles {
 struct Plan {
   Team team{};
   int nt = 0;
+  int known = -1;   // its place in kKnownShapes, where kernels are compiled for the team
   int threads = 0;
   int64_t shared = 0;  // bytes
   int tiles = 0;  // of the batch, in all

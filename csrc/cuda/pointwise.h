@@ -68,12 +68,12 @@ pointwise_bwd_kernel(const FUSED_RNN_GRID_CONSTANT BackwardLoop p) {
   const Flat flat(p.steps);
   if (!flat.inside) return;
   const TimeIndex walk(p.steps, flat.r);
-  BackwardUnit<Cell, Storage, Math, true> unit(p, flat.r, flat.b, flat.u);
+  BackwardUnit<Cell, Storage, Math, true> unit(p, walk, flat.r, flat.b, flat.u);
   if constexpr (!Cell::recurrent) {
     for (int step = p.steps.step1 - 1; step >= p.steps.step0; --step) {
       unit.forget();
       unit.fetch(p, walk, step);
-      unit.run(p);
+      unit.run(p, walk);
       unit.store(p, walk, step);
     }
     return unit.finish(p);
@@ -83,7 +83,7 @@ pointwise_bwd_kernel(const FUSED_RNN_GRID_CONSTANT BackwardLoop p) {
   if (!p.close) unit.fetch(p, walk, p.steps.step0);
   unit.add(product);
   if (!p.close) {
-    unit.run(p);
+    unit.run(p, walk);
     unit.store(p, walk, p.steps.step0);
   }
   unit.finish(p);

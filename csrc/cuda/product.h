@@ -4,18 +4,19 @@
 // the units' threads add up. Warps beyond WM x WK have units only. A warp's weights stay with it for all of time: the first KR blocks in
 // registers, the rest in shared memory in the order in which its lanes read them.
 #pragma once
-#include "layout.h"
+#include "known_teams.h"
 #include "primitives/barrier.h"
 #include "weights.h"
 
 namespace fused_rnn::cuda {
 
-template <class Policy, bool kBackward, int NT>
+template <class Policy, bool kBackward, int NT, class Known = AnyTeam>
 class Product {
   using Operand = typename Policy::Operand;
   using Fragment = typename Policy::Fragment;
   static constexpr Tile kTile = tile(Policy::kPrecision, kBackward, NT);
-  static constexpr int MT = kTile.mt, KR = kTile.kr, kQuads = Policy::kRegisters / 4;
+  static constexpr int kBlocks = Known::blocks;  // of each warp, all in registers; 0 where that is not known
+  static constexpr int MT = kTile.mt, KR = kTile.kr, kHeld = kBlocks ? kBlocks : KR, kQuads = Policy::kRegisters / 4;
   static constexpr int kChains = chains(kTile, NT);
   // Backward's FMA lanes with 16 rows have no register to spare: LSTM's and GRU's spilled on sm_100 and sm_120. So there they ask for the
   // weights of one block at a time, and keep no offsets from step to step. Elsewhere that would only make them slower.
@@ -40,16 +41,16 @@ class Product {
   }
 
   FUSED_RNN_DEVICE void run(const Team& team, const Operand* operand, float* partial) const {
-    if (share_ >= team.warps_k) return;
+    if (Known::some_idle && share_ >= team.warps_k) return;
     int stride = operand_stride(team.depth, kTile);
     if (kTight) renew(stride);
     operand += first_ * Policy::kDepth;
     Sums sums = {};
-    multiply_held<0, KR>(sums, operand, stride);
+    multiply_held<0, kHeld>(sums, operand, stride);
     FUSED_RNN_UNROLL_BY(kAhead)
-    for (int i = KR; i < count_; ++i) {
+    for (int i = kHeld; i < count(); ++i) {
       uint32_t a[MT][Policy::kRegisters];
-      fetch(a, i - KR);
+      fetch(a, i - kHeld);
       Fragment b[NT];
       read(b, operand + i * Policy::kDepth, stride);
       multiply(0, sums, a, b);
@@ -85,7 +86,7 @@ class Product {
   // come in lines as straight as there are: all of them, or the largest power of two and then the rest. In a line, reads come ahead.
   template <int kBegin, int kEnd>
   FUSED_RNN_DEVICE void multiply_held(Sums& sums, const Operand* operand, int stride) const {
-    if (count_ >= kEnd) {
+    if (kBlocks || count_ >= kEnd) {
       FUSED_RNN_UNROLL
       for (int i = kBegin; i < kEnd; ++i) {
         Fragment b[NT];
@@ -105,6 +106,7 @@ class Product {
     return power;
   }
 
+  FUSED_RNN_DEVICE int count() const { return kBlocks ? kBlocks : count_; }
   FUSED_RNN_DEVICE static void read(Fragment (&b)[NT], const Operand* operand, int stride) {
     FUSED_RNN_UNROLL
     for (int n = 0; n < NT; ++n) b[n] = Policy::read(operand + n * 8 * stride, stride);
@@ -122,19 +124,19 @@ class Product {
   template <class Weights>
   FUSED_RNN_DEVICE void load(const Weights& weights) {
     FUSED_RNN_UNROLL
-    for (int i = 0; i < KR; ++i) {
+    for (int i = 0; i < kHeld; ++i) {
       FUSED_RNN_UNROLL
       for (int m = 0; m < MT; ++m) weights.load(row0(m), k0(i), held_[i][m]);
       if (i % 2) sync_warp();  // keeps the compiler from making the addresses of all blocks first, and spilling them
     }
     FUSED_RNN_UNROLL_BY(2)
-    for (int i = KR; i < count_; ++i) {
+    for (int i = kHeld; i < count(); ++i) {
       FUSED_RNN_UNROLL
       for (int m = 0; m < MT; ++m) {
         uint32_t a[Policy::kRegisters];
         weights.load(row0(m), k0(i), a);
         FUSED_RNN_UNROLL
-        for (int q = 0; q < kQuads; ++q) *place(i - KR, m, q) = {a[4 * q], a[4 * q + 1], a[4 * q + 2], a[4 * q + 3]};
+        for (int q = 0; q < kQuads; ++q) *place(i - kHeld, m, q) = {a[4 * q], a[4 * q + 1], a[4 * q + 2], a[4 * q + 3]};
       }
     }
     sync_warp();
@@ -144,13 +146,13 @@ class Product {
   template <class Weights>
   FUSED_RNN_DEVICE void fill(const Weights& weights) {
     FUSED_RNN_UNROLL
-    for (int i = 0; i < KR; ++i) {
+    for (int i = 0; i < kHeld; ++i) {
       fill(0, i, weights);
       sync_warp();
       fetch(held_[i], 0);
       sync_warp();
     }
-    for (int i = KR; i < count_; ++i) fill(i - KR, i, weights);
+    for (int i = kHeld; i < count(); ++i) fill(i - kHeld, i, weights);
     sync_warp();
   }
   template <class Weights>
@@ -174,7 +176,7 @@ class Product {
 
   int group_, share_, first_, count_;
   uint4* rest_;
-  uint32_t held_[KR][MT][Policy::kRegisters];
+  uint32_t held_[kHeld][MT][Policy::kRegisters];
 };
 
 }  // namespace fused_rnn::cuda

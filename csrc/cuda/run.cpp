@@ -25,8 +25,9 @@ Bound<Loop>::Bound(std::string_view cell, Precision precision, const Plan* plan,
   else pointwise_.built = kernels.pointwise_bwd;
   if (!has_plan_) pointwise_.loaded = loaded;
   if (!has_plan_) return;
-  if constexpr (kForward) persistent_.built = kernels.persistent_fwd[index_of(plan_.nt)];
-  else persistent_.built = kernels.persistent_bwd[index_of(plan_.nt)];
+  const int known = plan_.known, tiles = index_of(plan_.nt);
+  if constexpr (kForward) persistent_.built = known < 0 ? kernels.persistent_fwd[tiles] : kernels.known_fwd[known];
+  else persistent_.built = known < 0 ? kernels.persistent_bwd[tiles] : kernels.known_bwd[known];
   persistent_.loaded = loaded;
   if constexpr (!kForward) loop_.close = loop_.steps.step0 == 0;
   loop_.team = plan_.team;
@@ -53,8 +54,9 @@ std::string Bound<Loop>::run(void* workspace, void* stream) const {
     loop.steps.tile0 = tile;
     loop.steps.tiles = std::min(tiles_of_a_launch_, plan_.tiles - tile);
     if (grid) loop.workspace.arrived = arrived + int64_t(tile) * loop.steps.R * kCounterWords;
-    const Shape shape{int64_t(loop.steps.tiles) * loop.steps.R * plan_.team.members, plan_.threads,
-                      plan_.team.exchange == ExchangeKind::cluster ? plan_.team.members : 1, plan_.shared, grid};
+    const bool cluster = plan_.team.exchange == ExchangeKind::cluster || plan_.team.exchange == ExchangeKind::scatter;
+    const Shape shape{int64_t(loop.steps.tiles) * loop.steps.R * plan_.team.members, plan_.threads, cluster ? plan_.team.members : 1,
+                      plan_.shared, grid};
     if (std::string error = launch(persistent_, loop, shape, stream); !error.empty()) return error;
   }
   return {};

@@ -6,15 +6,17 @@
 namespace fused_rnn::cuda {
 
 // kSequences: whether it takes gradients of the other states over time.
-template <class Cell, class Storage, class Math, bool kSequences>
+template <class Cell, class Storage, class Math, bool kSequences, int kWidth = 0>
 class BackwardUnit {
+  using BackwardLoop = BackwardLoopOf<kWidth>;
   using Acc = Accumulator<Storage>;
   static constexpr int G = Cell::gates, kStates = Cell::states, kAll = kGradients<Cell>;
 
  public:
   UnitIndex at;
 
-  FUSED_RNN_DEVICE BackwardUnit(const BackwardLoop& p, int r, int b, int u) : at(p.steps, r, b, u) {
+  FUSED_RNN_DEVICE BackwardUnit(const BackwardLoop& p, const TimeIndex& walk, int r, int b, int u)
+      : at(p.steps, r, b, u), place_(p.steps, walk, at, p.steps.step1) {
     if (!at.inside) return;
     each<kStates>([&](auto s) { dstate_[s] = static_cast<const Acc*>(p.dstates[s])[at.in_state(p.steps)]; });
     each<Cell::params>([&](auto k) {
@@ -30,28 +32,29 @@ class BackwardUnit {
   // Asks for what `run` of this step reads from memory, the last that the step after it does: it arrives behind the exchange and the
   // product. All of it stays as it lay in memory until `run`: a conversion here would wait for it.
   FUSED_RNN_DEVICE void fetch(const BackwardLoop& p, const TimeIndex& walk, int step) {
-    const int t = walk.time(step), local = t - walk.first_time;
+    const int t = walk.time(step);
     valid_ = at.valid(t);
     if (!valid_) return;
-    const int i = at.in_step(p.steps, 1);
-    const Storage* kept = static_cast<const Storage*>(p.saved) + steps_size(p.steps, local, Cell::saved) + at.in_step(p.steps, Cell::saved);
+    const auto of_all = [&] { return place_.of_all(p.steps, walk, at, step, 1, -1); };
+    const auto here = [&](int s) { return s > 0 ? place_.in(p.steps, walk, at, step, 1, -1) : of_all(); };
+    const Storage* kept = static_cast<const Storage*>(p.saved) + place_.in(p.steps, walk, at, step, Cell::saved, -1);
     FUSED_RNN_UNROLL
     for (int s = 0; s < Cell::saved; ++s) kept_[s] = kept[s * p.steps.H];
-    if (p.dy) dy_ = static_cast<const Storage*>(p.dy)[steps_size(p.steps, t, 1) + i];
+    if (p.dy) dy_ = static_cast<const Storage*>(p.dy)[of_all()];
     if constexpr (kSequences) {
       each<kStates - 1>([&](auto s) {
-        if (p.dsequences[s]) dsequences_[s] = static_cast<const Storage*>(p.dsequences[s])[steps_size(p.steps, t, 1) + i];
+        if (p.dsequences[s]) dsequences_[s] = static_cast<const Storage*>(p.dsequences[s])[of_all()];
       });
     }
     each<kStates>([&](auto s) {
-      if constexpr (reads_after(s)) after_.template of<s>().load(p, p.states[s], steps_size(p.steps, s > 0 ? local : t, 1) + i);
+      if constexpr (reads_after(s)) after_.template of<s>().load(p, p.states[s], here(s));
     });
     reset_ = at.reset(p.steps, t);
     each<kStates>([&](auto s) {
       if constexpr (reads_before(s)) {
         const bool first = walk.starts(t, at.length) || (s > 0 && step == p.steps.window0);
-        const int64_t here = steps_size(p.steps, s > 0 ? local : t, 1) + i, back = steps_size(p.steps, -walk.pace, 1);
-        before_.template of<s>().load(p, first ? p.first[s] : p.states[s], first ? at.in_state(p.steps) : here + back);
+        const int64_t earlier = here(s) + steps_size(p.steps, -walk.pace, 1);
+        before_.template of<s>().load(p, first ? p.first[s] : p.states[s], first ? at.in_state(p.steps) : earlier);
       }
     });
   }
@@ -63,7 +66,8 @@ class BackwardUnit {
 
   // product: dgates_{t+1} W_hh, the recurrent side; it counts only where the state entered that step.
   FUSED_RNN_DEVICE void add(Acc product) { dstate_[0] += reaches_ ? product : Acc(0); }
-  FUSED_RNN_DEVICE void run(const BackwardLoop& p) {
+  FUSED_RNN_DEVICE void run(const BackwardLoop& p, const TimeIndex& walk) {
+    place_.move(walk, -1);
     reaches_ = live();
     FUSED_RNN_UNROLL
     for (int g = 0; g < kAll; ++g) d_[g] = 0;
@@ -89,7 +93,7 @@ class BackwardUnit {
 
   FUSED_RNN_DEVICE void store(const BackwardLoop& p, const TimeIndex& walk, int step) const {
     if (!at.inside) return;
-    Storage* out = static_cast<Storage*>(p.dgates) + steps_size(p.steps, walk.time(step), kAll) + at.in_step(p.steps, kAll);
+    Storage* out = static_cast<Storage*>(p.dgates) + place_.of_all(p.steps, walk, at, step, kAll);
     FUSED_RNN_UNROLL
     for (int g = 0; g < kAll; ++g) out[g * p.steps.H] = narrow<Storage>(d_[g]);
   }
@@ -144,6 +148,7 @@ class BackwardUnit {
   // The state entered the step that was fetched.
   FUSED_RNN_DEVICE bool live() const { return valid_ && reset_ == 0; }
 
+  Place<kWidth> place_;  // of the step that ran
   Acc dstate_[kStates] = {};
   States after_, before_;
   Acc d_[kAll] = {}, params_[kParams<Cell>] = {}, dparams_[kParams<Cell>] = {};

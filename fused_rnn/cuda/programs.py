@@ -161,7 +161,7 @@ def _find(
     precision, backward, kind = PRECISIONS[sizes[0]], bool(sizes[1]), ("persistent_fwd", "persistent_bwd")[sizes[1]]
     first, last = fewer_blocks(cell, precision, backward), 2 if precision == "ieee" else _LARGEST
     for fewer in range(first, max(first, last) + 1, 2):
-        plan = plans.choose(device, *sizes, fewer=fewer)
+        plan = plans.choose(device, *sizes, built_in=False, fewer=fewer)
         if plan is None:
             break
         with suppress(Spills):

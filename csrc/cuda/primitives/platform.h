@@ -80,6 +80,15 @@ FUSED_RNN_DEVICE void renew(int& value) {
 #endif
 }
 
+// The value, of which ptxas does not know how it was made: it stays in a register, where else each step would make it anew.
+FUSED_RNN_DEVICE int kept(int value) {
+#if defined(FUSED_RNN_EMULATE)
+  return value;
+#else
+  return __shfl_sync(__activemask(), value, int(threadIdx.x) % 32);
+#endif
+}
+
 #if !defined(FUSED_RNN_EMULATE)
 FUSED_RNN_DEVICE uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
 #endif

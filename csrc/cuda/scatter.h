@@ -1,0 +1,196 @@
+// Backward's exchange by reduce-scatter, for teams that are known when this is compiled (known_teams.h).
+//
+// Member m of C has units m U .. m U + U - 1, and of W_hh the rows of these units' gates: as A operand of a product its rows are all C U units
+// of the step before, its depth G U are this member's gates. So a product needs the gradients of this member's own gates, and gives a partial
+// sum for every unit. Each of its m tiles, 16 units x 8 rows of the batch, goes by st.async straight from the accumulators to the one member
+// that owns these units, which adds the C partial sums. Gathering (exchange.h) moves G numbers of a unit to each member, this moves one.
+//
+//   Tile    Lane 4 r + c has rows 2 r and 2 r + 1 of the product, columns 2 c and 2 c + 1: four sums, 16 bytes. They go to slot
+//           (r/2) 8 + 2 (c ^ r/2) + r%2 of the tile's 32: a quarter of a warp fills one line of 128 bytes.
+//   Owner   Warp 4 tile + c, lane 4 r + i has unit 2 r + i/2 of the tile and row 2 c + i%2 of the batch: float i of that slot. For one c the
+//           four lines' pieces lie in different banks, and a warp's units are 16 neighbours: whole sectors of memory.
+//   Order   Tile j of warp w is the (w kTiles + j)-th from the next member's first one on: so at no time do all send to the same, and the own
+//           tiles come last, by st.async as well. An owner has partial sums by the distance of their sender, and adds them in that order: the
+//           same from run to run.
+//   Depth   k = G u + g: a unit's gates are neighbours.
+//
+// Why nothing is overwritten while it is read, and no phase is missed (turn n: the n-th product and what is sent of it):
+//   * The copy n & 1 of the received sums: X sends turn n + 2 behind its wait for all of turn n + 1, this member's tiles among them; and this
+//     member sends those behind the barrier of its threads that follows their sums of turn n.
+//   * The copy n & 1 of the operand: written for turn n + 2 behind the barrier of turn n + 1, which each warp reaches behind its product of
+//     turn n. One copy would not do: a warp may pass the wait for turn n while another one still multiplies.
+//   * The mbarriers of copy n & 1, one a group (what all warps of all members send as their j-th tile): bytes of turn n + 2 cannot come
+//     before all threads here have seen turn n, by the first point. They may come before they are expected: the arrival that is missing keeps
+//     the phase open. So parity is enough. A group is expected again by a warp that has waited for it.
+//   * No CTA exits while stores to it are on their way: all that is sent is waited for.
+//   * A warp's own loads and stores of its cells are ordered by the barrier between put and product; the wait acquires for the CTA, and what
+//     st.async wrote is there when it is counted (exchange.h).
+#pragma once
+#include "cta_rank.h"
+#include "known_teams.h"
+#include "weights.h"
+
+namespace fused_rnn::cuda {
+
+template <class Policy, int G, class Known>
+class Scatter {
+  using Operand = typename Policy::Operand;
+  using Storage = typename Policy::Storage;
+  static constexpr Team team = Known::team;
+  static constexpr Tile kTile = tile(Policy::kPrecision, true, 1);
+  static constexpr int C = team.members, U = team.units, H = C * U, NB = 8, kWarps = team.warps_m, kBlocks = team.blocks;
+  static constexpr int kStride = operand_stride(team.depth, kTile);
+  static constexpr int kTileFloats = 16 * NB, kTiles = H / 16 / kWarps, kOwned = U / 16;
+  static constexpr int kOwners = kTiles > kOwned ? kTiles / kOwned : 1;  // that a warp sends to, which are as many groups to wait for
+  static constexpr int kSenders = C / kOwners;                          // of a group, to a unit
+  static constexpr int kGroupBytes = kWarps * kTileFloats * 4;
+  // Independent sums of a tile; fewer where weights take half of the registers.
+  static constexpr int kChains = kBlocks < 2 || kTiles * kBlocks == 16 ? 2 : 4;
+  static_assert(Policy::kSums == 4 && kTile.rows == 16 && team.rows == NB && kTiles * kWarps * 16 == H && kOwners * kSenders == C);
+  static_assert(kTiles % kOwned == 0 || kTiles == 1);
+
+ public:
+  static constexpr int kUnits = 1;
+  struct Index {
+    int b, u;
+    bool inside;
+  };
+  Index index[1];
+
+  // As Gather's.
+  template <class Left>
+  FUSED_RNN_DEVICE Scatter(const Team&, const CtaRank& me, const SharedLayout& at, const Workspace&, const Storage* w, int, bool resumes,
+                           const Left& left)
+      : operands_(shared_array<Operand>(at.operands, at.operands_count)),
+        received_(shared_array<float>(at.partial, at.partial_count)),
+        barriers_(shared_array<uint64_t>(at.barriers, at.barriers_count)),
+        member_(me.index),
+        warp_(kept(int(threadIdx.x) / 32)),
+        tiles_(kept(kTiles)) {
+    clear(operands_, at.operands_count);
+    if (threadIdx.x == 0) {
+      for (int i = 0; i < 2 * kTiles; ++i) barrier_init(&barriers_[i], 1);
+      barrier_fence();
+      for (int i = 0; i < 2 * kTiles; ++i) barrier_expect(&barriers_[i], kGroupBytes);
+    }
+    sync_threads();
+    cluster_arrive();
+    load(w);
+    const int r = lane() / 4, c = lane() % 4, slot = slot_of(r, c);
+    FUSED_RNN_UNROLL
+    for (int o = 0; o < kOwners; ++o) {
+      const int x = warp_ * kTiles + o * kOwned;
+      const unsigned owner = unsigned((member_ + 1 + x / kOwned) % C);
+      to_[o] = remote(received_ + x * kTileFloats + slot * 4, owner);
+      barrier_[o] = remote(barriers_ + o * kOwned % kTiles, owner);
+    }
+    // This thread's unit.
+    const int tile = warp_ / 4 % kOwned, i = lane() % 4;
+    const int u = tile * 16 + 2 * r + i / 2, b = 2 * (warp_ % 4) + i % 2;
+    index[0] = {b, u, warp_ < U * NB / 32};
+    from_ = kept(tile * kTileFloats + slot_of(r, warp_ % 4) * 4 + i);
+    group_ = kept(tile % kTiles);
+    put_ = kept(b * kStride + u * G);
+    get_ = kept(r * kStride + Policy::depth(0));
+    cluster_wait();
+    if (!resumes) return;
+    if (index[0].inside) {
+      const Storage* from = left(b);
+      for (int g = 0; g < G; ++g) put(0, g, from ? Policy::operand(from[g * H + member_ * U + u]) : Operand{});
+    }
+    send();
+  }
+  FUSED_RNN_DEVICE void open() const {}
+
+  FUSED_RNN_DEVICE void receive() const {}
+  FUSED_RNN_DEVICE void arrive() const {}
+
+  // Gate g of this thread's unit, for the next product.
+  FUSED_RNN_DEVICE void put(int, int g, Operand value) const { operands_[put_ + g] = value; }
+
+  // All units have been put: multiplies, and hands out the sums.
+  FUSED_RNN_DEVICE void send() {
+    sync_threads();
+    uint4 operand[kBlocks];
+    FUSED_RNN_UNROLL
+    for (int k = 0; k < kBlocks; ++k) operand[k] = *reinterpret_cast<const uint4*>(operands_ + get_ + k * Policy::kDepth);
+    FUSED_RNN_UNROLL
+    for (int j = 0; j < kTiles; ++j) {
+      if (j >= tiles_) break;  // never: within one basic block ptxas puts the products of all tiles before the first store
+      float sums[kChains][1][4] = {};
+      FUSED_RNN_UNROLL
+      for (int k = 0; k < kBlocks; ++k)
+        Policy::template multiply<1>(sums[2 * k % kChains], sums[(2 * k + 1) % kChains], reinterpret_cast<const uint32_t(&)[1][8]>(held_[j][k]),
+                                     operand[k]);
+      FUSED_RNN_UNROLL
+      for (int width = kChains / 2; width; width /= 2) FUSED_RNN_UNROLL
+      for (int h = 0; h < width; ++h) FUSED_RNN_UNROLL
+      for (int n = 0; n < 4; ++n) sums[h][0][n] += sums[h + width][0][n];
+      const float(&s)[4] = sums[0][0];
+      const int o = j / kOwned, place = j % kOwned;
+      store_async(to_[o] + place * kTileFloats * 4, barrier_[o] + place % kTiles * 8, uint4{as_bits(s[0]), as_bits(s[1]), as_bits(s[2]), as_bits(s[3])});
+    }
+    sync_warp();  // keeps ptxas from putting what follows before the product
+    const int apart = turn_ & 1 ? -1 : 1;  // the other copy lies behind this one, next time before it
+    put_ += apart * NB * kStride;
+    get_ += apart * NB * kStride;
+    FUSED_RNN_UNROLL
+    for (int o = 0; o < kOwners; ++o) to_[o] += apart * H * NB * 4, barrier_[o] += apart * kTiles * 8;
+    ++turn_;
+  }
+
+  // What the last product of all members gives for this thread's unit.
+  FUSED_RNN_DEVICE float sum(int) {
+    const unsigned parity = (turn_ - 1) / 2 & 1;
+    float part[4] = {};
+    FUSED_RNN_UNROLL
+    for (int o = 0; o < kOwners; ++o) {
+      barrier_wait(barriers_ + group_ + o * kOwned % kTiles, parity);
+      float each[kSenders];
+      FUSED_RNN_UNROLL
+      for (int w = 0; w < kSenders; ++w) each[w] = received_[from_ + (w * kOwners + o) * kOwned * kTileFloats];
+      FUSED_RNN_UNROLL
+      for (int w = 0; w < kSenders; ++w) part[w % 4] += each[w];
+    }
+    // The phase after next, by one warp of those that wait for a group.
+    if (warp_ % 4 == 0 && lane() < kOwners && (kTiles >= kOwned || warp_ == 0)) barrier_expect(barriers_ + group_ + lane() * kOwned, kGroupBytes);
+    const int apart = turn_ & 1 ? 1 : -1;
+    from_ += apart * H * NB;
+    group_ += apart * kTiles;
+    return (part[0] + part[1]) + (part[2] + part[3]);
+  }
+
+ private:
+  FUSED_RNN_DEVICE void load(const Storage* w) {
+    FUSED_RNN_UNROLL
+    for (int j = 0; j < kTiles; ++j) {
+      const int x = warp_ * kTiles + j, unit = (member_ + 1 + x / kOwned) % C * U + x % kOwned * 16 + lane() / 4 * 2;
+      FUSED_RNN_UNROLL
+      for (int k = 0; k < kBlocks; ++k) {
+        const int first = k * Policy::kDepth + Policy::depth(0);
+        FUSED_RNN_UNROLL
+        for (int n = 0; n < 2; ++n) {
+          const uint4 v = Quad<Policy>::gather([&](int i) {
+            const int at = first + i;
+            return at < G * U ? w[int64_t(at % G * H + member_ * U + at / G) * H + unit + n] : Storage{};
+          });
+          held_[j][k][4 * n] = v.x, held_[j][k][4 * n + 1] = v.y, held_[j][k][4 * n + 2] = v.z, held_[j][k][4 * n + 3] = v.w;
+        }
+        sync_warp();  // keeps the compiler from making the addresses of all blocks first, and spilling them
+      }
+    }
+  }
+
+  FUSED_RNN_DEVICE static int slot_of(int r, int c) { return r / 2 * 8 + (c ^ r / 2) * 2 + r % 2; }
+
+  Operand* operands_;
+  float* received_;
+  uint64_t* barriers_;
+  int put_, get_, from_, group_;  // in these, the copy of this turn
+  Remote to_[kOwners], barrier_[kOwners];
+  int member_, warp_, tiles_;
+  unsigned turn_ = 0;
+  uint32_t held_[kTiles][kBlocks][8];
+};
+
+}  // namespace fused_rnn::cuda
