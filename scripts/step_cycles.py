@@ -41,6 +41,7 @@ class Marks(NamedTuple):
 
 MARKS = {
     "cluster": Marks("SYNCS.PHASECHK.TRANS64.TRYWAIT", "STS", "STAS"),
+    "scatter": Marks("SYNCS.PHASECHK.TRANS64.TRYWAIT", "STS", "STAS"),
     "grid": Marks("LDG.E.STRONG", "STG", "REDG"),
 }
 

@@ -9,8 +9,8 @@ struct CtaRank {
   int r, first_b, first_u;
 
   template <int kWidth>
-  FUSED_RNN_DEVICE CtaRank(const StepsOf<kWidth>& s, const Team& team)
-      : index(int(blockIdx.x) % team.members), team(int(blockIdx.x) / team.members), teams(s.R * s.tiles) {
+  FUSED_RNN_DEVICE CtaRank(const StepsOf<kWidth>& s, const Team& team, int block = int(blockIdx.x))
+      : index(block % team.members), team(block / team.members), teams(s.R * s.tiles) {
     r = this->team / s.tiles;
     first_b = (s.tile0 + this->team % s.tiles) * team.rows;
     first_u = index * team.units;

@@ -1,5 +1,6 @@
 // From a loop's step to its time, and from a thread's unit to its places in memory.
 #pragma once
+#include <type_traits>
 #include <utility>
 
 #include "params.h"
@@ -11,16 +12,17 @@ namespace fused_rnn::cuda {
 struct TimeIndex {
   int T, first_time;  // first_time: of the window
   int origin, pace;   // the time of step 0; what a step adds to it, 1 or -1
-  int size;           // elements of a step of an array with one vector of H
+  int stride;         // elements that a step adds, of an array with one vector of H
 
   template <int kWidth>
-  FUSED_RNN_DEVICE TimeIndex(const StepsOf<kWidth>& s, int r) : T(s.T), size(s.B * s.R * s.H) {
+  FUSED_RNN_DEVICE TimeIndex(const StepsOf<kWidth>& s, int r) : T(s.T) {
     const bool backwards = (s.reversed >> (r % s.period)) & 1;
     first_time = backwards ? T - s.window1 : s.window0;
     origin = backwards ? T - 1 : 0;
     pace = backwards ? -1 : 1;
+    stride = pace * (s.B * s.R * s.H);
     if constexpr (kWidth > 0) {  // else registers are dear
-      for (int* number : {&first_time, &origin, &pace, &size}) *number = kept(*number);
+      for (int* number : {&first_time, &origin, &pace, &stride}) *number = kept(*number);
     }
   }
   FUSED_RNN_DEVICE int time(int step) const { return origin + pace * step; }
@@ -66,36 +68,83 @@ FUSED_RNN_DEVICE void each(const Run& run) {
 template <int kWidth>
 FUSED_RNN_DEVICE int64_t steps_size(const StepsOf<kWidth>& s, int steps, int vectors) { return int64_t(steps) * (s.B * s.R * vectors * s.H); }
 
-// Where a unit is in arrays of the window with so many vectors of H, and in those of all time. Where H is known it moves on from step to
-// step; else it is reckoned anew each time, for which there are more instructions but fewer registers.
-template <int kWidth>
-class Place {
+// Of what type the histories of a loop are: `told` by the launch, or known when this is compiled.
+enum class Histories { told, narrow, wide };
+template <Histories histories, class Loop>
+FUSED_RNN_DEVICE bool are_wide(const Loop& p) {
+  return histories == Histories::told ? p.histories_are_wide : histories == Histories::wide;
+}
+
+// run(constant): where H is known histories shall be, too, and there are two loops for them.
+template <bool kKnown, class Storage, class Loop, class Run>
+FUSED_RNN_DEVICE void by_histories(const Loop& p, const Run& run) {
+  if constexpr (!kKnown) run(std::integral_constant<Histories, Histories::told>{});
+  else if (sizeof(Storage) == 4 || p.histories_are_wide) run(std::integral_constant<Histories, Histories::wide>{});
+  else run(std::integral_constant<Histories, Histories::narrow>{});
+}
+
+// Where a unit is in an array with so many vectors of H a step: all of time, or the window. Where H is known it is kept, and moved on from
+// step to step; else it is reckoned anew each time, for which there are more instructions but fewer registers.
+enum class Span { all, window };
+
+template <class T, int vectors, Span span, int kWidth>
+class Cursor {
+#if defined(FUSED_RNN_EMULATE)
+  using Address = uintptr_t;  // of an array that is not there, too, which a pointer may not count from
+#else
+  using Address = T*;
+#endif
+  static constexpr int kScale = std::is_pointer_v<Address> ? 1 : int(sizeof(T));
+
  public:
-  FUSED_RNN_DEVICE Place(const StepsOf<kWidth>& s, const TimeIndex& walk, const UnitIndex& at, int step)
-      : now_(int64_t(walk.time(step) - walk.first_time) * walk.size + at.in_step(s, 1)) {}
-  FUSED_RNN_DEVICE void move(const TimeIndex& walk, int by) { now_ += int64_t(walk.pace * by) * walk.size; }
-  // At `step`, which is so many steps ahead of where it has moved to.
-  FUSED_RNN_DEVICE int64_t in(const StepsOf<kWidth>&, const TimeIndex& walk, const UnitIndex& at, int, int vectors, int ahead = 0) const {
-    return (now_ + int64_t(walk.pace * ahead) * walk.size) * vectors - int64_t(vectors - 1) * at.u;
+  FUSED_RNN_DEVICE void begin(const void* array, const StepsOf<kWidth>& s, const TimeIndex& walk, const UnitIndex& at, int step) {
+    const int time = walk.time(step) - (span == Span::window ? walk.first_time : 0);
+    now_ = Address(array) + (steps_size(s, time, vectors) + at.in_step(s, vectors)) * kScale;
   }
-  FUSED_RNN_DEVICE int64_t of_all(const StepsOf<kWidth>&, const TimeIndex& walk, const UnitIndex& at, int, int vectors, int ahead = 0) const {
-    return (now_ + int64_t(walk.first_time + walk.pace * ahead) * walk.size) * vectors - int64_t(vectors - 1) * at.u;
+  FUSED_RNN_DEVICE void move(const TimeIndex& walk, int by) { now_ += int64_t(walk.stride) * (by * vectors * kScale); }
+  template <class As = T>
+  FUSED_RNN_DEVICE As* at(const void*, const StepsOf<kWidth>&, const TimeIndex&, const UnitIndex&, int) const {
+    return (As*)now_;
   }
 
  private:
-  int64_t now_;
+  Address now_;
 };
-template <>
-class Place<0> {
+
+template <class T, int vectors, Span span>
+class Cursor<T, vectors, span, 0> {
  public:
-  FUSED_RNN_DEVICE Place(const Steps&, const TimeIndex&, const UnitIndex&, int) {}
+  FUSED_RNN_DEVICE void begin(const void*, const Steps&, const TimeIndex&, const UnitIndex&, int) {}
   FUSED_RNN_DEVICE void move(const TimeIndex&, int) {}
-  FUSED_RNN_DEVICE int64_t in(const Steps& s, const TimeIndex& walk, const UnitIndex& at, int step, int vectors, int = 0) const {
-    return steps_size(s, walk.time(step) - walk.first_time, vectors) + at.in_step(s, vectors);
+  template <class As = T>
+  FUSED_RNN_DEVICE As* at(const void* array, const Steps& s, const TimeIndex& walk, const UnitIndex& at, int step) const {
+    const int time = walk.time(step) - (span == Span::window ? walk.first_time : 0);
+    return (As*)array + (steps_size(s, time, vectors) + at.in_step(s, vectors));
   }
-  FUSED_RNN_DEVICE int64_t of_all(const Steps& s, const TimeIndex& walk, const UnitIndex& at, int step, int vectors, int = 0) const {
-    return steps_size(s, walk.time(step), vectors) + at.in_step(s, vectors);
+};
+
+// Whether a unit's state is zero as it enters a step, asked for ahead; where H is known. It reads memory whether there are resets or not: of a
+// load under a condition the compiler makes a copy, which waits for it in the same step.
+class Resets {
+ public:
+  // anything: 4 bytes that may be read.
+  template <int kWidth>
+  FUSED_RNN_DEVICE void begin(const StepsOf<kWidth>& s, const UnitIndex& at, const void* anything) {
+    const bool has = s.reset && at.inside;
+    from_ = has ? s.reset + at.b : static_cast<const int32_t*>(anything);
+    stride_ = has ? s.B : 0;
   }
+  // counts: whether it matters at t, which then is a time.
+  FUSED_RNN_DEVICE void ask(int t, bool counts) {
+    bits_ = from_[int64_t(counts ? t : 0) * stride_];
+    mask_ = counts ? stride_ : 0;
+  }
+  FUSED_RNN_DEVICE bool zero() const { return mask_ != 0 && bits_ != 0; }
+
+ private:
+  const int32_t* from_;
+  int stride_, mask_ = 0;
+  int32_t bits_ = 0;
 };
 
 }  // namespace fused_rnn::cuda

@@ -3,6 +3,7 @@
 #pragma once
 #include <type_traits>
 
+#include "ahead.h"
 #include "gather.h"
 #include "primitives/timeline.h"
 #include "scatter.h"
@@ -21,72 +22,86 @@ persistent_bwd_kernel(const FUSED_RNN_GRID_CONSTANT BackwardLoop told) {
   constexpr int kUnits = Carrier::kUnits;
   const auto& p = reinterpret_cast<const BackwardLoopOf<Known::width>&>(told);
   const Team& team = Known::of(p.team);
-  const CtaRank me(p.steps, team);
+  const CtaRank first(p.steps, team);
   const int width = p.steps.H;
 
-  const Storage* w = static_cast<const Storage*>(p.w) + int64_t(me.r) * G * width * width;
+  const Storage* w = static_cast<const Storage*>(p.w) + int64_t(first.r) * G * width * width;
   const auto left = [&](int b) -> const Storage* {  // by a loop that ended here
-    const TimeIndex walk(p.steps, me.r);
-    const UnitIndex place(p.steps, me.r, me.first_b + b, 0);
+    const TimeIndex walk(p.steps, first.r);
+    const UnitIndex place(p.steps, first.r, first.first_b + b, 0);
     const int t = walk.time(p.steps.step1);
     if (!place.valid(t)) return nullptr;
     return static_cast<const Storage*>(p.dgates) + steps_size(p.steps, t, kAll) + place.in_step(p.steps, kAll) + Cell::apart * width;
   };
-  Carrier carrier(team, me, shared_layout(team, tile(Policy::kPrecision, true, NT)), p.workspace, w, width, p.steps.step1 < p.steps.T, left);
+  Carrier carrier(team, first, shared_layout(team, tile(Policy::kPrecision, true, NT)), p.workspace, w, width, p.steps.step1 < p.steps.T, left);
   const auto& index = carrier.index;
+  const CtaRank me(p.steps, team, Known::scatters ? kept(int(blockIdx.x)) : int(blockIdx.x));  // kept across the loads of the weights it would be spilled
   const TimeIndex walk(p.steps, me.r);
 
-  using Unit = BackwardUnit<Cell, Storage, typename Policy::Math, Cell::sequences, Known::width>;
-  auto units = made_each<kUnits, Unit>(
-      [&](int j) { return Unit(p, walk, me.r, me.first_b + index[j].b, index[j].inside ? me.first_u + index[j].u : width); });
-  FUSED_RNN_UNROLL
-  for (int j = 0; j < kUnits; ++j) {
-    units[j].resume(p, walk);
-    units[j].fetch(p, walk, p.steps.step1 - 1);
-  }
-  carrier.open();
-
-  for (int step = p.steps.step1 - 1; step >= p.steps.step0; --step) {
-    const bool has_future = step + 1 < p.steps.T;
-    mark(step, kBegins);
-    if (has_future) carrier.receive();
-    mark(step, kSummed);
+  by_histories<(Known::width > 0), Storage>(p, [&](auto histories) {
+    using Unit = BackwardUnit<Cell, Storage, typename Policy::Math, Cell::sequences, Known::width, histories.value>;
+    auto units = made_each<kUnits, Unit>(
+        [&](int j) { return Unit(p, walk, me.r, me.first_b + index[j].b, index[j].inside ? me.first_u + index[j].u : width); });
     FUSED_RNN_UNROLL
     for (int j = 0; j < kUnits; ++j) {
-      if (!index[j].inside) break;  // the whole warp: a member's units are a multiple of 32
-      if (has_future) units[j].add(carrier.sum(j));
-      units[j].run(p, walk);
-      FUSED_RNN_UNROLL
-      for (int g = 0; g < G; ++g) carrier.put(j, g, Policy::operand(units[j].recurrent(g)));
+      units[j].resume(p, walk);
+      units[j].fetch(p, walk, p.steps.step1 - 1);
     }
-    mark(step, kPut);
-    if (step > p.steps.step0 || p.close) carrier.send();  // else nobody would wait for it
-    mark(step, kSent);
-    const bool last = step == p.steps.step0;
-    const auto fetch = [&] {
+    carrier.open();
+    Ahead<Known::width> ahead(p.steps, walk, team, me.r, me.first_b, me.first_u, p.steps.step1 - 1, -1);
+    if (kFetchesFirst) {
+      ahead.template add<Storage>(p.saved, Cell::saved, Span::window);
+      ahead.template add<Storage>(p.dy, 1, Span::all);
+      if (Cell::backward_after & 1 || Cell::backward_before & 1) ahead.template add<Storage>(p.states[0], 1, Span::all);
+      each<Cell::states - 1>([&](auto s) {
+        if (histories.value == Histories::wide) ahead.template add<Accumulator<Storage>>(p.states[s + 1], 1, Span::window);
+        else ahead.template add<Storage>(p.states[s + 1], 1, Span::window);
+      });
+    }
+
+    for (int step = p.steps.step1 - 1; step >= p.steps.step0; --step) {
+      const bool has_future = step + 1 < p.steps.T;
+      mark(step, kBegins);
+      if (has_future) carrier.receive();
+      mark(step, kSummed);
       FUSED_RNN_UNROLL
-      for (int j = 0; j < kUnits; ++j) units[j].forget();
+      for (int j = 0; j < kUnits; ++j) {
+        if (!index[j].inside) break;  // the whole warp: a member's units are a multiple of 32
+        if (has_future) units[j].add(carrier.sum(j));
+        units[j].run(p, walk);
+        FUSED_RNN_UNROLL
+        for (int g = 0; g < G; ++g) carrier.put(j, g, Policy::operand(units[j].recurrent(g)));
+      }
+      mark(step, kPut);
+      if (step > p.steps.step0 || p.close) carrier.send();  // else nobody would wait for it
+      mark(step, kSent);
+      const bool last = step == p.steps.step0;
+      const auto fetch = [&] {
+        FUSED_RNN_UNROLL
+        for (int j = 0; j < kUnits; ++j) units[j].forget();
+        FUSED_RNN_UNROLL
+        for (int j = 0; j < kUnits; ++j) units[j].fetch(p, walk, step - 1);
+        if (kFetchesFirst) ahead.fetch(step);
+      };
+      if (kFetchesFirst && !last) fetch();
+      carrier.arrive();
+      mark(step, kEnded);
       FUSED_RNN_UNROLL
-      for (int j = 0; j < kUnits; ++j) units[j].fetch(p, walk, step - 1);
-    };
-    if (kFetchesFirst && !last) fetch();
-    carrier.arrive();
-    mark(step, kEnded);
+      for (int j = 0; j < kUnits; ++j) units[j].store(p, walk, step);
+      mark(step, kStored);
+      if (last) break;
+      if (!kFetchesFirst) fetch();
+      mark(step, kFetched);
+    }
+    if (p.close) {
+      carrier.receive();
+      FUSED_RNN_UNROLL
+      for (int j = 0; j < kUnits; ++j)
+        if (index[j].inside) units[j].add(carrier.sum(j));
+    }
     FUSED_RNN_UNROLL
-    for (int j = 0; j < kUnits; ++j) units[j].store(p, walk, step);
-    mark(step, kStored);
-    if (last) break;
-    if (!kFetchesFirst) fetch();
-    mark(step, kFetched);
-  }
-  if (p.close) {
-    carrier.receive();
-    FUSED_RNN_UNROLL
-    for (int j = 0; j < kUnits; ++j)
-      if (index[j].inside) units[j].add(carrier.sum(j));
-  }
-  FUSED_RNN_UNROLL
-  for (int j = 0; j < kUnits; ++j) units[j].finish(p);
+    for (int j = 0; j < kUnits; ++j) units[j].finish(p);
+  });
 }
 
 }  // namespace fused_rnn::cuda

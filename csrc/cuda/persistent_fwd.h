@@ -1,5 +1,6 @@
 // The forward loop over all of time in one launch: one kernel for every cell, precision, team and exchange.
 #pragma once
+#include "ahead.h"
 #include "cta_rank.h"
 #include "known_teams.h"
 #include "primitives/timeline.h"
@@ -47,58 +48,63 @@ persistent_fwd_kernel(const FUSED_RNN_GRID_CONSTANT ForwardLoop told) {
   const Product<Policy, false, NT, Known> product(team, shared_array<uint4>(at.weights, at.weights_count),
                                            ForwardWeights<Policy>(w, G, width, team.units, me.first_u));
 
-  using Unit = ForwardUnit<Cell, Storage, typename Policy::Math, Known::width>;
-  const auto index = made_each<kUnits, ThreadUnit>([&](int j) { return ThreadUnit(team, j); });
-  auto units = made_each<kUnits, Unit>(
-      [&](int j) { return Unit(p, walk, me.r, me.first_b + index[j].b, index[j].inside ? me.first_u + index[j].u : width); });
-  FUSED_RNN_UNROLL
-  for (int j = 0; j < kUnits; ++j) units[j].enter();
-  FUSED_RNN_UNROLL
-  for (int j = 0; j < kUnits; ++j) units[j].fetch(p, walk, p.steps.step0);
-  const auto chunk = made_each<kUnits, int>([&](int j) { return exchange.chunk_of(index[j].i - lane()); });
-  exchange.open();
+  by_histories<(Known::width > 0), Storage>(p, [&](auto histories) {
+    using Unit = ForwardUnit<Cell, Storage, typename Policy::Math, Known::width, histories.value>;
+    const auto index = made_each<kUnits, ThreadUnit>([&](int j) { return ThreadUnit(team, j); });
+    auto units = made_each<kUnits, Unit>(
+        [&](int j) { return Unit(p, walk, me.r, me.first_b + index[j].b, index[j].inside ? me.first_u + index[j].u : width); });
+    FUSED_RNN_UNROLL
+    for (int j = 0; j < kUnits; ++j) units[j].enter();
+    FUSED_RNN_UNROLL
+    for (int j = 0; j < kUnits; ++j) units[j].fetch(p, walk, p.steps.step0);
+    const auto chunk = made_each<kUnits, int>([&](int j) { return exchange.chunk_of(index[j].i - lane()); });
+    exchange.open();
+    Ahead<Known::width> ahead(p.steps, walk, team, me.r, me.first_b, me.first_u, p.steps.step0, 1);
+    if (kFetchesFirst) ahead.template add<Storage>(p.gx, G, Span::window);
 
-  for (int step = p.steps.step0; step < p.steps.step1; ++step) {
-    mark(step, kBegins);
-    exchange.wait();
-    mark(step, kArrived);
-    product.run(team, exchange.current(), partial);
-    mark(step, kMultiplied);
-    sync_threads();
-    mark(step, kSummed);
-    FUSED_RNN_UNROLL
-    for (int j = 0; j < kUnits; ++j) {
-      if (!index[j].inside) break;  // the whole warp: a member's units are a multiple of 32
-      float recurrent[G];
-      product.sum(team, partial, index[j].u, team.units, index[j].b, recurrent);
-      units[j].run(walk, step, recurrent);
-      exchange.put(index[j].b, me.first_u + index[j].u, Policy::operand(units[j].entering()));
+    for (int step = p.steps.step0; step < p.steps.step1; ++step) {
+      mark(step, kBegins);
+      exchange.wait();
+      mark(step, kArrived);
+      product.run(team, exchange.current(), partial);
+      mark(step, kMultiplied);
+      sync_threads();
+      mark(step, kSummed);
+      FUSED_RNN_UNROLL
+      for (int j = 0; j < kUnits; ++j) {
+        if (!index[j].inside) break;  // the whole warp: a member's units are a multiple of 32
+        float recurrent[G];
+        product.sum(team, partial, index[j].u, team.units, index[j].b, recurrent);
+        units[j].run(walk, step, recurrent);
+        exchange.put(index[j].b, me.first_u + index[j].u, Policy::operand(units[j].entering()));
+      }
+      mark(step, kPut);
+      if (step + 1 < p.steps.step1) {
+        exchange.publish();
+        FUSED_RNN_UNROLL
+        for (int j = 0; j < kUnits; ++j) exchange.template send<1>(chunk[j], me.first_u, 0);
+      }
+      mark(step, kSent);
+      const auto fetch = [&] {
+        if (step + 1 == p.steps.step1) return;
+        FUSED_RNN_UNROLL
+        for (int j = 0; j < kUnits; ++j) units[j].enter();
+        FUSED_RNN_UNROLL
+        for (int j = 0; j < kUnits; ++j) units[j].fetch(p, walk, step + 1);
+        if (kFetchesFirst) ahead.fetch(step);
+      };
+      if (kFetchesFirst) fetch();
+      exchange.arrive();
+      mark(step, kEnded);
+      FUSED_RNN_UNROLL
+      for (int j = 0; j < kUnits; ++j) units[j].store(p, walk, step);
+      mark(step, kStored);
+      if (!kFetchesFirst) fetch();
+      mark(step, kFetched);
     }
-    mark(step, kPut);
-    if (step + 1 < p.steps.step1) {
-      exchange.publish();
-      FUSED_RNN_UNROLL
-      for (int j = 0; j < kUnits; ++j) exchange.template send<1>(chunk[j], me.first_u, 0);
-    }
-    mark(step, kSent);
-    const auto fetch = [&] {
-      if (step + 1 == p.steps.step1) return;
-      FUSED_RNN_UNROLL
-      for (int j = 0; j < kUnits; ++j) units[j].enter();
-      FUSED_RNN_UNROLL
-      for (int j = 0; j < kUnits; ++j) units[j].fetch(p, walk, step + 1);
-    };
-    if (kFetchesFirst) fetch();
-    exchange.arrive();
-    mark(step, kEnded);
     FUSED_RNN_UNROLL
-    for (int j = 0; j < kUnits; ++j) units[j].store(p, walk, step);
-    mark(step, kStored);
-    if (!kFetchesFirst) fetch();
-    mark(step, kFetched);
-  }
-  FUSED_RNN_UNROLL
-  for (int j = 0; j < kUnits; ++j) units[j].finish(p);
+    for (int j = 0; j < kUnits; ++j) units[j].finish(p);
+  });
 }
 
 }  // namespace fused_rnn::cuda

@@ -65,7 +65,7 @@ class Scatter {
         received_(shared_array<float>(at.partial, at.partial_count)),
         barriers_(shared_array<uint64_t>(at.barriers, at.barriers_count)),
         member_(me.index),
-        warp_(kept(int(threadIdx.x) / 32)),
+        warp_(int(threadIdx.x) / 32),
         tiles_(kept(kTiles)) {
     clear(operands_, at.operands_count);
     if (threadIdx.x == 0) {
@@ -76,16 +76,19 @@ class Scatter {
     sync_threads();
     cluster_arrive();
     load(w);
-    const int r = lane() / 4, c = lane() % 4, slot = slot_of(r, c);
+    // Made anew: what is kept across the loads of the weights would be spilled.
+    const int thread = renewed(int(threadIdx.x)), member = kept(int(blockIdx.x)) % C;
+    warp_ = kept(thread / 32);
+    const int r = thread % 32 / 4, c = thread % 4, slot = slot_of(r, c);
     FUSED_RNN_UNROLL
     for (int o = 0; o < kOwners; ++o) {
       const int x = warp_ * kTiles + o * kOwned;
-      const unsigned owner = unsigned((member_ + 1 + x / kOwned) % C);
+      const unsigned owner = unsigned((member + 1 + x / kOwned) % C);
       to_[o] = remote(received_ + x * kTileFloats + slot * 4, owner);
       barrier_[o] = remote(barriers_ + o * kOwned % kTiles, owner);
     }
     // This thread's unit.
-    const int tile = warp_ / 4 % kOwned, i = lane() % 4;
+    const int tile = warp_ / 4 % kOwned, i = c;
     const int u = tile * 16 + 2 * r + i / 2, b = 2 * (warp_ % 4) + i % 2;
     index[0] = {b, u, warp_ < U * NB / 32};
     from_ = kept(tile * kTileFloats + slot_of(r, warp_ % 4) * 4 + i);
@@ -96,7 +99,7 @@ class Scatter {
     if (!resumes) return;
     if (index[0].inside) {
       const Storage* from = left(b);
-      for (int g = 0; g < G; ++g) put(0, g, from ? Policy::operand(from[g * H + member_ * U + u]) : Operand{});
+      for (int g = 0; g < G; ++g) put(0, g, from ? Policy::operand(from[g * H + member * U + u]) : Operand{});
     }
     send();
   }
@@ -164,6 +167,7 @@ class Scatter {
   FUSED_RNN_DEVICE void load(const Storage* w) {
     FUSED_RNN_UNROLL
     for (int j = 0; j < kTiles; ++j) {
+      if (j >= tiles_) break;  // never; a basic block for each
       const int x = warp_ * kTiles + j, unit = (member_ + 1 + x / kOwned) % C * U + x % kOwned * 16 + lane() / 4 * 2;
       FUSED_RNN_UNROLL
       for (int k = 0; k < kBlocks; ++k) {

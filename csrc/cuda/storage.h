@@ -50,4 +50,14 @@ FUSED_RNN_DEVICE uint32_t as_bits(float v) {
   return bits;
 }
 
+// Has come from memory: what is only on its way when a loop begins would be waited for in each of its steps, behind loads of that step.
+template <class Storage>
+FUSED_RNN_DEVICE Storage arrived(Storage value) {
+  UnsignedOf<sizeof(Storage)> bits;
+  memcpy(&bits, &value, sizeof(bits));
+  bits = decltype(bits)(kept(int(bits)));
+  memcpy(&value, &bits, sizeof(bits));
+  return value;
+}
+
 }  // namespace fused_rnn::cuda

@@ -6,18 +6,29 @@
 namespace fused_rnn::cuda {
 
 // kSequences: whether it takes gradients of the other states over time.
-template <class Cell, class Storage, class Math, bool kSequences, int kWidth = 0>
+template <class Cell, class Storage, class Math, bool kSequences, int kWidth = 0, Histories histories = Histories::told>
 class BackwardUnit {
   using BackwardLoop = BackwardLoopOf<kWidth>;
   using Acc = Accumulator<Storage>;
+  static constexpr bool kKnown = kWidth > 0;
   static constexpr int G = Cell::gates, kStates = Cell::states, kAll = kGradients<Cell>;
 
  public:
   UnitIndex at;
 
   FUSED_RNN_DEVICE BackwardUnit(const BackwardLoop& p, const TimeIndex& walk, int r, int b, int u)
-      : at(p.steps, r, b, u), place_(p.steps, walk, at, p.steps.step1) {
+      : at(p.steps, r, b, u) {
+    if (kKnown) resets_.begin(p.steps, at, p.dstates[0]);
     if (!at.inside) return;
+    const int last = p.steps.step1 - 1;
+    saved_.begin(p.saved, p.steps, walk, at, last);
+    dy_at_.begin(p.dy, p.steps, walk, at, last);
+    h_.begin(p.states[0], p.steps, walk, at, last);
+    each<kStates - 1>([&](auto s) {
+      others_[s].begin(p.states[s + 1], p.steps, walk, at, last);
+      if (kSequences) dsequences_at_[s].begin(p.dsequences[s], p.steps, walk, at, last);
+    });
+    dgates_.begin(p.dgates, p.steps, walk, at, last);
     each<kStates>([&](auto s) { dstate_[s] = static_cast<const Acc*>(p.dstates[s])[at.in_state(p.steps)]; });
     each<Cell::params>([&](auto k) {
       params_[k] = widen(static_cast<const Storage*>(p.params)[(r * Cell::params + k) * p.steps.H + u]);
@@ -27,35 +38,21 @@ class BackwardUnit {
 
   // Forgets what was fetched for the step before. A thread does so for all of its units before it fetches for any: loads on their way
   // would be waited for.
-  FUSED_RNN_DEVICE void forget() { reset_ = 0; }
+  FUSED_RNN_DEVICE void forget() {
+    if (!kKnown) reset_ = 0;
+  }
 
   // Asks for what `run` of this step reads from memory, the last that the step after it does: it arrives behind the exchange and the
   // product. All of it stays as it lay in memory until `run`: a conversion here would wait for it.
   FUSED_RNN_DEVICE void fetch(const BackwardLoop& p, const TimeIndex& walk, int step) {
     const int t = walk.time(step);
     valid_ = at.valid(t);
-    if (!valid_) return;
-    const auto of_all = [&] { return place_.of_all(p.steps, walk, at, step, 1, -1); };
-    const auto here = [&](int s) { return s > 0 ? place_.in(p.steps, walk, at, step, 1, -1) : of_all(); };
-    const Storage* kept = static_cast<const Storage*>(p.saved) + place_.in(p.steps, walk, at, step, Cell::saved, -1);
-    FUSED_RNN_UNROLL
-    for (int s = 0; s < Cell::saved; ++s) kept_[s] = kept[s * p.steps.H];
-    if (p.dy) dy_ = static_cast<const Storage*>(p.dy)[of_all()];
-    if constexpr (kSequences) {
-      each<kStates - 1>([&](auto s) {
-        if (p.dsequences[s]) dsequences_[s] = static_cast<const Storage*>(p.dsequences[s])[of_all()];
-      });
-    }
-    each<kStates>([&](auto s) {
-      if constexpr (reads_after(s)) after_.template of<s>().load(p, p.states[s], here(s));
-    });
-    reset_ = at.reset(p.steps, t);
-    each<kStates>([&](auto s) {
-      if constexpr (reads_before(s)) {
-        const bool first = walk.starts(t, at.length) || (s > 0 && step == p.steps.window0);
-        const int64_t earlier = here(s) + steps_size(p.steps, -walk.pace, 1);
-        before_.template of<s>().load(p, first ? p.first[s] : p.states[s], first ? at.in_state(p.steps) : earlier);
-      }
+    if (valid_) ask(p, walk, step, t);
+    if (kKnown) resets_.ask(t, valid_);
+    saved_.move(walk, -1), dy_at_.move(walk, -1), h_.move(walk, -1);
+    each<kStates - 1>([&](auto s) {
+      others_[s].move(walk, -1);
+      if (kSequences) dsequences_at_[s].move(walk, -1);
     });
   }
   // What the step after the last one here left to it: for a loop that goes on where another one ended.
@@ -67,7 +64,6 @@ class BackwardUnit {
   // product: dgates_{t+1} W_hh, the recurrent side; it counts only where the state entered that step.
   FUSED_RNN_DEVICE void add(Acc product) { dstate_[0] += reaches_ ? product : Acc(0); }
   FUSED_RNN_DEVICE void run(const BackwardLoop& p, const TimeIndex& walk) {
-    place_.move(walk, -1);
     reaches_ = live();
     FUSED_RNN_UNROLL
     for (int g = 0; g < kAll; ++g) d_[g] = 0;
@@ -77,8 +73,8 @@ class BackwardUnit {
     FUSED_RNN_UNROLL
     for (int s = 0; s < Cell::saved; ++s) kept[s] = widen(kept_[s]);
     each<kStates>([&](auto s) {
-      if constexpr (reads_after(s)) after[s] = after_.template of<s>().value(p);
-      if constexpr (reads_before(s)) before[s] = live() ? before_.template of<s>().value(p) : Acc(0);
+      if constexpr (reads_after(s)) after[s] = after_.template of<s>().value(is_wide<s>(p));
+      if constexpr (reads_before(s)) before[s] = live() ? before_.template of<s>().value(is_wide<s>(p)) : Acc(0);
       dstate[s] = dstate_[s];
     });
     dstate[0] += widen(dy_);
@@ -91,11 +87,12 @@ class BackwardUnit {
   // Gradient g of the recurrent side, as it is stored and as the next product reads it.
   FUSED_RNN_DEVICE Storage recurrent(int g) const { return narrow<Storage>(d_[Cell::apart + g]); }
 
-  FUSED_RNN_DEVICE void store(const BackwardLoop& p, const TimeIndex& walk, int step) const {
+  FUSED_RNN_DEVICE void store(const BackwardLoop& p, const TimeIndex& walk, int step) {
     if (!at.inside) return;
-    Storage* out = static_cast<Storage*>(p.dgates) + place_.of_all(p.steps, walk, at, step, kAll);
+    Storage* out = dgates_.at(p.dgates, p.steps, walk, at, step);
     FUSED_RNN_UNROLL
     for (int g = 0; g < kAll; ++g) out[g * p.steps.H] = narrow<Storage>(d_[g]);
+    dgates_.move(walk, -1);
   }
 
   FUSED_RNN_DEVICE void finish(const BackwardLoop& p) const {
@@ -113,22 +110,59 @@ class BackwardUnit {
   static constexpr FUSED_RNN_DEVICE bool reads_after(int s) { return Cell::backward_after >> s & 1; }
   static constexpr FUSED_RNN_DEVICE bool reads_before(int s) { return Cell::backward_before >> s & 1; }
 
+  FUSED_RNN_DEVICE void ask(const BackwardLoop& p, const TimeIndex& walk, int step, int t) {
+    const Storage* kept = saved_.at(p.saved, p.steps, walk, at, step);
+    FUSED_RNN_UNROLL
+    for (int s = 0; s < Cell::saved; ++s) kept_[s] = kept[s * p.steps.H];
+    if (p.dy) dy_ = *dy_at_.at(p.dy, p.steps, walk, at, step);
+    if constexpr (kSequences) {
+      each<kStates - 1>([&](auto s) {
+        if (p.dsequences[s]) dsequences_[s] = *dsequences_at_[s].at(p.dsequences[s], p.steps, walk, at, step);
+      });
+    }
+    each<kStates>([&](auto s) {
+      if constexpr (reads_after(s)) after_.template of<s>().load(is_wide<s>(p), [&](auto type) { return here<s>(p, walk, step, type); });
+    });
+    if (!kKnown) reset_ = at.reset(p.steps, t);
+    each<kStates>([&](auto s) {
+      if constexpr (reads_before(s)) {
+        const bool first = walk.starts(t, at.length) || (s > 0 && step == p.steps.window0);
+        before_.template of<s>().load(is_wide<s>(p), [&](auto type) {
+          using As = std::remove_pointer_t<decltype(type)>;
+          return first ? static_cast<const As*>(p.first[s]) + at.in_state(p.steps) : here<s>(p, walk, step, type) - walk.stride;
+        });
+      }
+    });
+  }
+  // State s of the step, as it lies in memory; type: a null pointer of its type.
+  template <int s, class As>
+  FUSED_RNN_DEVICE const As* here(const BackwardLoop& p, const TimeIndex& walk, int step, const As*) const {
+    if constexpr (s == 0) return h_.template at<const As>(p.states[0], p.steps, walk, at, step);
+    else return others_[s - 1].template at<const As>(p.states[s], p.steps, walk, at, step);
+  }
+  template <int s>
+  FUSED_RNN_DEVICE static bool is_wide(const BackwardLoop& p) {
+    return s > 0 && are_wide<histories>(p);
+  }
+
   // A state as it lies in memory: h in the storage type, another one perhaps in the accumulation type.
   template <bool kMayBeWide>
   class State {
    public:
-    FUSED_RNN_DEVICE void load(const BackwardLoop& p, const void* from, int64_t i) {
-      if (kMayBeWide && p.histories_are_wide) bits_ = static_cast<const Bits*>(from)[i];
-      else bits_ = static_cast<const StorageBits*>(from)[i];
+    // from(null pointer of a type): where it is, of that type.
+    template <class From>
+    FUSED_RNN_DEVICE void load(bool wide, const From& from) {
+      if (kMayBeWide && wide) bits_ = *from(static_cast<const Bits*>(nullptr));
+      else bits_ = *from(static_cast<const StorageBits*>(nullptr));
     }
-    FUSED_RNN_DEVICE Acc value(const BackwardLoop& p) const {
+    FUSED_RNN_DEVICE Acc value(bool wide) const {
       const StorageBits low = StorageBits(bits_);
       Storage stored;
       memcpy(&stored, &low, sizeof(stored));
       if constexpr (!kMayBeWide) return widen(stored);
-      Acc wide;
-      memcpy(&wide, &bits_, sizeof(bits_));
-      return p.histories_are_wide ? wide : Acc(widen(stored));
+      Acc wider;
+      memcpy(&wider, &bits_, sizeof(bits_));
+      return wide ? wider : Acc(widen(stored));
     }
 
    private:
@@ -146,14 +180,20 @@ class BackwardUnit {
     }
   };
   // The state entered the step that was fetched.
-  FUSED_RNN_DEVICE bool live() const { return valid_ && reset_ == 0; }
+  FUSED_RNN_DEVICE bool live() const { return valid_ && !(kKnown ? resets_.zero() : reset_ != 0); }
 
-  Place<kWidth> place_;  // of the step that ran
+  // Of the step that is fetched; of the one that is stored.
+  Cursor<const Storage, Cell::saved, Span::window, kWidth> saved_;
+  Cursor<const Storage, 1, Span::all, kWidth> dy_at_, h_;
+  Cursor<const std::conditional_t<histories == Histories::wide, Acc, Storage>, 1, Span::window, kWidth> others_[kStates > 1 ? kStates - 1 : 1];
+  Cursor<const Storage, 1, Span::all, kWidth> dsequences_at_[kSequences && kStates > 1 ? kStates - 1 : 1];
+  Cursor<Storage, kAll, Span::all, kWidth> dgates_;
   Acc dstate_[kStates] = {};
   States after_, before_;
   Acc d_[kAll] = {}, params_[kParams<Cell>] = {}, dparams_[kParams<Cell>] = {};
   Storage dsequences_[kSequences && kStates > 1 ? kStates - 1 : 1]{};
   Storage dy_{}, kept_[Cell::saved > 0 ? Cell::saved : 1]{};
+  Resets resets_;  // where H is known
   int32_t reset_ = 0;
   bool valid_ = false;
   bool reaches_ = false;  // `live()` of the step that ran before, the one after in the recurrence's order

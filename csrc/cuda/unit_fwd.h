@@ -6,7 +6,8 @@
 
 namespace fused_rnn::cuda {
 
-template <class Cell, class Storage, class Math, int kWidth = 0>
+// histories: of what type they are, where that is known when this is compiled.
+template <class Cell, class Storage, class Math, int kWidth = 0, Histories histories = Histories::told>
 class ForwardUnit {
   using ForwardLoop = ForwardLoopOf<kWidth>;
   using Acc = Accumulator<Storage>;
@@ -20,8 +21,13 @@ class ForwardUnit {
   UnitIndex at;
 
   FUSED_RNN_DEVICE ForwardUnit(const ForwardLoop& p, const TimeIndex& walk, int r, int b, int u)
-      : at(p.steps, r, b, u), place_(p.steps, walk, at, p.steps.step0 - 1) {
+      : at(p.steps, r, b, u) {
+    resets_.begin(p.steps, at, p.carried[0]);
     if (!at.inside) return;
+    gx_.begin(p.gx, p.steps, walk, at, p.steps.step0);
+    y_.begin(p.y, p.steps, walk, at, p.steps.step0);
+    saved_.begin(p.saved, p.steps, walk, at, p.steps.step0);
+    each<kStates - 1>([&](auto s) { histories_[s].begin(p.histories[s], p.steps, walk, at, p.steps.step0); });
     const int i = at.in_state(p.steps);
     each<kCarried>([&](auto k) { carried_[k] = static_cast<const Acc*>(p.carried[k])[i]; });
     each<kApart>([&](auto k) { bias_[k] = widen(static_cast<const Storage*>(p.bias)[(r * kApart + k) * p.steps.H + u]); });
@@ -29,7 +35,13 @@ class ForwardUnit {
     h_ = static_cast<const Storage*>(p.h0)[i];
     if (keeps_checkpoints(p) && p.steps.step0 == 0) checkpoint(p, 0);
     if (p.y) take(p, walk, p.y);
-    if (at.valid(walk.time(p.steps.step0))) next_reset_ = at.reset(p.steps, walk.time(p.steps.step0));
+    const int t = walk.time(p.steps.step0);
+    if constexpr (kKnown) {
+      h_ = arrived(h_);
+      resets_.ask(t, at.valid(t));
+    } else if (at.valid(t)) {
+      next_reset_ = at.reset(p.steps, t);
+    }
   }
 
   // h as it enters step0, of the steps before it; y: [T, B, R, H].
@@ -58,26 +70,25 @@ class ForwardUnit {
   // Whether the state enters the step after that is asked for with it, since `entering` must know a step ahead.
   FUSED_RNN_DEVICE void fetch(const ForwardLoop& p, const TimeIndex& walk, int step) {
     const int t = walk.time(step), next = t + walk.pace;
-    if (kKnown) {
-      reset_ = next_reset_;
-      next_reset_ = 0;
-    }
-    const Storage* x = static_cast<const Storage*>(p.gx) + place_.in(p.steps, walk, at, step, G, 1);
+    if (kKnown) reset_ = resets_.zero();
+    const Storage* x = gx_.at(p.gx, p.steps, walk, at, step);
+    gx_.move(walk, 1);
     if (at.valid(t)) {
       FUSED_RNN_UNROLL
       for (int g = 0; g < G; ++g) x_[g] = x[g * p.steps.H];
     }
-    if (step + 1 < p.steps.step1 && at.valid(next)) next_reset_ = at.reset(p.steps, next);
+    const bool counts = step + 1 < p.steps.step1 && at.valid(next);
+    if constexpr (kKnown) resets_.ask(next, counts);
+    else if (counts) next_reset_ = at.reset(p.steps, next);
   }
 
   // recurrent: h_{t-1} W_hh^T, zero where the state does not enter; nobody reads it where there is no W_hh.
   FUSED_RNN_DEVICE void run(const TimeIndex& walk, int step, const Acc (&recurrent)[G]) {
-    place_.move(walk, 1);
     Acc a[kGradients<Cell>], before[kStates] = {}, after[kStates];
     FUSED_RNN_UNROLL
     for (int g = 0; g < G; ++g) a[g] = Cell::recurrent && g < G - kApart ? widen(x_[g]) + recurrent[g] : widen(x_[g]);
     each<kApart>([&](auto k) { a[G + k] = recurrent[G - kApart + k] + bias_[k]; });
-    each<kCarried>([&](auto k) { before[kFirst + k] = kKnown && reset_ != 0 ? Acc(0) : carried_[k]; });
+    each<kCarried>([&](auto k) { before[kFirst + k] = kKnown && reset_ ? Acc(0) : carried_[k]; });
     Cell::template forward<Math>(a, before, params_, after, kept_);
     if (!at.valid(walk.time(step))) return;
     each<kCarried>([&](auto k) { carried_[k] = after[kFirst + k]; });
@@ -85,30 +96,31 @@ class ForwardUnit {
   }
 
   // h as the product of the next step reads it.
-  FUSED_RNN_DEVICE Storage entering() const { return next_reset_ == 0 ? h_ : Storage{}; }
+  FUSED_RNN_DEVICE Storage entering() const { return (kKnown ? resets_.zero() : next_reset_ != 0) ? Storage{} : h_; }
 
   // h as it is; where the state does not enter the next step, the next step knows.
   FUSED_RNN_DEVICE Storage hidden() const { return h_; }
 
   // Writes what a step leaves behind, after the team has what it waits for.
-  FUSED_RNN_DEVICE void store(const ForwardLoop& p, const TimeIndex& walk, int step) const {
+  FUSED_RNN_DEVICE void store(const ForwardLoop& p, const TimeIndex& walk, int step) {
     if (!at.inside) return;
     const bool valid = at.valid(walk.time(step));
     if (keeps_checkpoints(p) && (step + 1) % p.every == 0 && step + 1 < p.steps.T) checkpoint(p, step + 1);
-    if (p.y) static_cast<Storage*>(p.y)[place_.of_all(p.steps, walk, at, step, 1)] = valid ? h_ : Storage{};
+    if (p.y) *y_.at(p.y, p.steps, walk, at, step) = valid ? h_ : Storage{};
     if (p.saved) {
-      Storage* saved = static_cast<Storage*>(p.saved) + place_.in(p.steps, walk, at, step, Cell::saved);
+      Storage* saved = saved_.at(p.saved, p.steps, walk, at, step);
       FUSED_RNN_UNROLL
       for (int s = 0; s < Cell::saved; ++s) saved[s * p.steps.H] = valid ? narrow<Storage>(kept_[s]) : Storage{};
     }
     if (kStates > 1 && p.keeps_histories) {
-      const int64_t i = place_.in(p.steps, walk, at, step, 1);
       each<kStates - 1>([&](auto s) {
         const Acc value = valid ? carried_[s + 1 - kFirst] : Acc(0);
-        if (p.histories_are_wide) static_cast<Acc*>(p.histories[s])[i] = value;
-        else static_cast<Storage*>(p.histories[s])[i] = narrow<Storage>(value);
+        if (are_wide<histories>(p)) *histories_[s].template at<Acc>(p.histories[s], p.steps, walk, at, step) = value;
+        else *histories_[s].template at<Storage>(p.histories[s], p.steps, walk, at, step) = narrow<Storage>(value);
+        histories_[s].move(walk, 1);
       });
     }
+    y_.move(walk, 1), saved_.move(walk, 1);
   }
 
   FUSED_RNN_DEVICE void finish(const ForwardLoop& p) const {
@@ -125,11 +137,17 @@ class ForwardUnit {
     each<kStates - 1>([&](auto s) { static_cast<Acc*>(p.checkpoints[s])[i] = carried_[s + 1 - kFirst]; });
   }
 
-  Place<kWidth> place_;  // of the step that ran
+  // Of the step that is fetched; of the one that is stored.
+  Cursor<const Storage, G, Span::window, kWidth> gx_;
+  Cursor<Storage, 1, Span::all, kWidth> y_;
+  Cursor<Storage, Cell::saved, Span::window, kWidth> saved_;
+  Cursor<std::conditional_t<histories == Histories::wide, Acc, Storage>, 1, Span::window, kWidth> histories_[kStates > 1 ? kStates - 1 : 1];
   Acc carried_[kCarried > 0 ? kCarried : 1] = {}, bias_[kApart > 0 ? kApart : 1] = {};
   Acc params_[kParams<Cell>] = {}, kept_[Cell::saved > 0 ? Cell::saved : 1] = {};
   Storage h_{}, x_[G]{};
-  int32_t reset_ = 0, next_reset_ = 0;  // 0 where the state enters the next step; nobody looks before it has arrived from memory
+  Resets resets_;  // where H is known, of the step that enters next
+  bool reset_ = false;
+  int32_t next_reset_ = 0;  // else: 0 where the state enters the next step; nobody looks before it has arrived from memory
 };
 
 }  // namespace fused_rnn::cuda

@@ -80,6 +80,11 @@ FUSED_RNN_DEVICE void renew(int& value) {
 #endif
 }
 
+FUSED_RNN_DEVICE int renewed(int value) {
+  renew(value);
+  return value;
+}
+
 // The value, of which ptxas does not know how it was made: it stays in a register, where else each step would make it anew.
 FUSED_RNN_DEVICE int kept(int value) {
 #if defined(FUSED_RNN_EMULATE)
