@@ -123,15 +123,20 @@ class Cursor<T, vectors, span, 0> {
   }
 };
 
+#if defined(FUSED_RNN_EMULATE)
+static const int32_t no_reset = 0;
+#else
+static __device__ const int32_t no_reset = 0;
+#endif
+
 // Whether a unit's state is zero as it enters a step, asked for ahead; where H is known. It reads memory whether there are resets or not: of a
 // load under a condition the compiler makes a copy, which waits for it in the same step.
 class Resets {
  public:
-  // anything: 4 bytes that may be read.
   template <int kWidth>
-  FUSED_RNN_DEVICE void begin(const StepsOf<kWidth>& s, const UnitIndex& at, const void* anything) {
+  FUSED_RNN_DEVICE void begin(const StepsOf<kWidth>& s, const UnitIndex& at) {
     const bool has = s.reset && at.inside;
-    from_ = has ? s.reset + at.b : static_cast<const int32_t*>(anything);
+    from_ = has ? s.reset + at.b : &no_reset;
     stride_ = has ? s.B : 0;
   }
   // counts: whether it matters at t, which then is a time.

@@ -18,7 +18,7 @@ class BackwardUnit {
 
   FUSED_RNN_DEVICE BackwardUnit(const BackwardLoop& p, const TimeIndex& walk, int r, int b, int u)
       : at(p.steps, r, b, u) {
-    if (kKnown) resets_.begin(p.steps, at, p.dstates[0]);
+    if (kKnown) resets_.begin(p.steps, at);
     if (!at.inside) return;
     const int last = p.steps.step1 - 1;
     saved_.begin(p.saved, p.steps, walk, at, last);

@@ -22,7 +22,7 @@ class ForwardUnit {
 
   FUSED_RNN_DEVICE ForwardUnit(const ForwardLoop& p, const TimeIndex& walk, int r, int b, int u)
       : at(p.steps, r, b, u) {
-    resets_.begin(p.steps, at, p.carried[0]);
+    if (kKnown) resets_.begin(p.steps, at);
     if (!at.inside) return;
     gx_.begin(p.gx, p.steps, walk, at, p.steps.step0);
     y_.begin(p.y, p.steps, walk, at, p.steps.step0);

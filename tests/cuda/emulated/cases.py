@@ -21,16 +21,29 @@ from . import reference
 
 EPS = {name: torch.finfo(dtype).eps for name, dtype in PRECISIONS.items()} | {"tf32": 2.0**-10}
 
-# ExchangeKind, members, and hidden sizes that such a team can have: units of a member are a multiple of 16.
-EXCHANGES: dict[str, tuple[int, int, tuple[int, ...]]] = {
-    "cta": (0, 1, (1, 3, 17, 48)),
-    "cluster 2": (1, 2, (17, 33, 64)),
-    "cluster 3": (1, 3, (48,)),
-    "cluster 4": (1, 4, (50, 64)),
-    "cluster 8": (1, 8, (117, 128)),
-    "cluster 16": (1, 16, (245, 256)),
-    "grid": (2, 0, (17, 33, 48, 130)),
-    "stepwise": (-1, 0, (1, 3, 17, 130)),
+class Exchange(NamedTuple):
+    """kind: ExchangeKind.  widths: hidden sizes that such a team can have: units of a member are a multiple of 16.
+    known: by the kernels that are compiled for the team."""
+
+    kind: int
+    members: int
+    widths: tuple[int, ...]
+    known: bool = False
+
+
+EXCHANGES = {
+    "cta": Exchange(0, 1, (1, 3, 17, 48)),
+    "cluster 2": Exchange(1, 2, (17, 33, 64)),
+    "cluster 3": Exchange(1, 3, (48,)),
+    "cluster 4": Exchange(1, 4, (50, 64)),
+    "cluster 8": Exchange(1, 8, (117, 128)),
+    "cluster 16": Exchange(1, 16, (245, 256)),
+    "grid": Exchange(2, 0, (17, 33, 48, 130)),
+    "stepwise": Exchange(-1, 0, (1, 3, 17, 130)),
+    # Backward by scatter, forward by a known cluster.
+    "scatter 4": Exchange(3, 4, (64, 128), known=True),
+    "scatter 8": Exchange(3, 8, (128, 256), known=True),
+    "scatter 16": Exchange(3, 16, (256, 512), known=True),
 }
 
 
@@ -60,7 +73,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "exchange": tuple(EXCHANGES),
     "T": (1, 2, 7),
     "B": (1, 3, 33),
-    "H": (1, 3, 17, 33, 48, 50, 64, 117, 128, 130, 245, 256),
+    "H": (1, 3, 17, 33, 48, 50, 64, 117, 128, 130, 245, 256, 512),
     "directions": ("f", "r", "fr", "frf"),
     "lengths": (False, True),
     "reset": (False, True),
@@ -73,7 +86,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
 
 # The race detector's time grows with the square of the threads that run together.
 SMALL: dict[str, tuple[Any, ...]] = {
-    "exchange": ("cta", "cluster 2", "cluster 4", "cluster 8", "grid", "stepwise"),
+    "exchange": ("cta", "cluster 2", "cluster 4", "cluster 8", "grid", "stepwise", "scatter 4", "scatter 8"),
     "T": (1, 2, 4),
     "B": (1, 3, 9),
     "rows": (8, 16),
@@ -81,7 +94,11 @@ SMALL: dict[str, tuple[Any, ...]] = {
 
 
 def _possible(row: dict[str, Any], smallest: set[tuple[str, str]]) -> bool:
-    kind, members, widths = EXCHANGES[row["exchange"]]
+    kind, members, widths, known = EXCHANGES[row["exchange"]]
+    if known and (row["precision"] not in ("bf16", "f16", "tf32") or CELLS[row["cell"]].gates == 1 or row["rows"] > 8):
+        return False
+    if known and row["precision"] == "tf32" and row["H"] // members == 32 and members > 4:
+        return False
     if row["H"] not in widths or (row["cell"].startswith("rnn") and row["save"] == "recompute"):
         return False
     if row["sequences"] and len(CELLS[row["cell"]].states) == 1:
@@ -97,7 +114,7 @@ def _possible(row: dict[str, Any], smallest: set[tuple[str, str]]) -> bool:
         return False
     # What takes the emulator seconds.
     teams = len(row["directions"]) * -(-row["B"] // row["rows"])
-    return not (members >= 8 and teams > 2) and not (row["H"] >= 117 and teams > 4)
+    return not (members >= 8 and teams > 2) and not (row["H"] >= 117 and teams > 4) and not (row["H"] > 256 and teams > 1)
 
 
 def pairwise(
@@ -116,7 +133,7 @@ def pairwise(
             row["kernel"] = drawn.choice(choices["kernel"])
             row["cell"], row["precision"] = row["kernel"]
             row["exchange"] = "stepwise" if row["precision"] == "f64" else drawn.choice(choices["exchange"])
-            widths = EXCHANGES[row["exchange"]][2]
+            widths = EXCHANGES[row["exchange"]].widths
             row["H"] = drawn.choice(widths[:2] if small else widths)
             for name in choices:
                 if name not in row:
@@ -197,9 +214,9 @@ def job(case: Case) -> dict[str, Any]:
         if name not in arrays:
             arrays[name] = _raw(t, wide if name.startswith("ds") else dtype)
             arrays[f"wide {name}"] = _raw(t, wide)
-    kind, members, _ = EXCHANGES[case.exchange]
+    kind, members, _, known = EXCHANGES[case.exchange]
     return {
-        "case": case._asdict() | {"kind": kind, "members": members, "name": case.name},
+        "case": case._asdict() | {"kind": kind, "members": members, "known": known, "name": case.name},
         "spec": {
             "gates": spec.gates,
             "states": len(spec.states),

@@ -106,12 +106,14 @@ class Run:
 
     def plan(self, backward: bool) -> Any:
         shape = (self.G, self.B, self.H, self.R)
+        exchange = 1 if self.case["kind"] == 3 and not backward else self.case["kind"]
         plan = self.module.make_plan(
-            self.kind, backward, *shape, self.module.device(0), self.case["kind"], self.case["members"],
-            self.case["rows"],
+            self.kind, backward, *shape, self.module.device(0), exchange, self.case["members"], self.case["rows"],
+            self.case["known"],
         )  # fmt: skip
         if plan.refusal:
             raise RuntimeError(plan.refusal)
+        assert plan.known == self.case["known"]
         return plan
 
     def check(self, name: str, ours: Array, right: Array | None = None) -> None:
