@@ -89,7 +89,7 @@ def run(
             x, weights, given, lengths, cell, num_layers, recurrences, dropout, training
         )
         return whole
-    keep = ("none", save)[keeps]
+    keep = save if keeps else "none"  # not by an index: Dynamo of torch 2.11 takes no bool for one
     if num_layers == 1:
         call = LayerCall(x, weights, given, lengths, reset, cell, directions, keep, keeps, sequences)
         outputs = autograd.layer(chosen, call)

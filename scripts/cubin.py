@@ -3,10 +3,12 @@
     python scripts/cubin.py [--arch sm_90a ...] [--cell lstm ...] [--precision bf16 ...] [--json FILE]
 
 Prints registers, spills, stack and static shared memory of each, and for sm_90a the instructions in its time loop by
-kind: the loop around the product, with all three exchanges in it, of which a launch runs one. Under it, for each team
-that the planner chooses at the sizes of ARCHITECTURE.md's table, the cycles of a step by part, of one warp alone
-(step_cycles.py). Exits with 1 if a kernel does not compile, spills, has a stack frame, or waits for what it has just
-asked of memory for its next step.
+kind: the loop around the product, in a general kernel with three exchanges in it, of which a launch runs one; of those
+of a known team, one by the type of histories, the shorter. Under it, for each team that runs it, the cycles of a step
+by part, of one warp alone (step_cycles.py): of a kernel for a known team, for that one; of a general kernel, for the
+teams that the planner chooses at the sizes of ARCHITECTURE.md's table where no team is known, as users' cells and other
+sizes have them. Exits with 1 if a kernel does not compile, spills, has a stack frame, waits for what it has just asked
+of memory for its next step, or is run by no plan.
 """
 
 from __future__ import annotations
@@ -28,10 +30,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import plan_table
+import sass
 import step_cycles
-import torch
 
-import fused_rnn
+from fused_rnn import cells, ops
+from fused_rnn.plan import DEVICES, PRECISIONS, Forced, make, read
 
 CSRC = Path(__file__).parent.parent / "csrc"
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120")
@@ -41,10 +44,8 @@ _REGISTERED = [
     for name in re.findall(r"^FUSED_RNN_CELL\(\d+, (\w+)\)", header.read_text(), re.MULTILINE)
 ]
 CELLS = {re.sub(r"(?<!^)(?=[A-Z])", "_", name).lower(): name for name in _REGISTERED}  # and their types in C++
-PRECISIONS = ("bf16", "f16", "tf32", "ieee", "f64")
 FLAGS = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", "-cubin", "-Xptxas", "-v"]
 COUNTED = "sm_90a"  # where the time loops' instructions are counted, and a step of these is timed
-DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "tf32": torch.float32, "ieee": torch.float32}
 # Kinds of instructions, by how their names in machine code begin.
 KINDS = {
     "mma": ("HMMA",),
@@ -58,6 +59,35 @@ KINDS = {
     "barrier": ("BAR", "SYNCS", "WARPSYNC", "UCGABAR"),
     "branch": ("BRA", "BSSY", "BSYNC"),
 }
+
+
+class Known(NamedTuple):
+    """A team that kernels are compiled for."""
+
+    exchange: str
+    members: int
+    units: int  # of a member
+    rows: int
+
+    def __str__(self) -> str:
+        return f"known {self.exchange} of {self.members} x {self.units} units"
+
+
+# By their places in known_teams.h's table.
+KNOWN = [
+    Known(exchange, int(members), int(units), 8 * int(nt))
+    for exchange, members, units, nt in re.findall(
+        r"\{(?:true|false), ExchangeKind::(\w+), (\d+), (\d+), (\d+), \{", (CSRC / "cuda" / "known_teams.h").read_text()
+    )
+]
+
+
+class Loop(NamedTuple):
+    """What a persistent kernel is compiled for."""
+
+    backward: bool
+    rows: int
+    known: Known | None
 
 
 class Kernel(NamedTuple):
@@ -77,6 +107,7 @@ class Kernel(NamedTuple):
     @property
     def fault(self) -> str:
         faults = [f"spills {self.spills} bytes"] * bool(self.spills)
+        faults += ["is run by no plan"] * (self.loop is not None and not self.steps)
         faults += [f"waits for its next step's input: {instruction}" for instruction in self.waits]
         return ", ".join(faults + [f"has a stack frame of {self.stack} bytes"] * bool(self.stack))
 
@@ -84,18 +115,24 @@ class Kernel(NamedTuple):
         counted = ""
         if self.loop is not None:
             counted = "; time loop " + ", ".join(f"{count} {kind}" for kind, count in self.loop.items() if count)
-        line = f"{self.arch:<6} {self.name:<32} {self.registers:>3} registers, {self.shared} bytes shared{counted}"
+        line = f"{self.arch:<6} {self.name:<56} {self.registers:>3} registers, {self.shared} bytes shared{counted}"
         for team, parts in self.steps.items():
             line += f"\n       {team}: {sum(parts.values())} cycles a step; "
             line += ", ".join(f"{part} {cycles}" for part, cycles in parts.items())
         return line
 
 
+def loop_of(mangled: str) -> Loop | None:
+    """Of a mangled name; None where it is no persistent kernel's."""
+    found = re.search(r"persistent_(fwd|bwd)_kernel.*?Li(\d+)E(?:.*?KnownTeamILi(\d+)E)?", mangled)
+    return Loop(found[1] == "bwd", 8 * int(found[2]), KNOWN[int(found[3])] if found[3] else None) if found else None
+
+
 def kernel_name(mangled: str, cell: str, precision: str) -> str:
-    """lstm bf16 persistent_fwd NT=2, of a mangled name."""
-    kind = re.search(r"(persistent|pointwise)_(fwd|bwd)", mangled)
-    tile = re.search(r"Li(\d+)E", mangled) if kind and kind[1] == "persistent" else None
-    return f"{cell} {precision} {kind[0] if kind else mangled}" + (f" NT={tile[1]}" if tile else "")
+    """lstm bf16 persistent_fwd NT=2, of a mangled name; or lstm bf16 persistent_bwd known scatter of 8 x 16 units."""
+    kind, loop = re.search(r"(persistent|pointwise)_(fwd|bwd)", mangled), loop_of(mangled)
+    team = f" {loop.known or f'NT={loop.rows // 8}'}" if loop else ""
+    return f"{cell} {precision} {kind[0] if kind else mangled}{team}"
 
 
 def read_ptxas(text: str, cell: str, precision: str, arch: str) -> list[tuple[str, Kernel]]:
@@ -128,35 +165,37 @@ def time_loop(code: str) -> dict[str, int] | None:
                 loops.append(names)
     if not loops:
         return None
-    counts = Counter(min(loops, key=len))
+    shortest: list[str] = min(loops, key=len)
+    counts = Counter(shortest)
     kinds = {kind: sum(counts[name] for name in names) for kind, names in KINDS.items()}
     return {"in all": counts.total(), **kinds, "other": counts.total() - sum(kinds.values())}
 
 
 def launches(
-    cell: str, precision: str, backward: bool, sizes: Iterable[int], **forced: Any
+    cell: str, precision: str, backward: bool, sizes: Iterable[int], forced: Forced
 ) -> Iterator[step_cycles.Launch]:
-    """What the planner has run at these H and the B of ARCHITECTURE.md's table, where a step of it can be timed."""
+    """What the planner has run at these H and the B of ARCHITECTURE.md's table, where a step of it can be timed; by
+    kernels for known teams, or by general ones, as `forced` says."""
+    device = DEVICES[COUNTED[:5]]
     for hidden, batch in product(sizes, plan_table.BATCH):
-        plan = fused_rnn.plan(
-            cell,
-            batch,
-            hidden,
-            dtype=DTYPES[precision],
-            tf32=precision == "tf32",
-            backward=backward,
-            device=COUNTED[:5],
-            **forced,
-        )
-        if plan.exchange in step_cycles.MARKS:
+        numbers = (PRECISIONS.index(precision), backward, cells.CELLS[cell].gates, batch, hidden, 1)
+        plan = read(make(ops._C, numbers, ops._C.Device(*device), forced), precision, device)
+        if plan.exchange in step_cycles.MARKS and plan.known == forced.known:
             yield step_cycles.Launch(cell, plan, batch, hidden, backward)
 
 
-def teams(cell: str, precision: str, backward: bool, rows: int) -> dict[str, step_cycles.Launch]:
-    """Each team of so many rows at the H of that table, once. Where there is none, one is forced, at the smallest H: so
-    every kernel is looked at."""
-    hot = [one for one in launches(cell, precision, backward, plan_table.HIDDEN) if one.plan.rows == rows]
-    forced = launches(cell, precision, backward, plan_table.HIDDEN[:1], exchange="cluster", rows=rows)
+def teams(cell: str, precision: str, loop: Loop) -> dict[str, step_cycles.Launch]:
+    """Each team that runs this kernel, once: the known one; or those of so many rows at the H of that table. Where
+    there is none, one is forced, at the smallest H: so every kernel is looked at."""
+    asked = cell, precision, loop.backward
+    if loop.known:
+        exchange, members, units, rows = loop.known
+        hot = list(launches(*asked, [members * units], Forced(exchange, members, rows)))
+        forced = []
+    else:
+        general = launches(*asked, plan_table.HIDDEN, Forced(known=False))
+        hot = [one for one in general if one.plan.rows == loop.rows]
+        forced = list(launches(*asked, plan_table.HIDDEN[:1], Forced("cluster", rows=loop.rows, known=False)))
     found: dict[str, list[step_cycles.Launch]] = {}
     for one in hot or forced:
         plan = one.plan
@@ -165,16 +204,16 @@ def teams(cell: str, precision: str, backward: bool, rows: int) -> dict[str, ste
     return {f"{team}, B={', '.join(str(one.batch) for one in same)}": same[0] for team, same in found.items()}
 
 
-def timed(kernel: Kernel, code: str, cell: str, precision: str) -> Kernel:
-    """With its time loop counted, and a step of each team that runs it timed: its input is in DRAM."""
+def timed(kernel: Kernel, code: str, cell: str, precision: str, loop: Loop | None) -> Kernel:
+    """With its time loop counted, and a step of each team that runs it timed: its input is in DRAM, but that of a known
+    team has been brought to L2 (ahead.h)."""
     kernel = kernel._replace(loop=time_loop(code))
-    tile = re.search(r"persistent_(fwd|bwd) NT=(\d+)", kernel.name)
-    if tile is None:
+    if loop is None:
         return kernel
     steps, waits = {}, set[str]()
-    for team, launch in teams(cell, precision, tile[1] == "bwd", 8 * int(tile[2])).items():
+    for team, launch in teams(cell, precision, loop).items():
         for rare in (True, False):
-            step = step_cycles.replay(code, launch, step_cycles.DRAM, rare)
+            step = step_cycles.replay(code, launch, sass.L2 if loop.known else step_cycles.DRAM, rare)
             steps[team] = step.cycles
             waits |= set(step.waits)
     return kernel._replace(steps=steps, waits=tuple(sorted(waits)))
@@ -200,9 +239,9 @@ def compile_one(cell: str, precision: str, arch: str) -> tuple[list[Kernel], str
         tool = find_cuobjdump() if arch == COUNTED else None
         if tool is None:
             return [kernel for _, kernel in found], ""
-        sass = subprocess.run([tool, "-sass", str(cubin)], capture_output=True, text=True, check=True).stdout
-        functions = dict(part.split("\n", 1) for part in sass.split("Function : ")[1:])
-        return [timed(kernel, functions[name], cell, precision) for name, kernel in found], ""
+        code = subprocess.run([tool, "-sass", str(cubin)], capture_output=True, text=True, check=True).stdout
+        functions = dict(part.split("\n", 1) for part in code.split("Function : ")[1:])
+        return [timed(kernel, functions[name], cell, precision, loop_of(name)) for name, kernel in found], ""
 
 
 def main(arguments: list[str] | None = None) -> int:

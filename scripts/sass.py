@@ -172,6 +172,8 @@ class Thread:
         return int(operand, 16) & WORD
 
     def constant(self, operand: str, size: int) -> int:
+        if not operand.startswith("c[0x0]"):
+            return 0  # another bank: where the module's own data are
         inside = re.fullmatch(r"c\[0x0\]\[(?:(R\d+|RZ|UR\d+)\+?)?(?:(0x[0-9a-f]+))?\]", operand)
         if inside is None:
             raise ValueError(f"a constant: {operand}")
@@ -301,11 +303,6 @@ class Thread:
         numbers, predicates = self.sources(operands)
         self.put(numbers[0], self.value(numbers[1]))
         self.put_predicate(predicates[0], True)
-
-    def do_vote(self, kinds: list[str], *operands: str) -> None:
-        """Of one thread."""
-        numbers, predicates = self.sources(operands)
-        self.put(numbers[0], int(self.truth(predicates[-1])))
 
     def do_sel(self, kinds: list[str], to: str, a: str, b: str, choice: str) -> None:
         self.put(to, self.value(a if self.truth(choice) else b))

@@ -5,6 +5,12 @@ middle of the loop is timed: what one warp of one member does itself. Peers are 
 no other warp is in its way; the exchange runs beside the part after the send. A team of one CTA is not timed: no plan
 of a size that matters has it.
 
+A step begins with the first look behind a send. Of a team that gathers its operand the parts are: wait, for peers, and
+until the operand can be read; product, to the barrier; sums, from there, and for the cell's input; cell, to the last
+put; send; tail, all that comes before the next look. Of one that scatters sums: wait, to the first load of a partial
+sum; sums, until the last one is there, looks for later groups among them; cell, which adds them up, to the last put;
+product, with the barrier before it, to the first tile that is sent; send, the other tiles; tail.
+
 Of a grid's exchange the figure has one trip to L2 each for the fence before a member is counted in, for the look at the
 counter and for the copy of the operand. Not in it: the way of the count to L2, looks that come too early, and the time
 that the operand's bytes take beyond the first. ARCHITECTURE.md has what an H200 took beside it.
@@ -17,22 +23,23 @@ from itertools import pairwise
 from math import ceil
 from typing import NamedTuple
 
-from sass import L2, Thread, issue, listing
+from sass import L2, Issued, Thread, issue, listing
 
 from fused_rnn.cells import CELLS
 from fused_rnn.plan import EXCHANGES, Plan
 
 PARAMETERS = 0x210  # of the constant bank, where a kernel's arguments begin
 DRAM = 650  # cycles of a load from there
-STEPS = 6
+STEPS = 8  # of which the timed one still has some before it that are read ahead (ahead.h)
 MOST_STATES = 4  # csrc/cells/cell.h
 ADDRESS = 1 << 20  # of every array that is given: aligned
-PARTS = ("wait", "product", "sums", "cell", "send", "tail")
+GATHER = ("wait", "product", "sums", "cell", "send", "tail")
+SCATTER = ("wait", "sums", "cell", "product", "send", "tail")
 
 
 class Marks(NamedTuple):
-    """How an exchange shows in a path: the instruction that looks whether peers are there, with which each step but the
-    first begins; the one that puts a cell where it is sent from; the one that sends, or says that all is there."""
+    """How an exchange shows in a path: the instruction that looks whether peers are there; the one that puts a cell
+    where it is sent or multiplied from; the one that sends, or says that all is there."""
 
     look: str
     put: str
@@ -56,9 +63,10 @@ class Launch(NamedTuple):
     backward: bool
 
     def constants(self, rare: bool) -> bytes:
-        """The constant bank: params.h, in bytes. rare: with resets, and backward without dy."""
+        """The constant bank: params.h, in bytes. rare: with resets, wide histories, and backward without dy."""
         plan, cell = self.plan, CELLS[self.cell]
-        depth = plan.members * plan.units * (cell.gates if self.backward else 1)
+        members = 1 if plan.exchange == "scatter" else plan.members  # whose units are the depth
+        depth = members * plan.units * (cell.gates if self.backward else 1)
         depth_of_block = 16 if plan.number in ("tf32", "ieee") else 32  # 64 bytes
         blocks = ceil(ceil(depth / depth_of_block) / plan.warps[1])
         grid = plan.exchange == "grid"
@@ -71,10 +79,10 @@ class Launch(NamedTuple):
         each = [True] * MOST_STATES
         if self.backward:  # dy, given, w, states, first, saved, dgates, dstates; histories_are_wide, close
             there = [not rare, False, True, *each, *each, True, True, *each]
-            arguments = struct.pack(f"<{len(there)}Q??6x", *(ADDRESS * given for given in there), False, True)
+            arguments = struct.pack(f"<{len(there)}Q??6x", *(ADDRESS * given for given in there), rare, True)
         else:  # gx, given, w, bias, h0, carried, hidden, y, h_n, saved, histories, checkpoints; every, ..
             there = [True, False, True, True, True, *each, False, True, True, True, *each, *([False] * MOST_STATES)]
-            arguments = struct.pack(f"<{len(there)}Qi??2x", *(ADDRESS * given for given in there), 1, True, False)
+            arguments = struct.pack(f"<{len(there)}Qi??2x", *(ADDRESS * given for given in there), 1, True, rare)
         size = struct.pack("<6i", plan.threads, 1, 1, plan.members * tiles, 1, 1)
         return size.ljust(PARAMETERS, b"\0") + steps + team + workspace + arguments
 
@@ -88,23 +96,44 @@ class Step(NamedTuple):
         return sum(self.cycles.values())
 
 
+def places(path: list[Issued], name: str, begin: int = 0, end: int | None = None) -> list[int]:
+    """Where instructions of this name are executed."""
+    within = range(begin, len(path) if end is None else end)
+    return [i for i in within if path[i].executed and path[i].instruction.name.startswith(name)]
+
+
+def gathered(path: list[Issued], marks: Marks, begin: int, end: int) -> tuple[list[int], int]:
+    """Where the parts of a step begin and the last one ends; and before which place it waits for no input."""
+    product = places(path, "LDS", begin, end)[0]
+    sums = places(path, "BAR", product, end)[0]
+    sent = places(path, marks.send, sums, end)
+    put = places(path, marks.put, sums, sent[0])
+    cell = next(iter(places(path, "MUFU", sums, put[0])), put[0])
+    return [begin, product, sums, cell, put[-1], sent[-1], end], sums
+
+
+def scattered(path: list[Issued], marks: Marks, begin: int, end: int) -> tuple[list[int], int]:
+    """Likewise, of a team that scatters sums. Behind the last load of one the input may be waited for: it is needed as
+    soon as they are."""
+    sent = places(path, marks.send, begin, end)
+    put = places(path, marks.put, begin, sent[0])
+    loads = places(path, "LDS", begin, put[0])
+    scoreboard = path[loads[-1]].instruction.sets
+    there = next(i for i in range(loads[-1] + 1, end) if scoreboard in path[i].instruction.waits)
+    return [begin, loads[0], there, put[-1], sent[0], sent[-1], end], loads[-1] + 1
+
+
 def replay(code: str, launch: Launch, memory: int = L2, rare: bool = False) -> Step:
     """A step of a kernel; code: what cuobjdump -sass prints of it. memory: cycles of a load of its input."""
     path = issue(Thread(listing(code), launch.constants(rare)).trace(), memory)
+    scatters = launch.plan.exchange == "scatter"
     marks = MARKS[launch.plan.exchange]
+    looks, sends = places(path, marks.look), places(path, marks.send)
+    before, begin, end = [b for a, b in pairwise(sorted(looks + sends)) if a in sends and b in looks][1:4]
+    borders, free = (scattered if scatters else gathered)(path, marks, begin, end)
+    parts = zip(SCATTER if scatters else GATHER, pairwise(path[i].cycle for i in borders), strict=True)
 
-    def places(name: str, begin: int = 0, end: int = len(path)) -> list[int]:
-        return [i for i in range(begin, end) if path[i].executed and path[i].instruction.name.startswith(name)]
-
-    before, begin, end = places(marks.look)[1:4]
-    product = places("LDS", begin, end)[0]
-    sums = places("BAR", product, end)[0]
-    sent = places(marks.send, sums, end)
-    put = places(marks.put, sums, sent[0])
-    cell = next(iter(places("MUFU", sums, put[0])), put[0])
-    cycles = [path[i].cycle for i in (begin, product, sums, cell, put[-1], sent[-1], end)]
-
-    # What the step before loads after its last send is for this one's cells: nothing before the sums may wait for it.
-    last = places(marks.send, before, begin)[-1]
-    waits = [str(one.instruction) for one in path[last:sums] if any(load > last for load in one.loads)]
-    return Step({part: b - a for part, (a, b) in zip(PARTS, pairwise(cycles), strict=True)}, waits)
+    # What the step before loads once it sends is for this one's cells: before their sums nothing may wait for it.
+    sent = places(path, marks.send, before, begin)[0]
+    waits = [str(one.instruction) for one in path[sent:free] if any(load > sent for load in one.loads)]
+    return Step({part: b - a for part, (a, b) in parts}, waits)

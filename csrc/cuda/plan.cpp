@@ -17,8 +17,8 @@ constexpr double kWork = 0.8;         // of product and loads, which overlap, is
 // What a step takes beside, from the sums to the stores and the next input, the latency of an exchange between neighbours included; more in
 // backward, and where a thread has two units.
 constexpr double kCell = 2225, kCellBackward = 170, kSecondUnit = 630, kSecondUnitBackward = 850;
-constexpr double kKnownCell = 650;  // of a known team
-constexpr double kScatteredBytes = 14;  // that arrive a cycle of what is scattered
+constexpr double kKnownCell = 760, kKnownScatter = 630, kKnownUnit = 4.4;  // of known teams; of one that scatters for each unit more
+constexpr double kScatteredBytes = 10;  // that arrive a cycle of what is scattered, beside the product
 constexpr double kTwoOnOne = 1.15;  // where a multiprocessor has two members
 constexpr double kClusterBytes = 17.5;  // that arrive a cycle, as fitted; by themselves 9 to 12
 constexpr double kGridLatency = 1800, kGridBytes = 53;  // beyond a cluster's, through L2; bytes from L2 a cycle
@@ -43,10 +43,10 @@ Cycles estimate(const Request& q, const Plan& plan) {
   c.loads = kWork * (rest + operand + partial) / kSharedBytes;
   c.cell = kCell + kCellBackward * q.backward;
   if (elements > plan.threads) c.cell += kSecondUnit + kSecondUnitBackward * q.backward;
-  if (plan.known >= 0) c.cell = kKnownCell;
+  if (plan.known >= 0) c.cell = team.exchange == ExchangeKind::scatter ? kKnownScatter + kKnownUnit * team.units : kKnownCell;
   const double bytes = double(team.rows) * team.depth * t.size * (team.members - 1) / team.members;
   if (team.exchange == ExchangeKind::cluster) c.exchange = bytes / kClusterBytes;
-  if (team.exchange == ExchangeKind::scatter) {  // beside the product
+  if (team.exchange == ExchangeKind::scatter) {
     c.exchange = std::max(double(team.rows) * q.H * 4 / kScatteredBytes - c.product, 0.0);
     c.loads = 0;
   }

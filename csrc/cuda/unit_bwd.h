@@ -121,15 +121,18 @@ class BackwardUnit {
       });
     }
     each<kStates>([&](auto s) {
-      if constexpr (reads_after(s)) after_.template of<s>().load(is_wide<s>(p), [&](auto type) { return here<s>(p, walk, step, type); });
+      constexpr int state = decltype(s)::value;  // a constant to what is nested here, too
+      if constexpr (reads_after(state))
+        after_.template of<state>().load(is_wide<state>(p), [&](auto type) { return here<state>(p, walk, step, type); });
     });
     if (!kKnown) reset_ = at.reset(p.steps, t);
     each<kStates>([&](auto s) {
-      if constexpr (reads_before(s)) {
-        const bool first = walk.starts(t, at.length) || (s > 0 && step == p.steps.window0);
-        before_.template of<s>().load(is_wide<s>(p), [&](auto type) {
+      constexpr int state = decltype(s)::value;
+      if constexpr (reads_before(state)) {
+        const bool first = walk.starts(t, at.length) || (state > 0 && step == p.steps.window0);
+        before_.template of<state>().load(is_wide<state>(p), [&](auto type) {
           using As = std::remove_pointer_t<decltype(type)>;
-          return first ? static_cast<const As*>(p.first[s]) + at.in_state(p.steps) : here<s>(p, walk, step, type) - walk.stride;
+          return first ? static_cast<const As*>(p.first[state]) + at.in_state(p.steps) : here<state>(p, walk, step, type) - walk.stride;
         });
       }
     });

@@ -14,7 +14,7 @@ from cases import PROJECTIONS, Case, Inputs, inputs
 from cuda_cases import EXCHANGES, PRECISIONS, Row, by_torch_in_tf32, case_of, rounded, rows
 from emulated import on_the_emulator
 from nonfinite import assert_as_in_torch, with_nan, with_silence
-from oracle import Results, by_backend, by_reference, by_torch, forward
+from oracle import Results, by_backend, by_reference, by_torch, forward, over_draws
 from tolerances import assert_as_good_as_torch, tf32
 from torch import Tensor
 
@@ -25,6 +25,7 @@ from fused_rnn.call import BackwardCall, LayerCall
 from fused_rnn.cells import CELLS
 from fused_rnn.cuda import launch, module, plans
 from fused_rnn.dispatch import choose
+from fused_rnn.plan import PRECISIONS as PLACES
 
 pytestmark = [
     pytest.mark.skipif(shutil.which("g++") is None, reason="the emulator is compiled by g++"),
@@ -35,11 +36,12 @@ QUICK = ("test_schema", "test_faketensor")
 
 
 def check(case: Case, precision: str, seed: int = 0, given: Inputs | None = None, **forced: Any) -> None:
-    given = inputs(case) if given is None else given
-    with tf32(precision == "tf32"), on_the_emulator(seed, **forced):
-        ours = by_backend(case, given, "cuda")
-    torchs = by_torch_in_tf32(case, given) if precision == "tf32" else by_torch(case, given)
-    assert_as_good_as_torch(ours, torchs, by_reference(case, given))
+    def ours(case: Case, given: Inputs) -> Results:
+        with tf32(precision == "tf32"), on_the_emulator(seed, **forced):
+            return by_backend(case, given, "cuda")
+
+    ways = (ours, by_torch_in_tf32 if precision == "tf32" else by_torch, by_reference)
+    assert_as_good_as_torch(*(over_draws(case, way) if given is None else way(case, given) for way in ways))
 
 
 # --- the loops
@@ -176,8 +178,11 @@ def test_ops_pass_opcheck(cell: str, save: str) -> None:
 @pytest.mark.parametrize("exchange", EXCHANGES)
 def test_same_bits_whatever_the_schedule_all_written_and_none_shared(exchange: str, save: str) -> None:
     """Threads run in another order each time. Uninitialised memory is NaN here: none may come out."""
-    hidden = {"cluster4": 50, "cluster8": 115, "cluster16": 250}.get(exchange, 17)
+    wide = {"cluster4": 50, "cluster8": 115, "cluster16": 250, "scatter4": 128, "scatter8": 128, "scatter16": 256}
+    hidden = wide.get(exchange, 17)
     case = Case("gru" if exchange < "d" else "lstm", T=3, B=3, H=hidden, bidirectional=True, lengths=True, reset=True)
+    if exchange.startswith("scatter"):
+        case = case._replace(dtype=torch.bfloat16)
     given, runs = inputs(case), []
     for seed in range(3):
         with on_the_emulator(seed, **EXCHANGES[exchange]):
@@ -188,6 +193,21 @@ def test_same_bits_whatever_the_schedule_all_written_and_none_shared(exchange: s
         assert all(torch.equal(first, other) for other in others)
     every = [t for t in (*runs[1], given.x, *given.weights, *given.hx, *given.dout) if t.numel()]
     assert len({t.untyped_storage().data_ptr() for t in every}) == len(every)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "f16", "tf32"])
+@pytest.mark.parametrize(("cell", "hidden"), [("lstm", 128), ("gru", 128), ("lstm", 64), ("gru", 256)])
+def test_a_kernel_that_is_compiled_for_its_team_gives_the_same_bits(cell: str, hidden: int, precision: str) -> None:
+    """Forward, where the general kernel has the same team."""
+    case = Case(cell, T=4, B=11, H=hidden, bidirectional=True, lengths=True, reset=True, dtype=PRECISIONS[precision])
+    given, members = inputs(case), 4 if hidden == 64 else hidden // 16
+    found = []
+    for known in (True, False):
+        with tf32(precision == "tf32"), on_the_emulator(3, exchange="cluster", members=members, known=known):
+            assert plans.ask(0, PLACES.index(precision), 0, CELLS[cell].gates, 11, hidden, 2).known == known
+            found.append(backend.forward(arguments(case, given, "gates")))
+    for ours, theirs in zip(*found, strict=True):
+        assert torch.equal(ours.nan_to_num(), theirs.nan_to_num())
 
 
 def test_sizes_of_nothing() -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from cases import Case, Inputs, inputs
 from cuda_cases import EXCHANGES, Row, by_torch_in_tf32, case_of, rows
-from oracle import by_backend, by_reference, by_torch
+from oracle import Results, by_backend, by_reference, by_torch, over_draws
 from tolerances import assert_as_good_as_torch, error, tf32
 from torch import Tensor
 
@@ -23,9 +23,9 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(params=["cta", "cluster2", "grid", "stepwise"])
+@pytest.fixture(params=["cta", "cluster2", "grid", "scatter4", "stepwise"])
 def exchange(request: pytest.FixtureRequest) -> Iterator[str]:
-    if request.param == "cluster2" and torch.cuda.get_device_capability() < (9, 0):
+    if request.param in ("cluster2", "scatter4") and torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("clusters begin with sm_90")
     with plans.override(**EXCHANGES[request.param]):
         yield request.param
@@ -40,7 +40,7 @@ def here(given: Inputs) -> Inputs:
     return Inputs(x.cuda(), moved[0], moved[1], move(lengths), move(reset), moved[2])
 
 
-def network(cell: str = "LSTM", hidden: int = 48, **options: Any) -> torch.nn.Module:
+def network(cell: str = "LSTM", hidden: int = 64, **options: Any) -> torch.nn.Module:
     return getattr(fused_rnn, cell)(24, hidden, backend="cuda", device="cuda", dtype=torch.bfloat16, **options)
 
 
@@ -57,22 +57,30 @@ def data(steps: int, batch: int, device: str = "cuda") -> Tensor:
 @pytest.mark.parametrize("row", rows(), ids=lambda row: f"{row['precision']}-{row['exchange']}-{case_of(row)}")
 def test_every_loop(row: Row) -> None:
     """test_backend's cases, beside torch on the same GPU in the same precision."""
-    case = case_of(row)
-    given = here(inputs(case))
-    in_tf32 = row["precision"] == "tf32"
-    with tf32(in_tf32), plans.override(**EXCHANGES[row["exchange"]]):
-        try:
-            ours = by_backend(case, given, "cuda")
-        except RuntimeError as reason:
-            if "no plan with" not in str(reason):
-                raise
-            pytest.skip(str(reason))
-    torchs = by_torch_in_tf32(case, given) if in_tf32 else by_torch(case, given)
-    assert_as_good_as_torch(ours, torchs, by_reference(case, given))
+    case, in_tf32 = case_of(row), row["precision"] == "tf32"
+
+    def ours(case: Case, given: Inputs) -> Results:
+        with tf32(in_tf32), plans.override(**EXCHANGES[row["exchange"]]):
+            try:
+                return by_backend(case, here(given), "cuda")
+            except RuntimeError as reason:
+                if "no plan with" not in str(reason):
+                    raise
+                pytest.skip(str(reason))
+
+    def torchs(case: Case, given: Inputs) -> Results:
+        return (by_torch_in_tf32 if in_tf32 else by_torch)(case, here(given))
+
+    def judge(case: Case, given: Inputs) -> Results:
+        return by_reference(case, here(given))
+
+    assert_as_good_as_torch(*(over_draws(case, run) for run in (ours, torchs, judge)))
 
 
 @pytest.mark.parametrize("cell", ["LSTM", "RNN"])
 def test_training_step_is_captured_and_replayed(cell: str, exchange: str) -> None:
+    if cell == "RNN" and exchange == "scatter4":
+        pytest.skip("of one gate gathering moves no more")
     net, x = network(cell, bidirectional=True), data(7, 20)
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())

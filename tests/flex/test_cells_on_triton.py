@@ -35,6 +35,7 @@ def cases() -> list[tuple[Own, str]]:
     return made
 
 
+@pytest.mark.timeout(110)
 @pytest.mark.parametrize(("case", "loop"), cases(), ids=str)
 def test_by_the_loops(case: Own, loop: str, monkeypatch: pytest.MonkeyPatch) -> None:
     quicker_interpreter()
@@ -57,6 +58,7 @@ def test_what_a_step_makes_past_the_last_unit_reaches_no_other(loop: str, monkey
         check(Own("divides", T=3, H=5), "triton", DEVICE)
 
 
+@pytest.mark.timeout(110)  # on a GPU Triton compiles for most of it
 @pytest.mark.parametrize("loop", ["solo-registers", "cooperative-resident", "cooperative-streamed"])
 @pytest.mark.parametrize("gates", [2, 5, 6, 7])
 def test_numbers_of_gates(gates: int, loop: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -58,6 +58,30 @@ def test_what_ptxas_says(cubin: ModuleType) -> None:
     assert good.fault == ""
 
 
+@pytest.mark.parametrize(
+    ("mangled", "name"),
+    [
+        (
+            "persistent_bwd_kernelINS_4LstmENS0_13TensorProductINS0_4bf16ELNS0_9PrecisionE0ENS0_4FastEEELi1ENS0_9Known"
+            "TeamILi7ELS5_0ELi4EEEEEvNS0_14BackwardLoopOfILi0EEE",
+            "persistent_bwd known scatter of 8 x 16 units",
+        ),
+        (
+            "persistent_fwd_kernelINS_4LstmENS0_13TensorProductINS0_4bf16ELNS0_9PrecisionE0ENS0_4FastEEELi1ENS0_9Known"
+            "TeamILi5ELS5_0ELi4EEEEEvNS0_13ForwardLoopOfILi0EEE",
+            "persistent_fwd known cluster of 16 x 32 units",
+        ),
+        (
+            "persistent_fwd_kernelINS_4LstmENS0_13TensorProductINS0_4bf16ELNS0_9PrecisionE0ENS0_4FastEEELi4ENS0_7Any"
+            "TeamEEEvNS0_13ForwardLoopOfILi0EEE",
+            "persistent_fwd NT=4",
+        ),
+    ],
+)
+def test_a_kernel_for_a_known_team_is_called_by_it(cubin: ModuleType, mangled: str, name: str) -> None:
+    assert cubin.kernel_name(f"_ZN9fused_rnn4cuda21{mangled}", "lstm", "bf16") == f"lstm bf16 {name}"
+
+
 def test_the_time_loop_is_the_one_with_product_barrier_and_exchange(cubin: ModuleType) -> None:
     """The inner loop has no product; the outer one is counted, its first HMMA outside it."""
     counts = cubin.time_loop(SASS)
@@ -67,20 +91,47 @@ def test_the_time_loop_is_the_one_with_product_barrier_and_exchange(cubin: Modul
     assert cubin.time_loop(SASS.replace("HMMA", "IMAD")) is None
 
 
+@pytest.mark.parametrize("cell", ["lstm", "rnn_tanh"])
 @pytest.mark.parametrize("backward", [False, True])
-def test_steps_are_of_the_teams_that_the_planner_chooses(cubin: ModuleType, backward: bool) -> None:
-    """Also where they meet in global memory; a kernel without one is looked at with a team that is forced."""
-    teams = cubin.teams("lstm", "bf16", backward, 8)
+def test_steps_are_of_the_teams_that_the_planner_chooses(cubin: ModuleType, cell: str, backward: bool) -> None:
+    """Also where they meet in global memory; a kernel without one is looked at with a team that is forced. A general
+    kernel is never looked at with a known team."""
+    teams = cubin.teams(cell, "bf16", cubin.Loop(backward, 8, None))
     assert {launch.plan.exchange for launch in teams.values()} == {"cluster", "grid"}
     for name, launch in teams.items():
+        plan = launch.plan
+        assert not plan.known
+        assert f"H={launch.hidden}, {plan.exchange} of {plan.members}, " in name
         chosen = fused_rnn.plan(
-            "lstm", launch.batch, launch.hidden, dtype=torch.bfloat16, backward=backward, device="sm_90"
+            cell, launch.batch, launch.hidden, dtype=torch.bfloat16, backward=backward, device="sm_90"
         )
-        assert launch.plan == chosen
-        assert f"H={launch.hidden}, {chosen.exchange} of {chosen.members}, " in name
+        assert chosen.known or plan == chosen
     for precision in ("bf16", "tf32"):
         for rows in (8, 16, 32):
-            assert cubin.teams("lstm", precision, backward, rows)
+            assert cubin.teams(cell, precision, cubin.Loop(backward, rows, None))
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+@pytest.mark.parametrize("precision", ["bf16", "f16", "tf32"])
+def test_steps_of_a_known_team_are_its_own(cubin: ModuleType, cell: str, precision: str) -> None:
+    """Of each in the table, but for some that numbers of four bytes do not have."""
+    assert len(cubin.KNOWN) == (cubin.CSRC / "cuda" / "known_teams.h").read_text().count(", ExchangeKind::")
+    for known in cubin.KNOWN:
+        backward, hidden = known.exchange == "scatter", known.members * known.units
+        teams = cubin.teams(cell, precision, cubin.Loop(backward, known.rows, known))
+        assert teams or precision == "tf32"
+        for name, launch in teams.items():
+            plan = launch.plan
+            assert plan.known
+            assert (plan.exchange, plan.members, plan.units, plan.rows) == known
+            assert (launch.hidden, launch.backward) == (hidden, backward)
+            assert name.startswith(f"H={hidden}, {known.exchange} of {known.members}, ")
+
+
+def test_a_kernel_that_nobody_runs_is_a_fault(cubin: ModuleType) -> None:
+    kernel = cubin.Kernel("lstm bf16 persistent_bwd known scatter of 3 x 16 units", "sm_90a", 255, 0, 0, 0)
+    assert kernel._replace(loop={"in all": 7}).fault == "is run by no plan"
+    assert kernel._replace(loop={"in all": 7}, steps={"H=48": {"wait": 1}}).fault == ""
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on the PATH")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -153,9 +154,33 @@ def grid_step(consumer: str, waits: int, scoreboard: int = 5) -> str:
     )
 
 
+def scatter_step(consumer: str, waits: int, early: int = 0) -> str:
+    """Likewise, with two groups to wait for and two tiles to send; early: what the loads of partial sums wait for."""
+    look = "SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [R2+URZ], R3"
+    return loop(
+        (look, 2, 0, 0),
+        ("LDS R4, [R2]", 4, 1, 1),
+        ("FADD R5, RZ, R4", 4, 7, 2),
+        (look, 2, 0, 0),
+        ("LDS R4, [R2+0x200]", 4, 1, 1 | early),
+        ("FADD R5, R5, R4", 4, 7, 2),
+        ("FADD R8, R5, R9", 4, 7, 32),
+        "STS.U16 [R2], R8",
+        BARRIER,
+        ("LDS.128 R4, [R2]", 1, 1, 0),
+        ("HMMA.16816.F32.BF16 R24, R4, R32, RZ", 12, 7, 2),
+        "STAS.128 [R20.64], R24",
+        ("HMMA.16816.F32.BF16 R24, R4, R32, RZ", 12, 7, 0),
+        "STAS.128 [R22.64], R24",
+        ("LDG.E R9, desc[UR4][R10.64]", 1, 5, 0),
+        (consumer, 4, 7, waits),
+    )
+
+
 def launch(exchange: str) -> step_cycles.Launch:
-    plan = fused_rnn.plan("lstm", 64, 512, dtype=torch.bfloat16, device="sm_90", exchange=exchange)
-    return step_cycles.Launch("lstm", plan, 64, 512, backward=False)
+    backward = exchange == "scatter"
+    plan = fused_rnn.plan("lstm", 64, 512, dtype=torch.bfloat16, device="sm_90", exchange=exchange, backward=backward)
+    return step_cycles.Launch("lstm", plan, 64, 512, backward)
 
 
 def test_a_wait_for_the_next_steps_input_is_found() -> None:
@@ -185,3 +210,29 @@ def test_a_wait_for_a_copy_that_waits_for_the_next_steps_input_is_found() -> Non
     bad = step_cycles.replay(grid_step("IADD3 R12, R12, R13, RZ", 0, scoreboard=0), launch("grid"), memory=1000)
     assert bad.waits == ["00070 DEPBAR.LE SB0, 0x0"]
     assert bad.cycles["wait"] > 900
+
+
+def test_a_step_that_scatters_sums() -> None:
+    """It begins with the first of its looks."""
+    good = step_cycles.replay(scatter_step("IADD3 R12, R12, R13, RZ", 0), launch("scatter"), memory=600)
+    assert good.waits == []
+    assert list(good.cycles) == ["wait", "sums", "cell", "product", "send", "tail"]
+    assert 28 <= good.cycles["wait"] < 40  # one look
+    assert 2 * 30 + 28 <= good.cycles["sums"] < 110  # two loads, another look
+    assert good.cycles["cell"] > 400  # its input
+    assert 25 + 36 + 12 <= good.cycles["product"] < 80  # the barrier, the operand, a tile
+    assert good.cycles["send"] == 13  # the other tile
+    for consumer, waits, early, found in (
+        ("SEL R12, R9, RZ, P2", 32, 0, "00100 SEL R12, R9, RZ, P2"),
+        ("NOP", 0, 32, "00050 LDS R4, [R2+0x200]"),
+    ):
+        bad = step_cycles.replay(scatter_step(consumer, waits, early), launch("scatter"), memory=600)
+        assert bad.waits == [found]
+
+
+def test_what_a_scattering_team_is_told() -> None:
+    """As csrc/cuda/layout.h lays it out: exchange, members, units, rows, warps, depth and blocks of a warp."""
+    one = launch("scatter")
+    assert one.plan.known
+    team = struct.unpack_from("<8i", one.constants(rare=False), step_cycles.PARAMETERS + 80)
+    assert team == (3, 16, 32, 8, 8, 1, 4 * 32, 4)

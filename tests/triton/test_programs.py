@@ -15,7 +15,7 @@ from typing import Any
 import program_cases
 import pytest
 import torch
-from program_cases import ProgramCase, by_loop, by_reference, call_of
+from program_cases import ProgramCase, Results, by_loop, by_reference, call_of
 from programs import GRU, LEAKY, LSTM, PROGRAMS
 from tolerances import assert_as_good_as_torch
 from torch import Tensor
@@ -50,10 +50,17 @@ def on_device(call: LayerCall) -> LayerCall:
 
 
 def check(case: ProgramCase, **schedule: Any) -> None:
-    call = on_device(call_of(case))
-    with planner.override(**schedule):
-        ours = program_cases.by_backend(call, backend)
-    assert_as_good_as_torch(ours, by_loop(call), by_reference(call))
+    """On a GPU over three draws: in one of them the loop's own roundings may cancel by luck."""
+    found: list[list[Results]] = []
+    for seed in range(3 if DEVICE == "cuda" else 1):
+        call = on_device(call_of(case, seed))
+        with planner.override(**schedule):
+            ours = program_cases.by_backend(call, backend)
+        found.append([ours, by_loop(call), by_reference(call)])
+    assert_as_good_as_torch(*(
+        {name: torch.stack([results[name] for results in each]) for name in each[0]}
+        for each in zip(*found, strict=True)
+    ))  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=lambda dtype: str(dtype)[6:])
@@ -232,8 +239,8 @@ def test_every_operation(op: str) -> None:
         torch.testing.assert_close(ours.double(), theirs, rtol=1e-6, atol=1e-6, equal_nan=True)
     else:
         # On a GPU Triton's exp is a power of two whose exponent is rounded: by an ulp of x / ln 2.
-        by_power = DEVICE == "cuda" and op in ("exp", "expm1", "softplus")
-        growth = 1 + x[0].abs() if by_power else torch.ones(x.shape[1])
+        by_power = DEVICE == "cuda" and op in ("exp", "expm1", "softplus", "sigmoid")
+        growth = 1 + x[0].abs().nan_to_num(posinf=0) if by_power else torch.ones(x.shape[1])
         assert_float32(by_kernel(text, x.to(DEVICE)).cpu(), exact, op, growth)
 
 

@@ -28,6 +28,17 @@ ENDS = Case("three_states", "bf16", "cta", 4, 3, 17, "fr", lengths=True, sequenc
 ALONE = Case("alone", "bf16", "cta", 4, 3, 17, "fr", lengths=True)
 WINDOWS = Case("gru", "bf16", "cta", 7, 3, 17, "fr", save="recompute")
 
+# Of known teams: backward scatters, forward is a cluster.
+SCATTER = Case("lstm", "bf16", "scatter 4", 6, 3, 64)
+GRU = SCATTER._replace(cell="gru")  # its depth is 48 of 64
+BOTH_WAYS = GRU._replace(T=4, directions="fr")
+SCATTER_RESET = SCATTER._replace(reset=True, lengths=True)
+SCATTER_WINDOWS = GRU._replace(T=7, directions="fr", save="recompute")
+TWO_TILES = SCATTER._replace(T=4, H=128)  # a member owns, and one group of sums has them both
+TWO_GROUPS = Case("lstm", "bf16", "scatter 8", 4, 3, 256)  # the two tiles that a warp sends are one owner's
+TWO_OWNERS = Case("lstm", "bf16", "scatter 16", 4, 3, 256)  # or are those of two
+IDLE_WARPS = Case("gru", "bf16", "scatter 4", 2, 3, 128)  # in forward's product
+
 
 class Mutation(NamedTuple):
     file: str  # in csrc
@@ -36,6 +47,7 @@ class Mutation(NamedTuple):
     by: str
     says: str
     cases: tuple[Case, ...]
+    times: int = 1  # that `old` is there
 
     @property
     def instance(self) -> Instance:
@@ -43,19 +55,20 @@ class Mutation(NamedTuple):
 
 
 FWD, BWD, EXCHANGE, PRECISION = "cuda/persistent_fwd.h", "cuda/persistent_bwd.h", "cuda/exchange.h", "cuda/precision.h"
-WEIGHTS = "cuda/weights.h"
+WEIGHTS, GATHER, SCATTERS, INDEX = "cuda/weights.h", "cuda/gather.h", "cuda/scatter.h", "cuda/index.h"
+UNIT_FWD, UNIT_BWD = "cuda/unit_fwd.h", "cuda/unit_bwd.h"
 WRONG = "error "
 
 MUTATIONS: dict[str, Mutation] = {
     # ---- barriers of a CTA
     "forward: no barrier between product and units": Mutation(
-        FWD, "partial);\n    sync_threads();", "partial);", "races", "RACE", (CTA,)
+        FWD, "\n      sync_threads();", "", "races", "RACE", (CTA,)
     ),
     "backward: no barrier between product and units": Mutation(
-        BWD, "partial);\n      sync_threads();", "partial);", "races", "RACE", (CTA,)
+        GATHER, "partial_);\n    sync_threads();", "partial_);", "races", "RACE", (CTA,)
     ),
-    "backward: no barrier between the last product and dh0": Mutation(
-        BWD, "partial);\n    sync_threads();", "partial);", "races", "RACE", (CTA,)
+    "backward: what was left, while the operand is being cleared": Mutation(
+        GATHER, "sync_threads();\n    exchange_.invite();", "exchange_.invite();", "races", "RACE", (WINDOWS,)
     ),
     "no barrier between a step and the next": Mutation(
         EXCHANGE, "void arrive() {\n    sync_threads();", "void arrive() {", "races", "RACE", (CTA,)
@@ -77,8 +90,8 @@ MUTATIONS: dict[str, Mutation] = {
     # ---- memory
     "cluster: one copy of the operand": Mutation(
         EXCHANGE,
-        "operands_ + (turn & 1) * team_.rows * stride_ : operands_",
-        "operands_ : operands_",
+        "int(turn & 1) * team_.rows",
+        "0 * team_.rows",
         "races",
         "RACE",
         (CLUSTER,),
@@ -105,6 +118,9 @@ MUTATIONS: dict[str, Mutation] = {
     "forward: the operand's padding is not cleared": Mutation(
         FWD, "clear(operands, at.operands_count);", "", "plain", WRONG, (CTA,)
     ),
+    "backward: the operand's padding is not cleared": Mutation(
+        GATHER, "clear(operands, at.operands_count);", "", "plain", WRONG, (CTA,)
+    ),
     "forward: a row of W_hh past the end": Mutation(
         WEIGHTS, "g < gates_ && u < width_ ?", "g < gates_ && u <= width_ ?", "asan", "AddressSanitizer", (CTA,)
     ),
@@ -119,10 +135,10 @@ MUTATIONS: dict[str, Mutation] = {
         (CLUSTER,),
     ),
     "cluster: nobody waits for the operand": Mutation(
-        EXCHANGE, "barrier_wait(barrier, unsigned((turn_ - 1) / 2) & 1);", "", "plain", "barrier_expect", (CLUSTER,)
+        EXCHANGE, "barrier_wait(barrier, (turn_ - 1) / 2 & 1);", "", "plain", "barrier_expect", (CLUSTER,)
     ),
     "cluster: the wrong parity": Mutation(
-        EXCHANGE, "unsigned((turn_ - 1) / 2) & 1", "unsigned((turn_ + 1) / 2) & 1", "plain", "FAILED", (CLUSTER,)
+        EXCHANGE, "(turn_ - 1) / 2 & 1", "(turn_ + 1) / 2 & 1", "plain", "FAILED", (CLUSTER,)
     ),
     "cluster: more bytes expected than come": Mutation(
         EXCHANGE,
@@ -141,7 +157,7 @@ MUTATIONS: dict[str, Mutation] = {
         (CLUSTER,),
     ),
     "cluster: nothing is expected of the next operand": Mutation(
-        EXCHANGE, "if (threadIdx.x == 0) expect(turn_ & 1);", "", "plain", "DEADLOCK", (CLUSTER,)
+        EXCHANGE, "expect(turn_ & 1);", "(void)0;", "plain", "DEADLOCK", (CLUSTER,)
     ),
     "cluster: one peer is left out": Mutation(
         EXCHANGE,
@@ -176,8 +192,8 @@ MUTATIONS: dict[str, Mutation] = {
     ),
     "grid: one member fewer is waited for": Mutation(
         EXCHANGE,
-        "uint32_t(turn_) * uint32_t(team_.members)",
-        "uint32_t(turn_) * uint32_t(team_.members - 1)",
+        "turn_ * uint32_t(team_.members)",
+        "turn_ * uint32_t(team_.members - 1)",
         "races",
         "RACE",
         (GRID,),
@@ -221,27 +237,30 @@ MUTATIONS: dict[str, Mutation] = {
         WEIGHTS, "const int g = row / units_, ", "const int g = gates_ - 1 - row / units_, ", "plain", WRONG, (CTA,)
     ),
     "backward: resumes from the input side's gradients": Mutation(
-        BWD, "(Cell::apart + g) * width", "g * width", "plain", WRONG, (WINDOWS,)
+        BWD, " + Cell::apart * width", "", "plain", WRONG, (WINDOWS, SCATTER_WINDOWS)
+    ),
+    "in reverse a window begins as forwards": Mutation(
+        INDEX, "T - s.window1 : s.window0", "s.window0 : s.window0", "asan", "AddressSanitizer", (SCATTER_WINDOWS,)
     ),
     # ---- masks
     "a reset is not seen": Mutation(
-        "cuda/index.h", "return s.reset ? s.reset[", "return s.reset ? 0 * s.reset[", "plain", WRONG, (RESET,)
+        INDEX, "return s.reset ? s.reset[", "return s.reset ? 0 * s.reset[", "plain", WRONG, (RESET,)
     ),
     "forward: h enters the product in spite of a reset": Mutation(
-        "cuda/unit_fwd.h", "next_reset_ == 0 ? h_", "true ? h_", "plain", WRONG, (RESET,)
+        UNIT_FWD, "? Storage{} : h_", "? h_ : h_", "plain", WRONG, (RESET,)
     ),
     "backward: a gradient passes a reset": Mutation(
-        "cuda/unit_bwd.h", "dstate_[0] += reaches_ ? product", "dstate_[0] += true ? product", "plain", WRONG, (RESET,)
+        UNIT_BWD, "dstate_[0] += reaches_ ? product", "dstate_[0] += true ? product", "plain", WRONG, (RESET,)
     ),
     # ---- params, states over time, no W_hh
     "backward: a param's gradient of the last step alone": Mutation(
-        "cuda/unit_bwd.h", "dparams_[k] += dparams[k]", "dparams_[k] = dparams[k]", "plain", WRONG, (PARAMS,)
+        UNIT_BWD, "dparams_[k] += dparams[k]", "dparams_[k] = dparams[k]", "plain", WRONG, (PARAMS,)
     ),
     "backward: what another window gave a param is forgotten": Mutation(
-        "cuda/unit_bwd.h", "if (p.dparams) dparams_[k] =", "if (false) dparams_[k] =", "plain", WRONG, (PARAMS,)
+        UNIT_BWD, "if (p.dparams) dparams_[k] =", "if (false) dparams_[k] =", "plain", WRONG, (PARAMS,)
     ),
     "backward: the params of the first recurrence": Mutation(
-        "cuda/unit_bwd.h",
+        UNIT_BWD,
         "p.params)[(r * Cell::params",
         "p.params)[(0 * r * Cell::params",
         "plain",
@@ -249,13 +268,13 @@ MUTATIONS: dict[str, Mutation] = {
         (PARAMS,),
     ),
     "backward: two sequences give one sum": Mutation(
-        "cuda/unit_bwd.h", "(int64_t(at.r * p.steps.B + at.b)", "(int64_t(at.r * p.steps.B)", "races", "RACE", (PARAMS,)
+        UNIT_BWD, "(int64_t(at.r * p.steps.B + at.b)", "(int64_t(at.r * p.steps.B)", "races", "RACE", (PARAMS,)
     ),
     "forward: a state over time past its end": Mutation(
-        "cuda/unit_fwd.h", "const Acc value = valid ?", "const Acc value = true ?", "plain", WRONG, (ENDS,)
+        UNIT_FWD, "const Acc value = valid ?", "const Acc value = true ?", "plain", WRONG, (ENDS,)
     ),
     "backward: no gradient of a state over time": Mutation(
-        "cuda/unit_bwd.h", "dstate[s + 1] += widen(dsequences_[s])", "(void)s", "plain", WRONG, (ENDS,)
+        UNIT_BWD, "dstate[s + 1] += widen(dsequences_[s])", "(void)s", "plain", WRONG, (ENDS,)
     ),
     "backward without W_hh: of the first step alone": Mutation(
         "cuda/pointwise.h",
@@ -266,7 +285,180 @@ MUTATIONS: dict[str, Mutation] = {
         (ALONE,),
     ),
     "forward: a checkpoint a step late": Mutation(
-        "cuda/unit_fwd.h", "(step + 1) % p.every == 0", "step % p.every == 0", "plain", WRONG, (RECOMPUTED,)
+        UNIT_FWD, "(step + 1) % p.every == 0", "step % p.every == 0", "plain", WRONG, (RECOMPUTED,)
+    ),
+    # ---- sums that are scattered
+    "scatter: no barrier between put and product": Mutation(
+        SCATTERS, "send() {\n    sync_threads();", "send() {", "races", "RACE", (SCATTER,)
+    ),
+    "scatter: one copy of the operand": Mutation(
+        SCATTERS, "apart * NB * kStride", "0 * NB * kStride", "races", "RACE", (SCATTER,), 2
+    ),
+    "scatter: one copy of what is received": Mutation(
+        SCATTERS, "apart * H * NB", "0 * H * NB", "races", "RACE", (SCATTER,), 2
+    ),
+    "scatter: the operand's padding is not cleared": Mutation(
+        SCATTERS, "clear(operands_, at.operands_count);", "", "plain", WRONG, (GRU,)
+    ),
+    "scatter: weights past the depth": Mutation(SCATTERS, "at < G * U ?", "true ?", "asan", "AddressSanitizer", (GRU,)),
+    "scatter: gates in the wrong order": Mutation(
+        SCATTERS, "operands_[put_ + g]", "operands_[put_ + G - 1 - g]", "plain", WRONG, (SCATTER,)
+    ),
+    "scatter: one of a tile's sums is left out": Mutation(
+        SCATTERS, "width = kChains / 2", "width = kChains / 4", "plain", WRONG, (SCATTER,)
+    ),
+    "scatter: one sender's sums are left out": Mutation(
+        SCATTERS, "w < kSenders; ++w) part", "w < kSenders - 1; ++w) part", "plain", WRONG, (SCATTER,)
+    ),
+    "scatter: the owner after the one that is meant": Mutation(
+        SCATTERS, "(member + 1 +", "(member + 2 +", "plain", WRONG, (SCATTER,)
+    ),
+    "scatter: the weights of the owner after": Mutation(
+        SCATTERS, "(member_ + 1 +", "(member_ + 2 +", "plain", WRONG, (SCATTER,)
+    ),
+    "scatter: sums go to another lane's slot": Mutation(
+        SCATTERS, "slot = slot_of(r, c)", "slot = slot_of(r ^ 1, c)", "plain", WRONG, (SCATTER,)
+    ),
+    "scatter: sums come from another lane's slot": Mutation(
+        SCATTERS, "slot_of(r, warp_ % 4)", "slot_of(r, warp_ % 4 ^ 1)", "plain", WRONG, (SCATTER,)
+    ),
+    "scatter: two lanes have one slot": Mutation(SCATTERS, "* 2 + r % 2", "* 2", "races", "RACE", (SCATTER,)),
+    "scatter: the sum of the other row of the batch": Mutation(
+        SCATTERS, "* 4 + i);", "* 4 + (i ^ 1));", "plain", WRONG, (SCATTER,)
+    ),
+    "scatter: an owner's tiles change places": Mutation(
+        SCATTERS, "x * kTileFloats + slot", "(x ^ 1) * kTileFloats + slot", "plain", WRONG, (TWO_TILES,)
+    ),
+    "scatter: two tiles of a warp go to one place": Mutation(
+        SCATTERS, "to_[o] + place * kTileFloats * 4", "to_[o]", "plain", WRONG, (TWO_GROUPS,)
+    ),
+    "scatter: a group's sums are read before it has come": Mutation(
+        SCATTERS, "(w * kOwners + o)", "(o * kSenders + w)", "plain", "FAILED", (TWO_OWNERS,)
+    ),
+    "scatter: nobody waits for a group": Mutation(
+        SCATTERS, "barrier_wait(barriers_ +", "(void)(barriers_ +", "plain", "barrier_expect", (SCATTER,)
+    ),
+    "scatter: the wrong parity": Mutation(
+        SCATTERS, "(turn_ - 1) / 2 & 1", "(turn_ + 1) / 2 & 1", "plain", "FAILED", (SCATTER,)
+    ),
+    "scatter: more bytes expected than come": Mutation(
+        SCATTERS, "kWarps * kTileFloats * 4", "kWarps * kTileFloats * 4 + 16", "plain", "DEADLOCK", (SCATTER,)
+    ),
+    "scatter: fewer bytes expected than come": Mutation(
+        SCATTERS, "kWarps * kTileFloats * 4", "kWarps * kTileFloats * 4 - 16", "plain", "FAILED", (SCATTER,)
+    ),
+    "scatter: nothing is expected of the second copy": Mutation(
+        SCATTERS, "2 * kTiles; ++i) barrier_expect", "kTiles; ++i) barrier_expect", "plain", "DEADLOCK", (SCATTER,)
+    ),
+    "scatter: a group is never expected again": Mutation(
+        SCATTERS, "barrier_expect(barriers_ +", "(void)(barriers_ +", "plain", "DEADLOCK", (SCATTER,)
+    ),
+    "scatter: the other copy's group is expected again": Mutation(
+        SCATTERS,
+        "barrier_expect(barriers_ + group_",
+        "barrier_expect(barriers_ + (group_ < kTiles ? group_ + kTiles : group_ - kTiles)",
+        "plain",
+        "barrier_expect",
+        (SCATTER,),
+    ),
+    "scatter: every warp expects its group again": Mutation(
+        SCATTERS, "warp_ % 4 == 0 && ", "", "plain", "barrier_expect", (SCATTER,)
+    ),
+    "scatter: two warps expect the group of two tiles": Mutation(
+        SCATTERS, "(kTiles >= kOwned || warp_ == 0)", "true", "plain", "barrier_expect", (TWO_TILES,)
+    ),
+    "scatter: one group of two is expected again": Mutation(
+        SCATTERS, "lane() < kOwners", "lane() < 1", "plain", "DEADLOCK", (TWO_OWNERS,)
+    ),
+    "scatter: two tiles are counted in one group": Mutation(
+        SCATTERS, "barrier_[o] + place % kTiles * 8", "barrier_[o]", "plain", "DEADLOCK", (TWO_GROUPS,)
+    ),
+    "scatter: two owners count in one group": Mutation(
+        SCATTERS, "barriers_ + o * kOwned % kTiles, owner", "barriers_, owner", "plain", "DEADLOCK", (TWO_OWNERS,)
+    ),
+    "scatter: peers are sent to before they are ready": Mutation(
+        SCATTERS,
+        "cluster_wait();\n    if (!resumes)",
+        "struct Late {\n      ~Late() { cluster_wait(); }\n    } late;\n    if (!resumes)",
+        "races",
+        "RACE",
+        (SCATTER_WINDOWS,),
+    ),
+    "scatter: resumes from another member's gradients": Mutation(
+        SCATTERS, "g * H + member * U + u]", "g * H + u]", "plain", WRONG, (SCATTER_WINDOWS,)
+    ),
+    "scatter: the last sums are sent, though nobody waits for them": Mutation(
+        BWD, "if (step > p.steps.step0 || p.close)", "if (true)", "plain", "on its way", (SCATTER_WINDOWS,)
+    ),
+    "scatter: nobody waits for the last sums": Mutation(
+        BWD, "if (p.close) {", "if (false) {", "plain", "on its way", (SCATTER,)
+    ),
+    # ---- known teams
+    "known: warps without a part in the product multiply": Mutation(
+        "cuda/known_teams.h",
+        "some_idle = team.warps_m",
+        "some_idle = false && team.warps_m",
+        "asan",
+        "AddressSanitizer",
+        (IDLE_WARPS,),
+    ),
+    "known: in reverse a cursor goes forwards": Mutation(
+        INDEX,
+        "int64_t(walk.stride) * (by",
+        "int64_t(walk.pace * walk.stride) * (by",
+        "asan",
+        "AddressSanitizer",
+        (BOTH_WAYS,),
+    ),
+    "known: a cursor moves by one vector of several": Mutation(
+        INDEX, "(by * vectors * kScale)", "(by * kScale)", "plain", WRONG, (BOTH_WAYS,)
+    ),
+    "known: a cursor begins a window as if it were all of time": Mutation(
+        INDEX,
+        "Address(array) + (steps_size(s, time,",
+        "Address(array) + (steps_size(s, walk.time(step),",
+        "asan",
+        "AddressSanitizer",
+        (SCATTER_WINDOWS,),
+    ),
+    "known: histories are wide, whatever is told": Mutation(
+        INDEX,
+        "sizeof(Storage) == 4 || p.histories_are_wide",
+        "true || p.histories_are_wide",
+        "asan",
+        "AddressSanitizer",
+        (SCATTER,),
+    ),
+    "known: a reset past the last step is read": Mutation(
+        INDEX, "int64_t(counts ? t : 0) * stride_", "int64_t(t) * stride_", "asan", "AddressSanitizer", (SCATTER_RESET,)
+    ),
+    "known: resets of rows outside the batch are read": Mutation(
+        INDEX, "s.reset && at.inside", "s.reset", "asan", "AddressSanitizer", (SCATTER_RESET._replace(B=1),)
+    ),
+    "known: a reset counts where it does not, and nowhere else": Mutation(
+        INDEX, "counts ? stride_ : 0", "counts ? 0 : stride_", "plain", WRONG, (SCATTER_RESET,)
+    ),
+    "known: a reset is not seen": Mutation(
+        INDEX, "mask_ != 0 && bits_ != 0", "mask_ != 0 && bits_ != bits_", "plain", WRONG, (SCATTER_RESET,)
+    ),
+    "known: forward: a reset a step early for the states": Mutation(
+        UNIT_FWD,
+        "resets_.ask(next, counts);",
+        "resets_.ask(next, counts), reset_ = resets_.zero();",
+        "plain",
+        WRONG,
+        (SCATTER_RESET,),
+    ),
+    "known: forward: a reset a step late for the product": Mutation(
+        UNIT_FWD, "(kKnown ? resets_.zero()", "(kKnown ? reset_", "plain", WRONG, (SCATTER_RESET,)
+    ),
+    "known: backward: a reset of the step before": Mutation(
+        UNIT_BWD,
+        "resets_.ask(t, valid_)",
+        "resets_.ask(step > p.steps.step0 ? t - walk.pace : t, valid_)",
+        "plain",
+        WRONG,
+        (SCATTER_RESET,),
     ),
 }
 
@@ -277,6 +469,7 @@ def plant(mutation: Mutation, folder: Path) -> Path:
     shutil.copytree(ROOT / "csrc", copied)
     path = copied / mutation.file
     text = path.read_text()
-    assert text.count(mutation.old) == 1, f"{mutation.file} has {mutation.old!r} {text.count(mutation.old)} times"
+    times = text.count(mutation.old)
+    assert times == mutation.times, f"{mutation.file} has {mutation.old!r} {times} times"
     path.write_text(text.replace(mutation.old, mutation.new))
     return copied
