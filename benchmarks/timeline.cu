@@ -103,10 +103,11 @@ uint32_t median(std::vector<uint32_t> v) {
 }
 
 template <class Loop>
-void measure(const char* way, int H, int B, bool known, Loop loop, const Device& where) {
+void measure(const char* way, int H, int B, int members, Loop loop, const Device& where) {
   const bool backward = std::is_same_v<Loop, BackwardLoop>;
   Request wanted{Precision::bf16, backward, 4, B, H, 1};
-  wanted.known = known;
+  const bool known = members > 0;
+  wanted.known = known, wanted.members = members;
   const Plan plan = make_plan(wanted, where);
   if (!plan.refusal.empty() || (plan.known >= 0) != known || (plan.team.exchange == ExchangeKind::grid && plan.waves > 1)) return;
   loop.steps = {kT, 0, kT, 0, kT, 0, 1, nullptr, nullptr, B, 1, H, plan.tiles, 0};
@@ -166,12 +167,13 @@ int main() {
   backward.dstates[0] = state, backward.dstates[1] = other, backward.histories_are_wide = true, backward.close = true;
   for (const int H : {64, 128, 256, 512, 1024})
     for (const int B : {8, 64, 128}) {
-      for (const bool known : {false, true}) {
+      for (const int members : {0, 4, 8, 16}) {  // 0: by the general kernel, else by those that are compiled for such a team
+        if (members && H % members) continue;
         forward.y = h, forward.saved = nullptr, forward.keeps_histories = false;
-        measure("inference", H, B, known, forward, where);
+        measure("inference", H, B, members, forward, where);
         forward.saved = more, forward.histories[0] = c, forward.keeps_histories = forward.histories_are_wide = true;
-        measure("forward", H, B, known, forward, where);
-        measure("backward", H, B, known, backward, where);
+        measure("forward", H, B, members, forward, where);
+        measure("backward", H, B, members, backward, where);
       }
     }
 }

@@ -19,7 +19,7 @@ constexpr double kWork = 0.8;         // of product and loads, which overlap, is
 constexpr double kCell = 2225, kCellBackward = 170, kSecondUnit = 630, kSecondUnitBackward = 850;
 constexpr double kKnownCell = 760, kKnownScatter = 630, kKnownUnit = 4.4;  // of known teams; of one that scatters for each unit more
 constexpr double kScatteredBytes = 10;  // that arrive a cycle of what is scattered, beside the product
-constexpr double kTwoOnOne = 1.15;  // where a multiprocessor has two members
+constexpr double kTwoOnOne = 1.15, kTwoKnownOnOne = 1.3;  // where a multiprocessor has two members
 constexpr double kClusterBytes = 17.5;  // that arrive a cycle, as fitted; by themselves 9 to 12
 constexpr double kGridLatency = 1800, kGridBytes = 53;  // beyond a cluster's, through L2; bytes from L2 a cycle
 constexpr double kFma = 128;  // a cycle
@@ -91,7 +91,7 @@ void consider(const Request& q, const Device& device, ExchangeKind exchange, int
     const int64_t at_once = teams * (crowded ? 2 : 1);
     plan.tiles_at_once = int(std::max<int64_t>(at_once / q.R, 1));
     plan.waves = together ? ceil_div(plan.tiles, plan.tiles_at_once) : ceil_div(plan.tiles * q.R, at_once);
-    if (crowded) plan.cycles.cell *= kTwoOnOne;
+    if (crowded) plan.cycles.cell *= plan.known < 0 ? kTwoOnOne : kTwoKnownOnOne;
     if (!best.nt || plan.waves * plan.cycles.sum() < best.waves * best.cycles.sum()) best = plan;
   }
 }

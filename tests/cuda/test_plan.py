@@ -41,15 +41,18 @@ def assert_runs(plan: Plan, cell: str, batch: int, hidden: int, recurrences: int
     assert plan.waves >= 1
     if plan.exchange == "cta":
         assert plan.members == 1
-    elif plan.exchange == "cluster":
+    elif plan.exchange in ("cluster", "scatter"):
         assert device.arch >= 90
         assert 2 <= plan.members <= len(device.clusters)
         beside = 1 + (plan.threads <= 128 and 2 * plan.shared <= device.shared)  # CTAs on a multiprocessor
+        assert plan.exchange == "cluster" or plan.known
         assert plan.waves * device.clusters[plan.members - 1] * beside >= plan.tiles * recurrences
     else:  # all of a launch are resident together, or it would be refused
         assert min(plan.tiles_at_once, plan.tiles) * recurrences * plan.members <= device.multiprocessors
     assert all(part >= 0 for part in plan.cycles)
     assert plan.cycles.product > 0
+    if plan.known:
+        assert plan.units * plan.members == hidden and plan.units * plan.rows <= plan.threads
     assert (plan.cycles.exchange > 0) == (plan.exchange != "cta")
 
 
@@ -85,6 +88,22 @@ def test_what_is_insisted_on(exchange: str) -> None:
     assert found >= 3
 
 
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_backward_scatters_where_a_kernel_is_compiled_for_the_team(cell: str) -> None:
+    for hidden, members in ((64, 4), (128, 4), (128, 8), (256, 16), (256, 8), (512, 16)):
+        plan = ask(cell, 8, hidden, backward=True, exchange="scatter", members=members)
+        assert (plan.exchange, plan.members, plan.known) == ("scatter", members, True)
+        assert_runs(plan, cell, 8, hidden, 1)
+        forward = ask(cell, 8, hidden, exchange="scatter", members=members)
+        assert (forward.exchange, forward.members, forward.known) == ("cluster", members, True)
+    assert ask(cell, 8, 128, backward=True).exchange == "scatter"
+    for hidden in (100, 130, 1024):
+        assert ask(cell, 8, hidden, backward=True, exchange="scatter").reason is not None
+    assert ask(cell, 8, 128, backward=True, exchange="scatter", dtype=torch.float32, tf32=False).reason is not None
+    assert ask("rnn_tanh", 8, 128, backward=True, exchange="scatter").reason is not None
+    assert ask(cell, 8, 128, backward=True, exchange="scatter", device="sm_80").reason is not None
+
+
 @pytest.mark.parametrize("members", [2, 4, 8, 16])
 def test_members_that_are_insisted_on(members: int) -> None:
     assert ask(hidden=16 * members, members=members, exchange="cluster").members == members
@@ -110,7 +129,7 @@ def test_a_cluster_stays_within_a_gpc() -> None:
     assert ask(batch=56, recurrences=2, **options).waves == 2
     eight = H100._replace(clusters=(*H100.clusters[:15], 8))  # as another H100 may have
     assert ask(batch=64, device=eight, **options).waves == 1
-    small: dict[str, Any] = {"exchange": "cluster", "hidden": 128, "members": 4, "rows": 8}
+    small: dict[str, Any] = {"exchange": "cluster", "hidden": 64, "members": 4, "rows": 8}
     assert ask(batch=256, **small).threads == 128  # of which a multiprocessor has room for two
     assert (ask(batch=256, **small).tiles, ask(batch=256, **small).waves) == (32, 1)
     none = H100._replace(clusters=(*H100.clusters[:15], 0))
@@ -195,7 +214,7 @@ def test_float32_is_tf32_where_torch_says_so() -> None:
 
 def test_a_plan_reads_well() -> None:
     text = str(ask(batch=8))
-    assert text.startswith("a cluster of 16, bf16, 32 units x ")
+    assert text.startswith("a cluster of 16, compiled for it, bf16, 32 units x ")
     assert " cycles a step" in text
     assert str(ask(dtype=torch.float64)).startswith("stepwise: float64")
     assert ask() == ask()
@@ -204,9 +223,10 @@ def test_a_plan_reads_well() -> None:
 
 def test_plans_of_users_cells() -> None:
     for backward in (False, True):
-        ours, built_in = (ask(cell, backward=backward) for cell in (LSTM, "lstm"))
+        ours, built_in = (ask(cell, hidden=500, backward=backward) for cell in (LSTM, "lstm"))
         assert ours == built_in
-        assert ask(GRU, backward=backward) == ask("gru", backward=backward)
+        assert ask(GRU, hidden=500, backward=backward) == ask("gru", hidden=500, backward=backward)
+        assert not ask(LSTM, backward=backward).known  # kernels are compiled for teams of built-in cells
     for cell in (INDRNN, SRU):
         plan = ask(cell)
         assert (plan.exchange, plan.members) == ("none", 0)
@@ -221,7 +241,7 @@ def test_a_cell_of_many_numbers_leaves_weights_to_shared_memory() -> None:
         assert fewer_blocks(CELLS["lstm"], precision, backward) == fewer_blocks(CELLS[LSTM], precision, backward) == 0
     assert fewer_blocks(wide, "bf16", True) > 0
     sizes = (0, True, 4, 8, 512, 1)
-    plans = [make(ops._C, sizes, ops._C.Device(*H100), Forced("cluster"), fewer) for fewer in (0, 4)]
+    plans = [make(ops._C, sizes, ops._C.Device(*H100), Forced("cluster"), False, fewer) for fewer in (0, 4)]
     assert plans[1].shared > plans[0].shared  # of the same team
 
 
