@@ -25,6 +25,8 @@ constexpr KnownShape kKnownShapes[] = {
     {false, ExchangeKind::cluster, 4, 16, 1, {2, 2}},  {false, ExchangeKind::cluster, 8, 16, 1, {2, 2}},
     {false, ExchangeKind::cluster, 16, 16, 1, {2, 4}}, {false, ExchangeKind::cluster, 4, 32, 1, {2, 2}},
     {false, ExchangeKind::cluster, 8, 32, 1, {2, 0}},  {false, ExchangeKind::cluster, 16, 32, 1, {2, 0}},
+    {false, ExchangeKind::grid, 32, 16, 1, {0, 4}},    {false, ExchangeKind::grid, 48, 16, 1, {3, 0}},
+    {false, ExchangeKind::grid, 64, 16, 1, {4, 0}},
     {true, ExchangeKind::scatter, 4, 16, 1, {1, 1}},   {true, ExchangeKind::scatter, 8, 16, 1, {1, 1}},
     {true, ExchangeKind::scatter, 16, 16, 1, {1, 1}},  {true, ExchangeKind::scatter, 4, 32, 1, {1, 1}},
     {true, ExchangeKind::scatter, 8, 32, 1, {1, 0}},   {true, ExchangeKind::scatter, 16, 32, 1, {1, 0}},
@@ -36,6 +38,8 @@ constexpr bool has_known_teams(Precision precision, int gates) {
   return gates > 1 && (precision == Precision::bf16 || precision == Precision::f16 || precision == Precision::tf32);
 }
 
+constexpr int kMostFragments = 16;  // of a warp's weights: half of its registers
+
 // The team of a shape; of no members where there is none: its warps would not have all of their weights in registers, in equal shares.
 constexpr Team known_team(const KnownShape& shape, Precision precision, int gates) {
   const Tile t = tile(precision, shape.backward, shape.nt, 0);
@@ -44,7 +48,7 @@ constexpr Team known_team(const KnownShape& shape, Precision precision, int gate
   if (!shares || !lay_out(t, shape.backward, gates, shape.exchange, shape.members, shape.units, shape.nt, shares, team)) return {};
   const bool scatters = shape.exchange == ExchangeKind::scatter;
   if (threads_of(team, 1) > kThreads) return {};
-  if (!scatters && (team.blocks > t.kr || team.blocks * shares * t.depth != team.depth)) return {};
+  if (!scatters && (team.blocks * t.mt > kMostFragments || team.blocks * shares * t.depth != team.depth)) return {};
   return team;
 }
 

@@ -35,9 +35,10 @@ GRU = SCATTER._replace(cell="gru")  # its depth is 48 of 64
 BOTH_WAYS = GRU._replace(T=4, directions="fr")
 SCATTER_RESET = SCATTER._replace(reset=True, lengths=True)
 SCATTER_WINDOWS = GRU._replace(T=7, directions="fr", save="recompute")
-TWO_TILES = SCATTER._replace(T=4, H=128)  # a member owns, and one group of sums has them both
-TWO_GROUPS = Case("lstm", "bf16", "scatter 8", 4, 3, 256)  # the two tiles that a warp sends are one owner's
-TWO_OWNERS = Case("lstm", "bf16", "scatter 16", 4, 3, 256)  # or are those of two
+TWO_TILES = SCATTER._replace(T=4, H=128)  # of an owner, in one group
+TWO_GROUPS = Case("lstm", "bf16", "scatter 8", 4, 3, 256)  # a warp has two tiles, both for one owner
+TWO_OWNERS = Case("lstm", "bf16", "scatter 16", 4, 3, 256)  # or for two
+UNITLESS_WARPS = SCATTER._replace(exchange="scatter 8", T=3, H=128)  # they multiply alone
 IDLE_WARPS = Case("gru", "bf16", "scatter 4", 2, 3, 128)  # in forward's product
 
 
@@ -317,6 +318,12 @@ MUTATIONS: dict[str, Mutation] = {
     "scatter: the weights of the owner after": Mutation(
         SCATTERS, "(member_ + 1 +", "(member_ + 2 +", "plain", WRONG, (SCATTER,)
     ),
+    "scatter: the weights of an owner's first tile for all of its tiles": Mutation(
+        SCATTERS, "x % kOwned * 16 + ", "", "plain", WRONG, (TWO_TILES,)
+    ),
+    "scatter: a row's weights for its neighbour, too": Mutation(
+        SCATTERS, "unit + n]", "unit]", "plain", WRONG, (SCATTER,)
+    ),
     "scatter: sums go to another lane's slot": Mutation(
         SCATTERS, "slot = slot_of(r, c)", "slot = slot_of(r ^ 1, c)", "plain", WRONG, (SCATTER,)
     ),
@@ -384,6 +391,9 @@ MUTATIONS: dict[str, Mutation] = {
         "races",
         "RACE",
         (SCATTER_WINDOWS,),
+    ),
+    "scatter: warps without units take those of others": Mutation(
+        SCATTERS, "warp_ < U * NB / 32}", "true}", "races", "RACE", (UNITLESS_WARPS,)
     ),
     "scatter: resumes from another member's gradients": Mutation(
         SCATTERS, "g * H + member * U + u]", "g * H + u]", "plain", WRONG, (SCATTER_WINDOWS,)
