@@ -152,7 +152,8 @@ def read_ptxas(text: str, cell: str, precision: str, arch: str) -> list[tuple[st
 
 
 def time_loop(code: str) -> dict[str, int] | None:
-    """Instructions by kind in the shortest loop with a product, a barrier and remote stores; None if there is none."""
+    """Instructions by kind in the shortest loop with a product, a barrier and remote stores, or a counter in their
+    place; None if there is none."""
     lines = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,6})\*/\s+(.*?);", code)]
     places = {at: i for i, (at, _) in enumerate(lines)}
     loops = []
@@ -161,7 +162,7 @@ def time_loop(code: str) -> dict[str, int] | None:
         begin = places.get(int(target[1], 16)) if target and target[1] else None
         if begin is not None and lines[begin][0] < at:
             names = [re.sub(r"^@!?U?P\w+\s+", "", body).split()[0].split(".")[0] for _, body in lines[begin : end + 1]]
-            if {"BAR", "STAS"} <= set(names) and ("HMMA" in names or names.count("FFMA") > 64):
+            if "BAR" in names and {"STAS", "REDG"} & set(names) and ("HMMA" in names or names.count("FFMA") > 64):
                 loops.append(names)
     if not loops:
         return None

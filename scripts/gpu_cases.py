@@ -23,7 +23,7 @@ NUMBERS = {
 }
 # How a backend is made to run: the CUDA loops' exchanges, the Triton loops; or H and B for its planner to choose by.
 SIZES = {"H512-B64": (512, 64), "H1024-B8": (1024, 8)}
-WAYS = {"cuda": ("cta", "cluster", "grid", "stepwise", *SIZES), "triton": ("solo", "cooperative", "stepwise", *SIZES)}
+WAYS = {"cuda": ("cta", "cluster", "grid", "scatter", "stepwise", *SIZES), "triton": ("solo", "cooperative", "stepwise", *SIZES)}
 
 
 class Kernel(NamedTuple):
@@ -44,9 +44,11 @@ def exists(kernel: Kernel, clusters: bool) -> bool:
     backend, _, number, way, rows = kernel
     if backend == "triton":
         return number in ("bf16", "tf32")
+    if way == "scatter" and (CELLS[kernel.cell].gates == 1 or number not in ("bf16", "f16", "tf32")):
+        return False
     if rows and (way not in ("cluster", "grid") or (number == "ieee" and rows > 16)):
         return False
-    return way == "stepwise" if number == "f64" else clusters or way != "cluster"
+    return way == "stepwise" if number == "f64" else clusters or way not in ("cluster", "scatter")
 
 
 def kernels(backend: str, clusters: bool, rows: tuple[int, ...] = (0,)) -> list[Kernel]:
@@ -77,7 +79,8 @@ def _plan(kernel: Kernel) -> AbstractContextManager[None]:
 
 
 class Given(NamedTuple):
-    """One bidirectional layer with lengths and resets; H = 20: two members, the second of them filled in part."""
+    """One bidirectional layer with lengths and resets; H = 20: two members, the second of them filled in part. By scatter
+    64: of kernels that are compiled for a team all members are full."""
 
     x: Tensor
     weights: list[Tensor]
@@ -90,7 +93,7 @@ class Given(NamedTuple):
 
 
 def given(kernel: Kernel, save: str, device: str = "cuda") -> Given:
-    hidden, batch = SIZES.get(kernel.way, (20, (kernel.rows or 8) + 3))
+    hidden, batch = SIZES.get(kernel.way, (64 if kernel.way == "scatter" else 20, (kernel.rows or 8) + 3))
     gates, steps, dtype = CELLS[kernel.cell].gates, 3, NUMBERS[kernel.number][0]
     random = torch.Generator().manual_seed(0)
 

@@ -102,38 +102,42 @@ def places(path: list[Issued], name: str, begin: int = 0, end: int | None = None
     return [i for i in within if path[i].executed and path[i].instruction.name.startswith(name)]
 
 
-def gathered(path: list[Issued], marks: Marks, begin: int, end: int) -> tuple[list[int], int]:
-    """Where the parts of a step begin and the last one ends; and before which place it waits for no input."""
+class Borders(NamedTuple):
+    """Of a step, as places in a path."""
+
+    parts: list[int]  # where they begin, and the last one ends
+    put: int  # the last one: what is loaded behind it is for the next step
+    free: int  # before it the step waits for no input
+
+
+def gathered(path: list[Issued], marks: Marks, begin: int, end: int) -> Borders:
     product = places(path, "LDS", begin, end)[0]
     sums = places(path, "BAR", product, end)[0]
     sent = places(path, marks.send, sums, end)
     put = places(path, marks.put, sums, sent[0])
     cell = next(iter(places(path, "MUFU", sums, put[0])), put[0])
-    return [begin, product, sums, cell, put[-1], sent[-1], end], sums
+    return Borders([begin, product, sums, cell, put[-1], sent[-1], end], put[-1], sums)
 
 
-def scattered(path: list[Issued], marks: Marks, begin: int, end: int) -> tuple[list[int], int]:
-    """Likewise, of a team that scatters sums. Behind the last load of one the input may be waited for: it is needed as
-    soon as they are."""
+def scattered(path: list[Issued], marks: Marks, begin: int, end: int) -> Borders:
+    """Behind the last load of a sum the input may be waited for: it is needed as soon as they are."""
     sent = places(path, marks.send, begin, end)
     put = places(path, marks.put, begin, sent[0])
     loads = places(path, "LDS", begin, put[0])
     scoreboard = path[loads[-1]].instruction.sets
     there = next(i for i in range(loads[-1] + 1, end) if scoreboard in path[i].instruction.waits)
-    return [begin, loads[0], there, put[-1], sent[0], sent[-1], end], loads[-1] + 1
+    return Borders([begin, loads[0], there, put[-1], sent[0], sent[-1], end], put[-1], loads[-1] + 1)
 
 
 def replay(code: str, launch: Launch, memory: int = L2, rare: bool = False) -> Step:
     """A step of a kernel; code: what cuobjdump -sass prints of it. memory: cycles of a load of its input."""
     path = issue(Thread(listing(code), launch.constants(rare)).trace(), memory)
     scatters = launch.plan.exchange == "scatter"
-    marks = MARKS[launch.plan.exchange]
+    marks, borders = MARKS[launch.plan.exchange], scattered if scatters else gathered
     looks, sends = places(path, marks.look), places(path, marks.send)
     before, begin, end = [b for a, b in pairwise(sorted(looks + sends)) if a in sends and b in looks][1:4]
-    borders, free = (scattered if scatters else gathered)(path, marks, begin, end)
-    parts = zip(SCATTER if scatters else GATHER, pairwise(path[i].cycle for i in borders), strict=True)
-
-    # What the step before loads once it sends is for this one's cells: before their sums nothing may wait for it.
-    sent = places(path, marks.send, before, begin)[0]
-    waits = [str(one.instruction) for one in path[sent:free] if any(load > sent for load in one.loads)]
+    asked, step = borders(path, marks, before, begin).put, borders(path, marks, begin, end)
+    parts = zip(SCATTER if scatters else GATHER, pairwise(path[i].cycle for i in step.parts), strict=True)
+    # What the step before has asked for is for this one's cells: before their sums nothing may wait for it.
+    waits = [str(one.instruction) for one in path[asked : step.free] if any(load > asked for load in one.loads)]
     return Step({part: b - a for part, (a, b) in parts}, waits)

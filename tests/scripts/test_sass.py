@@ -131,8 +131,9 @@ def cluster_step(consumer: str, waits: int) -> str:
     )
 
 
-def grid_step(consumer: str, waits: int, scoreboard: int = 5) -> str:
-    """Likewise. scoreboard: of its input."""
+def grid_step(consumer: str, waits: int, scoreboard: int = 5, fence: int | None = None) -> str:
+    """Likewise. scoreboard: of its input. fence: what the fence waits for, if the input is asked for before it."""
+    load = ("LDG.E R9, desc[UR4][R10.64]", 1, scoreboard, 0)
     return loop(
         ("LDG.E.STRONG.GPU R3, desc[UR4][R2.64]", 4, 2, 0),
         ("ISETP.GE.U32.AND P0, PT, R3, 0x40, PT", 13, 7, 4),
@@ -146,10 +147,11 @@ def grid_step(consumer: str, waits: int, scoreboard: int = 5) -> str:
         (BARRIER, 5, 7, 2),
         ("FADD R8, R8, R9", 4, 7, 1 << scoreboard),
         "STG.E.U16 desc[UR4][R12.64], R8",
+        "NOP" if fence is None else load,
         BARRIER,
-        "MEMBAR.ALL.GPU",
+        ("MEMBAR.ALL.GPU", 1, 7, fence or 0),
         "REDG.E.ADD.STRONG.GPU desc[UR4][R2.64], R14",
-        ("LDG.E R9, desc[UR4][R10.64]", 1, scoreboard, 0),
+        load if fence is None else "NOP",
         (consumer, 4, 7, waits),
     )
 
@@ -201,8 +203,11 @@ def test_a_step_that_meets_its_peers_in_global_memory() -> None:
     assert 200 < good.cycles["sums"] < 500  # for the rest of the input, which came beside these
     assert sass.L2 < good.cycles["send"] < 2 * sass.L2  # the fence
     bad = step_cycles.replay(grid_step("SEL R12, R9, RZ, P2", 32), launch("grid"), memory=1000)
-    assert bad.waits == ["00110 SEL R12, R9, RZ, P2"]
+    assert bad.waits == ["00120 SEL R12, R9, RZ, P2"]
     assert bad.cycles["tail"] > 1000
+    for waits in (0, 32):  # asked for before the member is counted in
+        step = step_cycles.replay(grid_step("NOP", 0, fence=waits), launch("grid"), memory=1000)
+        assert step.waits == ["000f0 MEMBAR.ALL.GPU "] * bool(waits)
 
 
 def test_a_wait_for_a_copy_that_waits_for_the_next_steps_input_is_found() -> None:
