@@ -114,10 +114,12 @@ void measure(const char* way, int H, int B, int members, Loop loop, const Device
   loop.team = plan.team;
   float best = 1e9f;
   for (int n = 0; n < kRuns; ++n) best = std::min(best, milliseconds(loop, plan));
-  std::printf("{\"way\": \"%s\", \"H\": %d, \"B\": %d, \"known\": %d, \"exchange\": \"%s\", \"members\": %d, \"units\": %d, \"rows\": %d, \"waves\": %d, "
-              "\"micros\": %.3f, \"estimated\": %.0f",
-              way, H, B, int(known), kExchanges[int(plan.team.exchange)], plan.team.members, plan.team.units, plan.team.rows, plan.waves,
-              1e3 * double(best) / kT, plan.cycles.sum());
+  std::printf(
+      "{\"way\": \"%s\", \"H\": %d, \"B\": %d, \"known\": %d, \"exchange\": \"%s\", \"members\": %d, \"units\": %d, \"rows\": %d, "
+      "\"waves\": %d, "
+      "\"micros\": %.3f, \"estimated\": %.0f",
+      way, H, B, int(known), kExchanges[int(plan.team.exchange)], plan.team.members, plan.team.units, plan.team.rows, plan.waves,
+      1e3 * double(best) / kT, plan.cycles.sum());
 #if defined(FUSED_RNN_TIMELINE)
   static uint32_t times[kTimedMembers][kTimedWarps][kTimedSteps][kMarks];
   check(cudaMemcpyFromSymbol(times, timeline, sizeof(times)), "cudaMemcpyFromSymbol");

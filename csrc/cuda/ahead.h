@@ -12,7 +12,8 @@ template <int kWidth>
 class Ahead {
  public:
   // first: the step that the loop begins with; by: 1 or -1, what it goes on by.
-  FUSED_RNN_DEVICE Ahead(const StepsOf<kWidth>& s, const TimeIndex& walk, const Team& team, int r, int first_b, int first_u, int first, int by)
+  FUSED_RNN_DEVICE Ahead(const StepsOf<kWidth>& s, const TimeIndex& walk, const Team& team, int r, int first_b, int first_u, int first,
+                         int by)
       : steps_(s), walk_(walk), team_(team), r_(r), first_b_(first_b), first_u_(first_u), step_(first + by * kStepsAhead), by_(by) {}
 
   // An array of so many vectors of T a step, or null.

@@ -82,9 +82,19 @@ class Exchange {
   FUSED_RNN_DEVICE Operand* current() const { return copy(turn_); }
   FUSED_RNN_DEVICE int stride() const { return stride_; }
 
-  FUSED_RNN_DEVICE void put(int b, int column, Operand value) const {
-    if (team_.exchange == ExchangeKind::grid) global_[((turn_ + 1) & 1) * copies_apart_ + int64_t(b) * team_.depth + column] = value;
-    else copy(turn_ + 1)[b * stride_ + column] = value;
+  // Of a row of the batch so many numbers, in columns `apart` from each other.
+  template <int kCount>
+  FUSED_RNN_DEVICE void put(int b, int column, int apart, const Operand (&values)[kCount]) const {
+    const bool grid = team_.exchange == ExchangeKind::grid;
+    if (grid) {
+      Operand* to = global_ + ((turn_ + 1) & 1) * copies_apart_ + int64_t(b) * team_.depth + column;
+      FUSED_RNN_UNROLL
+      for (int i = 0; i < kCount; ++i) to[i * apart] = values[i];
+    } else {
+      Operand* to = copy(turn_ + 1) + b * stride_ + column;
+      FUSED_RNN_UNROLL
+      for (int i = 0; i < kCount; ++i) to[i * apart] = values[i];
+    }
   }
 
   // Of a warp's 32 elements from `element` on, where the chunk lies that this lane sends, its column counted from that of unit 0; negative

@@ -1,5 +1,5 @@
-// How gradients reach the step before, by gathering: the members share the operand, the recurrent side of the gates' gradients, [NB, G C U],
-// and each multiplies it with the columns of W_hh that are its units. For every team and exchange. scatter.h has the same functions.
+// How gradients reach the step before, by gathering: the members share the operand, the recurrent side of the gates' gradients, [NB, G C
+// U], and each multiplies it with the columns of W_hh that are its units. For every team and exchange. scatter.h has the same functions.
 #pragma once
 #include "cta_rank.h"
 #include "known_teams.h"
@@ -15,11 +15,11 @@ class Gather {
   static constexpr int kUnits = Known::units_per_thread;
   Each<kUnits, ThreadUnit> index;
 
-  // w: of this recurrence.  left(b): where a loop goes on that ended here, of a row of the batch the gates' gradients that it left, [G, width];
-  // null where there are none.
+  // w: of this recurrence.  left(b): where a loop goes on that ended here, of a row of the batch the gates' gradients that it left, [G,
+  // width]; null where there are none.
   template <class Left>
-  FUSED_RNN_DEVICE Gather(const Team& team, const CtaRank& me, const SharedLayout& at, const Workspace& workspace, const Storage* w, int width,
-                          bool resumes, const Left& left)
+  FUSED_RNN_DEVICE Gather(const Team& team, const CtaRank& me, const SharedLayout& at, const Workspace& workspace, const Storage* w,
+                          int width, bool resumes, const Left& left)
       : index(made_each<kUnits, ThreadUnit>([&](int j) { return ThreadUnit(team, j); })),
         team_(Known::of(team)),
         first_u_(me.first_u),
@@ -46,7 +46,7 @@ class Gather {
     return total[0];
   }
 
-  FUSED_RNN_DEVICE void put(int j, int g, Operand value) const { exchange_.put(index[j].b, g * padded_ + first_u_ + index[j].u, value); }
+  FUSED_RNN_DEVICE void put(int j, const Operand (&gates)[G]) const { exchange_.put(index[j].b, first_u_ + index[j].u, padded_, gates); }
   FUSED_RNN_DEVICE void send() const {
     exchange_.publish();
     FUSED_RNN_UNROLL

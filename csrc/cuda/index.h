@@ -42,16 +42,24 @@ struct UnitIndex {
     length = !inside ? 0 : given < s.T ? given : s.T;  // waits for the load here, once, and not in the loop
   }
   template <int kWidth>
-  FUSED_RNN_DEVICE int in_step(const StepsOf<kWidth>& s, int vectors) const { return (b * s.R + r) * vectors * s.H + u; }
+  FUSED_RNN_DEVICE int in_step(const StepsOf<kWidth>& s, int vectors) const {
+    return (b * s.R + r) * vectors * s.H + u;
+  }
   template <int kWidth>
-  FUSED_RNN_DEVICE int in_state(const StepsOf<kWidth>& s) const { return (r * s.B + b) * s.H + u; }
+  FUSED_RNN_DEVICE int in_state(const StepsOf<kWidth>& s) const {
+    return (r * s.B + b) * s.H + u;
+  }
   // The sequence is alive at t, and its state enters t as it is.
   FUSED_RNN_DEVICE bool valid(int t) const { return t < length; }
   template <int kWidth>
-  FUSED_RNN_DEVICE bool live(const StepsOf<kWidth>& s, int t) const { return valid(t) && reset(s, t) == 0; }
+  FUSED_RNN_DEVICE bool live(const StepsOf<kWidth>& s, int t) const {
+    return valid(t) && reset(s, t) == 0;
+  }
   // As it lies in memory, so that nobody waits for it who does not use it yet. For a valid t.
   template <int kWidth>
-  FUSED_RNN_DEVICE int32_t reset(const StepsOf<kWidth>& s, int t) const { return s.reset ? s.reset[int64_t(t) * s.B + b] : 0; }
+  FUSED_RNN_DEVICE int32_t reset(const StepsOf<kWidth>& s, int t) const {
+    return s.reset ? s.reset[int64_t(t) * s.B + b] : 0;
+  }
 };
 
 // run(0), .., run(n - 1), each number a constant. Where a loop over a cell's states would do, ptxas found a schedule some percent slower.
@@ -66,7 +74,9 @@ FUSED_RNN_DEVICE void each(const Run& run) {
 
 // Elements of so many steps of an array with so many vectors of H.
 template <int kWidth>
-FUSED_RNN_DEVICE int64_t steps_size(const StepsOf<kWidth>& s, int steps, int vectors) { return int64_t(steps) * (s.B * s.R * vectors * s.H); }
+FUSED_RNN_DEVICE int64_t steps_size(const StepsOf<kWidth>& s, int steps, int vectors) {
+  return int64_t(steps) * (s.B * s.R * vectors * s.H);
+}
 
 // Of what type the histories of a loop are: `told` by the launch, or known when this is compiled.
 enum class Histories { told, narrow, wide };
@@ -129,8 +139,8 @@ static const int32_t no_reset = 0;
 static __device__ const int32_t no_reset = 0;
 #endif
 
-// Whether a unit's state is zero as it enters a step, asked for ahead; where H is known. It reads memory whether there are resets or not: of a
-// load under a condition the compiler makes a copy, which waits for it in the same step.
+// Whether a unit's state is zero as it enters a step, asked for ahead; where H is known. It reads memory whether there are resets or not:
+// of a load under a condition the compiler makes a copy, which waits for it in the same step.
 class Resets {
  public:
   template <int kWidth>

@@ -34,7 +34,8 @@ template <class Formula, class Policy, int shape>
 void add_known(Kernels& made) {
   using Known = KnownTeam<shape, Policy::kPrecision, Formula::gates>;
   if constexpr (Known::team.members == 0) return;
-  else if constexpr (kKnownShapes[shape].backward) made.known_bwd[shape] = &persistent_bwd_kernel<Formula, Policy, Known::team.rows / 8, Known>;
+  else if constexpr (kKnownShapes[shape].backward)
+    made.known_bwd[shape] = &persistent_bwd_kernel<Formula, Policy, Known::team.rows / 8, Known>;
   else made.known_fwd[shape] = &persistent_fwd_kernel<Formula, Policy, Known::team.rows / 8, Known>;
 }
 template <class Formula, class Policy, int... shape>

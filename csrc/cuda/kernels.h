@@ -17,7 +17,8 @@ struct Kernel {
   explicit operator bool() const { return built || loaded; }
 };
 
-// Of one cell and precision: persistent ones by kBatchTiles, pointwise ones for the storage type; known ones by kKnownShapes. Null where there is none.
+// Of one cell and precision: persistent ones by kBatchTiles, pointwise ones for the storage type; known ones by kKnownShapes. Null where
+// there is none.
 struct Kernels {
   ForwardKernel persistent_fwd[3];
   BackwardKernel persistent_bwd[3];

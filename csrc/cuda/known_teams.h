@@ -9,7 +9,7 @@ namespace fused_rnn::cuda {
 
 // What a general kernel is compiled for: its launch tells the team.
 struct AnyTeam {
-  static constexpr bool scatters = false, some_idle = true;
+  static constexpr bool scatters = false, some_idle = true, exists = true;
   static constexpr int width = 0, units_per_thread = kUnitsPerThread, blocks = 0;
   FUSED_RNN_HD static constexpr const Team& of(const Team& told) { return told; }
 };
@@ -26,10 +26,10 @@ constexpr KnownShape kKnownShapes[] = {
     {false, ExchangeKind::cluster, 16, 16, 1, {2, 4}}, {false, ExchangeKind::cluster, 4, 32, 1, {2, 2}},
     {false, ExchangeKind::cluster, 8, 32, 1, {2, 0}},  {false, ExchangeKind::cluster, 16, 32, 1, {2, 0}},
     {false, ExchangeKind::grid, 32, 16, 1, {0, 4}},    {false, ExchangeKind::grid, 48, 16, 1, {3, 0}},
-    {false, ExchangeKind::grid, 64, 16, 1, {4, 0}},
-    {true, ExchangeKind::scatter, 4, 16, 1, {1, 1}},   {true, ExchangeKind::scatter, 8, 16, 1, {1, 1}},
-    {true, ExchangeKind::scatter, 16, 16, 1, {1, 1}},  {true, ExchangeKind::scatter, 4, 32, 1, {1, 1}},
-    {true, ExchangeKind::scatter, 8, 32, 1, {1, 0}},   {true, ExchangeKind::scatter, 16, 32, 1, {1, 0}},
+    {false, ExchangeKind::grid, 64, 16, 1, {4, 0}},    {true, ExchangeKind::scatter, 4, 16, 1, {1, 1}},
+    {true, ExchangeKind::scatter, 8, 16, 1, {1, 1}},   {true, ExchangeKind::scatter, 16, 16, 1, {1, 1}},
+    {true, ExchangeKind::scatter, 4, 32, 1, {1, 1}},   {true, ExchangeKind::scatter, 8, 32, 1, {1, 0}},
+    {true, ExchangeKind::scatter, 16, 32, 1, {1, 0}},
 };
 constexpr int kKnownShapeCount = int(sizeof(kKnownShapes) / sizeof(kKnownShapes[0]));
 
@@ -56,6 +56,7 @@ template <int kShape, Precision precision, int gates>
 struct KnownTeam {
   static constexpr Team team = known_team(kKnownShapes[kShape], precision, gates);
   static constexpr bool scatters = team.exchange == ExchangeKind::scatter;
+  static constexpr bool exists = team.exchange == ExchangeKind::grid || team.members <= kLargestHere;  // on this architecture
   static constexpr int width = team.members * team.units, blocks = team.blocks;
   static constexpr int units_per_thread = 1;
   static constexpr bool some_idle = team.warps_m * team.warps_k * 32 < threads_of(team, 1);  // warps without a part in the product

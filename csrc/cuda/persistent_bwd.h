@@ -1,5 +1,6 @@
-// The backward loop over all of time in one launch, from the last step to the first, with the team of the forward one. What reaches the step
-// before is the product of the gates' gradients with W_hh, transposed: by gather.h, or by scatter.h where the team is known to scatter.
+// The backward loop over all of time in one launch, from the last step to the first, with the team of the forward one. What reaches the
+// step before is the product of the gates' gradients with W_hh, transposed: by gather.h, or by scatter.h where the team is known to
+// scatter.
 #pragma once
 #include <type_traits>
 
@@ -15,7 +16,9 @@ namespace fused_rnn::cuda {
 template <class Cell, class Policy, int NT, class Known = AnyTeam>
 FUSED_RNN_KERNEL(kThreads)
 persistent_bwd_kernel(const FUSED_RNN_GRID_CONSTANT BackwardLoop told) {
+  if (!Known::exists) return;  // nobody launches it; so its code is not made
   using Storage = typename Policy::Storage;
+  using Operand = typename Policy::Operand;
   constexpr int G = Cell::gates, kAll = kGradients<Cell>;
   constexpr bool kFetchesFirst = Known::width > 0;  // as in forward
   using Carrier = std::conditional_t<Known::scatters, Scatter<Policy, G, Known>, Gather<Policy, G, NT, Known>>;
@@ -33,12 +36,14 @@ persistent_bwd_kernel(const FUSED_RNN_GRID_CONSTANT BackwardLoop told) {
     if (!place.valid(t)) return nullptr;
     return static_cast<const Storage*>(p.dgates) + steps_size(p.steps, t, kAll) + place.in_step(p.steps, kAll) + Cell::apart * width;
   };
-  Carrier carrier(team, first, shared_layout(team, tile(Policy::kPrecision, true, NT)), p.workspace, w, width, p.steps.step1 < p.steps.T, left);
+  Carrier carrier(team, first, shared_layout(team, tile(Policy::kPrecision, true, NT)), p.workspace, w, width, p.steps.step1 < p.steps.T,
+                  left);
   const auto& index = carrier.index;
-  const CtaRank me(p.steps, team, Known::scatters ? kept(int(blockIdx.x)) : int(blockIdx.x));  // kept across the loads of the weights it would be spilled
+  const CtaRank me(p.steps, team,
+                   Known::scatters ? kept(int(blockIdx.x)) : int(blockIdx.x));  // kept across the loads of the weights it would be spilled
   const TimeIndex walk(p.steps, me.r);
 
-  by_histories<(Known::width > 0), Storage>(p, [&](auto histories) {
+  by_histories<(Known::width > 0), Storage>(p, [&](auto histories) __attribute__((always_inline)) {
     using Unit = BackwardUnit<Cell, Storage, typename Policy::Math, Cell::sequences, Known::width, histories.value>;
     auto units = made_each<kUnits, Unit>(
         [&](int j) { return Unit(p, walk, me.r, me.first_b + index[j].b, index[j].inside ? me.first_u + index[j].u : width); });
@@ -69,8 +74,10 @@ persistent_bwd_kernel(const FUSED_RNN_GRID_CONSTANT BackwardLoop told) {
         if (!index[j].inside) break;  // the whole warp: a member's units are a multiple of 32
         if (has_future) units[j].add(carrier.sum(j));
         units[j].run(p, walk);
+        Operand gates[G];
         FUSED_RNN_UNROLL
-        for (int g = 0; g < G; ++g) carrier.put(j, g, Policy::operand(units[j].recurrent(g)));
+        for (int g = 0; g < G; ++g) gates[g] = Policy::operand(units[j].recurrent(g));
+        carrier.put(j, gates);
       }
       mark(step, kPut);
       if (step > p.steps.step0 || p.close) carrier.send();  // else nobody would wait for it

@@ -12,6 +12,7 @@ namespace fused_rnn::cuda {
 template <class Cell, class Policy, int NT, class Known = AnyTeam>
 FUSED_RNN_KERNEL(kThreads)
 persistent_fwd_kernel(const FUSED_RNN_GRID_CONSTANT ForwardLoop told) {
+  if (!Known::exists) return;  // nobody launches it; so its code is not made
   using Storage = typename Policy::Storage;
   using Operand = typename Policy::Operand;
   constexpr int G = Cell::gates, kUnits = Known::units_per_thread;
@@ -27,8 +28,8 @@ persistent_fwd_kernel(const FUSED_RNN_GRID_CONSTANT ForwardLoop told) {
   float* partial = shared_array<float>(at.partial, at.partial_count);
 
   clear(operands, at.operands_count);
-  Exchange<Policy, false, (Known::width > 0)> exchange(team, p.workspace, operands, shared_array<uint64_t>(at.barriers, at.barriers_count), me.team, me.teams,
-                                   me.index);
+  Exchange<Policy, false, (Known::width > 0)> exchange(team, p.workspace, operands, shared_array<uint64_t>(at.barriers, at.barriers_count),
+                                                       me.team, me.teams, me.index);
   sync_threads();
   exchange.invite();
 
@@ -46,9 +47,9 @@ persistent_fwd_kernel(const FUSED_RNN_GRID_CONSTANT ForwardLoop told) {
 
   const Storage* w = static_cast<const Storage*>(p.w) + int64_t(me.r) * G * width * width;
   const Product<Policy, false, NT, Known> product(team, shared_array<uint4>(at.weights, at.weights_count),
-                                           ForwardWeights<Policy>(w, G, width, team.units, me.first_u));
+                                                  ForwardWeights<Policy>(w, G, width, team.units, me.first_u));
 
-  by_histories<(Known::width > 0), Storage>(p, [&](auto histories) {
+  by_histories<(Known::width > 0), Storage>(p, [&](auto histories) __attribute__((always_inline)) {
     using Unit = ForwardUnit<Cell, Storage, typename Policy::Math, Known::width, histories.value>;
     const auto index = made_each<kUnits, ThreadUnit>([&](int j) { return ThreadUnit(team, j); });
     auto units = made_each<kUnits, Unit>(
@@ -76,7 +77,8 @@ persistent_fwd_kernel(const FUSED_RNN_GRID_CONSTANT ForwardLoop told) {
         float recurrent[G];
         product.sum(team, partial, index[j].u, team.units, index[j].b, recurrent);
         units[j].run(walk, step, recurrent);
-        exchange.put(index[j].b, me.first_u + index[j].u, Policy::operand(units[j].entering()));
+        const Operand entering[1] = {Policy::operand(units[j].entering())};
+        exchange.put(index[j].b, me.first_u + index[j].u, 0, entering);
       }
       mark(step, kPut);
       if (step + 1 < p.steps.step1) {

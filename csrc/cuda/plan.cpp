@@ -132,7 +132,8 @@ Plan make_plan(const Request& q, const Device& device) {
   if (q.precision != Precision::f64 && device.arch >= 80 && q.H < 1 << 16) {
     for (int exchange = 0; exchange < 4; ++exchange) {
       if (q.exchange >= 0 && q.exchange != exchange) continue;
-      if ((ExchangeKind(exchange) == ExchangeKind::cluster || ExchangeKind(exchange) == ExchangeKind::scatter) && device.arch < 90) continue;
+      if ((ExchangeKind(exchange) == ExchangeKind::cluster || ExchangeKind(exchange) == ExchangeKind::scatter) && device.arch < 90)
+        continue;
       for (const int nt : kBatchTiles)
         if (nt <= most_batch_tiles(q.precision) && (!q.rows || q.rows == 8 * nt))
           consider_units(q, device, ExchangeKind(exchange), nt, best);

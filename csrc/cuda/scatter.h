@@ -1,29 +1,34 @@
 // Backward's exchange by reduce-scatter, for teams that are known when this is compiled (known_teams.h).
 //
-// Member m of C has units m U .. m U + U - 1, and of W_hh the rows of these units' gates: as A operand of a product its rows are all C U units
-// of the step before, its depth G U are this member's gates. So a product needs the gradients of this member's own gates, and gives a partial
-// sum for every unit. Each of its m tiles, 16 units x 8 rows of the batch, goes by st.async straight from the accumulators to the one member
-// that owns these units, which adds the C partial sums. Gathering (exchange.h) moves G numbers of a unit to each member, this moves one.
+// Member m of C has units m U .. m U + U - 1, and of W_hh the rows of these units' gates: as A operand of a product its rows are all C U
+// units of the step before, its depth G U are this member's gates. So a product needs the gradients of this member's own gates, and gives a
+// partial sum for every unit. Each of its m tiles, 16 units x 8 rows of the batch, goes by st.async straight from the accumulators to the
+// one member that owns these units, which adds the C partial sums. Gathering (exchange.h) moves G numbers of a unit to each member, this
+// moves one.
 //
 //   Tile    Lane 4 r + c has rows 2 r and 2 r + 1 of the product, columns 2 c and 2 c + 1: four sums, 16 bytes. They go to slot
 //           (r/2) 8 + 2 (c ^ r/2) + r%2 of the tile's 32: a quarter of a warp fills one line of 128 bytes.
-//   Owner   Warp 4 tile + c, lane 4 r + i has unit 2 r + i/2 of the tile and row 2 c + i%2 of the batch: float i of that slot. For one c the
+//   Owner   Warp 4 tile + c, lane 4 r + i has unit 2 r + i/2 of the tile and row 2 c + i%2 of the batch: float i of that slot. For one c
+//   the
 //           four lines' pieces lie in different banks, and a warp's units are 16 neighbours: whole sectors of memory.
-//   Order   Tile j of warp w is the (w kTiles + j)-th from the next member's first one on: so at no time do all send to the same, and the own
-//           tiles come last, by st.async as well. An owner has partial sums by the distance of their sender, and adds them in that order: the
-//           same from run to run.
+//   Order   Tile j of warp w is the (w kTiles + j)-th from the next member's first one on: so at no time do all send to the same, and the
+//   own
+//           tiles come last, by st.async as well. An owner has partial sums by the distance of their sender, and adds them in that order:
+//           the same from run to run.
 //   Depth   k = G u + g: a unit's gates are neighbours.
 //
 // Why nothing is overwritten while it is read, and no phase is missed (turn n: the n-th product and what is sent of it):
-//   * The copy n & 1 of the received sums: X sends turn n + 2 behind its wait for all of turn n + 1, this member's tiles among them; and this
+//   * The copy n & 1 of the received sums: X sends turn n + 2 behind its wait for all of turn n + 1, this member's tiles among them; and
+//   this
 //     member sends those behind the barrier of its threads that follows their sums of turn n.
 //   * The copy n & 1 of the operand: written for turn n + 2 behind the barrier of turn n + 1, which each warp reaches behind its product of
 //     turn n. One copy would not do: a warp may pass the wait for turn n while another one still multiplies.
 //   * The mbarriers of copy n & 1, one a group (what all warps of all members send as their j-th tile): bytes of turn n + 2 cannot come
-//     before all threads here have seen turn n, by the first point. They may come before they are expected: the arrival that is missing keeps
-//     the phase open. So parity is enough. A group is expected again by a warp that has waited for it.
+//     before all threads here have seen turn n, by the first point. They may come before they are expected: the arrival that is missing
+//     keeps the phase open. So parity is enough. A group is expected again by a warp that has waited for it.
 //   * No CTA exits while stores to it are on their way: all that is sent is waited for.
-//   * A warp's own loads and stores of its cells are ordered by the barrier between put and product; the wait acquires for the CTA, and what
+//   * A warp's own loads and stores of its cells are ordered by the barrier between put and product; the wait acquires for the CTA, and
+//   what
 //     st.async wrote is there when it is counted (exchange.h).
 #pragma once
 #include "cta_rank.h"
@@ -42,7 +47,7 @@ class Scatter {
   static constexpr int kStride = operand_stride(team.depth, kTile);
   static constexpr int kTileFloats = 16 * NB, kTiles = H / 16 / kWarps, kOwned = U / 16;
   static constexpr int kOwners = kTiles > kOwned ? kTiles / kOwned : 1;  // that a warp sends to, which are as many groups to wait for
-  static constexpr int kSenders = C / kOwners;                          // of a group, to a unit
+  static constexpr int kSenders = C / kOwners;  // of a group, to a unit
   static constexpr int kGroupBytes = kWarps * kTileFloats * 4;
   // Independent sums of a tile; fewer where weights take half of the registers.
   static constexpr int kChains = kBlocks < 2 || kTiles * kBlocks == 16 ? 2 : 4;
@@ -99,7 +104,10 @@ class Scatter {
     if (!resumes) return;
     if (index[0].inside) {
       const Storage* from = left(b);
-      for (int g = 0; g < G; ++g) put(0, g, from ? Policy::operand(from[g * H + member * U + u]) : Operand{});
+      Operand gates[G];
+      FUSED_RNN_UNROLL
+      for (int g = 0; g < G; ++g) gates[g] = from ? Policy::operand(from[g * H + member * U + u]) : Operand{};
+      put(0, gates);
     }
     send();
   }
@@ -108,8 +116,15 @@ class Scatter {
   FUSED_RNN_DEVICE void receive() const {}
   FUSED_RNN_DEVICE void arrive() const {}
 
-  // Gate g of this thread's unit, for the next product.
-  FUSED_RNN_DEVICE void put(int, int g, Operand value) const { operands_[put_ + g] = value; }
+  // The gates of this thread's unit, for the next product.
+  FUSED_RNN_DEVICE void put(int, const Operand (&gates)[G]) const {
+    struct alignas(G % 2 ? sizeof(Operand) : G % 4 ? 2 * sizeof(Operand) : 4 * sizeof(Operand)) All {
+      Operand of[G];
+    } all;
+    FUSED_RNN_UNROLL
+    for (int g = 0; g < G; ++g) all.of[g] = gates[g];
+    *reinterpret_cast<All*>(operands_ + put_) = all;  // in one store, of two gates or four
+  }
 
   // All units have been put: multiplies, and hands out the sums.
   FUSED_RNN_DEVICE void send() {
@@ -123,15 +138,16 @@ class Scatter {
       float sums[kChains][1][4] = {};
       FUSED_RNN_UNROLL
       for (int k = 0; k < kBlocks; ++k)
-        Policy::template multiply<1>(sums[2 * k % kChains], sums[(2 * k + 1) % kChains], reinterpret_cast<const uint32_t(&)[1][8]>(held_[j][k]),
-                                     operand[k]);
+        Policy::template multiply<1>(sums[2 * k % kChains], sums[(2 * k + 1) % kChains],
+                                     reinterpret_cast<const uint32_t (&)[1][8]>(held_[j][k]), operand[k]);
       FUSED_RNN_UNROLL
       for (int width = kChains / 2; width; width /= 2) FUSED_RNN_UNROLL
       for (int h = 0; h < width; ++h) FUSED_RNN_UNROLL
       for (int n = 0; n < 4; ++n) sums[h][0][n] += sums[h + width][0][n];
-      const float(&s)[4] = sums[0][0];
+      const float (&s)[4] = sums[0][0];
       const int o = j / kOwned, place = j % kOwned;
-      store_async(to_[o] + place * kTileFloats * 4, barrier_[o] + place % kTiles * 8, uint4{as_bits(s[0]), as_bits(s[1]), as_bits(s[2]), as_bits(s[3])});
+      store_async(to_[o] + place * kTileFloats * 4, barrier_[o] + place % kTiles * 8,
+                  uint4{as_bits(s[0]), as_bits(s[1]), as_bits(s[2]), as_bits(s[3])});
     }
     sync_warp();  // keeps ptxas from putting what follows before the product
     const int apart = turn_ & 1 ? -1 : 1;  // the other copy lies behind this one, next time before it
@@ -156,7 +172,8 @@ class Scatter {
       for (int w = 0; w < kSenders; ++w) part[w % 4] += each[w];
     }
     // The phase after next, by one warp of those that wait for a group.
-    if (warp_ % 4 == 0 && lane() < kOwners && (kTiles >= kOwned || warp_ == 0)) barrier_expect(barriers_ + group_ + lane() * kOwned, kGroupBytes);
+    if (warp_ % 4 == 0 && lane() < kOwners && (kTiles >= kOwned || warp_ == 0))
+      barrier_expect(barriers_ + group_ + lane() * kOwned, kGroupBytes);
     const int apart = turn_ & 1 ? 1 : -1;
     from_ += apart * H * NB;
     group_ += apart * kTiles;

@@ -34,7 +34,8 @@ FUSED_RNN_HD constexpr Tile built_in_tile(Precision precision, bool backward, in
   switch (precision) {
     case Precision::bf16:
     case Precision::f16: return backward ? Tile{1, nt == 4 ? 10 : 13, 16, 32, 8, 2} : Tile{2, nt == 4 ? 4 : nt == 2 ? 6 : 8, 16, 32, 8, 2};
-    case Precision::tf32: return backward ? Tile{1, nt == 4 ? 9 : 13, 16, 16, 8, 4} : Tile{2, nt == 4 ? 4 : nt == 2 ? 6 : 7, 16, 16, 8, 4};
+    case Precision::tf32:
+      return backward ? Tile{1, nt == 4 ? 9 : nt == 2 ? 12 : 13, 16, 16, 8, 4} : Tile{2, nt == 4 ? 4 : nt == 2 ? 6 : 7, 16, 16, 8, 4};
     default: return Tile{1, nt == 2 || backward ? 1 : 3, 32, 16, 16, 4};
   }
 }

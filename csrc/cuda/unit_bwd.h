@@ -16,8 +16,7 @@ class BackwardUnit {
  public:
   UnitIndex at;
 
-  FUSED_RNN_DEVICE BackwardUnit(const BackwardLoop& p, const TimeIndex& walk, int r, int b, int u)
-      : at(p.steps, r, b, u) {
+  FUSED_RNN_DEVICE BackwardUnit(const BackwardLoop& p, const TimeIndex& walk, int r, int b, int u) : at(p.steps, r, b, u) {
     if (kKnown) resets_.begin(p.steps, at);
     if (!at.inside) return;
     const int last = p.steps.step1 - 1;
@@ -188,7 +187,8 @@ class BackwardUnit {
   // Of the step that is fetched; of the one that is stored.
   Cursor<const Storage, Cell::saved, Span::window, kWidth> saved_;
   Cursor<const Storage, 1, Span::all, kWidth> dy_at_, h_;
-  Cursor<const std::conditional_t<histories == Histories::wide, Acc, Storage>, 1, Span::window, kWidth> others_[kStates > 1 ? kStates - 1 : 1];
+  Cursor<const std::conditional_t<histories == Histories::wide, Acc, Storage>, 1, Span::window, kWidth>
+      others_[kStates > 1 ? kStates - 1 : 1];
   Cursor<const Storage, 1, Span::all, kWidth> dsequences_at_[kSequences && kStates > 1 ? kStates - 1 : 1];
   Cursor<Storage, kAll, Span::all, kWidth> dgates_;
   Acc dstate_[kStates] = {};

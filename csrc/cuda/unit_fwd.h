@@ -20,8 +20,7 @@ class ForwardUnit {
  public:
   UnitIndex at;
 
-  FUSED_RNN_DEVICE ForwardUnit(const ForwardLoop& p, const TimeIndex& walk, int r, int b, int u)
-      : at(p.steps, r, b, u) {
+  FUSED_RNN_DEVICE ForwardUnit(const ForwardLoop& p, const TimeIndex& walk, int r, int b, int u) : at(p.steps, r, b, u) {
     if (kKnown) resets_.begin(p.steps, at);
     if (!at.inside) return;
     gx_.begin(p.gx, p.steps, walk, at, p.steps.step0);
@@ -55,8 +54,8 @@ class ForwardUnit {
     if (Cell::reads_h) carried_[0] = widen(h_);
   }
 
-  // The states as they enter the next step. Where H is not known, a thread enters all of its units before it fetches for any: loads on their
-  // way would be waited for. Where it is known `run` does it, so that `fetch` may come before `store`.
+  // The states as they enter the next step. Where H is not known, a thread enters all of its units before it fetches for any: loads on
+  // their way would be waited for. Where it is known `run` does it, so that `fetch` may come before `store`.
   FUSED_RNN_DEVICE void enter() {
     if (kKnown) return;
     each<kCarried>([&](auto k) {

@@ -40,6 +40,12 @@ constexpr bool kIsBlackwell = true;
 #else
 constexpr bool kIsBlackwell = false;
 #endif
+// CTAs of the largest cluster that there may be.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
+constexpr int kLargestHere = 8;
+#else
+constexpr int kLargestHere = kHasCluster ? 16 : 1;
+#endif
 
 // Bytes to leave between two arrays in shared memory: room for a redzone where there is a tool that watches it.
 #if defined(FUSED_RNN_EMULATE)

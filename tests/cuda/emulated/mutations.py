@@ -107,7 +107,7 @@ MUTATIONS: dict[str, Mutation] = {
         (CTA,),
     ),
     "put strides over the operand by one too many": Mutation(
-        EXCHANGE, "[b * stride_ + column] = value", "[b * (stride_ + 1) + column] = value", "plain", WRONG, (CTA,)
+        EXCHANGE, "copy(turn_ + 1) + b * stride_", "copy(turn_ + 1) + b * (stride_ + 1)", "plain", WRONG, (CTA,)
     ),
     "the product strides over the operand by one too many": Mutation(
         "cuda/product.h",
@@ -304,7 +304,7 @@ MUTATIONS: dict[str, Mutation] = {
     ),
     "scatter: weights past the depth": Mutation(SCATTERS, "at < G * U ?", "true ?", "asan", "AddressSanitizer", (GRU,)),
     "scatter: gates in the wrong order": Mutation(
-        SCATTERS, "operands_[put_ + g]", "operands_[put_ + G - 1 - g]", "plain", WRONG, (SCATTER,)
+        SCATTERS, "at % G * H", "(G - 1 - at % G) * H", "plain", WRONG, (SCATTER,)
     ),
     "scatter: one of a tile's sums is left out": Mutation(
         SCATTERS, "width = kChains / 2", "width = kChains / 4", "plain", WRONG, (SCATTER,)
