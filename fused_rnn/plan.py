@@ -123,8 +123,9 @@ class Plan:
             "scatter": f"a cluster of {self.members} that scatters sums",
         }
         return (
-            f"{team[self.exchange]}{', compiled for it' * self.known}, {self.number}, {self.units} units x {self.rows} rows a CTA, {self.threads}"
-            f" threads, {self.shared} bytes shared, {self.tiles} team(s) a recurrence in {self.waves} wave(s), "
+            f"{team[self.exchange]}{', compiled for it' * self.known}, {self.number}, {self.units} units x"
+            f" {self.rows} rows a CTA, {self.threads} threads, {self.shared} bytes shared, {self.tiles} team(s) a"
+            f" recurrence in {self.waves} wave(s), "
             f"about {sum(self.cycles):.0f} cycles a step"
         )
 

@@ -35,10 +35,11 @@ from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
-ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(Path(__file__).parent), str(ROOT)]  # a checkout built in place, with nothing installed
+sys.path.insert(0, str(Path(__file__).parent))
 import gpu_tests
 
+ROOT = Path(__file__).parent.parent
+sys.path.append(str(ROOT))  # a checkout built in place, with nothing installed
 WORK = ROOT / "build" / "gpu-work"
 PACK = ROOT / "build" / "pack"  # scripts/gpu_pack.py's
 TRITON_CACHE = Path("/tmp/fused_rnn-triton")  # absolute, since paths in it are; the same on both machines

@@ -23,7 +23,10 @@ NUMBERS = {
 }
 # How a backend is made to run: the CUDA loops' exchanges, the Triton loops; or H and B for its planner to choose by.
 SIZES = {"H512-B64": (512, 64), "H1024-B8": (1024, 8)}
-WAYS = {"cuda": ("cta", "cluster", "grid", "scatter", "stepwise", *SIZES), "triton": ("solo", "cooperative", "stepwise", *SIZES)}
+WAYS = {
+    "cuda": ("cta", "cluster", "grid", "scatter", "stepwise", *SIZES),
+    "triton": ("solo", "cooperative", "stepwise", *SIZES),
+}
 
 
 class Kernel(NamedTuple):
@@ -79,8 +82,10 @@ def _plan(kernel: Kernel) -> AbstractContextManager[None]:
 
 
 class Given(NamedTuple):
-    """One bidirectional layer with lengths and resets; H = 20: two members, the second of them filled in part. By scatter
-    64: of kernels that are compiled for a team all members are full."""
+    """One bidirectional layer with lengths and resets.
+
+    H = 20: two members, the second of them filled in part; by scatter 64, for known teams are full.
+    """
 
     x: Tensor
     weights: list[Tensor]
@@ -92,8 +97,13 @@ class Given(NamedTuple):
         return Given(x, weights, self.options)
 
 
+def size(kernel: Kernel) -> tuple[int, int]:
+    """H and B."""
+    return SIZES.get(kernel.way, (64 if kernel.way == "scatter" else 20, (kernel.rows or 8) + 3))
+
+
 def given(kernel: Kernel, save: str, device: str = "cuda") -> Given:
-    hidden, batch = SIZES.get(kernel.way, (64 if kernel.way == "scatter" else 20, (kernel.rows or 8) + 3))
+    hidden, batch = size(kernel)
     gates, steps, dtype = CELLS[kernel.cell].gates, 3, NUMBERS[kernel.number][0]
     random = torch.Generator().manual_seed(0)
 

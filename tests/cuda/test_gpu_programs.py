@@ -1,4 +1,4 @@
-"""Users' cells by the CUDA loops on a GPU: compiled there by NVRTC, by every exchange, captured, beside built-in ones."""
+"""Users' cells by the CUDA loops on a GPU: compiled there by NVRTC, every exchange, captured, beside built-in ones."""
 
 from __future__ import annotations
 

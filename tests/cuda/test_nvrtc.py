@@ -258,3 +258,14 @@ def test_what_the_driver_is_told(tmp_path: Path) -> None:
     ]
     missing = subprocess.run([str(program)], env={}, capture_output=True, text=True, check=False)
     assert missing.stdout in ("libcuda.so.1 cannot be loaded\n", said), missing.stdout
+
+
+@needs_nvcc
+def test_an_object_file_of_the_module_compiles(tmp_path: Path) -> None:
+    """nvcc hands what is not a kernel's on to g++, rewritten: kernels alone, as cubin.py makes them, do not show it."""
+    defines = ["-DFUSED_RNN_FORMULA=Gru", "-DFUSED_RNN_PRECISION=f64", "-arch=sm_90a"]
+    flags = ["-std=c++17", "--expt-relaxed-constexpr", "-c", "-o", str(tmp_path / "one.o")]
+    for source, more in (("instantiate.cu", defines), ("launch.cu", defines[2:]), ("loaded.cu", defines[2:])):
+        command = ["nvcc", *flags, *more, str(ROOT / "csrc" / "cuda" / source)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr

@@ -134,7 +134,8 @@ def test_every_kernel_of_the_smoke_and_the_sanitizers_has_a_plan() -> None:
             continue
         for backward in (False, True):
             plan = fused_rnn.plan(
-                kernel.cell, 11, 20, dtype=DTYPES[kernel.number], tf32=kernel.number == "tf32", recurrences=2,
+                kernel.cell, 11, cases.size(kernel)[0], dtype=DTYPES[kernel.number],
+                tf32=kernel.number == "tf32", recurrences=2,
                 backward=backward, device=DEVICE, exchange=kernel.way, rows=kernel.rows,
             )  # fmt: skip
             assert plan.reason is None, (kernel, plan.reason)

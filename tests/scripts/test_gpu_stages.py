@@ -92,6 +92,21 @@ def test_the_summary_comes_last(
     assert _without_a_machine(gpu, monkeypatch, out, {}) == 0
 
 
+def test_the_library_is_found_where_nothing_is_installed(tmp_path: Path) -> None:
+    """Else the summary fails, and with it all that a visit brings home."""
+    program = f"import sys; sys.path.insert(0, {str(SCRIPTS)!r}); import gpu; print(str(gpu.ROOT) in sys.path)"
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout == "True\n"
+
+
+def test_a_summary_that_fails_is_left_out(gpu: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: Path) -> list[str]:
+        raise ModuleNotFoundError("No module named 'fused_rnn'")
+
+    monkeypatch.setattr(gpu, "ratios_measured", fail)
+    assert gpu.figures(tmp_path) == ["no figures: ModuleNotFoundError(\"No module named 'fused_rnn'\")"]
+
+
 def test_the_summary_has_the_first_figures(gpu: ModuleType, tmp_path: Path) -> None:
     assert gpu.figures(tmp_path) == []
     (tmp_path / "steps").mkdir()
@@ -349,7 +364,8 @@ def test_every_file_that_needs_a_gpu_is_named() -> None:
     """But for mutations, which are the interpreter's: one of them may hang a GPU."""
     tests = SCRIPTS.parent / "tests"
     others = set(tests.rglob("test_*.py")) - {Path(__file__), tests / "triton/test_mutations.py"}
-    marked = {path for path in others if any(word in path.read_text() for word in ("pytest.mark.gpu", "= MARKS", "*MARKS"))}
+    marks = ("pytest.mark.gpu", "= MARKS", "*MARKS")
+    marked = {path for path in others if any(mark in path.read_text() for mark in marks)}
     lanes = script("gpu_tests").LANES.values()
     assert {str(path.relative_to(SCRIPTS.parent)) for path in marked} == {file for files, _ in lanes for file in files}
 

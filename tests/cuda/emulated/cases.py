@@ -21,6 +21,7 @@ from . import reference
 
 EPS = {name: torch.finfo(dtype).eps for name, dtype in PRECISIONS.items()} | {"tf32": 2.0**-10}
 
+
 class Exchange(NamedTuple):
     """kind: ExchangeKind.  widths: hidden sizes that such a team can have: units of a member are a multiple of 16.
     known: by the kernels that are compiled for the team."""
@@ -114,7 +115,8 @@ def _possible(row: dict[str, Any], smallest: set[tuple[str, str]]) -> bool:
         return False
     # What takes the emulator seconds.
     teams = len(row["directions"]) * -(-row["B"] // row["rows"])
-    return not (members >= 8 and teams > 2) and not (row["H"] >= 117 and teams > 4) and not (row["H"] > 256 and teams > 1)
+    most = 1 if row["H"] > 256 else 2 if members >= 8 else 4 if row["H"] >= 117 else teams
+    return teams <= most
 
 
 def pairwise(
