@@ -143,14 +143,12 @@ def precision_of(dtype: torch.dtype, tf32: bool) -> str:
     return precisions[dtype]
 
 
-def make(
-    planner: Any, sizes: tuple[int, ...], device: Any, forced: Forced, built_in: bool = True, fewer: int = 0
-) -> Any:
+def make(planner: Any, sizes: tuple[int, ...], device: Any, forced: Forced, known: bool = True, fewer: int = 0) -> Any:
     """The plan and the device as a compiled module has them. sizes: the precision's place, backward, G, B, H, R.
-    built_in: of a built-in cell, whose kernels are compiled for some teams as well.  fewer: as `fewer_blocks` says."""
+    known: whether a kernel may be one that is compiled for its team.  fewer: as `fewer_blocks` says."""
     name = "cluster" if forced.exchange == "scatter" and not sizes[1] else forced.exchange  # forward does not scatter
     exchange = -1 if name is None else EXCHANGES.index(name)
-    known = built_in and forced.known
+    known = known and forced.known and not fewer  # such kernels have all of W_hh in registers
     return planner.make_plan(*sizes, device, exchange, forced.members, forced.rows, known, fewer)
 
 
@@ -270,5 +268,5 @@ def plan(
         return Plan("none", precision, found, reason=NO_PRODUCT)
     sizes = (PRECISIONS.index(precision), backward, spec.gates, batch, hidden_size, recurrences)
     forced, fewer = Forced(exchange, members, rows), fewer_blocks(spec, precision, backward)
-    native = make(ops._C, sizes, ops._C.Device(*found), forced, spec.program is None, fewer)
+    native = make(ops._C, sizes, ops._C.Device(*found), forced, fewer=fewer)
     return read(native, precision, found)

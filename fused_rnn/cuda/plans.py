@@ -42,26 +42,26 @@ def forced() -> Forced:
     return _forced
 
 
-def choose(device: int, *sizes: int, built_in: bool = True, fewer: int = 0) -> Any | None:
+def choose(device: int, *sizes: int, known: bool = True, fewer: int = 0) -> Any | None:
     """The module's plan, or None where the loop runs a step at a time. Arguments as fused_rnn.plan.make has them."""
-    return _choose(module.loaded(), _forced, device, sizes, built_in, fewer)
+    return _choose(module.loaded(), _forced, device, sizes, known, fewer)
 
 
-def ask(device: int, *sizes: int, built_in: bool = True, fewer: int = 0) -> Plan:
+def ask(device: int, *sizes: int, known: bool = True, fewer: int = 0) -> Plan:
     """Likewise, to be read."""
     loops, name = module.loaded(), PRECISIONS[sizes[0]]
     found = _device(loops, device)
-    native = choose(device, *sizes, built_in=built_in, fewer=fewer)
+    native = choose(device, *sizes, known=known, fewer=fewer)
     if native is None and _forced.exchange == "stepwise":
         return Plan("stepwise", name, Device.of(found), reason="as asked for")
-    return read(native or make(loops, sizes, found, Forced(), built_in, fewer), name, Device.of(found))
+    return read(native or make(loops, sizes, found, Forced(), known, fewer), name, Device.of(found))
 
 
 @lru_cache(maxsize=4096)
-def _choose(loops: Any, forced: Forced, device: int, sizes: tuple[int, ...], built_in: bool, fewer: int) -> Any | None:
+def _choose(loops: Any, forced: Forced, device: int, sizes: tuple[int, ...], known: bool, fewer: int) -> Any | None:
     if forced.exchange == "stepwise" or PRECISIONS[sizes[0]] == "f64":
         return None
-    plan = make(loops, sizes, _device(loops, device), forced, built_in, fewer)
+    plan = make(loops, sizes, _device(loops, device), forced, known, fewer)
     if plan.refusal and forced != Forced():
         raise RuntimeError(f"no plan with {forced}: {plan.refusal}")
     return None if plan.refusal else plan

@@ -41,12 +41,13 @@ _FROM_DOUBLE = {"inf": "-M::log(N(0))", "-inf": "M::log(N(0))", "nan": "M::sqrt(
 class Kernel(NamedTuple):
     """One kernel of csrc/cuda. kind: "persistent_fwd", "persistent_bwd", "pointwise_fwd" or "pointwise_bwd".
     precision: one of fused_rnn.plan.PRECISIONS.  tiles: of a persistent one, rows of the batch in eights.
-    fewer: csrc/cuda/tiles.h's kFewerBlocks."""
+    fewer: csrc/cuda/tiles.h's kFewerBlocks.  shape: of a known team, its place in csrc/cuda/known_teams.h."""
 
     kind: str
     precision: str
     tiles: int = 0
     fewer: int = 0
+    shape: int = -1
 
     @property
     def loop(self) -> str:
@@ -57,7 +58,9 @@ class Kernel(NamedTuple):
         """Of a cell's kernel in C++."""
         if self.tiles:
             policy = f"fused_rnn::cuda::{self.precision.capitalize()}Product"
-            return f"fused_rnn::cuda::{self.kind}_kernel<fused_rnn::{cell}, {policy}, {self.tiles}>"
+            known = f", fused_rnn::cuda::KnownTeam<{self.shape}, {policy}::kPrecision, fused_rnn::{cell}::gates>"
+            more = known if self.shape >= 0 else ""
+            return f"fused_rnn::cuda::{self.kind}_kernel<fused_rnn::{cell}, {policy}, {self.tiles}{more}>"
         space = "fused_rnn::cuda::"
         storage, math = {
             "bf16": (space + "bf16", space + "Fast"),

@@ -153,19 +153,24 @@ def planned(cell: Cell, device: int, sizes: tuple[int, ...], sequences: bool = F
 def _find(
     now: tuple[Any, ...], name: str, device: int, sizes: tuple[int, ...], sequences: bool
 ) -> tuple[Any | None, int]:
-    """A kernel that spills leaves a part of its weights to shared memory, by the plan that is then the best.
+    """A kernel for a known team, if there is one for the problem; where it spills, a general one. Where that spills it
+    leaves a part of its weights to shared memory, by the plan that is then the best.
 
     now: what else it depends on.
     """
     cell = CELLS[name]
     precision, backward, kind = PRECISIONS[sizes[0]], bool(sizes[1]), ("persistent_fwd", "persistent_bwd")[sizes[1]]
     first, last = fewer_blocks(cell, precision, backward), 2 if precision == "ieee" else _LARGEST
-    for fewer in range(first, max(first, last) + 1, 2):
-        plan = plans.choose(device, *sizes, built_in=False, fewer=fewer)
+    tries = [(True, 0)] * (first == 0) + [(False, fewer) for fewer in range(first, max(first, last) + 1, 2)]
+    for known, fewer in tries:
+        plan = plans.choose(device, *sizes, known=known, fewer=fewer)
         if plan is None:
             break
+        if known and plan.shape < 0:
+            continue
         with suppress(Spills):
-            return plan, loaded(cell, Kernel(kind, precision, plan.rows // 8, fewer), device, sequences)
+            kernel = Kernel(kind, precision, plan.rows // 8, fewer, plan.shape)
+            return plan, loaded(cell, kernel, device, sequences)
     return None, 0
 
 

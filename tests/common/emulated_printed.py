@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import re
 from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
@@ -26,6 +27,20 @@ extern "C" __attribute__((visibility("default"))) void {entry}(
 """
 
 
+# The known teams: whether backward, exchange, members, units.
+SHAPES = [
+    (backward == "true", exchange, int(members), int(units))
+    for backward, exchange, members, units in re.findall(
+        r"\{(true|false), ExchangeKind::(\w+), (\d+), (\d+),", (build.CSRC / "cuda/known_teams.h").read_text()
+    )
+]
+
+
+def shapes(members: int, units: int) -> list[int]:
+    """Places of a cluster's known teams, forward and backward."""
+    return [i for i, (_, exchange, *team) in enumerate(SHAPES) if exchange != "grid" and team == [members, units]]
+
+
 class Printed(NamedTuple):
     """A kernel of a user's cell. text: the cell's name.  sequences: with gradients of states over time."""
 
@@ -34,8 +49,8 @@ class Printed(NamedTuple):
     sequences: bool = False
 
 
-def kernels(text: str, precision: str, tiles: Iterable[int] = (1,)) -> list[Printed]:
-    """All of a cell in one precision."""
+def kernels(text: str, precision: str, tiles: Iterable[int] = (1,), known: Iterable[int] = ()) -> list[Printed]:
+    """All of a cell in one precision. known: places of the known teams whose kernels are made, too."""
     program = parse(text)
     number = "ieee" if precision == "tf32" else precision  # pointwise, they are the same
     made = [Printed(text, Kernel(f"pointwise_{kind}", number)) for kind in ("fwd", "bwd")]
@@ -43,6 +58,11 @@ def kernels(text: str, precision: str, tiles: Iterable[int] = (1,)) -> list[Prin
         made.append(Printed(text, Kernel("persistent_fwd", precision, nt)))
         more = (False, True) if len(program.states) > 1 else (False,)
         made += [Printed(text, Kernel("persistent_bwd", precision, nt), sequences) for sequences in more]
+    for shape in known:
+        backward = SHAPES[shape][0]
+        kernel = Kernel("persistent_bwd" if backward else "persistent_fwd", precision, 1, shape=shape)
+        both = backward and len(program.states) > 1
+        made += [Printed(text, kernel, sequences) for sequences in (False, True)[: 1 + both]]
     return made
 
 

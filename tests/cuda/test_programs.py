@@ -10,7 +10,7 @@ import pytest
 import torch
 from cuda_cases import EXCHANGES, PRECISIONS, _Tf32Products
 from emulated import on_the_emulator
-from emulated_printed import Loader, Printed, kernels
+from emulated_printed import Loader, Printed, kernels, shapes
 from program_cases import ProgramCase, by_backend, by_loop, by_reference, call_of
 from programs import PROGRAMS, program_of
 from tolerances import assert_as_good_as_torch, tf32
@@ -18,8 +18,10 @@ from tolerances import assert_as_good_as_torch, tf32
 import fused_rnn
 from fused_rnn import ops
 from fused_rnn.backends import cuda as backend
+from fused_rnn.cells import CELLS
 from fused_rnn.cells.program import PREFIX
 from fused_rnn.cuda import programs
+from fused_rnn.plan import PRECISIONS as PLACES
 from fused_rnn.plan import fewer_blocks
 from fused_rnn.problem import Problem
 
@@ -37,7 +39,12 @@ ALONE = ("indrnn", "sru")
 def group(precision: str) -> list[Printed]:
     names = [*BY_TEAMS[precision], *(ALONE if precision != "tf32" else ())]
     names = list(PROGRAMS) if precision == "f64" else names
-    return [one for name in names for one in kernels(PROGRAMS[name], precision)]
+    known = {"bf16": shapes(4, 16), "tf32": shapes(4, 16)}.get(precision, [])
+    return [
+        one
+        for name in names
+        for one in kernels(PROGRAMS[name], precision, known=known if name in ("lstm", "gru") else ())
+    ]
 
 
 LOADER = Loader(group(precision) for precision in PRECISIONS)
@@ -68,6 +75,19 @@ def test_teams(precision: str, cell: str, exchange: str, options: int, monkeypat
     forced = EXCHANGES[exchange] | ({"rows": 8} if exchange != "stepwise" else {})
     case = ProgramCase(cell, H=33 if exchange == "cluster2" else 17, dtype=PRECISIONS[precision], **OPTIONS[options])
     check(case, precision, options, **forced)
+
+
+@pytest.mark.parametrize("options", range(len(OPTIONS)))
+@pytest.mark.parametrize(("precision", "cell"), [("bf16", "lstm"), ("tf32", "gru")])
+def test_known_teams(precision: str, cell: str, options: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fused_rnn.call.CHECKPOINT_EVERY", 3)
+    case = ProgramCase(cell, H=64, dtype=PRECISIONS[precision], **OPTIONS[options])
+    check(case, precision, options, **EXCHANGES["scatter4"])
+    spec = CELLS[PROGRAMS[cell]]
+    with on_the_emulator(**EXCHANGES["scatter4"]), programs.emulating(LOADER):
+        for backward in (False, True):
+            plan, _ = programs.planned(spec, 0, (PLACES.index(precision), backward, spec.gates, 3, 64, 1))
+            assert plan.shape == shapes(4, 16)[backward]
 
 
 @pytest.mark.parametrize("options", range(len(OPTIONS)))
