@@ -107,8 +107,8 @@ def test_cases_are_many() -> None:
         met = [case for case in told if (case.cell, case.precision) == kernel]
         for name in ("exchange", "T", "B", "directions", "lengths", "reset", "save", "every"):
             choices = set(cases.CHOICES[name])
-            if kernel[1] == "f64" and name == "exchange":
-                choices = {"stepwise"}
+            if name == "exchange":
+                choices = cases.exchanges(*kernel)
             if kernel[0].startswith("rnn") and name == "save":
                 choices -= {"recompute"}
             assert {getattr(case, name) for case in met} >= choices, (kernel, name)

@@ -94,17 +94,23 @@ SMALL: dict[str, tuple[Any, ...]] = {
 }
 
 
+def exchanges(cell: str, precision: str) -> set[str]:
+    """The names of those that a kernel can run."""
+    if precision == "f64":
+        return {"stepwise"}
+    scatters = precision != "ieee" and CELLS[cell].gates > 1
+    return {name for name, exchange in EXCHANGES.items() if scatters or not exchange.known}
+
+
 def _possible(row: dict[str, Any], smallest: set[tuple[str, str]]) -> bool:
     kind, members, widths, known = EXCHANGES[row["exchange"]]
-    if known and (row["precision"] not in ("bf16", "f16", "tf32") or CELLS[row["cell"]].gates == 1 or row["rows"] > 8):
+    if row["exchange"] not in exchanges(row["cell"], row["precision"]) or (known and row["rows"] > 8):
         return False
     if known and row["precision"] == "tf32" and row["H"] // members == 32 and members > 4:
         return False
     if row["H"] not in widths or (row["cell"].startswith("rnn") and row["save"] == "recompute"):
         return False
     if row["sequences"] and len(CELLS[row["cell"]].states) == 1:
-        return False
-    if row["precision"] == "f64" and kind >= 0:
         return False
     if row["precision"] == "ieee" and row["rows"] > (16 if row["H"] < 200 else 8):  # what fits
         return False
