@@ -1,11 +1,12 @@
 // Where the cycles of a step go, on a GPU: the LSTM's loops in bf16 with a clock read between their parts, at the sizes and in the teams
-// that the planner chooses. A line of JSON for each loop: {"way", "H", "B", "exchange", "members", "rows", "micros", "cycles"} of a step,
-// and "parts", of each warp of the first member, medians over steps.
+// that the planner chooses. A line of JSON for each loop: the plan, "micros" and "cycles" of a step, "parts" of each warp of the first
+// member, medians over steps, and "step", of each warp its marks in one step.
 //
 //   nvcc -std=c++17 -O3 --expt-relaxed-constexpr -gencode=arch=compute_90a,code=sm_90a benchmarks/timeline.cu csrc/cuda/plan.cpp
 //
-// A part is the time from the mark before it (csrc/cuda/primitives/timeline.h). Reading the clock costs some cycles itself: "micros" of a
-// launch beside those of the loop without marks says how many.
+// A part is the time from the mark before it (csrc/cuda/primitives/timeline.h). Backward's "product" has the wait and the barrier in it; of
+// a team that scatters "cell" has the wait and "send" the product. Of a known team "end" has the fetch in it. Reading the clock costs some
+// cycles itself: "micros" of a launch beside those of the loop without marks says how many.
 #if !defined(FUSED_RNN_NO_MARKS)
 #define FUSED_RNN_TIMELINE
 #endif
@@ -126,7 +127,7 @@ void measure(const char* way, int H, int B, int members, Loop loop, const Device
   const int warps = plan.threads / 32, ahead = backward ? -1 : 1, first = backward ? kTimedSteps - 2 : 1;
   std::vector<uint32_t> whole;
   for (int i = 1; i + 1 < kTimedSteps; ++i) whole.push_back(ahead * int(times[0][0][i][kBegins] - times[0][0][i - 1][kBegins]));
-  std::printf(", \"cycles\": %u,\n \"parts\": {", median(whole));
+  std::printf(", \"cycles\": %u, \"parts\": {", median(whole));
   for (int m = 1; m < kMarks; ++m) {
     std::printf("%s\"%s\": [", m > 1 ? ", " : "", kNames[m]);
     for (int w = 0; w < warps; ++w) {
@@ -139,7 +140,7 @@ void measure(const char* way, int H, int B, int members, Loop loop, const Device
   // Of one step, each warp's marks by the clock, from the first of them on.
   uint32_t from = times[0][0][first][kBegins];
   for (int w = 1; w < warps; ++w) from = std::min(from, times[0][w][first][kBegins]);
-  std::printf("},\n \"step\": [");
+  std::printf("}, \"step\": [");
   for (int w = 0; w < warps; ++w) {
     std::printf("%s[", w ? ", " : "");
     for (int m = 0; m < kMarks; ++m) std::printf("%s%u", m ? ", " : "", times[0][w][first][m] - from);

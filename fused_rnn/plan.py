@@ -241,7 +241,7 @@ def plan(
         device: "cuda:0", or an architecture ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120": a full-size part
             of each), or (arch, multiprocessors, shared bytes a CTA, clusters): at place n - 1 of the last, how many
             clusters of n CTAs are resident together. None: the current GPU, or where there is none "sm_90".
-        exchange: insist on "cta", "cluster", "grid" or, backward, "scatter".
+        exchange: insist on "cta", "cluster", "grid" or "scatter", which is backward's alone: forward is a "cluster".
         members: insist on CTAs of a team.
         rows: insist on rows of the batch a team.
 

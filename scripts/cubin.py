@@ -6,9 +6,9 @@ Prints registers, spills, stack and static shared memory of each, and for sm_90a
 kind: the loop around the product, in a general kernel with three exchanges in it, of which a launch runs one; of those
 of a known team, one by the type of histories, the shorter. Under it, for each team that runs it, the cycles of a step
 by part, of one warp alone (step_cycles.py): of a kernel for a known team, for that one; of a general kernel, for the
-teams that the planner chooses at the sizes of ARCHITECTURE.md's table where no team is known, as users' cells and other
-sizes have them. Exits with 1 if a kernel does not compile, spills, has a stack frame, waits for what it has just asked
-of memory for its next step, or is run by no plan.
+teams that the planner chooses at the sizes of ARCHITECTURE.md's table if no team were known. Exits with 1 if a kernel
+does not compile, spills, has a stack frame, waits for what it has just asked of memory for its next step, or is run by
+no plan.
 """
 
 from __future__ import annotations

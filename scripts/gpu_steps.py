@@ -118,6 +118,7 @@ def main() -> int:
                         team = {
                             "exchange": plan.exchange,
                             "members": plan.members,
+                            "known": plan.known,
                             "rows": plan.rows,
                             "waves": plan.waves,
                         }

@@ -1,4 +1,4 @@
-// A CTA's place in its team, the same forward and backward: its memory, its units.
+// A CTA's place in its team: its memory, its units.
 #pragma once
 #include "exchange.h"
 

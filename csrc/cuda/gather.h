@@ -2,17 +2,16 @@
 // U], and each multiplies it with the columns of W_hh that are its units. For every team and exchange. scatter.h has the same functions.
 #pragma once
 #include "cta_rank.h"
-#include "known_teams.h"
 
 namespace fused_rnn::cuda {
 
-template <class Policy, int G, int NT, class Known>
+template <class Policy, int G, int NT>
 class Gather {
   using Operand = typename Policy::Operand;
   using Storage = typename Policy::Storage;
 
  public:
-  static constexpr int kUnits = Known::units_per_thread;
+  static constexpr int kUnits = kUnitsPerThread;
   Each<kUnits, ThreadUnit> index;
 
   // w: of this recurrence.  left(b): where a loop goes on that ended here, of a row of the batch the gates' gradients that it left, [G,
@@ -21,7 +20,7 @@ class Gather {
   FUSED_RNN_DEVICE Gather(const Team& team, const CtaRank& me, const SharedLayout& at, const Workspace& workspace, const Storage* w,
                           int width, bool resumes, const Left& left)
       : index(made_each<kUnits, ThreadUnit>([&](int j) { return ThreadUnit(team, j); })),
-        team_(Known::of(team)),
+        team_(team),
         first_u_(me.first_u),
         padded_(team.members * team.units),
         partial_(shared_array<float>(at.partial, at.partial_count)),
@@ -78,12 +77,12 @@ class Gather {
     return true;
   }
 
-  decltype(Known::of(Team{})) team_;
+  const Team& team_;
   int first_u_, padded_;
   float* partial_;
-  Exchange<Policy, true, (Known::width > 0)> exchange_;
+  Exchange<Policy, true> exchange_;
   bool ready_;  // before the weights are loaded
-  Product<Policy, true, NT, Known> product_;
+  Product<Policy, true, NT> product_;
   int chunk_[kUnits];
 };
 

@@ -118,7 +118,11 @@ class Cursor {
   }
 
  private:
-  Address now_;
+#if defined(FUSED_RNN_EMULATE)
+  Address now_ = 0;
+#else
+  Address now_;  // of a unit outside the batch it is moved, but never begun: to clear it costs registers
+#endif
 };
 
 template <class T, int vectors, Span span>

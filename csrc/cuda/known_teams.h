@@ -47,8 +47,9 @@ constexpr Team known_team(const KnownShape& shape, Precision precision, int gate
   Team team{};
   if (!shares || !lay_out(t, shape.backward, gates, shape.exchange, shape.members, shape.units, shape.nt, shares, team)) return {};
   const bool scatters = shape.exchange == ExchangeKind::scatter;
-  if (threads_of(team, 1) > kThreads) return {};
-  if (!scatters && (team.blocks * t.mt > kMostFragments || team.blocks * shares * t.depth != team.depth)) return {};
+  const int tiles = scatters ? shape.members * shape.units / t.rows / team.warps_m : t.mt;  // of a warp
+  if (threads_of(team, 1) > kThreads || team.blocks * tiles > kMostFragments) return {};
+  if (!scatters && team.blocks * shares * t.depth != team.depth) return {};
   return team;
 }
 

@@ -67,6 +67,9 @@ __global__ void __launch_bounds__(kThreads) alone_kernel() {}
 
 std::string count_clusters(Device& device) {
   const void* kernel = reinterpret_cast<const void*>(&alone_kernel);
+  cudaFuncAttributes code;
+  if (std::string error = text("cudaFuncGetAttributes", cudaFuncGetAttributes(&code, kernel)); !error.empty()) return error;
+  if (code.ptxVersion < 90) return {};  // PTX of an older architecture, which the driver compiled: its kernels have no clusters
   if (std::string error = permit(kernel, {0, kThreads, kLargestCluster, device.shared, false}); !error.empty()) return error;
   for (int size = 1; size <= kLargestCluster; ++size) {
     cudaLaunchAttribute attribute;

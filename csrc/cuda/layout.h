@@ -8,7 +8,7 @@ namespace fused_rnn::cuda {
 
 constexpr int kPointwiseThreads = 256;
 
-// A launch keeps this many units in each thread's registers; the planner sees to it that they suffice.
+// A general kernel keeps this many units in each thread's registers; the planner sees to it that they suffice.
 constexpr int kUnitsPerThread = 2;
 
 // Of a row of the operand: blocks of 64 bytes, and of these an odd number, so that a block of two rows, which a quarter of a warp reads at
@@ -45,7 +45,7 @@ FUSED_RNN_HD constexpr int threads_of(const Team& team, int units_per_thread = k
 
 // Arrays in the dynamic shared memory: byte offsets and numbers of elements.
 struct SharedLayout {
-  int operands, operands_count;   // the operand, [NB, stride], twice where peers write into it
+  int operands, operands_count;   // the operand, [NB, stride], twice in clusters
   int partial, partial_count;     // float [WK, NB, stride]; of a team that scatters what it receives, [2, C U, NB]
   int barriers, barriers_count;   // mbarriers: one for each copy of the operand, or for each group of what is received
   int weights, weights_count;     // uint4: fragments that the registers do not hold

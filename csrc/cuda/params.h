@@ -25,8 +25,8 @@ struct Team {
   int rows;        // NB: rows of the batch
   int warps_m;     // WM x WK warps: WM groups of rows of the product,
   int warps_k;     //   each with WK warps that share its depth
-  int depth;       // K: forward C U, backward G C U
-  int blocks;      // of depth, of each warp; the first few have their weights in registers, the rest in shared memory
+  int depth;       // K: forward C U, backward G C U, or G U where it scatters
+  int blocks;  // of depth, of each warp; the first few have their weights in registers, of known teams all, the rest in shared memory
 };
 
 // H, as a launch tells it; or as a kernel was compiled for it, which then looks nothing up.
@@ -40,21 +40,21 @@ struct Width {
 template <int kWidth>
 struct StepsOf {
   int T;
-  int step0, step1;        // run steps step0 .. step1 - 1, in the recurrence's own order
-  int window0, window1;    // steps that gx, given, saved and histories hold; all of time: 0, T
-  uint64_t reversed;       // bit r % period: recurrence r runs backwards in time
+  int step0, step1;  // run steps step0 .. step1 - 1, in the recurrence's own order
+  int window0, window1;  // steps that gx, given, saved and histories hold; all of time: 0, T
+  uint64_t reversed;  // bit r % period: recurrence r runs backwards in time
   int period;
   const int64_t* lengths;  // [B] or null: steps t >= lengths[b] leave sequence b's state alone
-  const int32_t* reset;    // [T, B] or null: not 0 where the state that enters step t is zero
+  const int32_t* reset;  // [T, B] or null: not 0 where the state that enters step t is zero
   int B, R;
   Width<kWidth> H;
-  int tiles, tile0;        // batch tiles of this launch, and the first of them
+  int tiles, tile0;  // batch tiles of this launch, and the first of them
 };
 using Steps = StepsOf<0>;
 
 // Where the team's exchange happens, grid exchange only.
 struct Workspace {
-  void* operand;      // [2, teams of the launch, NB, K]
+  void* operand;  // [2, teams of the launch, NB, K]
   uint32_t* arrived;  // [teams of the launch, 32]: how often members arrived, one counter in 128 bytes
 };
 
@@ -63,46 +63,48 @@ struct ForwardLoopOf {
   StepsOf<kWidth> steps;
   Team team;
   Workspace workspace;
-  const void* gx;                  // [window, B, R, G, H]  input product, with the biases that are added before the cell
-  const void* given;               // [window, B, R, G, H]  recurrent product, pointwise kernel only; of one step where it writes
-                                   //   workspace.operand
-  const void* w;                   // [R, G, H, H]
-  const void* bias;                // [R, apart, H]  recurrent biases of the gates that enter the cell apart, if there are any
-  const void* h0;                  // [R, B, H]
-  void* carried[kMostStates];      // [R, B, H] accumulation type: h if the cell reads it, then the other states; read at step0,
-                                   //   written at step1
-  const void* hidden;              // [T, B, R, H] or null  y that is there already, pointwise kernel only: h at step0 is taken from it
-  void* y;                         // [T, B, R, H] or null
-  void* h_n;                       // [R, B, H] or null  written with step T - 1
-  void* saved;                     // [window, B, R, S, H] or null
-  void* histories[kMostStates];    // [window, B, R, H]  of each state but h, zero past a sequence's end
+  const void* gx;  // [window, B, R, G, H]  input product, with the biases that are added before the cell
+  const void* given;  // [window, B, R, G, H]  recurrent product, pointwise kernel only; of one step where it writes
+                      //   workspace.operand
+  const void* w;  // [R, G, H, H]
+  const void* bias;  // [R, apart, H]  recurrent biases of the gates that enter the cell apart, if there are any
+  const void* h0;  // [R, B, H]
+  void* carried[kMostStates];  // [R, B, H] accumulation type: h if the cell reads it, then the other states; read at step0,
+                               //   written at step1
+  const void* hidden;  // [T, B, R, H] or null  y that is there already, pointwise kernel only: h at step0 is taken from it
+  void* y;  // [T, B, R, H] or null
+  void* h_n;  // [R, B, H] or null  written with step T - 1
+  void* saved;  // [window, B, R, S, H] or null
+  void* histories[kMostStates];  // [window, B, R, H]  of each state but h, zero past a sequence's end
   void* checkpoints[kMostStates];  // [ceil(T / every), R, B, H] accumulation type, or null: each state but h as it enters step j * every
   int every;
   bool keeps_histories;
-  bool histories_are_wide;         // in the accumulation type, else in the storage type
-  const void* params;              // [R, params, H]
+  bool histories_are_wide;  // in the accumulation type, else in the storage type
+  const void* params;  // [R, params, H]
 };
 using ForwardLoop = ForwardLoopOf<0>;
+static_assert(sizeof(ForwardLoopOf<64>) == sizeof(ForwardLoop));  // a kernel reads one as the other
 
 template <int kWidth>
 struct BackwardLoopOf {
   StepsOf<kWidth> steps;
   Team team;
   Workspace workspace;
-  const void* dy;                   // [T, B, R, H] or null
-  const void* given;                // [R, B, H] or null: the product, pointwise kernel only
-  const void* w;                    // [R, G, H, H]
+  const void* dy;  // [T, B, R, H] or null
+  const void* given;  // [R, B, H] or null: the product, pointwise kernel only
+  const void* w;  // [R, G, H, H]
   const void* states[kMostStates];  // h_t [T, B, R, H], then a history [window, B, R, H] of each other state
-  const void* first[kMostStates];   // [R, B, H]  what enters the first of these
-  const void* saved;                // [window, B, R, S, H]
-  void* dgates;                     // [T, B, R, G + apart, H]; the recurrent side's are the last G
-  void* dstates[kMostStates];       // [R, B, H] accumulation type, in: gradient of each state after step1 - 1; out: before step0
-  bool histories_are_wide;          // and what enters them: in the accumulation type, else in the storage type
-  bool close;                       // after step 0, take its product too, into that of h: the gradient of h0 (pointwise: only that)
-  const void* params;               // [R, params, H]
-  void* dparams;                    // [R, B, params, H] accumulation type, in and out, or null: added to, by one thread each
+  const void* first[kMostStates];  // [R, B, H]  what enters the first of these
+  const void* saved;  // [window, B, R, S, H]
+  void* dgates;  // [T, B, R, G + apart, H]; the recurrent side's are the last G
+  void* dstates[kMostStates];  // [R, B, H] accumulation type, in: gradient of each state after step1 - 1; out: before step0
+  bool histories_are_wide;  // and what enters them: in the accumulation type, else in the storage type
+  bool close;  // after step 0, take its product too, into that of h: the gradient of h0 (pointwise: only that)
+  const void* params;  // [R, params, H]
+  void* dparams;  // [R, B, params, H] accumulation type, in and out, or null: added to, by one thread each
   const void* dsequences[kMostStates];  // [T, B, R, H] or null: of each state but h the gradient of what it is over time
 };
 using BackwardLoop = BackwardLoopOf<0>;
+static_assert(sizeof(BackwardLoopOf<64>) == sizeof(BackwardLoop));
 
 }  // namespace fused_rnn::cuda

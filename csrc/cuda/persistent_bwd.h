@@ -1,4 +1,4 @@
-// The backward loop over all of time in one launch, from the last step to the first, with the team of the forward one. What reaches the
+// The backward loop over all of time in one launch, from the last step to the first, by a plan of its own. What reaches the
 // step before is the product of the gates' gradients with W_hh, transposed: by gather.h, or by scatter.h where the team is known to
 // scatter.
 #pragma once
@@ -16,12 +16,12 @@ namespace fused_rnn::cuda {
 template <class Cell, class Policy, int NT, class Known = AnyTeam>
 FUSED_RNN_KERNEL(kThreads)
 persistent_bwd_kernel(const FUSED_RNN_GRID_CONSTANT BackwardLoop told) {
-  if (!Known::exists) return;  // nobody launches it; so its code is not made
+  if (!Known::exists) return trap();  // nobody launches it; so its code is not made
   using Storage = typename Policy::Storage;
   using Operand = typename Policy::Operand;
   constexpr int G = Cell::gates, kAll = kGradients<Cell>;
   constexpr bool kFetchesFirst = Known::width > 0;  // as in forward
-  using Carrier = std::conditional_t<Known::scatters, Scatter<Policy, G, Known>, Gather<Policy, G, NT, Known>>;
+  using Carrier = std::conditional_t<Known::scatters, Scatter<Policy, G, Known>, Gather<Policy, G, NT>>;
   constexpr int kUnits = Carrier::kUnits;
   const auto& p = reinterpret_cast<const BackwardLoopOf<Known::width>&>(told);
   const Team& team = Known::of(p.team);
@@ -67,7 +67,9 @@ persistent_bwd_kernel(const FUSED_RNN_GRID_CONSTANT BackwardLoop told) {
     for (int step = p.steps.step1 - 1; step >= p.steps.step0; --step) {
       const bool has_future = step + 1 < p.steps.T;
       mark(step, kBegins);
+      mark(step, kArrived);
       if (has_future) carrier.receive();
+      mark(step, kMultiplied);
       mark(step, kSummed);
       FUSED_RNN_UNROLL
       for (int j = 0; j < kUnits; ++j) {

@@ -1,4 +1,4 @@
-// The forward loop over all of time in one launch: one kernel for every cell, precision, team and exchange.
+// The forward loop over all of time in one launch: one source for every cell, precision, team and exchange.
 #pragma once
 #include "ahead.h"
 #include "cta_rank.h"
@@ -12,7 +12,7 @@ namespace fused_rnn::cuda {
 template <class Cell, class Policy, int NT, class Known = AnyTeam>
 FUSED_RNN_KERNEL(kThreads)
 persistent_fwd_kernel(const FUSED_RNN_GRID_CONSTANT ForwardLoop told) {
-  if (!Known::exists) return;  // nobody launches it; so its code is not made
+  if (!Known::exists) return trap();  // nobody launches it; so its code is not made
   using Storage = typename Policy::Storage;
   using Operand = typename Policy::Operand;
   constexpr int G = Cell::gates, kUnits = Known::units_per_thread;

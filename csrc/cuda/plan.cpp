@@ -7,8 +7,9 @@
 namespace fused_rnn::cuda {
 namespace {
 
-// Cycles of each part, fitted to what teams took on an H200 at 1.98 GHz (2026-11-26; LSTM and GRU, bf16 and TF32, H = 128 to 2048): 60
-// plans that were chosen come within 15 %, with a standard deviation of 6 %. benchmarks/results/h200/NOTES.md has the numbers.
+// Cycles of each part, fitted to what teams took on an H200 at 1.98 GHz (LSTM and GRU, bf16 and TF32, H = 128 to 2048): of the general
+// kernels 60 plans come within 15 %, with a standard deviation of 6 % (2026-11-26), of known teams 48 of 50 (2026-11-27).
+// benchmarks/results/h200/NOTES.md has the numbers.
 constexpr double kMma = 8;            // an mma.m16n8k16 (tf32: k8) in one of the four parts of a multiprocessor
 constexpr double kMmaLatency = 33;    // before the next one may add to its sums
 constexpr double kBlock = 12;         // of a warp, a block's loads and its branch beside the mma
@@ -20,7 +21,7 @@ constexpr double kCell = 2225, kCellBackward = 170, kSecondUnit = 630, kSecondUn
 constexpr double kKnownCell = 760, kKnownScatter = 630, kKnownUnit = 4.4;  // of known teams; of one that scatters for each unit more
 constexpr double kScatteredBytes = 10;  // that arrive a cycle of what is scattered, beside the product
 constexpr double kTwoOnOne = 1.15, kTwoKnownOnOne = 1.3;  // where a multiprocessor has two members
-constexpr double kClusterBytes = 17.5;  // that arrive a cycle, as fitted; by themselves 9 to 12
+constexpr double kClusterBytes = 17.5;  // that arrive a cycle, as fitted; by themselves 14 at 16 members, 20 at 8
 constexpr double kGridLatency = 1800, kGridBytes = 53;  // beyond a cluster's, through L2; bytes from L2 a cycle
 constexpr double kFma = 128;  // a cycle
 // A step without a team: what the host takes to issue its product and its launch (45 µs where a launch takes 7), and of the product
@@ -63,7 +64,7 @@ double without_a_team(const Request& q, const Device& device) {
 // Clusters queue for multiprocessors: whether one has the registers (all of 255) and the memory for two members. In backward two were
 // measured to be no faster than one after the other, nor are more than two.
 bool has_room_for_two(const Plan& plan, const Device& device) {
-  return 2 * 256 * plan.threads <= 65536 && 2 * plan.shared <= device.shared;
+  return 2 * 256 * plan.threads <= 65536 && 2 * plan.shared + 1024 <= device.shared;  // 1 KiB of each CTA is the system's
 }
 
 void consider(const Request& q, const Device& device, ExchangeKind exchange, int units, int nt, Plan& best) {
@@ -118,6 +119,9 @@ bool insists(const Request& q) { return q.exchange >= 0 || q.members || q.rows; 
 std::string explain(const Request& q, const Device& device) {
   if (q.precision == Precision::f64) return "float64 has no tensor-core product: it runs stepwise";
   if (device.arch < 80) return "sm_" + std::to_string(device.arch) + " is older than sm_80";
+  if (q.exchange == int(ExchangeKind::scatter))
+    return "only backward scatters, and in teams that a kernel is compiled for, of cells of several gates: there is none of H = " +
+           std::to_string(q.H) + " that fits, with the members or rows that were asked for";
   const Tile t = tile(q.precision, q.backward, 1);
   const int64_t weights = int64_t(q.gates) * q.H * q.H * t.size;
   return "W_hh of " + std::to_string(weights) + " bytes for each of " + std::to_string(q.R) + " recurrence(s) fits no team of " +

@@ -2,7 +2,7 @@
 //
 // Warps stand in WM groups of MT m tiles; the WK warps of a group share the depth, and each leaves a sum of its own, which
 // the units' threads add up. Warps beyond WM x WK have units only. A warp's weights stay with it for all of time: the first KR blocks in
-// registers, the rest in shared memory in the order in which its lanes read them.
+// registers, of known teams all, the rest in shared memory in the order in which its lanes read them.
 #pragma once
 #include "known_teams.h"
 #include "primitives/barrier.h"

@@ -3,24 +3,21 @@
 // Member m of C has units m U .. m U + U - 1, and of W_hh the rows of these units' gates: as A operand of a product its rows are all C U
 // units of the step before, its depth G U are this member's gates. So a product needs the gradients of this member's own gates, and gives a
 // partial sum for every unit. Each of its m tiles, 16 units x 8 rows of the batch, goes by st.async straight from the accumulators to the
-// one member that owns these units, which adds the C partial sums. Gathering (exchange.h) moves G numbers of a unit to each member, this
+// one member that owns these units, which adds the C partial sums. Gathering (gather.h) moves G numbers of a unit to each member, this
 // moves one.
 //
 //   Tile    Lane 4 r + c has rows 2 r and 2 r + 1 of the product, columns 2 c and 2 c + 1: four sums, 16 bytes. They go to slot
 //           (r/2) 8 + 2 (c ^ r/2) + r%2 of the tile's 32: a quarter of a warp fills one line of 128 bytes.
 //   Owner   Warp 4 tile + c, lane 4 r + i has unit 2 r + i/2 of the tile and row 2 c + i%2 of the batch: float i of that slot. For one c
-//   the
-//           four lines' pieces lie in different banks, and a warp's units are 16 neighbours: whole sectors of memory.
-//   Order   Tile j of warp w is the (w kTiles + j)-th from the next member's first one on: so at no time do all send to the same, and the
-//   own
-//           tiles come last, by st.async as well. An owner has partial sums by the distance of their sender, and adds them in that order:
-//           the same from run to run.
+//           the four lines' pieces lie in different banks, and a warp's units are 16 neighbours: whole sectors of memory.
+//   Order   Tile j of warp w is the (w kTiles + j)-th from the next member's first one on: so at no time do all send to the same, and
+//           the own tiles come last, by st.async as well. An owner has partial sums by the distance of their sender, and adds them in that
+//           order: the same from run to run.
 //   Depth   k = G u + g: a unit's gates are neighbours.
 //
 // Why nothing is overwritten while it is read, and no phase is missed (turn n: the n-th product and what is sent of it):
 //   * The copy n & 1 of the received sums: X sends turn n + 2 behind its wait for all of turn n + 1, this member's tiles among them; and
-//   this
-//     member sends those behind the barrier of its threads that follows their sums of turn n.
+//     this member sends those behind the barrier of its threads that follows their sums of turn n.
 //   * The copy n & 1 of the operand: written for turn n + 2 behind the barrier of turn n + 1, which each warp reaches behind its product of
 //     turn n. One copy would not do: a warp may pass the wait for turn n while another one still multiplies.
 //   * The mbarriers of copy n & 1, one a group (what all warps of all members send as their j-th tile): bytes of turn n + 2 cannot come
@@ -28,8 +25,7 @@
 //     keeps the phase open. So parity is enough. A group is expected again by a warp that has waited for it.
 //   * No CTA exits while stores to it are on their way: all that is sent is waited for.
 //   * A warp's own loads and stores of its cells are ordered by the barrier between put and product; the wait acquires for the CTA, and
-//   what
-//     st.async wrote is there when it is counted (exchange.h).
+//     what st.async wrote is there when it is counted (exchange.h). Sums of units outside the batch go nowhere.
 #pragma once
 #include "cta_rank.h"
 #include "known_teams.h"

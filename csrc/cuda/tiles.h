@@ -1,5 +1,5 @@
 // The tiles that kernels are compiled for. The weights that a warp keeps in registers, MT x KR fragments of 8 (float: 16) registers, are
-// half of the 255 that a thread of 256 may have: what is left holds the sums, two units' states and the addresses.
+// half of the 255 that a thread of 256 may have: what is left holds the sums, the units' states and the addresses.
 #pragma once
 #include "../cells/math.h"
 

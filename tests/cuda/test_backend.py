@@ -401,6 +401,8 @@ def test_a_forced_plan_that_there_is_not() -> None:
         forward(case, inputs(case), "cuda")
     with pytest.raises(ValueError, match="exchange: got 'ring'"), plans.override("ring"):
         pass
+    with on_the_emulator(), plans.override(known=False):  # insists on nothing: it runs a step at a time
+        assert plans.choose(0, 0, True, 4, 256, 2048, 1) is None
 
 
 def test_description_names_the_plans() -> None:

@@ -98,10 +98,18 @@ def test_backward_scatters_where_a_kernel_is_compiled_for_the_team(cell: str) ->
         assert (forward.exchange, forward.members, forward.known) == ("cluster", members, True)
     assert ask(cell, 8, 128, backward=True).exchange == "scatter"
     for hidden in (100, 130, 1024):
-        assert ask(cell, 8, hidden, backward=True, exchange="scatter").reason is not None
+        reason = ask(cell, 8, hidden, backward=True, exchange="scatter").reason
+        assert reason is not None and f"there is none of H = {hidden}" in reason
     assert ask(cell, 8, 128, backward=True, exchange="scatter", dtype=torch.float32, tf32=False).reason is not None
     assert ask("rnn_tanh", 8, 128, backward=True, exchange="scatter").reason is not None
     assert ask(cell, 8, 128, backward=True, exchange="scatter", device="sm_80").reason is not None
+
+
+def test_a_scattering_warp_has_the_registers_for_its_weights() -> None:
+    device = ops._C.Device(*H100)
+    for gates in range(2, 9):
+        native = make(ops._C, (0, True, gates, 8, 512, 1), device, Forced("scatter", 16))
+        assert bool(native.refusal) == (gates > 4), gates  # four tiles of so many blocks
 
 
 @pytest.mark.parametrize("members", [2, 4, 8, 16])

@@ -1,5 +1,5 @@
 // Barriers of a warp, a CTA and a cluster; mbarriers; stores to the shared memory of another CTA of the cluster.
-// A device without clusters traps where it meets one of these: kernels ask kHasCluster before.
+// A device without clusters traps where it meets one of these.
 #pragma once
 #include "spin_timeout.h"
 
@@ -83,7 +83,7 @@ FUSED_RNN_DEVICE bool barrier_complete(uint64_t* b, unsigned parity) {
 
 // Until the phase of that parity is complete; what was stored to its account is visible then.
 FUSED_RNN_DEVICE void barrier_wait(uint64_t* b, unsigned parity) {
-  for (const SpinTimeout timeout; !barrier_complete(b, parity);) timeout.spend("2 s for the peers' slices of the operand");
+  for (const SpinTimeout timeout; !barrier_complete(b, parity);) timeout.spend("2 s for what the peers send");
 }
 
 // 16 bytes to another CTA of the cluster; `barrier`, in the same CTA as the destination, is told when they are there.
@@ -96,17 +96,17 @@ FUSED_RNN_DEVICE void store_async(Remote destination, Remote barrier, uint4 valu
 #else
 
 FUSED_RNN_DEVICE unsigned cluster_rank() { return 0; }
-FUSED_RNN_DEVICE void cluster_arrive() { __trap(); }
-FUSED_RNN_DEVICE void cluster_wait() { __trap(); }
+FUSED_RNN_DEVICE void cluster_arrive() { trap(); }
+FUSED_RNN_DEVICE void cluster_wait() { trap(); }
 FUSED_RNN_DEVICE Remote remote(const void*, unsigned) {
-  __trap();
+  trap();
   return 0;
 }
-FUSED_RNN_DEVICE void barrier_init(uint64_t*, int) { __trap(); }
-FUSED_RNN_DEVICE void barrier_fence() { __trap(); }
-FUSED_RNN_DEVICE void barrier_expect(uint64_t*, int) { __trap(); }
-FUSED_RNN_DEVICE void barrier_wait(uint64_t*, unsigned) { __trap(); }
-FUSED_RNN_DEVICE void store_async(Remote, Remote, uint4) { __trap(); }
+FUSED_RNN_DEVICE void barrier_init(uint64_t*, int) { trap(); }
+FUSED_RNN_DEVICE void barrier_fence() { trap(); }
+FUSED_RNN_DEVICE void barrier_expect(uint64_t*, int) { trap(); }
+FUSED_RNN_DEVICE void barrier_wait(uint64_t*, unsigned) { trap(); }
+FUSED_RNN_DEVICE void store_async(Remote, Remote, uint4) { trap(); }
 
 #endif
 #endif

@@ -1,4 +1,5 @@
-// Copies from global to shared memory that run beside the arithmetic. They bypass L1, and so see what other SMs have released.
+// Copies from global to shared memory that run beside the arithmetic: they bypass L1, and so see what other SMs have released. And hints
+// of what is read soon.
 #pragma once
 #include "platform.h"
 

@@ -56,6 +56,15 @@ constexpr int kSharedGap = 0;
 
 #if defined(FUSED_RNN_EMULATE) || defined(__CUDACC__)
 
+// Ends the launch with an error.
+FUSED_RNN_DEVICE void trap() {
+#if defined(FUSED_RNN_EMULATE)
+  __builtin_trap();
+#else
+  __trap();
+#endif
+}
+
 // The CTA's dynamic shared memory, 128-byte aligned.
 FUSED_RNN_DEVICE unsigned char* shared_memory() {
 #if defined(FUSED_RNN_EMULATE)
