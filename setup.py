@@ -88,6 +88,7 @@ NVCC = shutil.which("nvcc") or shutil.which("nvcc", path=os.environ.get("CUDA_HO
 WANTED = os.environ.get("FUSED_RNN_CUDA") or "0"
 ARCHITECTURES = os.environ.get("TORCH_CUDA_ARCH_LIST") or "8.0 8.6 8.9 9.0a 10.0 12.0+PTX"
 NVCC_FLAGS = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+NVCC_FLAGS += ["-Xfatbin", "-compress-all"]  # a fourth of the size
 if os.environ.get("FUSED_RNN_CUDA_DEBUG") == "1":
     NVCC_FLAGS.append("-DFUSED_RNN_BOUNDED_SPINS")
 JOBS = os.environ.get("MAX_JOBS") or str(len(os.sched_getaffinity(0)))

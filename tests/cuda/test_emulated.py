@@ -9,7 +9,8 @@ import functools
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -124,13 +125,30 @@ def test_a_write_past_a_global_array_is_caught(cut: str, tmp_path: Path) -> None
     assert "AddressSanitizer: heap-buffer-overflow" in found, found
 
 
+@pytest.fixture(scope="module")
+def mutants(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[str, Future[Path]]]:
+    """The libraries of all mutations that are tested, by name: two are compiled while one runs."""
+
+    def made(name: str) -> Path:
+        mutation = mutations.MUTATIONS[name]
+        folder = mutations.plant(mutation, tmp_path_factory.mktemp("mutant"))
+        return build.module(mutation.by, [mutation.instance], folder, more_for(mutation.instance))
+
+    tests = [item for item in request.session.items if isinstance(item, pytest.Function)]
+    names = [test.callspec.params["name"] for test in tests if test.originalname == test_mistake_is_caught.__name__]
+    pool = ThreadPoolExecutor(2)
+    try:
+        yield {name: pool.submit(made, name) for name in names}
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
 @pytest.mark.usefixtures("more_cells")
 @pytest.mark.parametrize("name", mutations.MUTATIONS)
-def test_mistake_is_caught(name: str, tmp_path: Path) -> None:
-    mutation = mutations.MUTATIONS[name]
-    library = build.module(
-        mutation.by, [mutation.instance], mutations.plant(mutation, tmp_path), more_for(mutation.instance)
-    )
+def test_mistake_is_caught(name: str, mutants: dict[str, Future[Path]], tmp_path: Path) -> None:
+    mutation, library = mutations.MUTATIONS[name], mutants[name].result()
     found = drive(mutation.by, library, list(mutation.cases), mutations.SEEDS[mutation.by], tmp_path)
     assert mutation.says in found, found or "not caught"
 
