@@ -13,6 +13,7 @@ import os
 import re
 import subprocess
 import sysconfig
+import threading
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -110,8 +111,15 @@ def _object(csrc: Path, source: Path, flags: list[str], more: Path | None = None
 def _text(name: str, text: str) -> Path:
     path = CACHE / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:20]}.cpp"
     if not path.exists():
-        path.write_text(text)
+        unfinished = _unfinished(path)
+        unfinished.write_text(text)
+        unfinished.replace(path)
     return path
+
+
+def _unfinished(path: Path) -> Path:
+    """Where this thread writes it."""
+    return path.with_suffix(f".{os.getpid()}-{threading.get_ident()}")
 
 
 def module(
@@ -140,7 +148,7 @@ def module(
     key = hashlib.sha256(" ".join(path.name for path in objects).encode()).hexdigest()[:20]
     made = CACHE / f"{flavour}-{key}.so"
     if not made.exists():
-        unfinished = made.with_suffix(f".{os.getpid()}")
+        unfinished = _unfinished(made)
         link = SANITIZE if flavour == "asan" else []
         _run([CXX, "-shared", *link, *map(str, objects), "-o", str(unfinished)])
         unfinished.replace(made)

@@ -130,17 +130,18 @@ def mutants(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[dict[str, Future[Path]]]:
     """The libraries of all mutations that are tested, by name: two are compiled while one runs."""
+    folder = tmp_path_factory.mktemp("mutants")
 
-    def made(name: str) -> Path:
+    def made(name: str, number: int) -> Path:
         mutation = mutations.MUTATIONS[name]
-        folder = mutations.plant(mutation, tmp_path_factory.mktemp("mutant"))
-        return build.module(mutation.by, [mutation.instance], folder, more_for(mutation.instance))
+        csrc = mutations.plant(mutation, folder / str(number))
+        return build.module(mutation.by, [mutation.instance], csrc, more_for(mutation.instance))
 
     tests = [item for item in request.session.items if isinstance(item, pytest.Function)]
     names = [test.callspec.params["name"] for test in tests if test.originalname == test_mistake_is_caught.__name__]
     pool = ThreadPoolExecutor(2)
     try:
-        yield {name: pool.submit(made, name) for name in names}
+        yield {name: pool.submit(made, name, i) for i, name in enumerate(names)}
     finally:
         pool.shutdown(cancel_futures=True)
 
