@@ -174,7 +174,7 @@ def read(native: Any, precision: str, device: Device) -> Plan:
         return Plan("stepwise", precision, device, reason=native.refusal)
     return Plan(
         EXCHANGES[native.exchange], precision, device, native.members, native.units, native.rows, native.warps,
-        native.threads, native.shared, native.tiles, native.tiles_at_once, native.waves, native.known,
+        native.threads, native.shared, native.tiles, native.tiles_at_once, native.waves, native.shape >= 0,
         Cycles(**native.cycles),
     )  # fmt: skip
 

@@ -29,7 +29,6 @@ inline void bind_plan(pybind11::module_& m) {
   py::class_<Plan>(m, "Plan", py::module_local())
       .def_property_readonly("exchange", [](const Plan& p) { return int(p.team.exchange); })
       .def_property_readonly("members", [](const Plan& p) { return p.team.members; })
-      .def_property_readonly("known", [](const Plan& p) { return p.known >= 0; })
       .def_readonly("shape", &Plan::known)
       .def_property_readonly("units", [](const Plan& p) { return p.team.units; })
       .def_property_readonly("rows", [](const Plan& p) { return p.team.rows; })
