@@ -138,7 +138,7 @@ def mutants(
         return build.module(mutation.by, [mutation.instance], csrc, more_for(mutation.instance))
 
     tests = [item for item in request.session.items if isinstance(item, pytest.Function)]
-    names = [test.callspec.params["name"] for test in tests if test.originalname == test_mistake_is_caught.__name__]
+    names = [test.callspec.params["name"] for test in tests if test.function is test_mistake_is_caught]
     pool = ThreadPoolExecutor(2)
     try:
         yield {name: pool.submit(made, name, i) for i, name in enumerate(names)}
