@@ -28,7 +28,7 @@ except ImportError as error:
 CELLS: tuple[str, ...] = () if _C is None else tuple(cell["name"] for cell in _C.cells())
 
 
-def _absent(*_: Any) -> list[Tensor]:
+def _absent(*_: Any) -> Any:
     raise NotImplementedError(MISSING)
 
 
@@ -39,6 +39,8 @@ ISA: str | None = None if _C is None else _C.isa()
 forward: Callable[..., list[Tensor]] = _absent
 backward: Callable[..., list[Tensor]] = _absent
 step: Callable[..., list[Tensor]] = _absent
+# Of loops on a GPU that have no team: csrc/ops/steps.cpp. Ops call it, so it has nothing but its kernel.
+run_steps: Callable[..., None] = _absent
 
 
 # A step past the dispatcher, where this torch lends its tensors to plain functions.
@@ -72,6 +74,7 @@ if _C is not None:
     forward = torch.ops.fused_rnn.forward.default
     backward = torch.ops.fused_rnn.backward.default
     step = torch.ops.fused_rnn.step.default
+    run_steps = torch.ops.fused_rnn.run_steps.default
     fast_path = _C.fast_path if _lends_tensors() else None
     torch.library.register_fake("fused_rnn::forward", fake.forward)
     torch.library.register_fake("fused_rnn::backward", fake.backward)

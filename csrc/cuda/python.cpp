@@ -66,8 +66,10 @@ py::class_<Bound<Loop>> bind_loop(py::module_& m, const char* name) {
           "run",
           [](const Bound<Loop>& loop, Address workspace, Address stream) { unlocked([&] { return loop.run(at(workspace), at(stream)); }); },
           "All of its steps.")
-      .def("run_step",
-           [](const Bound<Loop>& loop, int step, Address stream) { unlocked([&] { return loop.run_step(step, at(stream)); }); });
+      .def("run_step", [](const Bound<Loop>& loop, int step, Address stream) { unlocked([&] { return loop.run_step(step, at(stream)); }); })
+      .def_property_readonly(
+          "stepper", [](const Bound<Loop>& loop) { return std::pair{Address(&run_step_of<Loop>), Address(&loop)}; },
+          "run_step as a function of C, and its first argument, while the loop is there: for the op fused_rnn::run_steps.");
 }
 
 }  // namespace
@@ -165,6 +167,5 @@ PYBIND11_MODULE(FUSED_RNN_MODULE, m) {
            py::arg("cell"), py::arg("precision"), py::arg("plan"), py::arg("steps"), py::kw_only(), py::arg("window") = py::none(),
            py::arg("dy") = 0, py::arg("given") = 0, py::arg("w") = 0, py::arg("states"), py::arg("first"), py::arg("saved") = 0,
            py::arg("dgates"), py::arg("dstates"), py::arg("wide") = false, py::arg("params") = 0, py::arg("dparams") = 0,
-           py::arg("dsequences") = none, py::arg("loaded") = 0)
-      .def("close", [](const Bound<BackwardLoop>& loop, Address stream) { unlocked([&] { return loop.close(at(stream)); }); });
+           py::arg("dsequences") = none, py::arg("loaded") = 0);
 }

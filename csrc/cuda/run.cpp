@@ -64,19 +64,14 @@ std::string Bound<Loop>::run(void* workspace, void* stream) const {
 
 template <class Loop>
 std::string Bound<Loop>::run_step(int step, void* stream) const {
+  constexpr bool kBackward = std::is_same_v<Loop, BackwardLoop>;
   Loop loop = loop_;
-  loop.steps.step0 = step;
+  loop.steps.step0 = std::max(step, 0);
   loop.steps.step1 = step + 1;
-  if constexpr (std::is_same_v<Loop, BackwardLoop>)
+  if constexpr (kBackward) {
+    loop.close = step < 0;
     if (step + 1 == loop.steps.T) loop.given = nullptr;
-  return run_pointwise(loop, stream);
-}
-
-template <class Loop>
-std::string Bound<Loop>::close(void* stream) const {
-  Loop loop = loop_;
-  loop.steps.step0 = loop.steps.step1 = 0;
-  if constexpr (std::is_same_v<Loop, BackwardLoop>) loop.close = true;
+  }
   return run_pointwise(loop, stream);
 }
 
@@ -87,6 +82,15 @@ std::string Bound<Loop>::run_pointwise(const Loop& loop, void* stream) const {
   return launch(pointwise_, loop, {(units + kPointwiseThreads - 1) / kPointwiseThreads, kPointwiseThreads, 1, 0, false}, stream);
 }
 
+template <class Loop>
+const char* run_step_of(const void* loop, int step, void* stream) {
+  thread_local std::string error;
+  error = static_cast<const Bound<Loop>*>(loop)->run_step(step, stream);
+  return error.empty() ? nullptr : error.c_str();
+}
+
+template const char* run_step_of<ForwardLoop>(const void*, int, void*);
+template const char* run_step_of<BackwardLoop>(const void*, int, void*);
 template class Bound<ForwardLoop>;
 template class Bound<BackwardLoop>;
 

@@ -22,10 +22,9 @@ class Bound {
   // Each returns what went wrong, or an empty text.
   // By the plan; without one by the pointwise kernel: forward, `given` holds the product of every step; or the cell has no W_hh.
   std::string run(void* workspace, void* stream) const;
-  // One step by the pointwise kernel: `given` holds its product. Backward the last step has none.
+  // One step by the pointwise kernel: `given` holds its product. Backward the last step has none, and a step -1 follows step 0: it takes
+  // the product of step 0's gradients into that of h.
   std::string run_step(int step, void* stream) const;
-  // Backward, after step 0: takes the product of its gradients into that of h.
-  std::string close(void* stream) const;
 
  private:
   std::string run_pointwise(const Loop& loop, void* stream) const;
@@ -37,5 +36,9 @@ class Bound {
   int tiles_of_a_launch_ = 0;
   int64_t arrived_bytes_ = 0, operand_bytes_ = 0;
 };
+
+// Bound<Loop>::run_step as run_step.h has it.
+template <class Loop>
+const char* run_step_of(const void* loop, int step, void* stream);
 
 }  // namespace fused_rnn::cuda

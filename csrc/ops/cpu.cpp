@@ -1,4 +1,4 @@
-// The ops on CPU tensors: schemas, the forward of a layer, a single step. The backward is in cpu_backward.cpp.
+// The ops' schemas; on CPU tensors the forward of a layer and a single step. The backward is in cpu_backward.cpp.
 #include "../cpu/isa.h"
 #include "layer.h"
 
@@ -89,6 +89,7 @@ STABLE_TORCH_LIBRARY(fused_rnn, m) {
       "dsequences) -> Tensor[]");
   m.def("step(Tensor x, Tensor[] weights, Tensor[] states, str cell) -> Tensor[]");
   m.def("activation(Tensor x, int which) -> Tensor");
+  m.def("run_steps(Tensor[] a, Tensor[] b, Tensor(a!)[] out, int[] directions, int first, int last, int run, int loop, int stream) -> ()");
 }
 STABLE_TORCH_LIBRARY_IMPL(fused_rnn, CPU, m) {
   m.impl("forward", TORCH_BOX(&fused_rnn::ops::cpu_forward));

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fused_rnn import ops
 from fused_rnn.call import wide
 from fused_rnn.cuda import module, plans, programs
 from fused_rnn.gpu.directions import direction_bits
@@ -83,10 +84,9 @@ class Loops:
         entering = h0.clone()
         product = gx.new_empty(layer.batch, layer.recurrences, weights.shape[2])
         given |= {"given": product.data_ptr(), "entering": entering.data_ptr()}
-        loop, by_recurrence = self._bind("Forward", given), product.transpose(0, 1)
-        for step in range(layer.steps):
-            torch.bmm(entering, weights, out=by_recurrence)
-            loop.run_step(step, self.stream)
+        self._run_steps(
+            self._bind("Forward", given), [(entering, weights, product.transpose(0, 1), 0)], 0, layer.steps - 1
+        )
 
     def replay(
         self,
@@ -143,30 +143,19 @@ class Loops:
             self._bind("Backward", given).run(0, self.stream)
             return
         product = w.new_empty(layer.recurrences, layer.batch, layer.hidden)
-        loop = self._bind("Backward", given | {"given": product.data_ptr()})
-        pull = self._to_the_step_before(dgates, w, product)
-        for step in range(end - 1, begin - 1, -1):
-            pull(step + 1)
-            loop.run_step(step, self.stream)
-        if begin == 0:
-            pull(0)
-            loop.close(self.stream)
-
-    def _to_the_step_before(self, dgates: Tensor, w: Tensor, product: Tensor) -> Callable[[int], None]:
-        """A function of a step: product [R, B, H] = the recurrent side of its dgates times W_hh."""
-        layer, period = self.layer, self.period
         weights = w.view(layer.recurrences, -1, layer.hidden)
+        # Each step's recurrent side [R, B, G·H] times W_hh; recurrences that are at the same time go together.
         sides = dgates[..., layer.cell.apart :, :].flatten(3).transpose(1, 2)
-        # Recurrences that are at the same time, each group's views made once.
-        groups = [
-            (layer.directions[i], sides[:, i::period].unbind(), weights[i::period], product[i::period])
-            for i in range(period)
+        each = [slice(i, None, self.period) for i in range(self.period)]
+        products = [
+            (sides[:, own], weights[own], product[own], way) for own, way in zip(each, layer.directions, strict=False)
         ]
+        loop = self._bind("Backward", given | {"given": product.data_ptr()})
+        self._run_steps(loop, products, end - 1, begin if begin > 0 else -1)
 
-        def pull(step: int) -> None:
-            if step == layer.steps:
-                return
-            for direction, side, weight, out in groups:
-                torch.bmm(side[step if direction > 0 else -1 - step], weight, out=out)
-
-        return pull
+    def _run_steps(
+        self, loop: Any, products: Sequence[tuple[Tensor, Tensor, Tensor, int]], first: int, last: int
+    ) -> None:
+        """A step at a time. products: before each of them, as the op has them."""
+        a, b, out, directions = zip(*products, strict=True)
+        ops.run_steps(a, b, out, directions, first, last, *loop.stepper, self.stream)

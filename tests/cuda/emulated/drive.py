@@ -262,7 +262,7 @@ class Run:
             bound.run_step(step, 0)
         if first == 0:
             self.pull(0, product)
-            bound.close(0)
+            bound.run_step(-1, 0)
 
     def pull(self, step: int, product: Array) -> None:
         """product [R, B, H]: the recurrent side's gradients of a step through W_hh."""
