@@ -39,8 +39,10 @@ ISA: str | None = None if _C is None else _C.isa()
 forward: Callable[..., list[Tensor]] = _absent
 backward: Callable[..., list[Tensor]] = _absent
 step: Callable[..., list[Tensor]] = _absent
-# Of loops on a GPU that have no team: csrc/ops/steps.cpp. Ops call it, so it has nothing but its kernel.
+# Called by ops on a GPU, so they have nothing but their kernels: csrc/ops/steps.cpp, plain_layer.cpp.
 run_steps: Callable[..., None] = _absent
+plain_forward: Callable[..., list[Tensor]] = _absent
+plain_backward: Callable[..., list[Tensor]] = _absent
 
 
 # A step past the dispatcher, where this torch lends its tensors to plain functions.
@@ -75,6 +77,8 @@ if _C is not None:
     backward = torch.ops.fused_rnn.backward.default
     step = torch.ops.fused_rnn.step.default
     run_steps = torch.ops.fused_rnn.run_steps.default
+    plain_forward = torch.ops.fused_rnn.cuda_plain_forward.default
+    plain_backward = torch.ops.fused_rnn.cuda_plain_backward.default
     fast_path = _C.fast_path if _lends_tensors() else None
     torch.library.register_fake("fused_rnn::forward", fake.forward)
     torch.library.register_fake("fused_rnn::backward", fake.backward)

@@ -69,7 +69,10 @@ py::class_<Bound<Loop>> bind_loop(py::module_& m, const char* name) {
       .def("run_step", [](const Bound<Loop>& loop, int step, Address stream) { unlocked([&] { return loop.run_step(step, at(stream)); }); })
       .def_property_readonly(
           "stepper", [](const Bound<Loop>& loop) { return std::pair{Address(&run_step_of<Loop>), Address(&loop)}; },
-          "run_step as a function of C, and its first argument, while the loop is there: for the op fused_rnn::run_steps.");
+          "run_step as a function of C, and its first argument, while the loop is there: for the op fused_rnn::run_steps.")
+      .def_property_readonly(
+          "runner", [](const Bound<Loop>& loop) { return std::pair{Address(&run_over<Loop>), Address(&loop)}; },
+          "Likewise for ops that bring its arrays: csrc/ops/plain_layer.cpp.");
 }
 
 }  // namespace

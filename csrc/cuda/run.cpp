@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <type_traits>
+#include <utility>
 
 #include "layout.h"
 
@@ -63,6 +64,18 @@ std::string Bound<Loop>::run(void* workspace, void* stream) const {
 }
 
 template <class Loop>
+std::string Bound<Loop>::run_over(const Loop& arrays, void* workspace, void* stream) const {
+  Bound bound = *this;
+  bound.loop_ = arrays;
+  bound.loop_.team = loop_.team;
+  Steps& steps = bound.loop_.steps = loop_.steps;
+  steps.T = steps.step1 = steps.window1 = arrays.steps.T;
+  steps.lengths = arrays.steps.lengths;
+  if constexpr (std::is_same_v<Loop, BackwardLoop>) bound.loop_.close = true;
+  return bound.run(workspace, stream);
+}
+
+template <class Loop>
 std::string Bound<Loop>::run_step(int step, void* stream) const {
   constexpr bool kBackward = std::is_same_v<Loop, BackwardLoop>;
   Loop loop = loop_;
@@ -82,15 +95,29 @@ std::string Bound<Loop>::run_pointwise(const Loop& loop, void* stream) const {
   return launch(pointwise_, loop, {(units + kPointwiseThreads - 1) / kPointwiseThreads, kPointwiseThreads, 1, 0, false}, stream);
 }
 
+namespace {
+
+const char* told(std::string error) {
+  thread_local std::string kept;
+  kept = std::move(error);
+  return kept.empty() ? nullptr : kept.c_str();
+}
+
+}  // namespace
+
 template <class Loop>
 const char* run_step_of(const void* loop, int step, void* stream) {
-  thread_local std::string error;
-  error = static_cast<const Bound<Loop>*>(loop)->run_step(step, stream);
-  return error.empty() ? nullptr : error.c_str();
+  return told(static_cast<const Bound<Loop>*>(loop)->run_step(step, stream));
+}
+template <class Loop>
+const char* run_over(const void* loop, const void* arrays, void* workspace, void* stream) {
+  return told(static_cast<const Bound<Loop>*>(loop)->run_over(*static_cast<const Loop*>(arrays), workspace, stream));
 }
 
 template const char* run_step_of<ForwardLoop>(const void*, int, void*);
 template const char* run_step_of<BackwardLoop>(const void*, int, void*);
+template const char* run_over<ForwardLoop>(const void*, const void*, void*, void*);
+template const char* run_over<BackwardLoop>(const void*, const void*, void*, void*);
 template class Bound<ForwardLoop>;
 template class Bound<BackwardLoop>;
 

@@ -22,6 +22,8 @@ class Bound {
   // Each returns what went wrong, or an empty text.
   // By the plan; without one by the pointwise kernel: forward, `given` holds the product of every step; or the cell has no W_hh.
   std::string run(void* workspace, void* stream) const;
+  // `run` by this plan, these kernels and sizes, over other arrays and another T.
+  std::string run_over(const Loop& arrays, void* workspace, void* stream) const;
   // One step by the pointwise kernel: `given` holds its product. Backward the last step has none, and a step -1 follows step 0: it takes
   // the product of step 0's gradients into that of h.
   std::string run_step(int step, void* stream) const;
@@ -37,8 +39,10 @@ class Bound {
   int64_t arrived_bytes_ = 0, operand_bytes_ = 0;
 };
 
-// Bound<Loop>::run_step as run_step.h has it.
+// As calls.h has them.
 template <class Loop>
 const char* run_step_of(const void* loop, int step, void* stream);
+template <class Loop>
+const char* run_over(const void* loop, const void* arrays, void* workspace, void* stream);
 
 }  // namespace fused_rnn::cuda

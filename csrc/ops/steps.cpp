@@ -1,24 +1,14 @@
 // The loops whose product is torch's, on a GPU or in its emulator: a product and a launch of fused_rnn._cuda for every step, with no Python
 // in between. All is issued on one stream, and nothing waits for it.
-#include "../cuda/run_step.h"
-#include "tensors.h"
+#include "../cuda/calls.h"
+#include "aten.h"
 
 namespace fused_rnn::ops {
 namespace {
 
-// at[t] of a tensor [T, n, m, k], a view.
-Tensor at_time(const Tensor& t, int64_t index) {
-  const int64_t sizes[] = {t.size(1), t.size(2), t.size(3)}, strides[] = {t.stride(1), t.stride(2), t.stride(3)};
-  AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(t.get(), 3, sizes, strides, index * t.stride(0), &handle));
-  return Tensor(handle);
-}
-
-void bmm(const Tensor& a, const Tensor& b, const Tensor& out) {
-  using torch::stable::detail::from;
-  std::array<StableIValue, 3> stack{from(a), from(b), from(out)};
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::bmm", "out", stack.data(), TORCH_ABI_VERSION));
-  torch::stable::detail::to<Tensor>(stack[0]);  // out once more, given back
+// The matrices of a time, of a tensor [T, n, m, k].
+Tensor at_time(const Tensor& t, int64_t time) {
+  return view(t, {t.size(1), t.size(2), t.size(3)}, {t.stride(1), t.stride(2), t.stride(3)}, time * t.stride(0));
 }
 
 // Steps first, first + 1, … last, or downwards. Before each, product i: out[i] = a[i] b[i], of batched matrices. directions[i]: 0, a[i] is
@@ -34,11 +24,11 @@ void run_steps(std::vector<Tensor> a, std::vector<Tensor> b, std::vector<Tensor>
   for (int64_t step = first; step != last + way; step += way) {
     for (size_t i = 0; i < a.size(); ++i) {
       if (directions[i] == 0) {
-        bmm(a[i], b[i], out[i]);
+        bmm_into(out[i], a[i], b[i]);
         continue;
       }
       const int64_t T = a[i].size(0), after = step + 1;
-      if (after < T) bmm(at_time(a[i], directions[i] > 0 ? after : T - 1 - after), b[i], out[i]);
+      if (after < T) bmm_into(out[i], at_time(a[i], directions[i] > 0 ? after : T - 1 - after), b[i]);
     }
     const char* const error = run_step(reinterpret_cast<const void*>(loop), int(step), reinterpret_cast<void*>(stream));
     STD_TORCH_CHECK(!error, "fused_rnn: ", error);

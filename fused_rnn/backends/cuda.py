@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fused_rnn.cells import CELLS, is_program, unknown
-from fused_rnn.cells.program import MOST_PARAMS, MOST_STATES
-from fused_rnn.cuda import launch, module, plans, programs
+from fused_rnn.cells import CELLS
+from fused_rnn.cuda import launch, limits, module, plain, plans
 from fused_rnn.gpu import op
 from fused_rnn.plan import NO_PRODUCT, PRECISIONS, fewer_blocks
 from fused_rnn.transforms.op_gradient import without_gradient
@@ -24,16 +23,13 @@ NAME = "cuda"
 DIFFERENTIABLE = False  # fused_rnn.autograd's Functions wrap the ops
 stack = None  # layers.run runs the layers one by one
 
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-_LIMIT = 1 << 31  # offsets within a step, and numbers of steps, take 32 bits; a step's place takes 64
-
 
 def supports(problem: Problem) -> str | None:
     """None if this backend can run the problem, else the reason it cannot."""
     reason = module.refusal(problem.device)
     if reason is not None:
         return reason
-    reason = _unable(problem.dtype, problem.cell, problem.batch, problem.recurrences, problem.hidden_size)
+    reason = limits.refusal(problem.dtype, problem.cell, problem.batch, problem.recurrences, problem.hidden_size)
     if reason is not None:
         return reason
     if problem.hidden_size == 0:
@@ -42,26 +38,6 @@ def supports(problem: Problem) -> str | None:
         return "it has no forward-mode derivative"
     if problem.functionalized:
         return "torch.func.functionalize has no rule for its gradient"
-    return None
-
-
-def _unable(dtype: torch.dtype, cell: str, batch: int, recurrences: int, hidden: int) -> str | None:
-    """Why the kernels cannot run such a layer on any device, or None."""
-    if dtype not in _DTYPES:
-        return f"it knows float32, float64, bfloat16 and float16, not {dtype}"
-    reason = programs.refusal() if is_program(cell) else unknown(cell, module.loaded().CELLS)
-    if reason is not None:
-        return reason
-    spec = CELLS[cell]
-    if len(spec.states) > MOST_STATES or len(spec.params) > MOST_PARAMS:
-        return (
-            f"it knows cells of up to {MOST_STATES} states and {MOST_PARAMS} params, "
-            f"this one has {len(spec.states)} and {len(spec.params)}"
-        )
-    widest = max(spec.gradients, spec.saved, len(spec.params))  # vectors of H that are kept, or made, per step
-    step = batch * recurrences * hidden * widest
-    if step >= _LIMIT:
-        return f"B·R·H·{widest} = {step} is beyond the 2^31 that its kernels can address in a step"
     return None
 
 
@@ -86,15 +62,15 @@ def _loops(layer: Layer, x: Tensor, backward: bool) -> Loops:
     reason = module.refusal(x.device.type)
     if reason is None and x.is_cuda:
         reason = module.refusal_of_gpu(module.device_index(x.device))
-    reason = reason or _unable(x.dtype, layer.cell.name, layer.batch, layer.recurrences, layer.hidden)
-    if reason is None and layer.steps >= _LIMIT:
+    reason = reason or limits.refusal(x.dtype, layer.cell.name, layer.batch, layer.recurrences, layer.hidden)
+    if reason is None and layer.steps >= limits.LIMIT:
         reason = f"got T = {layer.steps}, expected less than 2^31"
     if reason is not None:
         raise RuntimeError(f"x: {reason}")
     return launch.Loops(layer, x, backward)
 
 
-forward_op, backward_op = op.define("cuda", _loops, ("CPU", "CUDA"))  # CPU: in the emulator, where tests put it
+forward_op, backward_op = op.define("cuda", _loops, ("CPU", "CUDA"), plain)  # CPU: in the emulator, where tests put it
 
 
 def forward(call: LayerCall) -> list[Tensor]:

@@ -34,7 +34,7 @@ def override(exchange: str | None = None, members: int = 0, rows: int = 0, known
 
 def precision(dtype: torch.dtype) -> int:
     """The place in PRECISIONS of how products are taken."""
-    return PRECISIONS.index(precision_of(dtype, tf32_allowed()))
+    return PRECISIONS.index(precision_of(dtype, dtype == torch.float32 and tf32_allowed()))
 
 
 def forced() -> Forced:

@@ -48,6 +48,11 @@ def emulating(load: Load) -> Iterator[None]:
         _emulated = before
 
 
+def loader() -> Load | None:
+    """What stands in the place of NVRTC and the driver, if anything does."""
+    return _emulated
+
+
 def refusal() -> str | None:
     """Why the kernels of users' cells cannot be had, or None."""
     if module.emulates():

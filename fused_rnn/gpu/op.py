@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -21,6 +21,15 @@ from fused_rnn.transforms import fake, flops, op_gradient, vmap
 
 # (layer, x, whether for backward) → the loops. Raises RuntimeError where x cannot be run.
 Make = Callable[[Layer, Tensor, bool], Loops]
+
+
+class Plain(Protocol):
+    """A shorter way, for the calls that it knows: the outputs, or [] for all others."""
+
+    def forward(self, call: LayerCall) -> list[Tensor]: ...
+
+    def backward(self, call: BackwardCall) -> list[Tensor]: ...
+
 
 _library = torch.library.Library("fused_rnn", "FRAGMENT")
 _INPUTS = "Tensor x, Tensor[] weights, Tensor[] states, Tensor? lengths, Tensor? reset"
@@ -109,13 +118,15 @@ def _check_backward(call: BackwardCall) -> None:
         _check("dsequences", gradient, expected, x)
 
 
-def _implement(make: Make) -> tuple[Callable[..., list[Tensor]], Callable[..., list[Tensor]]]:
+def _implement(make: Make, plain: Plain | None) -> tuple[Callable[..., list[Tensor]], Callable[..., list[Tensor]]]:
     def forward(*args: Any) -> list[Tensor]:
         call = LayerCall(*args)
         if call.save not in ("none", "gates", "recompute"):
             raise RuntimeError(f"save: got {call.save!r}, expected none, gates or recompute")
         x = call.x
         with _on(x):
+            if plain is not None and (outputs := plain.forward(call)):
+                return outputs
             layer, weights = layer_of(call)
             if x.shape[1] == 0:
                 return [torch.zeros_like(t) for t in fake.forward(*call)]
@@ -127,6 +138,8 @@ def _implement(make: Make) -> tuple[Callable[..., list[Tensor]], Callable[..., l
             raise RuntimeError(f"save: got {call.save!r}, expected gates or recompute")
         x = call.x
         with _on(x):
+            if plain is not None and (outputs := plain.backward(call)):
+                return outputs
             layer, weights = layer_of(call.layer)
             _check_backward(call)
             if x.shape[1] == 0:
@@ -139,7 +152,7 @@ def _implement(make: Make) -> tuple[Callable[..., list[Tensor]], Callable[..., l
     return forward, backward
 
 
-def define(name: str, make: Make, keys: Sequence[str] = ("CUDA",)) -> tuple[Any, Any]:
+def define(name: str, make: Make, keys: Sequence[str] = ("CUDA",), plain: Plain | None = None) -> tuple[Any, Any]:
     """Register both ops for these dispatch keys, and what torch asks about them; returns them."""
     tags = (torch.Tag.pt2_compliant_tag,)
     _library.define(
@@ -158,7 +171,7 @@ def define(name: str, make: Make, keys: Sequence[str] = ("CUDA",)) -> tuple[Any,
         ("backward", fake.backward, vmap.backward, flops.backward),
     ]
     ops = []
-    for (kind, shapes, fold, formula), function in zip(kinds, _implement(make), strict=True):
+    for (kind, shapes, fold, formula), function in zip(kinds, _implement(make, plain), strict=True):
         qualified, op = f"fused_rnn::{name}_{kind}", getattr(torch.ops.fused_rnn, f"{name}_{kind}").default
         # torch.library.custom_op's wrapper would cost more a call.
         for key in keys:

@@ -23,7 +23,7 @@ from fused_rnn import ops
 from fused_rnn.backends import cuda as backend
 from fused_rnn.call import BackwardCall, LayerCall
 from fused_rnn.cells import CELLS
-from fused_rnn.cuda import launch, module, plans
+from fused_rnn.cuda import module, plain, plans
 from fused_rnn.dispatch import choose
 from fused_rnn.plan import PRECISIONS as PLACES
 
@@ -265,13 +265,13 @@ def test_vmap_over_an_ensemble_is_one_launch(monkeypatch: pytest.MonkeyPatch) ->
     given = inputs(case)
     members = [torch.stack([w, 2 * w, -w]) for w in given.weights]
     launches: list[int] = []
-    original = launch.Loops.forward
+    original = plain.forward
 
-    def counted(loops: launch.Loops, **given: Any) -> None:
-        launches.append(loops.layer.recurrences)
-        original(loops, **given)
+    def counted(call: LayerCall) -> list[Tensor]:
+        launches.append(call.recurrences)
+        return original(call)
 
-    monkeypatch.setattr(launch.Loops, "forward", counted)
+    monkeypatch.setattr(plain, "forward", counted)
 
     def run(*weights: Tensor) -> Tensor:
         return fused_rnn.functional.lstm(given.x, weights, tuple(given.hx), bidirectional=True, backend="cuda")[0]

@@ -1,0 +1,285 @@
+// A plain layer on a GPU, or in its emulator, from C++: what surrounds a persistent loop (fused_rnn/gpu/run.py) where there is one input
+// for all recurrences and no projection, reset or param, and gates are kept or nothing is. A short call takes the host longer than the
+// device, and most of it is Python's. Whatever is not plain gets an empty list, and takes the way of Python, which has the errors too.
+#include "../cuda/calls.h"
+#include "../cuda/params.h"
+#include "aten.h"
+
+namespace fused_rnn::ops {
+namespace {
+
+using torch::stable::copy_;
+using torch::stable::zero_;
+
+bool starts_aligned(const Tensor& t) { return reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0; }
+
+// Arrays in one piece of memory, each at an address that 16 divides.
+class Pieces {
+ public:
+  // One more; returns its place.
+  int64_t add(int64_t numbers) {
+    const int64_t place = total_;
+    total_ += (numbers + 3) / 4 * 4;
+    return place;
+  }
+  void make(const Tensor& like, ScalarType type, bool zero) {
+    if (total_ == 0) return;
+    memory_ = empty_beside(like, {total_}, type);
+    if (zero) zero_(*memory_);
+  }
+  Tensor of(int64_t place, const Sizes& sizes) const {
+    Sizes strides(sizes.size(), 1);
+    for (size_t i = sizes.size(); i-- > 1;) strides[i - 1] = strides[i] * sizes[i];
+    return view(*memory_, sizes, strides, place);
+  }
+
+ private:
+  int64_t total_ = 0;
+  MaybeTensor memory_;
+};
+
+// What fused_rnn/cuda/plain.py says of a loop, and what its arguments have to fit.
+struct Plain {
+  cuda::RunOver run;
+  const void* loop;
+  void* stream;
+  int64_t workspace, B, H, R, G, apart, saved, states, carried;
+  int64_t T = 0, D = 0, each = 0;  // weights of a recurrence
+  bool fits = false;
+  Tensor x;
+
+  Plain(const std::vector<int64_t>& told, const Tensor& input, const std::vector<Tensor>& weights, const std::vector<Tensor>& given,
+        const MaybeTensor& lengths)
+      : x(input) {
+    STD_TORCH_CHECK(told.size() == 12, "fused_rnn: told has ", told.size(), " numbers, expected 12");
+    run = reinterpret_cast<cuda::RunOver>(told[0]);
+    loop = reinterpret_cast<const void*>(told[1]);
+    stream = reinterpret_cast<void*>(told[2]);
+    workspace = told[3], B = told[4], H = told[5], R = told[6], G = told[7], apart = told[8], saved = told[9], states = told[10];
+    carried = told[11];
+    if (x.dim() != 3 || x.size(1) != B || B == 0 || !x.is_contiguous()) return;
+    T = x.size(0), D = x.size(2), each = int64_t(weights.size()) / R;
+    if (T == 0 || D == 0 || T > 0x7fffffff || int64_t(weights.size()) != each * R || (each != 2 && each != 4)) return;
+    for (int64_t r = 0; r < R; ++r) {
+      const Tensor* const w = &weights[size_t(r * each)];
+      if (!is(w[0], {G * H, D}) || !is(w[1], {G * H, H}) || !starts_aligned(w[1])) return;
+      if (each == 4 && (!is(w[2], {G * H}) || !is(w[3], {G * H}))) return;
+    }
+    if (!are_states(given)) return;
+    fits = !lengths || (lengths->scalar_type() == ScalarType::Long && on_its_device(*lengths) && lengths->is_contiguous() &&
+                        lengths->dim() == 1 && lengths->size(0) == B && starts_aligned(*lengths));
+  }
+
+  // Of x's type and device, contiguous, of these sizes.
+  bool is(const Tensor& t, const Sizes& sizes) const {
+    if (t.scalar_type() != x.scalar_type() || t.dim() != int64_t(sizes.size()) || !t.is_contiguous() || !on_its_device(t)) return false;
+    for (size_t i = 0; i < sizes.size(); ++i)
+      if (t.size(int64_t(i)) != sizes[i]) return false;
+    return true;
+  }
+  // None of them, or one for each of the cell's.
+  bool are_states(const std::vector<Tensor>& given) const {
+    if (!given.empty() && int64_t(given.size()) != states) return false;
+    for (const Tensor& state : given)
+      if (!is(state, {R, B, H}) || !starts_aligned(state)) return false;
+    return true;
+  }
+  Tensor rows() const { return view(x, {T * B, D}, {D, 1}); }
+  Tensor w_hh(const std::vector<Tensor>& weights) const { return of_all(weights, 1); }
+  // Weight i of all recurrences, one after the other.
+  Tensor of_all(const std::vector<Tensor>& weights, int64_t i) const {
+    std::vector<Tensor> parts;
+    for (int64_t r = 0; r < R; ++r) parts.push_back(weights[size_t(r * each + i)]);
+    return joined(parts);
+  }
+  Tensor empty(const Sizes& sizes) const { return empty_beside(x, sizes); }
+  ScalarType wide() const { return accumulation_type(x); }
+
+  template <class Loop>
+  void over(Loop& arrays, const MaybeTensor& lengths) const {
+    arrays.steps.T = int(T);
+    arrays.steps.lengths = lengths ? static_cast<const int64_t*>(lengths->const_data_ptr()) : nullptr;
+    const Tensor shared = empty_beside(x, {(workspace + 3) / 4}, ScalarType::Float);
+    const char* const error = run(loop, &arrays, shared.mutable_data_ptr(), stream);
+    STD_TORCH_CHECK(!error, "fused_rnn: ", error);
+  }
+
+ private:
+  bool on_its_device(const Tensor& t) const {
+    return t.is_cpu() == x.is_cpu() && t.is_cuda() == x.is_cuda() && t.get_device_index() == x.get_device_index();
+  }
+};
+
+// x W_ih^T and the biases that are added before the cell: b_ih + b_hh, less the part of b_hh that enters the cell apart.
+Tensor input_product(const Plain& p, const std::vector<Tensor>& weights) {
+  MaybeTensor bias;
+  if (p.each == 4) {
+    std::vector<Tensor> parts;
+    const int64_t both = (p.G - p.apart) * p.H;
+    for (int64_t r = 0; r < p.R; ++r) {
+      const Tensor &b_ih = weights[size_t(r * 4 + 2)], &b_hh = weights[size_t(r * 4 + 3)];
+      parts.push_back(p.apart ? added(rows_of(b_ih, 0, both), rows_of(b_hh, 0, both)) : added(b_ih, b_hh));
+      if (p.apart) parts.push_back(rows_of(b_ih, both, p.apart * p.H));
+    }
+    bias = joined(parts);
+  }
+  return linear(p.rows(), p.of_all(weights, 0), bias);
+}
+
+// As fused_rnn/gpu/run.py's `forward`, whose outputs it has.
+std::vector<Tensor> plain_forward(std::vector<int64_t> told, Tensor x, std::vector<Tensor> weights, std::vector<Tensor> states,
+                                  MaybeTensor lengths, bool keep_gates, bool keep_hidden) {
+  const Plain p(told, x, weights, states, lengths);
+  if (!p.fits) return {};
+  const bool zero = states.empty();
+  const int64_t numbers = p.R * p.B * p.H, first = p.states - p.carried;
+  const Sizes shape{p.R, p.B, p.H};
+
+  cuda::ForwardLoop loop{};
+  const Tensor gx = input_product(p, weights), w = p.w_hh(weights);
+  loop.gx = gx.const_data_ptr();
+  loop.w = w.const_data_ptr();
+  // Zeros of the type of x are zeros of a wider one, too.
+  Pieces wide, zeros;
+  std::vector<int64_t> carried;
+  Pieces& holds_carried = zero ? zeros : wide;
+  for (int64_t k = 0; k < p.carried; ++k) carried.push_back(holds_carried.add(numbers));
+  const int64_t h_zero = zero ? zeros.add(numbers) : 0, bias_zero = p.apart && p.each == 2 ? zeros.add(p.R * p.apart * p.H) : 0;
+  wide.make(x, p.wide(), false);
+  zeros.make(x, p.wide(), true);
+  std::vector<Tensor> carries;
+  for (int64_t k = 0; k < p.carried; ++k) {
+    carries.push_back(holds_carried.of(carried[size_t(k)], shape));
+    if (!zero) copy_(carries.back(), states[size_t(first + k)]);
+    loop.carried[k] = carries.back().mutable_data_ptr();
+  }
+  const Tensor h0 = zero ? zeros.of(h_zero, shape) : states[0];
+  loop.h0 = h0.const_data_ptr();
+  MaybeTensor bias;
+  if (p.apart && p.each == 2) {
+    bias = zeros.of(bias_zero, {p.R * p.apart * p.H});
+  } else if (p.apart) {
+    std::vector<Tensor> parts;
+    for (int64_t r = 0; r < p.R; ++r) parts.push_back(rows_of(weights[size_t(r * 4 + 3)], (p.G - p.apart) * p.H, p.apart * p.H));
+    bias = joined(parts);
+    if (!starts_aligned(*bias)) bias = torch::stable::clone(*bias);
+  }
+  if (bias) loop.bias = bias->const_data_ptr();
+
+  std::vector<Tensor> out{p.empty({p.T, p.B, p.R * p.H}), p.empty(shape)};
+  loop.y = out[0].mutable_data_ptr();
+  loop.h_n = out[1].mutable_data_ptr();
+  std::vector<Tensor> kept;
+  if (keep_gates) {
+    kept.push_back(p.empty({p.T, p.B, p.R, p.saved, p.H}));
+    loop.saved = kept[0].mutable_data_ptr();
+    for (int64_t s = 1; s < p.states; ++s) {
+      kept.push_back(p.empty({p.T, p.B, p.R, p.H}));
+      loop.histories[s - 1] = kept.back().mutable_data_ptr();
+    }
+    loop.keeps_histories = p.states > 1;
+  }
+  loop.every = 1;
+  p.over(loop, lengths);
+
+  for (int64_t s = 1; s < p.states; ++s) {
+    Tensor after = p.empty(shape);
+    copy_(after, carries[size_t(s - first)]);
+    out.push_back(after);
+  }
+  if (keep_gates) {
+    kept.push_back(keep_hidden ? torch::stable::clone(out[0]) : p.empty({0}));
+    out.insert(out.end(), kept.begin(), kept.end());
+  }
+  return out;
+}
+
+// Rows of gates as the input side of dgates has them, in which the last gates that are apart come first; or back.
+Tensor reordered(const Plain& p, const Tensor& rows, bool back) {
+  if (!p.apart) return rows;
+  const int64_t all = p.G * p.H, front = (back ? p.apart : p.G - p.apart) * p.H;
+  return joined({rows_of(rows, front, all - front), rows_of(rows, 0, front)});
+}
+
+// As fused_rnn/gpu/run.py's `backward`, whose outputs it has. Without lengths, whose ends no product may read.
+std::vector<Tensor> plain_backward(std::vector<int64_t> told, MaybeTensor dy, std::vector<Tensor> dstates, Tensor x,
+                                   std::vector<Tensor> weights, std::vector<Tensor> states, Tensor hidden, Tensor saved,
+                                   std::vector<Tensor> histories, std::vector<int64_t> directions, bool need_dx, bool need_dw) {
+  const Plain p(told, x, weights, states, {});
+  if (!p.fits || !p.are_states(dstates) || int64_t(histories.size()) != p.states - 1 || int64_t(directions.size()) != p.R) return {};
+  const auto is_aligned = [&](const Tensor& t, const Sizes& sizes) { return p.is(t, sizes) && starts_aligned(t); };
+  const Sizes shape{p.R, p.B, p.H}, over_time{p.T, p.B, p.R * p.H};
+  if (!is_aligned(hidden, over_time) || (dy && !is_aligned(*dy, over_time))) return {};
+  if (!is_aligned(saved, {p.T, p.B, p.R, p.saved, p.H})) return {};
+  for (const Tensor& history : histories)
+    if (!is_aligned(history, {p.T, p.B, p.R, p.H})) return {};
+  const bool zero = states.empty(), no_dstates = dstates.empty();
+  const int64_t numbers = p.R * p.B * p.H, all = p.G + p.apart;
+  // Products of several recurrences are summed within one, in 16 bits, where rounding between them is worse (gpu/products.py).
+  if (need_dx && p.R > 1 && (p.apart || x.element_size() != 2)) return {};
+
+  cuda::BackwardLoop loop{};
+  const Tensor w = p.w_hh(weights), dgates = p.empty({p.T, p.B, p.R, all, p.H});
+  Pieces wide, zeros;
+  std::vector<int64_t> places;
+  Pieces& holds = no_dstates ? zeros : wide;
+  for (int64_t s = 0; s < p.states; ++s) places.push_back(holds.add(numbers));
+  const int64_t initial = zero ? zeros.add(numbers) : 0;  // of all states the same
+  wide.make(x, p.wide(), false);
+  zeros.make(x, p.wide(), true);
+  std::vector<Tensor> gradients;
+  const MaybeTensor entering = zero ? MaybeTensor(zeros.of(initial, shape)) : MaybeTensor();
+  for (size_t s = 0; s < size_t(p.states); ++s) {
+    gradients.push_back(holds.of(places[s], shape));
+    if (!no_dstates) copy_(gradients[s], dstates[s]);
+    loop.dstates[s] = gradients[s].mutable_data_ptr();
+    loop.states[s] = (s ? histories[s - 1] : hidden).const_data_ptr();
+    loop.first[s] = (zero ? *entering : states[s]).const_data_ptr();
+  }
+  loop.dy = dy ? dy->const_data_ptr() : nullptr;
+  loop.w = w.const_data_ptr();
+  loop.saved = p.saved ? saved.const_data_ptr() : nullptr;
+  loop.dgates = dgates.mutable_data_ptr();
+  p.over(loop, {});
+
+  // Each recurrence's gradients as a matrix: a step's vectors first .. first + count - 1 in a row.
+  const int64_t step = p.B * p.R * all * p.H, row = p.R * all * p.H;
+  const auto side = [&](int64_t r, int64_t first, int64_t count, int64_t from, int64_t steps) {
+    return view(dgates, {steps * p.B, count * p.H}, {row, 1}, from * step + (r * all + first) * p.H);
+  };
+  std::vector<Tensor> out;
+  if (need_dx) {
+    const Tensor d = p.R == 1 ? side(0, 0, p.G, 0, p.T) : view(dgates, {p.T * p.B, row}, {row, 1});
+    out.push_back(view(mm(d, p.R == 1 ? reordered(p, weights[0], false) : p.of_all(weights, 0)), {p.T, p.B, p.D}, {p.B * p.D, p.D, 1}));
+  } else {
+    out.push_back(p.empty({0}));
+  }
+  for (size_t s = 0; s < states.size(); ++s) {
+    out.push_back(p.empty(shape));
+    copy_(out.back(), gradients[s]);
+  }
+  for (int64_t r = 0; need_dw && r < p.R; ++r) {
+    const Tensor input = side(r, 0, p.G, 0, p.T);
+    out.push_back(reordered(p, mm(turned(input), p.rows()), true));
+    // h_{t-1} is y one step off. Where h0 is zero the first step has no part.
+    const bool forwards = directions[size_t(r)] > 0;
+    Tensor before = view(hidden, {(p.T - 1) * p.B, p.H}, {p.R * p.H, 1}, (forwards ? 0 : p.B * p.R * p.H) + r * p.H);
+    if (!zero) {
+      const Tensor h0 = view(states[0], {p.B, p.H}, {p.H, 1}, r * p.B * p.H);
+      before = forwards ? joined({h0, before}) : joined({before, h0});
+    }
+    out.push_back(mm(turned(side(r, p.apart, p.G, zero && forwards, p.T - zero)), before));
+    if (p.each == 2) continue;
+    out.push_back(reordered(p, summed_rows(input), true));
+    out.push_back(p.apart ? summed_rows(side(r, p.apart, p.G, 0, p.T)) : torch::stable::clone(out.back()));
+  }
+  return out;
+}
+
+}  // namespace
+}  // namespace fused_rnn::ops
+
+STABLE_TORCH_LIBRARY_IMPL(fused_rnn, CompositeExplicitAutograd, m) {
+  m.impl("cuda_plain_forward", TORCH_BOX(&fused_rnn::ops::plain_forward));
+  m.impl("cuda_plain_backward", TORCH_BOX(&fused_rnn::ops::plain_backward));
+}

@@ -1,0 +1,97 @@
+"""A plain layer by one op in C++: csrc/ops/plain_layer.cpp. What the host spends on a short call is mostly Python.
+
+Each function takes an op's arguments and returns its outputs, or [] where the layer is not plain.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fused_rnn import ops
+from fused_rnn.call import BackwardCall, LayerCall
+from fused_rnn.cells import CELLS
+from fused_rnn.cuda import limits, module, plans, programs
+from fused_rnn.gpu.directions import direction_bits
+
+
+def forward(call: LayerCall) -> list[Tensor]:
+    """fused_rnn::cuda_forward."""
+    if call.save == "recompute" or call.sequences or call.reset is not None:
+        return []
+    told = _told(call, backward=False)
+    if told is None:
+        return []
+    given = (call.x, call.weights, call.states, call.lengths)
+    return ops.plain_forward(told, *given, call.save == "gates", call.keep_hidden)
+
+
+def backward(call: BackwardCall) -> list[Tensor]:
+    """fused_rnn::cuda_backward."""
+    if call.save != "gates" or call.dsequences or call.reset is not None or call.lengths is not None:
+        return []
+    told = _told(call.layer, backward=True)
+    if told is None:
+        return []
+    given = (call.dy, call.dstates, call.x, call.weights, call.states, call.hidden, call.saved, call.histories)
+    return ops.plain_backward(told, *given, call.directions, call.need_dx, call.need_dw)
+
+
+def _told(call: LayerCall, backward: bool) -> list[int] | None:
+    """What plain_layer.cpp is to know of a loop; None where it cannot be run so."""
+    x, weights = call.x, call.weights
+    if x.dim() != 3 or not weights or weights[0].dim() != 2:
+        return None
+    now = (module.loaded(), programs.loader(), plans.forced(), plans.precision(x.dtype))
+    sizes = (x.shape[1], weights[0].shape[0])
+    prepared = _prepared(now, call.cell, x.dtype, x.device, sizes, tuple(call.directions), backward)
+    if prepared is None:
+        return None
+    stream = torch._C._cuda_getCurrentRawStream(x.device.index) if x.is_cuda else 0
+    return [*prepared.runner, stream, *prepared.facts]
+
+
+class _Prepared(NamedTuple):
+    """A loop with its plan and its kernels, without arrays; and what plain_layer.cpp reads of it, in its order."""
+
+    loop: Any
+    runner: tuple[int, int]  # addresses, while the loop is there
+    facts: tuple[int, ...]
+
+
+@lru_cache(maxsize=4096)
+def _prepared(
+    now: tuple[Any, ...],
+    name: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    sizes: tuple[int, int],
+    directions: tuple[int, ...],
+    backward: bool,
+) -> _Prepared | None:
+    """now: module, loader, what plans are forced to, precision.  sizes: B, rows of the weights."""
+    loops, *_, precision = now
+    cell, recurrences, (batch, rows) = CELLS[name], len(directions), sizes
+    hidden = rows // cell.gates
+    if not cell.recurrent or cell.params or 0 in (batch, hidden) or module.refusal(device.type) is not None:
+        return None
+    if limits.refusal(dtype, name, batch, recurrences, hidden) is not None:
+        return None
+    index = module.device_index(device)
+    plan, loaded = programs.planned(cell, index, (precision, int(backward), cell.gates, batch, hidden, recurrences))
+    if plan is None:
+        return None
+    bits, period = direction_bits(directions)
+    none: list[int] = []
+    given: dict[str, Any] = {"gx": 0, "h0": 0}
+    if backward:
+        given = {"states": none, "first": none, "dgates": 0, "dstates": none}
+    own = {"loaded": loaded} if cell.program else {}
+    steps = loops.Steps(T=1, B=batch, R=recurrences, H=hidden, reversed=bits, period=period)
+    bind = loops.Backward if backward else loops.Forward
+    loop = bind("" if own else name, precision, plan, steps, **given, **own)
+    facts = (batch, hidden, recurrences, cell.gates, cell.apart, cell.saved, len(cell.states), cell.carried)
+    return _Prepared(loop, loop.runner, (loop.workspace_bytes, *facts))
