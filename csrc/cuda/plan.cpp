@@ -48,7 +48,8 @@ Cycles estimate(const Request& q, const Plan& plan) {
   const double bytes = double(team.rows) * team.depth * t.size * (team.members - 1) / team.members;
   if (team.exchange == ExchangeKind::cluster) c.exchange = bytes / kClusterBytes;
   if (team.exchange == ExchangeKind::scatter) {
-    c.exchange = std::max(double(team.rows) * q.H * 4 / kScatteredBytes - c.product, 0.0);
+    const int sum = q.precision == Precision::bf16 ? 2 : 4;  // bytes, as scatter.h sends it
+    c.exchange = std::max(double(team.rows) * q.H * sum / kScatteredBytes - c.product, 0.0);
     c.loads = 0;
   }
   if (team.exchange == ExchangeKind::grid) c.exchange = kGridLatency + bytes / kGridBytes;

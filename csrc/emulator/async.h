@@ -125,24 +125,25 @@ inline char* remote(const void* own_shared, unsigned rank) {
   return reinterpret_cast<char*>(peer->shared + (static_cast<const unsigned char*>(own_shared) - own->shared));
 }
 
-inline void store_async(char* destination, char* barrier, uint4 value) {
+inline void store_async(char* destination, char* barrier, const void* value, int bytes) {
   Inside guard;
   // An H200 calls it an illegal instruction, even where a CTA stores to itself.
   if (!machine.in_clusters) fail("store_async: the launch is not one of clusters");
-  check_shared("store_async", destination, kCopyBytes, kCopyBytes);
+  check_shared("store_async", destination, size_t(bytes), size_t(bytes));
   checked("store_async", barrier);
   Cta* target = owner_of(destination);
   if (target != owner_of(barrier)) fail("store_async: data and mbarrier in different CTAs");
   if (target->cluster != machine.current->cta->cluster) fail("store_async: a CTA of another cluster");
   RemoteStore store{};
-  __builtin_memcpy(store.data, &value, kCopyBytes);
+  __builtin_memcpy(store.data, value, size_t(bytes));
+  store.bytes = bytes;
   store.destination = reinterpret_cast<unsigned char*>(destination);
   store.barrier = reinterpret_cast<unsigned char*>(barrier);
   store.target = target;
   store.sender = machine.current->id;
   races::start_copy(store.clock);
-  races::copy_writes(destination, store.clock, store.sender);
-  raw_fill(store.destination);
+  races::copy_writes(destination, store.clock, store.sender, bytes);
+  raw_fill(store.destination, bytes);
   machine.remote_stores.push_back(store);
   ++machine.stores_under_way;
   maybe_yield(16);
@@ -156,12 +157,12 @@ FUSED_RNN_EMULATOR_RAW inline void deliver_one() {
   stores.pop_back();
   --machine.stores_under_way;
   Mbarrier* b = reinterpret_cast<Mbarrier*>(store.barrier);
-  races::copy_writes(store.destination, store.clock, store.sender);
-  raw_copy(store.destination, store.data);
+  races::copy_writes(store.destination, store.clock, store.sender, store.bytes);
+  raw_copy(store.destination, store.data, store.bytes);
 #if defined(FUSED_RNN_EMULATE_RACES)
   races::join(races::object(b, b->mark & 1), store.clock);
 #endif
-  b->bytes -= kCopyBytes;
+  b->bytes -= store.bytes;
   complete_phase_if_due(b);
 }
 

@@ -97,6 +97,7 @@ struct Cta {
 // One st.async on its way. Its barrier lies in the same CTA as its destination.
 struct RemoteStore {
   unsigned char data[kCopyBytes];
+  int bytes;  // of these, 8 or 16
   unsigned char* destination;
   unsigned char* barrier;
   Cta* target;

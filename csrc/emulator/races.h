@@ -154,8 +154,8 @@ inline void write(const void* p, size_t bytes) { touch(p, bytes, true, machine.c
 inline void copy_reads(const void* p, const Clock& clock, uint32_t sender) {
   touch(p, kCopyBytes, false, clock, detector.threads + sender);
 }
-inline void copy_writes(const void* p, const Clock& clock, uint32_t sender) {
-  touch(p, kCopyBytes, true, clock, detector.threads + sender);
+inline void copy_writes(const void* p, const Clock& clock, uint32_t sender, int bytes = kCopyBytes) {
+  touch(p, size_t(bytes), true, clock, detector.threads + sender);
 }
 
 // The kernel's arguments, which every thread reads and none can write.
@@ -188,7 +188,7 @@ inline void start_copy(Clock&) {}
 inline void read(const void*, size_t) {}
 inline void write(const void*, size_t) {}
 inline void copy_reads(const void*, const Clock&, uint32_t) {}
-inline void copy_writes(const void*, const Clock&, uint32_t) {}
+inline void copy_writes(const void*, const Clock&, uint32_t, int = kCopyBytes) {}
 
 #endif
 

@@ -83,11 +83,13 @@ FUSED_RNN_EMULATOR_RAW inline void check_shared(const char* instruction, const v
 }
 
 // A null source stands for zeros.
-FUSED_RNN_EMULATOR_RAW inline void raw_copy(unsigned char* destination, const unsigned char* source) {
-  if (source) __builtin_memcpy(destination, source, kCopyBytes);
-  else __builtin_memset(destination, 0, kCopyBytes);
+FUSED_RNN_EMULATOR_RAW inline void raw_copy(unsigned char* destination, const unsigned char* source, int bytes = kCopyBytes) {
+  if (source) __builtin_memcpy(destination, source, size_t(bytes));
+  else __builtin_memset(destination, 0, size_t(bytes));
 }
 
-FUSED_RNN_EMULATOR_RAW inline void raw_fill(unsigned char* destination) { __builtin_memset(destination, kNan, kCopyBytes); }
+FUSED_RNN_EMULATOR_RAW inline void raw_fill(unsigned char* destination, int bytes = kCopyBytes) {
+  __builtin_memset(destination, kNan, size_t(bytes));
+}
 
 }  // namespace fused_rnn::emulator

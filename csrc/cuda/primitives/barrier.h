@@ -33,7 +33,12 @@ FUSED_RNN_DEVICE void barrier_init(uint64_t* b, int arrivals) { emulator::barrie
 FUSED_RNN_DEVICE void barrier_fence() {}
 FUSED_RNN_DEVICE void barrier_expect(uint64_t* b, int bytes) { emulator::barrier_expect(b, bytes); }
 FUSED_RNN_DEVICE void barrier_wait(uint64_t* b, unsigned parity) { emulator::barrier_wait(b, parity); }
-FUSED_RNN_DEVICE void store_async(Remote destination, Remote barrier, uint4 value) { emulator::store_async(destination, barrier, value); }
+FUSED_RNN_DEVICE void store_async(Remote destination, Remote barrier, uint2 value) {
+  emulator::store_async(destination, barrier, &value, int(sizeof(value)));
+}
+FUSED_RNN_DEVICE void store_async(Remote destination, Remote barrier, uint4 value) {
+  emulator::store_async(destination, barrier, &value, int(sizeof(value)));
+}
 
 #else
 
@@ -86,7 +91,12 @@ FUSED_RNN_DEVICE void barrier_wait(uint64_t* b, unsigned parity) {
   for (const SpinTimeout timeout; !barrier_complete(b, parity);) timeout.spend("2 s for what the peers send");
 }
 
-// 16 bytes to another CTA of the cluster; `barrier`, in the same CTA as the destination, is told when they are there.
+// 16 or 8 bytes to another CTA of the cluster; `barrier`, in the same CTA as the destination, is told when they are there.
+FUSED_RNN_DEVICE void store_async(Remote destination, Remote barrier, uint2 value) {
+  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.b32 [%0], {%1, %2}, [%3];" ::"r"(destination), "r"(value.x),
+               "r"(value.y), "r"(barrier)
+               : "memory");
+}
 FUSED_RNN_DEVICE void store_async(Remote destination, Remote barrier, uint4 value) {
   asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(destination),
                "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w), "r"(barrier)
@@ -106,6 +116,7 @@ FUSED_RNN_DEVICE void barrier_init(uint64_t*, int) { trap(); }
 FUSED_RNN_DEVICE void barrier_fence() { trap(); }
 FUSED_RNN_DEVICE void barrier_expect(uint64_t*, int) { trap(); }
 FUSED_RNN_DEVICE void barrier_wait(uint64_t*, unsigned) { trap(); }
+FUSED_RNN_DEVICE void store_async(Remote, Remote, uint2) { trap(); }
 FUSED_RNN_DEVICE void store_async(Remote, Remote, uint4) { trap(); }
 
 #endif

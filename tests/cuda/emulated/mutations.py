@@ -36,8 +36,9 @@ BOTH_WAYS = GRU._replace(T=4, directions="fr")
 SCATTER_RESET = SCATTER._replace(reset=True, lengths=True)
 SCATTER_WINDOWS = GRU._replace(T=7, directions="fr", save="recompute")
 TWO_TILES = SCATTER._replace(T=4, H=128)  # of an owner, in one group
-TWO_GROUPS = Case("lstm", "bf16", "scatter 8", 4, 3, 256)  # a warp has two tiles, both for one owner
-TWO_OWNERS = Case("lstm", "bf16", "scatter 16", 4, 3, 256)  # or for two
+JOINED = Case("lstm", "bf16", "scatter 8", 4, 3, 256)  # a warp has two tiles, both for one owner, in one packet
+TWO_GROUPS = JOINED._replace(precision="f16")  # or in two
+TWO_OWNERS = JOINED._replace(exchange="scatter 16")  # or for two
 UNITLESS_WARPS = SCATTER._replace(exchange="scatter 8", T=3, H=128)  # they multiply alone
 IDLE_WARPS = Case("gru", "bf16", "scatter 4", 2, 3, 128)  # in forward's product
 
@@ -319,7 +320,7 @@ MUTATIONS: dict[str, Mutation] = {
         SCATTERS, "(member_ + 1 +", "(member_ + 2 +", "plain", WRONG, (SCATTER,)
     ),
     "scatter: the weights of an owner's first tile for all of its tiles": Mutation(
-        SCATTERS, "x % kOwned * 16 + ", "", "plain", WRONG, (TWO_TILES,)
+        SCATTERS, "x % (U / 16) * 16 + ", "", "plain", WRONG, (TWO_TILES,)
     ),
     "scatter: a row's weights for its neighbour, too": Mutation(
         SCATTERS, "unit + n]", "unit]", "plain", WRONG, (SCATTER,)
@@ -335,10 +336,22 @@ MUTATIONS: dict[str, Mutation] = {
         SCATTERS, "* 4 + i);", "* 4 + (i ^ 1));", "plain", WRONG, (SCATTER,)
     ),
     "scatter: an owner's tiles change places": Mutation(
-        SCATTERS, "x * kTileFloats + slot", "(x ^ 1) * kTileFloats + slot", "plain", WRONG, (TWO_TILES,)
+        SCATTERS, "x * kPacket + slot", "(x ^ 1) * kPacket + slot", "plain", WRONG, (TWO_TILES,)
     ),
     "scatter: two tiles of a warp go to one place": Mutation(
-        SCATTERS, "to_[o] + place * kTileFloats * 4", "to_[o]", "plain", WRONG, (TWO_GROUPS,)
+        SCATTERS, "to_[o] + place * kPacket * int(sizeof(Sum))", "to_[o]", "plain", WRONG, (TWO_GROUPS,)
+    ),
+    "scatter: a packet's tiles change places": Mutation(
+        SCATTERS, "tile % kJoined * 4", "(tile + 1) % kJoined * 4", "plain", WRONG, (JOINED,)
+    ),
+    "scatter: a packet has its first tile twice": Mutation(
+        SCATTERS, "sums[kJoined - 1]", "sums[0]", "plain", WRONG, (JOINED,)
+    ),
+    "scatter: two sums of a pair change places": Mutation(
+        SCATTERS, "pack<bf16>(s[0], s[1])", "pack<bf16>(s[1], s[0])", "plain", WRONG, (SCATTER,), 2
+    ),
+    "scatter: two warps expect the group of one packet": Mutation(
+        SCATTERS, "warp_ % (4 * kJoined) == 0", "warp_ % 4 == 0", "plain", "barrier_expect", (JOINED,)
     ),
     "scatter: a group's sums are read before it has come": Mutation(
         SCATTERS, "(w * kOwners + o)", "(o * kSenders + w)", "plain", "FAILED", (TWO_OWNERS,)
@@ -350,13 +363,13 @@ MUTATIONS: dict[str, Mutation] = {
         SCATTERS, "(turn_ - 1) / 2 & 1", "(turn_ + 1) / 2 & 1", "plain", "FAILED", (SCATTER,)
     ),
     "scatter: more bytes expected than come": Mutation(
-        SCATTERS, "kWarps * kTileFloats * 4", "kWarps * kTileFloats * 4 + 16", "plain", "DEADLOCK", (SCATTER,)
+        SCATTERS, "kWarps * kPacket * int", "16 + kWarps * kPacket * int", "plain", "DEADLOCK", (SCATTER,)
     ),
     "scatter: fewer bytes expected than come": Mutation(
-        SCATTERS, "kWarps * kTileFloats * 4", "kWarps * kTileFloats * 4 - 16", "plain", "FAILED", (SCATTER,)
+        SCATTERS, "kWarps * kPacket * int", "-16 + kWarps * kPacket * int", "plain", "FAILED", (SCATTER,)
     ),
     "scatter: nothing is expected of the second copy": Mutation(
-        SCATTERS, "2 * kTiles; ++i) barrier_expect", "kTiles; ++i) barrier_expect", "plain", "DEADLOCK", (SCATTER,)
+        SCATTERS, "2 * kPackets; ++i) barrier_expect", "kPackets; ++i) barrier_expect", "plain", "DEADLOCK", (SCATTER,)
     ),
     "scatter: a group is never expected again": Mutation(
         SCATTERS, "barrier_expect(barriers_ +", "(void)(barriers_ +", "plain", "DEADLOCK", (SCATTER,)
@@ -364,25 +377,25 @@ MUTATIONS: dict[str, Mutation] = {
     "scatter: the other copy's group is expected again": Mutation(
         SCATTERS,
         "barrier_expect(barriers_ + group_",
-        "barrier_expect(barriers_ + (group_ < kTiles ? group_ + kTiles : group_ - kTiles)",
+        "barrier_expect(barriers_ + (group_ < kPackets ? group_ + kPackets : group_ - kPackets)",
         "plain",
         "barrier_expect",
         (SCATTER,),
     ),
     "scatter: every warp expects its group again": Mutation(
-        SCATTERS, "warp_ % 4 == 0 && ", "", "plain", "barrier_expect", (SCATTER,)
+        SCATTERS, "warp_ % (4 * kJoined) == 0 && ", "", "plain", "barrier_expect", (SCATTER,)
     ),
     "scatter: two warps expect the group of two tiles": Mutation(
-        SCATTERS, "(kTiles >= kOwned || warp_ == 0)", "true", "plain", "barrier_expect", (TWO_TILES,)
+        SCATTERS, "(kPackets >= kOwned || warp_ == 0)", "true", "plain", "barrier_expect", (TWO_TILES,)
     ),
     "scatter: one group of two is expected again": Mutation(
         SCATTERS, "lane() < kOwners", "lane() < 1", "plain", "DEADLOCK", (TWO_OWNERS,)
     ),
     "scatter: two tiles are counted in one group": Mutation(
-        SCATTERS, "barrier_[o] + place % kTiles * 8", "barrier_[o]", "plain", "DEADLOCK", (TWO_GROUPS,)
+        SCATTERS, "barrier_[o] + place % kPackets * 8", "barrier_[o]", "plain", "DEADLOCK", (TWO_GROUPS,)
     ),
     "scatter: two owners count in one group": Mutation(
-        SCATTERS, "barriers_ + o * kOwned % kTiles, owner", "barriers_, owner", "plain", "DEADLOCK", (TWO_OWNERS,)
+        SCATTERS, "barriers_ + o * kOwned % kPackets, owner", "barriers_, owner", "plain", "DEADLOCK", (TWO_OWNERS,)
     ),
     "scatter: peers are sent to before they are ready": Mutation(
         SCATTERS,
