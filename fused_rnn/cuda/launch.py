@@ -35,7 +35,12 @@ class Loops:
             T=layer.steps, B=layer.batch, R=layer.recurrences, H=layer.hidden, reversed=bits, period=self.period,
             lengths=_at(layer.lengths), reset=_at(layer.reset),
         )  # fmt: skip
-        self.stream = torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
+        self.on_gpu = x.is_cuda
+
+    @property
+    def stream(self) -> int:
+        """The current one, on which torch's products run as well; layers that run side by side share these loops."""
+        return torch.cuda.current_stream(self.device).cuda_stream if self.on_gpu else 0
 
     def _bind(self, loop: str, given: dict[str, Any], plan: Any = None, loaded: int = 0) -> Any:
         """The module's Forward or Backward with its arrays; without a plan it is told the products."""
@@ -83,10 +88,10 @@ class Loops:
         entering = h0.clone()
         product = gx.new_empty(layer.batch, layer.recurrences, weights.shape[2])
         given |= {"given": product.data_ptr(), "entering": entering.data_ptr()}
-        loop, by_recurrence = self._bind("Forward", given), product.transpose(0, 1)
+        loop, by_recurrence, stream = self._bind("Forward", given), product.transpose(0, 1), self.stream
         for step in range(layer.steps):
             torch.bmm(entering, weights, out=by_recurrence)
-            loop.run_step(step, self.stream)
+            loop.run_step(step, stream)
 
     def replay(
         self,
@@ -144,13 +149,13 @@ class Loops:
             return
         product = w.new_empty(layer.recurrences, layer.batch, layer.hidden)
         loop = self._bind("Backward", given | {"given": product.data_ptr()})
-        pull = self._to_the_step_before(dgates, w, product)
+        pull, stream = self._to_the_step_before(dgates, w, product), self.stream
         for step in range(end - 1, begin - 1, -1):
             pull(step + 1)
-            loop.run_step(step, self.stream)
+            loop.run_step(step, stream)
         if begin == 0:
             pull(0)
-            loop.close(self.stream)
+            loop.close(stream)
 
     def _to_the_step_before(self, dgates: Tensor, w: Tensor, product: Tensor) -> Callable[[int], None]:
         """A function of a step: product [R, B, H] = the recurrent side of its dgates times W_hh."""
