@@ -10,21 +10,23 @@ from torch import Tensor
 
 from fused_rnn.cells import CELLS, is_program, unknown
 from fused_rnn.cells.program import MOST_PARAMS, MOST_STATES
-from fused_rnn.cuda import launch, module, plans, programs
+from fused_rnn.cuda import lanes, launch, module, plans, programs
 from fused_rnn.gpu import op
+from fused_rnn.gpu.wavefront import Wavefront
 from fused_rnn.plan import NO_PRODUCT, PRECISIONS, fewer_blocks
 from fused_rnn.transforms.op_gradient import without_gradient
 
 if TYPE_CHECKING:
-    from fused_rnn.call import BackwardCall, LayerCall
+    from fused_rnn.call import BackwardCall, LayerCall, StackCall
     from fused_rnn.gpu.loops import Layer, Loops
     from fused_rnn.problem import Problem
 
 NAME = "cuda"
 DIFFERENTIABLE = False  # fused_rnn.autograd's Functions wrap the ops
-stack = None  # layers.run runs the layers one by one
+stack = None  # layers.run runs the layers one by one, or hands them to `wavefront`
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_LONG = 1024  # steps by which a description says how a stack runs: a problem knows no T
 _LIMIT = 1 << 31  # offsets within a step, and numbers of steps, take 32 bits; a step's place takes 64
 
 
@@ -70,15 +72,25 @@ def describe(problem: Problem) -> str:
     if supports(problem) is not None:
         return "nothing here"
     device = module.device_index(torch.device(problem.device))
-    precision, cell = plans.precision(problem.dtype), CELLS[problem.cell]
+    number, cell = plans.precision(problem.dtype), CELLS[problem.cell]
     if not cell.recurrent:
         return f"{module.where(device)}; {NO_PRODUCT}"
     loops = []
     for backward in (False, True)[: 1 + problem.needs_grad]:
-        fewer = fewer_blocks(cell, PRECISIONS[precision], backward)
-        sizes = (precision, backward, cell.gates, problem.batch, problem.hidden_size, problem.recurrences)
-        plan = plans.ask(device, *sizes, fewer=fewer)
-        loops.append(f"{'backward' if backward else 'forward'}: {plan}")
+        sizes = (
+            plans.precision(problem.dtype),
+            backward,
+            cell.gates,
+            problem.batch,
+            problem.hidden_size,
+            problem.recurrences,
+        )
+        told = str(plans.ask(device, *sizes, fewer=fewer_blocks(cell, PRECISIONS[number], backward)))
+        if problem.layers > 1 and problem.recurrences == 1:
+            count = plans.chunks(cell, device, sizes, problem.layers, _LONG)
+            if count > 1:
+                told += f", {problem.layers} layers as a wavefront ({_LONG} steps in {count} chunks)"
+        loops.append(f"{'backward' if backward else 'forward'}: {told}")
     return f"{module.where(device)}; {'; '.join(loops)}"
 
 
@@ -95,6 +107,17 @@ def _loops(layer: Layer, x: Tensor, backward: bool) -> Loops:
 
 
 forward_op, backward_op = op.define("cuda", _loops, ("CPU", "CUDA"))  # CPU: in the emulator, where tests put it
+
+
+def _chunks(call: StackCall, backward: bool) -> int:
+    """In how many chunks of time a stack runs as a wavefront; 1: layer by layer."""
+    first = call.layer(0, call.x)
+    steps, batch = call.x.shape[:2]
+    sizes = (plans.precision(call.x.dtype), backward, first.spec.gates, batch, first.hidden_size, 1)
+    return plans.chunks(first.spec, module.device_index(call.x.device), sizes, len(call.weights), steps)
+
+
+wavefront = Wavefront(_loops, lanes.lanes, _chunks)
 
 
 def forward(call: LayerCall) -> list[Tensor]:
