@@ -258,7 +258,9 @@ def plan(
 ) -> Plan:
     """What backend="cuda" runs for one layer: kernel, team, memory, estimated cycles; or why it runs step by step.
 
-    Needs neither a GPU nor a build with CUDA kernels. T has no say in it.
+    Needs neither a GPU nor a build with CUDA kernels. T has no say in it. Where the teams of all layers of a stack in
+    one direction fit on the GPU together, and T is long, the layers run side by side, each a chunk of time behind the
+    one below it (a wavefront; not yet run on a GPU): what the plan says of one layer then holds of each.
 
     Args:
         cell: lstm, gru, rnn_tanh or rnn_relu, or the name of a user's cell.

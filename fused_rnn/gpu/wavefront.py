@@ -67,19 +67,22 @@ def schedule(lanes: Lanes, rows: int, chunks: int, work: Callable[[int, int], No
     """work(row, chunk) for all of them, a lane for each row. It may read what the row before has made of this chunk,
     and what its own row has made of the chunks before.
 
-    The first row is the caller's lane, and each other one waits for the row before: so all that he has asked for so far
-    comes before any work, and all work before what the last row has made last, for which he waits.
+    The first row's lane is the caller's, and each other row waits for the one before: so all that he has asked for so
+    far comes before any of the work. All of it comes before what he asks for next, also where an error ends it.
     """
     points: list[Any] = [None] * rows  # which each row has come to
-    for stage in range(rows + chunks - 1):
-        # From the last row on: the row before has then been asked for no more than the chunk that is waited for.
-        for row in reversed(range(max(0, stage - chunks + 1), min(rows, stage + 1))):
-            with lanes.on(row):
-                if row > 0:
-                    lanes.wait(row, points[row - 1])
-                work(row, stage - row)
-                points[row] = lanes.record(row)
-    lanes.wait(0, points[-1])
+    try:
+        for stage in range(rows + chunks - 1):
+            # From the last row on: the row before has then been asked for no more than the chunk that is waited for.
+            for row in reversed(range(max(0, stage - chunks + 1), min(rows, stage + 1))):
+                with lanes.on(row):
+                    if row > 0:
+                        lanes.wait(row, points[row - 1])
+                    work(row, stage - row)
+                    points[row] = lanes.record(row)
+    finally:
+        for row in range(1, rows):
+            lanes.wait(0, lanes.record(row))
 
 
 class Kept(NamedTuple):

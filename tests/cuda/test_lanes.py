@@ -85,10 +85,11 @@ class Watch(TorchDispatchMode):
     @contextmanager
     def on(self, stream: Stream) -> Iterator[None]:
         before, self.current, self.inside, self.began = (self.current, self.inside), stream, True, None
-        yield
-        assert self.began is not None
-        self.work.append((stream.place, self.began, stream.clock[stream.place]))
-        self.current, self.inside = before
+        try:
+            yield
+        finally:
+            self.work.append((stream.place, self.began or {}, stream.clock.get(stream.place, 0)))
+            self.current, self.inside = before
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -141,14 +142,20 @@ def _tensors(value: Any) -> Iterator[Tensor]:
             yield from _tensors(one)
 
 
-def watched(monkeypatch: pytest.MonkeyPatch) -> Watch:
-    """A forward and a backward, with dropout, lengths, resets and gradients of all states."""
+def faked(monkeypatch: pytest.MonkeyPatch) -> Watch:
+    """The lanes' streams are watched ones."""
     watch = Watch()
     cuda = SimpleNamespace(
         Stream=Stream, Event=dict, stream=watch.on, current_stream=lambda device: watch.caller, current_device=lambda: 0
     )
     monkeypatch.setattr(lanes, "torch", SimpleNamespace(cuda=cuda))
     monkeypatch.setattr(lanes, "_made", SimpleNamespace())
+    return watch
+
+
+def watched(monkeypatch: pytest.MonkeyPatch) -> Watch:
+    """A forward and a backward, with dropout, lengths, resets and gradients of all states."""
+    watch = faked(monkeypatch)
 
     class Joined(lanes.Streams):
         def wait(self, lane: int, point: Any) -> None:
@@ -198,6 +205,21 @@ def test_chunks_run_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
     assert side_by_side(watched(monkeypatch)) == PAIRS
 
 
+def test_an_error_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The caller, who may free what the lanes were given, waits for what they have been asked for."""
+    watch = faked(monkeypatch)
+
+    def work(row: int, chunk: int) -> None:
+        watch.current.tick()
+        if (row, chunk) == (1, 1):
+            raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        wavefront.schedule(lanes.Streams(torch.device("cuda", 0), LAYERS), LAYERS, CHUNKS, work)
+    assert [stream.clock[stream.place] for stream in Stream.all] == [2, 2, 1]
+    assert [watch.caller.clock[place] for place in range(LAYERS)] == [2, 2, 1]
+
+
 # What is planted in a copy of a function or class, and whether it makes races; else lanes wait for what they do not
 # read.
 _WORK, _RECORD = "work(row, stage - row)", "points[row] = lanes.record(row)"
@@ -206,8 +228,13 @@ MISTAKES: dict[str, tuple[Any, str, str, bool]] = {
     "the event of another row": (wavefront.schedule, "points[row - 1]", "points[max(0, row - 2)]", True),
     "an event too early": (wavefront.schedule, f"{_WORK}\n{_RECORD}", f"{_RECORD}\n{_WORK}", True),
     "the other row waits": (wavefront.schedule, "lanes.wait(row,", "lanes.wait(row - 1,", True),
-    "never joined": (wavefront.schedule, "lanes.wait(0, points[-1])", "pass", True),
-    "another row is joined": (wavefront.schedule, "points[-1])", "points[-2])", True),
+    "never joined": (wavefront.schedule, "lanes.wait(0, lanes.record(row))", "pass", True),
+    "a row is not joined": (
+        wavefront.schedule,
+        "lanes.wait(0, lanes.record(row))",
+        "lanes.wait(0, lanes.record(1))",
+        True,
+    ),
     "waits on the caller's stream": (lanes.Streams, "[lane].wait_event(", "[0].wait_event(", True),
     "the streams begin with another": (
         lanes.Streams,
