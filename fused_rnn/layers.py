@@ -95,7 +95,7 @@ def run(
         call = LayerCall(x, weights, given, lengths, reset, cell, directions, keep, keeps, sequences)
         outputs = autograd.layer(chosen, call)
         return outputs if heads == 1 and not sequences else _joined(outputs, cell, heads)
-    if (wave := _wavefront(chosen, problem, x, weights, given, lengths, reset, dropout * training)) is not None:
+    if (wave := _wavefront(chosen, problem, kinds, x, weights, given, lengths, reset, dropout * training)) is not None:
         x, finals = autograd_stack.stack(chosen, wave)
         return [x, *map(torch.cat, zip(*finals, strict=True))]
     finals = []
@@ -117,6 +117,7 @@ def run(
 def _wavefront(
     backend: ModuleType,
     problem: Problem,
+    kinds: Kinds,
     x: Tensor,
     weights: Sequence[Tensor],
     states: Sequence[Tensor],
@@ -125,18 +126,18 @@ def _wavefront(
     dropout: float,
 ) -> StackCall | None:
     """The layers as a call of the backend's wavefront, where it can run them and it pays."""
-    if backend.wavefront is None or problem.recurrences > 1 or problem.width != problem.hidden_size:
+    if backend.wavefront is None or problem.recurrences > 1 or kinds.projects or problem.sequences:
         return None
-    if problem.sequences or problem.forward_ad or problem.save == "recompute" or not 0 <= dropout < 1:
+    if problem.forward_ad or problem.save == "recompute" or not 0 <= dropout < 1:
         return None
-    if not checks.is_plain([x, *weights, *states]):
+    if not checks.is_plain([x, *weights, *states]) or not backend.wavefront.pays(problem, x):
         return None
-    number, layers = len(weights) // problem.layers, range(problem.layers)
-    by_layer = [weights[layer * number : (layer + 1) * number] for layer in layers]
-    entering = [[s[layer : layer + 1] for s in states] for layer in layers]
-    keep = problem.needs_grad
-    call = StackCall(x, by_layer, entering, lengths, reset, problem.cell, dropout, problem.save, keep)
-    return call if backend.wavefront.pays(call) else None
+    each = range(problem.layers)
+    by_layer = [weights[n * kinds.number : (n + 1) * kinds.number] for n in each]
+    entering = [[s[n : n + 1] for s in states] for n in each]
+    return StackCall(
+        x, by_layer, entering, lengths, reset, problem.cell, dropout, problem.save, keep_hidden=problem.needs_grad
+    )
 
 
 def _by_head(state: Tensor, heads: int) -> Tensor:

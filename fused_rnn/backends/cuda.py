@@ -17,7 +17,7 @@ from fused_rnn.plan import NO_PRODUCT, PRECISIONS, fewer_blocks
 from fused_rnn.transforms.op_gradient import without_gradient
 
 if TYPE_CHECKING:
-    from fused_rnn.call import BackwardCall, LayerCall, StackCall
+    from fused_rnn.call import BackwardCall, LayerCall
     from fused_rnn.gpu.loops import Layer, Loops
     from fused_rnn.problem import Problem
 
@@ -109,12 +109,11 @@ def _loops(layer: Layer, x: Tensor, backward: bool) -> Loops:
 forward_op, backward_op = op.define("cuda", _loops, ("CPU", "CUDA"))  # CPU: in the emulator, where tests put it
 
 
-def _chunks(call: StackCall, backward: bool) -> int:
+def _chunks(x: Tensor, cell: str, hidden: int, layers: int, backward: bool) -> int:
     """In how many chunks of time a stack runs as a wavefront; 1: layer by layer."""
-    first = call.layer(0, call.x)
-    steps, batch = call.x.shape[:2]
-    sizes = (plans.precision(call.x.dtype), backward, first.spec.gates, batch, first.hidden_size, 1)
-    return plans.chunks(first.spec, module.device_index(call.x.device), sizes, len(call.weights), steps)
+    (steps, batch), spec = x.shape[:2], CELLS[cell]
+    sizes = (plans.precision(x.dtype), backward, spec.gates, batch, hidden, 1)
+    return plans.chunks(spec, module.device_index(x.device), sizes, layers, steps)
 
 
 wavefront = Wavefront(_loops, lanes.lanes, _chunks)

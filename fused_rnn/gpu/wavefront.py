@@ -25,6 +25,7 @@ from fused_rnn.gpu import op
 from fused_rnn.gpu.loops import Layer
 from fused_rnn.gpu.run import Backward, Forward
 from fused_rnn.gpu.weights import aligned
+from fused_rnn.problem import Problem
 
 Window = tuple[int, int]
 
@@ -106,26 +107,30 @@ class Pulled(NamedTuple):
 class Wavefront:
     """Stacks of a backend.
 
-    make: its loops, as fused_rnn.gpu.op has them.  lanes: so many for a tensor's device.
-    chunks: (the call, whether backward) → in how many chunks of time it runs fastest, 1 for one layer after the other.
+    make: its loops, as fused_rnn.gpu.op has them; they hold nothing between calls, for all layers share them.
+    lanes: so many for a tensor's device.
+    chunks: (x, the cell's name, H, L, whether backward) → in how many chunks of time a stack runs fastest, 1 for one
+        layer after the other.
     """
 
     def __init__(
         self,
         make: op.Make,
         lanes: Callable[[Tensor, int], Lanes],
-        chunks: Callable[[StackCall, bool], int],
+        chunks: Callable[[Tensor, str, int, int, bool], int],
     ) -> None:
         self._make, self._lanes, self._chunks = make, lanes, chunks
 
-    def pays(self, call: StackCall) -> bool:
-        """Whether the layers are to run side by side, forward or, if there will be one, backward."""
-        if 0 in call.x.shape:
+    def pays(self, problem: Problem, x: Tensor) -> bool:
+        """Whether the layers are to run side by side: forward or, if there will be one, backward."""
+        if 0 in x.shape:
             return False
-        return self._chunks(call, False) > 1 or (call.save != "none" and self._chunks(call, True) > 1)
+        sizes = (x, problem.cell, problem.hidden_size, problem.layers)
+        return any(self._chunks(*sizes, backward) > 1 for backward in (False, True)[: 1 + problem.needs_grad])
 
     def _windows(self, call: StackCall, layer: Layer, backward: bool) -> list[Window]:
-        return windows_of(layer.steps, self._chunks(call, backward), layer.batch * layer.hidden * call.x.itemsize)
+        chunks = self._chunks(call.x, call.cell, layer.hidden, len(call.weights), backward)
+        return windows_of(layer.steps, chunks, layer.batch * layer.hidden * call.x.itemsize)
 
     def forward(self, call: StackCall) -> tuple[list[list[Tensor]], list[Tensor], list[Tensor]]:
         """Of each layer the outputs of its forward op; with dropout, of each but the first its input and its mask."""

@@ -163,7 +163,7 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Watch:
             if lane == 0:
                 watch.joined()
 
-    run = wavefront.Wavefront(make, lambda x, count: Joined(x.device, count), lambda call, backward: CHUNKS)
+    run = wavefront.Wavefront(make, lambda x, count: Joined(x.device, count), lambda *sizes: CHUNKS)
     given = inputs(Case("lstm", T=STEPS, B=2, D=2, H=4, layers=LAYERS, lengths=True, reset=True, dtype=torch.float64))
     each = [given.weights[4 * n : 4 * n + 4] for n in range(LAYERS)]
     states = [[s[n : n + 1].clone() for s in given.hx] for n in range(LAYERS)]

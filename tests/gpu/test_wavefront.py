@@ -37,7 +37,10 @@ def waves(chunks: int = 3, backward: int | None = None) -> Iterator[list[int]]:
         ran.append(count)
         return OneThread()
 
-    with plain_backend(Wavefront(make, lanes, lambda call, pulls: backward if pulls and backward else chunks)):
+    def count(x: Tensor, cell: str, hidden: int, layers: int, pulls: bool) -> int:
+        return backward if pulls and backward else chunks
+
+    with plain_backend(Wavefront(make, lanes, count)):
         yield ran
 
 
@@ -295,7 +298,10 @@ def test_what_else_watches_goes_layer_by_layer() -> None:
         for options in ({"sequences": True}, {"save": "recompute"}, {"bidirectional": True}):
             more = inputs(own._replace(bidirectional="bidirectional" in options))
             layers.run("gru", leaf, more.weights, more.hx, own.layers, backend="plain", **options)
-        layers.run("gru", given.x[: 0 or None, :0], given.weights, (), own.layers, backend="plain")
+        layers.run("gru", given.x[:, :0], given.weights, (), own.layers, backend="plain")
+        projected = case("lstm")
+        more = inputs(projected._replace(proj=16))  # as wide as without a projection
+        layers.run("lstm", leaf, more.weights, more.hx, own.layers, backend="plain")
         assert ran == []
         leaf = given.x.clone().requires_grad_()
         assert_same_formula(torch.autograd.grad(total(leaf), leaf)[0], by_vjp)
