@@ -16,7 +16,7 @@ from typing import Any, ClassVar, NamedTuple
 import pytest
 import torch
 from cases import Case, inputs
-from plain_loops import make
+from plain_gpu import make
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode

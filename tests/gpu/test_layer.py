@@ -13,7 +13,7 @@ import pytest
 import torch
 from cases import PROJECTIONS, Case, inputs, option_cases
 from oracle import by_backend, by_reference, by_torch
-from plain_loops import plain_backend
+from plain_gpu import plain_backend
 from program_cases import ProgramCase, call_of
 from programs import PROGRAMS
 from tolerances import assert_as_good_as_torch, assert_same_formula

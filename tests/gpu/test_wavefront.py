@@ -15,7 +15,7 @@ import pytest
 import torch
 from cases import Case, Inputs, inputs
 from oracle import Results, differentiate
-from plain_loops import make, plain_backend
+from plain_gpu import make, plain_backend
 from tolerances import GRADCHECK, assert_same_formula
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
