@@ -213,6 +213,35 @@ class BackwardCall(NamedTuple):
         return LayerCall(*self[2:7], *self[10:13])
 
 
+class StackCall(NamedTuple):
+    """A stack of layers in one direction, all with the same H and without a projection, over all of time.
+
+    x, lengths, reset, cell, save, keep_hidden: as in LayerCall, keep_hidden of the last layer alone.
+    weights, states: of each layer.  dropout: the probability for what passes between layers to be zero.
+    """
+
+    x: Tensor
+    weights: Sequence[Sequence[Tensor]]
+    states: Sequence[Sequence[Tensor]]
+    lengths: Tensor | None
+    reset: Tensor | None
+    cell: str
+    dropout: float = 0.0
+    save: str = "none"
+    keep_hidden: bool = False
+
+    def layer(self, place: int, x: Tensor) -> LayerCall:
+        """The call of one layer. x: its input."""
+        keep_hidden = self.keep_hidden and place == len(self.weights) - 1
+        own = (self.weights[place], self.states[place], self.lengths, self.reset)
+        return LayerCall(x, *own, self.cell, (1,), self.save, keep_hidden)
+
+    @property
+    def scale(self) -> float:
+        """Of what dropout leaves."""
+        return 1 / (1 - self.dropout)
+
+
 def all_or_none(tensors: Sequence[Tensor], number: int) -> list[Tensor | None]:
     """The tensors, one for each of this many states; None for each where none was given."""
     return [*tensors] if tensors else [None] * number

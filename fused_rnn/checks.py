@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn import Parameter
 
 from fused_rnn.call import Kinds, counts, kinds
 from fused_rnn.cells import CELLS
@@ -226,6 +227,16 @@ def is_as_it_seems(t: Tensor) -> bool:
     if torch.compiler.is_compiling() or in_transform():
         return False
     return not torch._C._functorch.is_legacy_batchedtensor(t)
+
+
+def is_plain(tensors: Sequence[Tensor]) -> bool:
+    """Whether nothing stands for these tensors or watches what runs on them: no transform, trace, mode or subclass."""
+    if torch.compiler.is_compiling() or in_transform():
+        return False
+    if torch._C._is_tracing() or torch._C._len_torch_dispatch_stack():
+        return False
+    legacy = torch._C._functorch.is_legacy_batchedtensor
+    return all(type(t) in (Tensor, Parameter) and not legacy(t) for t in tensors)
 
 
 def in_transform() -> bool:

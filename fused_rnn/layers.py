@@ -12,7 +12,8 @@ from torch.autograd import forward_ad
 from torch.nn.functional import pad
 
 from fused_rnn import autograd, checks
-from fused_rnn.call import Kinds, LayerCall, known_save
+from fused_rnn.autograd import stack as autograd_stack
+from fused_rnn.call import Kinds, LayerCall, StackCall, known_save
 from fused_rnn.cells import CELLS
 from fused_rnn.dispatch import resolve
 from fused_rnn.gpu.precision import tf32_allowed
@@ -94,6 +95,9 @@ def run(
         call = LayerCall(x, weights, given, lengths, reset, cell, directions, keep, keeps, sequences)
         outputs = autograd.layer(chosen, call)
         return outputs if heads == 1 and not sequences else _joined(outputs, cell, heads)
+    if (wave := _wavefront(chosen, problem, kinds, x, weights, given, lengths, reset, dropout * training)) is not None:
+        x, finals = autograd_stack.stack(chosen, wave)
+        return [x, *map(torch.cat, zip(*finals, strict=True))]
     finals = []
     for layer in range(num_layers):
         last, first = layer == num_layers - 1, layer * recurrences
@@ -108,6 +112,32 @@ def run(
     over_time = finals[-1][len(finals[0]) :] if sequences else ()
     outputs = (x, *map(torch.cat, zip(*finals, strict=not sequences)), *over_time)
     return outputs if heads == 1 and not sequences else _joined(outputs, cell, heads)
+
+
+def _wavefront(
+    backend: ModuleType,
+    problem: Problem,
+    kinds: Kinds,
+    x: Tensor,
+    weights: Sequence[Tensor],
+    states: Sequence[Tensor],
+    lengths: Tensor | None,
+    reset: Tensor | None,
+    dropout: float,
+) -> StackCall | None:
+    """The layers as a call of the backend's wavefront, where it can run them and it pays."""
+    if backend.wavefront is None or problem.recurrences > 1 or kinds.projects or problem.sequences:
+        return None
+    if problem.forward_ad or problem.save == "recompute" or not 0 <= dropout < 1:
+        return None
+    if not checks.is_plain([x, *weights, *states]) or not backend.wavefront.pays(problem, x):
+        return None
+    each = range(problem.layers)
+    by_layer = [weights[n * kinds.number : (n + 1) * kinds.number] for n in each]
+    entering = [[s[n : n + 1] for s in states] for n in each]
+    return StackCall(
+        x, by_layer, entering, lengths, reset, problem.cell, dropout, problem.save, keep_hidden=problem.needs_grad
+    )
 
 
 def _by_head(state: Tensor, heads: int) -> Tensor:

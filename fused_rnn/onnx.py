@@ -35,7 +35,7 @@ _DIRECTIONS = {(1,): "forward", (-1,): "reverse", (1, -1): "bidirectional"}
 
 NAME = "onnx"
 DIFFERENTIABLE = False
-stack = None
+stack = wavefront = None
 
 
 def is_exporting() -> bool:

@@ -179,6 +179,36 @@ def read(native: Any, precision: str, device: Device) -> Plan:
     )  # fmt: skip
 
 
+# What the host takes to ask for one chunk of one layer of a wavefront: two or three launches of 7 to 9 µs and the
+# Python around them. What the planner's cycles are counted at. Both of an H200 and its host, 2026-11-26. No wavefront
+# has run on a GPU yet: one is taken where the estimate gains a good deal.
+_CHUNK_ON_HOST, _HERTZ, _GAIN, _MOST_CHUNKS = 60e-6, 1.98e9, 1.25, 64
+
+
+def paying_chunks(plan: Plan, layers: int, steps: int) -> int:
+    """In how many chunks of time a stack runs fastest as a wavefront: each layer a chunk behind the one below it.
+
+    plan: of the loop of one layer, R = 1.  layers: L.  steps: T.
+    1, which is layer by layer, unless all layers' teams are resident together and the wavefront gains a quarter. Teams
+    of the grid are left alone: a launch of theirs waits until all of it fits, and what two of them do side by side is
+    not known.
+    """
+    if plan.exchange not in ("cta", "cluster", "scatter") or plan.waves > 1:
+        return 1
+    clusters, alone = plan.device.clusters, plan.exchange == "cta"
+    resident = plan.device.multiprocessors if alone else clusters[plan.members - 1]
+    if layers < 2 or layers * plan.tiles > resident:
+        return 1
+    step = sum(plan.cycles) / _HERTZ
+
+    def seconds(chunks: int) -> float:
+        """Stages in which every layer runs a chunk, or the host asks for one of each, if that takes longer."""
+        return (chunks + layers - 1) * max(-(-steps // chunks) * step, layers * _CHUNK_ON_HOST)
+
+    best = min(range(1, min(_MOST_CHUNKS, max(steps, 1)) + 1), key=seconds)
+    return best if seconds(best) * _GAIN < layers * max(steps * step, _CHUNK_ON_HOST) else 1
+
+
 def _asked(where: torch.device) -> Device | None:
     """What the compiled loops find out about a device, its clusters above all; None where they cannot."""
     try:
@@ -228,7 +258,9 @@ def plan(
 ) -> Plan:
     """What backend="cuda" runs for one layer: kernel, team, memory, estimated cycles; or why it runs step by step.
 
-    Needs neither a GPU nor a build with CUDA kernels. T has no say in it.
+    Needs neither a GPU nor a build with CUDA kernels. T has no say in it. Where the teams of all layers of a stack in
+    one direction fit on the GPU together, and T is long, the layers run side by side, each a chunk of time behind the
+    one below it (a wavefront; not yet run on a GPU): what the plan says of one layer then holds of each.
 
     Args:
         cell: lstm, gru, rnn_tanh or rnn_relu, or the name of a user's cell.

@@ -272,7 +272,8 @@ def left_out(entry: tarfile.TarInfo) -> bool:
 def figures(work: Path) -> list[str]:
     """The first of what was measured, in as few lines as a screen has: steps by the estimate, ratios to torch.nn."""
     try:
-        return [*steps_measured(work / "steps" / "steps.json"), *ratios_measured(work / "bench")]
+        measured = [*steps_measured(work / "steps" / "steps.json"), *stacks_measured(work / "steps" / "stacks.json")]
+        return [*measured, *ratios_measured(work / "bench")]
     except Exception as error:  # a file that is being written right now; whatever it is, the rest must come back
         return [f"no figures: {error!r}"]
 
@@ -286,6 +287,16 @@ def steps_measured(path: Path) -> list[str]:
         cycles, estimated = 1e3 * row["gigahertz"] * row["micros"], sum(row["cycles"].values())
         lines.append(f"  {case:<44} {row['micros']:6.2f}  {cycles:6.0f} / {estimated:.0f}")
     return lines
+
+
+def stacks_measured(path: Path) -> list[str]:
+    if not path.exists():
+        return []
+    lines, found = ["a stack: milliseconds by chunks of time"], dict[str, list[str]]()
+    for row in map(json.loads, path.read_text().splitlines()):
+        case = " ".join(str(row[name]) for name in ("kind", "H", "B", "L", "T", "way"))
+        found.setdefault(case, []).append(f"{row['chunks'] or 'as planned'}: {row['ms']:.2f}")
+    return [*lines, *(f"  {case:<36} {', '.join(times)}" for case, times in found.items())]
 
 
 def ratios_measured(folder: Path) -> list[str]:

@@ -2,8 +2,9 @@
 
     python scripts/gpu_steps.py --out FOLDER [--cell lstm] [--number bf16] [--hidden 512] [--every] [--minutes 3]
 
-Kernels alone, by torch's profiler, at T = 512. --every: not the planner's choice alone, but every team that fits. Run
-by scripts/gpu.py; writes steps.json as it goes.
+Kernels alone, by torch's profiler, at T = 512. --every: not the planner's choice alone, but every team that fits. For a
+quarter of the time before it whole stacks: layer by layer, and as wavefronts in the number of chunks that is estimated
+to pay and in others. Run by scripts/gpu.py; writes stacks.json and steps.json as it goes.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +31,9 @@ from fused_rnn.functional import gru, lstm, rnn
 from fused_rnn.plan import EXCHANGES, Plan
 
 HIDDEN, BATCH, STEPS, RUNS = (128, 256, 512, 768, 1024, 2048), (8, 64, 256), 512, 3
+# Layers of H units on inputs of H; chunks of time, None for as many as the planner finds to pay.
+STACKS = [("LSTM", 256, 8, 2, 1024), ("LSTM", 128, 8, 4, 2048), ("GRU", 512, 8, 3, 1024), ("LSTM", 256, 16, 3, 512)]
+CHUNKS = (None, 1, 2, 4, 8, 16)
 MEMBERS, ROWS = (1, 2, 4, 8, 16, 32, 64, 128), (8, 16, 32)
 KERNELS = {"persistent_fwd": "forward", "persistent_bwd": "backward"}  # by a part of their names
 
@@ -87,6 +93,42 @@ def times(events: Any) -> dict[str, float]:
     return found
 
 
+def stacks(out: Path, end: float, device: str = "cuda") -> None:
+    """Milliseconds of whole stacks in bf16, by the number of chunks: inference and training."""
+    rows: list[dict[str, Any]] = []
+    for kind, hidden, batch, layers, steps in STACKS:
+        model = getattr(fused_rnn, kind)(hidden, hidden, layers, device=device, dtype=torch.bfloat16, backend="cuda")
+        x = torch.randn(steps, batch, hidden, device=device, dtype=torch.bfloat16)
+        leaves, dy = [x.clone().requires_grad_(), *model.parameters()], torch.randn_like(x)
+        calls = {
+            "inference": partial(torch.no_grad()(model), x),
+            "training": lambda: torch.autograd.grad(model(leaves[0])[0], leaves, dy),  # noqa: B023
+        }
+        for (way, call), chunks in product(calls.items(), CHUNKS):
+            if time.monotonic() > end:
+                return
+            with plans.override(chunks=chunks):
+                taken = round(milliseconds(call), 4)
+            case = {"kind": kind, "H": hidden, "B": batch, "L": layers, "T": steps, "way": way}
+            rows.append({**case, "chunks": chunks, "ms": taken})
+            print("stack", *case.values(), f"{chunks or 'as planned'}: {taken:.3f} ms", flush=True)
+            (out / "stacks.json").write_text("\n".join(json.dumps(row) for row in rows) + "\n")
+
+
+def milliseconds(call: Callable[[], object]) -> float:
+    """The least of a few calls, from an event before to one behind, of a GPU that was idle."""
+    taken = []
+    for _ in range(RUNS + 2):
+        torch.cuda.synchronize()
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        call()
+        end.record()
+        torch.cuda.synchronize()
+        taken.append(begin.elapsed_time(end))
+    return min(taken)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="gpu_steps", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
@@ -97,7 +139,9 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=3.0)
     chosen = parser.parse_args()
     chosen.out.mkdir(parents=True, exist_ok=True)
-    end, rows = time.monotonic() + 60 * chosen.minutes, []
+    begun, rows = time.monotonic(), []
+    end = begun + 60 * chosen.minutes
+    stacks(chosen.out, begun + 15 * chosen.minutes)
     gigahertz = getattr(torch.cuda.get_device_properties(0), "clock_rate", 0) / 1e6
     print(f"cell number H B way: microseconds a step, estimated cycles (at {gigahertz:.2f} GHz), team")
     for number in chosen.number or ("bf16", "tf32"):

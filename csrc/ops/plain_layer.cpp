@@ -243,13 +243,13 @@ std::vector<Tensor> plain_backward(std::vector<int64_t> told, MaybeTensor dy, st
   p.over(loop, {});
 
   // Each recurrence's gradients as a matrix: a step's vectors first .. first + count - 1 in a row.
-  const int64_t step = p.B * p.R * all * p.H, row = p.R * all * p.H;
-  const auto side = [&](int64_t r, int64_t first, int64_t count, int64_t from, int64_t steps) {
-    return view(dgates, {steps * p.B, count * p.H}, {row, 1}, from * step + (r * all + first) * p.H);
+  const int64_t row = p.R * all * p.H;
+  const auto side = [&](int64_t r, int64_t first, int64_t count) {
+    return view(dgates, {p.T * p.B, count * p.H}, {row, 1}, (r * all + first) * p.H);
   };
   std::vector<Tensor> out;
   if (need_dx) {
-    const Tensor d = p.R == 1 ? side(0, 0, p.G, 0, p.T) : view(dgates, {p.T * p.B, row}, {row, 1});
+    const Tensor d = p.R == 1 ? side(0, 0, p.G) : view(dgates, {p.T * p.B, row}, {row, 1});
     out.push_back(view(mm(d, p.R == 1 ? reordered(p, weights[0], false) : p.of_all(weights, 0)), {p.T, p.B, p.D}, {p.B * p.D, p.D, 1}));
   } else {
     out.push_back(p.empty({0}));
@@ -259,19 +259,16 @@ std::vector<Tensor> plain_backward(std::vector<int64_t> told, MaybeTensor dy, st
     copy_(out.back(), gradients[s]);
   }
   for (int64_t r = 0; need_dw && r < p.R; ++r) {
-    const Tensor input = side(r, 0, p.G, 0, p.T);
+    const Tensor input = side(r, 0, p.G);
     out.push_back(reordered(p, mm(turned(input), p.rows()), true));
-    // h_{t-1} is y one step off. Where h0 is zero the first step has no part.
+    // h_{t-1}, over all of time.
     const bool forwards = directions[size_t(r)] > 0;
-    Tensor before = view(hidden, {(p.T - 1) * p.B, p.H}, {p.R * p.H, 1}, (forwards ? 0 : p.B * p.R * p.H) + r * p.H);
-    if (!zero) {
-      const Tensor h0 = view(states[0], {p.B, p.H}, {p.H, 1}, r * p.B * p.H);
-      before = forwards ? joined({h0, before}) : joined({before, h0});
-    }
-    out.push_back(mm(turned(side(r, p.apart, p.G, zero && forwards, p.T - zero)), before));
+    const Tensor h0 = view(zero ? of_type(*entering, x.scalar_type()) : states[0], {p.B, p.H}, {p.H, 1}, r * p.B * p.H);
+    const Tensor others = view(hidden, {(p.T - 1) * p.B, p.H}, {p.R * p.H, 1}, (forwards ? 0 : p.B * p.R * p.H) + r * p.H);
+    out.push_back(mm(turned(side(r, p.apart, p.G)), joined(forwards ? std::vector{h0, others} : std::vector{others, h0})));
     if (p.each == 2) continue;
     out.push_back(reordered(p, summed_rows(input), true));
-    out.push_back(p.apart ? summed_rows(side(r, p.apart, p.G, 0, p.T)) : torch::stable::clone(out.back()));
+    out.push_back(p.apart ? summed_rows(side(r, p.apart, p.G)) : torch::stable::clone(out.back()));
   }
   return out;
 }

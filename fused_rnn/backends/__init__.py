@@ -1,1 +1,2 @@
-"""One file per backend, each with the same names: NAME, DIFFERENTIABLE, supports, forward, backward, step, describe."""
+"""One file per backend, each with the same names: NAME, DIFFERENTIABLE, supports, forward, backward, step, stack,
+wavefront, describe."""

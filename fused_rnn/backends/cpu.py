@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 NAME = "cpu"
 DIFFERENTIABLE = False  # the ops have no autograd of their own: fused_rnn.autograd's Functions wrap them
-stack = None  # layers.run runs the layers one by one
+stack = wavefront = None  # layers.run runs the layers one by one
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from fused_rnn.cells import CELLS
-from fused_rnn.cuda import launch, limits, module, plain, plans
+from fused_rnn.cuda import lanes, launch, limits, module, plain, plans
 from fused_rnn.gpu import op
+from fused_rnn.gpu.wavefront import Wavefront
 from fused_rnn.plan import NO_PRODUCT, PRECISIONS, fewer_blocks
 from fused_rnn.transforms.op_gradient import without_gradient
 
@@ -21,7 +22,9 @@ if TYPE_CHECKING:
 
 NAME = "cuda"
 DIFFERENTIABLE = False  # fused_rnn.autograd's Functions wrap the ops
-stack = None  # layers.run runs the layers one by one
+stack = None  # layers.run runs the layers one by one, or hands them to `wavefront`
+
+_LONG = 1024  # steps by which a description says how a stack runs: a problem knows no T
 
 
 def supports(problem: Problem) -> str | None:
@@ -46,15 +49,25 @@ def describe(problem: Problem) -> str:
     if supports(problem) is not None:
         return "nothing here"
     device = module.device_index(torch.device(problem.device))
-    precision, cell = plans.precision(problem.dtype), CELLS[problem.cell]
+    number, cell = plans.precision(problem.dtype), CELLS[problem.cell]
     if not cell.recurrent:
         return f"{module.where(device)}; {NO_PRODUCT}"
     loops = []
     for backward in (False, True)[: 1 + problem.needs_grad]:
-        fewer = fewer_blocks(cell, PRECISIONS[precision], backward)
-        sizes = (precision, backward, cell.gates, problem.batch, problem.hidden_size, problem.recurrences)
-        plan = plans.ask(device, *sizes, fewer=fewer)
-        loops.append(f"{'backward' if backward else 'forward'}: {plan}")
+        sizes = (
+            plans.precision(problem.dtype),
+            backward,
+            cell.gates,
+            problem.batch,
+            problem.hidden_size,
+            problem.recurrences,
+        )
+        told = str(plans.ask(device, *sizes, fewer=fewer_blocks(cell, PRECISIONS[number], backward)))
+        if problem.layers > 1 and problem.recurrences == 1:
+            count = plans.chunks(cell, device, sizes, problem.layers, _LONG)
+            if count > 1:
+                told += f", {problem.layers} layers as a wavefront ({_LONG} steps in {count} chunks)"
+        loops.append(f"{'backward' if backward else 'forward'}: {told}")
     return f"{module.where(device)}; {'; '.join(loops)}"
 
 
@@ -71,6 +84,16 @@ def _loops(layer: Layer, x: Tensor, backward: bool) -> Loops:
 
 
 forward_op, backward_op = op.define("cuda", _loops, ("CPU", "CUDA"), plain)  # CPU: in the emulator, where tests put it
+
+
+def _chunks(x: Tensor, cell: str, hidden: int, layers: int, backward: bool) -> int:
+    """In how many chunks of time a stack runs as a wavefront; 1: layer by layer."""
+    (steps, batch), spec = x.shape[:2], CELLS[cell]
+    sizes = (plans.precision(x.dtype), backward, spec.gates, batch, hidden, 1)
+    return plans.chunks(spec, module.device_index(x.device), sizes, layers, steps)
+
+
+wavefront = Wavefront(_loops, lanes.lanes, _chunks)
 
 
 def forward(call: LayerCall) -> list[Tensor]:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 NAME = "reference"
 DIFFERENTIABLE = True  # forward is made of differentiable torch operations and needs no Function around it
-stack = None  # layers.run runs the layers one by one
+stack = wavefront = None  # layers.run runs the layers one by one
 
 
 def supports(problem: Problem) -> str | None:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 NAME = "torch"
 DIFFERENTIABLE = True
+wavefront = None  # cuDNN has its own
 
 _STACKS: dict[str, Callable[..., Any]] = {
     "lstm": _VF.lstm,

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 NAME = "triton"
 DIFFERENTIABLE = False  # fused_rnn.autograd's Functions wrap the ops
-stack = None  # layers.run runs the layers one by one
+stack = wavefront = None  # layers.run runs the layers one by one
 
 _LIMIT = 1 << 31  # offsets within a step, and numbers of steps, take 32 bits; a step's place takes 64
 

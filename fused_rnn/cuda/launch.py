@@ -36,7 +36,12 @@ class Loops:
             T=layer.steps, B=layer.batch, R=layer.recurrences, H=layer.hidden, reversed=bits, period=self.period,
             lengths=_at(layer.lengths), reset=_at(layer.reset),
         )  # fmt: skip
-        self.stream = torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
+        self.on_gpu = x.is_cuda
+
+    @property
+    def stream(self) -> int:
+        """The current one, on which torch's products run as well; layers that run side by side share these loops."""
+        return torch.cuda.current_stream(self.device).cuda_stream if self.on_gpu else 0
 
     def _bind(self, loop: str, given: dict[str, Any], plan: Any = None, loaded: int = 0) -> Any:
         """The module's Forward or Backward with its arrays; without a plan it is told the products."""

@@ -9,27 +9,45 @@ from typing import Any
 
 import torch
 
+from fused_rnn.cells import Cell
 from fused_rnn.cuda import module
 from fused_rnn.gpu.precision import tf32_allowed
-from fused_rnn.plan import EXCHANGES, PRECISIONS, Device, Forced, Plan, make, precision_of, read
+from fused_rnn.plan import (
+    EXCHANGES,
+    PRECISIONS,
+    Device,
+    Forced,
+    Plan,
+    fewer_blocks,
+    make,
+    paying_chunks,
+    precision_of,
+    read,
+)
 
 _forced = Forced()  # of every plan here; exchange "stepwise" for no plan at all
+_chunks: int | None = None  # of every stack
 
 
 @contextmanager
-def override(exchange: str | None = None, members: int = 0, rows: int = 0, known: bool = True) -> Iterator[None]:
+def override(
+    exchange: str | None = None, members: int = 0, rows: int = 0, known: bool = True, chunks: int | None = None
+) -> Iterator[None]:
     """Loops run by plans with these parts: for tests and for tuning. A plan that there is not raises RuntimeError.
 
     known: whether a kernel may be taken that is compiled for the team, and not for any.
+    chunks: of time, in which a stack of layers runs as a wavefront; 1: layer by layer; None: as many as pay.
     """
-    global _forced
+    global _forced, _chunks
     if exchange not in (None, "stepwise", *EXCHANGES):
         raise ValueError(f"exchange: got {exchange!r}, expected None, 'stepwise' or one of {', '.join(EXCHANGES)}")
-    before, _forced = _forced, Forced(exchange, members, rows, known)
+    if chunks is not None and chunks < 1:
+        raise ValueError(f"chunks: got {chunks}, expected None or at least 1")
+    before, _forced, _chunks = (_forced, _chunks), Forced(exchange, members, rows, known), chunks
     try:
         yield
     finally:
-        _forced = before
+        _forced, _chunks = before
 
 
 def precision(dtype: torch.dtype) -> int:
@@ -55,6 +73,21 @@ def ask(device: int, *sizes: int, known: bool = True, fewer: int = 0) -> Plan:
     if native is None and _forced.exchange == "stepwise":
         return Plan("stepwise", name, Device.of(found), reason="as asked for")
     return read(native or make(loops, sizes, found, Forced(), known, fewer), name, Device.of(found))
+
+
+def chunks(cell: Cell, device: int, sizes: tuple[int, ...], layers: int, steps: int) -> int:
+    """In how many chunks of time a stack's loop runs, 1 for layer by layer: as overridden, or as many as pay."""
+    if _chunks is not None or not cell.recurrent:
+        return _chunks or 1
+    fewer = fewer_blocks(cell, PRECISIONS[sizes[0]], bool(sizes[1]))
+    return _paying_chunks(module.loaded(), _forced, device, sizes, fewer, layers, steps)
+
+
+@lru_cache(maxsize=4096)
+def _paying_chunks(
+    loops: Any, forced: Forced, device: int, sizes: tuple[int, ...], fewer: int, layers: int, steps: int
+) -> int:
+    return paying_chunks(ask(device, *sizes, fewer=fewer), layers, steps)
 
 
 @lru_cache(maxsize=4096)

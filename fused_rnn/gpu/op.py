@@ -35,7 +35,7 @@ _library = torch.library.Library("fused_rnn", "FRAGMENT")
 _INPUTS = "Tensor x, Tensor[] weights, Tensor[] states, Tensor? lengths, Tensor? reset"
 
 
-def _on(x: Tensor) -> AbstractContextManager[None]:
+def on(x: Tensor) -> AbstractContextManager[None]:
     """x's device is current; products have the precision of a recurrent layer, which autocast would change."""
     kind = x.device.type
     as_it_is = not torch.is_autocast_enabled(kind)
@@ -124,20 +124,23 @@ def _implement(make: Make, plain: Plain | None) -> tuple[Callable[..., list[Tens
         if call.save not in ("none", "gates", "recompute"):
             raise RuntimeError(f"save: got {call.save!r}, expected none, gates or recompute")
         x = call.x
-        with _on(x):
+        with on(x):
             if plain is not None and (outputs := plain.forward(call)):
                 return outputs
             layer, weights = layer_of(call)
             if x.shape[1] == 0:
                 return [torch.zeros_like(t) for t in fake.forward(*call)]
-            return run.forward(layer, make(layer, x, False), call._replace(x=x.contiguous()), weights)
+            loops, steps = make(layer, x, False), layer.steps
+            whole = run.Forward(layer, call._replace(x=x.contiguous()), weights, [(0, steps)])
+            whole.run(loops, 0, steps)
+            return whole.outputs()
 
     def backward(*args: Any) -> list[Tensor]:
         call = BackwardCall(*args)
         if call.save not in ("gates", "recompute"):
             raise RuntimeError(f"save: got {call.save!r}, expected gates or recompute")
         x = call.x
-        with _on(x):
+        with on(x):
             if plain is not None and (outputs := plain.backward(call)):
                 return outputs
             layer, weights = layer_of(call.layer)
@@ -147,7 +150,10 @@ def _implement(make: Make, plain: Plain | None) -> tuple[Callable[..., list[Tens
             call = call._replace(
                 x=x.contiguous(), saved=aligned(call.saved), histories=[aligned(t) for t in call.histories]
             )
-            return run.backward(layer, make(layer, x, True), call, weights)
+            loops, steps = make(layer, x, True), layer.steps
+            whole = run.Backward(layer, call, weights, [(0, steps)])
+            whole.run(loops, 0, steps)
+            return whole.outputs()
 
     return forward, backward
 

@@ -10,7 +10,6 @@ from torch import Tensor
 from fused_rnn.call import Weights
 from fused_rnn.cells import Cell
 from fused_rnn.gpu.loops import Layer
-from fused_rnn.gpu.weights import input_bias
 from fused_rnn.reference.sequence import entering, zero_past_end
 
 
@@ -21,28 +20,32 @@ def _rows(x: Tensor, r: int, first: int, last: int) -> Tensor:
 
 
 def input_product(
-    x: Tensor, weights: Sequence[Weights], cell: Cell, windows: Sequence[tuple[int, int]], hidden: int
-) -> Tensor:
-    """x @ W_ih^T + b over each recurrence's window of time: [window, B, R, G, H]."""
-    recurrences, length = len(windows), windows[0][1] - windows[0][0]
-    gx = x.new_empty(length, x.shape[1], recurrences, cell.gates, hidden)
-    biases = [input_bias(w, cell) for w in weights]
+    gx: Tensor,
+    x: Tensor,
+    weights: Sequence[Weights],
+    biases: Sequence[Tensor | None],
+    windows: Sequence[tuple[int, int]],
+) -> None:
+    """gx [window, B, R, G, H] = x @ W_ih^T + b over each recurrence's window of time.
+
+    biases: of each recurrence, as `input_bias` has it.
+    """
+    recurrences = len(windows)
     if x.dim() == 3 and all(window == windows[0] for window in windows):
         w = weights[0].w_ih if recurrences == 1 else torch.cat([w.w_ih for w in weights])
-        rows, out = _rows(x, 0, *windows[0]), gx.view(-1, recurrences * cell.gates * hidden)
+        rows, out = _rows(x, 0, *windows[0]), gx.view(-1, w.shape[0])
         whole = [b for b in biases if b is not None]
         if whole:
             torch.addmm(whole[0] if recurrences == 1 else torch.cat(whole), rows, w.t(), out=out)
         else:
             torch.mm(rows, w.t(), out=out)
-        return gx
-    flat = gx.view(-1, recurrences, cell.gates * hidden)
+        return
+    flat = gx.flatten(3).flatten(0, 1)
     for r, window in enumerate(windows):
         rows, bias = _rows(x, r, *window), biases[r]
         w = weights[r].w_ih.t()
         product = torch.mm(rows, w) if bias is None else torch.addmm(bias, rows, w)
         flat[:, r] = product
-    return gx
 
 
 def recurrent_product(
@@ -72,23 +75,29 @@ def _apart(w: Tensor, cell: Cell, to_front: bool) -> Tensor:
     return torch.cat([w[split:], w[:split]])
 
 
-def input_gradient(x: Tensor, weights: Sequence[Weights], cell: Cell, dgates: Tensor) -> Tensor:
-    """dgates @ W_ih, summed over the recurrences where they share x. dgates: [T, B, R, DG, H]."""
+def input_side(weights: Sequence[Weights], cell: Cell) -> list[Tensor]:
+    """Every recurrence's W_ih with its rows in dgates' order."""
+    return [_apart(w.w_ih, cell, to_front=True) for w in weights]
+
+
+def input_gradient(dx: Tensor, w_ih: Sequence[Tensor], cell: Cell, dgates: Tensor) -> None:
+    """dx = dgates @ W_ih, summed over the recurrences where they share x. dx: contiguous, dgates: [T, B, R, DG, H], of
+    any steps; w_ih: as `input_side` has them."""
     recurrences, units = dgates.shape[2], dgates.shape[4]
     flat = dgates.view(-1, recurrences, cell.gradients * units)[:, :, : cell.gates * units]
-    w_ih = [_apart(w.w_ih, cell, to_front=True) for w in weights]
-    if x.dim() == 4:
-        dx = torch.empty(flat.shape[0], recurrences, x.shape[3], dtype=x.dtype, device=x.device)
+    if dx.dim() == 4:
+        each = dx.view(-1, recurrences, dx.shape[3])
         for r in range(recurrences):
-            dx[:, r] = torch.mm(flat[:, r], w_ih[r])
-        return dx.view(x.shape)
+            each[:, r] = torch.mm(flat[:, r], w_ih[r])
+        return
+    out = dx.view(flat.shape[0], -1)
     # A product for each: sums of twice the length round worse, which in 16 bits is less than what is rounded between.
-    if not cell.apart and x.dtype.itemsize == 2 and recurrences > 1:
-        return torch.mm(flat.reshape(flat.shape[0], -1), torch.cat(w_ih)).view(x.shape)
-    dx = torch.mm(flat[:, 0], w_ih[0])
+    if not cell.apart and dx.dtype.itemsize == 2 and recurrences > 1:
+        torch.mm(flat.reshape(flat.shape[0], -1), torch.cat(list(w_ih)), out=out)
+        return
+    torch.mm(flat[:, 0], w_ih[0], out=out)
     for r in range(1, recurrences):
-        dx.addmm_(flat[:, r], w_ih[r])
-    return dx.view(x.shape)
+        out.addmm_(flat[:, r], w_ih[r])
 
 
 def recurrent_side(dgates: Tensor, cell: Cell, r: int) -> Tensor:
@@ -122,13 +131,6 @@ def weight_gradients(
 
 def _recurrent_gradient(layer: Layer, r: int, dgates: Tensor, h_first: Tensor, hidden: Tensor) -> Tensor:
     """Of W_hh of recurrence r. dgates: [T, B, G·H], h_first: [B, P], hidden: [T, B, P]."""
-    direction = layer.directions[r]
-    if layer.reset is None and layer.lengths is None:
-        # h_{t-1} is y one step off, not a copy; what is left is the first step, which saw h0, or zeros: a NaN times
-        # those is NaN.
-        later, before = (dgates[1:], hidden[:-1]) if direction > 0 else (dgates[:-1], hidden[1:])
-        dw_hh = torch.mm(later.flatten(0, 1).t(), before.flatten(0, 1))
-        return dw_hh.addmm_(dgates[0 if direction > 0 else layer.steps - 1].t(), h_first)
-    before = entering(hidden, h_first, layer.lengths, layer.reset, direction)
+    before = entering(hidden, h_first, layer.lengths, layer.reset, layer.directions[r])
     before = zero_past_end(before, layer.lengths)  # where gradients are 0, and NaN times that is NaN
     return torch.mm(dgates.flatten(0, 1).t(), before.flatten(0, 1))

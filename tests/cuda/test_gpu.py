@@ -81,7 +81,11 @@ def test_every_loop(row: Row) -> None:
 def test_training_step_is_captured_and_replayed(cell: str, exchange: str) -> None:
     if cell == "RNN" and exchange == "scatter4":
         pytest.skip("of one gate gathering moves no more")
-    net, x = network(cell, bidirectional=True), data(7, 20)
+    assert_captured(network(cell, bidirectional=True), data(7, 20))
+
+
+def assert_captured(net: torch.nn.Module, x: Tensor) -> None:
+    """A training step, replayed on other inputs, gives the bits of an eager one."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -91,7 +95,7 @@ def test_training_step_is_captured_and_replayed(cell: str, exchange: str) -> Non
     with torch.cuda.graph(graph):
         captured = train(net, x)
     for _ in range(3):
-        fresh = data(7, 20)
+        fresh = data(*x.shape[:2])
         with torch.no_grad():
             x.copy_(fresh)
         graph.replay()
@@ -131,6 +135,53 @@ def test_two_streams_of_teams_do_not_lock_each_other_out() -> None:
             torch.cuda.synchronize()
             for ours, want in zip(results, expected, strict=True):
                 assert torch.equal(ours, want)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("cell", ["LSTM", "GRU"])
+def test_a_wavefront_of_layers(cell: str, dropout: float) -> None:
+    """Near layer by layer, for a product over a chunk may add in another order; the same bits in every run."""
+    net, x = network(cell, 256, num_layers=3, dropout=dropout), data(500, 8)
+    lengths, reset = torch.randint(0, 501, (8,), device="cuda"), torch.rand(500, 8, device="cuda") < 0.01
+
+    def run(chunks: int) -> list[Tensor]:
+        torch.manual_seed(0)
+        with plans.override(chunks=chunks):
+            y = net(x, lengths=lengths, reset=reset)[0]
+            return [y.detach(), *torch.autograd.grad(y.float().square().sum(), [x, *net.parameters()])]
+
+    expected, first = run(1), run(8)
+    for ours, theirs in zip(first, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=5e-2, atol=5e-2 * float(theirs.abs().max()))
+    for _ in range(20):
+        for again, ours in zip(run(8), first, strict=True):
+            assert torch.equal(again, ours)
+
+
+def test_a_wavefront_is_captured_and_replayed() -> None:
+    with plans.override(chunks=4):
+        assert_captured(network(hidden=128, num_layers=3), data(64, 8))
+
+
+def test_a_wavefront_on_a_side_stream_and_the_host_never_waits() -> None:
+    net, x, side = network(hidden=128, num_layers=3), data(256, 8), torch.cuda.Stream()
+    with plans.override(chunks=4):
+        expected = train(net, x)
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            with torch.cuda.stream(side):
+                late = torch.zeros_like(x)
+                torch.cuda._sleep(50_000_000)
+                with torch.no_grad():
+                    late.copy_(x)  # behind the sleep
+                late.requires_grad_()
+                results = train(net, late)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        side.synchronize()
+    for ours, want in zip(results, expected, strict=True):
+        assert torch.equal(ours, want)
 
 
 def test_the_host_never_waits(exchange: str) -> None:

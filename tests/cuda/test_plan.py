@@ -15,7 +15,7 @@ from fused_rnn.backends import cuda as backend
 from fused_rnn.cells import CELLS
 
 # `fused_rnn.plan` is the function; the module of that name is to be had through what imports from it.
-from fused_rnn.plan import DEVICES, Forced, Plan, fewer_blocks, make, precision_of
+from fused_rnn.plan import DEVICES, Forced, Plan, fewer_blocks, make, paying_chunks, precision_of
 
 pytestmark = pytest.mark.skipif(ops.MISSING is not None, reason=str(ops.MISSING))
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -227,6 +227,24 @@ def test_a_plan_reads_well() -> None:
     assert str(ask(dtype=torch.float64)).startswith("stepwise: float64")
     assert ask() == ask()
     assert backend.NAME == "cuda"
+
+
+def test_a_stack_runs_as_a_wavefront_where_that_pays() -> None:
+    """By the teams that are resident together, and the time of a chunk against the host's part of it."""
+    one = ask(batch=8, hidden=256)
+    assert [paying_chunks(one, 3, steps) for steps in (1, 64, 256, 512, 1024)] == [1, 1, 1, 2, 3]
+    assert paying_chunks(one, 1, 1024) == 1  # nothing to run beside it
+    assert paying_chunks(one, 2, 1 << 20) == 64
+    # An H200 holds 7 clusters of 16: 2 tiles of 3 layers, not of 4.
+    two = ask(batch=16, hidden=256)
+    assert (two.members, two.tiles) == (16, 2)
+    assert paying_chunks(two, 3, 4096) > 1 and paying_chunks(two, 4, 4096) == 1
+    assert paying_chunks(ask(batch=64, hidden=512), 2, 4096) == 1  # two waves of its own
+    assert paying_chunks(ask(batch=8, hidden=1024), 2, 4096) == 1  # over the grid
+    assert paying_chunks(ask(batch=8, hidden=32, exchange="cta"), 2, 4096) > 1
+    assert paying_chunks(ask(batch=2000, hidden=32, exchange="cta", device=(90, 250, 227 * 1024, ())), 2, 4096) == 1
+    assert paying_chunks(ask(dtype=torch.float64), 2, 4096) == 1
+    assert paying_chunks(ask(batch=8, hidden=128, device="sm_80"), 2, 4096) == 1  # no clusters there
 
 
 def test_plans_of_users_cells() -> None:

@@ -16,7 +16,7 @@ from programs import PROGRAMS, program_of
 from tolerances import assert_as_good_as_torch, tf32
 
 import fused_rnn
-from fused_rnn import ops
+from fused_rnn import layers, ops
 from fused_rnn.backends import cuda as backend
 from fused_rnn.cells import CELLS
 from fused_rnn.cells.program import PREFIX
@@ -88,6 +88,21 @@ def test_known_teams(precision: str, cell: str, options: int, monkeypatch: pytes
         for backward in (False, True):
             plan, _ = programs.planned(spec, 0, (PLACES.index(precision), backward, spec.gates, 3, 64, 1))
             assert plan.shape == shapes(4, 16)[backward]
+
+
+def test_a_stack_as_a_wavefront() -> None:
+    """To the bit layer by layer: a row of a product is the same where rows and columns are multiples of 8."""
+    first, second = (call_of(ProgramCase("leaky", T=9, B=8, D=16, H=16, lengths=True, reset=True), n) for n in (0, 1))
+    leaves = [t.requires_grad_() for t in (first.x, *first.weights, *second.weights)]
+    h0, found = torch.cat([*first.states, *second.states]), []
+    for chunks in (1, 3):
+        with on_the_emulator(exchange="cta", rows=8, chunks=chunks), programs.emulating(LOADER):
+            options = {"lengths": first.lengths, "reset": first.reset, "backend": "cuda"}
+            y, h_n = layers.run(first.cell, leaves[0], leaves[1:], [h0], 2, **options)
+            found.append([y, h_n, *torch.autograd.grad(y.square().sum() + h_n.sum(), leaves)])
+            assert ("Stack" in y.grad_fn.name()) == (chunks > 1)
+    for theirs, ours in zip(*found, strict=True):
+        assert torch.equal(ours, theirs)
 
 
 @pytest.mark.parametrize("options", range(len(OPTIONS)))

@@ -19,6 +19,7 @@ import fused_rnn
 from fused_rnn import dispatch, missing, ops
 from fused_rnn.cells import CELLS
 from fused_rnn.dispatch import BACKENDS, choose, fastest
+from fused_rnn.gpu.wavefront import Wavefront
 from fused_rnn.nn import base
 from fused_rnn.problem import Problem
 
@@ -32,6 +33,7 @@ def test_every_backend_has_the_same_names() -> None:
         for attribute in ("supports", "forward", "backward", "step", "describe"):
             assert callable(getattr(module, attribute)), (name, attribute)
         assert module.stack is None or callable(module.stack)
+        assert module.wavefront is None or isinstance(module.wavefront, Wavefront)
         assert isinstance(module.describe(PROBLEM), str)
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -143,6 +145,26 @@ def test_every_kernel_of_the_smoke_and_the_sanitizers_has_a_plan() -> None:
 
 
 # --- the time of a step
+
+
+@pytest.mark.skipif(ops.MISSING is not None, reason=str(ops.MISSING))
+@pytest.mark.skipif(shutil.which("g++") is None, reason="the emulator is compiled by g++")
+@pytest.mark.timeout(1200)  # as above
+def test_stacks_are_timed_in_chunks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    steps, called = script("gpu_steps"), []
+
+    def milliseconds(call: Any) -> float:
+        called.append(call())
+        return 2.0
+
+    monkeypatch.setattr(steps, "STACKS", [("LSTM", 16, 3, 2, 4), ("GRU", 16, 3, 3, 4)])
+    monkeypatch.setattr(steps, "milliseconds", milliseconds)
+    with on_the_emulator():
+        steps.stacks(tmp_path, time.monotonic() + 600, device="cpu")
+    rows = [json.loads(line) for line in (tmp_path / "stacks.json").read_text().splitlines()]
+    assert len(rows) == len(called) == 2 * 2 * len(steps.CHUNKS)
+    expected = {"kind": "GRU", "H": 16, "B": 3, "L": 3, "T": 4, "way": "training", "chunks": 16, "ms": 2.0}
+    assert rows[-1] == expected
 
 
 @pytest.mark.skipif(ops.MISSING is not None, reason=str(ops.MISSING))

@@ -122,19 +122,13 @@ class LayerFunction(Function):
         given_out = douts[: count + sequences * (count - 1)]
         if any(d is not None for d in given_out):
             layer = LayerCall(x, weights, states, lengths, reset, cell, directions)
-            dstates = _together(layer.state_shapes(), x, given_out[:count])
-            dsequences = _together(layer.sequence_shapes(), x, given_out[count:]) if sequences else ()
+            dstates = together(layer.state_shapes(), x, given_out[:count])
+            dsequences = together(layer.sequence_shapes(), x, given_out[count:]) if sequences else ()
         if dy is None and not dstates and not dsequences:
             return (None,) * len(needs)
         histories, options = rest[: count - 1], (cell, directions, save, need_dx, need_dw)
-        # torch.compile has no double backward, but within what it compiles torch.func has.
-        if torch.is_grad_enabled() and (in_transform() or not torch.compiler.is_compiling()):
-            kept = (dy, x, lengths, reset, hidden, saved, *histories, *dstates, *dsequences, *states, *weights)
-            counts = (len(dstates), len(dsequences), given)
-            dx, *grads = LayerBackward.apply(backend, *counts, *options, *kept)  # type: ignore[no-untyped-call]
-        else:
-            saved_call = (x, weights, states, lengths, reset, hidden, saved, histories, *options, dsequences)
-            dx, *grads = BACKENDS[backend].backward(BackwardCall(dy, dstates, *saved_call))
+        saved_call = (x, weights, states, lengths, reset, hidden, saved, histories, *options, dsequences)
+        dx, *grads = pull(backend, BackwardCall(dy, dstates, *saved_call))
         if not need_dw:
             grads += [None] * len(weights)
         return (*[None] * _PLAIN, dx if need_dx else None, None, None, *grads)
@@ -152,7 +146,21 @@ class LayerFunction(Function):
         return tuple(outputs), tuple(out_dims)
 
 
-def _together(shapes: Sequence[Any], x: Tensor, gradients: Sequence[Tensor | None]) -> list[Tensor]:
+def pull(backend: str, call: BackwardCall) -> Sequence[Any]:
+    """One layer's gradients by a backend, differentiable where they are being differentiated."""
+    # torch.compile has no double backward, but within what it compiles torch.func has.
+    if not (torch.is_grad_enabled() and (in_transform() or not torch.compiler.is_compiling())):
+        gradients: Sequence[Any] = BACKENDS[backend].backward(call)
+        return gradients
+    kept = (call.dy, call.x, call.lengths, call.reset, call.hidden, call.saved, *call.histories)
+    counts = (len(call.dstates), len(call.dsequences), len(call.states))
+    options = (call.cell, call.directions, call.save, call.need_dx, call.need_dw)
+    tensors = (*kept, *call.dstates, *call.dsequences, *call.states, *call.weights)
+    outputs: Outputs = LayerBackward.apply(backend, *counts, *options, *tensors)  # type: ignore[no-untyped-call]
+    return outputs
+
+
+def together(shapes: Sequence[Any], x: Tensor, gradients: Sequence[Tensor | None]) -> list[Tensor]:
     """Gradients of these shapes: all of them, or none."""
     if all(d is None for d in gradients):
         return []
@@ -229,7 +237,7 @@ def _function(cell: str, states: Sequence[Tensor | None], x: Tensor, *rest: Any)
     """The layer's Function, as LSTMFunction and its like call it. rest: lengths … backend, *weights."""
     lengths, reset, directions, save, keep_hidden, backend, *weights = rest
     call = LayerCall(x, weights, (), lengths, reset, cell, directions, known_save(save), keep_hidden)
-    return function(backend, call._replace(states=_together(call.state_shapes(), x, states)))
+    return function(backend, call._replace(states=together(call.state_shapes(), x, states)))
 
 
 class LSTMFunction:
