@@ -7,8 +7,8 @@ nothing is installed and nothing is fetched. Or unpacks what scripts/gpu_pack.py
 after its seconds or --minutes, all together after --total, and leaves what it has by then. A plan is a list of stages:
 `first` for a GPU that nothing has run on yet, `next` for what comes after it, on the same machine: where kernels failed
 in the smoke, those again, with waits that end, and what works; else more of what is measured. HOST_ARGS, SMOKE_ARGS,
-AGAIN_ARGS, TEST_ARGS, STEPS_ARGS, SANITIZE_ARGS and BENCH_ARGS are handed on to their stages; without the last of them
-the bench is quick.
+AGAIN_ARGS, TEST_ARGS, STEPS_ARGS, SANITIZE_ARGS, BENCH_ARGS, VARIANTS_ARGS and TRITON_ARGS are handed on to their
+stages; without the last three the benches are quick.
 
 Logs are in build/gpu-work. --out gets a few files, written anew every half minute: summary.txt, summary.json, tests.xml
 (JUnit), results.tar.gz with all logs and results, and after a build the extension modules, with which another machine
@@ -43,8 +43,22 @@ sys.path.append(str(ROOT))  # a checkout built in place, with nothing installed
 WORK = ROOT / "build" / "gpu-work"
 PACK = ROOT / "build" / "pack"  # scripts/gpu_pack.py's
 TRITON_CACHE = Path("/tmp/fused_rnn-triton")  # absolute, since paths in it are; the same on both machines
-STAGES = ("build", "unpack", "parts", "host", "smoke", "again", "test", "steps", "sanitize", "bench", "profile")
-ALL = tuple(stage for stage in STAGES if stage not in ("unpack", "parts", "host", "again"))
+STAGES = (
+    "build",
+    "unpack",
+    "parts",
+    "host",
+    "smoke",
+    "again",
+    "test",
+    "steps",
+    "sanitize",
+    "bench",
+    "variants",
+    "triton",
+)
+STAGES += ("profile",)
+ALL = tuple(stage for stage in STAGES if stage not in ("unpack", "parts", "host", "again", "variants", "triton"))
 PLANS = {
     "first": [
         "unpack:45",
@@ -57,13 +71,19 @@ PLANS = {
         "profile:30",
         "sanitize:40",
     ],
-    "green": ["unpack:30", "steps:70", "bench:90", "sanitize:50"],
+    "green": ["unpack:25", "variants:90", "triton:60", "sanitize:50"],
     "red": ["again:70", "unpack:30", "steps:60", "sanitize:80"],
 }
 TOOLS = ("memcheck", "racecheck", "synccheck")
 KERNELS = "kns=fused_rnn"  # by a part of their names; torch's own kernels are not under test
-QUICK_BENCH = "--quick --dtype bf16 --dtype tf32 --no-memory --provider torch --provider torch-fp16"
-QUICK_BENCH += " --provider cell --provider cuda"
+# What they are measured with unless told otherwise; all in one folder, where rows that are not measured again stay.
+IN_TORCH = "--quick --no-memory --provider torch --provider torch-fp16"
+BENCHES = {
+    "bench": f"{IN_TORCH} --provider cell --provider cuda --dtype bf16 --dtype tf32 --dtype fp16",
+    "variants": f"{IN_TORCH} --provider cuda --dtype bf16 --variant lengths --variant resets --variant ragged"
+    " --variant layers --variant bidirectional --variant graph",
+    "triton": f"{IN_TORCH} --provider triton --dtype bf16",
+}
 LARGEST = 15 << 20  # bytes of a file under --out
 MOST_FIGURES = 30  # lines
 PACK_EVERY, TO_PACK = 30.0, 25.0  # seconds; and for a stage to stop
@@ -243,12 +263,26 @@ def sanitize(work: Path, seconds: float) -> list[Result]:
         return list(pool.map(check, TOOLS))
 
 
-def bench(work: Path, seconds: float) -> list[Result]:
-    chosen = more("bench") or QUICK_BENCH.split()
+def _measured(stage: str, work: Path, seconds: float) -> list[Result]:
+    chosen = more(stage) or BENCHES[stage].split()
     dtypes = max(1, chosen.count("--dtype"))
     minutes = ["--minutes", f"{0.8 * seconds / 60 / dtypes:.2f}"] if "--minutes" not in chosen else []
     command = [sys.executable, "-m", "fused_rnn", "bench", "--device", "cuda", "--out", str(work / "bench")]
-    return [run("bench", [*command, *minutes, *chosen], work, seconds, COLUMNS="200")]
+    return [run(stage, [*command, *minutes, *chosen], work, seconds, COLUMNS="200")]
+
+
+def bench(work: Path, seconds: float) -> list[Result]:
+    return _measured("bench", work, seconds)
+
+
+def variants(work: Path, seconds: float) -> list[Result]:
+    """What departs from a plain batch: its rows are compared with those of `bench`."""
+    return _measured("variants", work, seconds)
+
+
+def triton(work: Path, seconds: float) -> list[Result]:
+    """By itself: Triton compiles each problem before it is timed."""
+    return _measured("triton", work, seconds)
 
 
 def profile(work: Path, seconds: float) -> list[Result]:

@@ -33,11 +33,14 @@ PATIENCE = 3  # a GPU's machine has more cores than this one: stages have so man
 TRAVELS = 60 << 20  # bytes
 FILES, FILE_BYTES, LINES = 8, 16 << 20, 60  # that come back; of the summary
 SHORT = ("cuda primitives", "cuda lstm bf16 cluster", "cuda gru tf32 grid", "triton gru bf16 cooperative")
+BENCH = "--quick --cell lstm --dtype bf16 --no-memory --provider torch --provider torch-fp16"
 ARGUMENTS = {  # of the stages: this machine has no GPU to hurry them
     "HOST_ARGS": "--count 3",
     "TEST_ARGS": "--lane emulator",
     "STEPS_ARGS": "--cell lstm --number bf16 --hidden 128",
-    "BENCH_ARGS": "--quick --cell lstm --dtype bf16 --no-memory --provider torch --provider torch-fp16 --provider cuda",
+    "BENCH_ARGS": f"{BENCH} --provider cuda",
+    "VARIANTS_ARGS": f"{BENCH} --provider cuda --variant lengths --variant resets",
+    "TRITON_ARGS": f"{BENCH} --provider triton",
     "SANITIZE_ARGS": "--cell lstm --number bf16",
     "AGAIN_ARGS": "--seconds 150",
 }

@@ -59,7 +59,7 @@ def test_what_a_visit_has_no_room_for(tmp_path: Path) -> None:
 
     (tmp_path / "summary.txt").write_text("a line\n")
     assert faults({}) == []
-    assert faults({"bench": "failed"}, status=1) == ["bench: failed, expected ok", "exit status 1"]
+    assert faults({"variants": "failed"}, status=1) == ["variants: failed, expected ok", "exit status 1"]
     assert faults({"sanitize": "left out"}) == ["sanitize: did not run, expected ok"]
     most = 240 * rehearsal.PATIENCE
     assert faults({}, seconds=most + 1) == [f"seconds: {most + 1}, of {most} at most"]

@@ -458,17 +458,21 @@ def test_sanitizers_say_what_they_found_and_how_far_they_came(gpu: ModuleType) -
     }
 
 
-def test_the_benchmark_is_a_quick_one(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its arguments are ones that the command line takes."""
+@pytest.mark.parametrize(("stage", "dtypes", "variants"), [("bench", 3, 1), ("variants", 1, 6), ("triton", 1, 1)])
+def test_the_benchmarks_are_quick_ones(
+    stage: str, dtypes: int, variants: int, gpu: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their arguments are ones that the command line takes."""
     from fused_rnn.commands.cli import cli
 
     commands, plans = [], []
     monkeypatch.setattr(gpu, "run", lambda name, command, *_, **__: commands.append(command) or name)
-    gpu.bench(gpu.WORK, 480.0)
+    getattr(gpu, stage)(gpu.WORK, 480.0)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr("fused_rnn.commands.bench.run.execute", lambda plan, console: plans.append(plan))
     done = CliRunner().invoke(cli, commands[0][3:], catch_exceptions=False)
     assert done.exit_code == 0, done.output
-    assert (plans[0].grid, plans[0].dtypes, plans[0].memory) == ("quick-cuda", ("bf16", "tf32"), False)
-    assert plans[0].budget_s == pytest.approx(0.8 * 480 / 2)
+    assert (plans[0].grid, plans[0].dtypes, plans[0].memory) == ("quick-cuda", ("bf16", "tf32", "fp16")[:dtypes], False)
+    assert len(plans[0].variants) == variants
+    assert plans[0].budget_s == pytest.approx(0.8 * 480 / dtypes, abs=0.5)
     assert plans[0].out == gpu.WORK / "bench"
