@@ -9,4 +9,7 @@ using RunStep = const char* (*)(const void* loop, int step, void* stream);
 // By the plan, the kernels and the sizes of `loop`, but over the arrays and the T of this ForwardLoop or BackwardLoop.
 using RunOver = const char* (*)(const void* loop, const void* arrays, void* workspace, void* stream);
 
+// Those of rows.h: a Rows.
+using CopyRows = const char* (*)(const void* rows, void* stream);
+
 }  // namespace fused_rnn::cuda

@@ -20,6 +20,9 @@ struct Shape {
 // Each returns what went wrong, or an empty text.
 std::string launch(Kernel<ForwardLoop> kernel, const ForwardLoop& loop, const Shape& shape, void* stream);
 std::string launch(Kernel<BackwardLoop> kernel, const BackwardLoop& loop, const Shape& shape, void* stream);
+std::string launch(Kernel<Rows> kernel, const Rows& rows, const Shape& shape, void* stream);
+// Those of rows.h.
+std::string copy_rows(const Rows& rows, void* stream);
 // arrived[0 .. count) = 0
 std::string clear(uint32_t* arrived, int64_t count, void* stream);
 

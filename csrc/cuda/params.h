@@ -107,4 +107,17 @@ struct BackwardLoopOf {
 using BackwardLoop = BackwardLoopOf<0>;
 static_assert(sizeof(BackwardLoopOf<64>) == sizeof(BackwardLoop));
 
+// A copy of rows (rows.h): zero past a sequence's end.
+struct Rows {
+  Steps steps;  // T, B, direction, lengths, reset
+  int r;
+  int size;   // bytes of an element
+  int width;  // elements of a row
+  int64_t stride;     // from a row to that of the next sequence
+  const void* from;   // [T, B, ..]
+  const void* first;  // [B, width] or null: else a step's row is what entered it, that of the step before, or at the first this; zero where
+                      //   it is reset
+  void* to;  // [T, B, width]
+};
+
 }  // namespace fused_rnn::cuda

@@ -80,6 +80,7 @@ py::class_<Bound<Loop>> bind_loop(py::module_& m, const char* name) {
 PYBIND11_MODULE(FUSED_RNN_MODULE, m) {
   m.doc() = "The CUDA loops of fused_rnn: plans, and loops bound to addresses.";
   bind_plan(m);
+  m.attr("COPY_ROWS") = Address(&copy_rows_of);  // for csrc/ops/plain_layer.cpp
   m.attr("ARCHITECTURES") = FUSED_RNN_ARCHITECTURES;
   py::list cells;
   for (const CellDescriptor& cell : kCells.of)

@@ -71,6 +71,7 @@ std::string Bound<Loop>::run_over(const Loop& arrays, void* workspace, void* str
   Steps& steps = bound.loop_.steps = loop_.steps;
   steps.T = steps.step1 = steps.window1 = arrays.steps.T;
   steps.lengths = arrays.steps.lengths;
+  steps.reset = arrays.steps.reset;
   if constexpr (std::is_same_v<Loop, BackwardLoop>) bound.loop_.close = true;
   return bound.run(workspace, stream);
 }
@@ -113,6 +114,8 @@ template <class Loop>
 const char* run_over(const void* loop, const void* arrays, void* workspace, void* stream) {
   return told(static_cast<const Bound<Loop>*>(loop)->run_over(*static_cast<const Loop*>(arrays), workspace, stream));
 }
+
+const char* copy_rows_of(const void* rows, void* stream) { return told(copy_rows(*static_cast<const Rows*>(rows), stream)); }
 
 template const char* run_step_of<ForwardLoop>(const void*, int, void*);
 template const char* run_step_of<BackwardLoop>(const void*, int, void*);

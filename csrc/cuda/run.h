@@ -45,4 +45,6 @@ const char* run_step_of(const void* loop, int step, void* stream);
 template <class Loop>
 const char* run_over(const void* loop, const void* arrays, void* workspace, void* stream);
 
+const char* copy_rows_of(const void* rows, void* stream);
+
 }  // namespace fused_rnn::cuda

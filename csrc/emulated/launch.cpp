@@ -25,6 +25,7 @@ std::string launch(Kernel<ForwardLoop> kernel, const ForwardLoop& loop, const Sh
 std::string launch(Kernel<BackwardLoop> kernel, const BackwardLoop& loop, const Shape& shape, void*) {
   return launch_any(kernel, loop, shape);
 }
+std::string launch(Kernel<Rows> kernel, const Rows& rows, const Shape& shape, void*) { return launch_any(kernel, rows, shape); }
 void* load(const void*, const char*, std::string& error) {
   error = "the emulator runs no machine code";
   return nullptr;

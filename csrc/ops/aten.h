@@ -30,8 +30,6 @@ inline Tensor view(const Tensor& t, const Sizes& sizes, const Sizes& strides, in
   TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(t.get(), int64_t(sizes.size()), sizes.data(), strides.data(), first, &handle));
   return Tensor(handle);
 }
-// A contiguous tensor's memory read as another type.
-inline Tensor of_type(const Tensor& t, ScalarType type) { return call("aten::view", "dtype", t, type); }
 // Rows first .. first + count - 1 of a matrix or of a vector.
 inline Tensor rows_of(const Tensor& t, int64_t first, int64_t count) {
   Sizes sizes = sizes_of(t), strides(sizes.size());

@@ -90,12 +90,11 @@ STABLE_TORCH_LIBRARY(fused_rnn, m) {
   m.def("step(Tensor x, Tensor[] weights, Tensor[] states, str cell) -> Tensor[]");
   m.def("activation(Tensor x, int which) -> Tensor");
   m.def(
-      "cuda_plain_forward(int[] told, Tensor x, Tensor[] weights, Tensor[] states, Tensor? lengths, bool keep_gates, bool keep_hidden) "
-      "-> Tensor[]");
+      "cuda_plain_forward(int[] told, Tensor x, Tensor[] weights, Tensor[] states, Tensor? lengths, Tensor? reset, bool keep_gates, "
+      "bool keep_hidden) -> Tensor[]");
   m.def(
-      "cuda_plain_backward(int[] told, Tensor? dy, Tensor[] dstates, Tensor x, Tensor[] weights, Tensor[] states, Tensor hidden, Tensor "
-      "saved, "
-      "Tensor[] histories, int[] directions, bool need_dx, bool need_dw) -> Tensor[]");
+      "cuda_plain_backward(int[] told, Tensor? dy, Tensor[] dstates, Tensor x, Tensor[] weights, Tensor[] states, Tensor? lengths, Tensor? "
+      "reset, Tensor hidden, Tensor saved, Tensor[] histories, int[] directions, bool need_dx, bool need_dw) -> Tensor[]");
   m.def("run_steps(Tensor[] a, Tensor[] b, Tensor(a!)[] out, int[] directions, int first, int last, int run, int loop, int stream) -> ()");
 }
 STABLE_TORCH_LIBRARY_IMPL(fused_rnn, CPU, m) {

@@ -1,5 +1,5 @@
 // A plain layer on a GPU, or in its emulator, from C++: what surrounds a persistent loop (fused_rnn/gpu/run.py) where there is one input
-// for all recurrences and no projection, reset or param, and gates are kept or nothing is. A short call takes the host longer than the
+// for all recurrences and no projection or param, and gates are kept or nothing is. A short call takes the host longer than the
 // device, and most of it is Python's. Whatever is not plain gets an empty list, and takes the way of Python, which has the errors too.
 #include "../cuda/calls.h"
 #include "../cuda/params.h"
@@ -43,20 +43,23 @@ struct Plain {
   cuda::RunOver run;
   const void* loop;
   void* stream;
+  cuda::CopyRows copy;
   int64_t workspace, B, H, R, G, apart, saved, states, carried;
   int64_t T = 0, D = 0, each = 0;  // weights of a recurrence
   bool fits = false;
+  cuda::Steps steps{};  // of one direction
   Tensor x;
 
   Plain(const std::vector<int64_t>& told, const Tensor& input, const std::vector<Tensor>& weights, const std::vector<Tensor>& given,
-        const MaybeTensor& lengths)
+        const MaybeTensor& lengths, const MaybeTensor& reset)
       : x(input) {
-    STD_TORCH_CHECK(told.size() == 12, "fused_rnn: told has ", told.size(), " numbers, expected 12");
+    STD_TORCH_CHECK(told.size() == 13, "fused_rnn: told has ", told.size(), " numbers, expected 13");
     run = reinterpret_cast<cuda::RunOver>(told[0]);
     loop = reinterpret_cast<const void*>(told[1]);
     stream = reinterpret_cast<void*>(told[2]);
-    workspace = told[3], B = told[4], H = told[5], R = told[6], G = told[7], apart = told[8], saved = told[9], states = told[10];
-    carried = told[11];
+    copy = reinterpret_cast<cuda::CopyRows>(told[3]);
+    workspace = told[4], B = told[5], H = told[6], R = told[7], G = told[8], apart = told[9], saved = told[10], states = told[11];
+    carried = told[12];
     if (x.dim() != 3 || x.size(1) != B || B == 0 || !x.is_contiguous()) return;
     T = x.size(0), D = x.size(2), each = int64_t(weights.size()) / R;
     if (T == 0 || D == 0 || T > 0x7fffffff || int64_t(weights.size()) != each * R || (each != 2 && each != 4)) return;
@@ -66,17 +69,22 @@ struct Plain {
       if (each == 4 && (!is(w[2], {G * H}) || !is(w[3], {G * H}))) return;
     }
     if (!are_states(given)) return;
-    fits = !lengths || (lengths->scalar_type() == ScalarType::Long && on_its_device(*lengths) && lengths->is_contiguous() &&
-                        lengths->dim() == 1 && lengths->size(0) == B && starts_aligned(*lengths));
+    const auto is_mask = [&](const MaybeTensor& t, ScalarType type, const Sizes& sizes) {
+      return !t || (t->scalar_type() == type && has(*t, sizes) && starts_aligned(*t));
+    };
+    fits = is_mask(lengths, ScalarType::Long, {B}) && is_mask(reset, ScalarType::Bool, {T, B});
+    if (!fits) return;
+    steps.T = int(T), steps.B = int(B), steps.R = int(R), steps.H.told = int(H), steps.period = 1;
+    if (lengths) steps.lengths = static_cast<const int64_t*>(lengths->const_data_ptr());
+    if (reset) {
+      flags_ = empty_beside(x, {T, B}, ScalarType::Int);
+      copy_(*flags_, *reset);
+      steps.reset = static_cast<const int32_t*>(flags_->const_data_ptr());
+    }
   }
 
   // Of x's type and device, contiguous, of these sizes.
-  bool is(const Tensor& t, const Sizes& sizes) const {
-    if (t.scalar_type() != x.scalar_type() || t.dim() != int64_t(sizes.size()) || !t.is_contiguous() || !on_its_device(t)) return false;
-    for (size_t i = 0; i < sizes.size(); ++i)
-      if (t.size(int64_t(i)) != sizes[i]) return false;
-    return true;
-  }
+  bool is(const Tensor& t, const Sizes& sizes) const { return t.scalar_type() == x.scalar_type() && has(t, sizes); }
   // None of them, or one for each of the cell's.
   bool are_states(const std::vector<Tensor>& given) const {
     if (!given.empty() && int64_t(given.size()) != states) return false;
@@ -96,18 +104,34 @@ struct Plain {
   ScalarType wide() const { return accumulation_type(x); }
 
   template <class Loop>
-  void over(Loop& arrays, const MaybeTensor& lengths) const {
-    arrays.steps.T = int(T);
-    arrays.steps.lengths = lengths ? static_cast<const int64_t*>(lengths->const_data_ptr()) : nullptr;
+  void over(Loop& arrays) const {
+    arrays.steps = steps;
     const Tensor shared = empty_beside(x, {(workspace + 3) / 4}, ScalarType::Float);
     const char* const error = run(loop, &arrays, shared.mutable_data_ptr(), stream);
     STD_TORCH_CHECK(!error, "fused_rnn: ", error);
   }
+  // Rows [T B, width] of an array with so many elements a row, from its element `at` on; or with `first` what entered each step.
+  Tensor rows_of_steps(const Tensor& from, int64_t at, int64_t stride, int64_t width, bool backwards, const void* first = nullptr) const {
+    const Tensor to = empty({T * B, width});
+    const auto size = int64_t(x.element_size());
+    cuda::Rows rows{
+        steps, 0, int(size), int(width), stride, static_cast<const char*>(from.const_data_ptr()) + at * size, first, to.mutable_data_ptr()};
+    rows.steps.reversed = backwards;
+    rows.steps.window1 = rows.steps.T;
+    const char* const error = copy(&rows, stream);
+    STD_TORCH_CHECK(!error, "fused_rnn: ", error);
+    return to;
+  }
 
  private:
-  bool on_its_device(const Tensor& t) const {
-    return t.is_cpu() == x.is_cpu() && t.is_cuda() == x.is_cuda() && t.get_device_index() == x.get_device_index();
+  bool has(const Tensor& t, const Sizes& sizes) const {
+    if (t.dim() != int64_t(sizes.size()) || !t.is_contiguous() || t.is_cpu() != x.is_cpu() || t.is_cuda() != x.is_cuda()) return false;
+    for (size_t i = 0; i < sizes.size(); ++i)
+      if (t.size(int64_t(i)) != sizes[i]) return false;
+    return t.get_device_index() == x.get_device_index();
   }
+
+  MaybeTensor flags_;
 };
 
 // x W_ih^T and the biases that are added before the cell: b_ih + b_hh, less the part of b_hh that enters the cell apart.
@@ -128,8 +152,8 @@ Tensor input_product(const Plain& p, const std::vector<Tensor>& weights) {
 
 // As fused_rnn/gpu/run.py's `forward`, whose outputs it has.
 std::vector<Tensor> plain_forward(std::vector<int64_t> told, Tensor x, std::vector<Tensor> weights, std::vector<Tensor> states,
-                                  MaybeTensor lengths, bool keep_gates, bool keep_hidden) {
-  const Plain p(told, x, weights, states, lengths);
+                                  MaybeTensor lengths, MaybeTensor reset, bool keep_gates, bool keep_hidden) {
+  const Plain p(told, x, weights, states, lengths, reset);
   if (!p.fits) return {};
   const bool zero = states.empty();
   const int64_t numbers = p.R * p.B * p.H, first = p.states - p.carried;
@@ -180,7 +204,7 @@ std::vector<Tensor> plain_forward(std::vector<int64_t> told, Tensor x, std::vect
     loop.keeps_histories = p.states > 1;
   }
   loop.every = 1;
-  p.over(loop, lengths);
+  p.over(loop);
 
   for (int64_t s = 1; s < p.states; ++s) {
     Tensor after = p.empty(shape);
@@ -201,11 +225,12 @@ Tensor reordered(const Plain& p, const Tensor& rows, bool back) {
   return joined({rows_of(rows, front, all - front), rows_of(rows, 0, front)});
 }
 
-// As fused_rnn/gpu/run.py's `backward`, whose outputs it has. Without lengths, whose ends no product may read.
+// As fused_rnn/gpu/run.py's `backward`, whose outputs it has.
 std::vector<Tensor> plain_backward(std::vector<int64_t> told, MaybeTensor dy, std::vector<Tensor> dstates, Tensor x,
-                                   std::vector<Tensor> weights, std::vector<Tensor> states, Tensor hidden, Tensor saved,
-                                   std::vector<Tensor> histories, std::vector<int64_t> directions, bool need_dx, bool need_dw) {
-  const Plain p(told, x, weights, states, {});
+                                   std::vector<Tensor> weights, std::vector<Tensor> states, MaybeTensor lengths, MaybeTensor reset,
+                                   Tensor hidden, Tensor saved, std::vector<Tensor> histories, std::vector<int64_t> directions,
+                                   bool need_dx, bool need_dw) {
+  const Plain p(told, x, weights, states, lengths, reset);
   if (!p.fits || !p.are_states(dstates) || int64_t(histories.size()) != p.states - 1 || int64_t(directions.size()) != p.R) return {};
   const auto is_aligned = [&](const Tensor& t, const Sizes& sizes) { return p.is(t, sizes) && starts_aligned(t); };
   const Sizes shape{p.R, p.B, p.H}, over_time{p.T, p.B, p.R * p.H};
@@ -240,7 +265,7 @@ std::vector<Tensor> plain_backward(std::vector<int64_t> told, MaybeTensor dy, st
   loop.w = w.const_data_ptr();
   loop.saved = p.saved ? saved.const_data_ptr() : nullptr;
   loop.dgates = dgates.mutable_data_ptr();
-  p.over(loop, {});
+  p.over(loop);
 
   // Each recurrence's gradients as a matrix: a step's vectors first .. first + count - 1 in a row.
   const int64_t row = p.R * all * p.H;
@@ -258,14 +283,14 @@ std::vector<Tensor> plain_backward(std::vector<int64_t> told, MaybeTensor dy, st
     out.push_back(p.empty(shape));
     copy_(out.back(), gradients[s]);
   }
+  // A NaN past a sequence's end, times a gradient of zero, would be one.
+  const Tensor seen = need_dw && lengths ? p.rows_of_steps(x, 0, p.D, p.D, false) : p.rows();
   for (int64_t r = 0; need_dw && r < p.R; ++r) {
     const Tensor input = side(r, 0, p.G);
-    out.push_back(reordered(p, mm(turned(input), p.rows()), true));
-    // h_{t-1}, over all of time.
-    const bool forwards = directions[size_t(r)] > 0;
-    const Tensor h0 = view(zero ? of_type(*entering, x.scalar_type()) : states[0], {p.B, p.H}, {p.H, 1}, r * p.B * p.H);
-    const Tensor others = view(hidden, {(p.T - 1) * p.B, p.H}, {p.R * p.H, 1}, (forwards ? 0 : p.B * p.R * p.H) + r * p.H);
-    out.push_back(mm(turned(side(r, p.apart, p.G)), joined(forwards ? std::vector{h0, others} : std::vector{others, h0})));
+    out.push_back(reordered(p, mm(turned(input), seen), true));
+    const auto* const h0 = static_cast<const char*>(loop.first[0]) + r * p.B * p.H * int64_t(x.element_size());
+    const Tensor before = p.rows_of_steps(hidden, r * p.H, p.R * p.H, p.H, directions[size_t(r)] < 0, h0);
+    out.push_back(mm(turned(side(r, p.apart, p.G)), before));
     if (p.each == 2) continue;
     out.push_back(reordered(p, summed_rows(input), true));
     out.push_back(p.apart ? summed_rows(side(r, p.apart, p.G)) : torch::stable::clone(out.back()));

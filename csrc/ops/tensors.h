@@ -53,6 +53,7 @@ inline int32_t torch_dtype(ScalarType type) {
     case ScalarType::Double: return aoti_torch_dtype_float64();
     case ScalarType::BFloat16: return aoti_torch_dtype_bfloat16();
     case ScalarType::Half: return aoti_torch_dtype_float16();
+    case ScalarType::Int: return aoti_torch_dtype_int32();
     default: return aoti_torch_dtype_float32();
   }
 }

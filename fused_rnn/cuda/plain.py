@@ -20,24 +20,24 @@ from fused_rnn.gpu.directions import direction_bits
 
 def forward(call: LayerCall) -> list[Tensor]:
     """fused_rnn::cuda_forward."""
-    if call.save == "recompute" or call.sequences or call.reset is not None:
+    if call.save == "recompute" or call.sequences:
         return []
     told = _told(call, backward=False)
     if told is None:
         return []
-    given = (call.x, call.weights, call.states, call.lengths)
+    given = (call.x, call.weights, call.states, call.lengths, call.reset)
     return ops.plain_forward(told, *given, call.save == "gates", call.keep_hidden)
 
 
 def backward(call: BackwardCall) -> list[Tensor]:
     """fused_rnn::cuda_backward."""
-    if call.save != "gates" or call.dsequences or call.reset is not None or call.lengths is not None:
+    if call.save != "gates" or call.dsequences:
         return []
     told = _told(call.layer, backward=True)
     if told is None:
         return []
-    given = (call.dy, call.dstates, call.x, call.weights, call.states, call.hidden, call.saved, call.histories)
-    return ops.plain_backward(told, *given, call.directions, call.need_dx, call.need_dw)
+    kept = (call.hidden, call.saved, call.histories)
+    return ops.plain_backward(told, *call[:7], *kept, call.directions, call.need_dx, call.need_dw)
 
 
 def _told(call: LayerCall, backward: bool) -> list[int] | None:
@@ -94,4 +94,4 @@ def _prepared(
     bind = loops.Backward if backward else loops.Forward
     loop = bind("" if own else name, precision, plan, steps, **given, **own)
     facts = (batch, hidden, recurrences, cell.gates, cell.apart, cell.saved, len(cell.states), cell.carried)
-    return _Prepared(loop, loop.runner, (loop.workspace_bytes, *facts))
+    return _Prepared(loop, loop.runner, (loops.COPY_ROWS, loop.workspace_bytes, *facts))

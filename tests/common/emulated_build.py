@@ -39,7 +39,7 @@ FLAVOURS: dict[str, list[str]] = {
     "races": ["-O1", "-g1", "-DFUSED_RNN_EMULATE_RACES", "-fsanitize=thread"],
 }
 PRECISIONS = ("bf16", "f16", "tf32", "ieee", "f64")
-PLAIN = ("cuda/run", "cuda/plan", "cuda/kernels", "emulated/launch")
+PLAIN = ("cuda/run.cpp", "cuda/plan.cpp", "cuda/kernels.cpp", "cuda/rows.cu", "emulated/launch.cpp")
 
 
 def formulas(*headers: Path) -> dict[str, str]:
@@ -141,7 +141,7 @@ def module(
         defines = [f"-DFUSED_RNN_FORMULA={types[one.cell]}", f"-DFUSED_RNN_PRECISION={one.precision}"]
         defines += ["-DFUSED_RNN_SMALLEST_TILE"] * one.smallest
         units.append((csrc / "cuda" / "instantiate.cu", [*flags, *defines]))
-    units += [(csrc / f"{name}.cpp", flags) for name in PLAIN]
+    units += [(csrc / name, flags) for name in PLAIN]
     units.append((_text("absent", ABSENT.format(kernels="\n".join(absent))), ["-O0"]))
     with ThreadPoolExecutor(min(2, len(os.sched_getaffinity(0)))) as pool:
         objects = list(pool.map(lambda unit: _object(csrc, *unit, more), units))
