@@ -240,8 +240,6 @@ std::vector<Tensor> plain_backward(std::vector<int64_t> told, MaybeTensor dy, st
     if (!is_aligned(history, {p.T, p.B, p.R, p.H})) return {};
   const bool zero = states.empty(), no_dstates = dstates.empty();
   const int64_t numbers = p.R * p.B * p.H, all = p.G + p.apart;
-  // Products of several recurrences are summed within one, in 16 bits, where rounding between them is worse (gpu/products.py).
-  if (need_dx && p.R > 1 && (p.apart || x.element_size() != 2)) return {};
 
   cuda::BackwardLoop loop{};
   const Tensor w = p.w_hh(weights), dgates = p.empty({p.T, p.B, p.R, all, p.H});
@@ -272,10 +270,14 @@ std::vector<Tensor> plain_backward(std::vector<int64_t> told, MaybeTensor dy, st
   const auto side = [&](int64_t r, int64_t first, int64_t count) {
     return view(dgates, {p.T * p.B, count * p.H}, {row, 1}, (r * all + first) * p.H);
   };
+  const auto input_weights = [&](int64_t r) { return reordered(p, weights[size_t(r * p.each)], false); };
   std::vector<Tensor> out;
   if (need_dx) {
-    const Tensor d = p.R == 1 ? side(0, 0, p.G) : view(dgates, {p.T * p.B, row}, {row, 1});
-    out.push_back(view(mm(d, p.R == 1 ? reordered(p, weights[0], false) : p.of_all(weights, 0)), {p.T, p.B, p.D}, {p.B * p.D, p.D, 1}));
+    // In 16 bits recurrences are summed within one product where that can be: rounding between two is worse (gpu/products.py).
+    const bool at_once = p.R > 1 && !p.apart && x.element_size() == 2;
+    Tensor dx = at_once ? mm(view(dgates, {p.T * p.B, row}, {row, 1}), p.of_all(weights, 0)) : mm(side(0, 0, p.G), input_weights(0));
+    for (int64_t r = 1; r < p.R && !at_once; ++r) dx = added(dx, mm(side(r, 0, p.G), input_weights(r)));
+    out.push_back(view(dx, {p.T, p.B, p.D}, {p.B * p.D, p.D, 1}));
   } else {
     out.push_back(p.empty({0}));
   }
