@@ -212,7 +212,8 @@ def timed(kernel: Kernel, code: str, cell: str, precision: str, loop: Loop | Non
     if loop is None:
         return kernel
     steps, waits = {}, set[str]()
-    brought = loop.known is not None and loop.known.exchange != "direct"
+    known = loop.known  # csrc/cuda/known_teams.h's brings_ahead
+    brought = known is not None and known.exchange != "direct" and known.units * known.rows <= 256
     memory = sass.L2 if brought else step_cycles.DRAM
     for team, launch in teams(cell, precision, loop).items():
         for rare in (True, False):

@@ -28,7 +28,6 @@ persistent_bwd_kernel(const FUSED_RNN_GRID_CONSTANT BackwardLoop told) {
   using Operand = typename Policy::Operand;
   constexpr int G = Cell::gates, kAll = kGradients<Cell>;
   constexpr bool kFetchesFirst = Known::width > 0;  // as in forward
-  constexpr bool kBringsAhead = Known::width > 0 && !Known::direct;  // else a step is longer than a load from DRAM
   using Carrier = typename CarrierOf<Policy, G, NT, Known>::Type;
   constexpr int kUnits = Carrier::kUnits;
   const auto& p = reinterpret_cast<const BackwardLoopOf<Known::width>&>(told);
@@ -61,7 +60,7 @@ persistent_bwd_kernel(const FUSED_RNN_GRID_CONSTANT BackwardLoop told) {
     }
     carrier.open();
     Ahead<Known::width> ahead(p.steps, walk, team, me.r, me.first_b, me.first_u, p.steps.step1 - 1, -1);
-    if (kBringsAhead) {
+    if (Known::brings_ahead) {
       ahead.template add<Storage>(p.saved, Cell::saved, Span::window);
       ahead.template add<Storage>(p.dy, 1, Span::all);
       if (Cell::backward_after & 1 || Cell::backward_before & 1) ahead.template add<Storage>(p.states[0], 1, Span::all);
@@ -97,7 +96,7 @@ persistent_bwd_kernel(const FUSED_RNN_GRID_CONSTANT BackwardLoop told) {
         for (int j = 0; j < kUnits; ++j) units[j].forget();
         FUSED_RNN_UNROLL
         for (int j = 0; j < kUnits; ++j) units[j].fetch(p, walk, step - 1);
-        if (kBringsAhead) ahead.fetch(step);
+        if (Known::brings_ahead) ahead.fetch(step);
       };
       if (kFetchesFirst && !last) fetch();
       carrier.arrive();

@@ -23,8 +23,8 @@ constexpr double kKnownSecondUnit = 500;  // from the replay: no GPU has run suc
 constexpr double kScatteredBytes = 10;  // that arrive a cycle of what is scattered, beside the product
 constexpr double kTwoOnOne = 1.15, kTwoKnownOnOne = 1.3;  // where a multiprocessor has two members
 constexpr double kClusterBytes = 17.5;  // that arrive a cycle, as fitted; by themselves 14 at 16 members, 20 at 8
+constexpr double kDirectBytes = 4500;  // of L2, where many members read directly: what 128 of general teams took beyond 64
 constexpr double kGridLatency = 1800, kGridBytes = 53;  // beyond a cluster's, through L2; bytes from L2 a cycle
-constexpr double kDirectBytes = 35;  // likewise, where all multiprocessors read at once: what teams of 128 members in all took beyond 64
 constexpr double kFma = 128;  // a cycle
 // A step without a team: what the host takes to issue its product and its launch (45 µs where a launch takes 7), and of the product
 // operations a cycle and multiprocessor, and bytes of W_hh a cycle from L2.
@@ -62,7 +62,10 @@ Cycles estimate(const Request& q, const Plan& plan) {
     c.loads = 0;
   }
   if (team.exchange == ExchangeKind::grid) c.exchange = kGridLatency + bytes / kGridBytes;
-  if (direct) c.exchange = kGridLatency + std::max(bytes / kDirectBytes - c.product, 0.0);  // they come beside the product
+  if (direct) {  // they come beside the product
+    const double readers = double(team.members) * q.R * std::min(plan.tiles, plan.tiles_at_once);
+    c.exchange = kGridLatency + std::max(bytes / std::min(kGridBytes, kDirectBytes / readers) - c.product, 0.0);
+  }
   return c;
 }
 
@@ -98,11 +101,11 @@ void consider(const Request& q, const Device& device, ExchangeKind exchange, int
     plan.threads = threads_of(plan.team, plan.known < 0 ? kUnitsPerThread : known_units_per_thread(plan.team));
     plan.shared = shared_layout(plan.team, t).total;
     if (plan.threads > kThreads || plan.shared > device.shared) continue;
-    plan.cycles = estimate(q, plan);
     const bool crowded = !together && !q.backward && plan.tiles * q.R > teams && has_room_for_two(plan, device);
     const int64_t at_once = teams * (crowded ? 2 : 1);
     plan.tiles_at_once = int(std::max<int64_t>(at_once / q.R, 1));
     plan.waves = together ? ceil_div(plan.tiles, plan.tiles_at_once) : ceil_div(plan.tiles * q.R, at_once);
+    plan.cycles = estimate(q, plan);
     if (crowded) plan.cycles.cell *= plan.known < 0 ? kTwoOnOne : kTwoKnownOnOne;
     if (!best.nt || plan.waves * plan.cycles.sum() < best.waves * best.cycles.sum()) best = plan;
   }

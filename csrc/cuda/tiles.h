@@ -47,11 +47,11 @@ FUSED_RNN_HD constexpr Tile tile(Precision precision, bool backward, int nt, int
 }
 
 // Of a team whose product reads its operand directly (direct.h): each warp has all of the member's units, so that no other one reads its
-// share of the operand. What is on its way there takes registers, and so do two units a thread, where there are two m tiles.
+// share of the operand. What is on its way there takes registers, and so do two units a thread, which teams of two m tiles have.
 FUSED_RNN_HD constexpr Tile direct_tile(Precision precision, int units) {
   Tile t = built_in_tile(precision, true, 1);
   t.mt = units / t.rows;
-  t.kr = t.mt == 1 ? 12 : 4;
+  t.kr = t.mt == 2 ? 4 : precision == Precision::tf32 ? 11 : 12;
   return t;
 }
 

@@ -37,7 +37,7 @@ SEEDS = 2  # the cases share no schedule: each new one meets others
 
 @functools.cache
 def sanitized() -> list[cases.Case]:
-    return cases.pairwise(SANITIZED, SMALLEST, seed=3)
+    return cases.pairwise(SANITIZED, SMALLEST, seed=6)
 
 
 def _three_states(x: Sequence[Tensor], r: Sequence[Tensor], s: Sequence[Tensor], params: Sequence[Tensor]) -> Any:

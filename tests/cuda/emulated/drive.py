@@ -109,7 +109,7 @@ class Run:
         exchange, rows, known = (self.case[name] for name in ("kind", "rows", "known"))
         if not backward and exchange == 3:
             exchange = 1
-        elif not backward and exchange == 4:  # there a general kernel, the smallest one
+        elif known and exchange == (2 if backward else 4):  # there the smallest of the general kernels
             exchange, rows, known = 2, 8, False
         plan = self.module.make_plan(
             self.kind, backward, *shape, self.module.device(0), exchange, self.case["members"], rows, known

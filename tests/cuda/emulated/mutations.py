@@ -48,6 +48,9 @@ TWO_TEAMS = DIRECT._replace(directions="fr")
 ALL_ROWS = DIRECT._replace(B=16)
 ONE_M_TILE = Case("lstm", "bf16", "direct 8", 4, 3, 128)
 
+# Of a known team whose forward has a part of its weights in shared memory, and two units a thread.
+WIDE = Case("lstm", "bf16", "known grid", 3, 16, 320, rows=16)
+
 
 class Mutation(NamedTuple):
     file: str  # in csrc
@@ -485,6 +488,17 @@ MUTATIONS: dict[str, Mutation] = {
         DIRECTLY, "    arrive();\n  }", "    ++turn_;\n  }", "plain", "DEADLOCK", (DIRECT_WINDOWS,)
     ),
     # ---- known teams
+    "known: one block too few from shared memory": Mutation(
+        PRODUCT,
+        "i < count(); ++i) {\n      uint32_t a",
+        "i < count() - 1; ++i) {\n      uint32_t a",
+        "plain",
+        WRONG,
+        (WIDE,),
+    ),
+    "known: the first block in shared memory for all there": Mutation(
+        PRODUCT, "fetch(a, i - kHeld);\n      Fragment", "fetch(a, 0);\n      Fragment", "plain", WRONG, (WIDE,)
+    ),
     "known: warps without a part in the product multiply": Mutation(
         "cuda/known_teams.h",
         "some_idle = team.warps_m",
