@@ -101,6 +101,30 @@ def test_races(kernel: tuple[str, str], tmp_path: Path) -> None:
     assert not (found := drive("races", library, told, 1, tmp_path)), found
 
 
+GRID, DIRECT = 2, 4  # csrc/cuda/params.h's ExchangeKind
+
+
+@pytest.mark.parametrize(
+    ("kind", "members", "units", "rows"),
+    [
+        *((GRID, members, 16, 8) for members in (48, 64, 128)),
+        *((GRID, members, 32, 16) for members in (24, 32)),
+        *((DIRECT, members, 16, 8) for members in (48, 64, 128)),
+        *((DIRECT, members, 32, 16) for members in (24, 32)),
+    ],
+)
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_known_teams_of_wide_layers(
+    cell: str, kind: int, members: int, units: int, rows: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Forward of those that meet on the grid, and backward of those that read directly."""
+    width = members * units
+    monkeypatch.setitem(cases.EXCHANGES, "wide", cases.Exchange(kind, members, (width,), known=True))
+    library = build.module("plain", [build.Instance(cell, "bf16", smallest=True)])
+    case = cases.Case(cell, "bf16", "wide", 3, rows - 1, width, rows=rows, save="none" if kind == GRID else "saved")
+    assert not (found := drive("plain", library, [case], 1, tmp_path)), found
+
+
 def test_cases_are_many() -> None:
     """Every cell in every precision meets every exchange, every length of a loop, and so on."""
     told = sanitized()
