@@ -29,7 +29,7 @@ namespace {
 
 constexpr int kT = 512, kRuns = 5;
 const char* kNames[kMarks] = {"begins", "wait", "product", "barrier", "cell", "send", "end", "store", "fetch"};
-const char* kExchanges[] = {"cta", "cluster", "grid", "scatter"};
+const char* kExchanges[] = {"cta", "cluster", "grid", "scatter", "direct"};
 
 void check(cudaError_t status, const char* what) {
   if (status == cudaSuccess) return;
@@ -71,7 +71,7 @@ float milliseconds(Loop& loop, const Plan& plan) {
   const void* kernel = kernel_of(loop, plan);
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1), "a cluster of more than 8");
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(plan.shared)), "dynamic shared memory");
-  const bool grid = plan.team.exchange == ExchangeKind::grid;
+  const bool grid = meets_in_global_memory(plan.team);
   if (grid) check(cudaMemset(loop.workspace.arrived, 0, 1 << 16), "cudaMemset");
   cudaLaunchAttribute attribute{};
   cudaLaunchConfig_t config{};
@@ -110,7 +110,7 @@ void measure(const char* way, int H, int B, int members, Loop loop, const Device
   const bool known = members > 0;
   wanted.known = known, wanted.members = members;
   const Plan plan = make_plan(wanted, where);
-  if (!plan.refusal.empty() || (plan.known >= 0) != known || (plan.team.exchange == ExchangeKind::grid && plan.waves > 1)) return;
+  if (!plan.refusal.empty() || (plan.known >= 0) != known || (meets_in_global_memory(plan.team) && plan.waves > 1)) return;
   loop.steps = {kT, 0, kT, 0, kT, 0, 1, nullptr, nullptr, B, 1, H, plan.tiles, 0};
   loop.team = plan.team;
   float best = 1e9f;

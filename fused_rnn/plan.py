@@ -12,7 +12,8 @@ from fused_rnn import ops
 from fused_rnn.cells import CELLS, Cell, is_program
 from fused_rnn.gpu.precision import tf32_allowed
 
-EXCHANGES = ("cta", "cluster", "grid", "scatter")
+EXCHANGES = ("cta", "cluster", "grid", "scatter", "direct")
+_FORWARD = {"scatter": "cluster", "direct": "grid"}  # where backward has an exchange of its own
 PRECISIONS = ("bf16", "f16", "tf32", "ieee", "f64")  # how products are taken; csrc/cuda/tiles.h's Precision
 NO_PRODUCT = "the cell has no W_hh, and a unit's thread runs all of its steps"
 _KIB = 1024
@@ -77,8 +78,9 @@ class Plan:
 
     Attributes:
         exchange: how a team shares its state between steps, "cta", "cluster", "grid" or, backward, "scatter": a cluster
-            whose members send each other sums; "stepwise" is a matrix product
-            and a pointwise launch a step; "none", of a cell without W_hh, a thread that runs all of a unit's steps.
+            whose members send each other sums, or "direct": members of the grid read each other's gradients as their
+            product needs them; "stepwise" is a matrix product and a pointwise launch a step; "none", of a cell without
+            W_hh, a thread that runs all of a unit's steps.
         number: how products are taken, "bf16", "f16", "tf32", "ieee" (float32) or "f64".
         device: what the plan was made for.
         members: CTAs of a team.
@@ -121,6 +123,7 @@ class Plan:
             "cluster": f"a cluster of {self.members}",
             "grid": f"{self.members} CTAs of the grid",
             "scatter": f"a cluster of {self.members} that scatters sums",
+            "direct": f"{self.members} CTAs of the grid that read each other's gradients directly",
         }
         return (
             f"{team[self.exchange]}{', compiled for it' * self.known}, {self.number}, {self.units} units x"
@@ -146,7 +149,9 @@ def precision_of(dtype: torch.dtype, tf32: bool) -> str:
 def make(planner: Any, sizes: tuple[int, ...], device: Any, forced: Forced, known: bool = True, fewer: int = 0) -> Any:
     """The plan and the device as a compiled module has them. sizes: the precision's place, backward, G, B, H, R.
     known: whether a kernel may be one that is compiled for its team.  fewer: as `fewer_blocks` says."""
-    name = "cluster" if forced.exchange == "scatter" and not sizes[1] else forced.exchange  # forward does not scatter
+    name, backward = forced.exchange, sizes[1]
+    if name is not None and not backward:
+        name = _FORWARD.get(name, name)
     exchange = -1 if name is None else EXCHANGES.index(name)
     known = known and forced.known and not fewer  # such kernels have all of W_hh in registers
     return planner.make_plan(*sizes, device, exchange, forced.members, forced.rows, known, fewer)
@@ -273,7 +278,8 @@ def plan(
         device: "cuda:0", or an architecture ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120": a full-size part
             of each), or (arch, multiprocessors, shared bytes a CTA, clusters): at place n - 1 of the last, how many
             clusters of n CTAs are resident together. None: the current GPU, or where there is none "sm_90".
-        exchange: insist on "cta", "cluster", "grid" or "scatter", which is backward's alone: forward is a "cluster".
+        exchange: insist on "cta", "cluster", "grid", "scatter" or "direct". The last two are backward's alone: forward
+            is a "cluster" or the "grid".
         members: insist on CTAs of a team.
         rows: insist on rows of the batch a team.
 

@@ -207,14 +207,17 @@ def teams(cell: str, precision: str, loop: Loop) -> dict[str, step_cycles.Launch
 
 def timed(kernel: Kernel, code: str, cell: str, precision: str, loop: Loop | None) -> Kernel:
     """With its time loop counted, and a step of each team that runs it timed: its input is in DRAM, but that of a known
-    team has been brought to L2 (ahead.h)."""
+    team with a short step has been brought to L2 (ahead.h)."""
     kernel = kernel._replace(loop=time_loop(code))
     if loop is None:
         return kernel
     steps, waits = {}, set[str]()
+    known = loop.known  # csrc/cuda/known_teams.h's brings_ahead
+    brought = known is not None and known.exchange != "direct" and known.units * known.rows <= 256
+    memory = sass.L2 if brought else step_cycles.DRAM
     for team, launch in teams(cell, precision, loop).items():
         for rare in (True, False):
-            step = step_cycles.replay(code, launch, sass.L2 if loop.known else step_cycles.DRAM, rare)
+            step = step_cycles.replay(code, launch, memory, rare)
             steps[team] = step.cycles
             waits |= set(step.waits)
     return kernel._replace(steps=steps, waits=tuple(sorted(waits)))

@@ -24,7 +24,15 @@ ALL = tuple(range(SCOREBOARDS))
 L2 = 270
 # Cycles until what an instruction sets its scoreboard for is there, to 20 %. Of loads, `issue` is told.
 LATENCY = {"LDS.128": 36, "LDS": 30, "LDC": 30, "S2R": 25, "S2UR": 30, "MUFU": 23, "SYNCS": 28, "STS": 12, "STG": 12}
-LATENCY |= {"STAS": 14, "POPC": 20, "I2F": 20, "F2I": 20, "LDGDEPBAR": L2, "LDG.E.STRONG.GPU": L2}
+LATENCY |= {
+    "STAS": 14,
+    "POPC": 20,
+    "I2F": 20,
+    "F2I": 20,
+    "LDGDEPBAR": L2,
+    "LDG.E.STRONG.GPU": L2,
+    "LDG.E.128.STRONG.GPU": L2,
+}
 OTHER_LATENCY, READ_LATENCY = 25, 12
 # Cycles that the warp stands still: until all threads have come; until L2 has what the thread has stored.
 STANDSTILL = {"BAR.SYNC": 25, "MEMBAR.ALL.GPU": L2}
@@ -120,8 +128,8 @@ def is_look(name: str) -> bool:
 
 
 def is_load(name: str) -> bool:
-    """Of a kernel's input."""
-    return name.startswith("LDG.") and not is_look(name)
+    """Of a kernel's input; not of what its team's members have written."""
+    return name.startswith("LDG.") and "STRONG" not in name
 
 
 class Thread:

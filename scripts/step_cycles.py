@@ -39,17 +39,20 @@ SCATTER = ("wait", "sums", "cell", "product", "send", "tail")
 
 class Marks(NamedTuple):
     """How an exchange shows in a path: the instruction that looks whether peers are there; the one that puts a cell
-    where it is sent or multiplied from; the one that sends, or says that all is there."""
+    where it is sent or multiplied from; the one that sends, or says that all is there; the one that reads the operand
+    of a product."""
 
     look: str
     put: str
     send: str
+    operand: str = "LDS"
 
 
 MARKS = {
     "cluster": Marks("SYNCS.PHASECHK.TRANS64.TRYWAIT", "STS", "STAS"),
     "scatter": Marks("SYNCS.PHASECHK.TRANS64.TRYWAIT", "STS", "STAS"),
     "grid": Marks("LDG.E.STRONG", "STG", "REDG"),
+    "direct": Marks("LDG.E.STRONG", "STG", "REDG", "LDG.E.128.STRONG"),
 }
 
 
@@ -69,7 +72,7 @@ class Launch(NamedTuple):
         depth = members * plan.units * (cell.gates if self.backward else 1)
         depth_of_block = 16 if plan.number in ("tf32", "ieee") else 32  # 64 bytes
         blocks = ceil(ceil(depth / depth_of_block) / plan.warps[1])
-        grid = plan.exchange == "grid"
+        grid = plan.exchange in ("grid", "direct")
         tiles = min(plan.tiles, plan.tiles_at_once) if grid else plan.tiles
         numbers = [STEPS, 0, STEPS, 0, STEPS, 0, 1, 0, ADDRESS * rare, self.batch, 1, self.hidden, tiles, 0]
         steps = struct.pack("<5i4xQi4xQQ5i4x", *numbers)
@@ -111,7 +114,7 @@ class Borders(NamedTuple):
 
 
 def gathered(path: list[Issued], marks: Marks, begin: int, end: int) -> Borders:
-    product = places(path, "LDS", begin, end)[0]
+    product = places(path, marks.operand, begin, end)[0]
     sums = places(path, "BAR", product, end)[0]
     sent = places(path, marks.send, sums, end)
     put = places(path, marks.put, sums, sent[0])

@@ -22,8 +22,8 @@ struct ThreadUnit {
   int i, b, u;
   bool inside;
 
-  FUSED_RNN_DEVICE ThreadUnit(const Team& team, int j) {
-    i = int(threadIdx.x) + j * int(blockDim.x);
+  FUSED_RNN_DEVICE ThreadUnit(const Team& team, int j, int threads = int(blockDim.x)) {
+    i = int(threadIdx.x) + j * threads;
     b = i / team.units;
     u = i % team.units;
     inside = b < team.rows;

@@ -36,6 +36,22 @@
 
 namespace fused_rnn::cuda {
 
+// On the grid members are counted: each one of them, once a step, behind a barrier of its threads;
+FUSED_RNN_DEVICE void count_in(uint32_t* arrived) {
+  if (threadIdx.x == 0) add_release(arrived, 1);
+}
+// and all, before what they have put is read.
+FUSED_RNN_DEVICE void wait_for(const uint32_t* arrived, uint32_t count) {
+  if (threadIdx.x == 0) {
+    const SpinTimeout timeout;
+    while (load_acquire(arrived) < count) {
+      timeout.spend("2 s for the members of the team to be counted in");
+      pause();
+    }
+  }
+  sync_threads();
+}
+
 template <class Policy, bool kBackward, bool kKnown = false>
 class Exchange {
   using Operand = typename Policy::Operand;
@@ -130,7 +146,7 @@ class Exchange {
   // This member's step is over: its slice is out, its threads are done with the operand and with the partial sums.
   FUSED_RNN_DEVICE void arrive() {
     sync_threads();
-    if (team_.exchange == ExchangeKind::grid && threadIdx.x == 0) add_release(arrived_, 1);
+    if (team_.exchange == ExchangeKind::grid) count_in(arrived_);
     ++turn_;
   }
 
@@ -142,14 +158,7 @@ class Exchange {
       barrier_wait(barrier, (turn_ - 1) / 2 & 1);
       if ((kKnown ? thread_ : int(threadIdx.x)) == 0) expect(turn_ & 1);
     } else if (team_.exchange == ExchangeKind::grid) {
-      if (threadIdx.x == 0) {
-        const SpinTimeout timeout;
-        while (load_acquire(arrived_) < turn_ * uint32_t(team_.members)) {
-          timeout.spend("2 s for the members of the team to be counted in");
-          pause();
-        }
-      }
-      sync_threads();
+      wait_for(arrived_, turn_ * uint32_t(team_.members));
       for (int b = int(threadIdx.x) / 32; b < team_.rows; b += int(blockDim.x) / 32) {
         const Operand* from = global_ + (turn_ & 1) * copies_apart_ + int64_t(b) * team_.depth;
         for (int column = lane() * kChunk; column < team_.depth; column += 32 * kChunk)

@@ -12,6 +12,7 @@ class Gather {
 
  public:
   static constexpr int kUnits = kUnitsPerThread;
+  static constexpr Tile kTile = tile(Policy::kPrecision, true, NT);
   Each<kUnits, ThreadUnit> index;
 
   // w: of this recurrence.  left(b): where a loop goes on that ended here, of a row of the batch the gates' gradients that it left, [G,

@@ -9,8 +9,8 @@ namespace fused_rnn::cuda {
 
 // What a general kernel is compiled for: its launch tells the team.
 struct AnyTeam {
-  static constexpr bool scatters = false, some_idle = true, exists = true;
-  static constexpr int width = 0, units_per_thread = kUnitsPerThread, blocks = 0;
+  static constexpr bool scatters = false, direct = false, some_idle = true, exists = true, brings_ahead = false;
+  static constexpr int width = 0, units = 0, units_per_thread = kUnitsPerThread, blocks = 0, held = 0;
   FUSED_RNN_HD static constexpr const Team& of(const Team& told) { return told; }
 };
 
@@ -26,10 +26,18 @@ constexpr KnownShape kKnownShapes[] = {
     {false, ExchangeKind::cluster, 16, 16, 1, {2, 4}}, {false, ExchangeKind::cluster, 4, 32, 1, {2, 2}},
     {false, ExchangeKind::cluster, 8, 32, 1, {2, 0}},  {false, ExchangeKind::cluster, 16, 32, 1, {2, 0}},
     {false, ExchangeKind::grid, 32, 16, 1, {0, 4}},    {false, ExchangeKind::grid, 48, 16, 1, {3, 0}},
-    {false, ExchangeKind::grid, 64, 16, 1, {4, 0}},    {true, ExchangeKind::scatter, 4, 16, 1, {1, 1}},
-    {true, ExchangeKind::scatter, 8, 16, 1, {1, 1}},   {true, ExchangeKind::scatter, 16, 16, 1, {1, 1}},
-    {true, ExchangeKind::scatter, 4, 32, 1, {1, 1}},   {true, ExchangeKind::scatter, 8, 32, 1, {1, 0}},
-    {true, ExchangeKind::scatter, 16, 32, 1, {1, 0}},
+    {false, ExchangeKind::grid, 64, 16, 1, {4, 0}},    {false, ExchangeKind::grid, 128, 16, 1, {4, 0}},
+    {false, ExchangeKind::grid, 24, 32, 2, {2, 0}},    {false, ExchangeKind::grid, 32, 32, 2, {2, 0}},
+    {true, ExchangeKind::scatter, 4, 16, 1, {1, 1}},   {true, ExchangeKind::scatter, 8, 16, 1, {1, 1}},
+    {true, ExchangeKind::scatter, 16, 16, 1, {1, 1}},  {true, ExchangeKind::scatter, 4, 32, 1, {1, 1}},
+    {true, ExchangeKind::scatter, 8, 32, 1, {1, 0}},   {true, ExchangeKind::scatter, 16, 32, 1, {1, 0}},
+    {true, ExchangeKind::direct, 48, 16, 1, {8, 8}},   {true, ExchangeKind::direct, 64, 16, 1, {8, 8}},
+    {true, ExchangeKind::direct, 128, 16, 1, {8, 0}},  {true, ExchangeKind::direct, 24, 32, 2, {8, 0}},
+    {true, ExchangeKind::direct, 32, 32, 2, {8, 0}},
+#if defined(FUSED_RNN_EMULATE)  // small enough for its tests
+    {true, ExchangeKind::direct, 2, 32, 2, {1, 2}},    {true, ExchangeKind::direct, 4, 32, 1, {2, 2}},
+    {true, ExchangeKind::direct, 8, 16, 1, {1, 2}},    {false, ExchangeKind::grid, 10, 32, 2, {1, 2}},
+#endif
 };
 constexpr int kKnownShapeCount = int(sizeof(kKnownShapes) / sizeof(kKnownShapes[0]));
 
@@ -40,15 +48,31 @@ constexpr bool has_known_teams(Precision precision, int gates) {
 
 constexpr int kMostFragments = 16;  // of a warp's weights: half of its registers
 
-// The team of a shape; of no members where there is none: its warps would not have all of their weights in registers, in equal shares.
+// As few as there can be.
+constexpr int known_units_per_thread(const Team& team) { return ceil_div(team.units * team.rows, kThreads); }
+
+constexpr Tile known_tile(const KnownShape& shape, Precision precision) {
+  if (shape.exchange == ExchangeKind::direct) return direct_tile(precision, shape.units);
+  return tile(precision, shape.backward, shape.nt, 0);
+}
+
+// Of a warp's blocks, those in registers: all, where there is room; else as many as a general kernel has.
+constexpr int held_blocks(const KnownShape& shape, Precision precision, int blocks) {
+  const Tile t = known_tile(shape, precision);
+  const bool all = shape.exchange == ExchangeKind::direct ? blocks <= t.kr : blocks * t.mt <= kMostFragments;
+  return all || shape.exchange == ExchangeKind::scatter ? blocks : t.kr;
+}
+
+// The team of a shape; of no members where there is none: its warps would not have equal shares of the weights, or, where it scatters, not
+// all in registers.
 constexpr Team known_team(const KnownShape& shape, Precision precision, int gates) {
-  const Tile t = tile(precision, shape.backward, shape.nt, 0);
+  const Tile t = known_tile(shape, precision);
   const int shares = shape.shares[t.size == 4];
   Team team{};
   if (!shares || !lay_out(t, shape.backward, gates, shape.exchange, shape.members, shape.units, shape.nt, shares, team)) return {};
   const bool scatters = shape.exchange == ExchangeKind::scatter;
   const int tiles = scatters ? shape.members * shape.units / t.rows / team.warps_m : t.mt;  // of a warp
-  if (threads_of(team, 1) > kThreads || team.blocks * tiles > kMostFragments) return {};
+  if (threads_of(team, known_units_per_thread(team)) > kThreads || (scatters && team.blocks * tiles > kMostFragments)) return {};
   if (!scatters && team.blocks * shares * t.depth != team.depth) return {};
   return team;
 }
@@ -56,11 +80,13 @@ constexpr Team known_team(const KnownShape& shape, Precision precision, int gate
 template <int kShape, Precision precision, int gates>
 struct KnownTeam {
   static constexpr Team team = known_team(kKnownShapes[kShape], precision, gates);
-  static constexpr bool scatters = team.exchange == ExchangeKind::scatter;
-  static constexpr bool exists = team.exchange == ExchangeKind::grid || team.members <= kLargestHere;  // on this architecture
-  static constexpr int width = team.members * team.units, blocks = team.blocks;
-  static constexpr int units_per_thread = 1;
-  static constexpr bool some_idle = team.warps_m * team.warps_k * 32 < threads_of(team, 1);  // warps without a part in the product
+  static constexpr bool scatters = team.exchange == ExchangeKind::scatter, direct = team.exchange == ExchangeKind::direct;
+  static constexpr bool exists = direct || team.exchange == ExchangeKind::grid || team.members <= kLargestHere;  // on this architecture
+  static constexpr int width = team.members * team.units, units = team.units, blocks = team.blocks;
+  static constexpr int units_per_thread = known_units_per_thread(team), threads = threads_of(team, units_per_thread);
+  static constexpr int held = held_blocks(kKnownShapes[kShape], precision, blocks);
+  static constexpr bool some_idle = team.warps_m * team.warps_k * 32 < threads;  // warps without a part in the product
+  static constexpr bool brings_ahead = !direct && units_per_thread == 1;  // others' steps are longer than a load from DRAM (ahead.h)
   FUSED_RNN_HD static constexpr Team of(const Team&) { return team; }
 };
 

@@ -45,7 +45,7 @@ FUSED_RNN_HD constexpr int threads_of(const Team& team, int units_per_thread = k
 
 // Arrays in the dynamic shared memory: byte offsets and numbers of elements.
 struct SharedLayout {
-  int operands, operands_count;   // the operand, [NB, stride], twice in clusters
+  int operands, operands_count;   // the operand, [NB, stride], twice in clusters; none where the product reads it directly
   int partial, partial_count;     // float [WK, NB, stride]; of a team that scatters what it receives, [2, C U, NB]
   int barriers, barriers_count;   // mbarriers: one for each copy of the operand, or for each group of what is received
   int weights, weights_count;     // uint4: fragments that the registers do not hold
@@ -53,8 +53,8 @@ struct SharedLayout {
 };
 FUSED_RNN_HD constexpr SharedLayout shared_layout(const Team& team, Tile t) {
   SharedLayout at{};
-  const bool scatters = team.exchange == ExchangeKind::scatter;
-  const int copies = scatters || team.exchange == ExchangeKind::cluster ? 2 : 1, width = team.members * team.units;
+  const bool scatters = team.exchange == ExchangeKind::scatter, direct = team.exchange == ExchangeKind::direct;
+  const int copies = direct ? 0 : scatters || team.exchange == ExchangeKind::cluster ? 2 : 1, width = team.members * team.units;
   at.operands_count = copies * team.rows * operand_stride(team.depth, t);
   at.partial = at.operands + at.operands_count * t.size + kSharedGap;
   at.partial_count = scatters ? 2 * team.rows * width : team.warps_k * team.rows * partial_stride(team, t);

@@ -12,7 +12,8 @@ enum class ExchangeKind : int {
   cta,      // a team of one: a barrier of its threads
   cluster,  // a thread-block cluster: remote stores into the peers' shared memory
   grid,     // any CTAs that are resident together: global memory and a counter
-  scatter   // backward, a cluster: each member sends the others the sums that are theirs, not what they are made of (scatter.h)
+  scatter,  // backward, a cluster: each member sends the others the sums that are theirs, not what they are made of (scatter.h)
+  direct    // backward, the grid: the product reads the operand where it is, in global memory (direct.h)
 };
 
 constexpr int kLargestCluster = 16;  // CTAs; 8 is what every device with clusters offers
@@ -28,6 +29,11 @@ struct Team {
   int depth;       // K: forward C U, backward G C U, or G U where it scatters
   int blocks;  // of depth, of each warp; the first few have their weights in registers, of known teams all, the rest in shared memory
 };
+
+// Its members are resident together, and meet in global memory.
+FUSED_RNN_HD constexpr bool meets_in_global_memory(const Team& team) {
+  return team.exchange == ExchangeKind::grid || team.exchange == ExchangeKind::direct;
+}
 
 // H, as a launch tells it; or as a kernel was compiled for it, which then looks nothing up.
 template <int kKnown>
@@ -52,7 +58,7 @@ struct StepsOf {
 };
 using Steps = StepsOf<0>;
 
-// Where the team's exchange happens, grid exchange only.
+// Where the team's exchange happens, by the grid exchange or directly.
 struct Workspace {
   void* operand;  // [2, teams of the launch, NB, K]
   uint32_t* arrived;  // [teams of the launch, 32]: how often members arrived, one counter in 128 bytes

@@ -1,10 +1,11 @@
 // The backward loop over all of time in one launch, from the last step to the first, by a plan of its own. What reaches the
-// step before is the product of the gates' gradients with W_hh, transposed: by gather.h, or by scatter.h where the team is known to
-// scatter.
+// step before is the product of the gates' gradients with W_hh, transposed: by gather.h, or where the team is known by scatter.h or
+// direct.h.
 #pragma once
 #include <type_traits>
 
 #include "ahead.h"
+#include "direct.h"
 #include "gather.h"
 #include "primitives/timeline.h"
 #include "scatter.h"
@@ -12,7 +13,13 @@
 
 namespace fused_rnn::cuda {
 
-// Known: what is known of the team when this is compiled, and whether it scatters.
+template <class Policy, int G, int NT, class Known>
+struct CarrierOf {
+  using OnGrid = std::conditional_t<Known::direct, Direct<Policy, G, NT, Known>, Gather<Policy, G, NT>>;
+  using Type = std::conditional_t<Known::scatters, Scatter<Policy, G, Known>, OnGrid>;
+};
+
+// Known: what is known of the team when this is compiled, and how it exchanges.
 template <class Cell, class Policy, int NT, class Known = AnyTeam>
 FUSED_RNN_KERNEL(kThreads)
 persistent_bwd_kernel(const FUSED_RNN_GRID_CONSTANT BackwardLoop told) {
@@ -21,7 +28,7 @@ persistent_bwd_kernel(const FUSED_RNN_GRID_CONSTANT BackwardLoop told) {
   using Operand = typename Policy::Operand;
   constexpr int G = Cell::gates, kAll = kGradients<Cell>;
   constexpr bool kFetchesFirst = Known::width > 0;  // as in forward
-  using Carrier = std::conditional_t<Known::scatters, Scatter<Policy, G, Known>, Gather<Policy, G, NT>>;
+  using Carrier = typename CarrierOf<Policy, G, NT, Known>::Type;
   constexpr int kUnits = Carrier::kUnits;
   const auto& p = reinterpret_cast<const BackwardLoopOf<Known::width>&>(told);
   const Team& team = Known::of(p.team);
@@ -36,8 +43,7 @@ persistent_bwd_kernel(const FUSED_RNN_GRID_CONSTANT BackwardLoop told) {
     if (!place.valid(t)) return nullptr;
     return static_cast<const Storage*>(p.dgates) + steps_size(p.steps, t, kAll) + place.in_step(p.steps, kAll) + Cell::apart * width;
   };
-  Carrier carrier(team, first, shared_layout(team, tile(Policy::kPrecision, true, NT)), p.workspace, w, width, p.steps.step1 < p.steps.T,
-                  left);
+  Carrier carrier(team, first, shared_layout(team, Carrier::kTile), p.workspace, w, width, p.steps.step1 < p.steps.T, left);
   const auto& index = carrier.index;
   const CtaRank me(p.steps, team,
                    Known::scatters ? kept(int(blockIdx.x)) : int(blockIdx.x));  // kept across the loads of the weights it would be spilled
@@ -54,7 +60,7 @@ persistent_bwd_kernel(const FUSED_RNN_GRID_CONSTANT BackwardLoop told) {
     }
     carrier.open();
     Ahead<Known::width> ahead(p.steps, walk, team, me.r, me.first_b, me.first_u, p.steps.step1 - 1, -1);
-    if (kFetchesFirst) {
+    if (Known::brings_ahead) {
       ahead.template add<Storage>(p.saved, Cell::saved, Span::window);
       ahead.template add<Storage>(p.dy, 1, Span::all);
       if (Cell::backward_after & 1 || Cell::backward_before & 1) ahead.template add<Storage>(p.states[0], 1, Span::all);
@@ -90,7 +96,7 @@ persistent_bwd_kernel(const FUSED_RNN_GRID_CONSTANT BackwardLoop told) {
         for (int j = 0; j < kUnits; ++j) units[j].forget();
         FUSED_RNN_UNROLL
         for (int j = 0; j < kUnits; ++j) units[j].fetch(p, walk, step - 1);
-        if (kFetchesFirst) ahead.fetch(step);
+        if (Known::brings_ahead) ahead.fetch(step);
       };
       if (kFetchesFirst && !last) fetch();
       carrier.arrive();

@@ -61,7 +61,7 @@ persistent_fwd_kernel(const FUSED_RNN_GRID_CONSTANT ForwardLoop told) {
     const auto chunk = made_each<kUnits, int>([&](int j) { return exchange.chunk_of(index[j].i - lane()); });
     exchange.open();
     Ahead<Known::width> ahead(p.steps, walk, team, me.r, me.first_b, me.first_u, p.steps.step0, 1);
-    if (kFetchesFirst) ahead.template add<Storage>(p.gx, G, Span::window);
+    if (Known::brings_ahead) ahead.template add<Storage>(p.gx, G, Span::window);
 
     for (int step = p.steps.step0; step < p.steps.step1; ++step) {
       mark(step, kBegins);
@@ -93,7 +93,7 @@ persistent_fwd_kernel(const FUSED_RNN_GRID_CONSTANT ForwardLoop told) {
         for (int j = 0; j < kUnits; ++j) units[j].enter();
         FUSED_RNN_UNROLL
         for (int j = 0; j < kUnits; ++j) units[j].fetch(p, walk, step + 1);
-        if (kFetchesFirst) ahead.fetch(step);
+        if (Known::brings_ahead) ahead.fetch(step);
       };
       if (kFetchesFirst) fetch();
       exchange.arrive();

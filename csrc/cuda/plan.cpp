@@ -19,23 +19,30 @@ constexpr double kWork = 0.8;         // of product and loads, which overlap, is
 // backward, and where a thread has two units.
 constexpr double kCell = 2225, kCellBackward = 170, kSecondUnit = 630, kSecondUnitBackward = 850;
 constexpr double kKnownCell = 760, kKnownScatter = 630, kKnownUnit = 4.4;  // of known teams; of one that scatters for each unit more
+constexpr double kKnownSecondUnit = 500;  // from the replay: no GPU has run such a team, nor one that reads its operand directly
 constexpr double kScatteredBytes = 10;  // that arrive a cycle of what is scattered, beside the product
 constexpr double kTwoOnOne = 1.15, kTwoKnownOnOne = 1.3;  // where a multiprocessor has two members
 constexpr double kClusterBytes = 17.5;  // that arrive a cycle, as fitted; by themselves 14 at 16 members, 20 at 8
+constexpr double kDirectBytes = 4500;  // of L2, where many members read directly: what 128 of general teams took beyond 64
 constexpr double kGridLatency = 1800, kGridBytes = 53;  // beyond a cluster's, through L2; bytes from L2 a cycle
 constexpr double kFma = 128;  // a cycle
 // A step without a team: what the host takes to issue its product and its launch (45 µs where a launch takes 7), and of the product
 // operations a cycle and multiprocessor, and bytes of W_hh a cycle from L2.
 constexpr double kIssue = 90000, kProductFlops = 2048, kL2Bytes = 2500;
 
+Tile tile_of(const Request& q, ExchangeKind exchange, int units, int nt) {
+  return exchange == ExchangeKind::direct ? direct_tile(q.precision, units) : tile(q.precision, q.backward, nt, q.fewer);
+}
+
 Cycles estimate(const Request& q, const Plan& plan) {
-  const Tile t = tile(q.precision, q.backward, plan.nt, q.fewer);
   const Team& team = plan.team;
+  const Tile t = tile_of(q, team.exchange, team.units, plan.nt);
+  const bool scatters = team.exchange == ExchangeKind::scatter, direct = team.exchange == ExchangeKind::direct;
   const double warps = team.warps_m * team.warps_k, fragments = warps * t.mt * team.blocks;
   const double rest = std::max(team.blocks - t.kr, 0) * warps * t.mt * t.registers * 128;
   // Without tensor cores a lane reads the whole of a block, 16 bytes at a time that all lanes share.
   const double wavefronts = q.precision == Precision::ieee ? 4.0 * team.rows : team.rows / 2.0;
-  const double operand = warps * team.blocks * wavefronts * kSharedBytes, elements = double(team.units) * team.rows;
+  const double operand = direct ? 0 : warps * team.blocks * wavefronts * kSharedBytes, elements = double(team.units) * team.rows;
   const double partial = 2.0 * team.warps_k * team.rows * team.warps_m * t.mt * t.rows * 4;
   Cycles c;
   if (q.precision == Precision::ieee) c.product = fragments * t.rows * t.depth * team.rows / kFma;
@@ -44,15 +51,22 @@ Cycles estimate(const Request& q, const Plan& plan) {
   c.loads = kWork * (rest + operand + partial) / kSharedBytes;
   c.cell = kCell + kCellBackward * q.backward;
   if (elements > plan.threads) c.cell += kSecondUnit + kSecondUnitBackward * q.backward;
-  if (plan.known >= 0) c.cell = team.exchange == ExchangeKind::scatter ? kKnownScatter + kKnownUnit * team.units : kKnownCell;
+  if (plan.known >= 0) {
+    c.cell = scatters ? kKnownScatter + kKnownUnit * team.units : kKnownCell + kCellBackward * q.backward;
+    if (elements > plan.threads) c.cell += kKnownSecondUnit;
+  }
   const double bytes = double(team.rows) * team.depth * t.size * (team.members - 1) / team.members;
   if (team.exchange == ExchangeKind::cluster) c.exchange = bytes / kClusterBytes;
-  if (team.exchange == ExchangeKind::scatter) {
+  if (scatters) {
     const int sum = q.precision == Precision::bf16 ? 2 : 4;  // bytes, as scatter.h sends it
     c.exchange = std::max(double(team.rows) * q.H * sum / kScatteredBytes - c.product, 0.0);
     c.loads = 0;
   }
   if (team.exchange == ExchangeKind::grid) c.exchange = kGridLatency + bytes / kGridBytes;
+  if (direct) {  // they come beside the product
+    const double readers = double(team.members) * q.R * std::min(plan.tiles, plan.tiles_at_once);
+    c.exchange = kGridLatency + std::max(bytes / std::min(kGridBytes, kDirectBytes / readers) - c.product, 0.0);
+  }
   return c;
 }
 
@@ -71,28 +85,28 @@ bool has_room_for_two(const Plan& plan, const Device& device) {
 void consider(const Request& q, const Device& device, ExchangeKind exchange, int units, int nt, Plan& best) {
   Plan plan;
   plan.nt = nt;
-  const Tile t = tile(q.precision, q.backward, nt, q.fewer);
+  const Tile t = tile_of(q, exchange, units, nt);
   const int members = ceil_div(q.H, units);
-  const bool scatters = exchange == ExchangeKind::scatter;
+  const bool scatters = exchange == ExchangeKind::scatter, direct = exchange == ExchangeKind::direct;
   if (q.members && q.members != members) return;
   plan.tiles = ceil_div(q.B, 8 * nt);
   // Teams that are resident together; all of a launch must be where they meet in global memory, others queue.
   const bool clusters = scatters || exchange == ExchangeKind::cluster;
   const int64_t teams = clusters ? device.clusters[members - 1] : device.multiprocessors / members;
-  const bool together = exchange == ExchangeKind::grid;
+  const bool together = direct || exchange == ExchangeKind::grid;
   if (teams < (together ? q.R : 1)) return;
   for (int shares = 1; shares <= kThreads / 32; ++shares) {
     if (!lay_out(t, q.backward, q.gates, exchange, members, units, nt, shares, plan.team)) continue;
     plan.known = q.known ? find_known(plan.team, q.precision, q.backward, q.gates, q.H) : -1;
-    if (scatters && plan.known < 0) continue;
-    plan.threads = threads_of(plan.team, plan.known < 0 ? kUnitsPerThread : 1);
+    if ((scatters || direct) && plan.known < 0) continue;
+    plan.threads = threads_of(plan.team, plan.known < 0 ? kUnitsPerThread : known_units_per_thread(plan.team));
     plan.shared = shared_layout(plan.team, t).total;
     if (plan.threads > kThreads || plan.shared > device.shared) continue;
-    plan.cycles = estimate(q, plan);
     const bool crowded = !together && !q.backward && plan.tiles * q.R > teams && has_room_for_two(plan, device);
     const int64_t at_once = teams * (crowded ? 2 : 1);
     plan.tiles_at_once = int(std::max<int64_t>(at_once / q.R, 1));
     plan.waves = together ? ceil_div(plan.tiles, plan.tiles_at_once) : ceil_div(plan.tiles * q.R, at_once);
+    plan.cycles = estimate(q, plan);
     if (crowded) plan.cycles.cell *= plan.known < 0 ? kTwoOnOne : kTwoKnownOnOne;
     if (!best.nt || plan.waves * plan.cycles.sum() < best.waves * best.cycles.sum()) best = plan;
   }
@@ -110,6 +124,9 @@ void consider_units(const Request& q, const Device& device, ExchangeKind exchang
         if (ceil_div(q.H, units) == members) consider(q, device, exchange, units, nt, best);
       }
       return;
+    case ExchangeKind::direct:
+      if (!q.backward || !q.known || !has_known_teams(q.precision, q.gates)) return;
+      [[fallthrough]];
     case ExchangeKind::grid:
       for (int units = 16; units <= 128; units += 16) consider(q, device, exchange, units, nt, best);
   }
@@ -120,9 +137,10 @@ bool insists(const Request& q) { return q.exchange >= 0 || q.members || q.rows; 
 std::string explain(const Request& q, const Device& device) {
   if (q.precision == Precision::f64) return "float64 has no tensor-core product: it runs stepwise";
   if (device.arch < 80) return "sm_" + std::to_string(device.arch) + " is older than sm_80";
-  if (q.exchange == int(ExchangeKind::scatter))
-    return "only backward scatters, and in teams that a kernel is compiled for, of cells of several gates: there is none of H = " +
-           std::to_string(q.H) + " that fits, with the members or rows that were asked for";
+  if (q.exchange == int(ExchangeKind::scatter) || q.exchange == int(ExchangeKind::direct))
+    return std::string(q.exchange == int(ExchangeKind::scatter) ? "only backward scatters" : "only backward reads its operand directly") +
+           ", and in teams that a kernel is compiled for, of cells of several gates: there is none of H = " + std::to_string(q.H) +
+           " that fits, with the members or rows that were asked for";
   const Tile t = tile(q.precision, q.backward, 1);
   const int64_t weights = int64_t(q.gates) * q.H * q.H * t.size;
   return "W_hh of " + std::to_string(weights) + " bytes for each of " + std::to_string(q.R) + " recurrence(s) fits no team of " +
@@ -135,7 +153,7 @@ std::string explain(const Request& q, const Device& device) {
 Plan make_plan(const Request& q, const Device& device) {
   Plan best;
   if (q.precision != Precision::f64 && device.arch >= 80 && q.H < 1 << 16) {
-    for (int exchange = 0; exchange < 4; ++exchange) {
+    for (int exchange = 0; exchange < 5; ++exchange) {
       if (q.exchange >= 0 && q.exchange != exchange) continue;
       if ((ExchangeKind(exchange) == ExchangeKind::cluster || ExchangeKind(exchange) == ExchangeKind::scatter) && device.arch < 90)
         continue;

@@ -2,10 +2,11 @@
 //
 // Warps stand in WM groups of MT m tiles; the WK warps of a group share the depth, and each leaves a sum of its own, which
 // the units' threads add up. Warps beyond WM x WK have units only. A warp's weights stay with it for all of time: the first KR blocks in
-// registers, of known teams all, the rest in shared memory in the order in which its lanes read them.
+// registers, of most known teams all, the rest in shared memory in the order in which its lanes read them.
 #pragma once
 #include "known_teams.h"
 #include "primitives/barrier.h"
+#include "primitives/flags.h"
 #include "weights.h"
 
 namespace fused_rnn::cuda {
@@ -14,14 +15,15 @@ template <class Policy, bool kBackward, int NT, class Known = AnyTeam>
 class Product {
   using Operand = typename Policy::Operand;
   using Fragment = typename Policy::Fragment;
-  static constexpr Tile kTile = tile(Policy::kPrecision, kBackward, NT);
-  static constexpr int kBlocks = Known::blocks;  // of each warp, all in registers; 0 where that is not known
-  static constexpr int MT = kTile.mt, KR = kTile.kr, kHeld = kBlocks ? kBlocks : KR, kQuads = Policy::kRegisters / 4;
+  static constexpr Tile kTile = Known::direct ? direct_tile(Policy::kPrecision, Known::units) : tile(Policy::kPrecision, kBackward, NT);
+  static constexpr int kBlocks = Known::blocks;  // of each warp; 0 where that is not known
+  static constexpr int MT = kTile.mt, KR = kTile.kr, kHeld = Known::held ? Known::held : KR, kQuads = Policy::kRegisters / 4;
   static constexpr int kChains = chains(kTile, NT);
   // Backward's FMA lanes with 16 rows have no register to spare: LSTM's and GRU's spilled on sm_100 and sm_120. So there they ask for the
   // weights of one block at a time, and keep no offsets from step to step. Elsewhere that would only make them slower.
   static constexpr bool kTight = kIsBlackwell && Policy::kPrecision == Precision::ieee && kBackward && NT == 2;
   static constexpr int kAhead = kTight ? 1 : 2;
+  static constexpr int kMostOnTheWay = 8;  // fragments of an operand in global memory, of a lane
   using Sums = float[kChains][NT][MT][Policy::kSums];
   static_assert(kTile.rows == Policy::kRows && kTile.depth == Policy::kDepth && kTile.registers == Policy::kRegisters,
                 "tiles.h and precision.h");
@@ -55,16 +57,35 @@ class Product {
       read(b, operand + i * Policy::kDepth, stride);
       multiply(0, sums, a, b);
     }
-    const int rows = partial_stride(team, kTile);
-    float* out = partial + share_ * (8 * NT) * rows + group_ * (MT * Policy::kRows);
-    FUSED_RNN_UNROLL
-    for (int n = 0; n < NT; ++n) FUSED_RNN_UNROLL
-    for (int m = 0; m < MT; ++m) {
+    leave(team, sums, partial);
+  }
+
+  // Likewise of a known team, the operand in global memory: of each block this lane reads its fragments as they lie there, so many blocks
+  // ahead that the way from L2 passes behind the products of those before.
+  FUSED_RNN_DEVICE void run_directly(const Team& team, const uint4* operand, float* partial) const {
+    if (Known::some_idle && share_ >= team.warps_k) return;
+    constexpr int kOnTheWay = kBlocks < kMostOnTheWay / NT ? kBlocks : kMostOnTheWay / NT;
+    operand += first_ * NT * 32 + lane();
+    Fragment b[kOnTheWay][NT];
+    const auto ask = [&](int i) {
       FUSED_RNN_UNROLL
-      for (int chain = 1; chain < kChains; ++chain) FUSED_RNN_UNROLL
-      for (int i = 0; i < Policy::kSums; ++i) sums[0][n][m][i] += sums[chain][n][m][i];
-      Policy::store(sums[0][n][m], out + n * 8 * rows + m * Policy::kRows, rows);
+      for (int n = 0; n < NT; ++n) b[i % kOnTheWay][n] = load_relaxed(operand + (i * NT + n) * 32);
+    };
+    FUSED_RNN_UNROLL
+    for (int i = 0; i < kOnTheWay; ++i) ask(i);
+    Sums sums = {};
+    FUSED_RNN_UNROLL
+    for (int i = 0; i < kBlocks; ++i) {
+      if (i < kHeld) {
+        multiply(i, sums, held_[i < kHeld ? i : 0], b[i % kOnTheWay]);
+      } else {
+        uint32_t a[MT][Policy::kRegisters];
+        fetch(a, i - kHeld);
+        multiply(i, sums, a, b[i % kOnTheWay]);
+      }
+      if (i + kOnTheWay < kBlocks) ask(i + kOnTheWay);
     }
+    leave(team, sums, partial);
   }
 
   // The whole sums of so many rows, `apart` from each other, for a row of the batch; in the order of the shares, the same from run to
@@ -82,6 +103,20 @@ class Product {
   }
 
  private:
+  // This warp's sums, for the units' threads.
+  FUSED_RNN_DEVICE void leave(const Team& team, Sums& sums, float* partial) const {
+    const int rows = partial_stride(team, kTile);
+    float* out = partial + share_ * (8 * NT) * rows + group_ * (MT * Policy::kRows);
+    FUSED_RNN_UNROLL
+    for (int n = 0; n < NT; ++n) FUSED_RNN_UNROLL
+    for (int m = 0; m < MT; ++m) {
+      FUSED_RNN_UNROLL
+      for (int chain = 1; chain < kChains; ++chain) FUSED_RNN_UNROLL
+      for (int i = 0; i < Policy::kSums; ++i) sums[0][n][m][i] += sums[chain][n][m][i];
+      Policy::store(sums[0][n][m], out + n * 8 * rows + m * Policy::kRows, rows);
+    }
+  }
+
   // Of the blocks from kBegin to kEnd, weights in registers, those that this warp has. A branch waits for every mma before it, so they
   // come in lines as straight as there are: all of them, or the largest power of two and then the rest. In a line, reads come ahead.
   template <int kBegin, int kEnd>

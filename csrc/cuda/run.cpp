@@ -33,7 +33,7 @@ Bound<Loop>::Bound(std::string_view cell, Precision precision, const Plan* plan,
   if constexpr (!kForward) loop_.close = loop_.steps.step0 == 0;
   loop_.team = plan_.team;
   tiles_of_a_launch_ = plan_.tiles;
-  if (plan_.team.exchange != ExchangeKind::grid) return;
+  if (!meets_in_global_memory(plan_.team)) return;
   tiles_of_a_launch_ = std::min(plan_.tiles_at_once, plan_.tiles);
   arrived_bytes_ = int64_t(loop_.steps.R) * plan_.tiles * kCounterWords * 4;
   operand_bytes_ =
@@ -44,7 +44,7 @@ template <class Loop>
 std::string Bound<Loop>::run(void* workspace, void* stream) const {
   if (!has_plan_) return run_pointwise(loop_, stream);
   if (!persistent_) return kNotBuilt;
-  const bool grid = plan_.team.exchange == ExchangeKind::grid;
+  const bool grid = meets_in_global_memory(plan_.team);
   Loop loop = loop_;
   uint32_t* arrived = static_cast<uint32_t*>(workspace);
   if (grid) {

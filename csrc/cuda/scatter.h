@@ -40,8 +40,12 @@ template <class Policy, int G, class Known>
 class Scatter {
   using Operand = typename Policy::Operand;
   using Storage = typename Policy::Storage;
-  static constexpr Team team = Known::team;
+
+ public:
   static constexpr Tile kTile = tile(Policy::kPrecision, true, 1);
+
+ private:
+  static constexpr Team team = Known::team;
   static constexpr int C = team.members, U = team.units, H = C * U, NB = 8, kWarps = team.warps_m, kBlocks = team.blocks;
   static constexpr int kStride = operand_stride(team.depth, kTile);
   static constexpr bool kNarrow = Policy::kPrecision == Precision::bf16;

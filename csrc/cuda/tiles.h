@@ -46,6 +46,15 @@ FUSED_RNN_HD constexpr Tile tile(Precision precision, bool backward, int nt, int
   return t;
 }
 
+// Of a team whose product reads its operand directly (direct.h): each warp has all of the member's units, so that no other one reads its
+// share of the operand. What is on its way there takes registers, and so do two units a thread, which teams of two m tiles have.
+FUSED_RNN_HD constexpr Tile direct_tile(Precision precision, int units) {
+  Tile t = built_in_tile(precision, true, 1);
+  t.mt = units / t.rows;
+  t.kr = t.mt == 2 ? 4 : precision == Precision::tf32 ? 11 : 12;
+  return t;
+}
+
 // An mma waits for the one before it that adds to the same sums, some four times as long as it takes: where a warp has few m tiles and
 // rows, so many sets of sums take turns. An FMA lane has 8 sums, and each of them enough to do.
 FUSED_RNN_HD constexpr int chains(Tile t, int nt) { return t.registers != 8 || t.mt * nt >= 4 ? 1 : 4 / (t.mt * nt); }

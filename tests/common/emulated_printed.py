@@ -38,7 +38,9 @@ SHAPES = [
 
 def shapes(members: int, units: int) -> list[int]:
     """Places of a cluster's known teams, forward and backward."""
-    return [i for i, (_, exchange, *team) in enumerate(SHAPES) if exchange != "grid" and team == [members, units]]
+    return [
+        i for i, (_, kind, *team) in enumerate(SHAPES) if kind in ("cluster", "scatter") and team == [members, units]
+    ]
 
 
 class Printed(NamedTuple):

@@ -33,6 +33,11 @@ pytestmark = [
     pytest.mark.timeout(1200),  # the first of them builds the module, on a busy machine for minutes
 ]
 QUICK = ("test_schema", "test_faketensor")
+# Forced plans of backward whose teams the emulator alone has kernels for; rows of the batch are 16, and 8.
+DIRECT: dict[str, dict[str, Any]] = {
+    f"direct{members}": {"exchange": "direct", "members": members} for members in (2, 8)
+}
+WIDE: dict[str, Any] = {"exchange": "grid", "members": 10, "rows": 16}  # likewise of forward, at H = 320
 
 
 def check(case: Case, precision: str, seed: int = 0, given: Inputs | None = None, **forced: Any) -> None:
@@ -50,6 +55,27 @@ def check(case: Case, precision: str, seed: int = 0, given: Inputs | None = None
 @pytest.mark.parametrize("row", rows(), ids=lambda row: f"{row['precision']}-{row['exchange']}-{case_of(row)}")
 def test_every_loop(row: Row) -> None:
     check(case_of(row), row["precision"], seed=row["H"] + row["T"], **EXCHANGES[row["exchange"]])
+
+
+@pytest.mark.parametrize("exchange", DIRECT)
+@pytest.mark.parametrize("precision", ["bf16", "f16", "tf32"])
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_gradients_that_are_read_directly(
+    cell: str, precision: str, exchange: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More rows than a team has; and windows."""
+    monkeypatch.setattr("fused_rnn.call.CHECKPOINT_EVERY", 3)
+    hidden = 64 if exchange == "direct2" else 128
+    case = Case(cell, T=5, B=18, H=hidden, bidirectional=True, lengths=True, reset=True, dtype=PRECISIONS[precision])
+    check(case._replace(save="recompute" if exchange == "direct2" else "gates"), precision, **DIRECT[exchange])
+
+
+@pytest.mark.parametrize("precision", ["bf16", "f16", "tf32"])
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_a_known_team_with_weights_in_shared_memory(cell: str, precision: str) -> None:
+    with tf32(precision == "tf32"), on_the_emulator(**WIDE):
+        assert plans.ask(0, PLACES.index(precision), 0, CELLS[cell].gates, 18, 320, 1).known
+    check(Case(cell, T=3, B=18, H=320, lengths=True, reset=True, dtype=PRECISIONS[precision]), precision, **WIDE)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -175,17 +201,17 @@ def test_ops_pass_opcheck(cell: str, save: str) -> None:
 
 
 @pytest.mark.parametrize("save", ["gates", "recompute"])
-@pytest.mark.parametrize("exchange", EXCHANGES)
+@pytest.mark.parametrize("exchange", [*EXCHANGES, *DIRECT, "wide"])
 def test_same_bits_whatever_the_schedule_all_written_and_none_shared(exchange: str, save: str) -> None:
     """Threads run in another order each time. Uninitialised memory is NaN here: none may come out."""
     wide = {"cluster4": 50, "cluster8": 115, "cluster16": 250, "scatter4": 128, "scatter8": 128, "scatter16": 256}
-    hidden = wide.get(exchange, 17)
+    hidden = (wide | {"direct2": 64, "direct8": 128, "wide": 320}).get(exchange, 17)
     case = Case("gru" if exchange < "d" else "lstm", T=3, B=3, H=hidden, bidirectional=True, lengths=True, reset=True)
-    if exchange.startswith("scatter"):
+    if exchange.startswith(("scatter", "direct", "wide")):
         case = case._replace(dtype=torch.bfloat16)
     given, runs = inputs(case), []
     for seed in range(3):
-        with on_the_emulator(seed, **EXCHANGES[exchange]):
+        with on_the_emulator(seed, **(EXCHANGES | DIRECT | {"wide": WIDE})[exchange]):
             call = backward_arguments(case, given, save)
             runs.append([*backend.forward(arguments(case, given, save)), *backend.backward(call)])
     for first, *others in zip(*runs, strict=True):

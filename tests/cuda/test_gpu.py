@@ -206,6 +206,15 @@ def test_same_bits_over_many_runs(exchange: str) -> None:
             assert torch.equal(ours, want)
 
 
+@pytest.mark.parametrize(("hidden", "batch"), [(1024, 8), (1024, 64), (2048, 8)])
+def test_same_bits_of_gradients_that_are_read_directly(hidden: int, batch: int) -> None:
+    net, x = network(hidden=hidden), data(50, batch)
+    first = train(net, x)
+    for _ in range(10):
+        for ours, want in zip(train(net, x), first, strict=True):
+            assert torch.equal(ours, want)
+
+
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
 def test_a_second_device(exchange: str) -> None:
     net, x = network(), data(5, 20)
@@ -231,7 +240,7 @@ def test_what_the_planner_chooses_at_every_size() -> None:
     """The sizes of the benchmark, and clusters of 9, 12 and 14: no launch is refused, and its states are those of the
     stepwise loop."""
     sizes = (("LSTM", 128, 8), ("LSTM", 512, 64), ("GRU", 768, 32), ("LSTM", 1024, 64), ("GRU", 2048, 8))
-    sizes += (("LSTM", 144, 8), ("GRU", 192, 8), ("LSTM", 650, 64))
+    sizes += (("LSTM", 144, 8), ("GRU", 192, 8), ("LSTM", 650, 64), ("LSTM", 1024, 8), ("LSTM", 2048, 8))
     for cell, hidden, batch in sizes:
         net, x = network(cell, hidden), data(9, batch)
         results = train(net, x)

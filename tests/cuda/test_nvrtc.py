@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from emulated_printed import SHAPES
 from programs import GRU, LEAKY, LSTM, SRU
 
 from fused_rnn.cells import CELLS
@@ -25,8 +26,9 @@ KERNELS = [
     (LEAKY, Kernel("persistent_bwd", "tf32", 1)),
     (GRU, Kernel("pointwise_bwd", "f64")),
     (SRU, Kernel("pointwise_fwd", "f16")),
-    (LSTM, Kernel("persistent_fwd", "bf16", 1, shape=0)),
-    (GRU, Kernel("persistent_bwd", "tf32", 1, shape=9)),
+    (LSTM, Kernel("persistent_fwd", "bf16", 1, shape=SHAPES.index((False, "cluster", 4, 16)))),
+    (GRU, Kernel("persistent_bwd", "tf32", 1, shape=SHAPES.index((True, "scatter", 4, 16)))),
+    (LSTM, Kernel("persistent_bwd", "bf16", 2, shape=SHAPES.index((True, "direct", 32, 32)))),
 ]
 
 
@@ -59,7 +61,9 @@ def test_a_file_that_is_none(tmp_path: Path) -> None:
 
 
 @needs_nvcc
-@pytest.mark.parametrize(("text", "kernel"), KERNELS[1:3], ids=lambda value: getattr(value, "kind", None))
+@pytest.mark.parametrize(
+    ("text", "kernel"), [*KERNELS[1:3], KERNELS[-1]], ids=lambda value: getattr(value, "kind", None)
+)
 def test_the_same_source_by_nvcc(text: str, kernel: Kernel, tmp_path: Path) -> None:
     path = tmp_path / "cell.cu"
     path.write_text(printer.source(printer.struct(parse(text)), [kernel]))

@@ -52,7 +52,7 @@ def assert_runs(plan: Plan, cell: str, batch: int, hidden: int, recurrences: int
     assert all(part >= 0 for part in plan.cycles)
     assert plan.cycles.product > 0
     if plan.known:
-        assert plan.units * plan.members == hidden and plan.units * plan.rows <= plan.threads
+        assert plan.units * plan.members == hidden
     assert (plan.cycles.exchange > 0) == (plan.exchange != "cta")
 
 
@@ -110,6 +110,30 @@ def test_a_scattering_warp_has_the_registers_for_its_weights() -> None:
     for gates in range(2, 9):
         native = make(ops._C, (0, True, gates, 8, 512, 1), device, Forced("scatter", 16))
         assert bool(native.refusal) == (gates > 4), gates  # four tiles of so many blocks
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_backward_of_a_wide_layer_reads_its_operand_directly(cell: str) -> None:
+    """All of a batch of 64 in one wave at H = 1024, and a team at H = 2048."""
+    for hidden, batch, members, rows, tf32 in (
+        (1024, 8, 64, 8, False),
+        (1024, 64, 32, 16, False),
+        (2048, 8, 128, 8, False),
+        (1024, 16, 64, 8, True),
+    ):
+        options: dict[str, Any] = {"dtype": torch.float32 if tf32 else torch.bfloat16, "tf32": tf32, "backward": True}
+        plan = ask(cell, batch, hidden, **options)
+        assert (plan.exchange, plan.members, plan.rows, plan.waves) == ("direct", members, rows, 1)
+        assert_runs(plan, cell, batch, hidden, 1)
+        forward = ask(cell, batch, hidden, **options | {"backward": False}, exchange="direct", members=members)
+        assert (forward.exchange, forward.members) == ("grid", members)
+    general: dict[str, Any] = {"batch": 8, "backward": True, "exchange": "direct"}
+    for hidden in (512, 1000, 1040):
+        reason = ask(cell, hidden=hidden, **general).reason
+        assert reason is not None and reason.startswith("only backward reads its operand directly, and in teams that ")
+    assert ask("rnn_tanh", hidden=1024, **general).reason is not None
+    assert ask(cell, hidden=1024, dtype=torch.float32, tf32=False, **general).reason is not None
+    assert str(ask(cell, 64, 1024, backward=True)).startswith("32 CTAs of the grid that read each other's gradients ")
 
 
 @pytest.mark.parametrize("members", [2, 4, 8, 16])

@@ -112,7 +112,7 @@ def test_steps_of_a_known_team_are_its_own(cubin: ModuleType, cell: str, precisi
     assert len(cubin.KNOWN) == (cubin.CSRC / "cuda" / "known_teams.h").read_text().count(", ExchangeKind::")
     exchanges = set()
     for known in cubin.KNOWN:
-        backward, hidden = known.exchange == "scatter", known.members * known.units
+        backward, hidden = known.exchange in ("scatter", "direct"), known.members * known.units
         teams = cubin.teams(cell, precision, cubin.Loop(backward, known.rows, known))
         exchanges |= {launch.plan.exchange for launch in teams.values()}
         for name, launch in teams.items():
@@ -121,7 +121,7 @@ def test_steps_of_a_known_team_are_its_own(cubin: ModuleType, cell: str, precisi
             assert (plan.exchange, plan.members, plan.units, plan.rows) == known
             assert (launch.hidden, launch.backward) == (hidden, backward)
             assert name.startswith(f"H={hidden}, {known.exchange} of {known.members}, ")
-    assert exchanges >= {"cluster", "scatter"}
+    assert exchanges >= {"cluster", "scatter", "direct"}
 
 
 def test_a_kernel_that_nobody_runs_is_a_fault(cubin: ModuleType) -> None:

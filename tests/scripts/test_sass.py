@@ -156,6 +156,26 @@ def grid_step(consumer: str, waits: int, scoreboard: int = 5, fence: int | None 
     )
 
 
+def direct_step(consumer: str, waits: int, scoreboard: int = 5) -> str:
+    """Likewise, its operand read from L2."""
+    return loop(
+        ("LDG.E.STRONG.GPU R3, desc[UR4][R2.64]", 4, 2, 0),
+        ("ISETP.GE.U32.AND P0, PT, R3, 0x40, PT", 13, 7, 4),
+        "@!P0 BRA 0x10",
+        BARRIER,
+        ("LDG.E.128.STRONG.GPU R4, desc[UR4][R6.64]", 1, 0, 0),
+        ("HMMA.16816.F32.BF16 R24, R4, R32, RZ", 12, 7, 1),
+        BARRIER,
+        ("FADD R8, R8, R9", 4, 7, 1 << scoreboard),
+        "STG.E.U16 desc[UR4][R12.64], R8",
+        BARRIER,
+        ("MEMBAR.ALL.GPU", 1, 7, 0),
+        "REDG.E.ADD.STRONG.GPU desc[UR4][R2.64], R14",
+        ("LDG.E R9, desc[UR4][R10.64]", 1, scoreboard, 0),
+        (consumer, 4, 7, waits),
+    )
+
+
 def scatter_step(consumer: str, waits: int, early: int = 0) -> str:
     """Likewise, with two groups to wait for and two tiles to send; early: what the loads of partial sums wait for."""
     look = "SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [R2+URZ], R3"
@@ -179,10 +199,12 @@ def scatter_step(consumer: str, waits: int, early: int = 0) -> str:
     )
 
 
-def launch(exchange: str) -> step_cycles.Launch:
-    backward = exchange == "scatter"
-    plan = fused_rnn.plan("lstm", 64, 512, dtype=torch.bfloat16, device="sm_90", exchange=exchange, backward=backward)
-    return step_cycles.Launch("lstm", plan, 64, 512, backward)
+def launch(exchange: str, hidden: int = 512) -> step_cycles.Launch:
+    backward = exchange in ("scatter", "direct")
+    plan = fused_rnn.plan(
+        "lstm", 64, hidden, dtype=torch.bfloat16, device="sm_90", exchange=exchange, backward=backward
+    )
+    return step_cycles.Launch("lstm", plan, 64, hidden, backward)
 
 
 def test_a_wait_for_the_next_steps_input_is_found() -> None:
@@ -233,6 +255,21 @@ def test_a_step_that_scatters_sums() -> None:
     ):
         bad = step_cycles.replay(scatter_step(consumer, waits, early), launch("scatter"), memory=600)
         assert bad.waits == [found]
+
+
+def test_a_step_that_reads_its_operand_directly() -> None:
+    """What it waits for in its product is no input of its cells."""
+    direct = launch("direct", hidden=1024)
+    good = step_cycles.replay(direct_step("IADD3 R12, R12, R13, RZ", 0), direct, memory=1000)
+    assert good.waits == []
+    assert sass.L2 < good.cycles["wait"] < 2 * sass.L2  # the look
+    assert sass.L2 < good.cycles["product"] < 2 * sass.L2  # the operand
+    bad = step_cycles.replay(direct_step("SEL R12, R9, RZ, P2", 32), direct, memory=1000)
+    assert bad.waits == ["000e0 SEL R12, R9, RZ, P2"]
+    bad = step_cycles.replay(direct_step("IADD3 R12, R12, R13, RZ", 0, scoreboard=0), direct, memory=1000)
+    assert bad.waits == ["00060 HMMA.16816.F32.BF16 R24, R4, R32, RZ"]
+    team = struct.unpack_from("<8i", direct.constants(rare=False), step_cycles.PARAMETERS + 80)
+    assert team == (4, 32, 32, 16, 1, 8, 4 * 1024, 16)
 
 
 def test_what_a_scattering_team_is_told() -> None:

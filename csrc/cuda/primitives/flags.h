@@ -31,6 +31,20 @@ FUSED_RNN_DEVICE void pause() {
 #endif
 }
 
+// 16 bytes that other CTAs have written: from L2, never from this multiprocessor's L1.
+FUSED_RNN_DEVICE uint4 load_relaxed(const uint4* global) {
+#if defined(FUSED_RNN_EMULATE)
+  return *global;
+#else
+  uint4 v;
+  asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(global)
+               : "memory");
+  return v;
+#endif
+}
+
 // 16 bytes that other CTAs will read by copy_async16.
 FUSED_RNN_DEVICE void store_global(uint4* global, uint4 value) { *global = value; }
 

@@ -45,6 +45,12 @@ EXCHANGES = {
     "scatter 4": Exchange(3, 4, (64, 128), known=True),
     "scatter 8": Exchange(3, 8, (128, 256), known=True),
     "scatter 16": Exchange(3, 16, (256, 512), known=True),
+    # Teams that the emulator alone has kernels for. Backward directly, forward by the grid in 8 rows; forward by the
+    # grid with a part of the weights in shared memory, backward in 8 rows.
+    "direct 2": Exchange(4, 2, (64,), known=True),
+    "direct 4": Exchange(4, 4, (128,), known=True),
+    "direct 8": Exchange(4, 8, (128,), known=True),
+    "known grid": Exchange(2, 10, (320,), known=True),
 }
 
 
@@ -74,7 +80,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "exchange": tuple(EXCHANGES),
     "T": (1, 2, 7),
     "B": (1, 3, 33),
-    "H": (1, 3, 17, 33, 48, 50, 64, 117, 128, 130, 245, 256, 512),
+    "H": (1, 3, 17, 33, 48, 50, 64, 117, 128, 130, 245, 256, 320, 512),
     "directions": ("f", "r", "fr", "frf"),
     "lengths": (False, True),
     "reset": (False, True),
@@ -87,7 +93,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
 
 # The race detector's time grows with the square of the threads that run together.
 SMALL: dict[str, tuple[Any, ...]] = {
-    "exchange": ("cta", "cluster 2", "cluster 4", "cluster 8", "grid", "stepwise", "scatter 4", "scatter 8"),
+    "exchange": ("cta", *(f"cluster {n}" for n in (2, 4, 8)), "grid", "stepwise", "scatter 4", "scatter 8", "direct 2"),
     "T": (1, 2, 4),
     "B": (1, 3, 9),
     "rows": (8, 16),
@@ -104,9 +110,11 @@ def exchanges(cell: str, precision: str) -> set[str]:
 
 def _possible(row: dict[str, Any], smallest: set[tuple[str, str]]) -> bool:
     kind, members, widths, known = EXCHANGES[row["exchange"]]
-    if row["exchange"] not in exchanges(row["cell"], row["precision"]) or (known and row["rows"] > 8):
+    if row["exchange"] not in exchanges(row["cell"], row["precision"]) or (
+        known and row["rows"] != (16 if row["exchange"] in ("direct 2", "known grid") else 8)
+    ):
         return False
-    if known and row["precision"] == "tf32" and row["H"] // members == 32 and members > 4:
+    if kind == 3 and row["precision"] == "tf32" and row["H"] // members == 32 and members > 4:
         return False
     if row["H"] not in widths or (row["cell"].startswith("rnn") and row["save"] == "recompute"):
         return False
@@ -117,7 +125,7 @@ def _possible(row: dict[str, Any], smallest: set[tuple[str, str]]) -> bool:
     units = 16 * -(-row["H"] // (16 * members)) if members else 16
     if units * row["rows"] > 512:  # two cells a thread
         return False
-    if row["kernel"] in smallest and row["rows"] > 8 and kind >= 0:
+    if row["kernel"] in smallest and row["rows"] > 8 and kind >= 0 and not known:
         return False
     # What takes the emulator seconds.
     teams = len(row["directions"]) * -(-row["B"] // row["rows"])

@@ -42,6 +42,16 @@ TWO_OWNERS = JOINED._replace(exchange="scatter 16")  # or for two
 UNITLESS_WARPS = SCATTER._replace(exchange="scatter 8", T=3, H=128)  # they multiply alone
 IDLE_WARPS = Case("gru", "bf16", "scatter 4", 2, 3, 128)  # in forward's product
 
+# Of known teams whose backward reads its operand directly.
+DIRECT = Case("lstm", "bf16", "direct 2", 5, 3, 64, rows=16)
+DIRECT_WINDOWS = DIRECT._replace(T=7, directions="fr", save="recompute")
+TWO_TEAMS = DIRECT._replace(directions="fr")
+ALL_ROWS = DIRECT._replace(B=16)
+ONE_M_TILE = Case("lstm", "bf16", "direct 8", 4, 3, 128)
+
+# Of a known team whose forward has a part of its weights in shared memory, and two units a thread.
+WIDE = Case("lstm", "bf16", "known grid", 3, 16, 320, rows=16)
+
 
 class Mutation(NamedTuple):
     file: str  # in csrc
@@ -59,6 +69,7 @@ class Mutation(NamedTuple):
 
 FWD, BWD, EXCHANGE, PRECISION = "cuda/persistent_fwd.h", "cuda/persistent_bwd.h", "cuda/exchange.h", "cuda/precision.h"
 WEIGHTS, GATHER, SCATTERS, INDEX = "cuda/weights.h", "cuda/gather.h", "cuda/scatter.h", "cuda/index.h"
+DIRECTLY, PRODUCT = "cuda/direct.h", "cuda/product.h"
 UNIT_FWD, UNIT_BWD = "cuda/unit_fwd.h", "cuda/unit_bwd.h"
 WRONG = "error "
 
@@ -183,12 +194,12 @@ MUTATIONS: dict[str, Mutation] = {
     ),
     # ---- the grid's exchange
     "grid: members are not counted in": Mutation(
-        EXCHANGE, "add_release(arrived_, 1);", "(void)0;", "plain", "DEADLOCK", (GRID,)
+        EXCHANGE, "add_release(arrived, 1);", "(void)0;", "plain", "DEADLOCK", (GRID,)
     ),
     "grid: a member is counted in before all its threads have put": Mutation(
         EXCHANGE,
-        "sync_threads();\n    if (team_.exchange == ExchangeKind::grid && threadIdx.x == 0) add_release(arrived_, 1);",
-        "if (team_.exchange == ExchangeKind::grid && threadIdx.x == 0) add_release(arrived_, 1);\n    sync_threads();",
+        "sync_threads();\n    if (team_.exchange == ExchangeKind::grid) count_in(arrived_);",
+        "if (team_.exchange == ExchangeKind::grid) count_in(arrived_);\n    sync_threads();",
         "races",
         "RACE",
         (GRID,),
@@ -203,8 +214,8 @@ MUTATIONS: dict[str, Mutation] = {
     ),
     "grid: threads copy without waiting for the one that waits": Mutation(
         EXCHANGE,
-        "pause();\n        }\n      }\n      sync_threads();",
-        "pause();\n        }\n      }",
+        "pause();\n    }\n  }\n  sync_threads();",
+        "pause();\n    }\n  }",
         "races",
         "RACE",
         (GRID,),
@@ -417,7 +428,90 @@ MUTATIONS: dict[str, Mutation] = {
     "scatter: nobody waits for the last sums": Mutation(
         BWD, "if (p.close) {", "if (false) {", "plain", "on its way", (SCATTER,)
     ),
+    # ---- an operand that is read directly
+    "direct: no barrier between product and units": Mutation(
+        DIRECTLY, "partial_);\n    sync_threads();", "partial_);", "races", "RACE", (DIRECT,)
+    ),
+    "direct: nobody waits for the other members": Mutation(
+        DIRECTLY, "wait_for(arrived_, turn_ * uint32_t(H / U));", "", "races", "RACE", (DIRECT,)
+    ),
+    "direct: one member fewer is waited for": Mutation(
+        DIRECTLY, "uint32_t(H / U)", "uint32_t(H / U - 1)", "races", "RACE", (DIRECT,)
+    ),
+    "direct: members are waited for a turn late": Mutation(
+        DIRECTLY, "wait_for(arrived_, turn_ *", "wait_for(arrived_, (turn_ + 1) *", "plain", "DEADLOCK", (DIRECT,)
+    ),
+    "direct: a member is counted in before all its threads have put": Mutation(
+        DIRECTLY,
+        "sync_threads();\n    count_in(arrived_);",
+        "count_in(arrived_);\n    sync_threads();",
+        "races",
+        "RACE",
+        (DIRECT,),
+    ),
+    "direct: members are not counted in": Mutation(DIRECTLY, "count_in(arrived_);", "", "plain", "DEADLOCK", (DIRECT,)),
+    "direct: one copy of the operand": Mutation(
+        DIRECTLY, "int(turn & 1) * apart_", "0 * int(turn & 1) * apart_", "races", "RACE", (DIRECT,)
+    ),
+    "direct: two teams have one operand": Mutation(
+        DIRECTLY, "+ me.team * (NB * G * H)", "+ 0 * me.team * (NB * G * H)", "races", "RACE", (TWO_TEAMS,)
+    ),
+    "direct: two teams have one counter": Mutation(
+        DIRECTLY, "arrived + me.team * 32", "arrived + 0 * me.team * 32", "races", "RACE", (TWO_TEAMS,)
+    ),
+    "direct: the second copies lie in the first ones of other teams": Mutation(
+        DIRECTLY, "me.teams * (NB * G * H)", "NB * G * H", "races", "RACE", (TWO_TEAMS,)
+    ),
+    "direct: the columns of another member": Mutation(
+        DIRECTLY, "G, H, H, U, me.first_u)", "G, H, H, U, H - U - me.first_u)", "plain", WRONG, (DIRECT,)
+    ),
+    "direct: a member puts where another one does": Mutation(
+        DIRECTLY, "u = first_u_ + index[j].u;", "u = index[j].u;", "races", "RACE", (DIRECT,)
+    ),
+    "direct: gates in the wrong order": Mutation(
+        DIRECTLY, "to[g * (H * NB)]", "to[(G - 1 - g) * (H * NB)]", "plain", WRONG, (DIRECT,)
+    ),
+    "direct: units half a block from their place": Mutation(
+        DIRECTLY, "u % kDepth;", "(u + 16) % kDepth;", "plain", WRONG, (ONE_M_TILE,)
+    ),
+    "direct: the other eight rows of the batch": Mutation(
+        DIRECTLY, "* NB + index[j].b)", "* NB + (index[j].b ^ 8))", "plain", WRONG, (DIRECT,)
+    ),
+    "direct: the first eight rows of the batch for all": Mutation(
+        PRODUCT, "operand + (i * NT + n) * 32", "operand + i * NT * 32", "plain", WRONG, (ALL_ROWS,)
+    ),
+    "direct: a fragment in the place of one that is still to be multiplied": Mutation(
+        PRODUCT, "b[i % kOnTheWay][n] = load", "b[(i + 1) % kOnTheWay][n] = load", "plain", WRONG, (DIRECT,)
+    ),
+    "direct: weights of the first block in shared memory for all there": Mutation(
+        PRODUCT,
+        "fetch(a, i - kHeld);\n        multiply(i, sums",
+        "fetch(a, 0);\n        multiply(i, sums",
+        "plain",
+        WRONG,
+        (ONE_M_TILE,),
+    ),
+    "direct: one block too few": Mutation(
+        PRODUCT, "for (int i = 0; i < kBlocks; ++i)", "for (int i = 0; i < kBlocks - 1; ++i)", "plain", WRONG, (DIRECT,)
+    ),
+    "direct: resumes from another member's gradients": Mutation(
+        DIRECTLY, "g * H + first_u_ + index[j].u]", "g * H + index[j].u]", "plain", WRONG, (DIRECT_WINDOWS,)
+    ),
+    "direct: a member that resumes is not counted in": Mutation(
+        DIRECTLY, "    arrive();\n  }", "    ++turn_;\n  }", "plain", "DEADLOCK", (DIRECT_WINDOWS,)
+    ),
     # ---- known teams
+    "known: one block too few from shared memory": Mutation(
+        PRODUCT,
+        "i < count(); ++i) {\n      uint32_t a",
+        "i < count() - 1; ++i) {\n      uint32_t a",
+        "plain",
+        WRONG,
+        (WIDE,),
+    ),
+    "known: the first block in shared memory for all there": Mutation(
+        PRODUCT, "fetch(a, i - kHeld);\n      Fragment", "fetch(a, 0);\n      Fragment", "plain", WRONG, (WIDE,)
+    ),
     "known: warps without a part in the product multiply": Mutation(
         "cuda/known_teams.h",
         "some_idle = team.warps_m",
