@@ -135,7 +135,7 @@ struct NarrowProduct : Whole {
   static constexpr int kRegisters = Whole::kRegisters, kKept = kRegisters * int(sizeof(Weight)) / int(sizeof(Operand));
   static_assert(sizeof(Weight) < sizeof(Operand));
 
-  FUSED_RNN_DEVICE static uint32_t keep(uint32_t v) { return narrow == Narrow::int8 ? biased(v) : v; }
+  FUSED_RNN_DEVICE static uint32_t keep(uint32_t v) { return narrow == Narrow::int8 ? keep_int8(v, Operand{}) : v; }
   FUSED_RNN_DEVICE static void widen(const uint32_t (&kept)[kKept], uint32_t (&a)[kRegisters]) {
     constexpr int kTimes = kRegisters / kKept;
     FUSED_RNN_UNROLL
@@ -146,7 +146,7 @@ struct NarrowProduct : Whole {
  private:
   FUSED_RNN_DEVICE static void widen(uint32_t word, uint32_t (&wide)[kRegisters / kKept]) {
     if constexpr (narrow == Narrow::bf16) widen_bf16(word, wide);
-    else widen_biased(word, wide, Operand{});
+    else widen_int8(word, wide, Operand{});
   }
 };
 

@@ -1,5 +1,5 @@
-// Narrow weights of a register as wider numbers, all of them exact. Integers of 8 bits are biased before: 128 more than they are, so that a
-// byte is put into the mantissa of a number whose last place is worth 1, and one subtraction makes it what it was.
+// Narrow weights of a register as wider numbers, all of them exact. A byte is put into the mantissa of a number whose last place is worth
+// 1, and one subtraction makes it what it was. Where the mantissa has room for all of it, it is kept biased, 128 more than it is.
 #pragma once
 #include <cstring>
 
@@ -47,10 +47,15 @@ FUSED_RNN_DEVICE void widen_bf16(uint32_t word, uint32_t (&wide)[2]) {
   wide[1] = word & 0xffff0000u;
 }
 
-FUSED_RNN_DEVICE uint32_t biased(uint32_t word) { return word ^ 0x80808080u; }
+// Four integers as they are kept.
+template <class Operand>
+FUSED_RNN_DEVICE uint32_t keep_int8(uint32_t word, Operand) {
+  return word ^ 0x80808080u;
+}
+FUSED_RNN_DEVICE uint32_t keep_int8(uint32_t word, bf16) { return word; }
 
-// Four biased integers. The last place of a float of 2^23 is worth 1, that of an f16 of 2^10.
-FUSED_RNN_DEVICE void widen_biased(uint32_t word, uint32_t (&wide)[4], float) {
+// The last place of a float of 2^23 is worth 1, that of an f16 of 2^10.
+FUSED_RNN_DEVICE void widen_int8(uint32_t word, uint32_t (&wide)[4], float) {
   FUSED_RNN_UNROLL
   for (int i = 0; i < 4; ++i) {
     const uint32_t bits = bytes_of(word, 0x4b000000u, 0x7540u + uint32_t(i));
@@ -60,19 +65,20 @@ FUSED_RNN_DEVICE void widen_biased(uint32_t word, uint32_t (&wide)[4], float) {
     memcpy(&wide[i], &v, 4);
   }
 }
-FUSED_RNN_DEVICE void widen_biased(uint32_t word, uint32_t (&wide)[2], f16) {
+FUSED_RNN_DEVICE void widen_int8(uint32_t word, uint32_t (&wide)[2], f16) {
   FUSED_RNN_UNROLL
   for (int i = 0; i < 2; ++i) {
     const uint32_t bits = bytes_of(word, 0x64646464u, i ? 0x4342u : 0x4140u);  // 1024 and the byte
-    wide[i] = add_halves(bits, 0xe480e480u, f16{});  // -1152
+    wide[i] = add_halves(bits, 0xe480e480u, f16{});                            // -1152
   }
 }
-// A bf16's mantissa has room for 7 bits: the eighth is taken for itself. 128 + the lower bits, less 256 or, where the eighth is set, 128.
-FUSED_RNN_DEVICE void widen_biased(uint32_t word, uint32_t (&wide)[2], bf16) {
+// A bf16's mantissa has room for 7 bits: 128 and these, less 128, or 256 where the eighth is set.
+FUSED_RNN_DEVICE void widen_int8(uint32_t word, uint32_t (&wide)[2], bf16) {
+  const uint32_t low = word & 0x7f7f7f7fu, high = word & 0x80808080u;
   FUSED_RNN_UNROLL
   for (int i = 0; i < 2; ++i) {
-    const uint32_t bytes = bytes_of(word, 0, i ? 0x4342u : 0x4140u);
-    wide[i] = add_halves((bytes & 0x007f007fu) | 0x43004300u, (bytes & 0x00800080u) ^ 0xc380c380u, bf16{});
+    const uint32_t pair = i ? 0x4342u : 0x4140u;
+    wide[i] = add_halves(bytes_of(low, 0x43434343u, pair), bytes_of(high, 0xc3c3c3c3u, pair), bf16{});
   }
 }
 
