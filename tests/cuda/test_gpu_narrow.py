@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
-from cuda_cases import EXCHANGES, PRECISIONS, _Tf32Products
-from tolerances import allowed, error, tf32
+from cuda_cases import EXCHANGES, PRECISIONS
+from narrow_streams import assert_as_good_as_rounded, by_steps
+from tolerances import tf32
 from torch import Tensor
 
 import fused_rnn
 from fused_rnn.cuda import module as cuda_module
 from fused_rnn.cuda import plans, programs
-
-from .test_narrow import by_steps, flat, rounded
 
 pytestmark = [
     pytest.mark.gpu,
@@ -42,13 +40,9 @@ def make(kind: str, hidden: int, dtype: torch.dtype, **options: Any) -> Any:
 def assert_accurate(module: Any, weights: str, precision: str, x: Tensor) -> None:
     with tf32(precision == "tf32"):
         stream = module.stream(x.shape[1], weights=weights)
-        ours = [by_steps(stream, x), *stream.state_dict().values()]
-    with tf32(False), torch.no_grad():
-        with _Tf32Products() if precision == "tf32" else nullcontext():
-            plain = rounded(module, weights, x.dtype)(x)
-        exact = rounded(module, weights, torch.float64)(x.double())
-    for one, own, right in zip(ours, flat(plain), flat(exact), strict=True):
-        assert error(one, right) <= allowed(own, right)
+        y = by_steps(stream, x)
+    with tf32(False):
+        assert_as_good_as_rounded(stream, y, module, weights, precision, x)
 
 
 @pytest.mark.parametrize(("precision", "weights"), NARROW)

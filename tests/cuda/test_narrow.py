@@ -6,7 +6,7 @@ import copy
 import functools
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,11 @@ import emulated_build as build
 import literature
 import pytest
 import torch
-from cuda_cases import DEVICE, EXCHANGES, PRECISIONS, _Tf32Products
+from cuda_cases import DEVICE, EXCHANGES, PRECISIONS
 from emulated import on_the_emulator
 from emulated_printed import Loader, Printed, shapes
-from tolerances import allowed, error, tf32
-from torch import Tensor
+from narrow_streams import assert_as_good_as_rounded, by_steps, rounded
+from tolerances import tf32
 
 import fused_rnn
 from fused_rnn import ops
@@ -132,42 +132,13 @@ def make(kind: str, hidden: int = 21, dtype: torch.dtype = torch.float32, **opti
     return getattr(fused_rnn, kind.partition("-")[0])(9, hidden, dtype=dtype, **options).eval()
 
 
-def rounded(module: Any, weights: str, dtype: torch.dtype) -> Any:
-    """The module with what its narrow weights stand for, by the plain loop."""
-    other = copy.deepcopy(module).to(dtype)
-    other.backend = "reference"
-    with torch.no_grad():
-        for theirs, ours in zip(other.parameters(), module.parameters(), strict=True):
-            if ours.dim() == 2:
-                values, scale = narrowed(ours, weights)
-                theirs.copy_(widened(values, None if scale is None else scale.double(), torch.float64))
-    return other
-
-
-def by_steps(stream: Any, x: Tensor) -> Tensor:
-    """A chunk, and then step by step."""
-    half = len(x) // 2
-    return torch.cat([stream.steps(x[:half]), *(stream.step(x_t)[None] for x_t in x[half:])])
-
-
 def assert_accurate(module: Any, weights: str, precision: str, **forced: Any) -> None:
-    """As good as the plain loop in the module's dtype on the rounded weights, state included."""
     x = torch.randn(7, 3, module.input_size).to(module.weight_ih_l0.dtype)
     with over_the_emulator(precision, **forced):
         stream = module.stream(3, weights=weights)
         assert isinstance(stream._runner, Narrowed)
-        ours = [by_steps(stream, x), *stream.state_dict().values()]
-    with torch.no_grad(), _Tf32Products() if precision == "tf32" else nullcontext():
-        plain = rounded(module, weights, x.dtype)(x)
-    with torch.no_grad():
-        exact = rounded(module, weights, torch.float64)(x.double())
-    for one, own, right in zip(ours, flat(plain), flat(exact), strict=True):
-        assert error(one, right) <= allowed(own, right)
-
-
-def flat(outputs: Any) -> list[Tensor]:
-    y, hx = outputs
-    return [y, *(hx if isinstance(hx, tuple) else [hx])]
+        y = by_steps(stream, x)
+    assert_as_good_as_rounded(stream, y, module, weights, precision, x)
 
 
 @pytest.mark.parametrize(("kind", "precision", "weights", "exchange", "hidden"), STREAMS)
