@@ -41,7 +41,7 @@ constexpr int kMost = most_batch_tiles(Precision::FUSED_RNN_PRECISION);  // kern
 // Those of known teams, one for each shape that there is in the cell and precision.
 template <class Formula, class Policy, int shape>
 void add_known(Kernels& made) {
-  using Known = KnownTeam<shape, Policy::kPrecision, Formula::gates>;
+  using Known = KnownTeam<shape, Policy::kPrecision, Formula::gates, Forward<Policy>::kNarrow>;
   if constexpr (Known::team.members == 0 || (kKnownShapes[shape].backward && !kBackward)) return;
   else if constexpr (kKnownShapes[shape].backward)
     made.known_bwd[shape] = &persistent_bwd_kernel<Formula, Policy, Known::team.rows / 8, Known>;

@@ -47,7 +47,8 @@ Cycles estimate(const Request& q, const Plan& plan) {
   Cycles c;
   if (q.precision == Precision::ieee) c.product = fragments * t.rows * t.depth * team.rows / kFma;
   else c.product = std::max(2 * fragments * plan.nt / 4 * kMma, team.blocks * (kBlock + 2 * kMmaLatency / chains(t, plan.nt)));
-  if (plan.known < 0) c.product += fragments * t.rows * t.depth * widening(q) / kLanes;  // others widen once
+  if (plan.known < 0 || team.blocks * t.mt > kMostFragments)  // others widen once
+    c.product += fragments * t.rows * t.depth * widening(q) / kLanes;
   c.product *= kWork;
   c.loads = kWork * (rest + operand + partial) / kSharedBytes;
   c.cell = kCell + kCellBackward * q.backward;
@@ -90,7 +91,7 @@ void consider(const Request& q, const Device& device, ExchangeKind exchange, int
   if (teams < (together ? q.R : 1)) return;
   for (int shares = 1; shares <= kThreads / 32; ++shares) {
     if (!lay_out(t, q.backward, q.gates, exchange, members, units, nt, shares, plan.team)) continue;
-    plan.known = q.known ? find_known(plan.team, q.precision, q.backward, q.gates, q.H) : -1;
+    plan.known = q.known ? find_known(plan.team, q.precision, q.backward, q.gates, q.H, q.narrow) : -1;
     if (scatters && plan.known < 0) continue;
     plan.threads = threads_of(plan.team, plan.known < 0 ? kUnitsPerThread : 1);
     plan.shared = shared_layout(plan.team, t).total;

@@ -25,8 +25,8 @@ class Product {
   static constexpr int kAhead = kTight ? 1 : 2;
   using Sums = float[kChains][NT][MT][Policy::kSums];
   using Kept = uint32_t[MT][Policy::kKept];  // a block's weights
-  // Of known teams all registers that weights take are there for wide ones: narrow ones are widened when they are loaded, not in each step.
-  static constexpr bool kWidensOnce = kBlocks > 0;
+  // A known team that has the registers for wide weights widens narrow ones when it loads them, not in each step.
+  static constexpr bool kWidensOnce = kBlocks > 0 && MT* kBlocks <= kMostFragments;
   using Held = uint32_t[MT][kWidensOnce ? Policy::kRegisters : Policy::kKept];
   static_assert(kTile.rows == Policy::kRows && kTile.depth == Policy::kDepth && kTile.registers == Policy::kRegisters &&
                     kTile.kept == Policy::kKept,
@@ -145,7 +145,7 @@ class Product {
         Policy::widen(kept[m], held[m]);
       } else {
         FUSED_RNN_UNROLL
-        for (int i = 0; i < Policy::kKept; ++i) held[m][i] = kept[m][i];
+        for (int i = 0; i < Policy::kKept; ++i) held[m][i] = kBlocks && !kWidensOnce ? arrived(kept[m][i]) : kept[m][i];
       }
     }
   }

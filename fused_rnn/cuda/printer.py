@@ -61,10 +61,12 @@ class Kernel(NamedTuple):
         """Of a cell's kernel in C++."""
         if self.tiles:
             policy = f"fused_rnn::cuda::{self.precision.capitalize()}Product"
-            known = f", fused_rnn::cuda::KnownTeam<{self.shape}, {policy}::kPrecision, fused_rnn::{cell}::gates>"
+            narrow = "" if self.narrow is None else f", fused_rnn::cuda::Narrow::{self.narrow}"
+            known = (
+                f", fused_rnn::cuda::KnownTeam<{self.shape}, {policy}::kPrecision, fused_rnn::{cell}::gates{narrow}>"
+            )
             more = known if self.shape >= 0 else ""
-            if self.narrow is not None:
-                policy = f"fused_rnn::cuda::NarrowProduct<{policy}, fused_rnn::cuda::Narrow::{self.narrow}>"
+            policy = f"fused_rnn::cuda::NarrowProduct<{policy}{narrow}>" if narrow else policy
             return f"fused_rnn::cuda::{self.kind}_kernel<fused_rnn::{cell}, {policy}, {self.tiles}{more}>"
         space = "fused_rnn::cuda::"
         storage, math = {

@@ -16,7 +16,7 @@ import pytest
 import torch
 from cuda_cases import DEVICE, EXCHANGES, PRECISIONS
 from emulated import on_the_emulator
-from emulated_printed import Loader, Printed, shapes
+from emulated_printed import SHAPES, Loader, Printed, shapes
 from narrow_streams import assert_as_good_as_rounded, by_steps, rounded
 from tolerances import tf32
 
@@ -67,6 +67,8 @@ BEYOND = {
     ("gru", "tf32", "bf16"): ("cluster 4", (256, 250), 12),
     ("gru", "ieee", "bf16"): ("cluster 4", (256, 250), 4),
 }
+# Known teams that have not the registers for whole weights.
+NARROW_TEAMS = {("lstm", "tf32", "int8"): 512, ("gru", "tf32", "bf16"): 512}
 
 
 def beyond_registers(instance: build.Instance) -> Iterator[cases.Case]:
@@ -77,6 +79,8 @@ def beyond_registers(instance: build.Instance) -> Iterator[cases.Case]:
         forced = Forced("cluster", cases.EXCHANGES[exchange].members, known=False)
         assert make_plan(ops._C, sizes, ops._C.Device(*DEVICE), forced, narrow=narrow).blocks > kept
         yield cases.Case(cell, precision, exchange, 2, 1, hidden, save="none", narrow=narrow)
+    if (hidden := NARROW_TEAMS.get((cell, precision, narrow), 0)) > 0:
+        yield cases.Case(cell, precision, "scatter 16", 2, 3, hidden, save="none", narrow=narrow)
 
 
 @pytest.mark.parametrize("instance", INSTANCES, ids=lambda one: f"{one.cell}-{one.precision}-{one.narrow}")
@@ -151,6 +155,20 @@ def test_streams(kind: str, precision: str, weights: str, exchange: str, hidden:
         plan, loaded = programs.planned(cell, 0, sizes, narrow=weights)
         assert plan is not None and loaded
         assert (plan.shape >= 0) == (hidden == 64)
+
+
+@pytest.mark.slow
+def test_a_large_size_in_half_of_the_team() -> None:
+    """By a kernel for a known team that widens in each step."""
+    kernel = Kernel("persistent_fwd", "bf16", 1, 0, SHAPES.index((False, "grid", 32, 32)), "int8")
+    module, x = make("GRU", 1024, torch.bfloat16, num_layers=1), torch.randn(3, 2, 9).bfloat16()
+    loader = Loader([[Printed("gru", kernel)]])
+    with on_the_emulator(exchange="grid", members=32), programs.emulating(loader):
+        stream = module.stream(2, weights="int8")
+        y = by_steps(stream, x)
+        plan, _ = programs.planned(CELLS["gru"], 0, (PLACES.index("bf16"), False, 3, 2, 1024, 1), narrow="int8")
+        assert plan is not None and plan.shape == kernel.shape
+    assert_as_good_as_rounded(stream, y, module, "int8", "bf16", x)
 
 
 @pytest.mark.parametrize("weights", ["bf16", "int8"])

@@ -31,6 +31,7 @@ KERNELS = [
     ("rnn_relu", Kernel("persistent_fwd", "ieee", 2, narrow="bf16")),
     (LEAKY, Kernel("persistent_fwd", "f16", 2, narrow="int8")),
     ("lstm", Kernel("persistent_fwd", "bf16", 1, shape=8, narrow="int8")),
+    ("lstm", Kernel("persistent_fwd", "tf32", 1, shape=15, narrow="int8")),
 ]
 
 

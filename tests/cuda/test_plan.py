@@ -227,8 +227,22 @@ def test_narrow_weights_fit_where_whole_ones_do_not() -> None:
     assert "W_hh of 67108864 bytes" in str(ask(hidden=4096, weights="int8", **options).reason)
 
 
+def test_known_teams_of_narrow_weights() -> None:
+    """Some have no registers for whole weights: H = 1024 in 32 members, and float32's in 64."""
+    for members, weights, options in (
+        (32, "int8", {"dtype": torch.bfloat16}),
+        (64, "bf16", {"dtype": torch.float32, "tf32": True}),
+        (32, "int8", {"dtype": torch.float32, "tf32": True}),
+    ):
+        forced: dict[str, Any] = {"batch": 8, "hidden": 1024, "exchange": "grid", "members": members, **options}
+        narrow, general = ask(weights=weights, **forced), ask(**forced)
+        assert narrow.known and not general.known
+        assert_runs(narrow, "lstm", 8, 1024, 1)
+        assert general.reason is not None or sum(narrow.cycles) < sum(general.cycles)
+
+
 def test_what_widening_costs() -> None:
-    """Of known teams nothing; of others more where it takes more instructions."""
+    """Of known teams with registers for whole weights nothing; of others more where it takes more instructions."""
     for dtype, weights in ((torch.bfloat16, "int8"), (torch.float32, "bf16"), (torch.float32, "int8")):
         options: dict[str, Any] = {"batch": 8, "dtype": dtype, "tf32": True, "exchange": "cluster", "rows": 8}
         known, whole = (ask(hidden=128, members=8, weights=w, **options) for w in (weights, None))

@@ -71,7 +71,8 @@ def test_a_built_in_cell_is_named() -> None:
         text = source(definition(CELLS[cell]), [kernel])
         assert f"using Printed = {name};" in text
         narrow = "fused_rnn::cuda::NarrowProduct<fused_rnn::cuda::Bf16Product, fused_rnn::cuda::Narrow::int8>"
-        known = "fused_rnn::cuda::KnownTeam<3, fused_rnn::cuda::Bf16Product::kPrecision, fused_rnn::Printed::gates>"
+        known = "fused_rnn::cuda::KnownTeam<3, fused_rnn::cuda::Bf16Product::kPrecision, fused_rnn::Printed::gates"
+        known += ", fused_rnn::cuda::Narrow::int8>"
         assert f"persistent_fwd_kernel<fused_rnn::Printed, {narrow}, 1, {known}>" in text
 
 
