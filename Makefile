@@ -122,6 +122,7 @@ cubin-triton: $(if $(CUBIN_PYTHON),,$(BUILD_STAMP))
 
 cubin-cuda: $(BUILD_STAMP)
 	$(BIN)/python scripts/cubin.py $(CUBIN_ARGS)
+	for narrow in bf16 int8; do $(BIN)/python scripts/cubin.py --narrow $$narrow $(CUBIN_ARGS) || exit 1; done
 
 # In place, with an environment as it is: VENV's if it is there, else PYTHON itself. Nothing is installed.
 GPU_PYTHON = $(if $(wildcard $(BIN)/python),$(abspath $(BIN)/python),$(PYTHON))

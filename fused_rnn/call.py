@@ -16,6 +16,8 @@ from fused_rnn.cells import CELLS, Cell
 # Steps between two checkpoints, whose gates are made again at a time; also in csrc/ops/layer.h.
 CHECKPOINT_EVERY = 64
 SAVES = ("gates", "recompute")
+# What a stream keeps its weights in, the module's dtype or fewer bytes; Narrow in csrc/params.h and csrc/cuda/tiles.h.
+NARROW = {None: 0, "bf16": 1, "int8": 2}
 
 
 def known_save(save: str) -> str:

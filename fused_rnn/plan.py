@@ -9,12 +9,15 @@ from typing import Any, NamedTuple
 import torch
 
 from fused_rnn import ops
+from fused_rnn.call import NARROW
 from fused_rnn.cells import CELLS, Cell, is_program
 from fused_rnn.gpu.precision import tf32_allowed
 
 EXCHANGES = ("cta", "cluster", "grid", "scatter", "direct")
 _FORWARD = {"scatter": "cluster", "direct": "grid"}  # where backward has an exchange of its own
 PRECISIONS = ("bf16", "f16", "tf32", "ieee", "f64")  # how products are taken; csrc/cuda/tiles.h's Precision
+# Of which dtypes the loops can keep W_hh in fewer bytes.
+NARROWED = {"bf16": (torch.float32,), "int8": (torch.float32, torch.bfloat16, torch.float16)}
 NO_PRODUCT = "the cell has no W_hh, and a unit's thread runs all of its steps"
 _KIB = 1024
 
@@ -146,15 +149,24 @@ def precision_of(dtype: torch.dtype, tf32: bool) -> str:
     return precisions[dtype]
 
 
-def make(planner: Any, sizes: tuple[int, ...], device: Any, forced: Forced, known: bool = True, fewer: int = 0) -> Any:
+def make(
+    planner: Any,
+    sizes: tuple[int, ...],
+    device: Any,
+    forced: Forced,
+    known: bool = True,
+    fewer: int = 0,
+    narrow: str | None = None,
+) -> Any:
     """The plan and the device as a compiled module has them. sizes: the precision's place, backward, G, B, H, R.
-    known: whether a kernel may be one that is compiled for its team.  fewer: as `fewer_blocks` says."""
+    known: whether a kernel may be one that is compiled for its team.  fewer: as `fewer_blocks` says.
+    narrow: what forward keeps W_hh in, one of call.NARROW."""
     name, backward = forced.exchange, sizes[1]
     if name is not None and not backward:
         name = _FORWARD.get(name, name)
     exchange = -1 if name is None else EXCHANGES.index(name)
     known = known and forced.known and not fewer  # such kernels have all of W_hh in registers
-    return planner.make_plan(*sizes, device, exchange, forced.members, forced.rows, known, fewer)
+    return planner.make_plan(*sizes, device, exchange, forced.members, forced.rows, known, fewer, NARROW[narrow])
 
 
 def fewer_blocks(cell: Cell, precision: str, backward: bool) -> int:
@@ -260,6 +272,7 @@ def plan(
     exchange: str | None = None,
     members: int = 0,
     rows: int = 0,
+    weights: str | None = None,
 ) -> Plan:
     """What backend="cuda" runs for one layer: kernel, team, memory, estimated cycles; or why it runs step by step.
 
@@ -282,6 +295,8 @@ def plan(
             is a "cluster" or the "grid".
         members: insist on CTAs of a team.
         rows: insist on rows of the batch a team.
+        weights: what W_hh is kept in, as in `module.stream(weights=...)`, "bf16" of float32, "int8" of that and of 16
+            bits; None: dtype. Without backward.
 
     Raises:
         ValueError: naming the argument.
@@ -301,10 +316,15 @@ def plan(
     if exchange is not None and exchange not in EXCHANGES:
         raise ValueError(f"exchange: got {exchange!r}, expected None or one of {', '.join(EXCHANGES)}")
     precision, found = precision_of(dtype, tf32_allowed() if tf32 is None else tf32), _device(device)
+    if weights not in NARROW:
+        raise ValueError(f"weights: got {weights!r}, expected None, 'bf16' or 'int8'")
+    if weights is not None and (backward or dtype not in NARROWED[weights]):
+        dtypes = ", ".join(map(str, NARROWED[weights]))
+        raise ValueError(f"weights: got {weights!r} with {dtype}, backward={backward}, expected forward in {dtypes}")
     spec = CELLS[cell]
     if not spec.recurrent:
         return Plan("none", precision, found, reason=NO_PRODUCT)
     sizes = (PRECISIONS.index(precision), backward, spec.gates, batch, hidden_size, recurrences)
     forced, fewer = Forced(exchange, members, rows), fewer_blocks(spec, precision, backward)
-    native = make(ops._C, sizes, ops._C.Device(*found), forced, fewer=fewer)
+    native = make(ops._C, sizes, ops._C.Device(*found), forced, fewer=fewer, narrow=weights)
     return read(native, precision, found)

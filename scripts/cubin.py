@@ -1,6 +1,6 @@
 """Every CUDA kernel, compiled for every architecture with no GPU: `make cubin-cuda`.
 
-    python scripts/cubin.py [--arch sm_90a ...] [--cell lstm ...] [--precision bf16 ...] [--json FILE]
+    python scripts/cubin.py [--arch sm_90a ...] [--cell lstm ...] [--precision bf16 ...] [--narrow int8] [--json FILE]
 
 Prints registers, spills, stack and static shared memory of each, and for sm_90a the instructions in its time loop by
 kind: the loop around the product, in a general kernel with three exchanges in it, of which a launch runs one; of those
@@ -8,7 +8,7 @@ of a known team, one by the type of histories, the shorter. Under it, for each t
 by part, of one warp alone (step_cycles.py): of a kernel for a known team, for that one; of a general kernel, for the
 teams that the planner chooses at the sizes of ARCHITECTURE.md's table if no team were known. Exits with 1 if a kernel
 does not compile, spills, has a stack frame, waits for what it has just asked of memory for its next step, or is run by
-no plan.
+no plan. --narrow: the forward kernels that keep W_hh so, in the precisions that have them.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ import sass
 import step_cycles
 
 from fused_rnn import cells, ops
-from fused_rnn.plan import DEVICES, PRECISIONS, Forced, make, read
+from fused_rnn.plan import DEVICES, NARROWED, PRECISIONS, Forced, make, precision_of, read
 
 CSRC = Path(__file__).parent.parent / "csrc"
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120")
@@ -173,22 +173,22 @@ def time_loop(code: str) -> dict[str, int] | None:
 
 
 def launches(
-    cell: str, precision: str, backward: bool, sizes: Iterable[int], forced: Forced
+    cell: str, precision: str, backward: bool, narrow: str | None, sizes: Iterable[int], forced: Forced
 ) -> Iterator[step_cycles.Launch]:
     """What the planner has run at these H and the B of ARCHITECTURE.md's table, where a step of it can be timed; by
     kernels for known teams, or by general ones, as `forced` says."""
     device = DEVICES[COUNTED[:5]]
     for hidden, batch in product(sizes, plan_table.BATCH):
         numbers = (PRECISIONS.index(precision), backward, cells.CELLS[cell].gates, batch, hidden, 1)
-        plan = read(make(ops._C, numbers, ops._C.Device(*device), forced), precision, device)
+        plan = read(make(ops._C, numbers, ops._C.Device(*device), forced, narrow=narrow), precision, device)
         if plan.exchange in step_cycles.MARKS and plan.known == forced.known:
             yield step_cycles.Launch(cell, plan, batch, hidden, backward)
 
 
-def teams(cell: str, precision: str, loop: Loop) -> dict[str, step_cycles.Launch]:
+def teams(cell: str, precision: str, loop: Loop, narrow: str | None = None) -> dict[str, step_cycles.Launch]:
     """Each team that runs this kernel, once: the known one; or those of so many rows at the H of that table. Where
     there is none, one is forced, at the smallest H: so every kernel is looked at."""
-    asked = cell, precision, loop.backward
+    asked = cell, precision, loop.backward, narrow
     if loop.known:
         exchange, members, units, rows = loop.known
         hot = list(launches(*asked, [members * units], Forced(exchange, members, rows)))
@@ -205,7 +205,7 @@ def teams(cell: str, precision: str, loop: Loop) -> dict[str, step_cycles.Launch
     return {f"{team}, B={', '.join(str(one.batch) for one in same)}": same[0] for team, same in found.items()}
 
 
-def timed(kernel: Kernel, code: str, cell: str, precision: str, loop: Loop | None) -> Kernel:
+def timed(kernel: Kernel, code: str, cell: str, precision: str, loop: Loop | None, narrow: str | None) -> Kernel:
     """With its time loop counted, and a step of each team that runs it timed: its input is in DRAM, but that of a known
     team with a short step has been brought to L2 (ahead.h)."""
     kernel = kernel._replace(loop=time_loop(code))
@@ -215,7 +215,7 @@ def timed(kernel: Kernel, code: str, cell: str, precision: str, loop: Loop | Non
     known = loop.known  # csrc/cuda/known_teams.h's brings_ahead
     brought = known is not None and known.exchange != "direct" and known.units * known.rows <= 256
     memory = sass.L2 if brought else step_cycles.DRAM
-    for team, launch in teams(cell, precision, loop).items():
+    for team, launch in teams(cell, precision, loop, narrow).items():
         for rare in (True, False):
             step = step_cycles.replay(code, launch, memory, rare)
             steps[team] = step.cycles
@@ -230,22 +230,24 @@ def find_cuobjdump() -> str | None:
     return shutil.which("cuobjdump") or shutil.which("cuobjdump", path=str(near))
 
 
-def compile_one(cell: str, precision: str, arch: str) -> tuple[list[Kernel], str]:
+def compile_one(cell: str, precision: str, arch: str, narrow: str | None = None) -> tuple[list[Kernel], str]:
     """The kernels of one object file, and what went wrong."""
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernels.cubin"
         defines = [f"-DFUSED_RNN_FORMULA={CELLS[cell]}", f"-DFUSED_RNN_PRECISION={precision}"]
+        defines += [] if narrow is None else [f"-DFUSED_RNN_NARROW={narrow}"]
         command = ["nvcc", *FLAGS, f"-arch={arch}", *defines, str(CSRC / "cuda" / "instantiate.cu")]
         done = subprocess.run([*command, "-o", str(cubin)], capture_output=True, text=True, check=False)
         if done.returncode != 0:
             return [], f"{arch} {cell} {precision}: {done.stderr.strip()[-2000:]}"
-        found = read_ptxas(done.stdout + done.stderr, cell, precision, arch)
+        label = precision if narrow is None else f"{precision} {narrow}"
+        found = read_ptxas(done.stdout + done.stderr, cell, label, arch)
         tool = find_cuobjdump() if arch == COUNTED else None
         if tool is None:
             return [kernel for _, kernel in found], ""
         code = subprocess.run([tool, "-sass", str(cubin)], capture_output=True, text=True, check=True).stdout
         functions = dict(part.split("\n", 1) for part in code.split("Function : ")[1:])
-        return [timed(kernel, functions[name], cell, precision, loop_of(name)) for name, kernel in found], ""
+        return [timed(kernel, functions[name], cell, precision, loop_of(name), narrow) for name, kernel in found], ""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -253,17 +255,22 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--arch", nargs="+", default=list(ARCHITECTURES))
     parser.add_argument("--cell", nargs="+", default=list(CELLS), choices=list(CELLS))
     parser.add_argument("--precision", nargs="+", default=list(PRECISIONS), choices=PRECISIONS)
+    parser.add_argument("--narrow", choices=list(NARROWED))
     parser.add_argument("--jobs", type=int, default=int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1))
     parser.add_argument("--json", type=Path, help="write the figures into this file, too")
     chosen = parser.parse_args(arguments)
     if shutil.which("nvcc") is None:
         print("cubin: nvcc is not on the PATH", file=sys.stderr)
         return 1
-    todo = [(cell, precision, arch) for arch in chosen.arch for cell in chosen.cell for precision in chosen.precision]
+    precisions = chosen.precision
+    if chosen.narrow is not None:
+        having = {precision_of(dtype, tf32) for dtype in NARROWED[chosen.narrow] for tf32 in (False, True)}
+        precisions = [precision for precision in precisions if precision in having]
+    todo = [(cell, precision, arch) for arch in chosen.arch for cell in chosen.cell for precision in precisions]
     kernels: list[Kernel] = []
     faults = 0
     with ThreadPoolExecutor(chosen.jobs) as pool:
-        for found, error in pool.map(lambda job: compile_one(*job), todo):
+        for found, error in pool.map(lambda job: compile_one(*job, chosen.narrow), todo):
             kernels += found
             faults += bool(error) + sum(bool(kernel.fault) for kernel in found)
             for line in [*found, *[f"FAULT {error}"] * bool(error)]:

@@ -83,9 +83,10 @@ class Launch(NamedTuple):
         if self.backward:  # dy, given, w, states, first, saved, dgates, dstates; histories_are_wide, close
             there = [not rare, False, True, *each, *each, True, True, *each]
             arguments = struct.pack(f"<{len(there)}Q??6x", *(ADDRESS * given for given in there), rare, True)
-        else:  # gx, given, w, bias, h0, carried, hidden, y, h_n, saved, histories, checkpoints; every, ..
+        else:  # gx, given, w, bias, h0, carried, hidden, y, h_n, saved, histories, checkpoints; every ..; params, scale
             there = [True, False, True, True, True, *each, False, True, True, True, *each, *([False] * MOST_STATES)]
-            arguments = struct.pack(f"<{len(there)}Qi??2x", *(ADDRESS * given for given in there), 1, True, rare)
+            addresses = [ADDRESS * given for given in there]
+            arguments = struct.pack(f"<{len(there)}Qi??2x2Q", *addresses, 1, True, rare, 0, ADDRESS)
         size = struct.pack("<6i", plan.threads, 1, 1, plan.members * tiles, 1, 1)
         return size.ljust(PARAMETERS, b"\0") + steps + team + workspace + arguments
 

@@ -1,5 +1,6 @@
 // Every kernel of one cell in one precision. The build compiles this file once for each pair of FUSED_RNN_FORMULA, a type of ../cells
-// (Lstm, ..), and FUSED_RNN_PRECISION (bf16, f16, tf32, ieee, f64), so that they compile side by side.
+// (Lstm, ..), and FUSED_RNN_PRECISION (bf16, f16, tf32, ieee, f64), so that they compile side by side. With FUSED_RNN_NARROW (bf16, int8)
+// its kernels are those of such weights, forward alone, which the module leaves to NVRTC: for tests and scripts/cubin.py.
 #include "../cells/all.h"
 #include "kernels.h"
 #include "persistent_bwd.h"
@@ -23,6 +24,14 @@ template <> struct PolicyOf<Precision::ieee> {
   using Type = IeeeProduct;
 };
 
+#if defined(FUSED_RNN_NARROW)
+constexpr bool kBackward = false;
+template <class Whole> using Forward = NarrowProduct<Whole, Narrow::FUSED_RNN_NARROW>;
+#else
+constexpr bool kBackward = true;
+template <class Whole> using Forward = Whole;
+#endif
+
 #if defined(FUSED_RNN_SMALLEST_TILE)  // for tests that want but one
 constexpr int kMost = 1;
 #else
@@ -32,11 +41,11 @@ constexpr int kMost = most_batch_tiles(Precision::FUSED_RNN_PRECISION);  // kern
 // Those of known teams, one for each shape that there is in the cell and precision.
 template <class Formula, class Policy, int shape>
 void add_known(Kernels& made) {
-  using Known = KnownTeam<shape, Policy::kPrecision, Formula::gates>;
-  if constexpr (Known::team.members == 0) return;
+  using Known = KnownTeam<shape, Policy::kPrecision, Formula::gates, Forward<Policy>::kNarrow>;
+  if constexpr (Known::team.members == 0 || (kKnownShapes[shape].backward && !kBackward)) return;
   else if constexpr (kKnownShapes[shape].backward)
     made.known_bwd[shape] = &persistent_bwd_kernel<Formula, Policy, Known::team.rows / 8, Known>;
-  else made.known_fwd[shape] = &persistent_fwd_kernel<Formula, Policy, Known::team.rows / 8, Known>;
+  else made.known_fwd[shape] = &persistent_fwd_kernel<Formula, Forward<Policy>, Known::team.rows / 8, Known>;
 }
 template <class Formula, class Policy, int... shape>
 void add_known(Kernels& made, std::integer_sequence<int, shape...>) {
@@ -57,14 +66,15 @@ Kernels kernels_of() {
             &pointwise_bwd_kernel<Formula, typename Policy::Storage, typename Policy::Math>};
   } else {
     using Policy = typename PolicyOf<kPrecision>::Type;
-    Kernels made{{&persistent_fwd_kernel<Formula, Policy, 1>},
-                 {&persistent_bwd_kernel<Formula, Policy, 1>},
+    Kernels made{{&persistent_fwd_kernel<Formula, Forward<Policy>, 1>},
+                 {},
                  &pointwise_fwd_kernel<Formula, typename Policy::Storage, typename Policy::Math>,
                  &pointwise_bwd_kernel<Formula, typename Policy::Storage, typename Policy::Math>};
-    if constexpr (kMost >= 2) made.persistent_fwd[1] = &persistent_fwd_kernel<Formula, Policy, 2>;
-    if constexpr (kMost >= 2) made.persistent_bwd[1] = &persistent_bwd_kernel<Formula, Policy, 2>;
-    if constexpr (kMost >= 4) made.persistent_fwd[2] = &persistent_fwd_kernel<Formula, Policy, 4>;
-    if constexpr (kMost >= 4) made.persistent_bwd[2] = &persistent_bwd_kernel<Formula, Policy, 4>;
+    if constexpr (kBackward) made.persistent_bwd[0] = &persistent_bwd_kernel<Formula, Policy, 1>;
+    if constexpr (kMost >= 2) made.persistent_fwd[1] = &persistent_fwd_kernel<Formula, Forward<Policy>, 2>;
+    if constexpr (kMost >= 2 && kBackward) made.persistent_bwd[1] = &persistent_bwd_kernel<Formula, Policy, 2>;
+    if constexpr (kMost >= 4) made.persistent_fwd[2] = &persistent_fwd_kernel<Formula, Forward<Policy>, 4>;
+    if constexpr (kMost >= 4 && kBackward) made.persistent_bwd[2] = &persistent_bwd_kernel<Formula, Policy, 4>;
     if constexpr (has_known_teams(kPrecision, Formula::gates))
       add_known<Formula, Policy>(made, std::make_integer_sequence<int, kKnownShapeCount>{});
     return made;

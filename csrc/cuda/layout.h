@@ -61,7 +61,7 @@ FUSED_RNN_HD constexpr SharedLayout shared_layout(const Team& team, Tile t) {
   at.barriers = at.partial + at.partial_count * 4 + kSharedGap;
   at.barriers_count = scatters ? 2 * (width / 16 / team.warps_m) : 2;
   at.weights = at.barriers + at.barriers_count * 8 + kSharedGap;
-  at.weights_count = scatters ? 0 : team.warps_m * team.warps_k * shared_blocks(team, t) * t.mt * t.registers / 4 * 32;
+  at.weights_count = scatters ? 0 : team.warps_m * team.warps_k * shared_blocks(team, t) * t.mt * t.kept / 4 * 32;
   at.total = at.weights + int64_t(at.weights_count) * 16 + kSharedGap;
   return at;
 }

@@ -87,6 +87,7 @@ struct ForwardLoopOf {
   bool keeps_histories;
   bool histories_are_wide;  // in the accumulation type, else in the storage type
   const void* params;  // [R, params, H]
+  const float* scale;  // [R, G, H]  of W_hh's rows, where it is int8
 };
 using ForwardLoop = ForwardLoopOf<0>;
 static_assert(sizeof(ForwardLoopOf<64>) == sizeof(ForwardLoop));  // a kernel reads one as the other

@@ -23,7 +23,7 @@ persistent_fwd_kernel(const FUSED_RNN_GRID_CONSTANT ForwardLoop told) {
   const Team& team = Known::of(p.team);
   const CtaRank me(p.steps, team);
   const TimeIndex walk(p.steps, me.r);
-  const SharedLayout at = shared_layout(team, tile(Policy::kPrecision, false, NT));
+  const SharedLayout at = shared_layout(team, tile(Policy::kPrecision, false, NT, kFewerBlocks, Policy::kNarrow));
   Operand* operands = shared_array<Operand>(at.operands, at.operands_count);
   float* partial = shared_array<float>(at.partial, at.partial_count);
 
@@ -45,7 +45,8 @@ persistent_fwd_kernel(const FUSED_RNN_GRID_CONSTANT ForwardLoop told) {
     for (int u = lane(); u < width; u += 32) to[u] = Policy::operand(h0[u]);
   }
 
-  const Storage* w = static_cast<const Storage*>(p.w) + int64_t(me.r) * G * width * width;
+  using Weight = typename Policy::Weight;
+  const Weight* w = static_cast<const Weight*>(p.w) + int64_t(me.r) * G * width * width;
   const Product<Policy, false, NT, Known> product(team, shared_array<uint4>(at.weights, at.weights_count),
                                                   ForwardWeights<Policy>(w, G, width, team.units, me.first_u));
 
@@ -54,6 +55,8 @@ persistent_fwd_kernel(const FUSED_RNN_GRID_CONSTANT ForwardLoop told) {
     const auto index = made_each<kUnits, ThreadUnit>([&](int j) { return ThreadUnit(team, j); });
     auto units = made_each<kUnits, Unit>(
         [&](int j) { return Unit(p, walk, me.r, me.first_b + index[j].b, index[j].inside ? me.first_u + index[j].u : width); });
+    const auto scales =
+        made_each<kUnits, RowScales<Policy, G>>([&](int j) { return RowScales<Policy, G>(p.scale, me.r, width, me.first_u + index[j].u); });
     FUSED_RNN_UNROLL
     for (int j = 0; j < kUnits; ++j) units[j].enter();
     FUSED_RNN_UNROLL
@@ -76,6 +79,7 @@ persistent_fwd_kernel(const FUSED_RNN_GRID_CONSTANT ForwardLoop told) {
         if (!index[j].inside) break;  // the whole warp: a member's units are a multiple of 32
         float recurrent[G];
         product.sum(team, partial, index[j].u, team.units, index[j].b, recurrent);
+        scales[j].apply(recurrent);
         units[j].run(walk, step, recurrent);
         const Operand entering[1] = {Policy::operand(units[j].entering())};
         exchange.put(index[j].b, me.first_u + index[j].u, 0, entering);

@@ -26,12 +26,19 @@ constexpr double kClusterBytes = 17.5;  // that arrive a cycle, as fitted; by th
 constexpr double kDirectBytes = 4500;  // of L2, where many members read directly: what 128 of general teams took beyond 64
 constexpr double kGridLatency = 1800, kGridBytes = 53;  // beyond a cluster's, through L2; bytes from L2 a cycle
 constexpr double kFma = 128;  // a cycle
+constexpr double kLanes = 128;  // likewise, of any instruction: of what widens narrow weights, which has not been measured
 // A step without a team: what the host takes to issue its product and its launch (45 µs where a launch takes 7), and of the product
 // operations a cycle and multiprocessor, and bytes of W_hh a cycle from L2.
 constexpr double kIssue = 90000, kProductFlops = 2048, kL2Bytes = 2500;
 
 Tile tile_of(const Request& q, ExchangeKind exchange, int units, int nt) {
-  return exchange == ExchangeKind::direct ? direct_tile(q.precision, units) : tile(q.precision, q.backward, nt, q.fewer);
+  return exchange == ExchangeKind::direct ? direct_tile(q.precision, units) : tile(q.precision, q.backward, nt, q.fewer, q.narrow);
+}
+
+// Instructions for each weight that is widened (primitives/widen.h).
+double widening(const Request& q) {
+  if (narrower(q.precision, q.narrow) == 1) return 0;
+  return q.narrow == Narrow::bf16 || q.precision == Precision::f16 ? 1 : 2;
 }
 
 Cycles estimate(const Request& q, const Plan& plan) {
@@ -39,7 +46,7 @@ Cycles estimate(const Request& q, const Plan& plan) {
   const Tile t = tile_of(q, team.exchange, team.units, plan.nt);
   const bool scatters = team.exchange == ExchangeKind::scatter, direct = team.exchange == ExchangeKind::direct;
   const double warps = team.warps_m * team.warps_k, fragments = warps * t.mt * team.blocks;
-  const double rest = std::max(team.blocks - t.kr, 0) * warps * t.mt * t.registers * 128;
+  const double rest = std::max(team.blocks - t.kr, 0) * warps * t.mt * t.kept * 128;
   // Without tensor cores a lane reads the whole of a block, 16 bytes at a time that all lanes share.
   const double wavefronts = q.precision == Precision::ieee ? 4.0 * team.rows : team.rows / 2.0;
   const double operand = direct ? 0 : warps * team.blocks * wavefronts * kSharedBytes, elements = double(team.units) * team.rows;
@@ -47,6 +54,8 @@ Cycles estimate(const Request& q, const Plan& plan) {
   Cycles c;
   if (q.precision == Precision::ieee) c.product = fragments * t.rows * t.depth * team.rows / kFma;
   else c.product = std::max(2 * fragments * plan.nt / 4 * kMma, team.blocks * (kBlock + 2 * kMmaLatency / chains(t, plan.nt)));
+  if (plan.known < 0 || team.blocks * t.mt > kMostFragments)  // others widen once
+    c.product += fragments * t.rows * t.depth * widening(q) / kLanes;
   c.product *= kWork;
   c.loads = kWork * (rest + operand + partial) / kSharedBytes;
   c.cell = kCell + kCellBackward * q.backward;
@@ -97,7 +106,7 @@ void consider(const Request& q, const Device& device, ExchangeKind exchange, int
   if (teams < (together ? q.R : 1)) return;
   for (int shares = 1; shares <= kThreads / 32; ++shares) {
     if (!lay_out(t, q.backward, q.gates, exchange, members, units, nt, shares, plan.team)) continue;
-    plan.known = q.known ? find_known(plan.team, q.precision, q.backward, q.gates, q.H) : -1;
+    plan.known = q.known ? find_known(plan.team, q.precision, q.backward, q.gates, q.H, q.narrow) : -1;
     if ((scatters || direct) && plan.known < 0) continue;
     plan.threads = threads_of(plan.team, plan.known < 0 ? kUnitsPerThread : known_units_per_thread(plan.team));
     plan.shared = shared_layout(plan.team, t).total;
@@ -141,8 +150,7 @@ std::string explain(const Request& q, const Device& device) {
     return std::string(q.exchange == int(ExchangeKind::scatter) ? "only backward scatters" : "only backward reads its operand directly") +
            ", and in teams that a kernel is compiled for, of cells of several gates: there is none of H = " + std::to_string(q.H) +
            " that fits, with the members or rows that were asked for";
-  const Tile t = tile(q.precision, q.backward, 1);
-  const int64_t weights = int64_t(q.gates) * q.H * q.H * t.size;
+  const int64_t weights = int64_t(q.gates) * q.H * q.H * tile(q.precision, q.backward, 1).size / narrower(q.precision, q.narrow);
   return "W_hh of " + std::to_string(weights) + " bytes for each of " + std::to_string(q.R) + " recurrence(s) fits no team of " +
          std::to_string(device.multiprocessors) + " multiprocessors with " + std::to_string(device.shared) +
          " bytes of shared memory each" + (insists(q) ? ", with the exchange, members or rows that were asked for" : "");

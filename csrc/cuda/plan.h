@@ -28,6 +28,7 @@ struct Request {
   int rows = 0;         // likewise NB
   bool known = false;   // there are kernels for known teams (known_teams.h)
   int fewer = 0;        // blocks in registers than the kernels of built-in cells have: tiles.h's kFewerBlocks of those that will run
+  Narrow narrow = Narrow::none;  // what forward keeps W_hh in
 };
 
 // Estimated cycles of a step on its critical path, by part.

@@ -1,19 +1,25 @@
 // How a product is taken in each precision. A policy says, for one warp:
 //   kPrecision, Math                 its name, and the activations that go with it
-//   Storage, Operand                 types of the weights in memory and of the operand in shared memory
+//   Storage, Operand                 types of states and gates in memory and of the operand in shared memory
+//   kNarrow, Weight                  how W_hh is kept, and its type in memory
 //   kRows                            rows of an m tile
 //   kDepth                           depth of a block: 64 bytes of an operand's row
 //   kRegisters                       of a lane, for an m tile's weights of one block
+//   kKept                            registers in which it keeps them: as many, or fewer where they are narrow
 //   kSums                            of a lane, for an m tile times 8 rows of the batch
-//   row(q), depth(q)                 where the lane's weights begin that it keeps in registers 4 q .. 4 q + 3: 16 bytes along the depth
-//   round(v)                         4 registers of weights as the product reads them
+//   row(q), depth(q)                 where the lane's weights begin that registers 4 q .. 4 q + 3 take: 16 bytes along the operand's depth
+//   keep(v)                          a register of weights from memory as it is kept
+//   widen(kept, a)                   where they are narrow, what is kept as the product reads it
 //   Fragment, read(operand, stride)  the lane's part of a block of the operand, 8 rows of the batch
 //   multiply(low, high, a, b)        low, high += weights times that, for several m tiles; two sums, or twice the same
 //   store(sums, to, stride)          to [8 rows of the batch, kRows]
 //   operand(v)                       v as the product reads it
 #pragma once
+#include <type_traits>
+
 #include "primitives/activations.h"
 #include "primitives/mma.h"
+#include "primitives/widen.h"
 #include "storage.h"
 #include "tiles.h"
 
@@ -30,13 +36,15 @@ struct TensorProduct {
   using Math = Math_;
   using Storage = Storage_;
   using Operand = Storage;
-  static constexpr int kRows = 16, kDepth = 64 / int(sizeof(Storage)), kRegisters = 8, kSums = 4;
+  using Weight = Storage;
+  static constexpr Narrow kNarrow = Narrow::none;
+  static constexpr int kRows = 16, kDepth = 64 / int(sizeof(Storage)), kRegisters = 8, kKept = kRegisters, kSums = 4;
 
   FUSED_RNN_DEVICE static int row(int q) { return lane() / 4 * 2 + q; }
   FUSED_RNN_DEVICE static int depth(int) { return lane() % 4 * (kDepth / 4); }
-  FUSED_RNN_DEVICE static uint4 round(uint4 v) {
+  FUSED_RNN_DEVICE static uint32_t keep(uint32_t v) {
     if constexpr (kPrecision != Precision::tf32) return v;
-    else return {to_tf32(as_float(v.x)), to_tf32(as_float(v.y)), to_tf32(as_float(v.z)), to_tf32(as_float(v.w))};
+    else return to_tf32(as_float(v));
   }
   FUSED_RNN_DEVICE static Operand operand(Storage v) {
     if constexpr (kPrecision != Precision::tf32) return v;
@@ -75,11 +83,13 @@ struct IeeeProduct {
   using Math = Exact;
   using Storage = float;
   using Operand = float;
-  static constexpr int kRows = 32, kDepth = 16, kRegisters = 16, kSums = 8;
+  using Weight = float;
+  static constexpr Narrow kNarrow = Narrow::none;
+  static constexpr int kRows = 32, kDepth = 16, kRegisters = 16, kKept = kRegisters, kSums = 8;
 
   FUSED_RNN_DEVICE static int row(int) { return lane(); }
   FUSED_RNN_DEVICE static int depth(int q) { return 4 * q; }
-  FUSED_RNN_DEVICE static uint4 round(uint4 v) { return v; }
+  FUSED_RNN_DEVICE static uint32_t keep(uint32_t v) { return v; }
   FUSED_RNN_DEVICE static float operand(float v) { return v; }
 
   struct Fragment {
@@ -114,5 +124,30 @@ struct IeeeProduct {
 using Bf16Product = TensorProduct<bf16, Precision::bf16, Fast>;
 using F16Product = TensorProduct<f16, Precision::f16, Fast>;
 using Tf32Product = TensorProduct<float, Precision::tf32, Exact>;
+
+// The same with W_hh in fewer bytes. What a lane keeps is widened, which is exact: an integer of 8 bits, and a bfloat16, are numbers
+// of all the wider types. The scale of a row of int8 is for its whole sum (RowScales in weights.h).
+template <class Whole, Narrow narrow>
+struct NarrowProduct : Whole {
+  using typename Whole::Operand;
+  using Weight = std::conditional_t<narrow == Narrow::int8, int8_t, bf16>;
+  static constexpr Narrow kNarrow = narrow;
+  static constexpr int kRegisters = Whole::kRegisters, kKept = kRegisters * int(sizeof(Weight)) / int(sizeof(Operand));
+  static_assert(sizeof(Weight) < sizeof(Operand));
+
+  FUSED_RNN_DEVICE static uint32_t keep(uint32_t v) { return narrow == Narrow::int8 ? keep_int8(v, Operand{}) : v; }
+  FUSED_RNN_DEVICE static void widen(const uint32_t (&kept)[kKept], uint32_t (&a)[kRegisters]) {
+    constexpr int kTimes = kRegisters / kKept;
+    FUSED_RNN_UNROLL
+    for (int i = 0; i < kKept; ++i)  // renewed: the compiler would widen them all before the loop over time, and spill them
+      widen(uint32_t(renewed(int(kept[i]))), reinterpret_cast<uint32_t (&)[kTimes]>(a[kTimes * i]));
+  }
+
+ private:
+  FUSED_RNN_DEVICE static void widen(uint32_t word, uint32_t (&wide)[kRegisters / kKept]) {
+    if constexpr (narrow == Narrow::bf16) widen_bf16(word, wide);
+    else widen_int8(word, wide, Operand{});
+  }
+};
 
 }  // namespace fused_rnn::cuda

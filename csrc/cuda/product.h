@@ -15,9 +15,11 @@ template <class Policy, bool kBackward, int NT, class Known = AnyTeam>
 class Product {
   using Operand = typename Policy::Operand;
   using Fragment = typename Policy::Fragment;
-  static constexpr Tile kTile = Known::direct ? direct_tile(Policy::kPrecision, Known::units) : tile(Policy::kPrecision, kBackward, NT);
+  static constexpr Tile kTile = Known::direct ? direct_tile(Policy::kPrecision, Known::units)
+                                              : tile(Policy::kPrecision, kBackward, NT, kFewerBlocks, Policy::kNarrow);
   static constexpr int kBlocks = Known::blocks;  // of each warp; 0 where that is not known
-  static constexpr int MT = kTile.mt, KR = kTile.kr, kHeld = Known::held ? Known::held : KR, kQuads = Policy::kRegisters / 4;
+  static constexpr int MT = kTile.mt, KR = kTile.kr, kHeld = Known::held ? Known::held : KR;
+  static constexpr int kQuads = Policy::kRegisters / 4, kVectors = MT * Policy::kKept / 4;  // of a block, the latter as it is kept
   static constexpr int kChains = chains(kTile, NT);
   // Backward's FMA lanes with 16 rows have no register to spare: LSTM's and GRU's spilled on sm_100 and sm_120. So there they ask for the
   // weights of one block at a time, and keep no offsets from step to step. Elsewhere that would only make them slower.
@@ -25,7 +27,12 @@ class Product {
   static constexpr int kAhead = kTight ? 1 : 2;
   static constexpr int kMostOnTheWay = 8;  // fragments of an operand in global memory, of a lane
   using Sums = float[kChains][NT][MT][Policy::kSums];
-  static_assert(kTile.rows == Policy::kRows && kTile.depth == Policy::kDepth && kTile.registers == Policy::kRegisters,
+  using Kept = uint32_t[MT][Policy::kKept];  // a block's weights
+  // A known team that has the registers for wide weights widens narrow ones when it loads them, not in each step.
+  static constexpr bool kWidensOnce = kBlocks > 0 && MT* kBlocks <= kMostFragments;
+  using Held = uint32_t[MT][kWidensOnce ? Policy::kRegisters : Policy::kKept];
+  static_assert(kTile.rows == Policy::kRows && kTile.depth == Policy::kDepth && kTile.registers == Policy::kRegisters &&
+                    kTile.kept == Policy::kKept,
                 "tiles.h and precision.h");
 
  public:
@@ -36,7 +43,7 @@ class Product {
     const int all = share_ < team.warps_k ? (team.depth + Policy::kDepth - 1) / Policy::kDepth : 0;
     first_ = share_ * team.blocks;
     count_ = first_ + team.blocks <= all ? team.blocks : first_ < all ? all - first_ : 0;
-    rest_ = rest + int(threadIdx.x) / 32 * shared_blocks(team, kTile) * (MT * kQuads * 32) + lane();
+    rest_ = rest + int(threadIdx.x) / 32 * shared_blocks(team, kTile) * (kVectors * 32) + lane();
     if (count_ == 0) return;
     if (weights.aligned) load(weights);
     else fill(weights);
@@ -51,11 +58,11 @@ class Product {
     multiply_held<0, kHeld>(sums, operand, stride);
     FUSED_RNN_UNROLL_BY(kAhead)
     for (int i = kHeld; i < count(); ++i) {
-      uint32_t a[MT][Policy::kRegisters];
-      fetch(a, i - kHeld);
+      Kept kept;
+      fetch(kept, i - kHeld);
       Fragment b[NT];
       read(b, operand + i * Policy::kDepth, stride);
-      multiply(0, sums, a, b);
+      multiply(0, sums, kept, b);
     }
     leave(team, sums, partial);
   }
@@ -79,9 +86,9 @@ class Product {
       if (i < kHeld) {
         multiply(i, sums, held_[i < kHeld ? i : 0], b[i % kOnTheWay]);
       } else {
-        uint32_t a[MT][Policy::kRegisters];
-        fetch(a, i - kHeld);
-        multiply(i, sums, a, b[i % kOnTheWay]);
+        Kept kept;
+        fetch(kept, i - kHeld);
+        multiply(i, sums, kept, b[i % kOnTheWay]);
       }
       if (i + kOnTheWay < kBlocks) ask(i + kOnTheWay);
     }
@@ -150,29 +157,55 @@ class Product {
     FUSED_RNN_UNROLL
     for (int n = 0; n < NT; ++n) Policy::template multiply<MT>(sums[block * 2 % kChains][n], sums[(block * 2 + 1) % kChains][n], a, b[n]);
   }
+  template <int kNarrow>
+  FUSED_RNN_DEVICE static void multiply(int block, Sums& sums, const uint32_t (&kept)[MT][kNarrow], const Fragment (&b)[NT]) {
+    uint32_t a[MT][Policy::kRegisters];
+    FUSED_RNN_UNROLL
+    for (int m = 0; m < MT; ++m) Policy::widen(kept[m], a[m]);
+    multiply(block, sums, a, b);
+  }
 
-  FUSED_RNN_DEVICE uint4* place(int slot, int m, int quad) const { return rest_ + ((slot * MT + m) * kQuads + quad) * 32; }
+  // Of the registers that keep a block.
+  template <class Block>
+  FUSED_RNN_DEVICE static auto& word(Block& kept, int i) {
+    return kept[i / Policy::kKept][i % Policy::kKept];
+  }
+  FUSED_RNN_DEVICE uint4* place(int slot, int vector) const { return rest_ + (slot * kVectors + vector) * 32; }
   FUSED_RNN_DEVICE int row0(int m) const { return (group_ * MT + m) * Policy::kRows; }
   FUSED_RNN_DEVICE int k0(int block) const { return (first_ + block) * Policy::kDepth; }
+
+  FUSED_RNN_DEVICE static void hold(const Kept& kept, Held& held) {
+    FUSED_RNN_UNROLL
+    for (int m = 0; m < MT; ++m) {
+      if constexpr (kWidensOnce && Policy::kNarrow != Narrow::none) {
+        Policy::widen(kept[m], held[m]);
+      } else {
+        FUSED_RNN_UNROLL
+        for (int i = 0; i < Policy::kKept; ++i)
+          held[m][i] = kBlocks && !kWidensOnce && Policy::kNarrow != Narrow::none ? arrived(kept[m][i]) : kept[m][i];
+      }
+    }
+  }
 
   // In whole vectors, all that the registers hold in flight at once: a launch waits for memory once, not once a block.
   template <class Weights>
   FUSED_RNN_DEVICE void load(const Weights& weights) {
     FUSED_RNN_UNROLL
     for (int i = 0; i < kHeld; ++i) {
+      Kept kept;
       FUSED_RNN_UNROLL
-      for (int m = 0; m < MT; ++m) weights.load(row0(m), k0(i), held_[i][m]);
+      for (int m = 0; m < MT; ++m) weights.load(row0(m), k0(i), kept[m]);
+      hold(kept, held_[i]);
       if (i % 2) sync_warp();  // keeps the compiler from making the addresses of all blocks first, and spilling them
     }
     FUSED_RNN_UNROLL_BY(2)
     for (int i = kHeld; i < count(); ++i) {
+      Kept kept;
       FUSED_RNN_UNROLL
-      for (int m = 0; m < MT; ++m) {
-        uint32_t a[Policy::kRegisters];
-        weights.load(row0(m), k0(i), a);
-        FUSED_RNN_UNROLL
-        for (int q = 0; q < kQuads; ++q) *place(i - kHeld, m, q) = {a[4 * q], a[4 * q + 1], a[4 * q + 2], a[4 * q + 3]};
-      }
+      for (int m = 0; m < MT; ++m) weights.load(row0(m), k0(i), kept[m]);
+      FUSED_RNN_UNROLL
+      for (int v = 0; v < kVectors; ++v)
+        *place(i - kHeld, v) = {word(kept, 4 * v), word(kept, 4 * v + 1), word(kept, 4 * v + 2), word(kept, 4 * v + 3)};
     }
     sync_warp();
   }
@@ -184,7 +217,9 @@ class Product {
     for (int i = 0; i < kHeld; ++i) {
       fill(0, i, weights);
       sync_warp();
-      fetch(held_[i], 0);
+      Kept kept;
+      fetch(kept, 0);
+      hold(kept, held_[i]);
       sync_warp();
     }
     for (int i = kHeld; i < count(); ++i) fill(i - kHeld, i, weights);
@@ -194,24 +229,22 @@ class Product {
   FUSED_RNN_DEVICE void fill(int slot, int block, const Weights& weights) const {
     FUSED_RNN_UNROLL_BY(1)
     for (int i = 0; i < MT * kQuads; ++i) {
-      const int m = i / kQuads, q = i % kQuads;
-      *place(slot, m, q) = weights.quad(row0(m) + Policy::row(q), k0(block) + Policy::depth(q));
+      const int m = i / kQuads, q = i % kQuads, first = i * Quad<Policy>::kWords;
+      auto* words = reinterpret_cast<typename Quad<Policy>::Words*>(reinterpret_cast<uint32_t*>(place(slot, first / 4)) + first % 4);
+      *words = weights.quad(row0(m) + Policy::row(q), k0(block) + Policy::depth(q));
     }
   }
-  FUSED_RNN_DEVICE void fetch(uint32_t (&a)[MT][Policy::kRegisters], int slot) const {
+  FUSED_RNN_DEVICE void fetch(Kept& kept, int slot) const {
     FUSED_RNN_UNROLL
-    for (int m = 0; m < MT; ++m) {
-      FUSED_RNN_UNROLL
-      for (int q = 0; q < kQuads; ++q) {
-        const uint4 v = *place(slot, m, q);
-        a[m][4 * q] = v.x, a[m][4 * q + 1] = v.y, a[m][4 * q + 2] = v.z, a[m][4 * q + 3] = v.w;
-      }
+    for (int v = 0; v < kVectors; ++v) {
+      const uint4 found = *place(slot, v);
+      word(kept, 4 * v) = found.x, word(kept, 4 * v + 1) = found.y, word(kept, 4 * v + 2) = found.z, word(kept, 4 * v + 3) = found.w;
     }
   }
 
   int group_, share_, first_, count_;
   uint4* rest_;
-  uint32_t held_[kHeld][MT][Policy::kRegisters];
+  Held held_[kHeld];
 };
 
 }  // namespace fused_rnn::cuda

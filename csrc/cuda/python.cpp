@@ -118,14 +118,16 @@ PYBIND11_MODULE(FUSED_RNN_MODULE, m) {
   const Addresses none;
   bind_loop<ForwardLoop>(m, "Forward")
       .def(py::init([](const std::string& cell, int precision, const Plan* plan, const Steps& steps,
-                       std::optional<std::pair<int, int>> window, Address gx, Address given, Address w, Address bias, Address h0,
-                       Address hidden, const Addresses& carried, Address y, Address h_n, Address saved, const Addresses& histories,
-                       const Addresses& checkpoints, int every, Address entering, bool wide, Address params, Address loaded) {
+                       std::optional<std::pair<int, int>> window, Address gx, Address given, Address w, Address scale, Address bias,
+                       Address h0, Address hidden, const Addresses& carried, Address y, Address h_n, Address saved,
+                       const Addresses& histories, const Addresses& checkpoints, int every, Address entering, bool wide, Address params,
+                       Address loaded) {
              ForwardLoop loop{};
              loop.steps = within(steps, window);
              loop.gx = at(gx);
              loop.given = at(given);
              loop.w = at(w);
+             loop.scale = at<const float>(scale);
              loop.bias = at(bias);
              loop.h0 = at(h0);
              loop.hidden = at(hidden);
@@ -143,10 +145,10 @@ PYBIND11_MODULE(FUSED_RNN_MODULE, m) {
              return Bound<ForwardLoop>(cell, Precision(precision), plan, loop, at(loaded));
            }),
            py::arg("cell"), py::arg("precision"), py::arg("plan"), py::arg("steps"), py::kw_only(), py::arg("window") = py::none(),
-           py::arg("gx"), py::arg("given") = 0, py::arg("w") = 0, py::arg("bias") = 0, py::arg("h0"), py::arg("hidden") = 0,
-           py::arg("carried") = none, py::arg("y") = 0, py::arg("h_n") = 0, py::arg("saved") = 0, py::arg("histories") = none,
-           py::arg("checkpoints") = none, py::arg("every") = 1, py::arg("entering") = 0, py::arg("wide") = false, py::arg("params") = 0,
-           py::arg("loaded") = 0);
+           py::arg("gx"), py::arg("given") = 0, py::arg("w") = 0, py::arg("scale") = 0, py::arg("bias") = 0, py::arg("h0"),
+           py::arg("hidden") = 0, py::arg("carried") = none, py::arg("y") = 0, py::arg("h_n") = 0, py::arg("saved") = 0,
+           py::arg("histories") = none, py::arg("checkpoints") = none, py::arg("every") = 1, py::arg("entering") = 0,
+           py::arg("wide") = false, py::arg("params") = 0, py::arg("loaded") = 0);
   bind_loop<BackwardLoop>(m, "Backward")
       .def(py::init([](const std::string& cell, int precision, const Plan* plan, const Steps& steps,
                        std::optional<std::pair<int, int>> window, Address dy, Address given, Address w, const Addresses& states,

@@ -191,11 +191,11 @@ class Scatter {
         const int first = k * Policy::kDepth + Policy::depth(0);
         FUSED_RNN_UNROLL
         for (int n = 0; n < 2; ++n) {
-          const uint4 v = Quad<Policy>::gather([&](int i) {
+          const auto v = Quad<Policy>::gather([&](int i) {
             const int at = first + i;
             return at < G * U ? w[int64_t(at % G * H + member_ * U + at / G) * H + unit + n] : Storage{};
           });
-          held_[j][k][4 * n] = v.x, held_[j][k][4 * n + 1] = v.y, held_[j][k][4 * n + 2] = v.z, held_[j][k][4 * n + 3] = v.w;
+          memcpy(held_[j][k] + 4 * n, &v, sizeof(v));
         }
         sync_warp();  // keeps the compiler from making the addresses of all blocks first, and spilling them
       }

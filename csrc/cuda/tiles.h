@@ -7,6 +7,9 @@ namespace fused_rnn::cuda {
 
 enum class Precision : int { bf16, f16, tf32, ieee, f64 };  // f64 runs stepwise only
 
+// What forward keeps W_hh in: the operand's type; bfloat16, of a float operand; or int8, whose rows have a scale each.
+enum class Narrow : int { none, bf16, int8 };
+
 struct Tile {
   int mt;         // m tiles of a warp
   int kr;         // blocks of depth in registers
@@ -14,6 +17,7 @@ struct Tile {
   int depth;
   int registers;
   int size;       // bytes of an element
+  int kept;       // registers in which a lane keeps those weights: precision.h's kKept
 };
 
 constexpr int kThreads = 256;
@@ -33,16 +37,29 @@ constexpr int most_batch_tiles(Precision precision) { return precision == Precis
 FUSED_RNN_HD constexpr Tile built_in_tile(Precision precision, bool backward, int nt) {
   switch (precision) {
     case Precision::bf16:
-    case Precision::f16: return backward ? Tile{1, nt == 4 ? 10 : 13, 16, 32, 8, 2} : Tile{2, nt == 4 ? 4 : nt == 2 ? 6 : 8, 16, 32, 8, 2};
+    case Precision::f16:
+      return backward ? Tile{1, nt == 4 ? 10 : 13, 16, 32, 8, 2, 8} : Tile{2, nt == 4 ? 4 : nt == 2 ? 6 : 8, 16, 32, 8, 2, 8};
     case Precision::tf32:
-      return backward ? Tile{1, nt == 4 ? 9 : nt == 2 ? 12 : 13, 16, 16, 8, 4} : Tile{2, nt == 4 ? 4 : nt == 2 ? 6 : 7, 16, 16, 8, 4};
-    default: return Tile{1, nt == 2 || backward ? 1 : 3, 32, 16, 16, 4};
+      return backward ? Tile{1, nt == 4 ? 9 : nt == 2 ? 12 : 13, 16, 16, 8, 4, 8} : Tile{2, nt == 4 ? 4 : nt == 2 ? 6 : 7, 16, 16, 8, 4, 8};
+    default: return Tile{1, nt == 2 || backward ? 1 : 3, 32, 16, 16, 4, 16};
   }
 }
 
-FUSED_RNN_HD constexpr Tile tile(Precision precision, bool backward, int nt, int fewer = kFewerBlocks) {
+// How often a weight that is kept so goes into an element of the operand; 1 where it would not be narrower.
+FUSED_RNN_HD constexpr int narrower(Precision precision, Narrow narrow) {
+  const int size = built_in_tile(precision, false, 1).size;
+  return narrow == Narrow::int8 ? size : narrow == Narrow::bf16 ? size / 2 : 1;
+}
+
+// Narrow weights leave room for more blocks, less what one takes that is being widened, and the scales.
+FUSED_RNN_HD constexpr int narrow_blocks(Tile t, int times) { return t.kr > 1 ? (t.kr - 1) * times : times; }
+
+FUSED_RNN_HD constexpr Tile tile(Precision precision, bool backward, int nt, int fewer = kFewerBlocks, Narrow narrow = Narrow::none) {
   Tile t = built_in_tile(precision, backward, nt);
-  t.kr = t.kr > fewer ? t.kr - fewer : 1;
+  const int times = narrower(precision, narrow);
+  t.kept = t.registers / times;
+  if (times > 1) t.kr = narrow_blocks(t, times);
+  t.kr = t.kr > fewer * times ? t.kr - fewer * times : 1;
   return t;
 }
 

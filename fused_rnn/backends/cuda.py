@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from fused_rnn.cells import CELLS
-from fused_rnn.cuda import lanes, launch, limits, module, plain, plans
+from fused_rnn.cuda import lanes, launch, limits, module, plain, plans, programs
 from fused_rnn.gpu import op
 from fused_rnn.gpu.wavefront import Wavefront
 from fused_rnn.plan import NO_PRODUCT, PRECISIONS, fewer_blocks
@@ -18,6 +19,7 @@ from fused_rnn.transforms.op_gradient import without_gradient
 if TYPE_CHECKING:
     from fused_rnn.call import BackwardCall, LayerCall
     from fused_rnn.gpu.loops import Layer, Loops
+    from fused_rnn.gpu.narrow import Narrow
     from fused_rnn.problem import Problem
 
 NAME = "cuda"
@@ -71,7 +73,12 @@ def describe(problem: Problem) -> str:
     return f"{module.where(device)}; {'; '.join(loops)}"
 
 
-def _loops(layer: Layer, x: Tensor, backward: bool) -> Loops:
+def narrows(problem: Problem) -> str | None:
+    """None if `forward_narrow` can run the problem's layers, else the reason it cannot."""
+    return supports(problem) or programs.refusal()
+
+
+def _loops(layer: Layer, x: Tensor, backward: bool, narrow: Narrow | None = None) -> Loops:
     reason = module.refusal(x.device.type)
     if reason is None and x.is_cuda:
         reason = module.refusal_of_gpu(module.device_index(x.device))
@@ -80,7 +87,7 @@ def _loops(layer: Layer, x: Tensor, backward: bool) -> Loops:
         reason = f"got T = {layer.steps}, expected less than 2^31"
     if reason is not None:
         raise RuntimeError(f"x: {reason}")
-    return launch.Loops(layer, x, backward)
+    return launch.Loops(layer, x, backward, narrow)
 
 
 forward_op, backward_op = op.define("cuda", _loops, ("CPU", "CUDA"), plain)  # CPU: in the emulator, where tests put it
@@ -101,6 +108,11 @@ def forward(call: LayerCall) -> list[Tensor]:
     with without_gradient():
         result: list[Tensor] = forward_op(*call)
     return result
+
+
+def forward_narrow(call: LayerCall, narrow: Narrow) -> list[Tensor]:
+    """One layer whose W_hh are in fewer bytes; no gradient, and no operator of torch's."""
+    return op.forward(call, partial(_loops, narrow=narrow), narrow.dtype)
 
 
 def backward(call: BackwardCall) -> list[Tensor]:

@@ -13,6 +13,7 @@ from fused_rnn.call import wide
 from fused_rnn.cuda import module, plans, programs
 from fused_rnn.gpu.directions import direction_bits
 from fused_rnn.gpu.loops import Layer
+from fused_rnn.gpu.narrow import Narrow, widened
 
 
 def _at(tensor: Tensor | None) -> int:
@@ -24,13 +25,19 @@ def _each(tensors: Sequence[Tensor]) -> list[int]:
 
 
 class Loops:
-    """fused_rnn.gpu.loops.Loops. Nothing here reads a tensor or waits for the device: all of it can be captured."""
+    """fused_rnn.gpu.loops.Loops. Nothing here reads a tensor or waits for the device: all of it can be captured.
 
-    def __init__(self, layer: Layer, x: Tensor, backward: bool) -> None:
+    narrow: what the W_hh that `forward` is given are kept in, where it is not x's dtype.
+    """
+
+    def __init__(self, layer: Layer, x: Tensor, backward: bool, narrow: Narrow | None = None) -> None:
         self.layer, self.precision, self.module = layer, plans.precision(x.dtype), module.loaded()
         self.device, self.dtype = module.device_index(x.device), x.dtype
         self.sizes = (self.precision, backward, layer.cell.gates, layer.batch, layer.hidden, layer.recurrences)
-        self.plan, self.loaded = programs.planned(layer.cell, self.device, self.sizes)
+        self.narrow = narrow
+        self.plan, self.loaded = programs.planned(
+            layer.cell, self.device, self.sizes, narrow=None if narrow is None else narrow.kind
+        )
         bits, self.period = direction_bits(layer.directions)
         self.steps = self.module.Steps(
             T=layer.steps, B=layer.batch, R=layer.recurrences, H=layer.hidden, reversed=bits, period=self.period,
@@ -48,9 +55,8 @@ class Loops:
         cell = self.layer.cell
         if plan is None:
             loaded = programs.pointwise(cell, loop, self.dtype, self.device)
-        own = {"loaded": loaded} if cell.program else {}
-        name = "" if own else cell.name
-        return getattr(self.module, loop)(name, self.precision, plan, self.steps, **given, **own)
+        name = "" if loaded else cell.name  # of what the module itself has
+        return getattr(self.module, loop)(name, self.precision, plan, self.steps, **given, loaded=loaded)
 
     def _run(self, loop: Any, like: Tensor) -> None:
         """A persistent loop. Its teams share in global memory what is in the workspace."""
@@ -73,10 +79,11 @@ class Loops:
         checkpoints: list[Tensor],
         every: int,
     ) -> None:
+        scale = None if self.narrow is None else self.narrow.scale
         given = {
-            "gx": gx.data_ptr(), "w": _at(w), "bias": _at(bias), "params": _at(params), "h0": h0.data_ptr(),
-            "carried": _each(carried), "y": y.data_ptr(), "h_n": h_n.data_ptr(), "saved": _at(saved),
-            "histories": _each(histories), "checkpoints": _each(checkpoints), "every": every,
+            "gx": gx.data_ptr(), "w": _at(w), "scale": _at(scale), "bias": _at(bias), "params": _at(params),
+            "h0": h0.data_ptr(), "carried": _each(carried), "y": y.data_ptr(), "h_n": h_n.data_ptr(),
+            "saved": _at(saved), "histories": _each(histories), "checkpoints": _each(checkpoints), "every": every,
         }  # fmt: skip
         if self.plan is not None:
             self._run(self._bind("Forward", given, self.plan, self.loaded), y)
@@ -85,6 +92,8 @@ class Loops:
             self._bind("Forward", given).run(0, self.stream)
             return
         layer = self.layer
+        if self.narrow is not None:
+            w = widened(w, scale, gx.dtype)
         weights = w.view(layer.recurrences, -1, layer.hidden).transpose(1, 2)
         entering = h0.clone()
         product = gx.new_empty(layer.batch, layer.recurrences, weights.shape[2])

@@ -58,7 +58,7 @@ def _library() -> tuple[Any, str]:
 def missing() -> str | None:
     """Why nothing can be compiled, or None."""
     library, reason = _library()
-    return None if library is not None else f"a user's cell is compiled by NVRTC, and {reason}"
+    return None if library is not None else f"kernels that are not built in are compiled by NVRTC, and {reason}"
 
 
 @cache

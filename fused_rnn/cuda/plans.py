@@ -60,9 +60,9 @@ def forced() -> Forced:
     return _forced
 
 
-def choose(device: int, *sizes: int, known: bool = True, fewer: int = 0) -> Any | None:
+def choose(device: int, *sizes: int, known: bool = True, fewer: int = 0, narrow: str | None = None) -> Any | None:
     """The module's plan, or None where the loop runs a step at a time. Arguments as fused_rnn.plan.make has them."""
-    return _choose(module.loaded(), _forced, device, sizes, known, fewer)
+    return _choose(module.loaded(), _forced, device, sizes, known, fewer, narrow)
 
 
 def ask(device: int, *sizes: int, known: bool = True, fewer: int = 0) -> Plan:
@@ -91,10 +91,12 @@ def _paying_chunks(
 
 
 @lru_cache(maxsize=4096)
-def _choose(loops: Any, forced: Forced, device: int, sizes: tuple[int, ...], known: bool, fewer: int) -> Any | None:
+def _choose(
+    loops: Any, forced: Forced, device: int, sizes: tuple[int, ...], known: bool, fewer: int, narrow: str | None
+) -> Any | None:
     if forced.exchange == "stepwise" or PRECISIONS[sizes[0]] == "f64":
         return None
-    plan = make(loops, sizes, _device(loops, device), forced, known, fewer)
+    plan = make(loops, sizes, _device(loops, device), forced, known, fewer, narrow)
     if plan.refusal and forced._replace(known=True) != Forced():
         raise RuntimeError(f"no plan with {forced}: {plan.refusal}")
     return None if plan.refusal else plan

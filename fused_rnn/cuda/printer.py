@@ -1,4 +1,4 @@
-"""A user's cell as C++: its program printed in the form of csrc/cells/*.h, and the sources of its kernels."""
+"""Sources of kernels that are compiled at first use; and a user's cell as C++, in the form of csrc/cells/*.h."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+from fused_rnn.cells import Cell
 from fused_rnn.cells.program import Graph, Program
 
 # Operations that are not functions of csrc/cells/math.h's policies. A comparison is a number, and so is a condition.
@@ -41,13 +42,15 @@ _FROM_DOUBLE = {"inf": "-M::log(N(0))", "-inf": "M::log(N(0))", "nan": "M::sqrt(
 class Kernel(NamedTuple):
     """One kernel of csrc/cuda. kind: "persistent_fwd", "persistent_bwd", "pointwise_fwd" or "pointwise_bwd".
     precision: one of fused_rnn.plan.PRECISIONS.  tiles: of a persistent one, rows of the batch in eights.
-    fewer: csrc/cuda/tiles.h's kFewerBlocks.  shape: of a known team, its place in csrc/cuda/known_teams.h."""
+    fewer: csrc/cuda/tiles.h's kFewerBlocks.  shape: of a known team, its place in csrc/cuda/known_teams.h.
+    narrow: of a persistent forward one, what W_hh is kept in, one of fused_rnn.call.NARROW."""
 
     kind: str
     precision: str
     tiles: int = 0
     fewer: int = 0
     shape: int = -1
+    narrow: str | None = None
 
     @property
     def loop(self) -> str:
@@ -58,8 +61,12 @@ class Kernel(NamedTuple):
         """Of a cell's kernel in C++."""
         if self.tiles:
             policy = f"fused_rnn::cuda::{self.precision.capitalize()}Product"
-            known = f", fused_rnn::cuda::KnownTeam<{self.shape}, {policy}::kPrecision, fused_rnn::{cell}::gates>"
+            narrow = "" if self.narrow is None else f", fused_rnn::cuda::Narrow::{self.narrow}"
+            known = (
+                f", fused_rnn::cuda::KnownTeam<{self.shape}, {policy}::kPrecision, fused_rnn::{cell}::gates{narrow}>"
+            )
             more = known if self.shape >= 0 else ""
+            policy = f"fused_rnn::cuda::NarrowProduct<{policy}{narrow}>" if narrow else policy
             return f"fused_rnn::cuda::{self.kind}_kernel<fused_rnn::{cell}, {policy}, {self.tiles}{more}>"
         space = "fused_rnn::cuda::"
         storage, math = {
@@ -166,13 +173,20 @@ def struct(program: Program, name: str = "Printed", sequences: bool = False) -> 
     return "\n".join([*head, *constants, "", *_forward(program), "", *_backward(program), "};"]) + "\n"
 
 
+def definition(cell: Cell, name: str = "Printed", sequences: bool = False) -> str:
+    """The cell by this name: a user's as `struct` writes it, a built-in one as csrc/cells has it."""
+    if cell.program is not None:
+        return struct(cell.program, name, sequences)
+    return f"using {name} = {''.join(part.capitalize() for part in cell.name.split('_'))};\n"
+
+
 def _word(name: str) -> str:
     """A name of the user's, as far as it may stand in a source."""
     return re.sub(r"[^A-Za-z0-9_]", "_", name)
 
 
 def source(cells: str, kernels: Sequence[Kernel], instances: bool = True) -> str:
-    """A translation unit with structs that `struct` has written, and what some kernels need, all with the same `fewer`.
+    """A translation unit with cells that `definition` has written, and what kernels of the same `fewer` need.
     instances: with these kernels of the struct Printed."""
     headers = {f'#include "cuda/{k.kind if k.tiles else "pointwise"}.h"': None for k in kernels}
     policies = '#include "cuda/precision.h"'
@@ -180,6 +194,6 @@ def source(cells: str, kernels: Sequence[Kernel], instances: bool = True) -> str
     made = [f"template FUSED_RNN_INSTANCE {k.name('Printed')}({loop} fused_rnn::cuda::{k.loop});" for k in kernels]
     return "\n".join([
         f"#define FUSED_RNN_FEWER_BLOCKS {kernels[0].fewer}",
-        '#include "cells/cell.h"', *headers, policies, "",
+        '#include "cells/all.h"', *headers, policies, "",
         "namespace fused_rnn {", "", cells, "}  // namespace fused_rnn", "", *made * instances, "",
     ])  # fmt: skip

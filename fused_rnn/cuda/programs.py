@@ -1,4 +1,4 @@
-"""Kernels of users' cells: printed, compiled by NVRTC for the device at first use, and kept on disk.
+"""Kernels of users' cells and of narrow weights: compiled by NVRTC for the device at first use, and kept on disk.
 
 A file is named by all that went into it, and never changes.
 """
@@ -17,14 +17,13 @@ from typing import Any
 import torch
 
 from fused_rnn.cells import CELLS, Cell
-from fused_rnn.cells.program import Program
 from fused_rnn.cuda import module, nvrtc, plans, printer
 from fused_rnn.cuda.printer import Kernel
 from fused_rnn.gpu.files import cache_folder, replace
 from fused_rnn.plan import PRECISIONS, fewer_blocks
 
-# (program, kernel, whether with gradients of sequences, device) → what a loop of the module is given as `loaded`.
-Load = Callable[[Program, Kernel, bool, int], int]
+# (cell, kernel, whether with gradients of sequences, device) → what a loop of the module is given as `loaded`.
+Load = Callable[[Cell, Kernel, bool, int], int]
 
 _OPTIONS = ("-std=c++17", "--device-as-default-execution-space", "--ptxas-options=-v")
 _LARGEST = 12  # with so many blocks fewer one is left in registers, of any tile; FMA lanes have 3 at most
@@ -54,7 +53,7 @@ def loader() -> Load | None:
 
 
 def refusal() -> str | None:
-    """Why the kernels of users' cells cannot be had, or None."""
+    """Why the kernels that the module does not have cannot be had, or None."""
     if module.emulates():
         return None if _emulated is not None else "the emulator has the kernels of built-in cells alone"
     if (reason := nvrtc.missing()) is not None:
@@ -85,12 +84,12 @@ def _content(folder: Path) -> bytes:
     return found.digest()
 
 
-def compiled(program: Program, kernel: Kernel, sequences: bool, arch: int) -> nvrtc.Compiled:
+def compiled(cell: Cell, kernel: Kernel, sequences: bool, arch: int) -> nvrtc.Compiled:
     """A kernel's machine code, compiled or found. arch: 90 for sm_90."""
     folder = headers()
     if folder is None:
         raise RuntimeError(refusal())
-    source = printer.source(printer.struct(program, sequences=sequences), [kernel])
+    source = printer.source(printer.definition(cell, sequences=sequences), [kernel])
     options = [*_OPTIONS, f"--gpu-architecture={nvrtc.target(arch)}"]
     key = hashlib.sha256(repr((source, options, nvrtc.version())).encode() + _content(folder)).hexdigest()
     path = cache_folder() / f"{key}.kernel"
@@ -121,9 +120,9 @@ def _write(path: Path, made: nvrtc.Compiled) -> None:
     replace(path, head + b"\n" + made.image)
 
 
-def _load(program: Program, kernel: Kernel, sequences: bool, device: int) -> int:
+def _load(cell: Cell, kernel: Kernel, sequences: bool, device: int) -> int:
     loops = module.loaded()
-    made = compiled(program, kernel, sequences, loops.device(device).arch)
+    made = compiled(cell, kernel, sequences, loops.device(device).arch)
     if made.spills and kernel.tiles:
         raise Spills
     loaded: int = loops.load(made.image, made.name)
@@ -131,32 +130,35 @@ def _load(program: Program, kernel: Kernel, sequences: bool, device: int) -> int
 
 
 def loaded(cell: Cell, kernel: Kernel, device: int, sequences: bool = False) -> int:
-    """A kernel, for `loaded` of the module's loops on the current device; 0 of a built-in cell: the module has it."""
-    if cell.program is None:
+    """A kernel, for `loaded` of the module's loops on the current device; 0 where the module has it."""
+    if cell.program is None and kernel.narrow is None:
         return 0
     load = _load if _emulated is None else _emulated
     key = (module.loaded(), load, cell.name, kernel, sequences, device)
     with _lock:
         if key not in _loaded:
-            _loaded[key] = load(cell.program, kernel, sequences, device)
+            _loaded[key] = load(cell, kernel, sequences, device)
         return _loaded[key]
 
 
-def planned(cell: Cell, device: int, sizes: tuple[int, ...], sequences: bool = False) -> tuple[Any | None, int]:
+def planned(
+    cell: Cell, device: int, sizes: tuple[int, ...], sequences: bool = False, narrow: str | None = None
+) -> tuple[Any | None, int]:
     """The plan of a loop, or None where it runs a step at a time, and its kernel, as `loaded` gives it.
 
     sizes: as fused_rnn.plan.make has them.  sequences: backward, with gradients of the other states over time.
+    narrow: forward, what W_hh is kept in.
     """
     if not cell.recurrent:
         return None, 0
-    if cell.program is None:
+    if cell.program is None and narrow is None:
         return None if sequences else plans.choose(device, *sizes), 0
-    return _find((module.loaded(), _emulated, plans.forced()), cell.name, device, sizes, sequences)
+    return _find((module.loaded(), _emulated, plans.forced()), cell.name, device, sizes, sequences, narrow)
 
 
 @lru_cache(maxsize=4096)
 def _find(
-    now: tuple[Any, ...], name: str, device: int, sizes: tuple[int, ...], sequences: bool
+    now: tuple[Any, ...], name: str, device: int, sizes: tuple[int, ...], sequences: bool, narrow: str | None
 ) -> tuple[Any | None, int]:
     """A kernel for a known team, if there is one for the problem; where it spills, a general one. Where that spills it
     leaves a part of its weights to shared memory, by the plan that is then the best.
@@ -168,13 +170,13 @@ def _find(
     first, last = fewer_blocks(cell, precision, backward), 2 if precision == "ieee" else _LARGEST
     tries = [(True, 0)] * (first == 0) + [(False, fewer) for fewer in range(first, max(first, last) + 1, 2)]
     for known, fewer in tries:
-        plan = plans.choose(device, *sizes, known=known, fewer=fewer)
+        plan = plans.choose(device, *sizes, known=known, fewer=fewer, narrow=narrow)
         if plan is None:
             break
         if known and plan.shape < 0:
             continue
         with suppress(Spills):
-            kernel = Kernel(kind, precision, plan.rows // 8, fewer, plan.shape)
+            kernel = Kernel(kind, precision, plan.rows // 8, fewer, plan.shape, narrow)
             return plan, loaded(cell, kernel, device, sequences)
     return None, 0
 

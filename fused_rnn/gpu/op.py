@@ -69,8 +69,11 @@ def _check(name: str, tensor: Tensor | None, sizes: Sequence[int], x: Tensor, dt
         raise RuntimeError(f"{name}: got {list(tensor.shape)}, expected {list(sizes)}")
 
 
-def layer_of(call: LayerCall) -> tuple[Layer, list[Weights]]:
-    """The layer and each recurrence's weights, if all fits together; raises RuntimeError naming what does not."""
+def layer_of(call: LayerCall, w_hh: torch.dtype | None = None) -> tuple[Layer, list[Weights]]:
+    """The layer and each recurrence's weights, if all fits together; raises RuntimeError naming what does not.
+
+    w_hh: the dtype of W_hh, where it is not x's.
+    """
     x, cell, recurrences = call.x, call.spec, call.recurrences
     kinds = call.kinds
     if x.dim() not in (3, 4) or (x.dim() == 4 and x.shape[2] != recurrences):
@@ -81,7 +84,8 @@ def layer_of(call: LayerCall) -> tuple[Layer, list[Weights]]:
         raise RuntimeError(f"x: got {list(x.shape)}, expected at least one step, input and hidden unit")
     shapes = kinds.shapes(cell, x.shape[-1], hidden, width)
     for i, weight in enumerate(call.weights):
-        _check(f"weights[{i}]", weight, shapes[i % kinds.number], x)
+        place = i % kinds.number
+        _check(f"weights[{i}]", weight, shapes[place], x, w_hh if place == 1 else None)
     _check_states("0", cell, call.states, call, x)
     _check("lengths", call.lengths, (batch,), x, torch.int64)
     _check("reset", call.reset, (steps, batch), x, torch.bool)
@@ -118,22 +122,27 @@ def _check_backward(call: BackwardCall) -> None:
         _check("dsequences", gradient, expected, x)
 
 
+def forward(call: LayerCall, make: Make, w_hh: torch.dtype | None = None, plain: Plain | None = None) -> list[Tensor]:
+    """What the forward op does. w_hh: as `layer_of` has it."""
+    x = call.x
+    with on(x):
+        if plain is not None and (outputs := plain.forward(call)):
+            return outputs
+        layer, weights = layer_of(call, w_hh)
+        if x.shape[1] == 0:
+            return [torch.zeros_like(t) for t in fake.forward(*call)]
+        loops, steps = make(layer, x, False), layer.steps
+        whole = run.Forward(layer, call._replace(x=x.contiguous()), weights, [(0, steps)])
+        whole.run(loops, 0, steps)
+        return whole.outputs()
+
+
 def _implement(make: Make, plain: Plain | None) -> tuple[Callable[..., list[Tensor]], Callable[..., list[Tensor]]]:
-    def forward(*args: Any) -> list[Tensor]:
+    def checked_forward(*args: Any) -> list[Tensor]:
         call = LayerCall(*args)
         if call.save not in ("none", "gates", "recompute"):
             raise RuntimeError(f"save: got {call.save!r}, expected none, gates or recompute")
-        x = call.x
-        with on(x):
-            if plain is not None and (outputs := plain.forward(call)):
-                return outputs
-            layer, weights = layer_of(call)
-            if x.shape[1] == 0:
-                return [torch.zeros_like(t) for t in fake.forward(*call)]
-            loops, steps = make(layer, x, False), layer.steps
-            whole = run.Forward(layer, call._replace(x=x.contiguous()), weights, [(0, steps)])
-            whole.run(loops, 0, steps)
-            return whole.outputs()
+        return forward(call, make, plain=plain)
 
     def backward(*args: Any) -> list[Tensor]:
         call = BackwardCall(*args)
@@ -155,7 +164,7 @@ def _implement(make: Make, plain: Plain | None) -> tuple[Callable[..., list[Tens
             whole.run(loops, 0, steps)
             return whole.outputs()
 
-    return forward, backward
+    return checked_forward, backward
 
 
 def define(name: str, make: Make, keys: Sequence[str] = ("CUDA",), plain: Plain | None = None) -> tuple[Any, Any]:

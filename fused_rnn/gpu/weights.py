@@ -47,7 +47,7 @@ def recurrent_bias(weights: Sequence[Weights], cell: Cell) -> Tensor | None:
         return None
     hidden = weights[0].w_hh.shape[1]
     if weights[0].b_hh is None:
-        zeros: Tensor = weights[0].w_hh.new_zeros(len(weights), cell.apart, hidden)
+        zeros: Tensor = weights[0].w_ih.new_zeros(len(weights), cell.apart, hidden)
         return zeros
     return torch.stack([w.b_hh.view(cell.gates, hidden)[-cell.apart :] for w in weights])
 

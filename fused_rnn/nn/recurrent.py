@@ -101,7 +101,7 @@ class Recurrent(Fused, nn.RNNBase):
             batch_size: how many sequences run side by side.
             weights: None keeps the weights as they are and gives this module's numbers in eval mode; "bf16" or "int8"
                 (with a scale for each row) keeps the copy of a float32 module's weights in two bytes or one, on the
-                CPU.
+                CPU; on the CUDA loops W_hh, and "int8" of a 16-bit module, too.
 
         Returns:
             A :class:`~fused_rnn.Stream` on a copy of the weights, which only its `refresh()` renews.
@@ -110,7 +110,7 @@ class Recurrent(Fused, nn.RNNBase):
             ValueError: for a bidirectional module, whose other direction starts at the end of the sequence, and for
                 arguments that do not fit.
             RuntimeError: in training mode with dropout, which a stream does not apply.
-            NotImplementedError: for weights="bf16" or "int8" on another backend.
+            NotImplementedError: for weights="bf16" or "int8" on another backend than "cpu" and "cuda".
         """
         if self.bidirectional:
             raise ValueError("bidirectional: got True, expected False: its other direction starts at the last step")

@@ -12,8 +12,12 @@ from torch.autograd import forward_ad
 from torch.compiler import is_compiling, is_exporting
 
 from fused_rnn import checks, ops
+from fused_rnn.backends import cuda
+from fused_rnn.call import NARROW, Kinds
 from fused_rnn.cells import CELLS
-from fused_rnn.stream.runners import DTYPES, NARROW, PLAIN, Buffered, Packed
+from fused_rnn.plan import NARROWED
+from fused_rnn.problem import Problem
+from fused_rnn.stream.runners import DTYPES, PLAIN, Buffered, Narrowed, Packed
 from fused_rnn.transforms import op_gradient
 
 State = Tensor | tuple[Tensor, ...]
@@ -68,14 +72,10 @@ class Stream:
         self.output_size = width * heads
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype: got {self.dtype}, expected float32, float64, bfloat16 or float16")
-        if weights is not None and self.dtype != torch.float32:
-            raise ValueError(f"weights: got {weights!r} for a module of {self.dtype}, expected one of torch.float32")
         packs = self.device.type == "cpu" and backend in (None, "cpu") and ops.MISSING is None
         packs = packs and heads == 1 and (CELLS[cell].program is None or ops._C.refusal(cell) is None)
-        if weights is not None and not packs:
-            where = f"backend={backend!r} on {self.device}" + (f" with heads={heads}" if heads > 1 else "")
-            why = f" ({ops.MISSING})" if ops.MISSING else ""
-            raise NotImplementedError(f"weights={weights!r} goes with the cpu backend, got {where}{why}")
+        if weights is not None:
+            self._check_narrow(weights, packs, sizes)
         # Also in inference mode the state is of ordinary tensors, which may be written outside it.
         with torch.inference_mode(False), torch.no_grad():
             wide = torch.float64 if self.dtype == torch.float64 else torch.float32
@@ -86,13 +86,35 @@ class Stream:
                 for k, name in enumerate(CELLS[cell].states)
             }
             states = list(self._states.values())
-            self._runner: Packed | Buffered = (
-                Packed(cell, weights, self.input_size, sizes, states, self.dtype)
-                if packs
-                else Buffered(cell, backend, sizes, states, heads)
-            )
+            self._runner: Packed | Buffered | Narrowed
+            if packs:
+                self._runner = Packed(cell, weights, self.input_size, sizes, states, self.dtype)
+            elif weights is not None:
+                self._runner = Narrowed(cell, weights, sizes, states)
+            else:
+                self._runner = Buffered(cell, backend, sizes, states, heads)
             self._runner.take(flat)
         self._quick = self._runner.quick
+
+    def _check_narrow(self, weights: str, packs: bool, sizes: tuple[int, int, Kinds]) -> None:
+        """Raises for weights in fewer bytes that no loop takes. packs: whether the CPU's are asked."""
+        backend, heads, (hidden, width, kinds) = self._options["backend"], self._options["heads"], sizes
+        on_cuda = heads == 1 and (backend == "cuda" or (backend is None and self.device.type == "cuda"))
+        dtypes = NARROWED[weights] if on_cuda else (torch.float32,)
+        if self.dtype not in dtypes:
+            expected = ", ".join(map(str, dtypes))
+            raise ValueError(f"weights: got {weights!r} for a module of {self.dtype}, expected one of {expected}")
+        why = None if packs else ops.MISSING
+        if on_cuda:
+            problem = Problem(
+                self._cell, self.dtype, self.device.type, False, self.batch_size, self.input_size, hidden, width,
+                self.num_layers, 1, kinds.bias, False, False, "none", False, False,
+            )  # fmt: skip
+            why = cuda.narrows(problem)
+        if not packs and (why or not on_cuda):
+            where = f"backend={backend!r} on {self.device}" + (f" with heads={heads}" if heads > 1 else "")
+            why = f" ({why})" if why else ""
+            raise NotImplementedError(f"weights={weights!r} goes with the cpu and cuda backends, got {where}{why}")
 
     def step(self, x_t: Tensor, *, out: Tensor | None = None) -> Tensor:
         """One step: x_t [B, D] → y_t [B, P], the last layer's output, of the module's dtype and device.

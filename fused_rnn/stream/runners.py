@@ -1,4 +1,5 @@
-"""What runs a stream's steps: the CPU kernels on weights that lie packed, or any backend on buffers that never move."""
+"""What runs a stream's steps: the CPU kernels on packed weights; any backend, or the CUDA loops on weights in fewer
+bytes, on buffers that never move."""
 
 from __future__ import annotations
 
@@ -9,13 +10,33 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from fused_rnn import layers, ops
-from fused_rnn.call import Kinds
+from fused_rnn.backends import cuda
+from fused_rnn.call import NARROW, Kinds, LayerCall, Weights
+from fused_rnn.gpu.narrow import Narrow, narrowed, widened
 
-NARROW = {None: 0, "bf16": 1, "int8": 2}  # csrc/params.h, Narrow
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}  # csrc/params.h, Dtype
 PLAIN = (Tensor, nn.Parameter)
 
 Quick = Callable[[Tensor, Tensor | None], Tensor | None]  # a step, or None for a call out of the ordinary
+
+
+def _check(weights: Sequence[Tensor], narrow: str | None) -> None:
+    """Raises for what can be neither packed nor narrowed."""
+    for k, w in enumerate(weights):
+        if type(w) not in PLAIN:
+            raise TypeError(f"weights[{k}]: got a {type(w).__name__}, expected a plain tensor")
+        if narrow == "int8" and not bool(w.isfinite().all()):
+            raise ValueError(f"weights[{k}]: got a value that is not finite, which int8 cannot hold")
+
+
+def _outside_of_graphs(run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """run(x), which torch.compile does not look into."""
+    if is_compiling():
+        from fused_rnn.untraced import call  # here: it imports Dynamo, which takes a second and 140 MiB
+
+        y: Tensor = call(run, x)
+        return y
+    return run(x)
 
 
 class Packed:
@@ -43,22 +64,13 @@ class Packed:
         self.quick: Quick | None = None if ops.fast_path is None else self._native.fast_path(like)
 
     def take(self, weights: Sequence[Tensor]) -> None:
-        for k, w in enumerate(weights):
-            if type(w) not in PLAIN:
-                raise TypeError(f"weights[{k}]: got a {type(w).__name__}, expected a plain tensor")
-            if self._narrow == "int8" and not bool(w.isfinite().all()):
-                raise ValueError(f"weights[{k}]: got a value that is not finite, which int8 cannot hold")
+        _check(weights, self._narrow)
         plain = [w.resolve_neg().contiguous() for w in weights]
         each = self._kinds.split(plain)
         self._native.pack([[0 if t is None else t.data_ptr() for t in (*w[:5], *w.params)] for w in each])
 
     def run(self, x: Tensor) -> Tensor:
-        if is_compiling():
-            from fused_rnn.untraced import call  # here: it imports Dynamo, which takes a second and 140 MiB
-
-            y: Tensor = call(self._run, x)
-            return y
-        return self._run(x)
+        return _outside_of_graphs(self._run, x)
 
     def _run(self, x: Tensor) -> Tensor:
         x = x.detach().resolve_neg().contiguous()
@@ -111,3 +123,63 @@ class Buffered:
         for state, new in zip(states, after, strict=True):
             state.copy_(new)
         return y
+
+
+def _buffers(weights: list[Tensor], narrow: Narrow | None) -> list[Tensor]:
+    """All of a layer's memory."""
+    return weights if narrow is None or narrow.scale is None else [*weights, narrow.scale]
+
+
+class Narrowed:
+    """The CUDA loops, layer by layer, in buffers as Buffered has them: W_hh in fewer bytes, as the loops read it.
+
+    The products before the loops are torch's, of what the other matrices' numbers in fewer bytes stand for, in the
+    module's dtype. So is W_hh where a projection stands behind it, which the loops multiply it with beforehand.
+    """
+
+    quick: Quick | None = None
+
+    def __init__(self, cell: str, weights: str, sizes: tuple[int, int, Kinds], states: list[Tensor]) -> None:
+        self.sizes = sizes
+        self._cell, self._narrow, self._states = cell, weights, states
+        self._layers: list[tuple[list[Tensor], Narrow | None]] = []
+
+    def take(self, weights: Sequence[Tensor]) -> None:
+        _check(weights, self._narrow)
+        kinds = self.sizes[2]
+        layers = [self._narrowed(w, kinds.recurrent and not kinds.projects) for w in kinds.split(weights)]
+        if not self._layers:
+            self._layers = layers
+            return
+        for own, new in zip(self._layers, layers, strict=True):
+            for buffer, value in zip(_buffers(*own), _buffers(*new), strict=True):
+                buffer.copy_(value)
+
+    def _narrowed(self, w: Weights, keeps: bool) -> tuple[list[Tensor], Narrow | None]:
+        """A layer's weights as the loops take them. keeps: W_hh in fewer bytes."""
+
+        def rounded(matrix: Tensor | None) -> Tensor | None:
+            return None if matrix is None else widened(*narrowed(matrix, self._narrow), matrix.dtype)
+
+        made, narrow = w._replace(w_ih=rounded(w.w_ih), w_hr=rounded(w.w_hr)), None
+        if keeps:
+            values, scale = narrowed(w.w_hh, self._narrow)
+            made = made._replace(w_hh=values)
+            narrow = Narrow(self._narrow, None if scale is None else scale.view(1, -1, w.w_hh.shape[1]))
+        else:
+            made = made._replace(w_hh=rounded(w.w_hh))
+        flat = [*made[:5], *made.params]
+        return [t.clone() for t in flat if t is not None], narrow
+
+    def run(self, x: Tensor) -> Tensor:
+        return _outside_of_graphs(self._run, x)
+
+    def _run(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            for k, (weights, narrow) in enumerate(self._layers):
+                states = [state[k : k + 1] for state in self._states]
+                call = LayerCall(x, weights, states, None, None, self._cell, (1,))
+                x, *after = cuda.forward(call) if narrow is None else cuda.forward_narrow(call, narrow)
+                for state, new in zip(states, after, strict=True):
+                    state.copy_(new)
+        return x

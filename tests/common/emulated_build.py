@@ -66,6 +66,7 @@ class Instance(NamedTuple):
     cell: str
     precision: str
     smallest: bool = False  # the smallest tile's kernels alone: a third of the time
+    narrow: str = ""  # forward kernels alone, of W_hh in fewer bytes
 
 
 def _run(command: list[str]) -> str:
@@ -140,6 +141,7 @@ def module(
     for one in instances:
         defines = [f"-DFUSED_RNN_FORMULA={types[one.cell]}", f"-DFUSED_RNN_PRECISION={one.precision}"]
         defines += ["-DFUSED_RNN_SMALLEST_TILE"] * one.smallest
+        defines += [f"-DFUSED_RNN_NARROW={one.narrow}"] * bool(one.narrow)
         units.append((csrc / "cuda" / "instantiate.cu", [*flags, *defines]))
     units += [(csrc / name, flags) for name in PLAIN]
     units.append((_text("absent", ABSENT.format(kernels="\n".join(absent))), ["-O0"]))

@@ -1,4 +1,4 @@
-"""Kernels of users' cells over the emulator: what fused_rnn.cuda.printer prints, compiled by g++ and loaded by address.
+"""Kernels compiled at first use, over the emulator: what fused_rnn.cuda.printer prints, by g++, loaded by address.
 
 A library holds the kernels of one group, of several cells. The sources' text names it, with that of all headers.
 """
@@ -15,8 +15,9 @@ from typing import NamedTuple
 
 import emulated_build as build
 
-from fused_rnn.cells.program import Program, parse
-from fused_rnn.cuda.printer import Kernel, source, struct
+from fused_rnn.cells import CELLS, Cell
+from fused_rnn.cells.program import parse
+from fused_rnn.cuda.printer import Kernel, definition, source
 
 FLAGS = ["-O1", "-g0", "-shared"]
 ENTRY = """
@@ -44,7 +45,7 @@ def shapes(members: int, units: int) -> list[int]:
 
 
 class Printed(NamedTuple):
-    """A kernel of a user's cell. text: the cell's name.  sequences: with gradients of states over time."""
+    """A kernel that the module does not have. text: the cell's name.  sequences: with gradients of states over time."""
 
     text: str
     kernel: Kernel
@@ -80,7 +81,7 @@ def _headers() -> bytes:
 def _source(group: tuple[Printed, ...]) -> str:
     """One translation unit."""
     cells = {(one.text, one.sequences): f"Cell{i}" for i, one in enumerate(group)}
-    structs = [struct(parse(text), name, sequences) for (text, sequences), name in cells.items()]
+    structs = [definition(CELLS[text], name, sequences) for (text, sequences), name in cells.items()]
     parts = [source("\n".join(structs), [one.kernel for one in group], instances=False)]
     parts.append('#include "emulated/emulate.h"\n')
     for i, (text, kernel, sequences) in enumerate(group):
@@ -117,7 +118,7 @@ class Loader:
     def __init__(self, groups: Iterable[Iterable[Printed]] = ()) -> None:
         self.groups = [tuple(group) for group in groups]
 
-    def __call__(self, program: Program, kernel: Kernel, sequences: bool, device: int) -> int:
-        one = Printed(program.text, kernel, sequences)
+    def __call__(self, cell: Cell, kernel: Kernel, sequences: bool, device: int) -> int:
+        one = Printed(cell.name, kernel, sequences)
         group = next((group for group in self.groups if one in group), (one,))
         return _address(group, group.index(one))

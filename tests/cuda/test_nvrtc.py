@@ -1,4 +1,4 @@
-"""Users' cells compiled by NVRTC, which needs no GPU, where there is one; and how their kernels are kept and loaded."""
+"""Users' cells and narrow weights by NVRTC, which needs no GPU, where there is one; how kernels are kept and loaded."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from emulated_printed import SHAPES
 from programs import GRU, LEAKY, LSTM, SRU
 
 from fused_rnn.cells import CELLS
-from fused_rnn.cells.program import parse
 from fused_rnn.cuda import module, nvrtc, printer, programs
 from fused_rnn.cuda.printer import Kernel
 
@@ -29,6 +28,12 @@ KERNELS = [
     (LSTM, Kernel("persistent_fwd", "bf16", 1, shape=SHAPES.index((False, "cluster", 4, 16)))),
     (GRU, Kernel("persistent_bwd", "tf32", 1, shape=SHAPES.index((True, "scatter", 4, 16)))),
     (LSTM, Kernel("persistent_bwd", "bf16", 2, shape=SHAPES.index((True, "direct", 32, 32)))),
+    ("lstm", Kernel("persistent_fwd", "tf32", 1, narrow="int8")),
+    ("gru", Kernel("persistent_fwd", "bf16", 4, narrow="int8")),
+    ("rnn_relu", Kernel("persistent_fwd", "ieee", 2, narrow="bf16")),
+    (LEAKY, Kernel("persistent_fwd", "f16", 2, narrow="int8")),
+    ("lstm", Kernel("persistent_fwd", "bf16", 1, shape=SHAPES.index((False, "grid", 64, 16)), narrow="int8")),
+    ("lstm", Kernel("persistent_fwd", "tf32", 1, shape=SHAPES.index((False, "grid", 32, 32)), narrow="int8")),
 ]
 
 
@@ -39,10 +44,10 @@ def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @needs_nvrtc
-@pytest.mark.parametrize("arch", [80, 90, 100])
+@pytest.mark.parametrize("arch", [80, 90, 100, 120])
 @pytest.mark.parametrize(("text", "kernel"), KERNELS, ids=lambda value: getattr(value, "kind", None))
 def test_kernels_compile(text: str, kernel: Kernel, arch: int) -> None:
-    made = programs.compiled(parse(text), kernel, False, arch)
+    made = programs.compiled(CELLS[text], kernel, False, arch)
     assert made.image[:4] == b"\x7fELF"
     assert made.spills == 0
     assert kernel.kind in made.name
@@ -66,7 +71,7 @@ def test_a_file_that_is_none(tmp_path: Path) -> None:
 )
 def test_the_same_source_by_nvcc(text: str, kernel: Kernel, tmp_path: Path) -> None:
     path = tmp_path / "cell.cu"
-    path.write_text(printer.source(printer.struct(parse(text)), [kernel]))
+    path.write_text(printer.source(printer.definition(CELLS[text]), [kernel]))
     flags = ["-std=c++17", "-cubin", "-arch=sm_90a", "--expt-relaxed-constexpr", "-Xptxas", "-v", f"-I{ROOT / 'csrc'}"]
     done = subprocess.run(
         ["nvcc", *flags, str(path), "-o", str(tmp_path / "cell.cubin")], capture_output=True, text=True, check=False
@@ -92,20 +97,20 @@ def counting(monkeypatch: pytest.MonkeyPatch, spills: int = 0) -> list[tuple[str
 
 def test_a_kernel_is_compiled_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     calls, (text, kernel) = counting(monkeypatch), KERNELS[0]
-    first = programs.compiled(parse(text), kernel, False, 90)
-    assert programs.compiled(parse(text), kernel, False, 90) == first
+    first = programs.compiled(CELLS[text], kernel, False, 90)
+    assert programs.compiled(CELLS[text], kernel, False, 90) == first
     assert len(calls) == 1
     (kept,) = (tmp_path / "kernels").iterdir()
     for changed in (
-        (parse(LEAKY), kernel, False, 90),
-        (parse(text), kernel._replace(tiles=2), False, 90),
-        (parse(text), kernel, True, 90),
-        (parse(text), kernel, False, 80),
+        (CELLS[LEAKY], kernel, False, 90),
+        (CELLS[text], kernel._replace(tiles=2), False, 90),
+        (CELLS[text], kernel, True, 90),
+        (CELLS[text], kernel, False, 80),
     ):
         programs.compiled(*changed)
     assert len(calls) == 5
     kept.write_bytes(kept.read_bytes()[:-1])  # not all of it
-    assert programs.compiled(parse(text), kernel, False, 90) == first
+    assert programs.compiled(CELLS[text], kernel, False, 90) == first
     assert len(calls) == 6
 
 
@@ -121,8 +126,8 @@ def test_a_folder_that_cannot_be_written_to(monkeypatch: pytest.MonkeyPatch, tmp
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("FUSED_RNN_CACHE_DIR", str(tmp_path / "file" / "below"))
     calls, (text, kernel) = counting(monkeypatch), KERNELS[0]
-    programs.compiled(parse(text), kernel, False, 90)
-    programs.compiled(parse(text), kernel, False, 90)
+    programs.compiled(CELLS[text], kernel, False, 90)
+    programs.compiled(CELLS[text], kernel, False, 90)
     assert len(calls) == 2
 
 
@@ -149,8 +154,8 @@ class Module:
         return 1000 + len(self.given)
 
     def make_plan(self, *arguments: Any) -> Any:
-        self.asked.append(arguments[-2:])
-        return SimpleNamespace(refusal="", rows=8, shape=0 if arguments[-2] else -1)
+        self.asked.append(arguments[-3:-1])
+        return SimpleNamespace(refusal="", rows=8, shape=0 if arguments[-3] else -1)
 
 
 def test_kernels_are_loaded_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,6 +167,8 @@ def test_kernels_are_loaded_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(calls) == 2
     assert loops.given[0] == (b"\x7fELF\n\x00image", "_Zname")
     assert programs.pointwise(CELLS["lstm"], "Forward", torch.bfloat16, 0) == 0
+    for narrow, loaded in ((None, 0), ("int8", 1003), ("int8", 1003)):  # of whole weights the module has it
+        assert programs.loaded(CELLS["lstm"], Kernel("persistent_fwd", "tf32", 1, narrow=narrow), 0) == loaded
 
 
 @pytest.mark.parametrize(("spills", "tries"), [(0, []), (3, [0, 2, 4]), (1000, list(range(0, 14, 2)))])
@@ -179,7 +186,7 @@ def test_what_is_missing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FUSED_RNN_NVRTC", "/nowhere/libnvrtc.so")
     nvrtc._library.cache_clear()
     try:
-        assert "a user's cell is compiled by NVRTC, and /nowhere/libnvrtc.so cannot be loaded" in str(nvrtc.missing())
+        assert "not built in are compiled by NVRTC, and /nowhere/libnvrtc.so cannot be loaded" in str(nvrtc.missing())
         assert programs.refusal() == nvrtc.missing()
         with pytest.raises(RuntimeError, match=r"/nowhere/libnvrtc\.so"):
             nvrtc._ask("nvrtcVersion")

@@ -217,6 +217,70 @@ def test_reasons() -> None:
     assert ask(hidden=70000).reason is not None
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_plan_of_narrow_weights_can_run(dtype: torch.dtype) -> None:
+    """As good as one of whole weights, at the least, where there is one for the rows and units."""
+    for cell, hidden, batch, weights in itertools.product(
+        CELLS, (1, 17, 100, 128, 512, 1000, 1024, 2048), (1, 8, 33, 256), ("bf16", "int8")
+    ):
+        if weights == "bf16" and dtype != torch.float32:
+            continue
+        for tf32 in (False, True):
+            options: dict[str, Any] = {"dtype": dtype, "tf32": tf32}
+            narrow, whole = (ask(cell, batch, hidden, weights=w, **options) for w in (weights, None))
+            if narrow.reason is None:
+                assert_runs(narrow, cell, batch, hidden, 1)
+                fixed = {"exchange": narrow.exchange, "members": narrow.members, "rows": narrow.rows}
+                same = ask(cell, batch, hidden, **fixed, **options)
+                assert same.reason is not None or same.shared >= narrow.shared
+            else:
+                assert whole.reason is not None or "it is estimated to take" in narrow.reason
+
+
+def test_narrow_weights_fit_where_whole_ones_do_not() -> None:
+    options: dict[str, Any] = {"batch": 8, "dtype": torch.float32, "tf32": True}
+    assert ask(hidden=2048, **options).reason is not None
+    assert ask(hidden=2048, weights="int8", **options).exchange == "grid"
+    assert ask(hidden=1536, weights="bf16", **options).exchange == "grid"
+    # H = 1024 in half of the multiprocessors that float32 takes, or in one cluster.
+    for members, weights in ((32, "bf16"), (32, "int8"), (16, "int8")):
+        forced = {"members": members, "exchange": "grid"}
+        assert ask(hidden=1024, **forced, **options).reason is not None
+        assert ask(hidden=1024, weights=weights, **forced, **options).members == members
+    assert ask(batch=8, hidden=1024, weights="int8", exchange="cluster").members == 16
+    assert "W_hh of 67108864 bytes" in str(ask(hidden=4096, weights="int8", **options).reason)
+
+
+def test_known_teams_of_narrow_weights() -> None:
+    """Some have no registers for whole weights: H = 1024 in 32 members, and float32's in 64."""
+    for members, weights, options in (
+        (32, "int8", {"dtype": torch.bfloat16}),
+        (64, "bf16", {"dtype": torch.float32, "tf32": True}),
+        (32, "int8", {"dtype": torch.float32, "tf32": True}),
+    ):
+        forced: dict[str, Any] = {"batch": 8, "hidden": 1024, "exchange": "grid", "members": members, **options}
+        narrow, general = ask(weights=weights, **forced), ask(**forced)
+        assert narrow.known and not general.known
+        assert_runs(narrow, "lstm", 8, 1024, 1)
+        assert general.reason is not None or sum(narrow.cycles) < sum(general.cycles)
+
+
+def test_what_widening_costs() -> None:
+    """Of known teams with registers for whole weights nothing; of others more where it takes more instructions."""
+    for dtype, weights in ((torch.bfloat16, "int8"), (torch.float32, "bf16"), (torch.float32, "int8")):
+        options: dict[str, Any] = {"batch": 8, "dtype": dtype, "tf32": True, "exchange": "cluster", "rows": 8}
+        known, whole = (ask(hidden=128, members=8, weights=w, **options) for w in (weights, None))
+        assert known.known and known.cycles.product == whole.cycles.product
+        general, whole = (ask(hidden=100, members=4, weights=w, **options) for w in (weights, None))
+        assert not general.known and general.cycles.product > whole.cycles.product
+        assert general.shared < whole.shared or general.cycles.loads <= whole.cycles.loads
+    in_f16, in_bf16 = (
+        ask(batch=8, hidden=100, members=4, exchange="cluster", rows=8, weights="int8", dtype=dtype).cycles.product
+        for dtype in (torch.float16, torch.bfloat16)
+    )
+    assert in_f16 < in_bf16
+
+
 @pytest.mark.parametrize(
     ("arguments", "options", "said"),
     [
@@ -227,6 +291,13 @@ def test_reasons() -> None:
         (("lstm", 1, 1), {"dtype": torch.int8}, "dtype: got torch.int8, expected one of torch.bfloat16"),
         (("lstm", 1, 1), {"exchange": "ring"}, "exchange: got 'ring', expected None or one of cta, cluster, grid"),
         (("lstm", 1, 1), {"device": "cpu"}, "device: got 'cpu', expected a CUDA device, one of sm_80"),
+        (("lstm", 1, 1), {"weights": "int4"}, "weights: got 'int4', expected None, 'bf16' or 'int8'"),
+        (
+            ("lstm", 1, 1),
+            {"weights": "int8", "backward": True},
+            "weights: got 'int8' with torch.float32, backward=True",
+        ),
+        (("lstm", 1, 1), {"weights": "bf16", "dtype": torch.float16}, "expected forward in torch.float32"),
     ],
 )
 def test_bad_questions(arguments: tuple[Any, ...], options: dict[str, Any], said: str) -> None:

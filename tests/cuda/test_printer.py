@@ -14,9 +14,10 @@ from torch import Tensor
 from fused_rnn import ops
 from fused_rnn.backends import cuda as backend
 from fused_rnn.call import LayerCall
+from fused_rnn.cells import CELLS
 from fused_rnn.cells.program import BINARY, PREFIX, TERNARY, UNARY, parse
 from fused_rnn.cuda import programs
-from fused_rnn.cuda.printer import Kernel, source, struct
+from fused_rnn.cuda.printer import Kernel, definition, source, struct
 
 LEAKY_STRUCT = """// leaky: h, a
 struct Printed : CellDefaults {
@@ -62,6 +63,17 @@ def test_a_source_has_what_its_kernels_need() -> None:
         "pointwise_fwd_kernel<fused_rnn::Printed, double, fused_rnn::Libm<double>>",
     ):
         assert part in text, part
+
+
+def test_a_built_in_cell_is_named() -> None:
+    for cell, name in (("lstm", "Lstm"), ("rnn_relu", "RnnRelu")):
+        kernel = Kernel("persistent_fwd", "bf16", 1, shape=3, narrow="int8")
+        text = source(definition(CELLS[cell]), [kernel])
+        assert f"using Printed = {name};" in text
+        narrow = "fused_rnn::cuda::NarrowProduct<fused_rnn::cuda::Bf16Product, fused_rnn::cuda::Narrow::int8>"
+        known = "fused_rnn::cuda::KnownTeam<3, fused_rnn::cuda::Bf16Product::kPrecision, fused_rnn::Printed::gates"
+        known += ", fused_rnn::cuda::Narrow::int8>"
+        assert f"persistent_fwd_kernel<fused_rnn::Printed, {narrow}, 1, {known}>" in text
 
 
 def test_a_name_of_the_users_cannot_leave_its_place() -> None:

@@ -15,7 +15,9 @@ from emulated_build import CELLS as BUILT_IN
 from tolerances import TIMES_TORCH, ULPS, error
 from torch import Tensor
 
+from fused_rnn.call import NARROW
 from fused_rnn.cells import CELLS
+from fused_rnn.gpu.narrow import narrowed, widened
 
 from . import reference
 
@@ -68,10 +70,11 @@ class Case(NamedTuple):
     every: int = 2
     rows: int = 8
     sequences: bool = False  # states over time are returned, and have gradients
+    narrow: str = ""  # what W_hh is kept in, without backward
 
     @property
     def name(self) -> str:
-        options = ("lengths" * self.lengths, "reset" * self.reset, "sequences" * self.sequences, self.save)
+        options = ("lengths" * self.lengths, "reset" * self.reset, "sequences" * self.sequences, self.save, self.narrow)
         shape = f"T{self.T} B{self.B} H{self.H} {self.directions} rows{self.rows}"
         return " ".join([self.cell, self.precision, self.exchange, shape, *filter(None, options)])
 
@@ -167,7 +170,7 @@ def pairwise(
         best = max(pool, key=lambda row: len(pairs(row) & left))
         left -= pairs(best)
         rows.append(best)
-    return [Case(**{name: row[name] for name in Case._fields}) for row in rows]
+    return [Case(**{name: row[name] for name in Case._fields if name in row}) for row in rows]
 
 
 def _raw(t: Tensor, dtype: torch.dtype) -> np.ndarray[Any, Any]:
@@ -195,6 +198,14 @@ def job(case: Case) -> dict[str, Any]:
     }
     if spec.recurrent:
         given["w"] = normal(recurrences, spec.gates, units, units, scale=units**-0.5)
+    kept = {}
+    if case.narrow:
+        # Rows of several magnitudes, so that no scale is like another.
+        rows = given["w"].float().flatten(0, 2) * torch.logspace(-1, 0, given["w"][..., 0].numel()).unsqueeze(1)
+        values, scale = narrowed(rows, case.narrow)
+        given["w"] = widened(values, None if scale is None else scale.double(), torch.float64).view(given["w"].shape)
+        kept = {"w": values.numpy() if scale is not None else _raw(values, torch.bfloat16)}
+        kept["scale"] = None if scale is None else scale.numpy()
     if spec.params:
         given["params"] = normal(recurrences, len(spec.params), units)
     for i in range(len(spec.states)):
@@ -231,8 +242,9 @@ def job(case: Case) -> dict[str, Any]:
             arrays[name] = _raw(t, wide if name.startswith("ds") else dtype)
             arrays[f"wide {name}"] = _raw(t, wide)
     kind, members, _, known = EXCHANGES[case.exchange]
+    told = {"kind": kind, "members": members, "known": known, "name": case.name, "narrow": NARROW[case.narrow or None]}
     return {
-        "case": case._asdict() | {"kind": kind, "members": members, "known": known, "name": case.name},
+        "case": case._asdict() | told,
         "spec": {
             "gates": spec.gates,
             "states": len(spec.states),
@@ -243,7 +255,7 @@ def job(case: Case) -> dict[str, Any]:
             "recurrent": spec.recurrent,
             "persistent_sequences": case.cell not in BUILT_IN,
         },
-        "given": arrays,
+        "given": arrays | kept,
         "right": {name: t.numpy() for name, t in right.items()},
         "allowed": allowed,
     }

@@ -57,7 +57,7 @@ class Run:
         self.recurrent, self.persistent_sequences = spec["recurrent"], spec["persistent_sequences"]
         self.storage = TYPES[case["precision"]]
         self.wide = np.float64 if self.storage is np.float64 else np.float32
-        self.given = {name: np.array(a) for name, a in job["given"].items()}
+        self.given = {name: np.array(a) for name, a in job["given"].items() if a is not None}
         self.backwards = [direction == "r" for direction in case["directions"]]
         self.held: list[Array] = []  # arrays must outlive the calls that were given their addresses
         self.bad: list[str] = []
@@ -112,8 +112,9 @@ class Run:
         elif known and exchange == (2 if backward else 4):  # there the smallest of the general kernels
             exchange, rows, known = 2, 8, False
         plan = self.module.make_plan(
-            self.kind, backward, *shape, self.module.device(0), exchange, self.case["members"], rows, known
-        )
+            self.kind, backward, *shape, self.module.device(0), exchange, self.case["members"], rows, known, 0,
+            self.case["narrow"],
+        )  # fmt: skip
         if plan.refusal:
             raise RuntimeError(plan.refusal)
         assert (plan.shape >= 0) == known
@@ -172,9 +173,10 @@ class Run:
         carried = [given[f"wide s{i}"].copy() for i in range(self.first, self.states)]
         h_n = self.poisoned("h_n", self.R, self.B, self.H)
         loop = {
-            "gx": given["gx"], "w": given.get("w"), "bias": given["bias"], "params": given.get("params"),
-            "h0": given["s0"], "carried": carried, "y": self.y, "h_n": h_n, "saved": self.saved,
-            "histories": self.histories, "wide": self.are_wide, "checkpoints": self.checkpoints, "every": every,
+            "gx": given["gx"], "w": given.get("w"), "scale": given.get("scale"), "bias": given["bias"],
+            "params": given.get("params"), "h0": given["s0"], "carried": carried, "y": self.y, "h_n": h_n,
+            "saved": self.saved, "histories": self.histories, "wide": self.are_wide, "checkpoints": self.checkpoints,
+            "every": every,
         }  # fmt: skip
         if not self.recurrent:
             self.bind("Forward", None, loop).run(0, 0)
@@ -205,7 +207,7 @@ class Run:
 
     def backward(self) -> None:
         save, every = self.case["save"], self.case["every"]
-        if save == "none" and self.S:
+        if (save == "none" and self.S) or self.case["narrow"]:
             return
         if save == "recompute":
             for first in range((self.T - 1) // every * every, -1, -every):

@@ -52,6 +52,14 @@ ONE_M_TILE = Case("lstm", "bf16", "direct 8", 4, 3, 128)
 # Of a known team whose forward has a part of its weights in shared memory, and two units a thread.
 WIDE = Case("lstm", "bf16", "known grid", 3, 16, 320, rows=16)
 
+# W_hh in fewer bytes; 48 is whole vectors of them, 17 not.
+INT8 = Case("lstm", "bf16", "cta", 3, 3, 48, "fr", save="none", narrow="int8")
+UNALIGNED = INT8._replace(H=17)
+BEYOND = Case("gru", "ieee", "cluster 4", 2, 1, 256, save="none", narrow="bf16")  # more blocks than in registers
+KNOWN = INT8._replace(exchange="scatter 4", H=64)
+IN_F16, IN_TF32 = INT8._replace(precision="f16"), INT8._replace(precision="tf32")
+PAIRS = IN_TF32._replace(narrow="bf16")
+
 
 class Mutation(NamedTuple):
     file: str  # in csrc
@@ -64,13 +72,14 @@ class Mutation(NamedTuple):
 
     @property
     def instance(self) -> Instance:
-        return Instance(self.cases[0].cell, self.cases[0].precision, smallest=True)
+        return Instance(self.cases[0].cell, self.cases[0].precision, smallest=True, narrow=self.cases[0].narrow)
 
 
 FWD, BWD, EXCHANGE, PRECISION = "cuda/persistent_fwd.h", "cuda/persistent_bwd.h", "cuda/exchange.h", "cuda/precision.h"
 WEIGHTS, GATHER, SCATTERS, INDEX = "cuda/weights.h", "cuda/gather.h", "cuda/scatter.h", "cuda/index.h"
 DIRECTLY, PRODUCT = "cuda/direct.h", "cuda/product.h"
 UNIT_FWD, UNIT_BWD = "cuda/unit_fwd.h", "cuda/unit_bwd.h"
+WIDEN = "cuda/primitives/widen.h"
 WRONG = "error "
 
 MUTATIONS: dict[str, Mutation] = {
@@ -112,8 +121,8 @@ MUTATIONS: dict[str, Mutation] = {
     ),
     "shared memory for one fragment too few": Mutation(
         "cuda/layout.h",
-        "t.mt * t.registers / 4 * 32;",
-        "t.mt * t.registers / 4 * 32 - 1;",
+        "t.mt * t.kept / 4 * 32;",
+        "t.mt * t.kept / 4 * 32 - 1;",
         "asan",
         "AddressSanitizer",
         (CTA,),
@@ -569,6 +578,71 @@ MUTATIONS: dict[str, Mutation] = {
     ),
     "known: forward: a reset a step late for the product": Mutation(
         UNIT_FWD, "(kKnown ? resets_.zero()", "(kKnown ? reset_", "plain", WRONG, (SCATTER_RESET,)
+    ),
+    # ---- W_hh in fewer bytes
+    "narrow: the scale of another gate": Mutation(
+        WEIGHTS, "scale[(r * G + g) *", "scale[(r * G + (g ^ 1)) *", "plain", WRONG, (INT8,)
+    ),
+    "narrow: the scale of another recurrence": Mutation(
+        WEIGHTS, "scale[(r * G + g) *", "scale[g *", "plain", WRONG, (INT8,)
+    ),
+    "narrow: the scale of the unit beside": Mutation(
+        WEIGHTS, "* width + u] :", "* width + (u ^ 1)] :", "plain", WRONG, (INT8,)
+    ),
+    "narrow: the scale of another member's unit": Mutation(
+        FWD, "width, me.first_u + index[j].u)", "width, index[j].u)", "plain", WRONG, (KNOWN,)
+    ),
+    "narrow: the scale of a unit past the end": Mutation(
+        WEIGHTS, "u < width ? scale", "true ? scale", "asan", "AddressSanitizer", (UNALIGNED,)
+    ),
+    "narrow: a scale counts twice": Mutation(WEIGHTS, "*= of_[g]", "*= of_[g] * of_[g]", "plain", WRONG, (INT8,)),
+    "narrow: a scale does not count": Mutation(FWD, "scales[j].apply(recurrent);", "", "plain", WRONG, (INT8,)),
+    "narrow: the sign is lost": Mutation(WIDEN, "word ^ 0x80808080u", "word", "plain", WRONG, (IN_F16,)),
+    "narrow: the sign is lost in bf16": Mutation(WIDEN, "word & 0x80808080u", "0", "plain", WRONG, (INT8,)),
+    "narrow: the bias stays in f16": Mutation(WIDEN, "0xe480e480u", "0xe400e400u", "plain", WRONG, (IN_F16,)),
+    "narrow: the bias stays in tf32": Mutation(WIDEN, "0x1p23f + 128", "0x1p23f", "plain", WRONG, (IN_TF32,)),
+    "narrow: one of the bias stays": Mutation(
+        WIDEN, "0x1p23f + 128", "0x1p23f + 127", "plain", WRONG, (INT8._replace(precision="ieee"),)
+    ),
+    "narrow: neighbours change places": Mutation(
+        WIDEN, "0x7540u + uint32_t(i)", "0x7540u + uint32_t(i ^ 1)", "plain", WRONG, (IN_TF32,)
+    ),
+    "narrow: pairs change places": Mutation(WIDEN, "pair = i ?", "pair = !i ?", "plain", WRONG, (INT8,)),
+    "narrow: halves change places": Mutation(
+        WIDEN, "wide[0] = word << 16;\n  wide[1] =", "wide[1] = word << 16;\n  wide[0] =", "plain", WRONG, (PAIRS,)
+    ),
+    "narrow: widened by the word beside": Mutation(
+        PRECISION, "renewed(int(kept[i]))", "renewed(int(kept[i ^ 1]))", "plain", WRONG, (INT8,)
+    ),
+    "narrow: a quad of single weights is put over the one before": Mutation(
+        "cuda/product.h", "+ first % 4)", "+ 0)", "plain", WRONG, (UNALIGNED,)
+    ),
+    "narrow: the registers keep the weights of the block before": Mutation(
+        "cuda/product.h",
+        "weights.load(row0(m), k0(i), kept[m]);\n      hold(",
+        "weights.load(row0(m), k0(i ? i - 1 : 0), kept[m]);\n      hold(",
+        "plain",
+        WRONG,
+        (INT8,),
+    ),
+    "narrow: one block stands for all in shared memory": Mutation(
+        "cuda/product.h", "fetch(kept, i - kHeld)", "fetch(kept, 0)", "plain", WRONG, (BEYOND,)
+    ),
+    "narrow: of known teams, the weights as they were kept": Mutation(
+        "cuda/product.h",
+        "Policy::widen(kept[m], held[m]);",
+        "Policy::widen(kept[0], held[m]);",
+        "plain",
+        WRONG,
+        (KNOWN,),
+    ),
+    "narrow: shared memory as for whole weights is not there": Mutation(
+        "cuda/product.h",
+        "(kVectors * 32) + lane()",
+        "(MT * kQuads * 32) + lane()",
+        "asan",
+        "AddressSanitizer",
+        (UNALIGNED,),
     ),
     "known: backward: a reset of the step before": Mutation(
         UNIT_BWD,
