@@ -192,20 +192,31 @@ class Product {
   FUSED_RNN_DEVICE void load(const Weights& weights) {
     FUSED_RNN_UNROLL
     for (int i = 0; i < kHeld; ++i) {
-      Kept kept;
-      FUSED_RNN_UNROLL
-      for (int m = 0; m < MT; ++m) weights.load(row0(m), k0(i), kept[m]);
-      hold(kept, held_[i]);
+      if constexpr (Policy::kNarrow == Narrow::none) {
+        FUSED_RNN_UNROLL
+        for (int m = 0; m < MT; ++m) weights.load(row0(m), k0(i), held_[i][m]);
+      } else {
+        Kept kept;
+        FUSED_RNN_UNROLL
+        for (int m = 0; m < MT; ++m) weights.load(row0(m), k0(i), kept[m]);
+        hold(kept, held_[i]);
+      }
       if (i % 2) sync_warp();  // keeps the compiler from making the addresses of all blocks first, and spilling them
     }
     FUSED_RNN_UNROLL_BY(2)
     for (int i = kHeld; i < count(); ++i) {
-      Kept kept;
+      constexpr int kAtOnce = Policy::kKept % 4 ? MT : 1;  // m tiles, which fill whole vectors
       FUSED_RNN_UNROLL
-      for (int m = 0; m < MT; ++m) weights.load(row0(m), k0(i), kept[m]);
-      FUSED_RNN_UNROLL
-      for (int v = 0; v < kVectors; ++v)
-        *place(i - kHeld, v) = {word(kept, 4 * v), word(kept, 4 * v + 1), word(kept, 4 * v + 2), word(kept, 4 * v + 3)};
+      for (int m = 0; m < MT; m += kAtOnce) {
+        uint32_t kept[kAtOnce][Policy::kKept];
+        FUSED_RNN_UNROLL
+        for (int n = 0; n < kAtOnce; ++n) weights.load(row0(m + n), k0(i), kept[n]);
+        constexpr int kVectorsAtOnce = kAtOnce * Policy::kKept / 4;
+        FUSED_RNN_UNROLL
+        for (int v = 0; v < kVectorsAtOnce; ++v)
+          *place(i - kHeld, m * Policy::kKept / 4 + v) = {word(kept, 4 * v), word(kept, 4 * v + 1), word(kept, 4 * v + 2),
+                                                          word(kept, 4 * v + 3)};
+      }
     }
     sync_warp();
   }
