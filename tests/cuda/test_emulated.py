@@ -21,6 +21,7 @@ from torch import Tensor
 from fused_rnn.cells import CELLS, Cell
 
 from .emulated import cases, mutations
+from .emulated.mutation import plant
 
 DRIVER, HEADER = (Path(cases.__file__).parent / name for name in ("drive.py", "more_cells.h"))
 pytestmark = pytest.mark.skipif(shutil.which(build.CXX) is None, reason=f"no {build.CXX}")
@@ -158,7 +159,7 @@ def mutants(
 
     def made(name: str, number: int) -> Path:
         mutation = mutations.MUTATIONS[name]
-        csrc = mutations.plant(mutation, folder / str(number))
+        csrc = plant(mutation, folder / str(number))
         return build.module(mutation.by, [mutation.instance], csrc, more_for(mutation.instance))
 
     tests = [item for item in request.session.items if isinstance(item, pytest.Function)]
