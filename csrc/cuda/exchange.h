@@ -1,5 +1,6 @@
-// How the members of a team share the operand of the next product, in one of three ways; scatter.h has a fourth. Which is the same for a
-// whole launch, so a general kernel has all three: the branch costs two instructions a step, and there are a third as many kernels.
+// How the members of a team share the operand of the next product, in one of three ways; scatter.h and direct.h have others. Which is the
+// same for a whole launch, so a general kernel has all three: the branch costs two instructions a step, and there are a third as many
+// kernels.
 //
 // A member hands its slice of the next operand to `put`, unit by unit, and to `publish` and `send`, warp by warp. `arrive` ends its step.
 // `wait` makes the whole operand visible in its own shared memory.
