@@ -230,13 +230,14 @@ def is_as_it_seems(t: Tensor) -> bool:
 
 
 def is_plain(tensors: Sequence[Tensor]) -> bool:
-    """Whether nothing stands for these tensors or watches what runs on them: no transform, trace, mode or subclass."""
+    """Whether these tensors lie in memory as they seem, and nothing stands for them or watches what runs on them: no
+    transform, trace, mode or subclass, no negative view, no zeros without memory."""
     if torch.compiler.is_compiling() or in_transform():
         return False
     if torch._C._is_tracing() or torch._C._len_torch_dispatch_stack():
         return False
     legacy = torch._C._functorch.is_legacy_batchedtensor
-    return all(type(t) in (Tensor, Parameter) and not legacy(t) for t in tensors)
+    return all(type(t) in (Tensor, Parameter) and not (legacy(t) or t.is_neg() or t._is_zerotensor()) for t in tensors)
 
 
 def in_transform() -> bool:

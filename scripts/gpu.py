@@ -43,21 +43,8 @@ sys.path.append(str(ROOT))  # a checkout built in place, with nothing installed
 WORK = ROOT / "build" / "gpu-work"
 PACK = ROOT / "build" / "pack"  # scripts/gpu_pack.py's
 TRITON_CACHE = Path("/tmp/fused_rnn-triton")  # absolute, since paths in it are; the same on both machines
-STAGES = (
-    "build",
-    "unpack",
-    "parts",
-    "host",
-    "smoke",
-    "again",
-    "test",
-    "steps",
-    "sanitize",
-    "bench",
-    "variants",
-    "triton",
-)
-STAGES += ("profile",)
+STAGES = ("build", "unpack", "parts", "host", "smoke", "again", "test", "steps", "sanitize", "bench", "variants",
+          "triton", "profile")  # fmt: skip
 ALL = tuple(stage for stage in STAGES if stage not in ("unpack", "parts", "host", "again", "variants", "triton"))
 PLANS = {
     "first": [

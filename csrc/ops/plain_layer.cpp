@@ -60,7 +60,7 @@ struct Plain {
     copy = reinterpret_cast<cuda::CopyRows>(told[3]);
     workspace = told[4], B = told[5], H = told[6], R = told[7], G = told[8], apart = told[9], saved = told[10], states = told[11];
     carried = told[12];
-    if (x.dim() != 3 || x.size(1) != B || B == 0 || !x.is_contiguous()) return;
+    if (R < 1 || x.dim() != 3 || x.size(1) != B || B == 0 || !x.is_contiguous()) return;
     T = x.size(0), D = x.size(2), each = int64_t(weights.size()) / R;
     if (T == 0 || D == 0 || T > 0x7fffffff || int64_t(weights.size()) != each * R || (each != 2 && each != 4)) return;
     for (int64_t r = 0; r < R; ++r) {
@@ -70,9 +70,9 @@ struct Plain {
     }
     if (!are_states(given)) return;
     const auto is_mask = [&](const MaybeTensor& t, ScalarType type, const Sizes& sizes) {
-      return !t || (t->scalar_type() == type && has(*t, sizes) && starts_aligned(*t));
+      return !t || (t->scalar_type() == type && has(*t, sizes));
     };
-    fits = is_mask(lengths, ScalarType::Long, {B}) && is_mask(reset, ScalarType::Bool, {T, B});
+    fits = is_mask(lengths, ScalarType::Long, {B}) && is_mask(reset, ScalarType::Bool, {T, B}) && (!lengths || starts_aligned(*lengths));
     if (!fits) return;
     steps.T = int(T), steps.B = int(B), steps.R = int(R), steps.H.told = int(H), steps.period = 1;
     if (lengths) steps.lengths = static_cast<const int64_t*>(lengths->const_data_ptr());
@@ -273,7 +273,8 @@ std::vector<Tensor> plain_backward(std::vector<int64_t> told, MaybeTensor dy, st
   const auto input_weights = [&](int64_t r) { return reordered(p, weights[size_t(r * p.each)], false); };
   std::vector<Tensor> out;
   if (need_dx) {
-    // In 16 bits recurrences are summed within one product where that can be: rounding between two is worse (gpu/products.py).
+    // In 16 bits recurrences are summed within one product where that can be: rounding between two is worse (gpu/products.py). Where gates
+    // are apart it is rounded once more than there, for the stable ABI has no product that adds.
     const bool at_once = p.R > 1 && !p.apart && x.element_size() == 2;
     Tensor dx = at_once ? mm(view(dgates, {p.T * p.B, row}, {row, 1}), p.of_all(weights, 0)) : mm(side(0, 0, p.G), input_weights(0));
     for (int64_t r = 1; r < p.R && !at_once; ++r) dx = added(dx, mm(side(r, 0, p.G), input_weights(r)));

@@ -10,23 +10,28 @@ from torch import Tensor
 
 from fused_rnn.gpu.wavefront import Lanes, OneThread
 
-# cuBLAS has a workspace for each stream, and a thread that captures a graph shares its streams with nobody: so they are
-# made once, of each thread. By the device's number.
-_made = threading.local()
+# cuBLAS has a workspace for each stream, so they are made once. By the device and the caller's stream: who captures a
+# graph has one of his own, and shares these with nobody, as long as torch's pool of 32 streams has others to give. (Not
+# by thread: the backward of all threads is run by one of autograd's.)
+_made: dict[tuple[int, int], list[torch.cuda.Stream]] = {}
+_lock = threading.Lock()
 
 
-def _beside(device: int, count: int) -> list[torch.cuda.Stream]:
+def _beside(caller: torch.cuda.Stream, count: int) -> list[torch.cuda.Stream]:
     """So many streams beside the caller's."""
-    streams: list[torch.cuda.Stream] = vars(_made).setdefault(str(device), [])
-    streams += [torch.cuda.Stream(device) for _ in range(count - len(streams))]
-    return streams[:count]
+    device = torch.cuda.current_device()
+    with _lock:
+        streams = _made.setdefault((device, caller.cuda_stream), [])
+        streams += [torch.cuda.Stream(device) for _ in range(count - len(streams))]
+        return streams[:count]
 
 
 class Streams:
     """fused_rnn.gpu.wavefront.Lanes. The host never waits, and all of it can be captured."""
 
     def __init__(self, device: torch.device, count: int) -> None:
-        self._streams = [torch.cuda.current_stream(device), *_beside(torch.cuda.current_device(), count - 1)]
+        caller = torch.cuda.current_stream(device)
+        self._streams = [caller, *_beside(caller, count - 1)]
 
     def on(self, lane: int) -> AbstractContextManager[None]:
         return torch.cuda.stream(self._streams[lane])

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import torch
 
+from fused_rnn import ops
 from fused_rnn.cells import CELLS, is_program, unknown
 from fused_rnn.cells.program import MOST_PARAMS, MOST_STATES
 from fused_rnn.cuda import module, programs
 
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 LIMIT = 1 << 31  # offsets within a step, and numbers of steps, take 32 bits; a step's place takes 64
 
 
 def refusal(dtype: torch.dtype, cell: str, batch: int, recurrences: int, hidden: int) -> str | None:
     """Why the kernels cannot run such a layer, or None."""
-    if dtype not in _DTYPES:
+    if ops.MISSING is not None:  # it has what the loops call of torch's
+        return ops.MISSING
+    if recurrences == 0:
+        return "it has no loop of no recurrences: directions is empty"
+    if dtype not in DTYPES:
         return f"it knows float32, float64, bfloat16 and float16, not {dtype}"
     reason = programs.refusal() if is_program(cell) else unknown(cell, module.loaded().CELLS)
     if reason is not None:

@@ -5,6 +5,7 @@ Each function takes an op's arguments and returns its outputs, or [] where the l
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -16,42 +17,46 @@ from fused_rnn.call import BackwardCall, LayerCall
 from fused_rnn.cells import CELLS
 from fused_rnn.cuda import limits, module, plans, programs
 from fused_rnn.gpu.directions import direction_bits
+from fused_rnn.gpu.weights import aligned
 
 
 def forward(call: LayerCall) -> list[Tensor]:
     """fused_rnn::cuda_forward."""
     if call.save == "recompute" or call.sequences:
         return []
-    told = _told(call, backward=False)
-    if told is None:
-        return []
-    given = (call.x, call.weights, call.states, call.lengths, call.reset)
-    return ops.plain_forward(told, *given, call.save == "gates", call.keep_hidden)
+    given = (call.x.contiguous(), call.weights, call.states, call.lengths, call.reset)
+    return _run(ops.plain_forward, call, False, *given, call.save == "gates", call.keep_hidden)
 
 
 def backward(call: BackwardCall) -> list[Tensor]:
     """fused_rnn::cuda_backward."""
     if call.save != "gates" or call.dsequences:
         return []
-    told = _told(call.layer, backward=True)
-    if told is None:
-        return []
+    given = (None if call.dy is None else aligned(call.dy), call.dstates, call.x.contiguous(), *call[3:7])
     kept = (call.hidden, call.saved, call.histories)
-    return ops.plain_backward(told, *call[:7], *kept, call.directions, call.need_dx, call.need_dw)
+    return _run(ops.plain_backward, call.layer, True, *given, *kept, call.directions, call.need_dx, call.need_dw)
 
 
-def _told(call: LayerCall, backward: bool) -> list[int] | None:
-    """What plain_layer.cpp is to know of a loop; None where it cannot be run so."""
+def _run(op: Callable[..., list[Tensor]], call: LayerCall, backward: bool, *given: Any) -> list[Tensor]:
+    x = call.x
+    prepared = _loop_of(call, backward)
+    if prepared is None:
+        return []
+    stream = torch._C._cuda_getCurrentRawStream(x.device.index) if x.is_cuda else 0
+    try:  # prepared is held meanwhile: nobody else may hold it where two threads made it at once
+        return op([*prepared.runner, stream, *prepared.facts], *given)
+    except RuntimeError:  # of torch's errors the stable ABI hands on neither type nor words: Python meets them again
+        return []
+
+
+def _loop_of(call: LayerCall, backward: bool) -> _Prepared | None:
+    """The loop that runs a layer, remembered; None where it cannot be run so."""
     x, weights = call.x, call.weights
-    if x.dim() != 3 or not weights or weights[0].dim() != 2:
+    if x.dim() != 3 or x.dtype not in limits.DTYPES or not weights or weights[0].dim() != 2:
         return None
     now = (module.loaded(), programs.loader(), plans.forced(), plans.precision(x.dtype))
     sizes = (x.shape[1], weights[0].shape[0])
-    prepared = _prepared(now, call.cell, x.dtype, x.device, sizes, tuple(call.directions), backward)
-    if prepared is None:
-        return None
-    stream = torch._C._cuda_getCurrentRawStream(x.device.index) if x.is_cuda else 0
-    return [*prepared.runner, stream, *prepared.facts]
+    return _prepared(now, call.cell, x.dtype, x.device, sizes, tuple(call.directions), backward)
 
 
 class _Prepared(NamedTuple):

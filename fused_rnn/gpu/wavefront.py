@@ -128,8 +128,9 @@ class Wavefront:
         sizes = (x, problem.cell, problem.hidden_size, problem.layers)
         return any(self._chunks(*sizes, backward) > 1 for backward in (False, True)[: 1 + problem.needs_grad])
 
-    def _windows(self, call: StackCall, layer: Layer, backward: bool) -> list[Window]:
-        chunks = self._chunks(call.x, call.cell, layer.hidden, len(call.weights), backward)
+    def _windows(self, call: StackCall, layer: Layer, layers: int, backward: bool) -> list[Window]:
+        """layers: that run. One alone has nobody to run beside."""
+        chunks = 1 if layers == 1 else self._chunks(call.x, call.cell, layer.hidden, layers, backward)
         return windows_of(layer.steps, chunks, layer.batch * layer.hidden * call.x.itemsize)
 
     def forward(self, call: StackCall) -> tuple[list[list[Tensor]], list[Tensor], list[Tensor]]:
@@ -145,7 +146,7 @@ class Wavefront:
                 own = call.layer(place, x)
                 layer, weights = op.layer_of(own)
                 if place == 0:
-                    shared, windows = layer, self._windows(call, layer, False)
+                    shared, windows = layer, self._windows(call, layer, len(call.weights), False)
                 layers.append(Forward(shared, own, weights, windows))
             loops = [self._make(_part(shared, *window), x, False) for window in windows]
 
@@ -179,7 +180,7 @@ class Wavefront:
                 own, x = call.layer(place, kept.inputs[place]), kept.inputs[place].contiguous()
                 layer, weights = op.layer_of(own)
                 if not layers:
-                    shared, windows = layer, self._windows(call, layer, True)[::-1]
+                    shared, windows = layer, self._windows(call, layer, len(dstates) - first, True)[::-1]
                 wants = BackwardCall(
                     dy, dstates[place], x, *own[1:5], kept.hidden[place], aligned(kept.saved[place]),
                     [aligned(history) for history in kept.histories[place]], *own[5:8], place > first or need_dx,

@@ -36,7 +36,7 @@ class Stream:
     all: ClassVar[list[Stream]] = []
 
     def __init__(self, device: Any = None) -> None:
-        self.place = len(Stream.all)
+        self.place = self.cuda_stream = len(Stream.all)
         self.clock: dict[int, int] = {}
         Stream.all.append(self)
 
@@ -149,7 +149,7 @@ def faked(monkeypatch: pytest.MonkeyPatch) -> Watch:
         Stream=Stream, Event=dict, stream=watch.on, current_stream=lambda device: watch.caller, current_device=lambda: 0
     )
     monkeypatch.setattr(lanes, "torch", SimpleNamespace(cuda=cuda))
-    monkeypatch.setattr(lanes, "_made", SimpleNamespace())
+    monkeypatch.setattr(lanes, "_made", {})
     return watch
 
 
@@ -205,6 +205,16 @@ def test_chunks_run_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
     assert side_by_side(watched(monkeypatch)) == PAIRS
 
 
+def test_lanes_are_kept_by_the_stream_of_the_caller(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who captures a graph has a stream of his own: what another one runs meanwhile is on other lanes than his."""
+    watch = faked(monkeypatch)
+    first, again = (lanes.Streams(torch.device("cuda", 0), count)._streams for count in (2, 3))
+    assert first == again[:2] and len(set(again)) == 3
+    watch.caller = Stream()
+    others = lanes.Streams(torch.device("cuda", 0), 3)._streams
+    assert not set(others) & set(again)
+
+
 def test_an_error_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
     """The caller, who may free what the lanes were given, waits for what they have been asked for."""
     watch = faked(monkeypatch)
@@ -238,8 +248,8 @@ MISTAKES: dict[str, tuple[Any, str, str, bool]] = {
     "waits on the caller's stream": (lanes.Streams, "[lane].wait_event(", "[0].wait_event(", True),
     "the streams begin with another": (
         lanes.Streams,
-        "[torch.cuda.current_stream(device), *_beside(torch.cuda.current_device(), count - 1)]",
-        "_beside(torch.cuda.current_device(), count)",
+        "[caller, *_beside(caller, count - 1)]",
+        "_beside(caller, count)",
         True,
     ),
     "a lane's own memory is handed out": (Forward, "next(self.after)", "torch.empty_like(self.h)", True),

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shutil
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from typing import Any
 
@@ -17,7 +19,7 @@ import fused_rnn
 from fused_rnn import ops
 from fused_rnn.call import BackwardCall, LayerCall
 from fused_rnn.cells import CELLS
-from fused_rnn.cuda import plain
+from fused_rnn.cuda import plain, programs
 
 pytestmark = [
     pytest.mark.skipif(shutil.which("g++") is None, reason="the emulator is compiled by g++"),
@@ -72,7 +74,7 @@ def gradients(call: LayerCall, kept: list[Tensor], dy: bool = True, dstates: boo
 
 def by_python(name: str, call: Any, monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     with monkeypatch.context() as context:
-        context.setattr(plain, "_told", lambda *_, **__: None)
+        context.setattr(plain, "_loop_of", lambda *_, **__: None)
         result: list[Tensor] = getattr(torch.ops.fused_rnn, f"cuda_{name}")(*call)
     return result
 
@@ -150,7 +152,6 @@ def test_what_is_not_plain(monkeypatch: pytest.MonkeyPatch) -> None:
     odd = torch.randn(T * B * D + 1)[1:].view(T, B, D)
     calls = {
         "an input for each": both._replace(x=several),
-        "not contiguous": lstm._replace(x=torch.randn(B, T, D).transpose(0, 1)),
         "made again": lstm._replace(save="recompute"),
         "states over time": lstm._replace(sequences=True),
         "a projection": lstm._replace(weights=projected, states=[]),
@@ -166,6 +167,55 @@ def test_what_is_not_plain(monkeypatch: pytest.MonkeyPatch) -> None:
         assert ran.pop()
 
 
+def test_batch_first_is_plain(monkeypatch: pytest.MonkeyPatch) -> None:
+    lstm = layer("lstm", torch.float32, (1,), True, True)
+    call = lstm._replace(x=lstm.x.transpose(0, 1).contiguous().transpose(0, 1), save="gates")
+    with on_the_emulator(), tf32(False):
+        kept, theirs = by_both("forward", call, monkeypatch)
+        same(kept, theirs)
+        asked = gradients(call, kept)
+        assert asked.dy is not None
+        dy = asked.dy.transpose(0, 1).contiguous().transpose(0, 1)
+        same(*by_both("backward", asked._replace(dy=dy), monkeypatch))
+        same(*by_both("backward", asked._replace(dy=torch.ones(()).expand_as(dy)), monkeypatch))
+
+
+def test_threads_that_meet_at_the_first_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of them makes a loop, of which one is remembered: the others' must live as long as they run."""
+    planned, barrier = programs.planned, threading.Barrier(4)
+
+    def slow(*args: Any) -> Any:
+        barrier.wait(60)
+        return planned(*args)
+
+    net, x = fused_rnn.LSTM(D, H + 1, backend="cuda"), torch.randn(T, B, D)
+    with on_the_emulator(), tf32(False), torch.no_grad():
+        expected, _ = net(x)
+        plain._prepared.cache_clear()
+        monkeypatch.setattr(programs, "planned", slow)
+
+        def run(_: int) -> Tensor:
+            with torch.no_grad():
+                return net(x)[0]
+
+        with ThreadPoolExecutor(4) as pool:
+            for y in pool.map(run, range(4)):
+                assert torch.equal(y, expected)
+
+
+def test_an_error_of_torch_keeps_its_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The stable ABI hands on neither its type nor its text: Python meets it once more."""
+
+    def fails(*_: Any) -> list[Tensor]:
+        raise RuntimeError("torch_call_dispatcher(...) API call failed")
+
+    call = layer("gru", torch.float32, (1,), True, True)
+    with on_the_emulator(), tf32(False):
+        expected = by_python("forward", call, monkeypatch)
+        monkeypatch.setattr(ops, "plain_forward", fails)
+        same(torch.ops.fused_rnn.cuda_forward(*call), expected)
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [
@@ -174,6 +224,8 @@ def test_what_is_not_plain(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"states": [torch.randn(1, B, H), torch.randn(1, B, H).double()]}, "c0: got torch.float64"),
         ({"lengths": torch.ones(B, dtype=torch.int32)}, "lengths: got torch.int32"),
         ({"x": torch.randn(0, B, D)}, "at least one step"),
+        ({"directions": [], "states": []}, "directions is empty"),
+        ({"x": torch.ones(T, B, D, dtype=torch.int64)}, r"weights\[0\]: got torch.float32, expected torch.int64"),
     ],
 )
 def test_errors_are_those_of_python(change: dict[str, Any], says: str) -> None:

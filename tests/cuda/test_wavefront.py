@@ -22,7 +22,7 @@ from fused_rnn import ops
 from fused_rnn.backends import cuda as backend
 from fused_rnn.cells import CELLS
 from fused_rnn.cuda import plans
-from fused_rnn.gpu import wavefront
+from fused_rnn.gpu import run, wavefront
 from fused_rnn.plan import paying_chunks
 
 pytestmark = [
@@ -96,6 +96,30 @@ def test_a_module_with_dropout() -> None:
             found.append([y, *torch.autograd.grad(y.square().sum(), [leaf, *model.parameters()])])
     for theirs, ours in zip(*found, strict=True):
         assert torch.equal(ours, theirs)
+
+
+def test_a_tensor_that_does_not_lie_in_memory_as_it_seems() -> None:
+    """Its address is not handed to the loops: the layers' ops get it as torch resolves it."""
+    model, x, h0 = fused_rnn.GRU(8, 32, 2, backend="cuda"), torch.randn(12, 8, 8), torch.randn(2, 8, 32)
+    for given, same in ((torch._neg_view(-h0), h0), (torch._efficientzerotensor(h0.shape), torch.zeros_like(h0))):
+        with tf32(False), torch.no_grad(), on_the_emulator(chunks=4):
+            assert torch.equal(model(x, given)[0], model(x, same)[0])
+
+
+def test_a_layer_alone_runs_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a stack whose lower layer is frozen: it would have nobody to run beside."""
+    model, ran, backward = fused_rnn.LSTM(8, 32, 2, backend="cuda"), list[tuple[int, int]](), run.Backward.run
+
+    def counted(layer: run.Backward, loops: Any, first: int, last: int) -> None:
+        ran.append((first, last))
+        backward(layer, loops, first, last)
+
+    monkeypatch.setattr(run.Backward, "run", counted)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.endswith("l1"))
+    with on_the_emulator(chunks=4):
+        model(torch.randn(12, 8, 8))[0].sum().backward()
+    assert ran == [(0, 12)]
 
 
 # --- who takes it

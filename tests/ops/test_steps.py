@@ -18,7 +18,7 @@ LOOP, STREAM = 48, 80
 
 @contextmanager
 def stepper(step: Callable[[int], int | None]) -> Iterator[tuple[int, int, int]]:
-    """A function of Python as run_step.h has them: its address, and what it is to be given."""
+    """A function of Python as calls.h has them: its address, and what it is to be given."""
 
     def called(loop: int, number: int, stream: int) -> int | None:
         assert (loop, stream) == (LOOP, STREAM)
