@@ -38,11 +38,16 @@ constexpr int kMost = 1;
 constexpr int kMost = most_batch_tiles(Precision::FUSED_RNN_PRECISION);  // kernels that the planner does not ask for are not made
 #endif
 
+#if !defined(FUSED_RNN_KNOWN_SHAPES)
+#define FUSED_RNN_KNOWN_SHAPES -1  // bits of their places: all, but for tests that want some
+#endif
+
 // Those of known teams, one for each shape that there is in the cell and precision.
 template <class Formula, class Policy, int shape>
 void add_known(Kernels& made) {
   using Known = KnownTeam<shape, Policy::kPrecision, Formula::gates, Forward<Policy>::kNarrow>;
-  if constexpr (Known::team.members == 0 || (kKnownShapes[shape].backward && !kBackward)) return;
+  constexpr bool kWanted = uint64_t(FUSED_RNN_KNOWN_SHAPES) >> shape & 1;
+  if constexpr (!kWanted || Known::team.members == 0 || (kKnownShapes[shape].backward && !kBackward)) return;
   else if constexpr (kKnownShapes[shape].backward)
     made.known_bwd[shape] = &persistent_bwd_kernel<Formula, Policy, Known::team.rows / 8, Known>;
   else made.known_fwd[shape] = &persistent_fwd_kernel<Formula, Forward<Policy>, Known::team.rows / 8, Known>;

@@ -67,6 +67,7 @@ class Instance(NamedTuple):
     precision: str
     smallest: bool = False  # the smallest tile's kernels alone: a third of the time
     narrow: str = ""  # forward kernels alone, of W_hh in fewer bytes
+    shapes: int = -1  # bits of the places of known teams whose kernels it has, five times the rest of the smallest: all
 
 
 def _run(command: list[str]) -> str:
@@ -142,6 +143,7 @@ def module(
         defines = [f"-DFUSED_RNN_FORMULA={types[one.cell]}", f"-DFUSED_RNN_PRECISION={one.precision}"]
         defines += ["-DFUSED_RNN_SMALLEST_TILE"] * one.smallest
         defines += [f"-DFUSED_RNN_NARROW={one.narrow}"] * bool(one.narrow)
+        defines += [f"-DFUSED_RNN_KNOWN_SHAPES={one.shapes}"] * (one.shapes != -1)
         units.append((csrc / "cuda" / "instantiate.cu", [*flags, *defines]))
     units += [(csrc / name, flags) for name in PLAIN]
     units.append((_text("absent", ABSENT.format(kernels="\n".join(absent))), ["-O0"]))

@@ -88,17 +88,17 @@ def drive(flavour: str, library: Path, told: list[cases.Case], seeds: int, folde
 
 @pytest.mark.parametrize("kernel", SANITIZED, ids="-".join)
 def test_address_and_undefined_behaviour(kernel: tuple[str, str], tmp_path: Path) -> None:
-    library = build.module("asan", [build.Instance(*kernel, smallest=kernel in SMALLEST)])
     told = [case for case in sanitized() if (case.cell, case.precision) == kernel]
     assert told
+    library = build.module("asan", [build.Instance(*kernel, kernel in SMALLEST, shapes=cases.shapes(told))])
     assert not (found := drive("asan", library, told, SEEDS, tmp_path)), found
 
 
 @pytest.mark.parametrize("kernel", [("lstm", "bf16"), ("gru", "bf16"), ("rnn_tanh", "tf32")], ids="-".join)
 def test_races(kernel: tuple[str, str], tmp_path: Path) -> None:
     is_smallest = kernel in SMALLEST
-    library = build.module("races", [build.Instance(*kernel, smallest=is_smallest)])
     told = cases.pairwise([kernel], {kernel} if is_smallest else set(), seed=2, small=True)
+    library = build.module("races", [build.Instance(*kernel, is_smallest, shapes=cases.shapes(told))])
     assert not (found := drive("races", library, told, 1, tmp_path)), found
 
 
@@ -145,7 +145,7 @@ def test_cases_are_many() -> None:
 @pytest.mark.parametrize("cut", ["y", "h_n", "saved", "dgates"])
 def test_a_write_past_a_global_array_is_caught(cut: str, tmp_path: Path) -> None:
     """AddressSanitizer watches the arrays that the loops are given."""
-    library = build.module("asan", [build.Instance("gru", "ieee")])
+    library = build.module("asan", [build.Instance("gru", "ieee", shapes=0)])
     found = drive("asan", library, [cases.Case("gru", "ieee", "cta", 2, 3, 5)], 1, tmp_path, cut)
     assert "AddressSanitizer: heap-buffer-overflow" in found, found
 
@@ -160,7 +160,8 @@ def mutants(
     def made(name: str, number: int) -> Path:
         mutation = mutations.MUTATIONS[name]
         csrc = plant(mutation, folder / str(number))
-        return build.module(mutation.by, [mutation.instance], csrc, more_for(mutation.instance))
+        instance = mutation.instance._replace(shapes=cases.shapes(mutation.cases))
+        return build.module(mutation.by, [instance], csrc, more_for(instance))
 
     tests = [item for item in request.session.items if isinstance(item, pytest.Function)]
     names = [test.callspec.params["name"] for test in tests if test.function is test_mistake_is_caught]
@@ -188,7 +189,7 @@ def test_without_a_mistake_all_is_well(by: str, tmp_path: Path) -> None:
         if mutation.by == by:
             told[mutation.instance] |= set(mutation.cases)
     for instance, some in told.items():
-        library = build.module(by, [instance], more=more_for(instance))
+        library = build.module(by, [instance._replace(shapes=cases.shapes(some))], more=more_for(instance))
         assert not (found := drive(by, library, sorted(some), mutations.SEEDS[by], tmp_path)), found
 
 
@@ -199,7 +200,7 @@ def test_without_a_mistake_all_is_well(by: str, tmp_path: Path) -> None:
 )
 def test_a_cell_is_one_header(name: str, exchange: str, tmp_path: Path) -> None:
     """Three states, h read by the formula, a gate apart, params; no W_hh: nothing but the header knows of it."""
-    instances = [build.Instance(each, "ieee", smallest=True) for each in MORE_CELLS]
+    instances = [build.Instance(each, "ieee", smallest=True, shapes=0) for each in MORE_CELLS]
     library = build.module("asan", instances, more=HEADER)
     widths = {"cta": 17, "cluster 2": 33, "grid": 33, "stepwise": 17}
     told = [
@@ -218,7 +219,7 @@ def test_a_cell_is_one_header(name: str, exchange: str, tmp_path: Path) -> None:
 @pytest.mark.usefixtures("more_cells")
 @pytest.mark.parametrize("name", MORE_CELLS)
 def test_races_of_a_cell_with_params(name: str, tmp_path: Path) -> None:
-    library = build.module("races", [build.Instance(name, "bf16", smallest=True)], more=HEADER)
+    library = build.module("races", [build.Instance(name, "bf16", smallest=True, shapes=0)], more=HEADER)
     exchanges = ("cta", "cluster 2", "grid", "stepwise")[:: 1 if MORE_CELLS[name].recurrent else 4]
     told = [
         cases.Case(name, "bf16", exchange, 4, 3, 17 + 16 * (exchange == "grid"), save=save, sequences=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import pickle
 import random
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 from cuda_cases import PRECISIONS
 from emulated_build import CELLS as BUILT_IN
+from emulated_printed import SHAPES
 from tolerances import TIMES_TORCH, ULPS, error
 from torch import Tensor
 
@@ -101,6 +103,22 @@ SMALL: dict[str, tuple[Any, ...]] = {
     "B": (1, 3, 9),
     "rows": (8, 16),
 }
+
+
+# Of the exchanges with known teams, by how their names begin: what those teams' are called, forward and backward.
+KNOWN = {"scatter": ("cluster", "scatter"), "direct": ("direct",), "known": ("grid",)}
+
+
+def shapes(told: Iterable[Case]) -> int:
+    """The known teams that these cases run, as bits of their places."""
+    found = 0
+    for case in told:
+        exchange = EXCHANGES[case.exchange]
+        if exchange.known:
+            team = (exchange.members, case.H // exchange.members)
+            names = KNOWN[case.exchange.partition(" ")[0]]
+            found |= sum(1 << i for i, (_, name, *own) in enumerate(SHAPES) if name in names and tuple(own) == team)
+    return found
 
 
 def exchanges(cell: str, precision: str) -> set[str]:

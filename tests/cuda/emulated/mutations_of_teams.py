@@ -235,8 +235,8 @@ OF_TEAMS: dict[str, Mutation] = {
     ),
     "direct: weights of the first block in shared memory for all there": Mutation(
         PRODUCT,
-        "fetch(a, i - kHeld);\n        multiply(i, sums",
-        "fetch(a, 0);\n        multiply(i, sums",
+        "fetch(kept, i - kHeld);\n        multiply(i, sums",
+        "fetch(kept, 0);\n        multiply(i, sums",
         "plain",
         WRONG,
         (ONE_M_TILE,),
@@ -253,14 +253,14 @@ OF_TEAMS: dict[str, Mutation] = {
     # ---- known teams
     "known: one block too few from shared memory": Mutation(
         PRODUCT,
-        "i < count(); ++i) {\n      uint32_t a",
-        "i < count() - 1; ++i) {\n      uint32_t a",
+        "i < count(); ++i) {\n      Kept kept",
+        "i < count() - 1; ++i) {\n      Kept kept",
         "plain",
         WRONG,
         (WIDE,),
     ),
     "known: the first block in shared memory for all there": Mutation(
-        PRODUCT, "fetch(a, i - kHeld);\n      Fragment", "fetch(a, 0);\n      Fragment", "plain", WRONG, (WIDE,)
+        PRODUCT, "fetch(kept, i - kHeld);\n      Fragment", "fetch(kept, 0);\n      Fragment", "plain", WRONG, (WIDE,)
     ),
     "known: warps without a part in the product multiply": Mutation(
         "cuda/known_teams.h",
@@ -360,14 +360,19 @@ OF_TEAMS: dict[str, Mutation] = {
     ),
     "narrow: the registers keep the weights of the block before": Mutation(
         "cuda/product.h",
-        "weights.load(row0(m), k0(i), kept[m]);\n      hold(",
-        "weights.load(row0(m), k0(i ? i - 1 : 0), kept[m]);\n      hold(",
+        "weights.load(row0(m), k0(i), kept[m]);\n        hold(",
+        "weights.load(row0(m), k0(i ? i - 1 : 0), kept[m]);\n        hold(",
         "plain",
         WRONG,
         (INT8,),
     ),
     "narrow: one block stands for all in shared memory": Mutation(
-        "cuda/product.h", "fetch(kept, i - kHeld)", "fetch(kept, 0)", "plain", WRONG, (BEYOND,)
+        "cuda/product.h",
+        "fetch(kept, i - kHeld);\n      Fragment",
+        "fetch(kept, 0);\n      Fragment",
+        "plain",
+        WRONG,
+        (BEYOND,),
     ),
     "narrow: of known teams, the weights as they were kept": Mutation(
         "cuda/product.h",
