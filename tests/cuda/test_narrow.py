@@ -72,7 +72,7 @@ NARROW_TEAMS = {("lstm", "tf32", "int8"): 512, ("gru", "tf32", "bf16"): 512}
 
 
 def beyond_registers(instance: build.Instance) -> Iterator[cases.Case]:
-    cell, precision, _, narrow = instance
+    cell, precision, narrow = instance.cell, instance.precision, instance.narrow
     exchange, widths, kept = BEYOND.get((cell, precision, narrow), ("", (), 0))
     for hidden in widths:
         sizes = (PLACES.index(precision), False, CELLS[cell].gates, 1, hidden, 1)
