@@ -27,7 +27,7 @@ KERNELS = [
     (SRU, Kernel("pointwise_fwd", "f16")),
     (LSTM, Kernel("persistent_fwd", "bf16", 1, shape=SHAPES.index((False, "cluster", 4, 16)))),
     (GRU, Kernel("persistent_bwd", "tf32", 1, shape=SHAPES.index((True, "scatter", 4, 16)))),
-    (LSTM, Kernel("persistent_bwd", "bf16", 2, shape=SHAPES.index((True, "direct", 32, 32)))),
+    (LSTM, Kernel("persistent_bwd", "bf16", 1, shape=SHAPES.index((True, "direct", 64, 16)))),
     ("lstm", Kernel("persistent_fwd", "tf32", 1, narrow="int8")),
     ("gru", Kernel("persistent_fwd", "bf16", 4, narrow="int8")),
     ("rnn_relu", Kernel("persistent_fwd", "ieee", 2, narrow="bf16")),
