@@ -147,7 +147,9 @@ def test_backends_say_why_not() -> None:
         assert f"backend '{backend}' cannot run this leaky problem" in str(raised.value)
         assert "  torch: it knows the cells lstm, gru, rnn_tanh, rnn_relu, not 'leaky'" in str(raised.value)
         assert "fused_rnn.cell 1|" not in str(raised.value)
-    with pytest.raises(NotImplementedError, match="goes with the cpu backend, got backend=None on cpu with heads=2"):
+    with pytest.raises(
+        NotImplementedError, match="goes with the cpu and cuda backends, got backend=None on cpu with heads=2"
+    ):
         FlexRNN(lstm, 4, 6, heads=2).stream(weights="bf16")
     with pytest.raises(ValueError, match="bidirectional: got True, expected False"):
         FlexRNN(indrnn, 4, 6, bidirectional=True).stream()
