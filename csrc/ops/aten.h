@@ -24,12 +24,6 @@ inline Tensor summed_rows(const Tensor& rows) {
 }
 inline Tensor turned(const Tensor& matrix) { return torch::stable::transpose(matrix, 0, 1); }
 
-// A view: of so many elements from t's first, by strides of t's memory.
-inline Tensor view(const Tensor& t, const Sizes& sizes, const Sizes& strides, int64_t first = 0) {
-  AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(t.get(), int64_t(sizes.size()), sizes.data(), strides.data(), first, &handle));
-  return Tensor(handle);
-}
 // Rows first .. first + count - 1 of a matrix or of a vector.
 inline Tensor rows_of(const Tensor& t, int64_t first, int64_t count) {
   Sizes sizes = sizes_of(t), strides(sizes.size());
@@ -40,8 +34,7 @@ inline Tensor rows_of(const Tensor& t, int64_t first, int64_t count) {
 
 // A new tensor beside another one, on its device.
 inline Tensor empty_beside(const Tensor& like, const Sizes& sizes, ScalarType type) {
-  Sizes strides(sizes.size(), 1);
-  for (size_t i = sizes.size(); i-- > 1;) strides[i - 1] = strides[i] * (sizes[i] > 0 ? sizes[i] : 1);
+  const Sizes strides = contiguous_strides(sizes);
   int32_t kind = 0, index = 0;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &kind));
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &index));

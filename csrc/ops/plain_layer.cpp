@@ -27,11 +27,7 @@ class Pieces {
     memory_ = empty_beside(like, {total_}, type);
     if (zero) zero_(*memory_);
   }
-  Tensor of(int64_t place, const Sizes& sizes) const {
-    Sizes strides(sizes.size(), 1);
-    for (size_t i = sizes.size(); i-- > 1;) strides[i - 1] = strides[i] * sizes[i];
-    return view(*memory_, sizes, strides, place);
-  }
+  Tensor of(int64_t place, const Sizes& sizes) const { return reshaped(*memory_, sizes, place); }
 
  private:
   int64_t total_ = 0;
@@ -92,7 +88,7 @@ struct Plain {
       if (!is(state, {R, B, H}) || !starts_aligned(state)) return false;
     return true;
   }
-  Tensor rows() const { return view(x, {T * B, D}, {D, 1}); }
+  Tensor rows() const { return reshaped(x, {T * B, D}); }
   Tensor w_hh(const std::vector<Tensor>& weights) const { return of_all(weights, 1); }
   // Weight i of all recurrences, one after the other.
   Tensor of_all(const std::vector<Tensor>& weights, int64_t i) const {
@@ -278,7 +274,7 @@ std::vector<Tensor> plain_backward(std::vector<int64_t> told, MaybeTensor dy, st
     const bool at_once = p.R > 1 && !p.apart && x.element_size() == 2;
     Tensor dx = at_once ? mm(view(dgates, {p.T * p.B, row}, {row, 1}), p.of_all(weights, 0)) : mm(side(0, 0, p.G), input_weights(0));
     for (int64_t r = 1; r < p.R && !at_once; ++r) dx = added(dx, mm(side(r, 0, p.G), input_weights(r)));
-    out.push_back(view(dx, {p.T, p.B, p.D}, {p.B * p.D, p.D, 1}));
+    out.push_back(reshaped(dx, {p.T, p.B, p.D}));
   } else {
     out.push_back(p.empty({0}));
   }

@@ -78,14 +78,19 @@ inline Tensor as_contiguous(const Tensor& t) {
   }
 }
 
-// A contiguous tensor's memory by other sizes.
-inline Tensor reshaped(const Tensor& t, const Sizes& sizes) {
-  Sizes strides(sizes.size(), 1);
-  for (size_t i = sizes.size(); i-- > 1;) strides[i - 1] = strides[i] * sizes[i];
+// A view: of so many elements from t's first, by strides of t's memory.
+inline Tensor view(const Tensor& t, const Sizes& sizes, const Sizes& strides, int64_t first = 0) {
   AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(t.get(), int64_t(sizes.size()), sizes.data(), strides.data(), 0, &handle));
+  TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(t.get(), int64_t(sizes.size()), sizes.data(), strides.data(), first, &handle));
   return Tensor(handle);
 }
+inline Sizes contiguous_strides(const Sizes& sizes) {
+  Sizes strides(sizes.size(), 1);
+  for (size_t i = sizes.size(); i-- > 1;) strides[i - 1] = strides[i] * (sizes[i] > 0 ? sizes[i] : 1);
+  return strides;
+}
+// A contiguous tensor's memory by other sizes.
+inline Tensor reshaped(const Tensor& t, const Sizes& sizes, int64_t first = 0) { return view(t, sizes, contiguous_strides(sizes), first); }
 
 // Zeros, and conversions between a 16-bit dtype and float, by loops of our own: torch's run on its OpenMP threads, for which a
 // forked child waits forever.

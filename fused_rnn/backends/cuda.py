@@ -56,14 +56,7 @@ def describe(problem: Problem) -> str:
         return f"{module.where(device)}; {NO_PRODUCT}"
     loops = []
     for backward in (False, True)[: 1 + problem.needs_grad]:
-        sizes = (
-            plans.precision(problem.dtype),
-            backward,
-            cell.gates,
-            problem.batch,
-            problem.hidden_size,
-            problem.recurrences,
-        )
+        sizes = (number, backward, cell.gates, problem.batch, problem.hidden_size, problem.recurrences)
         told = str(plans.ask(device, *sizes, fewer=fewer_blocks(cell, PRECISIONS[number], backward)))
         if problem.layers > 1 and problem.recurrences == 1:
             count = plans.chunks(cell, device, sizes, problem.layers, _LONG)
