@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from fused_rnn.call import BackwardCall, StackCall
+from fused_rnn.call import BackwardCall, LayerCall, StackCall
 from fused_rnn.gpu import op
 from fused_rnn.gpu.loops import Layer
 from fused_rnn.gpu.run import Backward, Forward
@@ -144,7 +144,7 @@ class Wavefront:
                         masks.append(torch.native_dropout(x, call.dropout, True)[1])  # of whatever is there
                         inputs.append(x := torch.empty_like(x))
                 own = call.layer(place, x)
-                layer, weights = op.layer_of(own)
+                layer, weights = op.layer_of(own if not layers else _unmasked(own))
                 if place == 0:
                     shared, windows = layer, self._windows(call, layer, len(call.weights), False)
                 layers.append(Forward(shared, own, weights, windows))
@@ -178,7 +178,7 @@ class Wavefront:
             layers = list[Backward]()
             for place in reversed(range(first, len(dstates))):
                 own, x = call.layer(place, kept.inputs[place]), kept.inputs[place].contiguous()
-                layer, weights = op.layer_of(own)
+                layer, weights = op.layer_of(own if not layers else _unmasked(own))
                 if not layers:
                     shared, windows = layer, self._windows(call, layer, len(dstates) - first, True)[::-1]
                 wants = BackwardCall(
@@ -201,6 +201,11 @@ class Wavefront:
             pulled = [layer.outputs() for layer in layers]
         given = len(call.states[0])
         return [Pulled(dx, grads[:given], grads[given:]) for dx, *grads in pulled]
+
+
+def _unmasked(call: LayerCall) -> LayerCall:
+    """All layers have the masks of the first that is looked at: they are checked, and turned into integers, once."""
+    return call._replace(lengths=None, reset=None)
 
 
 def _dropped(x: Tensor, mask: Tensor, scale: float, out: Tensor, first: int, last: int) -> None:
