@@ -29,7 +29,7 @@ def known_save(save: str) -> str:
 
 class Weights(NamedTuple):
     """The weights of one recurrence: w_ih [G·H, D], w_hh [G·H, P], biases [G·H] or None, w_hr [P, H] or None, params
-    [H] each. w_hh and b_hh are None where the cell is not recurrent."""
+    [H] each, matrices [n·H, H], masks [1 or T, B, H]. w_hh and b_hh are None where the cell is not recurrent."""
 
     w_ih: Any
     w_hh: Any
@@ -37,15 +37,19 @@ class Weights(NamedTuple):
     b_hh: Any
     w_hr: Any
     params: tuple[Any, ...] = ()
+    matrices: tuple[Any, ...] = ()
+    masks: tuple[Any, ...] = ()
 
 
 class Kinds(NamedTuple):
-    """Which weights a recurrence has. number: of them all."""
+    """Which weights a recurrence has. number: of them all.  matrices, masks: how many."""
 
     number: int
     bias: bool
     projects: bool
     recurrent: bool = True
+    matrices: int = 0
+    masks: int = 0
 
     def split(self, flat: Sequence[Any]) -> list[Weights]:
         """Of every recurrence its weights by name. flat: tensors, shapes, or what else stands for each weight."""
@@ -56,25 +60,39 @@ class Kinds(NamedTuple):
             b_ih = next(own) if self.bias else None
             b_hh = next(own) if self.bias and self.recurrent else None
             w_hr = next(own) if self.projects else None
-            each.append(Weights(w_ih, w_hh, b_ih, b_hh, w_hr, tuple(own)))
+            rest = tuple(own)
+            first, last = self.matrices, len(rest) - self.masks
+            each.append(Weights(w_ih, w_hh, b_ih, b_hh, w_hr, rest[first:last], rest[:first], rest[last:]))
         return each
 
+    def is_mask(self, place: int) -> bool:
+        """Whether a weight of the flat list is a mask, which gets no gradient."""
+        return place % self.number >= self.number - self.masks
+
     def shapes(self, cell: Cell, input_size: int, hidden: int, width: int) -> list[tuple[int, ...]]:
-        """The shape of every weight."""
+        """The shape of every weight; a mask's as its last dimension alone."""
         rows = cell.gates * hidden
         sides = 1 + self.recurrent
         matrices, biases = [(rows, input_size), (rows, width)][:sides], [(rows,)] * (sides * self.bias)
-        return [*matrices, *biases, *[(width, hidden)] * self.projects, *[(hidden,)] * len(cell.params)]
+        own = [(rows_of * hidden, hidden) for rows_of in cell.matrices]
+        vectors = [(hidden,)] * (len(cell.params) + cell.masks)
+        return [*matrices, *biases, *[(width, hidden)] * self.projects, *own, *vectors]
 
 
 def kinds(cell: Cell, count: int) -> Kinds | None:
     """Which weights a recurrence of a cell has if it has this many; None where it cannot have as many."""
-    matrices = count - len(cell.params)
+    matrices = count - _own(cell)
     if matrices not in _counts(cell):
         return None
+    more = (len(cell.matrices), cell.masks)
     if not cell.recurrent:
-        return Kinds(count, matrices == 2, False, False)
-    return Kinds(count, matrices >= 4, matrices % 2 == 1)
+        return Kinds(count, matrices == 2, False, False, *more)
+    return Kinds(count, matrices >= 4, matrices % 2 == 1, True, *more)
+
+
+def _own(cell: Cell) -> int:
+    """How many weights there are of the cell's own."""
+    return len(cell.params) + len(cell.matrices) + cell.masks
 
 
 def _counts(cell: Cell) -> tuple[int, ...]:
@@ -84,7 +102,7 @@ def _counts(cell: Cell) -> tuple[int, ...]:
 
 def counts(cell: Cell) -> str:
     """How many weights a recurrence of a cell may have, as errors write it."""
-    each = [str(n + len(cell.params)) for n in _counts(cell)]
+    each = [str(n + _own(cell)) for n in _counts(cell)]
     return f"{', '.join(each[:-1])} or {each[-1]}"
 
 
@@ -92,8 +110,9 @@ class LayerCall(NamedTuple):
     """One layer, all its R recurrences, over all of time.
 
     x: [T, B, D], or [T, B, R, D] with an input per recurrence.
-    weights: per recurrence w_ih [G·H, D], w_hh [G·H, P], (b_ih, b_hh [G·H]), (w_hr [P, H]), params [H];
-        no w_hh and b_hh where the cell is not recurrent.
+    weights: per recurrence w_ih [G·H, D], w_hh [G·H, P], (b_ih, b_hh [G·H]), (w_hr [P, H]), matrices [n·H, H],
+        params [H], masks [1 or T, B, H]; no w_hh and b_hh where the cell is not recurrent. A mask gets no gradient:
+        where a backward has one for each weight, a tensor of shape [0] has its place.
     states: () for zeros, or one for each of the cell's: h [R, B, P], the others [R, B, H].
     lengths: [B] int64, reset: [T, B] bool, or None.
     cell: its name.  directions: +1 or -1 each.

@@ -69,9 +69,21 @@ def parse(cell: str, shapes: Shapes, input_size: int, num_layers: int, recurrenc
     for k, shape in enumerate(shapes):
         if k == count * recurrences:  # every layer above the first reads all directions of the one below
             shapes_of_one[0] = (rows, recurrences * width)
-        if shape != shapes_of_one[k % count]:
+        if found.masks and found.is_mask(k):
+            if len(shape) != 3 or shape[2:] != shapes_of_one[k % count]:
+                raise ValueError(f"weights[{k}]: got {shape_text(shape)}, expected a mask [1 or T, B, H]")
+        elif shape != shapes_of_one[k % count]:
             raise ValueError(f"weights[{k}]: got {shape_text(shape)}, expected {shape_text(shapes_of_one[k % count])}")
     return hidden, width, found
+
+
+def check_masks(kinds: Kinds, weights: Sequence[Tensor], steps: int, batch: int) -> None:
+    """Whether the masks among the weights are of all of time and the batch. Raises ValueError."""
+    for k, w in enumerate(weights):
+        if kinds.is_mask(k) and (w.shape[1] != batch or w.shape[0] not in (1, steps)):
+            raise ValueError(
+                f"weights[{k}]: got {shape_text(w.shape)}, expected a mask [1 or T, B, H] with T = {steps}, B = {batch}"
+            )
 
 
 _parse_cached = lru_cache(maxsize=4096)(parse)

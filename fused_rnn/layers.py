@@ -59,6 +59,8 @@ def run(
     recurrences = len(directions)
     steps, batch, input_size = checks.check_sequence(x)
     hidden, width, kinds = checks.check_weights(cell, x, weights, input_size, num_layers, recurrences)
+    if kinds.masks:
+        checks.check_masks(kinds, weights, steps, batch)
     given: Sequence[Tensor] = ()
     if states:
         lead, sizes = (num_layers * recurrences // heads, batch), (width * heads, hidden * heads)
@@ -126,7 +128,7 @@ def _wavefront(
     dropout: float,
 ) -> StackCall | None:
     """The layers as a call of the backend's wavefront, where it can run them and it pays."""
-    if backend.wavefront is None or problem.recurrences > 1 or kinds.projects or problem.sequences:
+    if backend.wavefront is None or problem.recurrences > 1 or kinds.projects or problem.sequences or kinds.masks:
         return None
     if problem.forward_ad or problem.save == "recompute" or not 0 <= dropout < 1:
         return None
@@ -172,6 +174,8 @@ def step(
             f"weights: got {len(weights)} tensors, with a projection; a single step has none, expected 2 or 4"
         )
     given = _checked(cell, states, x, (batch,), (hidden, hidden), "", "[B, H]") if states else ()
+    if kinds.masks:
+        checks.check_masks(kinds, weights, 1, batch)
     if input_size == 0:
         (x, weights), input_size = _with_a_feature(x, weights, 1, kinds), 1
     needs_grad, alone = _needs_grad(x, weights, given), stands_alone()

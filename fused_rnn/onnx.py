@@ -95,7 +95,7 @@ def forward(call: LayerCall) -> list[Tensor]:
         entered = [_at_first_step(x, h, lengths, direction) for h, direction in zip(states[0], directions, strict=True)]
         x = torch.cat([x, *entered], -1)
     inner = []
-    for r, (w_ih, w_hh, b_ih, b_hh, w, _) in enumerate(each):
+    for r, (w_ih, w_hh, b_ih, b_hh, w, *_) in enumerate(each):
         if states:
             zeros = torch.zeros_like(w_hh)
             w_ih = torch.cat([w_ih, *(w_hh if r == other else zeros for other in range(recurrences))], -1)

@@ -131,6 +131,9 @@ class LayerFunction(Function):
         dx, *grads = pull(backend, BackwardCall(dy, dstates, *saved_call))
         if not need_dw:
             grads += [None] * len(weights)
+        elif CELLS[cell].masks:
+            is_mask = LayerCall(x, weights, states, lengths, reset, cell, directions).kinds.is_mask
+            grads[given:] = [None if is_mask(k) else g for k, g in enumerate(grads[given:])]
         return (*[None] * _PLAIN, dx if need_dx else None, None, None, *grads)
 
     @staticmethod

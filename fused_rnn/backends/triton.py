@@ -44,6 +44,9 @@ def supports(problem: Problem) -> str | None:
         return f"it knows float32, bfloat16 and float16, not {problem.dtype}"
     if not is_program(problem.cell) and (reason := unknown(problem.cell, MODULES)) is not None:
         return reason
+    spec = CELLS[problem.cell]
+    if spec.staged or spec.masks:
+        return "its loops have no stages, matrices of a cell's own, or masks"
     if problem.hidden_size == 0:
         return "it has no loop over no hidden units"
     if problem.forward_ad:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from torch import Tensor
@@ -10,9 +10,9 @@ from torch import Tensor
 from fused_rnn.cells.program import Program, is_program, parse
 
 # (the gates' input sides, their recurrent sides, G tensors [B, H] each, the states h [B, P] and others [B, H], the
-# parameter vectors [H]) → the states after. The biases are already in: b_ih in the input side, b_hh in the recurrent
-# one. A projection of h is the loop's.
-Step = Callable[[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]], tuple[Tensor, ...]]
+# parameter vectors [H]; of a cell that has them the matrices [n·H, H] and the masks [B, H]) → the states after. The
+# biases are already in: b_ih in the input side, b_hh in the recurrent one. A projection of h is the loop's.
+Step = Callable[..., tuple[Tensor, ...]]
 
 
 class Cell(NamedTuple):
@@ -29,6 +29,8 @@ class Cell(NamedTuple):
     projects: h may have a projection.
     recurrent: there is a W_hh. Without it a step gets no recurrent sides, and h reaches the next one by the formula.
     program: of a user's cell, whose name is the program's text.
+    matrices: of each matrix beside W_hh how many blocks of H rows it has.
+    masks: how many numbers a unit of a row is given at each step, beside the input, which get no gradient.
     """
 
     name: str
@@ -42,6 +44,8 @@ class Cell(NamedTuple):
     projects: bool = False
     recurrent: bool = True
     program: Program | None = None
+    matrices: tuple[int, ...] = ()
+    masks: int = 0
 
     @property
     def title(self) -> str:
@@ -50,9 +54,25 @@ class Cell(NamedTuple):
 
     @property
     def gradients(self) -> int:
-        """G + apart, the vectors that backward makes of a step: first the input sides of the gates that enter apart,
-        then the recurrent sides of all. So the input side is the first G of them, and the recurrent side the last G."""
-        return self.gates + self.apart
+        """G + apart, and one for each block of the matrices: the vectors that backward makes of a step. First the input
+        sides of the gates that enter apart, then the recurrent sides of all: so the input side is the first G, and the
+        recurrent side G from `apart` on. What a block's product has follows."""
+        return self.gates + self.apart + self.blocks
+
+    @property
+    def blocks(self) -> int:
+        """N, the blocks of H rows of all matrices."""
+        return sum(self.matrices)
+
+    @property
+    def operands(self) -> list[int]:
+        """Of each block which matrix it is of: its operand is the saved value of that number."""
+        return [j for j, count in enumerate(self.matrices) for _ in range(count)]
+
+    @property
+    def staged(self) -> bool:
+        """Whether a step has more than one stage in either direction."""
+        return self.program is not None and self.program.stages > 1
 
     @property
     def carried(self) -> int:
@@ -76,7 +96,8 @@ def cell_of(program: Program) -> Cell:
     """The descriptor of a user's cell. Its step is the program's."""
     return Cell(
         program.text, program.gates, program.states, program.saved, program.step, program.params, program.apart,
-        program.reads_h, False, program.recurrent, program,
+        program.reads_h, False, program.recurrent, program, tuple(count for _, count in program.matrices),
+        len(program.masks),
     )  # fmt: skip
 
 

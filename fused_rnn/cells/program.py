@@ -4,25 +4,33 @@ The text is the cell's name wherever a name goes (ops, exported programs): whoev
 needs no registry. The loops of every backend are printed from it, or interpret it.
 
     fused_rnn.cell 1|title|G apart recurrent|states|params|forward|backward
+    fused_rnn.cell 1|title|G apart recurrent M n ..|states|params;matrices;masks|forward|backward
 
-A graph is instructions and groups of outputs, `sigmoid 0,mul 4 1,const 2.0>4 5;6`. Values are numbered: first the
-inputs, then each instruction's result.
+The second with M masks or with matrices, of n blocks of H rows each. A graph is instructions and groups of outputs,
+`sigmoid 0,mul 4 1,const 2.0>4 5;6`. Values are numbered: first the inputs, then each instruction's result.
 
-    forward   inputs: G + apart pre-activations, the states before, the params
-              outputs: the states after; the saved values
-    backward  inputs: the saved values, the states before, the states after, the params, the gradients of the states
-              after
-              outputs: G + apart gradients of the pre-activations; of the states before; of the params
+    forward   inputs: G + apart pre-activations, the states before, the params, the masks
+              outputs: the states after; the saved values, of which the first are what each matrix multiplies
+    backward  inputs: the saved values, the states before, the states after, the params, the masks, the gradients of the
+              states after
+              outputs: G + apart gradients of the pre-activations; of the states before; of the params; with matrices:
+              of each block's product
 
 Of pre-activations the last `apart` ones of G hold the gate's input side alone, and their recurrent sides follow.
 Gradients have the order of all loops: the input sides of the gates apart, then the recurrent sides of all G.
 Numbers alone: a comparison is 1 or 0, and a condition is true where it is not 0.
+
+All operations see one unit of one row, but for those that publish: sum and variance over all units of a row, `product k
+x` by block k of the matrices, [H, H], and `transposed k x` by its transpose. What these make is there for all of the
+row's units. A run of them ends a stage, and none of a run reads what another one of it makes: instructions are in the
+order of stages. What is made of numbers of rows alone is one too.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -30,7 +38,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 PREFIX = "fused_rnn.cell 1|"
-MOST_STATES, MOST_PARAMS = 4, 8  # that the compiled loops take: csrc/cells/cell.h
+MOST_STATES, MOST_PARAMS, MOST_MASKS, MOST_BLOCKS = 4, 8, 4, 4  # that the loops take: csrc/cells/cell.h
 
 
 def _number(condition: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -89,12 +97,21 @@ TERNARY: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "fma": lambda a, b, c: a * b + c,
 }
 PRODUCTS = ("mul", "sigmoid_backward", "tanh_backward")  # a multiplication comes last in them
-ARITY = {"const": 0} | dict.fromkeys(UNARY, 1) | dict.fromkeys(BINARY, 2) | dict.fromkeys(TERNARY, 3)
-_FUNCTIONS: dict[str, Callable[..., Tensor]] = {**UNARY, **BINARY, **TERNARY}
+# Over the units of a row; the variance is the biased one.
+REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "sum": lambda x: x.sum(-1, keepdim=True),
+    "variance": lambda x: x.var(-1, correction=0, keepdim=True),
+}
+MATRIX_PRODUCTS = ("product", "transposed")
+PUBLISHING = (*REDUCTIONS, *MATRIX_PRODUCTS)
+NUMBERED = ("const", *MATRIX_PRODUCTS)  # they have a number in the text: the constant, the block
+ARITY = {"const": 0, "units": 0} | dict.fromkeys(UNARY, 1) | dict.fromkeys(BINARY, 2) | dict.fromkeys(TERNARY, 3)
+ARITY |= dict.fromkeys(PUBLISHING, 1)
+_FUNCTIONS: dict[str, Callable[..., Tensor]] = {**UNARY, **BINARY, **TERNARY, **REDUCTIONS}
 
 
 class Instruction(NamedTuple):
-    """op: a key of ARITY.  args: numbers of values.  value: of a const."""
+    """op: a key of ARITY.  args: numbers of values.  value: of a const its number, of a matrix product its block."""
 
     op: str
     args: tuple[int, ...] = ()
@@ -135,17 +152,45 @@ class Graph(NamedTuple):
             i = args[0]
         return None
 
-    def run(self, inputs: Sequence[Tensor]) -> list[list[Tensor]]:
-        """The groups of outputs, in plain PyTorch."""
-        values = list(inputs)
+    @property
+    def stages(self) -> list[range]:
+        """The instructions of each stage, with those that publish at its end; the last stage may be empty."""
+        publishes = [instruction.op in PUBLISHING for instruction in self.code]
+        ends = [k + 1 for k, (own, then) in enumerate(pairwise([*publishes, False])) if own and not then]
+        return [range(first, last) for first, last in pairwise([0, *ends, len(publishes)])]
+
+    @property
+    def rows(self) -> set[int]:
+        """The values that are one number for all units of a row. Constants are none of them."""
+        found: set[int] = set()
+        for i, (op, args, _) in enumerate(self.code, self.inputs):
+            others = [k for k in args if k < self.inputs or self.code[k - self.inputs].op not in ("const", "units")]
+            if op in REDUCTIONS or (op not in PUBLISHING and others and all(k in found for k in others)):
+                found.add(i)
+        return found
+
+    def run(
+        self, inputs: Sequence[Tensor], blocks: Sequence[Tensor] = (), units: int | None = None
+    ) -> list[list[Tensor]]:
+        """The groups of outputs, in plain PyTorch. blocks: of the matrices, [H, H] each.  units: H, if not what the
+        first input has."""
+        values, first = list(inputs), inputs[0]
         for op, args, value in self.code:
-            one = torch.full((), value, dtype=inputs[0].dtype, device=inputs[0].device) if op == "const" else None
-            values.append(_FUNCTIONS[op](*(values[i] for i in args)) if one is None else one)
+            own = [values[i] for i in args]
+            if ARITY[op] == 0:
+                number = value if op == "const" else units or first.shape[-1]
+                values.append(torch.full((), number, dtype=first.dtype, device=first.device))
+            elif op in MATRIX_PRODUCTS:
+                w = blocks[int(value)]
+                values.append(F.linear(own[0], w if op == "product" else w.t()))
+            else:
+                values.append(_FUNCTIONS[op](*own))
         return [[values[i] for i in group] for group in self.outputs]
 
 
 class Program(NamedTuple):
-    """A cell. title: its name for people.  gates, apart, states, params: as in Cell.  recurrent: there is a W_hh."""
+    """A cell. title: its name for people.  gates, apart, states, params: as in Cell.  recurrent: there is a W_hh.
+    matrices: names, each with how many blocks of H rows it has.  masks: names."""
 
     title: str
     gates: int
@@ -155,6 +200,18 @@ class Program(NamedTuple):
     params: tuple[str, ...]
     forward: Graph
     backward: Graph
+    matrices: tuple[tuple[str, int], ...] = ()
+    masks: tuple[str, ...] = ()
+
+    @property
+    def blocks(self) -> int:
+        """N, the blocks of H rows of all matrices."""
+        return sum(count for _, count in self.matrices)
+
+    @property
+    def stages(self) -> int:
+        """Of both directions the larger number of stages; 1 where nothing is published."""
+        return max(len(self.forward.stages), len(self.backward.stages))
 
     @property
     def saved(self) -> int:
@@ -175,23 +232,37 @@ class Program(NamedTuple):
     @property
     def text(self) -> str:
         """The program as a line, which `parse` reads."""
-        counts = f"{self.gates} {self.apart} {int(self.recurrent)}"
-        names = (" ".join(self.states), " ".join(self.params))
+        counts, params = f"{self.gates} {self.apart} {int(self.recurrent)}", " ".join(self.params)
+        if self.matrices or self.masks:
+            counts = " ".join([counts, str(len(self.masks)), *(str(count) for _, count in self.matrices)])
+            params = ";".join([params, " ".join(name for name, _ in self.matrices), " ".join(self.masks)])
+        names = (" ".join(self.states), params)
         return PREFIX + "|".join((self.title, counts, *names, _written(self.forward), _written(self.backward)))
 
     def step(
-        self, x: Sequence[Tensor], r: Sequence[Tensor], s: Sequence[Tensor], p: Sequence[Tensor]
+        self,
+        x: Sequence[Tensor],
+        r: Sequence[Tensor],
+        s: Sequence[Tensor],
+        p: Sequence[Tensor],
+        matrices: Sequence[Tensor] = (),
+        masks: Sequence[Tensor] = (),
     ) -> tuple[Tensor, ...]:
         """A step in plain PyTorch, as Cell.step."""
         joined = self.gates - self.apart if self.recurrent else 0
         a = [own + other for own, other in zip(x[:joined], r[:joined], strict=True)] if joined else []
         a += [*x[joined:], *r[joined:]] if self.recurrent else list(x)
         shape = s[0].shape
-        return tuple(state.expand(shape) for state in self.forward.run([*a, *s, *p])[0])
+        blocks = [w for matrix in matrices for w in matrix.split(shape[-1])]
+        after = self.forward.run([*a, *s, *p, *masks], blocks, shape[-1])[0]
+        return tuple(state.expand(shape) for state in after)
 
 
 def _written(graph: Graph) -> str:
-    code = [f"const {i.value!r}" if i.op == "const" else " ".join((i.op, *map(str, i.args))) for i in graph.code]
+    code = []
+    for op, args, value in graph.code:
+        number = [repr(value) if op == "const" else str(int(value))] if op in NUMBERED else []
+        code.append(" ".join((op, *number, *map(str, args))))
     return ",".join(code) + ">" + ";".join(" ".join(map(str, group)) for group in graph.outputs)
 
 
@@ -199,18 +270,22 @@ def _read(text: str, inputs: int) -> Graph:
     code, _, outputs = text.partition(">")
     instructions = []
     for words in (line.split() for line in code.split(",") if line):
-        if words[0] == "const":
-            instructions.append(Instruction("const", (), float(words[1])))
-        else:
-            instructions.append(Instruction(words[0], tuple(map(int, words[1:]))))
+        first = 1 + (words[0] in NUMBERED)
+        value = 0.0 if first == 1 else float(words[1]) if words[0] == "const" else float(int(words[1]))
+        instructions.append(Instruction(words[0], tuple(map(int, words[first:])), value))
     return Graph(inputs, tuple(instructions), tuple(tuple(map(int, group.split())) for group in outputs.split(";")))
 
 
-def _is_sound(graph: Graph) -> bool:
-    """Whether every operation has its arguments, and every value is made before it is read."""
+def _is_sound(graph: Graph, blocks: int, product: str) -> bool:
+    """Whether every operation has its arguments, and every value is made before it is read, by those that publish in a
+    stage before. product: the only matrix product that there may be."""
     made = graph.inputs + len(graph.code)
-    for k, (op, args, _) in enumerate(graph.code, graph.inputs):
-        if len(args) != ARITY[op] or not all(0 <= i < k for i in args):
+    run = graph.inputs  # where the run of publishing operations began
+    for k, (op, args, value) in enumerate(graph.code, graph.inputs):
+        run = run if op in PUBLISHING else k + 1
+        if len(args) != ARITY[op] or not all(0 <= i < (run if op in PUBLISHING else k) for i in args):
+            return False
+        if op in MATRIX_PRODUCTS and (op != product or not 0 <= value < blocks):
             return False
     return all(0 <= i < made for group in graph.outputs for i in group)
 
@@ -220,17 +295,24 @@ def parse(text: str) -> Program:
     """The program of a text; raises ValueError for a text that is none."""
     try:
         title, counts, states, params, forward, backward = text.removeprefix(PREFIX).split("|")
-        gates, apart, recurrent = map(int, counts.split())
-        names, vectors = tuple(states.split()), tuple(params.split())
-        first = _read(forward, gates + apart + len(names) + len(vectors))
-        second = _read(backward, len(first.outputs[1]) + 3 * len(names) + len(vectors))
+        gates, apart, recurrent, *more = map(int, counts.split())
+        of_matrices, of_masks = params.split(";")[1:] if more else ("", "")
+        names, vectors, masks = tuple(states.split()), tuple(params.split(";")[0].split()), tuple(of_masks.split())
+        matrices = tuple(zip(of_matrices.split(), more[1:], strict=True))
+        given, blocks = len(vectors) + len(masks), sum(more[1:])
+        first = _read(forward, gates + apart + len(names) + given)
+        second = _read(backward, len(first.outputs[1]) + 3 * len(names) + given)
         sizes = [len(group) for group in (*first.outputs[:1], *second.outputs)]
-        fits = text.startswith(PREFIX) and sizes == [len(names), gates + apart, len(names), len(vectors)]
-        if not (fits and len(first.outputs) == 2 and _is_sound(first) and _is_sound(second)):
-            raise ValueError("counts do not fit together, or a value is read before it is made")
-    except (KeyError, ValueError) as error:
+        expected = [len(names), gates + apart, len(names), len(vectors), *[blocks][: len(matrices)]]
+        fits = text.startswith(PREFIX) and sizes == expected and len(first.outputs) == 2
+        fits = fits and [len(masks), *more[1:]] == (more or [0]) and min(more[1:], default=1) > 0
+        if not (fits and len(first.outputs[1]) >= len(matrices)):
+            raise ValueError("counts do not fit together")
+        if not (_is_sound(first, blocks, "product") and _is_sound(second, blocks, "transposed")):
+            raise ValueError("a value is read before it is made")
+    except (KeyError, IndexError, ValueError) as error:
         raise ValueError(f"cell: got {text[:80]!r}, expected a cell as fused_rnn.cell writes it") from error
-    return Program(title, gates, apart, bool(recurrent), names, vectors, first, second)
+    return Program(title, gates, apart, bool(recurrent), names, vectors, first, second, matrices, masks)
 
 
 def is_program(name: Any) -> bool:

@@ -7,7 +7,17 @@ from collections.abc import Callable
 
 import torch
 
-from fused_rnn.cells.program import ARITY, BINARY, TERNARY, UNARY, Graph, Instruction
+from fused_rnn.cells.program import (
+    ARITY,
+    BINARY,
+    MATRIX_PRODUCTS,
+    PUBLISHING,
+    REDUCTIONS,
+    TERNARY,
+    UNARY,
+    Graph,
+    Instruction,
+)
 
 COMMUTES = {"add", "mul", "maximum", "minimum", "eq", "ne", "and", "or"}
 _FOLDED: dict[str, Callable[..., torch.Tensor]] = {**UNARY, **BINARY, **TERNARY}
@@ -24,9 +34,26 @@ class Builder:
     def __init__(self, inputs: int) -> None:
         self.nodes: list[Instruction] = [Instruction("input", (i,)) for i in range(inputs)]
         self._known: dict[Instruction, int] = {}
+        self._rows: set[int] = set()
 
     def const(self, value: float) -> int:
         return self._node(Instruction("const", (), float(value)))
+
+    def units(self) -> int:
+        """H, as a number."""
+        return self._node(Instruction("units"))
+
+    def product(self, op: str, block: int, x: int) -> int:
+        """A matrix product of a value. op: "product" or "transposed"."""
+        return self._node(Instruction(op, (x,), float(block)))
+
+    def is_number(self, i: int) -> bool:
+        """Whether a value is the same for all rows and units."""
+        return self.nodes[i].op in ("const", "units")
+
+    def is_row(self, i: int) -> bool:
+        """Whether a value is one number for all units of a row."""
+        return i in self._rows
 
     def value(self, i: int) -> float | None:
         """Of a constant its value."""
@@ -43,6 +70,9 @@ class Builder:
         key = node._replace(value=node.value.hex()) if node.op == "const" else node  # type: ignore[arg-type]
         if key not in self._known:
             self._known[key] = len(self.nodes)
+            others = [a for a in node.args if not self.is_number(a)]
+            if node.op in REDUCTIONS or (node.op not in MATRIX_PRODUCTS and others and self._rows.issuperset(others)):
+                self._rows.add(len(self.nodes))
             self.nodes.append(node)
         return self._known[key]
 
@@ -52,10 +82,21 @@ class Builder:
         values = [self.value(i) for i in args]
         if op == "where" and values[0] is not None:
             return args[1] if values[0] != 0 else args[2]
+        if op in REDUCTIONS:
+            return self._reduced(op, args[0])
         if any(value is None for value in values):
             return None
         tensors = [torch.tensor(value, dtype=torch.float64, device="cpu") for value in values]
         return self.const(float(_FOLDED[LOWERED.get(op, op)](*tensors)))
+
+    def _reduced(self, op: str, x: int) -> int | None:
+        """A reduction of what is the same for all units, or of nothing but its negative."""
+        if self.is_number(x) or self.is_row(x):
+            return self.add("mul", x, self.units()) if op == "sum" else self.const(0)
+        if self.nodes[x].op == "neg":
+            inner = self.add(op, self.nodes[x].args[0])
+            return self.add("neg", inner) if op == "sum" else inner
+        return None
 
     def _simpler(self, op: str, args: tuple[int, ...]) -> int:
         """Without what is the same to the last bit, but for the sign of a zero."""
@@ -75,6 +116,8 @@ class Builder:
             return self.add("sub" if op == "add" else "add", args[0], self.nodes[args[1]].args[0])
         if op == "add" and self.nodes[args[0]].op == "neg":
             return self.add("sub", args[1], self.nodes[args[0]].args[0])
+        if op in ("add", "sub") and all(self.nodes[i].op == "sum" for i in args):  # one sum to be shared for two
+            return self.add("sum", self.add(op, *(self.nodes[i].args[0] for i in args)))
         if (
             op == "div"
             and last is not None
@@ -121,19 +164,42 @@ def emit(builder: Builder, given: dict[int, int], inputs: int, outputs: list[lis
         assert nodes[i].op != "input", f"value {i} is not given"
         needed.add(i)
         todo += map(real, nodes[i].args)
-    order = sorted(needed)  # arguments come before what is made of them
     code = {}
-    for i in order:
+    for i in sorted(needed):  # arguments come before what is made of them
         op, args, value = nodes[i]
         code[i] = Instruction(LOWERED.get(op, op), tuple(map(real, args)), value)
     _fuse(code, [i for group in outputs for i in group])
     numbers = dict(given)
     made: list[Instruction] = []
-    for i, (op, args, value) in sorted(code.items()):
+    for i, begins in _by_stage(code):
+        op, args, value = code[i]
+        if begins and op in PUBLISHING and made[-1].op in PUBLISHING:
+            made.append(Instruction("const"))  # which nobody reads: it says that a stage is over
         assert len(args) == ARITY[op]
         numbers[i] = inputs + len(made)
         made.append(Instruction(op, tuple(numbers[a] for a in args), value))
     return Graph(inputs, tuple(made), tuple(tuple(numbers[i] for i in group) for group in outputs))
+
+
+def _by_stage(code: dict[int, Instruction]) -> list[tuple[int, bool]]:
+    """The values, and whether each is the first of a stage, in the order of their stages, in each what publishes last.
+    All as soon as they can be made, but what only a later stage reads and what is made of no more than one value waits:
+    that one can be handed on as well."""
+    stage: dict[int, int] = {}
+    for i in sorted(code):
+        op, args, _ = code[i]
+        made = [stage.get(a, 0) + (a in code and code[a].op in PUBLISHING) for a in args]
+        stage[i] = max(made, default=0)
+    readers: dict[int, list[int]] = {}
+    for i in code:
+        for a in code[i].args:
+            readers.setdefault(a, []).append(i)
+    for i in sorted(code, reverse=True):
+        op, args, _ = code[i]
+        if op not in PUBLISHING and i in readers and len({a for a in args if a in code}) <= 1:
+            stage[i] = min(stage[k] for k in readers[i])
+    order = sorted(code, key=lambda i: (stage[i], code[i].op in PUBLISHING, i))
+    return [(i, k > 0 and stage[i] != stage[order[k - 1]]) for k, i in enumerate(order)]
 
 
 def _fuse(code: dict[int, Instruction], outputs: list[int]) -> None:

@@ -11,10 +11,11 @@ from keyword import iskeyword
 from typing import Any
 
 from torch import Tensor
+from torch.nn.functional import linear
 
 from fused_rnn.cells import CELLS, Cell
 from fused_rnn.cells.program import Program
-from fused_rnn.flex.compile import program_of
+from fused_rnn.flex.compile import Shape, program_of
 from fused_rnn.flex.source import StepError
 
 
@@ -24,7 +25,7 @@ class UserCell:
     Attributes:
         step: the function it was made of.
         name: the function's.
-        gates, states, params, recurrent: as given to :func:`cell`.
+        gates, states, params, recurrent, matrices: as given to :func:`cell`, matrices with n alone.
 
     Examples:
         >>> @fused_rnn.cell(gates=1)
@@ -35,31 +36,39 @@ class UserCell:
         >>> (h,) = elman([torch.ones(2, 3)], [torch.zeros(2, 3)], {"h": torch.zeros(2, 3)})
     """
 
-    def __init__(
-        self, step: Callable[..., Any], gates: int, states: tuple[str, ...], params: tuple[str, ...], recurrent: bool
-    ) -> None:
-        self.step, self.gates, self.states, self.params, self.recurrent = step, gates, states, params, recurrent
+    def __init__(self, step: Callable[..., Any], shape: Shape) -> None:
+        self.step, self.shape = step, shape
+        self.gates, self.states, self.params, self.recurrent = shape[:4]
+        self.matrices = dict(shape.matrices)
         self.__name__ = getattr(step, "__name__", type(step).__name__)
         # A program's text has its own signs, and is one line.
         self.name = "".join(c if c.isprintable() and c != "|" else "_" for c in self.__name__)
         self.__qualname__ = getattr(step, "__qualname__", self.__name__)
         self.__module__ = getattr(step, "__module__", None) or "__main__"
         self.__doc__ = step.__doc__
-        self._states, self._params = namedtuple("States", states), namedtuple("Params", params)
+        self._states, self._params = namedtuple("States", self.states), namedtuple("Params", self.params)
+        self._matrices: Any = namedtuple("Matrices", tuple(self.matrices))  # type: ignore[misc]
         self._lock, self._traced = threading.RLock(), False
         self._descriptor: Cell | None = None
 
-    def __call__(self, x: Sequence[Tensor], r: Sequence[Tensor] | None, s: Any, p: Any = ()) -> tuple[Tensor, ...]:
+    def __call__(
+        self, x: Sequence[Tensor], r: Sequence[Tensor] | None, s: Any, p: Any = (), m: Any = ()
+    ) -> tuple[Tensor, ...]:
         """One step in plain PyTorch.
 
         Args:
             x, r: of each gate the input side and the recurrent side, [B, H]; r is None if not recurrent.
             s, p: the states and the params, in order, by name, or as an object with these attributes.
+            m: likewise the matrices, [n·H, H].
 
         Returns:
             The states after, in the order of `states`.
         """
-        result = self.step(x, r, _named(self._states, s), _named(self._params, p))
+        more = []
+        if self.matrices:
+            given = _named(self._matrices, m)
+            more.append(self._matrices(*[_multiplier(getattr(given, name), n) for name, n in self.matrices.items()]))
+        result = self.step(x, r, _named(self._states, s), _named(self._params, p), *more)
         return tuple(result) if isinstance(result, (tuple, list)) else (result,)
 
     @property
@@ -75,20 +84,27 @@ class UserCell:
                     raise StepError(f"cell {self.name!r}: the step asks for its own program, as a FlexRNN of it does")
                 self._traced = True
                 try:
-                    shape = (self.gates, self.states, self.params, self.recurrent)
-                    self._descriptor = CELLS[program_of(self.name, self.step, self._plain, *shape).text]
+                    self._descriptor = CELLS[program_of(self.name, self.step, self._plain, self.shape).text]
                 finally:
                     self._traced = False
             return self._descriptor
 
     def _plain(
-        self, x: Sequence[Tensor], r: Sequence[Tensor] | None, s: Sequence[Tensor], p: Sequence[Tensor]
-    ) -> tuple[Tensor, ...]:
-        return self.step(x, r, self._states(*s), self._params(*p))  # type: ignore[no-any-return]
+        self,
+        x: Sequence[Tensor],
+        r: Sequence[Tensor] | None,
+        s: Sequence[Tensor],
+        p: Sequence[Tensor],
+        m: Sequence[Callable[[Tensor], Any]],
+        masks: Sequence[Tensor],
+    ) -> Any:
+        more = (self._matrices(*m),) if self.matrices else ()
+        return self.step(x, r, self._states(*s), self._params(*p), *more)
 
     def __repr__(self) -> str:
         more = "" if self.recurrent else ", recurrent=False"
         params = f", params={self.params}" if self.params else ""
+        more += f", matrices={self.matrices}" if self.matrices else ""
         return f"<cell {self.__name__}: gates={self.gates}, states={self.states}{params}{more}>"
 
     def __copy__(self) -> UserCell:
@@ -111,6 +127,16 @@ class UserCell:
         return _find, (self.__module__, self.__qualname__)
 
 
+def _multiplier(w: Tensor, count: int) -> Callable[[Tensor], Any]:
+    """What multiplies by a matrix of so many blocks, as a step has it."""
+
+    def multiply(v: Tensor) -> Any:
+        y = linear(v, w)
+        return y if count == 1 else y.chunk(count, -1)
+
+    return multiply
+
+
 def _find(module: str, name: str) -> Any:
     found: Any = importlib.import_module(module)
     for part in name.split("."):
@@ -131,7 +157,12 @@ def _named(kind: Any, given: Any) -> Any:
 
 
 def cell(
-    *, gates: int, states: Sequence[str] = ("h",), params: Sequence[str] = (), recurrent: bool = True
+    *,
+    gates: int,
+    states: Sequence[str] = ("h",),
+    params: Sequence[str] = (),
+    recurrent: bool = True,
+    matrices: Mapping[str, tuple[int, str]] | None = None,
 ) -> Callable[[Callable[..., Any]], UserCell]:
     """Make a recurrent cell of a step written in PyTorch, for :class:`~fused_rnn.FlexRNN`. A decorator. ::
 
@@ -145,9 +176,14 @@ def cell(
       W_hh h + b_hh; r is None with recurrent=False.
     - s, p: the states before the step [B, H], and vectors of one number per unit [H], as attributes.
 
+    - m, of a cell with matrices: a function for each, as an attribute: ``m.u(v)`` is U v, [B, H], of a v [B, H] that
+      the step has made; of a matrix of n·H rows it is a tuple of n such. One product a step for each matrix.
+
     and returns the states after, in the order of `states`; for one state a tensor will do. The first is the output, and
     what W_hh multiplies. It may do what torch has of pointwise arithmetic, comparisons, torch.where, clamp,
-    exponentials and activations. It runs when it is first needed, on tensors that stand for its arguments.
+    exponentials and activations; and over the units of a row sum, mean, var, std and vector_norm with dim=-1 and
+    keepdim=True, F.layer_norm and F.rms_norm of the shape v.shape[-1:]. With `heads` these see the units of one head.
+    It runs when it is first needed, on tensors that stand for its arguments.
     Numbers that it closes over, and tensors of one number without a gradient, are taken as they are then. Loops run
     what it did then, forward and backward, as one fused kernel.
 
@@ -156,13 +192,14 @@ def cell(
         states: names of what a step hands to the next one.
         params: names of vectors of one number per unit, which are trained as the matrices are.
         recurrent: False leaves out W_hh: what a step knows of the one before are its states alone.
+        matrices: matrices beside W_hh by name, each (n, "H"): n·H rows, H columns.
 
     Returns:
         A decorator that makes a :class:`UserCell` of a function.
 
     Raises:
         TypeError, ValueError: for arguments that do not fit; when it is first needed, a ValueError with the line of the
-            step that does what a cell cannot: a branch on the value of a tensor, an operation that is not pointwise, a
+            step that does what a cell cannot: a branch on the value of a tensor, an operation that no loop has, a
             tensor that is not [B, H], another number of states, a tensor of the closure that requires a gradient.
 
     Examples:
@@ -180,13 +217,31 @@ def cell(
         raise ValueError(f"params: got {both[0]!r}, which is a state, expected another name")
     if not isinstance(recurrent, bool):
         raise TypeError(f"recurrent: got {recurrent!r}, expected True or False")
+    blocks = _checked_matrices(matrices, own, vectors)
 
     def decorate(step: Callable[..., Any]) -> UserCell:
         if not callable(step):
             raise TypeError(f"step: got {type(step).__name__}, expected a function of (x, r, s, p)")
-        return UserCell(step, gates, own, vectors, recurrent)
+        return UserCell(step, Shape(gates, own, vectors, recurrent, blocks))
 
     return decorate
+
+
+def _checked_matrices(given: Any, states: tuple[str, ...], params: tuple[str, ...]) -> tuple[tuple[str, int], ...]:
+    """The matrices, each with its blocks of H rows. Raises TypeError, ValueError."""
+    if given is None:
+        return ()
+    if not isinstance(given, Mapping):
+        raise TypeError(f"matrices: got {given!r}, expected shapes by name, as {{'u': (1, 'H')}}")
+    names = _names("matrices", tuple(given))
+    for name in names:
+        if name in states or name in params:
+            raise ValueError(f"matrices: got {name!r}, which is a state or a param, expected another name")
+        shape = given[name]
+        fits = isinstance(shape, (tuple, list)) and len(shape) == 2 and shape[1] == "H"
+        if not fits or isinstance(shape[0], bool) or not isinstance(shape[0], int) or shape[0] < 1:
+            raise ValueError(f"matrices: got {shape!r} for {name!r}, expected (n, 'H') of n·H rows and H columns")
+    return tuple((name, given[name][0]) for name in names)
 
 
 def _names(argument: str, given: Sequence[str]) -> tuple[str, ...]:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,56 +18,94 @@ from fused_rnn.flex.kept import keep
 from fused_rnn.flex.source import StepError, line_of_step, line_of_traceback
 from fused_rnn.flex.trace import Trace
 
-# (the gates' input sides, their recurrent sides or None, states, params) → a tensor a state.
-Call = Callable[[Sequence[Tensor], Sequence[Tensor] | None, Sequence[Tensor], Sequence[Tensor]], Any]
+# (the gates' input sides, their recurrent sides or None, states, params, of each matrix the function that multiplies by
+# it, masks) → a tensor a state.
+Call = Callable[..., Any]
 
 
-def program_of(
-    title: str,
-    step: Callable[..., Any],
-    call: Call,
-    gates: int,
-    states: tuple[str, ...],
-    params: tuple[str, ...],
-    recurrent: bool,
-) -> Program:
+class Shape(NamedTuple):
+    """What a step gets and returns. gates: their number.  states, params, masks: names.  matrices: names, each with how
+    many blocks of H rows it has."""
+
+    gates: int
+    states: tuple[str, ...]
+    params: tuple[str, ...] = ()
+    recurrent: bool = True
+    matrices: tuple[tuple[str, int], ...] = ()
+    masks: tuple[str, ...] = ()
+
+    @property
+    def sides(self) -> int:
+        """How many pre-activations a step gets, those of a gate's two sides apart."""
+        return self.gates * (1 + self.recurrent)
+
+    @property
+    def rest(self) -> int:
+        """How many inputs follow the pre-activations."""
+        return len(self.states) + len(self.params) + len(self.masks)
+
+
+def program_of(title: str, step: Callable[..., Any], call: Call, shape: Shape) -> Program:
     """The program of a step. call: the step on plain sequences. Raises StepError for what is none."""
-    traced, after = _trace(title, step, call, (gates, gates * recurrent, len(states), len(params)), states)
-    builder, after, apart = _joined(traced, after, gates, len(states), len(params), recurrent)
-    width, count = gates + apart, len(states)
-    forward_inputs = width + count + len(params)
+    traced, after = _trace(title, step, call, shape)
+    builder, after, apart = _joined(traced, after, shape)
+    gates, count, vectors = shape.gates, len(shape.states), len(shape.params)
+    width = gates + apart
+    forward_inputs = width + shape.rest
     before = range(width, width + count)
-    vectors = range(width + count, forward_inputs)
+    params = range(width + count, width + count + vectors)
+    constant = range(width + count, forward_inputs)  # of a step's own: params and masks
     dafter = range(forward_inputs, forward_inputs + count)
 
+    products, operands = _products(builder, after, shape, title, step)
     made = len(builder.nodes)  # all later values are backward's
-    grads = differentiate(builder, after, dafter, range(forward_inputs))
+    grads = differentiate(builder, after, dafter, [*range(forward_inputs), *products])
     joined = gates - apart
     dgates = [grads[i] for i in (*range(joined, gates), *range(joined), *range(gates, width))]
-    outputs = [dgates, [grads[i] for i in before], [grads[i] for i in vectors]]
+    outputs = [dgates, [grads[i] for i in before], [grads[i] for i in params]]
+    if products:
+        outputs.append(grads[forward_inputs:])
 
     needed = _needed(builder, set(dafter), [i for group in outputs for i in group])
-    free = {*before, *vectors, *after}
-    saved = keep(builder, needed, free, made)
+    saved = operands + keep(builder, needed, {*before, *constant, *after, *operands}, made)
     forward = emit(builder, {i: i for i in range(forward_inputs)}, forward_inputs, [after, saved])
-    inputs = [*saved, *before, *after, *vectors, *dafter]
-    given = {value: i for i, value in reversed(list(enumerate(inputs))) if builder.value(value) is None}
+    inputs = [*saved, *before, *after, *constant, *dafter]
+    given = {value: i for i, value in reversed(list(enumerate(inputs))) if not builder.is_number(value)}
     backward = emit(builder, given, len(inputs), outputs)
-    return Program(title, gates, apart, recurrent, states, params, forward, backward)
+    names = (shape.states, shape.params)
+    return Program(title, gates, apart, shape.recurrent, *names, forward, backward, shape.matrices, shape.masks)
 
 
-def _trace(
-    title: str, step: Callable[..., Any], call: Call, counts: Sequence[int], states: tuple[str, ...]
-) -> tuple[Builder, list[int]]:
-    """The builder after the step has run: inputs x, r, the states and the params; and its values of the states.
+def _products(
+    builder: Builder, after: list[int], shape: Shape, title: str, step: Callable[..., Any]
+) -> tuple[list[int], list[int]]:
+    """What each block of the matrices made, and what each matrix multiplied."""
+    made: dict[int, int] = {}
+    reached = builder.reachable(after)
+    for i in sorted(reached):
+        if builder.nodes[i].op == "product":
+            made[int(builder.nodes[i].value)] = i
+    operands, block = [], 0
+    for name, count in shape.matrices:
+        own = [made[k] for k in range(block, block + count) if k in made]
+        if not own:
+            raise StepError(f"cell {title!r}: the step does not multiply by its matrix {name!r}{line_of_step(step)}")
+        operands.append(builder.nodes[own[0]].args[0])
+        for k in range(block, block + count):  # of which nobody reads the product
+            made.setdefault(k, builder.product("product", k, operands[-1]))
+        block += count
+    return [made[k] for k in range(block)], operands
 
-    counts: of input sides, recurrent sides, states and params.
+
+def _trace(title: str, step: Callable[..., Any], call: Call, shape: Shape) -> tuple[Builder, list[int]]:
+    """The builder after the step has run: inputs x, r, the states, the params, the masks; and its values of the states.
+
     Run twice, on other sizes, numbers and another dtype, it has to do the same: else it depends on what is not seen
     here. The wider dtype comes last, for its constants are what the step has in any other, before rounding.
     """
 
     def run(sizes: tuple[int, int], fill: float, dtype: torch.dtype) -> tuple[Builder, list[int]]:
-        return _run(Trace(Builder(sum(counts)), title, step, sizes, fill, dtype), call, counts, states)
+        return _run(Trace(Builder(shape.sides + shape.rest), title, step, sizes, fill, dtype), call, shape)
 
     with _alone():
         first = run((5, 7), -997.0, torch.float32)
@@ -118,17 +156,22 @@ def _alone() -> Iterator[None]:
         yield
 
 
-def _run(trace: Trace, call: Call, counts: Sequence[int], states: Sequence[str]) -> tuple[Builder, list[int]]:
-    (b, h), gates = trace.sizes, counts[0]
-    rows = sum(counts[:3])
-    if counts[1]:
+def _run(trace: Trace, call: Call, shape: Shape) -> tuple[Builder, list[int]]:
+    (b, h), gates, sides, states = trace.sizes, shape.gates, shape.sides, shape.states
+    first = sides + len(states)
+    if shape.recurrent:
         trace.partners = {**{g: gates + g for g in range(gates)}, **{gates + g: g for g in range(gates)}}
-    made = [trace.input(i, (b, h)) for i in range(rows)]
-    vectors = [trace.input(rows + i, (h,)) for i in range(counts[3])]
-    sides = gates + counts[1]
+    rows = [trace.input(i, (b, h)) for i in range(first)]
+    vectors = [trace.input(first + i, (h,)) for i in range(len(shape.params))]
+    masks = [trace.input(sides + shape.rest - len(shape.masks) + i, (b, h)) for i in range(len(shape.masks))]
+    matrices, block = [], 0
+    for name, count in shape.matrices:
+        matrices.append(trace.matrix(name, range(block, block + count)))
+        block += count
     try:
         with torch.device("cpu"), trace:
-            result = call(tuple(made[:gates]), tuple(made[gates:sides]) or None, made[sides:], vectors)
+            recurrent = tuple(rows[gates:sides]) or None
+            result = call(tuple(rows[:gates]), recurrent, rows[sides:], vectors, matrices, masks)
     except RuntimeError as error:
         if "ambiguous" in str(error):  # bool(tensor), which Python refuses before any operation
             line = line_of_traceback(error.__traceback__)
@@ -146,11 +189,10 @@ def _run(trace: Trace, call: Call, counts: Sequence[int], states: Sequence[str])
     return trace.builder, [trace.value(value) for value in results]
 
 
-def _joined(
-    traced: Builder, after: list[int], gates: int, states: int, params: int, recurrent: bool
-) -> tuple[Builder, list[int], int]:
+def _joined(traced: Builder, after: list[int], shape: Shape) -> tuple[Builder, list[int], int]:
     """The same with one input for each gate of which the step sees the sum of both sides alone; how many of the last
     gates are apart. Room for the gradients of the states follows the inputs."""
+    gates, recurrent, sides = shape.gates, shape.recurrent, shape.sides
     nodes, reached = traced.nodes, traced.reachable(after)
     uses: dict[int, set[int]] = {}
     for i in reached:
@@ -177,11 +219,10 @@ def _joined(
                 break
             joined += 1
     apart = gates - joined
-    sides = gates * (1 + recurrent)
-    builder = Builder(gates + apart + states + params + states)
+    builder = Builder(gates + apart + shape.rest + len(shape.states))
     numbers: dict[int, int] = {i: i for i in range(joined, gates)}
     numbers |= {i: i - joined for i in range(gates + joined, sides)}
-    numbers |= {sides + i: gates + apart + i for i in range(states + params)}
+    numbers |= {sides + i: gates + apart + i for i in range(shape.rest)}
     if not recurrent:
         numbers |= {g: g for g in range(gates)}
     for i in sorted(reached):
@@ -190,6 +231,10 @@ def _joined(
             numbers[i] = sums[i]
         elif op == "const":
             numbers[i] = builder.const(value)
+        elif op == "units":
+            numbers[i] = builder.units()
+        elif op == "product":
+            numbers[i] = builder.product(op, int(value), numbers[args[0]])
         elif op != "input":
             numbers[i] = builder.add(op, *(numbers[a] for a in args))
     return builder, [numbers[i] for i in after], apart

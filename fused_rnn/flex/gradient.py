@@ -64,7 +64,19 @@ def _rsqrt(b: Builder, args: Sequence[int], y: int, d: int) -> Sequence[int]:
     return [b.add("mul", b.add("mul", d, b.const(-0.5)), cube)]
 
 
+def _variance(b: Builder, args: Sequence[int], y: int, d: int) -> Sequence[int]:
+    far = b.add("sub", args[0], b.add("div", b.add("sum", args[0]), b.units()))
+    return [b.add("mul", b.add("div", b.add("mul", d, b.const(2)), b.units()), far)]
+
+
+def _product(b: Builder, args: Sequence[int], y: int, d: int) -> Sequence[int]:
+    return [b.product("transposed", int(b.nodes[y].value), d)]
+
+
 RULES: dict[str, Rule] = {
+    "sum": lambda b, a, y, d: [d],
+    "variance": _variance,
+    "product": _product,
     "neg": lambda b, a, y, d: [b.add("neg", d)],
     "abs": lambda b, a, y, d: [b.add("mul", d, b.add("sign", a[0]))],
     "exp": lambda b, a, y, d: [b.add("mul", d, y)],
@@ -93,13 +105,16 @@ RULES: dict[str, Rule] = {
     "clamp_max": _clamp("le"),
 }
 # Steps: their gradient is zero wherever they have one.
-FLAT = {"const", "input", "detach", "sign", "lt", "le", "gt", "ge", "eq", "ne", "and", "or"}
+FLAT = {"const", "units", "input", "detach", "sign", "lt", "le", "gt", "ge", "eq", "ne", "and", "or"}
 
 
-def differentiate(b: Builder, outputs: Sequence[int], grads: Sequence[int], inputs: Sequence[int]) -> list[int]:
-    """The gradient of each input, given those of the outputs; zero where nothing depends on it."""
+def differentiate(b: Builder, outputs: Sequence[int], grads: Sequence[int], of: Sequence[int]) -> list[int]:
+    """The gradient of each of these values, given those of the outputs; zero where nothing depends on it.
+
+    What comes of a matrix product depends on the matrix, so it is followed as the inputs among the values are.
+    """
     reached = b.reachable(list(outputs))
-    varies = set(inputs)
+    varies = set(of)
     for i in sorted(reached):
         node = b.nodes[i]
         if node.op not in FLAT and any(a in varies for a in node.args):
@@ -108,6 +123,8 @@ def differentiate(b: Builder, outputs: Sequence[int], grads: Sequence[int], inpu
 
     def give(to: int, gradient: int | None) -> None:
         if gradient is not None and to in varies:
+            if b.is_row(to) and not b.is_row(gradient):  # all units read it
+                gradient = b.add("sum", gradient)
             total[to] = b.add("add", total[to], gradient) if to in total else gradient
 
     for output, gradient in zip(outputs, grads, strict=True):
@@ -117,4 +134,4 @@ def differentiate(b: Builder, outputs: Sequence[int], grads: Sequence[int], inpu
         if i in total and node.op not in FLAT:
             for argument, part in zip(node.args, RULES[node.op](b, node.args, i, total[i]), strict=True):
                 give(argument, part)
-    return [total.get(i, b.const(0)) for i in inputs]
+    return [total.get(i, b.const(0)) for i in of]

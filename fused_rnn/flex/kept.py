@@ -2,20 +2,22 @@
 
 Backward can make a value again from others. The states before and after a step and the params are at hand, so what is
 made of them alone is kept by nobody: an LSTM's tanh(c). Of all else the fewest values are kept that everything else
-backward needs can be made of; of equally few, the latest, so that the least is computed again.
+backward needs can be made of; of equally few, the latest, so that the least is computed again. What forward makes of
+all units of a row is not made again.
 """
 
 from __future__ import annotations
 
 from itertools import pairwise
 
+from fused_rnn.cells.program import PUBLISHING
 from fused_rnn.flex.builder import Builder
 
 
 def keep(b: Builder, needed: set[int], free: set[int], made: int) -> list[int]:
     """The values to keep, of the first `made` ones, for `needed` to be made of them and of `free`."""
-    between = _between(b, needed, free)
-    sources = [i for i in between if b.nodes[i].op == "input"]
+    between = _between(b, needed, free, made)
+    sources = [i for i in between if _is_source(b, i, made)]
     # A value is two vertices, in (2 i) and out (2 i + 1), with room for one path between them if it may be kept.
     flow: dict[tuple[int, int], int] = {}
     room: dict[int, dict[int, int]] = {}
@@ -27,7 +29,7 @@ def keep(b: Builder, needed: set[int], free: set[int], made: int) -> list[int]:
     start, end, many = -1, -2, 1 << 30
     for i in between:
         edge(2 * i, 2 * i + 1, 1 if i < made else many)
-        if b.nodes[i].op != "input":
+        if i not in sources:
             for a in b.nodes[i].args:
                 if a in between:
                     edge(2 * a + 1, 2 * i, many)
@@ -66,20 +68,25 @@ def keep(b: Builder, needed: set[int], free: set[int], made: int) -> list[int]:
     return sorted(i for i in between if 2 * i + 1 in behind and 2 * i not in behind)
 
 
-def _between(b: Builder, needed: set[int], free: set[int]) -> set[int]:
+def _is_source(b: Builder, i: int, made: int) -> bool:
+    """Whether backward cannot make a value of others."""
+    return b.nodes[i].op == "input" or (b.nodes[i].op in PUBLISHING and i < made)
+
+
+def _between(b: Builder, needed: set[int], free: set[int], made: int) -> set[int]:
     """What the needed values are made of, as far as it is not free or made of what is free alone."""
     kept: list[bool] = []  # of each value whether it is not to be had without something kept
     for i, node in enumerate(b.nodes):  # arguments come before what is made of them
-        if i in free or node.op == "const":
+        if i in free or b.is_number(i):
             kept.append(False)
         else:
-            kept.append(node.op == "input" or any(kept[a] for a in node.args))
+            kept.append(_is_source(b, i, made) or any(kept[a] for a in node.args))
     found: set[int] = set()
     todo = list(needed)
     while todo:
         i = todo.pop()
         if i not in found and kept[i]:
             found.add(i)
-            if b.nodes[i].op != "input":
+            if not _is_source(b, i, made):
                 todo += b.nodes[i].args
     return found

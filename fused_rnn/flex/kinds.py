@@ -13,12 +13,16 @@ VIEWS = ALIASES - {"clone", "_to_copy"} | {"detach"}
 READS = {"_local_scalar_dense", "item", "is_nonzero", "equal", "nonzero", "_assert_async"}
 # A better message than "unknown": of what sees more than one unit or row, and of what makes another shape.
 _REDUCES = {
-    "sum", "mean", "var", "std", "var_mean", "norm", "linalg_vector_norm", "amax", "amin", "max", "min", "all", "any",
-    "prod", "logsumexp", "_softmax", "_log_softmax", "native_layer_norm", "native_group_norm", "_fused_rms_norm", "mm",
-    "addmm", "bmm", "cumsum", "split", "chunk", "slice", "select", "index", "gather", "sort",
+    "norm", "amax", "amin", "max", "min", "all", "any", "prod", "logsumexp", "_softmax", "_log_softmax",
+    "native_group_norm", "native_batch_norm", "cumsum", "split", "chunk", "slice", "select", "index",
+    "gather", "sort",
 }  # fmt: skip
+_MATRICES = {"mm", "addmm", "bmm", "matmul", "linear", "mv", "dot"}
 _RESHAPES = {"cat", "stack", "t", "transpose", "permute", "repeat", "tile", "flip", "diagonal", "as_strided"}
-WHY_NOT = dict.fromkeys(_REDUCES, "; it sees more than one unit") | dict.fromkeys(_RESHAPES, "; it changes the shape")
+WHY_NOT = dict.fromkeys(_REDUCES, "; of what sees more than one unit it has sums, means, variances and norms")
+WHY_NOT |= dict.fromkeys(_MATRICES, "; a matrix is one of `matrices`") | dict.fromkeys(
+    _RESHAPES, "; it changes the shape"
+)
 # Their result is memory, for random numbers mostly.
 UNSET = {"empty", "empty_like", "new_empty", "empty_strided", "native_dropout"}
 # Their result is a condition.

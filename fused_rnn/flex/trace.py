@@ -18,13 +18,14 @@ from torch.utils._pytree import tree_leaves
 from fused_rnn.flex.aten import FACTORIES, OPERATIONS, Refused
 from fused_rnn.flex.builder import DETACH, Builder
 from fused_rnn.flex.kinds import ALIASES, INTEGERS, READS, TRUTHS, UNSET, VIEWS, WHY_NOT
+from fused_rnn.flex.reductions import REDUCING
 from fused_rnn.flex.source import UNNAMED, StepError, line_of, name_of, own_frame
 
 
 class Trace(TorchDispatchMode):
     """While it is on, operations on tensors that it knows become values of the builder.
 
-    sizes: B and H. Of what a step makes every tensor is [B, H], [H] or one number.
+    sizes: B and H. Of what a step makes every tensor is [B, H], [B, 1], [H] or one number.
     fill, dtype: of the stand-ins, their numbers and the arguments' type.
     """
 
@@ -43,6 +44,7 @@ class Trace(TorchDispatchMode):
         self._known: dict[int, tuple[Tensor, int]] = {}  # with the tensor, so that no other one gets its id
         self._inputs: set[int] = set()
         self._seen_twice: set[int] = set()  # tensors that share their memory with another one
+        self._operands: dict[str, int] = {}  # of each matrix what it multiplies
         self._fresh: tuple[Any, ...] = ()  # what a factory made last, and where it was called
 
     @classmethod
@@ -55,6 +57,21 @@ class Trace(TorchDispatchMode):
         made = self._stand_in(shape, self.dtype, i)
         self._inputs.add(id(made))
         return made
+
+    def matrix(self, name: str, blocks: range) -> Callable[[Tensor], Any]:
+        """What multiplies by a matrix of these blocks."""
+
+        def multiply(v: Tensor) -> Any:
+            if not isinstance(v, Tensor) or tuple(v.shape) != self.sizes:
+                got = self._text(v.shape) if isinstance(v, Tensor) else type(v).__name__
+                raise self.error(f"matrix {name!r} got {got}, expected a tensor [B, H]")
+            operand = self.value(v)
+            if self._operands.setdefault(name, operand) != operand:
+                raise self.error(f"matrix {name!r} multiplies two vectors in a step, expected one")
+            made = [self._stand_in(v.shape, v.dtype, self.builder.product("product", k, operand)) for k in blocks]
+            return made[0] if len(made) == 1 else tuple(made)
+
+        return multiply
 
     def error(self, what: str, line: str | None = None) -> StepError:
         """An error that names the cell, and the line of the user's that did it."""
@@ -131,6 +148,8 @@ class Trace(TorchDispatchMode):
             raise self.error(f"{op} changes in place a tensor that the step also has under another view")
         if name in ALIASES and not changes:
             return self._alias(func, op, args, kwargs)
+        if name in REDUCING and not changes:
+            return self._reduction(func, op, overload, args, kwargs)
         rule = OPERATIONS.get(name)
         if rule is None:
             raise self.error(f"{op} is no operation that a cell can run{WHY_NOT.get(name, '')}")
@@ -163,6 +182,26 @@ class Trace(TorchDispatchMode):
             self._seen_twice |= {id(made), id(args[0])}
         return (made, torch.zeros(0, device="cpu")) if len(func._schema.returns) > 1 else made
 
+    def _reduction(self, func: Any, op: str, overload: str, args: Sequence[Any], kwargs: Any) -> Any:
+        """An operation that sees all units of a row."""
+        try:
+            numbers = REDUCING[op](self, overload, *args, **kwargs)
+        except Refused as error:
+            raise self.error(f"{op}: {error}") from None
+        except TypeError:
+            raise self.error(f"{op}: arguments that a cell does not take") from None
+        made = func(*args, **kwargs)  # for the shapes and types
+        several = isinstance(made, tuple)
+        known = []
+        for tensor, number in zip(made if several else (made,), numbers if several else (numbers,), strict=True):
+            self._check(tensor.shape, op)
+            if not torch.is_grad_enabled():
+                self._refuse_function()
+                number = self.builder.add(DETACH, number)
+            dtype = tensor.dtype if tensor.dtype.is_floating_point else torch.float32
+            known.append(self._stand_in(tensor.shape, dtype, number))
+        return tuple(known) if several else known[0]
+
     def _alias(self, func: Any, op: str, args: Sequence[Any], kwargs: Any) -> Tensor:
         """The first argument by another shape, or a copy of it."""
         made: Tensor = func(*args, **kwargs)
@@ -189,8 +228,10 @@ class Trace(TorchDispatchMode):
 
     def _check(self, shape: Iterable[int], op: str) -> None:
         b, h = self.sizes
-        if tuple(shape) not in ((b, h), (1, h), (h,), (1, 1), (1,), ()):
-            raise self.error(f"{op} makes a tensor {self._text(shape)}, expected [B, H], [H] or a single number")
+        if tuple(shape) not in ((b, h), (b, 1), (1, h), (h,), (1, 1), (1,), ()):
+            raise self.error(
+                f"{op} makes a tensor {self._text(shape)}, expected [B, H], [B, 1], [H] or a single number"
+            )
 
     def _text(self, shape: Iterable[int]) -> str:
         return f"[{', '.join({self.sizes[0]: 'B', self.sizes[1]: 'H'}.get(n, str(n)) for n in shape)}]"

@@ -53,9 +53,10 @@ class FlexRNN(Recurrent):
         return_sequences="states" a tuple of such, one for each state, of the last layer; the final states shaped as hx.
 
     Its parameters are weight_ih_l0 [G·H, D or R·H]; weight_hh_l0 [G·H, H], with heads [N, G·H/N, H/N], rows of a head
-    gate by gate; bias_ih_l0 and bias_hh_l0 [G·H]; for each of the cell's params p_l0 [H]; all with _reverse for the
-    other direction. A cell that is not recurrent has no weight_hh and bias_hh. Initial values are uniform in ±1/√H as
-    torch.nn.LSTM's; weight_hh's in ±1/√(H/N), for that is how many terms each of its sums has.
+    gate by gate; bias_ih_l0 and bias_hh_l0 [G·H]; for each of the cell's matrices u_l0 [n·H, H], with heads [N, n·H/N,
+    H/N]; for each of its params p_l0 [H]; all with _reverse for the other direction. A cell that is not recurrent has
+    no weight_hh and bias_hh. Initial values are uniform in ±1/√H as torch.nn.LSTM's; those of weight_hh and of the
+    cell's matrices in ±1/√(H/N), for that is how many terms each of their sums has.
 
     Raises:
         TypeError, ValueError: for arguments that do not fit, from the cell for a step that cannot be traced.
@@ -110,9 +111,10 @@ class FlexRNN(Recurrent):
             "RNN_TANH", input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, 0, "meta",
             backend=backend, save=save,
         )  # fmt: skip
-        if clash := [name for name in cell.params if name in _WEIGHTS]:
+        if clash := [name for name in (*cell.params, *cell.matrices) if name in _WEIGHTS]:
+            kind_of = "param" if clash[0] in cell.params else "matrix"
             raise ValueError(
-                f"cell: got a param {clash[0]!r}, expected another name: the module has a weight of this one"
+                f"cell: got a {kind_of} {clash[0]!r}, expected another name: the module has a weight of this one"
             )
         if isinstance(heads, bool) or not isinstance(heads, int) or heads < 1 or hidden_size % heads:
             raise ValueError(f"heads: got {heads!r}, expected a positive divisor of hidden_size = {hidden_size}")
@@ -120,7 +122,7 @@ class FlexRNN(Recurrent):
             raise ValueError(f"return_sequences: got {return_sequences!r}, expected 'h' or 'states'")
         self.mode = cell.name
         self._fused_user, self._fused_states = cell, len(cell.states)
-        self._fused_heads = heads if cell.recurrent else 1  # without W_hh they are one
+        self._fused_heads = heads if cell.recurrent or cell.descriptor().staged else 1  # else they are one
         self._fused_options = (self._fused_heads, return_sequences == "states")
         self._fused_init = _checked_init(init, cell, hidden_size)
         self._fused_cell = cell.descriptor().name
@@ -144,16 +146,22 @@ class FlexRNN(Recurrent):
 
     def _shapes(self, input_size: int) -> dict[str, tuple[int, ...]]:
         """The weights of a recurrence by name, in torch's order."""
-        cell, hidden, heads = self._fused_user, self.hidden_size, self._fused_heads
+        cell, hidden = self._fused_user, self.hidden_size
         rows = cell.gates * hidden
         shapes: dict[str, tuple[int, ...]] = {"weight_ih": (rows, input_size)}
         if cell.recurrent:
-            shapes["weight_hh"] = (rows, hidden) if heads == 1 else (heads, rows // heads, hidden // heads)
+            shapes["weight_hh"] = self._matrix(rows)
         if self.bias:
             shapes["bias_ih"] = (rows,)
             if cell.recurrent:
                 shapes["bias_hh"] = (rows,)
+        shapes |= {name: self._matrix(count * hidden) for name, count in cell.matrices.items()}
         return shapes | dict.fromkeys(cell.params, (hidden,))
+
+    def _matrix(self, rows: int) -> tuple[int, ...]:
+        """The shape of a matrix [rows, H], by heads."""
+        heads, hidden = self._fused_heads, self.hidden_size
+        return (rows, hidden) if heads == 1 else (heads, rows // heads, hidden // heads)
 
     @property
     @unused
@@ -164,7 +172,7 @@ class FlexRNN(Recurrent):
     @property
     @unused
     def heads(self) -> int:
-        """N, how many recurrences stand for one. Of a cell without W_hh it is 1."""
+        """N, how many recurrences stand for one. Of a cell whose units do not see each other it is 1."""
         return self._fused_heads
 
     @property
@@ -183,7 +191,8 @@ class FlexRNN(Recurrent):
             for name, param in zip(reversed(names), reversed(params), strict=False):
                 _set(getattr(self, name), self._fused_init.get(param, 0.0))
             for name in names[: len(names) - len(params)]:
-                own = bound * math.sqrt(self._fused_heads) if name.startswith("weight_hh") else bound
+                square = name.rpartition("_l")[0] in ("weight_hh", *self._fused_user.matrices)
+                own = bound * math.sqrt(self._fused_heads) if square else bound
                 nn.init.uniform_(getattr(self, name), -own, own)
 
     def flatten_parameters(self) -> None:
@@ -273,7 +282,7 @@ def _by_head(module: FlexRNN, weights: Sequence[Tensor]) -> list[Tensor]:
                 raise ValueError(f"{full}: got {shape_text(w.shape)}, expected {shape_text(shape)}")
             if name in module._fused_user.params:
                 w = w.unflatten(0, (heads, units))
-            elif name != "weight_hh":
+            elif name not in ("weight_hh", *module._fused_user.matrices):
                 w = w.unflatten(0, (gates, heads, units)).transpose(0, 1).flatten(1, 2)
             columns.append(w.unbind(0))
         flat += [w for member in zip(*columns, strict=True) for w in member]

@@ -73,7 +73,8 @@ def _run_recurrence(
             if gone is not None:
                 entering = [s.masked_fill(gone, 0) for s in entering]
         sides = () if w.w_hh is None else linear(entering[0], w.w_hh, w.b_hh).chunk(spec.gates, -1)
-        new = spec.step(gates_x[t].chunk(spec.gates, -1), sides, entering, w.params)
+        own = (w.matrices, [mask[t if len(mask) > 1 else 0] for mask in w.masks]) if w.matrices or w.masks else ()
+        new = spec.step(gates_x[t].chunk(spec.gates, -1), sides, entering, w.params, *own)
         if w.w_hr is not None:
             new = (linear(new[0], w.w_hr), *new[1:])
         if over is None:

@@ -52,7 +52,10 @@ def backward(*args: Any) -> list[Tensor]:
     same_device(x, *tensors, *call.histories, *call.weights)
     dx = x.new_empty(x.shape if call.need_dx else 0)
     states = [x.new_empty(state.shape) for state in call.states]
-    return [dx, *states, *([w.new_empty(w.shape) for w in call.weights] if call.need_dw else [])]
+    if not call.need_dw:
+        return [dx, *states]
+    is_mask = call.layer.kinds.is_mask
+    return [dx, *states, *(w.new_empty(0 if is_mask(k) else w.shape) for k, w in enumerate(call.weights))]
 
 
 def step(*args: Any) -> list[Tensor]:

@@ -23,12 +23,12 @@ _COUNTER = "torch.utils.flop_counter"
 
 
 def _products(call: LayerCall) -> tuple[int, int, int]:
-    """Multiplications for a step of one row, in all recurrences: by W_ih, by W_hh, by W_hr."""
+    """Multiplications for a step of one row, in all recurrences: by W_ih, by W_hh, by W_hr and a cell's matrices."""
     each = call.each
     return (
         sum(prod(w.w_ih) for w in each),
         sum(prod(w.w_hh) for w in each if w.w_hh is not None),
-        sum(prod(w.w_hr) for w in each if w.w_hr is not None),
+        sum(prod(matrix) for w in each for matrix in (w.w_hr, *w.matrices) if matrix is not None),
     )
 
 

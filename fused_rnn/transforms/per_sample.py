@@ -17,8 +17,9 @@ from fused_rnn.reference.sequence import entering, zero_past_end
 
 def supports(call: LayerCall) -> bool:
     """Not with a projection, whose gradient takes another exchange, nor where the gates' gradients do not tell all
-    (parameter vectors, gates whose sides are apart), but for a GRU's, if its gates were kept."""
-    tells_all = not call.spec.params and (not call.spec.apart or call.cell == "gru")
+    (parameter vectors, matrices, gates whose sides are apart), but for a GRU's, if its gates were kept."""
+    spec = call.spec
+    tells_all = not (spec.params or spec.matrices or spec.masks) and (not call.spec.apart or call.cell == "gru")
     return call.save == "gates" and not call.kinds.projects and tells_all
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from fused_rnn.call import BackwardCall, LayerCall
+from fused_rnn.cells import CELLS
 from fused_rnn.transforms import per_sample
 
 Dims = Sequence[Any]
@@ -125,6 +126,8 @@ def forward(op: Callable[..., list[Tensor]], n: int, dims: Dims, *args: Any) -> 
     """fused_rnn::forward over a mapped dimension; None where it has to be looped."""
     call = LayerCall(*args)
     where: Any = LayerCall(*dims)
+    if call.spec.masks:  # which have a batch of their own
+        return None
     states, history = len(call.spec.states), _where_rows(call.save)
     if all(d is None for d in where.weights):
         folded = call._replace(
@@ -156,6 +159,8 @@ def backward(op: Callable[..., list[Tensor]], n: int, dims: Dims, *args: Any) ->
     """fused_rnn::backward over a mapped dimension; None where it has to be looped."""
     call = BackwardCall(*args)
     where: Any = BackwardCall(*dims)
+    if call.layer.spec.masks:
+        return None
     history, given = _where_rows(call.save), len(call.states)
     outputs: list[Tensor]
     out_dims: list[int | None]
@@ -218,6 +223,8 @@ def step(
 ) -> Result | None:
     """fused_rnn::step over a mapped dimension; None where it has to be looped."""
     x_dim, weight_dims, state_dims, _ = dims
+    if CELLS[cell].masks:
+        return None
     if any(d is not None for d in weight_dims):
         rows = x.unsqueeze(1).expand(-1, n, -1) if x_dim is None else x.movedim(x_dim, 1)
         entering = [

@@ -25,14 +25,21 @@ def make_call(
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=random, dtype=torch.float64).to(dtype)
 
-    each = Kinds(0, bias, False, spec.recurrent).shapes(spec, D, H, H)
-    uniform = [torch.rand(*s, generator=random, dtype=torch.float64) * 2 - 1 for _ in directions for s in each]
+    kinds = Kinds(0, bias, False, spec.recurrent, len(spec.matrices), spec.masks)
+    shapes = kinds.shapes(spec, D, H, H)
+    each = shapes[: len(shapes) - spec.masks]
     ends = torch.randint(0, T + 1, (B,), generator=random)
     if B > 2:
         ends[0], ends[-1] = 0, T
     cuts = torch.rand(T, B, generator=random) < 0.2
     states = [normal(len(directions), B, H) for _ in spec.states] if hx else []
-    weights = [(w * H**-0.5).to(dtype) for w in uniform]
+    weights: list[Tensor] = []
+    for _ in directions:
+        uniform = [torch.rand(*s, generator=random, dtype=torch.float64) * 2 - 1 for s in each]
+        weights += [(w * H**-0.5).to(dtype) for w in uniform]
+        for k in range(spec.masks):  # by turns the same at all times, and others at each
+            kept = torch.rand(1 if k % 2 == 0 else T, B, H, generator=random) < 0.75
+            weights.append(kept.to(dtype) / 0.75)
     return LayerCall(
         normal(T, B, D), weights, states, ends if lengths else None, cuts if reset else None, cell, directions, save,
         False, True,
@@ -63,7 +70,9 @@ def named(call: LayerCall, outputs: list[Tensor], gradients: list[Tensor]) -> Re
     forward = ["y", *(f"{s}_n" for s in call.spec.states), *(f"{s} over time" for s in more)]
     backward = ["dx", *(f"d{s}0" for s in call.spec.states[: len(call.states)])]
     backward += [f"dweights[{k}]" for k in range(len(call.weights))]
-    return dict(zip([*forward, *backward], [*outputs[: len(forward)], *gradients], strict=True))
+    results = dict(zip([*forward, *backward], [*outputs[: len(forward)], *gradients], strict=True))
+    of_masks = [f"dweights[{k}]" for k in range(len(call.weights)) if call.kinds.is_mask(k)]  # they have none
+    return {name: value for name, value in results.items() if name not in of_masks}
 
 
 def by_ops(call: LayerCall, forward: Any, backward: Any) -> Results:
@@ -114,7 +123,10 @@ def step_by_step(call: LayerCall) -> list[Tensor]:
         for t in range(call.x.shape[0])[::direction]:
             lengths = None if call.lengths is None else (call.lengths - t).clamp(0, 1)
             reset = None if call.reset is None else call.reset[t : t + 1]
-            weights = call.weights[r * number : (r + 1) * number]
+            weights = [
+                w[t : t + 1] if call.kinds.is_mask(k) and len(w) > 1 else w
+                for k, w in enumerate(call.weights[r * number : (r + 1) * number])
+            ]
             one = LayerCall(call.x[t : t + 1], weights, states, lengths, reset, call.cell, (1,), sequences=True)
             y, *rest = run_layer(one)
             states = rest[: len(states)]

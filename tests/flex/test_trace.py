@@ -241,7 +241,7 @@ REFUSED: dict[str, tuple[Function, str]] = {
     "a list": (lambda x, r, s, p: torch.stack([x[0], r[0]]), "that a cell can run; it changes the shape"),
     "growing in place": (lambda x, r, s, p: torch.zeros(()).add_(x[0]), "add_ would give a tensor [] the shape [B, H]"),
     "minus a condition": (lambda x, r, s, p: x[0] * ((x[0] > 0) - (r[0] > 0)), "expected numbers, got conditions"),
-    "branch on a sum": (branch, "sum is no operation that a cell can run; it sees more than one unit"),
+    "branch on a sum": (branch, "sum: dim: got None, expected -1: a cell sees all units of a row, and no other rows"),
     "branch on a tensor": (compare, "it branches on the value of a tensor; use torch.where"),
     "item": (lambda x, r, s, p: x[0] * (s.h * 0 + 1)[0, 0].item(), "select is no operation"),
     "unknown op": (lambda x, r, s, p: torch.erfinv(s.h), "erfinv is no operation that a cell can run"),

@@ -1,0 +1,113 @@
+"""What ATen's operations over the units of a row are in a program, as aten.py has those that are pointwise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from fused_rnn.flex.aten import Refused
+
+
+def _over_units(t: Any, dim: Any, keepdim: bool) -> None:
+    """Whether a reduction is over the units, and leaves a number for each row. Raises Refused."""
+    dims = [dim] if isinstance(dim, int) else list(dim or ())
+    if dims not in ([-1], [1]):
+        raise Refused(f"dim: got {dim}, expected -1: a cell sees all units of a row, and no other rows")
+    if not keepdim:
+        raise Refused("keepdim: got False, expected True: a number for each row, [B, 1]")
+
+
+def _operand(t: Any, x: Tensor) -> int:
+    """A value of the units of a row. Raises Refused for another one."""
+    if x.dim() == 0 or x.shape[-1] != t.sizes[1]:
+        raise Refused(f"expected a tensor of the units, [B, H], got {t._text(x.shape)}")
+    return int(t.value(x))
+
+
+def _mean_of(t: Any, x: int) -> int:
+    return int(t.builder.add("div", t.builder.add("sum", x), t.builder.units()))
+
+
+def _sum_over(t: Any, _: str, x: Tensor, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> int:
+    _over_units(t, dim, keepdim)
+    return int(t.builder.add("sum", _operand(t, x)))
+
+
+def _mean(t: Any, _: str, x: Tensor, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> int:
+    _over_units(t, dim, keepdim)
+    return _mean_of(t, _operand(t, x))
+
+
+def _corrected(t: Any, x: int, correction: Any) -> int:
+    """The variance of a value, with this correction: 1 if it is None."""
+    b, correction = t.builder, 1 if correction is None else correction
+    y = b.add("variance", x)
+    if correction == 0:
+        return int(y)
+    return int(b.add("mul", y, b.add("div", b.units(), b.add("sub", b.units(), b.const(correction)))))
+
+
+def _var(t: Any, _: str, x: Tensor, dim: Any = None, *, correction: Any = None, keepdim: bool = False) -> int:
+    _over_units(t, dim, keepdim)
+    return _corrected(t, _operand(t, x), correction)
+
+
+def _std(t: Any, _: str, x: Tensor, dim: Any = None, *, correction: Any = None, keepdim: bool = False) -> int:
+    return int(t.builder.add("sqrt", _var(t, _, x, dim, correction=correction, keepdim=keepdim)))
+
+
+def _vector_norm(
+    t: Any, _: str, x: Tensor, ord: Any = 2, dim: Any = None, keepdim: bool = False, *, dtype: Any = None
+) -> int:
+    _over_units(t, dim, keepdim)
+    b, x = t.builder, _operand(t, x)  # type: ignore[assignment]
+    if ord == 1:
+        return int(b.add("sum", b.add("abs", x)))
+    if ord != 2:
+        raise Refused(f"ord: got {ord}, expected 1 or 2")
+    norm = b.add("sqrt", b.add("sum", b.add("mul", x, x)))
+    # As torch's own gradient, which is 0 where the norm is.
+    return int(b.add("where", b.add("eq", norm, b.const(0)), b.const(0), norm))
+
+
+def _affine(t: Any, y: int, weight: Any, bias: Any) -> int:
+    y = y if weight is None else t.builder.add("mul", y, t.value(weight))
+    return int(y if bias is None else t.builder.add("add", y, t.value(bias)))
+
+
+def _check_normalized(t: Any, shape: Any) -> None:
+    if list(shape) != [t.sizes[1]]:
+        raise Refused(f"normalized_shape: got {t._text(shape)}, expected [H], as v.shape[-1:]")
+
+
+def _layer_norm(t: Any, _: str, x: Tensor, shape: Any, weight: Any, bias: Any, eps: float) -> tuple[int, int, int]:
+    """With the mean and 1 / (the standard deviation), which ATen returns beside it."""
+    _check_normalized(t, shape)
+    b, value = t.builder, _operand(t, x)
+    mean = _mean_of(t, value)
+    scale = b.add("rsqrt", b.add("add", b.add("variance", value), b.const(eps)))
+    return _affine(t, b.add("mul", b.add("sub", value, mean), scale), weight, bias), mean, scale
+
+
+def _rms_norm(t: Any, _: str, x: Tensor, shape: Any, weight: Any = None, eps: Any = None) -> tuple[int, int]:
+    _check_normalized(t, shape)
+    b, value = t.builder, _operand(t, x)
+    if eps is None:
+        raise Refused("eps: got None, expected a number: torch's own depends on the dtype")
+    scale = b.add("rsqrt", b.add("add", _mean_of(t, b.add("mul", value, value)), b.const(eps)))
+    return _affine(t, b.add("mul", value, scale), weight, None), scale
+
+
+# Of the units of a row one number, of some beside others.
+REDUCING: dict[str, Callable[..., Any]] = {
+    "sum": _sum_over, "mean": _mean, "var": _var, "std": _std, "linalg_vector_norm": _vector_norm,
+    "var_mean": lambda t, _, x, dim=None, *, correction=None, keepdim=False: (
+        _var(t, _, x, dim, correction=correction, keepdim=keepdim), _mean(t, _, x, dim, keepdim),
+    ),
+    "std_mean": lambda t, _, x, dim=None, *, correction=None, keepdim=False: (
+        _std(t, _, x, dim, correction=correction, keepdim=keepdim), _mean(t, _, x, dim, keepdim),
+    ),
+    "native_layer_norm": _layer_norm, "_fused_rms_norm": _rms_norm,
+}  # fmt: skip
