@@ -15,8 +15,9 @@ template <class Policy, bool kBackward, int NT, class Known = AnyTeam>
 class Product {
   using Operand = typename Policy::Operand;
   using Fragment = typename Policy::Fragment;
-  static constexpr Tile kTile = Known::direct ? direct_tile(Policy::kPrecision, Known::units)
-                                              : tile(Policy::kPrecision, kBackward, NT, kFewerBlocks, Policy::kNarrow);
+  static constexpr Tile kTile = Known::own      ? own_tile(Policy::kPrecision)
+                                : Known::direct ? direct_tile(Policy::kPrecision, Known::units)
+                                                : tile(Policy::kPrecision, kBackward, NT, kFewerBlocks, Policy::kNarrow);
   static constexpr int kBlocks = Known::blocks;  // of each warp; 0 where that is not known
   static constexpr int MT = kTile.mt, KR = kTile.kr, kHeld = Known::held ? Known::held : KR;
   static constexpr int kQuads = Policy::kRegisters / 4, kVectors = MT * Policy::kKept / 4;  // of a block, the latter as it is kept
@@ -255,7 +256,7 @@ class Product {
 
   int group_, share_, first_, count_;
   uint4* rest_;
-  Held held_[kHeld];
+  Held held_[kHeld > 0 ? kHeld : 1];
 };
 
 }  // namespace fused_rnn::cuda

@@ -72,6 +72,13 @@ FUSED_RNN_HD constexpr Tile direct_tile(Precision precision, int units) {
   return t;
 }
 
+// Of a product with a block of a cell's own matrices (stages.h), whose weights are all in shared memory: registers are W_hh's.
+FUSED_RNN_HD constexpr Tile own_tile(Precision precision) {
+  Tile t = built_in_tile(precision, true, 1);
+  t.kr = 0;
+  return t;
+}
+
 // An mma waits for the one before it that adds to the same sums, some four times as long as it takes: where a warp has few m tiles and
 // rows, so many sets of sums take turns. An FMA lane has 8 sums, and each of them enough to do.
 FUSED_RNN_HD constexpr int chains(Tile t, int nt) { return t.registers != 8 || t.mt * nt >= 4 ? 1 : 4 / (t.mt * nt); }
