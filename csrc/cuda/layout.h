@@ -8,8 +8,10 @@ namespace fused_rnn::cuda {
 
 constexpr int kPointwiseThreads = 256;
 
-// A general kernel keeps this many units in each thread's registers; the planner sees to it that they suffice.
+// A general kernel keeps this many units in each thread's registers; the planner sees to it that they suffice. Of a cell in stages one, for
+// what crosses from stage to stage needs registers, too.
 constexpr int kUnitsPerThread = 2;
+FUSED_RNN_HD constexpr int units_per_thread(int stages) { return stages == 1 ? kUnitsPerThread : 1; }
 
 // Of a row of the operand: blocks of 64 bytes, and of these an odd number, so that a block of two rows, which a quarter of a warp reads at
 // once, fills all 128 bytes of the banks.

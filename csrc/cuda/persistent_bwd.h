@@ -14,9 +14,9 @@
 
 namespace fused_rnn::cuda {
 
-template <class Policy, int G, int NT, class Known>
+template <class Policy, int G, int NT, class Known, int kUnits>
 struct CarrierOf {
-  using OnGrid = std::conditional_t<Known::direct, Direct<Policy, G, NT, Known>, Gather<Policy, G, NT>>;
+  using OnGrid = std::conditional_t<Known::direct, Direct<Policy, G, NT, Known>, Gather<Policy, G, NT, kUnits>>;
   using Type = std::conditional_t<Known::scatters, Scatter<Policy, G, Known>, OnGrid>;
 };
 
@@ -30,7 +30,7 @@ persistent_bwd_kernel(const FUSED_RNN_GRID_CONSTANT BackwardLoop told) {
   constexpr int G = Cell::gates, kAll = kGradientsLeft<Cell>, kStages = Cell::backward_stages;
   static_assert(kStages == 1 || !Known::width);
   constexpr bool kFetchesFirst = Known::width > 0;  // as in forward
-  using Carrier = typename CarrierOf<Policy, G, NT, Known>::Type;
+  using Carrier = typename CarrierOf<Policy, G, NT, Known, units_per_thread(kStages)>::Type;
   constexpr int kUnits = Carrier::kUnits;
   const auto& p = reinterpret_cast<const BackwardLoopOf<Known::width>&>(told);
   const Team& team = Known::of(p.team);

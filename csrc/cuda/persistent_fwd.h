@@ -16,7 +16,8 @@ persistent_fwd_kernel(const FUSED_RNN_GRID_CONSTANT ForwardLoop told) {
   if (!Known::exists) return trap();  // nobody launches it; so its code is not made
   using Storage = typename Policy::Storage;
   using Operand = typename Policy::Operand;
-  constexpr int G = Cell::gates, kUnits = Known::units_per_thread, kStages = Cell::forward_stages;
+  constexpr int G = Cell::gates, kStages = Cell::forward_stages;
+  constexpr int kUnits = kStages == 1 ? Known::units_per_thread : units_per_thread(kStages);
   static_assert(kStages == 1 || !Known::width);
   // The next step's input is asked for before this one's results are stored: a step may be shorter than memory takes. The general kernels
   // would wait for it there, of two units or with registers short.

@@ -127,7 +127,7 @@ void consider(const Request& q, const Device& device, ExchangeKind exchange, int
     if (!lay_out(t, q.backward, q.gates, exchange, members, units, nt, shares, plan.team)) continue;
     plan.known = q.known ? find_known(plan.team, q.precision, q.backward, q.gates, q.H, q.narrow) : -1;
     if ((scatters || direct) && plan.known < 0) continue;
-    plan.threads = threads_of(plan.team, plan.known < 0 ? kUnitsPerThread : known_units_per_thread(plan.team));
+    plan.threads = threads_of(plan.team, plan.known < 0 ? units_per_thread(q.stages.count) : known_units_per_thread(plan.team));
     plan.shared = shared_layout(plan.team, t).total;
     if (q.stages.count > 1) {
       const Tile own = own_tile(q.precision);
