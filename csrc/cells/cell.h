@@ -11,11 +11,11 @@
 //                                             params; after[0]: h_t, in where backward_after says so, out where the cell projects
 // An array that has nothing to hold has one element.
 //
-// A cell that is `staged`, which fused_rnn/cuda/printer.py alone writes, has masks, matrices of its own or sums over the units of a row. Its
-// formulas come in stages, one after the other, with two arguments more: forward<M, stage>(a, before, p, masks, units, c, after, s) and
-// backward<M, stage>(s, before, p, masks, units, c, after, dstate, d, dp). units: H. c: what crosses from one stage to the next, the operands
-// and results of published operations among it, which run between stages: forward_published, backward_published. d: behind what others have,
-// the gradients of the products with each block of its matrices.
+// A cell that is `staged`, which fused_rnn/cuda/printer.py alone writes, has masks, matrices of its own or sums over the units of a row.
+// Its formulas come in stages, one after the other, with two arguments more: forward<M, stage>(a, before, p, masks, units, c, after, s) and
+// backward<M, stage>(s, before, p, masks, units, c, after, dstate, d, dp). units: H. c: what crosses from one stage to the next, the
+// operands and results of published operations among it, which run between stages: forward_published, backward_published. d: behind what
+// others have, the gradients of the products with each block of its matrices.
 //
 // a holds the gates in their order, of the `apart` last ones the input side alone; then the recurrent side of those.
 // d holds the input side of those first, then the recurrent side of all gates: either side's gradients are `gates` vectors in a row.
@@ -24,34 +24,34 @@
 
 namespace fused_rnn {
 
-constexpr int kMostCells = 16;   // numbers are less than this
+constexpr int kMostCells = 16;  // numbers are less than this
 constexpr int kMostStates = 4;
 constexpr int kMostParams = 8;
 constexpr int kMostGates = 16;
 constexpr int kMostSaved = 32;
 constexpr int kMostMasks = 4;
 constexpr int kProgramNumber = kMostCells;  // of every cell that is a program
-struct Program;                             // cpu/program.h
+struct Program;  // cpu/program.h
 
 // What runs between two stages of a step, for all units of a row together.
 enum class Publish { sum, variance, product, transposed };
 struct Published {
   int stage;  // that it ends
   Publish what;
-  int block;     // of a product: which H rows of the cell's matrices, one after the other
+  int block;  // of a product: which H rows of the cell's matrices, one after the other
   int from, to;  // its operand and its result among what crosses
 };
 
 struct CellDefaults {
-  static constexpr int params = 0;         // vectors of one number per unit
+  static constexpr int params = 0;  // vectors of one number per unit
   static constexpr bool recurrent = true;  // there is a W_hh; without one no gate has a recurrent side
-  static constexpr int apart = 0;          // how many of the last gates enter the formula with their input and recurrent side apart
-  static constexpr bool reads_h = false;   // forward reads before[0] itself, not only W_hh h
+  static constexpr int apart = 0;  // how many of the last gates enter the formula with their input and recurrent side apart
+  static constexpr bool reads_h = false;  // forward reads before[0] itself, not only W_hh h
   static constexpr bool projects = false;  // W_hr may stand behind it
-  static constexpr bool sequences = false; // CUDA's persistent backward takes gradients of the other states over time
+  static constexpr bool sequences = false;  // CUDA's persistent backward takes gradients of the other states over time
   static constexpr unsigned backward_after = 0, backward_before = 0;
   static constexpr bool staged = false;
-  static constexpr int masks = 0;   // vectors of one number per row and unit
+  static constexpr int masks = 0;  // vectors of one number per row and unit
   static constexpr int blocks = 0;  // of H rows, of its matrices
   static constexpr int forward_stages = 1, backward_stages = 1, forward_crossing = 0, backward_crossing = 0;
 };

@@ -54,8 +54,9 @@ inline void bind_plan(pybind11::module_& m) {
       "make_plan",
       [](int precision, bool backward, int gates, int64_t B, int64_t H, int64_t R, const Device& device, int exchange, int members,
          int rows, bool known, int fewer, int narrow, const std::array<int, 5>& stages) {
-        return make_plan({Precision(precision), backward, gates, B, H, R, exchange, members, rows, known, fewer, Narrow(narrow),
-                          {stages[0], stages[1], stages[2], stages[3], stages[4]}},
+        const auto [count, pairs, operands, products, at_once] = stages;
+        const Stages told{count, pairs, operands, products, at_once};
+        return make_plan({Precision(precision), backward, gates, B, H, R, exchange, members, rows, known, fewer, Narrow(narrow), told},
                          device);
       },
       py::arg("precision"), py::arg("backward"), py::arg("gates"), py::arg("B"), py::arg("H"), py::arg("R"), py::arg("device"),

@@ -77,7 +77,8 @@ struct Stages {
   int at_once = 0;   // products
 };
 
-// The team as the product with one block of the cell's matrices is laid out: its rows are a member's units. No warps where it has not enough.
+// The team as the product with one block of the cell's matrices is laid out: its rows are a member's units. No warps where it has not
+// enough.
 FUSED_RNN_HD constexpr Team own_team(const Team& team, Tile t, int threads) {
   Team own = team;
   own.depth = team.members * team.units;

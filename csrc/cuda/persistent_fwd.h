@@ -78,7 +78,7 @@ persistent_fwd_kernel(const FUSED_RNN_GRID_CONSTANT ForwardLoop told) {
       mark(step, kMultiplied);
       sync_threads();
       mark(step, kSummed);
-      const auto sums = [&](int j, float(&recurrent)[G]) __attribute__((always_inline)) {
+      const auto sums = [&](int j, float (&recurrent)[G]) __attribute__((always_inline)) {
         product.sum(team, partial, index[j].u, team.units, index[j].b, recurrent);
         scales[j].apply(recurrent);
       };

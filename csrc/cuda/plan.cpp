@@ -185,9 +185,10 @@ std::string explain(const Request& q, const Device& device) {
            " that fits, with the members or rows that were asked for";
   const int size = tile(q.precision, q.backward, 1).size;
   const int64_t weights = int64_t(q.gates) * q.H * q.H * size / narrower(q.precision, q.narrow), own = q.stages.products * q.H * q.H * size;
-  return "W_hh of " + std::to_string(weights) + (own ? " bytes and the cell's own matrices of " + std::to_string(own) : std::string()) + " bytes for each of " + std::to_string(q.R) + " recurrence(s) fits no team of " +
-         std::to_string(device.multiprocessors) + " multiprocessors with " + std::to_string(device.shared) +
-         " bytes of shared memory each" + (insists(q) ? ", with the exchange, members or rows that were asked for" : "");
+  return "W_hh of " + std::to_string(weights) + (own ? " bytes and the cell's own matrices of " + std::to_string(own) : std::string()) +
+         " bytes for each of " + std::to_string(q.R) + " recurrence(s) fits no team of " + std::to_string(device.multiprocessors) +
+         " multiprocessors with " + std::to_string(device.shared) + " bytes of shared memory each" +
+         (insists(q) ? ", with the exchange, members or rows that were asked for" : "");
 }
 
 }  // namespace

@@ -24,7 +24,7 @@ class Product {
   static constexpr int kChains = chains(kTile, NT);
   // Backward's FMA lanes with 16 rows have no register to spare: LSTM's and GRU's spilled on sm_100 and sm_120. So there they ask for the
   // weights of one block at a time, and keep no offsets from step to step. Elsewhere that would only make them slower.
-  static constexpr bool kTight = kIsBlackwell && Policy::kPrecision == Precision::ieee && kBackward && NT == 2;
+  static constexpr bool kTight = (kIsBlackwell && Policy::kPrecision == Precision::ieee && kBackward && NT == 2) || KR == 0;
   static constexpr int kAhead = kTight ? 1 : 2;
   static constexpr int kMostOnTheWay = 8;  // fragments of an operand in global memory, of a lane
   using Sums = float[kChains][NT][MT][Policy::kSums];

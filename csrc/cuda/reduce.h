@@ -1,25 +1,27 @@
 // Sums and variances over all units of a row, between two stages of a step: the same bits in all members, in every run.
 //
-// Each 16 lanes hold 16 units of one row, since a member's units are a multiple of 16. They reduce their numbers by shuffles to a pair: a sum,
-// or two of them; or the mean and the sum of squared deviations from it. Units beyond H are left out. Every member gets the pairs of all, in
-// the order of the units, and each thread merges those of its row in that order: sums by adding; variances by Chan's formula for many parts,
-// sum M2_i + n_i (mean_i - mean)^2, in which nothing cancels.
+// Each 16 lanes hold 16 units of one row, since a member's units are a multiple of 16. They reduce their numbers by shuffles to a pair: a
+// sum, or two of them; or the mean and the sum of squared deviations from it. Units beyond H are left out. Every member gets the pairs of
+// all, in the order of the units, and each thread merges those of its row in that order: sums by adding; variances by Chan's formula for
+// many parts, sum M2_i + n_i (mean_i - mean)^2, in which nothing cancels.
 //
 // How the pairs travel, turn by turn:
-//   cta      To slots in shared memory, of which turns have two copies in turn. A barrier of the threads stands between writing and reading.
+//   cta      To slots in shared memory, of which turns have two copies in turn. A barrier of the threads stands between writing and
+//   reading.
 //            Copy n & 1 is written for turn n + 2 behind the barrier of turn n + 1, at which a thread arrives when it has read turn n.
 //   cluster  Lane i of the 16 sends the pair to member i, itself included, by st.async into copy n & 1 of the slots, which counts it there
-//            towards mbarrier n & 1. Thread 0 arrives at that one when it sends, with the bytes of this turn, which differ from stage to stage;
-//            bytes that come before that make its count negative, and the phase waits.
-//            - Nothing is overwritten that is still read. What is sent for turn n + 2 is sent by a warp that has waited for turn n + 1; that
+//            towards mbarrier n & 1. Thread 0 arrives at that one when it sends, with the bytes of this turn, which differ from stage to
+//            stage; bytes that come before that make its count negative, and the phase waits.
+//            - Nothing is overwritten that is still read. What is sent for turn n + 2 is sent by a warp that has waited for turn n + 1;
+//            that
 //              phase needs the pairs of every warp with units of every member, which each of them sent behind its loads of turn n.
 //              sync_warp orders these before the store, for all lanes.
 //            - No phase is missed: that of turn n + 2 needs what each warp sends when it has seen turn n. So its parity is enough.
 //            - Which proxies and scopes: as in exchange.h. No CTA exits while pairs are on their way to it, since it waits for all of them.
 //   grid     To one of two copies in global memory; members are counted in and waited for as in exchange.h, and the pairs copied to shared
-//            memory by cp.async, which reads L2. Nothing is overwritten that is still read: a member writes for turn n + 2 when it has waited
-//            for all members' turn n + 1, in which each was counted in behind a barrier of its threads, behind its copy of turn n. The slots
-//            are written behind that barrier, too.
+//            memory by cp.async, which reads L2. Nothing is overwritten that is still read: a member writes for turn n + 2 when it has
+//            waited for all members' turn n + 1, in which each was counted in behind a barrier of its threads, behind its copy of turn n.
+//            The slots are written behind that barrier, too.
 #pragma once
 #include "cta_rank.h"
 

@@ -42,7 +42,8 @@ Bound<Loop>::Bound(std::string_view cell, Precision precision, const Plan* plan,
   const int64_t rows = 2 * int64_t(loop_.steps.R) * tiles_of_a_launch_ * plan_.team.rows;
   const int size = tile(precision, false, plan_.nt).size;
   operand_bytes_ = rows * plan_.team.depth * size;
-  if (stages.count > 1) own_bytes_ = rows * (int64_t(stages.operands) * plan_.own.depth * size + int64_t(stages.pairs) * reduced(plan_.own) * 8);
+  if (stages.count > 1)
+    own_bytes_ = rows * (int64_t(stages.operands) * plan_.own.depth * size + int64_t(stages.pairs) * reduced(plan_.own) * 8);
 }
 
 template <class Loop>
@@ -62,8 +63,7 @@ std::string Bound<Loop>::run(void* workspace, void* stream) const {
     loop.steps.tiles = std::min(tiles_of_a_launch_, plan_.tiles - tile);
     if (grid) {
       loop.workspace.arrived = arrived + int64_t(tile) * loop.steps.R * kCounterWords;
-      loop.own.workspace.arrived =
-          arrived + (int64_t(plan_.tiles) + int64_t(tile) * (counters_ - 1)) * loop.steps.R * kCounterWords;
+      loop.own.workspace.arrived = arrived + (int64_t(plan_.tiles) + int64_t(tile) * (counters_ - 1)) * loop.steps.R * kCounterWords;
     }
     const bool cluster = plan_.team.exchange == ExchangeKind::cluster || plan_.team.exchange == ExchangeKind::scatter;
     const Shape shape{int64_t(loop.steps.tiles) * loop.steps.R * plan_.team.members, plan_.threads, cluster ? plan_.team.members : 1,

@@ -2,9 +2,9 @@
 //
 // What is published runs for all of the team's units at once: sums and variances of rows (reduce.h), and products with blocks of the cell's
 // own matrices. An operand of those is shared as h is, by an exchange of its own (exchange.h), whose argument holds for it as it stands: a
-// turn of it is a run of the stage that it ends, once a step. The product is product.h's: a block's rows forward, or its columns backward, of
-// the member's units are with the member for all of time, all of them in shared memory. Its operand is read behind the exchange's wait, and its
-// sums behind a barrier; they are overwritten behind the next turn's `arrive`, which is a barrier of the threads, too.
+// turn of it is a run of the stage that it ends, once a step. The product is product.h's: a block's rows forward, or its columns backward,
+// of the member's units are with the member for all of time, all of them in shared memory. Its operand is read behind the exchange's wait,
+// and its sums behind a barrier; they are overwritten behind the next turn's `arrive`, which is a barrier of the threads, too.
 #pragma once
 #include "reduce.h"
 
@@ -110,8 +110,8 @@ class Publisher {
         me_(me),
         reduction_(team_, reductions(p, me), shared_array<float2>(at_.slots, at_.slots_count), barriers(0), me, p.steps.H, kNeeds.pairs),
         exchanges_(made_each<kNeeds.operands, Meeting>([&](int i) {
-          Operand* operand = shared_array<Operand>(at_.operands + i * (at_.operands_count * int(sizeof(Operand)) + kSharedGap),
-                                                   at_.operands_count);
+          Operand* operand =
+              shared_array<Operand>(at_.operands + i * (at_.operands_count * int(sizeof(Operand)) + kSharedGap), at_.operands_count);
           clear(operand, at_.operands_count);
           return Meeting(team_, meeting(p, me, i), operand, barriers(1 + i), me.team, me.teams, me.index);
         })),
@@ -179,8 +179,7 @@ class Publisher {
         constexpr int kI = decltype(i)::value, kNumber = Facts::number_of(kI);
         constexpr Published one = Facts::of(kI);
         if constexpr (one.what == Publish::variance) now[j].crossing[one.to] = reduction_.variance(index[j], kNumber / 2, kPairs);
-        if constexpr (one.what == Publish::sum)
-          now[j].crossing[one.to] = reduction_.total(index[j], kNumber / 2, kPairs, kNumber % 2 == 1);
+        if constexpr (one.what == Publish::sum) now[j].crossing[one.to] = reduction_.total(index[j], kNumber / 2, kPairs, kNumber % 2 == 1);
       });
     }
     reduction_.end();
@@ -269,7 +268,6 @@ struct NoPublisher {
   FUSED_RNN_DEVICE NoPublisher(const Loop&, const CtaRank&, int64_t) {}
 };
 template <class Cell, class Policy, bool kBackward, int NT>
-using PublisherOf =
-    std::conditional_t<Publishing<Cell, kBackward>::stages == 1, NoPublisher, Publisher<Cell, Policy, kBackward, NT>>;
+using PublisherOf = std::conditional_t<Publishing<Cell, kBackward>::stages == 1, NoPublisher, Publisher<Cell, Policy, kBackward, NT>>;
 
 }  // namespace fused_rnn::cuda

@@ -129,8 +129,7 @@ class BackwardUnit {
   }
   template <int stage>
   FUSED_RNN_DEVICE void formula(Now& now, const BackwardLoop& p) {
-    if constexpr (!Cell::staged)
-      Cell::template backward<Math>(now.kept, now.before, params_, now.after, now.dstate, d_, now.dparams);
+    if constexpr (!Cell::staged) Cell::template backward<Math>(now.kept, now.before, params_, now.after, now.dstate, d_, now.dparams);
     else
       Cell::template backward<Math, stage>(now.kept, now.before, params_, now.masks, Acc(int(p.steps.H)), now.crossing, now.after,
                                            now.dstate, d_, now.dparams);

@@ -101,8 +101,7 @@ class ForwardUnit {
   template <int stage>
   FUSED_RNN_DEVICE void compute(Now& now, const ForwardLoop& p) {
     if constexpr (!Cell::staged) Cell::template forward<Math>(now.a, now.before, params_, now.after, kept_);
-    else
-      Cell::template forward<Math, stage>(now.a, now.before, params_, now.masks, Acc(int(p.steps.H)), now.crossing, now.after, kept_);
+    else Cell::template forward<Math, stage>(now.a, now.before, params_, now.masks, Acc(int(p.steps.H)), now.crossing, now.after, kept_);
   }
   FUSED_RNN_DEVICE void end(const Now& now, const TimeIndex& walk, int step) {
     if (!at.valid(walk.time(step))) return;

@@ -52,7 +52,7 @@ def _refusal_of_stages(problem: Problem) -> str | None:
         return None
     if problem.needs_grad and problem.save == "recompute":
         return (
-            "save='recompute' of a cell that sums over its units, or has matrices of its own: it makes no gates again"
+            "it makes no gates again (save='recompute') of a cell that sums over its units, or has matrices of its own"
         )
     device, number = module.device_index(torch.device(problem.device)), plans.precision(problem.dtype)
     for backward in (False, True)[: 1 + problem.needs_grad]:

@@ -185,22 +185,18 @@ def _staged_function(name: str, staged: _Staged, arguments: Sequence[str], own: 
     for stage, text in enumerate(staged.lines):
         body = [*own, *text] if stage == 0 else text
         lines += [f"if constexpr (stage == {stage}) {{", *(f"  {line}" for line in body), "}"]
-    return _function(name, arguments, lines, "class M, int stage")
+    return _function(name, [f"[[maybe_unused]] {one}" for one in arguments], lines, "class M, int stage")
 
 
 def _own_arguments(program: Program, crossing: int) -> list[str]:
-    """Those that cells in stages have alone, and which may be unused."""
-    return [
-        "[[maybe_unused]] " + _array("m", len(program.masks), True),
-        "[[maybe_unused]] N units",
-        "[[maybe_unused]] " + _array("c", crossing, True, const=False),
-    ]
+    """Those that cells in stages have alone."""
+    return [_array("m", len(program.masks), True), "N units", _array("c", crossing, True, const=False)]
 
 
 def _in_stages(program: Program) -> list[str]:
     """A staged cell's constants and formulas."""
     vectors, states, params = program.gates + program.apart, len(program.states), len(program.params)
-    masks, saved, unused = _each("m", len(program.masks)), program.saved, "[[maybe_unused]] "
+    masks, saved = _each("m", len(program.masks)), program.saved
     vectors_left = vectors + program.blocks
     inputs = [*_each("a", vectors), *_each("before", states), *_each("p", params), *masks]
     forward = _staged(program.forward, inputs, [_each("after", states), _each("s", saved)], ())
@@ -221,17 +217,16 @@ def _in_stages(program: Program) -> list[str]:
         )
         if staged.published:
             lines.append(f"  static constexpr Published {name}_published[] = {{{', '.join(staged.published)}}};")
+    after = _array("after", states, True, const=False)
     arguments = [
-        unused + _array("a", vectors, True), unused + _array("before", states, True), unused + _array("p", params, True),
-        *_own_arguments(program, len(forward.crossing)),
-        unused + _array("after", states, True, const=False), unused + _array("s", saved, True, const=False),
+        _array("a", vectors, True), _array("before", states, True), _array("p", params, True),
+        *_own_arguments(program, len(forward.crossing)), after, _array("s", saved, True, const=False),
     ]  # fmt: skip
     lines += ["", *_staged_function("forward", forward, arguments, ())]
     arguments = [
-        unused + _array("s", saved, True), unused + _array("before", states, True), unused + _array("p", params, True),
-        *_own_arguments(program, len(backward.crossing)),
-        unused + _array("after", states, True, const=False), unused + _array("dstate", states, True, const=False),
-        unused + _array("d", vectors_left, True, const=False), unused + _array("dp", params, True, const=False),
+        _array("s", saved, True), _array("before", states, True), _array("p", params, True),
+        *_own_arguments(program, len(backward.crossing)), after, _array("dstate", states, True, const=False),
+        _array("d", vectors_left, True, const=False), _array("dp", params, True, const=False),
     ]  # fmt: skip
     return [*lines, "", *_staged_function("backward", backward, arguments, own)]
 

@@ -27,6 +27,7 @@ Load = Callable[[Cell, Kernel, bool, int], int]
 
 _OPTIONS = ("-std=c++17", "--device-as-default-execution-space", "--ptxas-options=-v")
 _LARGEST = 12  # with so many blocks fewer one is left in registers, of any tile; FMA lanes have 3 at most
+_ALL = 100  # with so many none is: csrc/cuda/tiles.h's kAllBlocks
 _emulated: Load | None = None
 _lock = threading.Lock()
 _loaded: dict[tuple[Any, ...], int] = {}
@@ -186,6 +187,7 @@ def _find(
     first, last = fewer_blocks(cell, precision, backward), 2 if precision == "ieee" else _LARGEST
     stages = stages_of(cell, backward)
     tries = [(True, 0)] * (first == 0) + [(False, fewer) for fewer in range(first, max(first, last) + 1, 2)]
+    tries += [(False, _ALL)] * cell.staged
     found = None
     for known, fewer in tries:
         plan = plans.choose(device, *sizes, known=known, fewer=fewer, narrow=narrow, stages=stages)
