@@ -24,14 +24,14 @@
 
 namespace fused_rnn {
 
-constexpr int kMostCells = 16;  // numbers are less than this
+constexpr int kMostCells = 16;   // numbers are less than this
 constexpr int kMostStates = 4;
 constexpr int kMostParams = 8;
 constexpr int kMostGates = 16;
 constexpr int kMostSaved = 32;
 constexpr int kMostMasks = 4;
 constexpr int kProgramNumber = kMostCells;  // of every cell that is a program
-struct Program;  // cpu/program.h
+struct Program;                             // cpu/program.h
 
 // What runs between two stages of a step, for all units of a row together.
 enum class Publish { sum, variance, product, transposed };
@@ -43,15 +43,15 @@ struct Published {
 };
 
 struct CellDefaults {
-  static constexpr int params = 0;  // vectors of one number per unit
+  static constexpr int params = 0;         // vectors of one number per unit
   static constexpr bool recurrent = true;  // there is a W_hh; without one no gate has a recurrent side
-  static constexpr int apart = 0;  // how many of the last gates enter the formula with their input and recurrent side apart
-  static constexpr bool reads_h = false;  // forward reads before[0] itself, not only W_hh h
+  static constexpr int apart = 0;          // how many of the last gates enter the formula with their input and recurrent side apart
+  static constexpr bool reads_h = false;   // forward reads before[0] itself, not only W_hh h
   static constexpr bool projects = false;  // W_hr may stand behind it
-  static constexpr bool sequences = false;  // CUDA's persistent backward takes gradients of the other states over time
+  static constexpr bool sequences = false; // CUDA's persistent backward takes gradients of the other states over time
   static constexpr unsigned backward_after = 0, backward_before = 0;
   static constexpr bool staged = false;
-  static constexpr int masks = 0;  // vectors of one number per row and unit
+  static constexpr int masks = 0;   // vectors of one number per row and unit
   static constexpr int blocks = 0;  // of H rows, of its matrices
   static constexpr int forward_stages = 1, backward_stages = 1, forward_crossing = 0, backward_crossing = 0;
 };

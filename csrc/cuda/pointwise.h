@@ -27,6 +27,7 @@ struct Flat {
 template <class Cell, class Storage, class Math>
 FUSED_RNN_KERNEL(kPointwiseThreads)
 pointwise_fwd_kernel(const FUSED_RNN_GRID_CONSTANT ForwardLoop p) {
+  static_assert(Cell::forward_stages == 1);
   using Acc = Accumulator<Storage>;
   constexpr int G = Cell::gates;
   const Flat flat(p.steps);
@@ -64,6 +65,7 @@ pointwise_fwd_kernel(const FUSED_RNN_GRID_CONSTANT ForwardLoop p) {
 template <class Cell, class Storage, class Math>
 FUSED_RNN_KERNEL(kPointwiseThreads)
 pointwise_bwd_kernel(const FUSED_RNN_GRID_CONSTANT BackwardLoop p) {
+  static_assert(Cell::backward_stages == 1);
   using Acc = Accumulator<Storage>;
   const Flat flat(p.steps);
   if (!flat.inside) return;

@@ -51,9 +51,7 @@ def _refusal_of_stages(problem: Problem) -> str | None:
     if not cell.staged:
         return None
     if problem.needs_grad and problem.save == "recompute":
-        return (
-            "it makes no gates again (save='recompute') of a cell that sums over its units, or has matrices of its own"
-        )
+        return "it makes no gates again (save='recompute') of a cell with sums over its units or matrices of its own"
     device, number = module.device_index(torch.device(problem.device)), plans.precision(problem.dtype)
     for backward in (False, True)[: 1 + problem.needs_grad]:
         sizes = (number, backward, cell.gates, problem.batch, problem.hidden_size, problem.recurrences)
