@@ -112,7 +112,7 @@ FUSED_RNN_HD constexpr StagesLayout stages_layout(const Team& own, Tile t, const
   at.partial = at.operands + stages.operands * (at.operands_count * t.size + kSharedGap);
   at.partial_count = own.warps_k * own.rows * partial_stride(own, t);
   at.weights = at.partial + stages.at_once * (at.partial_count * 4 + kSharedGap);
-  at.weights_count = own.warps_m * own.warps_k * shared_blocks(own, t) * t.mt * t.kept / 4 * 32;
+  at.weights_count = own.warps_m * own.warps_k * shared_blocks(own, t) * (32 * t.mt * t.kept / 4);
   at.total = at.weights + stages.products * (int64_t(at.weights_count) * 16 + kSharedGap);
   return at;
 }

@@ -43,8 +43,8 @@ class _Probed(TorchFunctionMode):
 def run(cell: str, given: Tensors, backwards: list[bool], dtype: torch.dtype, tf32: bool = False) -> Tensors:
     """A loop's results forward and backward, and the states that entered each step in the recurrence's own order.
 
-    given: gx, w, bias, params, dy; matrices, mask0, ..; of each state s0, s1, .. at the start, ds0, .. the gradient at the
-    end, dq1, .. that over time; lengths, reset.
+    given: gx, w, bias, params, dy; matrices, mask0, ..; of each state s0, s1, .. at the start, ds0, .. the gradient at
+    the end, dq1, .. that over time; lengths, reset.
     """
     spec = CELLS[cell]
     own = {name: t.to(dtype).requires_grad_() for name, t in given.items() if name not in ("lengths", "reset")}
