@@ -18,6 +18,9 @@ struct Weights {       // of one recurrence, row-major, in the tensors' dtype
   const void* w_hr;    // [P, H] or null (no projection: P == H)
   int direction;       // +1: t = 0 .. T-1;  -1: t = T-1 .. 0
   const void* params[kMostParams];  // [H] each
+  const void* matrices[kMostBlocks];  // [blocks H, H] each
+  const void* masks[kMostMasks];  // [1, B, H] or [T, B, H] each
+  int64_t mask_time[kMostMasks];  // elements from one time to the next: 0, or B H
 };
 
 struct Problem {
@@ -71,7 +74,7 @@ struct Backward {
   bool whole;  // saved and histories cover all of T
   const void* first[kMostStates];  // h [R, B, P], the others [R, B, H], accumulation dtype: states that entered step `start`
   void* dstates[kMostStates];  // likewise: gradients of the states after step stop-1 in, of those entering `start` out
-  void* dgates;  // [stop-start, B, R, gradients, H] out
+  void* dgates;  // [stop-start, B, R, gradients, H] out: of the pre-activations, then of what the matrices' blocks made
   const void* dsequences[kMostStates];  // of each state but h: [T, B, R, H], added to its gradient at every step, or null
   void* dparams;  // [R, B, params, H] accumulation dtype, added to, or null: not wanted
   bool need_dh;  // false: dh out is not wanted, which saves the last product
@@ -85,12 +88,15 @@ struct Products {
   const void* dgates;  // [stop-start, B, R, gradients, H]
   Input x;
   const void* hidden;  // [T, B, R, P]
+  const void* saved;  // as in Backward: the first values are what the matrices multiplied
+  bool whole;
   const void* h0;  // [R, B, P] in the tensors' dtype, or null
   const void* dprojected;  // as in Backward, or null
   const void* unprojected;
   void* const* dw_ih;  // per recurrence, accumulation dtype, added to: [G H, D rounded up to whole vectors], or null: not wanted
   void* const* dw_hh;  // [G H, P rounded up]; null where the cell is not recurrent
   void* const* dw_hr;  // [P, H rounded up]
+  void* const* dmatrices;  // of all matrices of all recurrences: [blocks H, H rounded up]
   void* const* db_ih;  // [G H], in double
   void* const* db_hh;  // [G H], in double; null where the cell is not recurrent
   void* dx;  // [T, B, D], or [T, B, R, D] where each recurrence has its x, or null

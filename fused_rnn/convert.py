@@ -127,7 +127,10 @@ def to_torch(model: M) -> M:
     for name, module in _modules(model):
         kind = type(module)
         theirs = _theirs(kind, is_parametrized(module))
-        if theirs is not None:
+        if theirs is not None and getattr(module, "_fused_extras", False):
+            what = f"{name or 'the model'} is a {kind.__module__}.{kind.__qualname__} with {module.extra_repr()}"
+            warnings.warn(f"to_torch: {what}, which torch.nn has not, and is left as it is", stacklevel=2)
+        elif theirs is not None:
             module.__class__ = theirs
             unmark_leaf(module)
             module.__dict__.pop("_fused_backend", None)

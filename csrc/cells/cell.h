@@ -25,11 +25,12 @@
 namespace fused_rnn {
 
 constexpr int kMostCells = 16;   // numbers are less than this
-constexpr int kMostStates = 4;
-constexpr int kMostParams = 8;
-constexpr int kMostGates = 16;
-constexpr int kMostSaved = 32;
+constexpr int kMostStates = 12;
+constexpr int kMostParams = 16;
 constexpr int kMostMasks = 4;
+constexpr int kMostBlocks = 4;  // of H rows, in all of a cell's matrices
+constexpr int kMostGates = 16;
+constexpr int kMostSaved = 48;
 constexpr int kProgramNumber = kMostCells;  // of every cell that is a program
 struct Program;                             // cpu/program.h
 
@@ -74,6 +75,8 @@ struct CellDescriptor {
   bool recurrent, reads_h, projects;
   const char* const* state_names;
   const Program* program;  // null in a cell that is compiled in
+  int masks, matrices, blocks;  // blocks of H rows in all matrices
+  int blocks_of[kMostBlocks];   // each matrix
 };
 
 struct NoCell {};
@@ -92,7 +95,7 @@ struct NumberedCell {
     using Type = Cell; \
     static constexpr CellDescriptor descriptor{ \
         Cell::name,   number_,         Cell::gates,   Cell::states,   Cell::saved,       Cell::apart, \
-        Cell::params, Cell::recurrent, Cell::reads_h, Cell::projects, Cell::state_names, nullptr}; \
+        Cell::params, Cell::recurrent, Cell::reads_h, Cell::projects, Cell::state_names, nullptr, 0, 0, 0, {}}; \
   };
 
 }  // namespace fused_rnn

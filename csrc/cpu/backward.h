@@ -2,7 +2,7 @@
 // step by step from the end:   dh_t = dy_t + carry + dgates_{t+1} W_hh;   cell backward -> dgates_t, dc, carry.
 // The gradients of weights and inputs are products over all steps at once and come after the loop (ops/cpu_backward.cpp).
 #pragma once
-#include "layout.h"
+#include "backward_stages.h"
 
 namespace FUSED_RNN_ISA {
 
@@ -12,7 +12,7 @@ struct BackwardLoop : Counts<Cell> {
   using S = typename Kind::Accumulator;
   using V = Vec<S>;
   using C = Counts<Cell>;
-  using C::G, C::PA, C::SV, C::ST, C::NP, C::apart, C::recurrent;
+  using C::G, C::PA, C::DG, C::SV, C::ST, C::NP, C::apart, C::recurrent;
   static constexpr int L = kLanes<S>;
 
   const Backward& f;
@@ -24,12 +24,13 @@ struct BackwardLoop : Counts<Cell> {
 
   struct Memory {
     int64_t* barrier;
-    A *w_hh, *w_hr;
+    A *w_hh, *w_hr, *blocks;
     S *dh, *dm, *zero;
     S* dstates[Cell::states];  // but dh
     A *gates[2], *out;
     S* params;  // [NP, unit_stride]
     Workspace<S> work;  // a program's, of this thread
+    StageWork<Kind> stages;  // the same, of one with stages
   };
 
   BackwardLoop(const Backward& backward) : C(backward.p), f(backward), p(backward.p) {
@@ -58,7 +59,10 @@ struct BackwardLoop : Counts<Cell> {
       m.zero = arena.take<S>(kPanelVectors * L);
     }
     if (NP > 0) m.params = arena.take<S>(NP * unit_stride);
-    if constexpr (kInterpreted<Cell>)
+    if (staged()) {
+      m.blocks = arena.take<A>(p.cell->blocks * unit_vectors * panel_size<Kind>(p.H, 1));
+      m.stages = StageWork<Kind>::take(arena, *staged(), p.H, p.B, threads_in_group, me);
+    } else if constexpr (kInterpreted<Cell>)
       for (int i = 0; i < threads_in_group; ++i) {
         const auto work = Workspace<S>::take(arena, p.cell->program->backward);
         if (i == me) m.work = work;
@@ -66,6 +70,11 @@ struct BackwardLoop : Counts<Cell> {
     return m;
   }
 
+  // Of a program with stages; else null.
+  const fused_rnn::Stages* staged() const {
+    if constexpr (!kInterpreted<Cell>) return nullptr;
+    else return p.cell->program->staged_backward;
+  }
   int64_t time(const Weights& w, int64_t step) const { return w.direction > 0 ? step : p.T - 1 - step; }
   bool active(int64_t t, int64_t b) const { return !p.lengths || t < p.lengths[b]; }
   bool cut(int64_t t, int64_t b) const { return p.reset && p.reset[t * p.B + b] && active(t, b); }
@@ -144,7 +153,7 @@ struct BackwardLoop : Counts<Cell> {
     const T* const hidden = at<const T>(f.hidden, row * width);
     const T* const hidden_prev = at<const T>(f.hidden, row_prev * width);
     const S* const h0 = at<const S>(f.first[0], r * B * width);
-    T* const dgates = at<T>(f.dgates, (t_row * B * R + r) * PA * H);
+    T* const dgates = at<T>(f.dgates, (t_row * B * R + r) * DG * H);
     T* const unprojected = at<T>(f.unprojected, (t_row * B * R + r) * H);
     S* const dh_rows = projects ? m.dm : m.dh;
     const S* const own_params = m.params;
@@ -202,7 +211,7 @@ struct BackwardLoop : Counts<Cell> {
           if (!projects) store(dh_rows + b * dh_row + first, zero[e] ? V{} : dstate[0].v[e]);
         }
         if (projects) store(unprojected + b * R * H + first, on[e] ? after[0].v[e] : V{}, n);
-        T* const out = dgates + b * R * PA * H + first;
+        T* const out = dgates + b * R * DG * H + first;
         A* const operand = gates + b * gates_stride + first;
 #pragma GCC unroll 4
         for (int i = 0; i < PA; ++i) {
@@ -321,7 +330,7 @@ struct BackwardLoop : Counts<Cell> {
   void rest(int r, int64_t t_row, A* gates, Rows rows) const {
     for (int64_t b = rows.from; b < rows.to; ++b) {
       const int64_t row = (t_row * p.B + b) * p.R + r;
-      memset((T*)f.dgates + row * PA * p.H, 0, size_t(PA * p.H) * sizeof(T));
+      memset((T*)f.dgates + row * DG * p.H, 0, size_t(DG * p.H) * sizeof(T));
       if (project) memset((T*)f.unprojected + row * p.H, 0, size_t(p.H) * sizeof(T));
       memset((void*)(gates + b * gate_stride), 0, size_t(gate_stride) * sizeof(A));
     }
@@ -335,7 +344,7 @@ struct BackwardLoop : Counts<Cell> {
     const int64_t j0 = s.by_rows ? 0 : part(panels, s.me, s.size), j1 = s.by_rows ? panels : part(panels, s.me + 1, s.size);
     const int64_t o0 = s.by_rows ? 0 : part(out_panels, s.me, s.size), o1 = s.by_rows ? out_panels : part(out_panels, s.me + 1, s.size);
     const bool split_units = !s.by_rows && s.size > 1;
-    const bool every_step = split_units && (recurrent || p.lengths || project);  // as in forward.h
+    const bool every_step = split_units && (recurrent || p.lengths || project || staged());  // as in forward.h
 
     if (recurrent && (f.need_dh || p.stop - p.start > 1))
       pack(m.w_hh, w.w_hh, G * p.H, p.P, out_vectors, part(out_panels, s.me, s.size), part(out_panels, s.me + 1, s.size));
@@ -346,7 +355,18 @@ struct BackwardLoop : Counts<Cell> {
     }
     if (s.me == 0)
       for (int i = 0; i < NP; ++i) convert_row(m.params + i * unit_stride, (const T*)w.params[i], p.H, unit_stride);
-    if constexpr (kInterpreted<Cell>) m.work.prepare();
+    using OfStages = BackwardStages<BackwardLoop, Kind, T>;
+    const int64_t u0 = j0 * kPanelVectors, u1 = j1 * kPanelVectors < unit_vectors ? j1 * kPanelVectors : unit_vectors;
+    if constexpr (kInterpreted<Cell>) {
+      if (staged()) {
+        OfStages(*this, m, r, s, u0, u1, b1 - b0).prepare();
+        for (int k = 0; k < p.cell->blocks; ++k)
+          pack(m.blocks + k * unit_vectors * panel_size<Kind>(p.H, 1), block_of<T>(p, w, k), p.H, p.H, unit_vectors,
+               part(panels, s.me, s.size), part(panels, s.me + 1, s.size));
+      } else {
+        m.work.prepare();
+      }
+    }
     load_state(m, r, part(p.B, s.me, s.size), part(p.B, s.me + 1, s.size));
     barrier.wait(s.me);
 
@@ -374,8 +394,10 @@ struct BackwardLoop : Counts<Cell> {
           const int64_t next = from_end ? j - 1 : j + 1;
           hidden_gradient(m, r, t, in, j, next >= j0 && next < j1 ? next : -1, b0, reach);
         }
-        if (end > b0) cell(m, r, step, out, j, b0, end);
+        if (end > b0 && !staged()) cell(m, r, step, out, j, b0, end);
       }
+      if constexpr (kInterpreted<Cell>)
+        if (end > b0 && staged()) OfStages(*this, m, r, s, u0, u1, b1 - b0).step(barrier, step, out, b0, end);
       if (end < b1) rest(r, t - first_time(p, r), out, Rows(s, end, b1));
       after = end;
       if (every_step) barrier.wait(s.me);

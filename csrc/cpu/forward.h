@@ -3,7 +3,7 @@
 // Per recurrence: pack W_ih and W_hh; then per chunk of steps the input product of the whole chunk, and step by step
 //   pre-activations += h_{t-1} W_hh^T;   cell;   h_t -> y, and as the next step's operand.
 #pragma once
-#include "layout.h"
+#include "forward_stages.h"
 
 namespace FUSED_RNN_ISA {
 
@@ -38,13 +38,14 @@ struct ForwardLoop : Counts<Cell> {
   // Scratch of one group of threads.
   struct Memory {
     int64_t* barrier;
-    W *w_ih, *w_hh, *w_hr;
-    S *scale_ih, *scale_hh, *scale_hr;
+    W *w_ih, *w_hh, *w_hr, *blocks;
+    S *scale_ih, *scale_hh, *scale_hr, *scale_blocks;
     S *bias, *params, *zero, *pre;  // params: [NP, state_stride]
     S* states[Cell::states];  // but h
     A *h[2], *m, *x;
     S* wide;  // projection: one tile's results before they are rounded
     Workspace<S> work;  // a program's, of this thread
+    StageWork<Kind> stages;  // the same, of one with stages
   };
 
   ForwardLoop(const Forward& forward) : C(forward.p), f(forward), p(forward.p) {
@@ -66,6 +67,18 @@ struct ForwardLoop : Counts<Cell> {
     joined_x = p.B == 1 || p.T == 1 || f.x.time == p.B * f.x.batch;
     direct_x = joined_x && sizeof(A) == sizeof(T) && p.D % Kind::k_multiple == 0;
   }
+  // Of a program with stages; else null.
+  const fused_rnn::Stages* staged() const {
+    if constexpr (!kInterpreted<Cell>) return nullptr;
+    else return f.saved ? p.cell->program->staged_forward : p.cell->program->staged_infer;
+  }
+  // Panels that a thread takes together: those of the matrices are as wide as a panel may be.
+  int64_t grain() const { return kInterpreted<Cell> && p.cell->blocks > 0 ? kPanelVectors / units() : 1; }
+  int64_t parts() const { return (panels + grain() - 1) / grain(); }
+  int64_t first_panel(const Share& s, int me) const {
+    const int64_t j = part(parts(), me, s.size) * grain();
+    return j < panels ? j : panels;
+  }
   bool projects() const { return !kInterpreted<Cell> && (p.P != p.H || p.weights[0].w_hr); }
 
   // What a `Packing` makes, and a call that packs for itself.
@@ -74,11 +87,13 @@ struct ForwardLoop : Counts<Cell> {
       m.w_ih = arena.take<W>(unit_vectors * panel_size<Kind>(p.D, G));
       if (recurrent) m.w_hh = arena.take<W>(unit_vectors * panel_size<Kind>(p.P, G));
       if (projects()) m.w_hr = arena.take<W>(out_vectors * panel_size<Kind>(p.H, 1));
+      if (kInterpreted<Cell> && p.cell->blocks) m.blocks = arena.take<W>(p.cell->blocks * unit_vectors * panel_size<Kind>(p.H, 1));
     }
     if constexpr (kScaled<Kind>) {
       m.scale_ih = arena.take<S>(unit_vectors * G * L);
       m.scale_hh = arena.take<S>(unit_vectors * G * L);
       if (projects()) m.scale_hr = arena.take<S>(out_vectors * L);
+      if (kInterpreted<Cell> && p.cell->blocks) m.scale_blocks = arena.take<S>(p.cell->blocks * unit_vectors * L);
     }
     m.bias = arena.take<S>(row);
     if (NP > 0) m.params = arena.take<S>(NP * state_stride);
@@ -101,7 +116,8 @@ struct ForwardLoop : Counts<Cell> {
       m.wide = arena.take<S>(p.B * out_vectors * L);
     }
     if (!direct_x) m.x = arena.take<A>(threads_in_group * chunk_steps * p.B * x_stride);
-    if constexpr (kInterpreted<Cell>)
+    if (staged()) m.stages = StageWork<Kind>::take(arena, *staged(), p.H, p.B, threads_in_group, me);
+    else if constexpr (kInterpreted<Cell>)
       for (int i = 0; i < threads_in_group; ++i) {
         const auto work = Workspace<S>::take(arena, f.saved ? p.cell->program->forward : p.cell->program->infer);
         if (i == me) m.work = work;
@@ -148,6 +164,24 @@ struct ForwardLoop : Counts<Cell> {
   void pack_projection(const Memory& m, const Weights& w, int64_t v0, int64_t v1) const {
     for (int64_t v = v0; v < v1; ++v)
       pack_rows<Kind, T>(m.w_hr + v * panel_size<Kind>(p.H, 1), 1, 0, (const T*)w.w_hr + v * L * p.H, p.H, lanes_left(p.P, v * L, L), p.H);
+  }
+  // Panels of the matrices, each of kPanelVectors vectors of a block.
+  int64_t block_panels() const { return (unit_vectors + kPanelVectors - 1) / kPanelVectors; }
+  template <class F>
+  ALWAYS_INLINE void for_block_panels(int64_t q0, int64_t q1, F function) const {  // function(block, first vector, vectors)
+    for (int64_t q = q0; q < q1; ++q) {
+      const int64_t u = q % block_panels() * kPanelVectors;
+      function(int(q / block_panels()), u, int(unit_vectors - u < kPanelVectors ? unit_vectors - u : kPanelVectors));
+    }
+  }
+  void pack_blocks(const Memory& m, const Weights& w, int64_t q0, int64_t q1) const {
+    for_block_panels(q0, q1, [&](int block, int64_t u, int nv) {
+      W* const panel = m.blocks + (block * unit_vectors + u) * panel_size<Kind>(p.H, 1);
+      for (int v = 0; v < nv; ++v) {
+        const int64_t first = (u + v) * L;
+        pack_rows<Kind, T>(panel, nv, v, block_of<T>(p, w, block) + first * p.H, p.H, lanes_left(p.H, first, L), p.H);
+      }
+    });
   }
   void fill_vectors(const Memory& m, const Weights& w) const {
     for (int i = 0; i < NP; ++i) convert_row(m.params + i * state_stride, (const T*)w.params[i], p.H, state_stride);
@@ -429,16 +463,20 @@ struct ForwardLoop : Counts<Cell> {
     const Weights& w = p.weights[r];
     Barrier barrier(m.barrier, s.size);
     const int64_t b0 = s.by_rows ? part(p.B, s.me, s.size) : 0, b1 = s.by_rows ? part(p.B, s.me + 1, s.size) : p.B;
-    const int64_t j0 = s.by_rows ? 0 : part(panels, s.me, s.size), j1 = s.by_rows ? panels : part(panels, s.me + 1, s.size);
+    const int64_t j0 = s.by_rows ? 0 : first_panel(s, s.me), j1 = s.by_rows ? panels : first_panel(s, s.me + 1);
     const int64_t v0 = s.by_rows ? 0 : part(out_vectors, s.me, s.size), v1 = s.by_rows ? out_vectors : part(out_vectors, s.me + 1, s.size);
     const bool split_units = !s.by_rows && s.size > 1, project_h = projects();
     // A cell without W_hh reads its own units alone; what goes by rows does not: the ends of sequences, checkpoints.
-    const bool every_step = split_units && (recurrent || p.lengths || project_h || (ST > 1 && f.every));
+    const bool every_step = split_units && (recurrent || p.lengths || project_h || (ST > 1 && f.every) || staged());
 
     if constexpr (!kNarrow<Kind>) {  // those come packed
       if (!unpacked && !f.packed) {
         pack(m, w, part(panels, s.me, s.size), part(panels, s.me + 1, s.size));
         if (project_h) pack_projection(m, w, part(out_vectors, s.me, s.size), part(out_vectors, s.me + 1, s.size));
+        if constexpr (kInterpreted<Cell>) {
+          const int64_t all = p.cell->blocks * block_panels();
+          pack_blocks(m, w, part(all, s.me, s.size), part(all, s.me + 1, s.size));
+        }
       }
     }
     if (s.me == 0) {
@@ -446,6 +484,10 @@ struct ForwardLoop : Counts<Cell> {
       for (int v = 0; v < kPanelVectors; ++v) store(m.zero + v * L, V{});
     }
     load_state(m, r, part(p.B, s.me, s.size), part(p.B, s.me + 1, s.size));
+    const auto last_vector = [&](int64_t j) { return j * units() < unit_vectors ? j * units() : unit_vectors; };
+    using OfStages = ForwardStages<ForwardLoop, Kind, T>;
+    if constexpr (kInterpreted<Cell>)
+      if (staged()) OfStages(*this, m, r, s, j0 * units(), last_vector(j1), b1 - b0).prepare();
     barrier.wait(s.me);
 
     // Every other step runs the panels from the end: what the caches still hold of the weights comes first. So does every other
@@ -457,7 +499,8 @@ struct ForwardLoop : Counts<Cell> {
     // A program costs the same for one vector as for a few.
     if (kInterpreted<Cell> && b1 - b0 < kFewVectors) at_once = (kFewVectors + units() - 1) / units();
     const int64_t blocks = (j1 - j0 + at_once - 1) / at_once;
-    if constexpr (kInterpreted<Cell>) m.work.prepare();
+    if constexpr (kInterpreted<Cell>)
+      if (!staged()) m.work.prepare();
     static thread_local int calls = 0;
     const int64_t turn = f.packed ? f.turn : unpacked ? calls++ : 0;
     const A* h_in = m.h[0];
@@ -484,8 +527,11 @@ struct ForwardLoop : Counts<Cell> {
             if (by_panel) input(m, r, in, b0, j, next);
             if (!skip) product(m, w, h_in + b0 * h_stride, h_stride, end - b0, false, j, next, c, row, c);
           }
-          cell(m, r, step, pre, h_in, h_out, ja * units(), jb * units() < unit_vectors ? jb * units() : unit_vectors, b0, end);
+          if (!staged()) cell(m, r, step, pre, h_in, h_out, ja * units(), last_vector(jb), b0, end);
         }
+        if constexpr (kInterpreted<Cell>)
+          if (staged() && end > b0)
+            OfStages(*this, m, r, s, j0 * units(), last_vector(j1), b1 - b0).step(barrier, step, pre, h_in, h_out, b0, end);
         if (project_h) {
           if (split_units) barrier.wait(s.me);
           if (end > b0) project(m, r, step, h_in, h_out, v0, v1, b0, end);
@@ -507,7 +553,7 @@ struct ForwardLoop : Counts<Cell> {
 
   static void body(void* context, int me, int team) {
     auto& [loop, base, group_bytes] = *(Context*)context;
-    const Share s = share(me, team, loop.p.R, loop.p.B, loop.panels);
+    const Share s = share(me, team, loop.p.R, loop.p.B, loop.parts());
     if (s.idle) return;
     FlushDenormals region;
     Arena arena{base + s.group * group_bytes};

@@ -139,19 +139,21 @@ struct Workspace {
   static constexpr int L = kLanes<S>;
   const Bytecode* code;
   Place<S>* operands;
-  S *constants, *copies;  // copies: of inputs that cannot be read where they lie, [inputs, most, lanes]; registers behind them
+  S *constants, *copies;  // copies: of inputs that cannot be read where they lie, [inputs, most, lanes], if any; registers behind them
   int most;               // vectors of a strip
+  int registers;          // the first one's place among the copies
 
   static int most_of(const Bytecode& code) {
     const int64_t fit = kStripBytes / (int64_t(code.registers + 1) * kVectorBytes);
     return int(fit >= kStrip ? kStrip : fit <= kPack ? kPack : fit / kPack * kPack);
   }
   template <class Arena>
-  static Workspace take(Arena& arena, const Bytecode& code) {
-    Workspace w{&code, nullptr, nullptr, nullptr, most_of(code)};
+  static Workspace take(Arena& arena, const Bytecode& code, bool copies = true) {
+    Workspace w{&code, nullptr, nullptr, nullptr, most_of(code), 0};
     w.operands = arena.template take<Place<S>>(code.inputs + code.constants + code.registers);
     w.constants = arena.template take<S>(int64_t(code.constants) * L);
-    w.copies = arena.template take<S>(int64_t(code.inputs + code.registers) * w.most * L);
+    w.registers = copies ? code.inputs : 0;
+    w.copies = arena.template take<S>(int64_t(w.registers + code.registers) * w.most * L);
     return w;
   }
   void prepare() const {
@@ -161,7 +163,7 @@ struct Workspace {
       store(constants + i * L, splat(S(code->constant[i])));
       *next++ = {constants + i * L, 0};
     }
-    for (int i = 0; i < code->registers; ++i) *next++ = {copy(code->inputs + i), L};
+    for (int i = 0; i < code->registers; ++i) *next++ = {copy(registers + i), L};
   }
   ALWAYS_INLINE S* copy(int input) const { return copies + int64_t(input) * most * L; }
   ALWAYS_INLINE const Place<S>& output(int i) const { return operands[code->output[i]]; }

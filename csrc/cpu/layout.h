@@ -31,12 +31,13 @@ template <class Cell>
 struct Numbers {
   static constexpr int G = Cell::gates, PA = kGradients<Cell>, SV = Cell::saved, ST = Cell::states, NP = Cell::params;
   static constexpr int apart = Cell::apart;
+  static constexpr int DG = PA;
   static constexpr bool recurrent = Cell::recurrent;
   Numbers(const Problem&) {}
 };
 template <>
 struct Numbers<Interpreted> {
-  int G, PA, SV, ST, NP, apart;
+  int G, PA, SV, ST, NP, apart, DG;  // DG: vectors of gradients of a step, those of the matrices' products behind the others
   bool recurrent;
   Numbers(const Problem& p)
       : G(p.cell->gates),
@@ -45,6 +46,7 @@ struct Numbers<Interpreted> {
         ST(p.cell->states),
         NP(p.cell->params),
         apart(p.cell->apart),
+        DG(PA + p.cell->blocks),
         recurrent(p.cell->recurrent) {}
 };
 
@@ -117,6 +119,7 @@ struct Arena {
 
 // How a team divides R recurrences of B rows: groups of threads take recurrences in turn; within a group by rows of the batch
 // where each thread gets enough of them (no barrier in the loop at all), by hidden units otherwise (one barrier a step).
+constexpr int64_t kRowsEach = 12;
 struct Share {
   int group, groups;  // which recurrences: group, group + groups, ..
   int me, size;       // within the group
@@ -131,7 +134,7 @@ static inline Share share(int me, int team, int64_t R, int64_t B, int64_t panels
   s.size = team / groups;
   s.group = me / s.size;
   s.me = me % s.size;
-  s.by_rows = s.size == 1 || B >= 12 * s.size;
+  s.by_rows = s.size == 1 || B >= kRowsEach * s.size;
   if (!s.by_rows && s.size > panels) s.size = int(panels);
   s.idle = s.me >= s.size;
   return s;

@@ -46,6 +46,7 @@ struct PackLoop {
     if constexpr (!kNarrow<Kind>) {
       loop.pack(m, w, 0, loop.panels);
       if (loop.projects()) loop.pack_projection(m, w, 0, loop.out_vectors);
+      if constexpr (kInterpreted<Cell>) loop.pack_blocks(m, w, 0, pack.p.cell->blocks * loop.block_panels());
     } else {
       narrowed(loop, f, w, m);
     }
@@ -76,6 +77,15 @@ struct PackLoop {
         one(from.w_ih, m.w_ih, m.scale_ih, p.D);
         if (loop.recurrent) one(from.w_hh, m.w_hh, m.scale_hh, p.P);
       });
+    if constexpr (kInterpreted<Cell>) {
+      const int64_t all = p.cell->blocks * loop.block_panels();
+      wide.pack_blocks(from, w, 0, all);
+      loop.for_block_panels(0, all, [&](int block, int64_t u, int nv) {
+        const int64_t before = block * loop.unit_vectors + u;
+        narrow_panel(from.blocks + before * panel_size<F32>(p.H, 1), m.blocks + before * panel_size<Kind>(p.H, 1),
+                     at<float>(m.scale_blocks, before * L), p.H, nv * L);
+      });
+    }
     for (int64_t v = 0; loop.projects() && v < loop.out_vectors; ++v)
       narrow_panel(from.w_hr + v * panel_size<F32>(p.H, 1), m.w_hr + v * panel_size<Kind>(p.H, 1), at<float>(m.scale_hr, v * L), p.H, L);
   }

@@ -38,7 +38,7 @@ struct ProductsLoop : Counts<Cell> {
   using A = typename Kind::Operand;
   using S = typename Kind::Accumulator;
   using C = Counts<Cell>;
-  using C::G, C::PA, C::apart, C::recurrent, C::x_gate;
+  using C::G, C::DG, C::apart, C::recurrent, C::x_gate;
   static constexpr int L = kKindLanes<Kind>, W = kPanelVectors * L;
   static constexpr int64_t kLd = kDepth + 64 / int64_t(sizeof(A));  // row stride of the transposed dgates: not a power of two
 
@@ -48,7 +48,7 @@ struct ProductsLoop : Counts<Cell> {
 
   struct Memory {
     int64_t* barrier;
-    A *left, *panel, *w_ih, *dx_left;  // left: transposed dgates, [PA, units of this thread, kLd]
+    A *left, *panel, *w_ih, *dx_left;  // left: transposed dgates, [DG, units of this thread, kLd]
     S *zero, *dx_tile;
     double* sums;  // of the gradients of this thread's units
     const T** row;
@@ -60,14 +60,14 @@ struct ProductsLoop : Counts<Cell> {
 
   // Which row blocks of W_ih and of W_hh belong to gradient d, -1: none.
   ALWAYS_INLINE int input_gate(int d) const { return d < G ? x_gate(d) : -1; }
-  ALWAYS_INLINE int recurrent_gate(int d) const { return !recurrent || d < apart ? -1 : d - apart; }
+  ALWAYS_INLINE int recurrent_gate(int d) const { return !recurrent || d < apart || d >= G + apart ? -1 : d - apart; }
 
   Memory layout(Arena& shared, Arena& own, int threads) const {
     Memory m{};
     m.barrier = shared.take<int64_t>(Barrier::words(threads));
     if (f.dx) m.w_ih = shared.take<A>(((p.D + L - 1) / L) * panel_size<Kind>(G * p.H, 1));
     const int64_t units = (p.H + threads - 1) / threads, outs = (p.P + threads - 1) / threads;
-    m.left = own.take<A>((PA * units > outs ? PA * units : outs) * kLd);
+    m.left = own.take<A>((DG * units > outs ? DG * units : outs) * kLd);
     m.panel = own.take<A>(panel_size<Kind>(kDepth, kPanelVectors));
     m.zero = own.take<S>(W);
     m.sums = own.take<double>(units);
@@ -193,7 +193,7 @@ struct ProductsLoop : Counts<Cell> {
     const int64_t u0 = part(p.H, me, team), units = part(p.H, me + 1, team) - u0;
     const int64_t t0 = first_time(p, r);
     const T* x = (const T*)f.x.data + t0 * f.x.time + r * f.x.recurrence;
-    const int64_t ld = p.R * PA * p.H;
+    const int64_t ld = p.R * DG * p.H;
     const int64_t chosen = choose(m, r);
     for (int64_t k0 = 0; k0 == 0 || k0 < chosen; k0 += kDepth) {
       const Chosen row{m.live, k0};
@@ -201,8 +201,8 @@ struct ProductsLoop : Counts<Cell> {
       const bool first = f.first && k0 == 0;
       int64_t left_x[kGradients<Cell>], dw_x[kGradients<Cell>], left_h[kGradients<Cell>], dw_h[kGradients<Cell>];
       int count_x = 0, count_h = 0;
-      for (int d = 0; d < PA; ++d) {
-        transpose_into(m.left + d * units * kLd, (const T*)f.dgates + (r * PA + d) * p.H + u0, ld, row, units, depth);
+      for (int d = 0; d < DG; ++d) {
+        transpose_into(m.left + d * units * kLd, (const T*)f.dgates + (r * DG + d) * p.H + u0, ld, row, units, depth);
         if (input_gate(d) >= 0) left_x[count_x] = d * units, dw_x[count_x++] = input_gate(d) * p.H + u0;
         if (recurrent_gate(d) >= 0) left_h[count_h] = d * units, dw_h[count_h++] = recurrent_gate(d) * p.H + u0;
       }
@@ -214,19 +214,32 @@ struct ProductsLoop : Counts<Cell> {
         from_zero = from_zero && !m.row[k];
       }
       if (recurrent && !from_zero) weight_gradient(m, (S*)f.dw_hh[r], p.P, depth, first, count_h, left_h, dw_h, units);
-      for (int d = 0; d < PA && (f.db_ih || from_zero); ++d) {
-        column_sums(m.sums, (const T*)f.dgates + (r * PA + d) * p.H + u0, ld, row, units, depth);
+      for (int d = 0; d < G + apart && (f.db_ih || from_zero); ++d) {
+        column_sums(m.sums, (const T*)f.dgates + (r * DG + d) * p.H + u0, ld, row, units, depth);
         const int64_t h_row = recurrent_gate(d) * p.H + u0;
         if (from_zero && h_row >= 0) zero_gradient((S*)f.dw_hh[r] + h_row * round_up(p.P, L), round_up(p.P, L), first, m.sums, units);
         if (f.db_ih && input_gate(d) >= 0) accumulate((double*)f.db_ih[r] + input_gate(d) * p.H + u0, m.sums, units, first);
         if (f.db_ih && h_row >= 0) accumulate((double*)f.db_hh[r] + h_row, m.sums, units, first);
       }
+      if constexpr (kInterpreted<Cell>) gradients_of_matrices(m, r, row, depth, first, u0, units);
       if (f.dprojected) {
         const int64_t o0 = part(p.P, me, team), outs = part(p.P, me + 1, team) - o0, zero = 0;
         transpose_into(m.left, (const T*)f.dprojected + r * p.P + o0, p.R * p.P, row, outs, depth);
         for (int64_t k = 0; k < depth; ++k) m.row[k] = (const T*)f.unprojected + (row[k] * p.R + r) * p.H;
         weight_gradient(m, (S*)f.dw_hr[r], p.H, depth, first, 1, &zero, &o0, outs);
       }
+    }
+  }
+
+  // Of each matrix: its operand is what a step keeps in its place.
+  void gradients_of_matrices(const Memory& m, int r, const Chosen& row, int64_t depth, bool first, int64_t u0, int64_t units) const {
+    const fused_rnn::CellDescriptor& cell = *p.cell;
+    const T* const saved = at<const T>(f.saved, (f.whole ? first_time(p, r) * p.B * p.R : 0) * cell.saved * p.H);
+    int64_t left[fused_rnn::kMostBlocks], to[fused_rnn::kMostBlocks];
+    for (int j = 0, d = G + apart; j < cell.matrices; d += cell.blocks_of[j++]) {
+      for (int i = 0; i < cell.blocks_of[j]; ++i) left[i] = (d + i) * units, to[i] = i * p.H + u0;
+      for (int64_t k = 0; k < depth; ++k) m.row[k] = saved + ((row[k] * p.R + r) * cell.saved + j) * p.H;
+      weight_gradient(m, (S*)f.dmatrices[r * cell.matrices + j], p.H, depth, first, cell.blocks_of[j], left, to, units);
     }
   }
 
@@ -244,14 +257,13 @@ struct ProductsLoop : Counts<Cell> {
   // A panel of columns of rows [k, k + N).
   template <int N>
   void input_rows(int r, int64_t column, int64_t k) const {
-    const int64_t ld = p.R * PA * p.H, ld_x = dx_stride(), D = p.D, H = p.H;
+    const int64_t ld = p.R * DG * p.H, ld_x = dx_stride(), D = p.D, H = p.H;
     T* dx = dx_of(r) + k * ld_x + column;
     int n[kPanelVectors];
     for (int v = 0; v < kPanelVectors; ++v) n[v] = lanes_left(D, column + v * L, L);
     Vec<S> sum[N][kPanelVectors] = {};
-    for (int d = 0; d < PA; ++d) {
-      if (input_gate(d) < 0) continue;
-      const T* g = (const T*)f.dgates + k * ld + (r * PA + d) * H;
+    for (int d = 0; d < G; ++d) {
+      const T* g = (const T*)f.dgates + k * ld + (r * DG + d) * H;
       const T* w = (const T*)p.weights[r].w_ih + input_gate(d) * H * D + column;
       for (int64_t i0 = 0; i0 < H; i0 += kSumBlock / 8) {  // summed in blocks: one long chain would round too often
         const int64_t i1 = i0 + kSumBlock / 8 < H ? i0 + kSumBlock / 8 : H;
@@ -297,7 +309,7 @@ struct ProductsLoop : Counts<Cell> {
                               (const T*)w.w_ih + (j * kPanelVectors + v) * L, p.D, lanes_left(p.D, (j * kPanelVectors + v) * L, L), G * p.H,
                               x_gate(0) * p.H);
     barrier.wait(me);
-    const int64_t stride = row_stride<Kind>(G * p.H), ld = p.R * PA * p.H, ld_x = dx_stride();
+    const int64_t stride = row_stride<Kind>(G * p.H), ld = p.R * DG * p.H, ld_x = dx_stride();
     T* dx = dx_of(r);
     const bool direct = sizeof(A) == sizeof(T) && (G * p.H) % Kind::k_multiple == 0 && !p.lengths;
     for (int64_t k = part(rows, me, team); k < part(rows, me + 1, team) && p.lengths && !f.add_dx; ++k)
@@ -306,7 +318,7 @@ struct ProductsLoop : Counts<Cell> {
     for (int64_t k0 = part(chosen, me, team); k0 < end; k0 += kDxRows) {
       const Chosen row{m.live, k0};
       const int64_t n = end - k0 < kDxRows ? end - k0 : kDxRows;
-      const T* dgates = (const T*)f.dgates + r * PA * p.H;
+      const T* dgates = (const T*)f.dgates + r * DG * p.H;
       for (int64_t k = 0; k < n && !direct; ++k) convert_row(m.dx_left + k * stride, dgates + row[k] * ld, G * p.H, stride);
       for (int64_t j = 0; j < panels; ++j) {
         const int nv = vectors_of(j);

@@ -4,7 +4,7 @@
 
 #include "../cells/cell.h"
 
-// (name, arguments): what a text may call; but for `const`.
+// (name, arguments): what a text may call; but for `const`, `units` and what publishes.
 // clang-format off
 #define FUSED_RNN_FUNCTIONS(X) \
   X(neg, 1) X(abs, 1) X(sign, 1) X(exp, 1) X(expm1, 1) X(log, 1) X(log1p, 1) X(sqrt, 1) X(rsqrt, 1) X(reciprocal, 1) \
@@ -27,24 +27,59 @@ enum class Function : uint8_t {
   mul_mul,   // a b c
 };
 
-// Operands by their numbers: first the inputs of the graph, then its constants, then registers.
+// Operands by their numbers: first the inputs, then constants, then registers.
 struct Instruction {
   Function function;
   uint16_t out, a, b, c;
 };
 
+// Of a cell without stages the inputs are the graph's. Those of a stage are arrays, the ones that it writes among them.
 struct Bytecode {
   int inputs, constants, registers, length, outputs;
   const Instruction* code;  // [length]
   const double* constant;   // [constants]
   const uint16_t* output;   // [outputs], operands: of all groups one after the other. No state is an input that is one
   const bool* reads;        // [inputs]
+  const uint16_t* array;    // [inputs]: which array each is; null without stages
+  const uint16_t* number;   // [outputs]: which output of the graph, or behind those which operand of the products, each is; likewise
+};
+
+// What an operation makes of a value of all units: `to` is the array of it.
+struct Publishing {
+  enum class What : uint8_t { sum, variance, product } what;
+  uint16_t from;  // array; of a product the operand
+  uint16_t to;
+  uint16_t block;  // of a product
+  int sum;         // of a variance: the array of the same value's sum, made before; or -1
+};
+
+// What is made of one number a row, then of units, then what is published of them.
+struct Stage {
+  Bytecode rows, units;
+  const Publishing* publishing;  // [published]; the last stage has none
+  int published;
+  bool multiplies;  // a product is among them
+};
+
+// A graph in stages. Its arrays: the inputs of the graph, the number of units, then values that cross from stage to stage, one number
+// a row, and products.
+struct Stages {
+  int inputs, crossing, rows, products;
+  int outputs, operands, stages;
+  const Stage* stage;
+  int arrays() const { return inputs + 1 + crossing + rows + products; }
+  int first_crossing() const { return inputs + 1; }
+  int first_row() const { return first_crossing() + crossing; }
+  int first_product() const { return first_row() + rows; }
 };
 
 struct Program {
   CellDescriptor cell;
-  Bytecode forward, infer, backward;  // infer: forward without what is saved
+  Bytecode forward, infer, backward;  // infer: forward without what is saved. Of a cell without stages
+  const Stages *staged_forward, *staged_infer, *staged_backward;  // of one that has some; else null
   const char* const* param_names;     // [cell.params]
+  const char* const* matrix_names;    // [cell.matrices]
+  int length;                         // instructions of forward
 };
 
 }  // namespace fused_rnn

@@ -16,6 +16,7 @@ constexpr int64_t kRangeRows = 1024;  // rows of T x B in one range: enough to f
 // differs.
 struct Gradient {
   Tensor sum, result;
+  explicit Gradient(const Tensor& nothing) : sum(nothing), result(nothing) {}  // of what has none
   Gradient(const Tensor& like, const Tensor& weight, int64_t pad) {
     const bool matrix = weight.dim() == 2;
     const ScalarType type = matrix ? accumulation_type(like) : ScalarType::Double;
@@ -25,6 +26,7 @@ struct Gradient {
   }
   void* data() const { return sum.mutable_data_ptr(); }
   Tensor finish() const {
+    if (result.numel() == 0 && result.dim() == 1) return result;
     if (result.dim() != 2) return result.scalar_type() == ScalarType::Double ? sum : converted(in_float(), result.scalar_type());
     if (sum.size(1) == result.size(1)) return converted(sum, result.scalar_type());
     const int64_t columns = result.size(1);
@@ -88,7 +90,7 @@ std::vector<Tensor> cpu_backward(MaybeTensor dy, std::vector<Tensor> dstates, Te
   STD_TORCH_CHECK(recompute || save == "gates", "fused_rnn: save is '", save, "', expected gates or recompute");
   const Layer layer(x, weights, states, lengths, reset, cell, directions);
   const Problem& p = layer.p;
-  const int ST = p.cell->states, DG = p.cell->gates + p.cell->apart;
+  const int ST = p.cell->states, DG = p.cell->gates + p.cell->apart + p.cell->blocks;
   const ScalarType type = x.scalar_type(), wide = accumulation_type(x);
 
   if (dy) {
@@ -120,7 +122,7 @@ std::vector<Tensor> cpu_backward(MaybeTensor dy, std::vector<Tensor> dstates, Te
 
   const int64_t pad = cpu::kernels().products_pad / int64_t(initial[0].element_size());
   std::vector<Gradient> gradients;
-  std::vector<void*> dw_ih, dw_hh, dw_hr, db_ih, db_hh, dparams;
+  std::vector<void*> dw_ih, dw_hh, dw_hr, dmatrices, db_ih, db_hh, dparams;
   const int params = p.cell->params;
   if (need_dw)
     for (size_t i = 0; i < weights.size();) {
@@ -133,7 +135,9 @@ std::vector<Tensor> cpu_backward(MaybeTensor dy, std::vector<Tensor> dstates, Te
       if (layer.bias) take(db_ih);
       if (layer.bias && p.cell->recurrent) take(db_hh);
       if (layer.projects) take(dw_hr);
+      for (int k = 0; k < p.cell->matrices; ++k) take(dmatrices);
       for (int k = 0; k < params; ++k) take(dparams);
+      for (int k = 0; k < p.cell->masks; ++k, ++i) gradients.emplace_back(empty(x, {0}));
     }
   MaybeTensor dparams_of_rows;
   if (need_dw && params > 0) dparams_of_rows = zeros({p.R, p.B, params, p.H}, wide);
@@ -210,6 +214,8 @@ std::vector<Tensor> cpu_backward(MaybeTensor dy, std::vector<Tensor> dstates, Te
       q.dgates = b.dgates;
       q.x = layer.input();
       q.hidden = b.hidden;
+      q.saved = b.saved;
+      q.whole = b.whole;
       q.h0 = h0 ? h0->const_data_ptr() : nullptr;
       q.dprojected = b.dprojected;
       q.unprojected = b.unprojected;
@@ -217,6 +223,7 @@ std::vector<Tensor> cpu_backward(MaybeTensor dy, std::vector<Tensor> dstates, Te
         q.dw_ih = dw_ih.data();
         if (p.cell->recurrent) q.dw_hh = dw_hh.data();
         if (layer.projects) q.dw_hr = dw_hr.data();
+        q.dmatrices = dmatrices.data();
         if (layer.bias) q.db_ih = db_ih.data();
         if (layer.bias && p.cell->recurrent) q.db_hh = db_hh.data();
       }

@@ -103,7 +103,7 @@ PyObject* fast_path_of(PyObject* const* args, Py_ssize_t count) {
   const CellDescriptor* cell = find_cell(name);
   if (std::string reason; !cell)
     if (const Program* const program = cpu::program_of(name, reason)) cell = &program->cell;
-  if (!cell || axis > 1) Py_RETURN_NONE;
+  if (!cell || axis > 1 || cell->masks) Py_RETURN_NONE;
   const int G = cell->gates, ST = cell->states;
   const bool sequence = axis >= 0, bias = PyObject_IsTrue(args[1]) == 1, zero = hx == Py_None, several = ST > 1 && !zero;
   if (several && (!PyTuple_CheckExact(hx) || PyTuple_GET_SIZE(hx) != ST)) Py_RETURN_NONE;
@@ -117,7 +117,7 @@ PyObject* fast_path_of(PyObject* const* args, Py_ssize_t count) {
     if (on < 0) return nullptr;
     if (on) Py_RETURN_NONE;
   }
-  dlpack::Tensor x, weights[5]{}, params[kMostParams], states[kMostStates], lengths{}, reset{};  // weights as Weights has them
+  dlpack::Tensor x, weights[5]{}, matrices[kMostBlocks], params[kMostParams], states[kMostStates], lengths{}, reset{};  // weights as Weights has them
   if (sequence ? !read(x_object, x, 3, -1, -1, -1) : !read(x_object, x, 2, -1, -1)) Py_RETURN_NONE;
   const int64_t T = sequence ? x.shape[axis] : 1, B = sequence ? x.shape[1 - axis] : x.shape[0], D = x.shape[x.ndim - 1];
   const bool batch_first = axis == 1 && B > 1 && T > 1;
@@ -143,15 +143,18 @@ PyObject* fast_path_of(PyObject* const* args, Py_ssize_t count) {
   for (int i = 2; i < 3 + recurrent && bias; ++i)
     if (!own[i] || !read(own[i], weights[i], 1, G * H) || !alike(weights[i])) Py_RETURN_NONE;
   if (projects && (!read(own[4], weights[4], 2, P, H) || !alike(weights[4]))) Py_RETURN_NONE;
-  Owned held_params[kMostParams];
-  for (int i = 0; i < cell->params; ++i) {
+  Owned held_own[kMostBlocks + kMostParams];
+  for (int i = 0; i < cell->matrices + cell->params; ++i) {
     if (!cell->program) Py_RETURN_NONE;  // of the others nobody has said their params' names
-    const Owned key{PyUnicode_FromFormat(sequence ? "%s_l0" : "%s", cell->program->param_names[i])};
+    const int param = i - cell->matrices;
+    const char* const own_name = param < 0 ? cell->program->matrix_names[i] : cell->program->param_names[param];
+    const Owned key{PyUnicode_FromFormat(sequence ? "%s_l0" : "%s", own_name)};
     if (!key.object) return nullptr;
-    PyObject* const param = PyDict_GetItemWithError(args[0], key.object);
-    if (!param) Py_RETURN_NONE;
-    Py_INCREF(held_params[i].object = param);
-    if (!read(param, params[i], 1, H) || !alike(params[i])) Py_RETURN_NONE;
+    PyObject* const object = PyDict_GetItemWithError(args[0], key.object);
+    if (!object) Py_RETURN_NONE;
+    Py_INCREF(held_own[i].object = object);
+    dlpack::Tensor& t = param < 0 ? matrices[i] : params[param];
+    if (!(param < 0 ? read(object, t, 2, cell->blocks_of[i] * H, H) : read(object, t, 1, H)) || !alike(t)) Py_RETURN_NONE;
   }
   const auto width = [&](int i) { return i == 0 ? P : H; };
   const auto state_object = [&](int i) { return several ? PyTuple_GET_ITEM(hx, i) : hx; };
@@ -160,7 +163,8 @@ PyObject* fast_path_of(PyObject* const* args, Py_ssize_t count) {
         !alike(states[i]))
       Py_RETURN_NONE;
 
-  Weights w{weights[0].data, weights[1].data, weights[2].data, weights[3].data, weights[4].data, 1, {}};
+  Weights w{weights[0].data, weights[1].data, weights[2].data, weights[3].data, weights[4].data, 1, {}, {}, {}, {}};
+  for (int i = 0; i < cell->matrices; ++i) w.matrices[i] = matrices[i].data;
   for (int i = 0; i < cell->params; ++i) w.params[i] = params[i].data;
   const bool wide = dtype == Dtype::f32 || dtype == Dtype::f64;  // states are of the accumulation dtype as they stand
   Owned y, after[kMostStates];

@@ -30,7 +30,8 @@ class Layer {
     p.start = 0;
     p.stop = p.T;
     weights_each = int64_t(weights.size()) / p.R;
-    const int sides = p.cell->recurrent ? 2 : 1, params = p.cell->params, G = p.cell->gates;
+    const int sides = p.cell->recurrent ? 2 : 1, G = p.cell->gates;
+    const int params = p.cell->matrices + p.cell->params + p.cell->masks;                 // and matrices and masks of the cell's own
     const int64_t matrices = weights_each - params, most = 2 * sides + p.cell->projects;  // matrices and biases
     STD_TORCH_CHECK(int64_t(weights.size()) == weights_each * p.R && matrices >= sides && matrices <= most, "fused_rnn: weights holds ",
                     weights.size(), " tensors for ", p.R, " recurrence(s), expected ", sides + params, " to ", most + params, " each");
@@ -56,7 +57,14 @@ class Layer {
       if (bias) w.b_ih = hold("b_ih", weights[i + size_t(sides)], {G * p.H});
       if (bias && p.cell->recurrent) w.b_hh = hold("b_hh", weights[i + 3], {G * p.H});
       if (projects) w.w_hr = hold("w_hr", weights[i + size_t(matrices) - 1], {p.P, p.H});
-      for (int k = 0; k < params; ++k) w.params[k] = hold("a param", weights[i + size_t(matrices + k)], {p.H});
+      const Tensor* own = &weights[i] + matrices;
+      for (int k = 0; k < p.cell->matrices; ++k) w.matrices[k] = hold("a matrix", *own++, {p.cell->blocks_of[k] * p.H, p.H});
+      for (int k = 0; k < p.cell->params; ++k) w.params[k] = hold("a param", *own++, {p.H});
+      for (int k = 0; k < p.cell->masks; ++k, ++own) {
+        const bool constant = own->dim() == 3 && own->size(0) == 1;
+        w.masks[k] = hold("a mask", *own, {constant ? 1 : p.T, p.B, p.H});
+        w.mask_time[k] = constant ? 0 : p.B * p.H;
+      }
       STD_TORCH_CHECK(directions[size_t(r)] == 1 || directions[size_t(r)] == -1, "fused_rnn: a direction is ", directions[size_t(r)],
                       ", expected +1 or -1");
       w.direction = int(directions[size_t(r)]);

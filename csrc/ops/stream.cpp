@@ -44,12 +44,13 @@ Problem Stream::layer(int64_t l, const Weights& w) const {
 void Stream::pack(const std::vector<WeightAddresses>& layers) {
   bytes_ = 0;
   for (size_t l = 0; l < packed_.size(); ++l) {
-    const size_t params = size_t(problem_.cell->params);
+    const size_t matrices = size_t(problem_.cell->matrices), params = size_t(problem_.cell->params);
     const WeightAddresses& given = layers.at(l);
-    if (given.size() != 5 + params) throw py::value_error("layers: expected five addresses and one of each param");
+    if (given.size() != 5 + matrices + params) throw py::value_error("layers: expected five addresses and one of each matrix and param");
     const auto w = [&](size_t i) { return reinterpret_cast<const void*>(given[i]); };
-    Weights weights{w(0), w(1), w(2), w(3), w(4), 1, {}};
-    for (size_t i = 0; i < params; ++i) weights.params[i] = w(5 + i);
+    Weights weights{w(0), w(1), w(2), w(3), w(4), 1, {}, {}, {}, {}};
+    for (size_t i = 0; i < matrices; ++i) weights.matrices[i] = w(5 + i);
+    for (size_t i = 0; i < params; ++i) weights.params[i] = w(5 + matrices + i);
     int64_t bytes = 0;
     Packing packing{layer(int64_t(l), weights), narrow_, nullptr, &bytes};
     cpu::kernels().pack(packing);
@@ -178,6 +179,7 @@ py::object fast_path(const std::shared_ptr<Stream>& stream, const py::object& li
 std::shared_ptr<Stream> make(const std::string& cell, int dtype, int narrow, int64_t B, int64_t D, int64_t H, int64_t P, int64_t layers,
                              bool projects, const std::vector<uintptr_t>& states) {
   const Problem p{cell_of(cell), Dtype(dtype), 1, B, D, H, P, 1, 0, 1, nullptr, nullptr, nullptr, 1};
+  if (p.cell->masks) throw py::value_error("cell: it has masks, which a stream has no numbers for");
   if (int(states.size()) != p.cell->states) throw py::value_error("states: expected as many addresses as the cell has states");
   return std::make_shared<Stream>(p, layers, projects, Narrow(narrow), states);
 }

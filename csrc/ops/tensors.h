@@ -160,8 +160,9 @@ inline const CellDescriptor* cell_of(const std::string& name) {
 // What a forward takes on one thread, about.
 inline double microseconds_of(const Problem& p) {
   const int64_t k = p.D + (p.cell->recurrent ? p.P : 0);
-  const double of_cell = p.cell->program ? 8.0 * p.cell->program->forward.length : 0;  // an operation of a program takes as long
-  return double(p.T) * double(p.B) * double(p.R) * double(p.H) * (2.0 * p.cell->gates * double(k) + of_cell) / 100e3;
+  const double of_cell = p.cell->program ? 8.0 * p.cell->program->length : 0;  // an operation of a program takes as long
+  const double multiplied = 2.0 * (double(p.cell->gates) * double(k) + double(p.cell->blocks) * double(p.H));
+  return double(p.T) * double(p.B) * double(p.R) * double(p.H) * (multiplied + of_cell) / 100e3;
 }
 // One thread for what takes less than about 200 us there: waking the others and their barriers would cost as much.
 inline int threads_for(const Problem& p) {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 from torch import Tensor
@@ -13,6 +13,22 @@ from fused_rnn.cells.program import Program, is_program, parse
 # parameter vectors [H]; of a cell that has them the matrices [n·H, H] and the masks [B, H]) → the states after. The
 # biases are already in: b_ih in the input side, b_hh in the recurrent one. A projection of h is the loop's.
 Step = Callable[..., tuple[Tensor, ...]]
+
+
+class Parts(NamedTuple):
+    """A step in two: gates(x, r, s) → the activated gates, by these names; update(gates, s) → the states after.
+    candidate: the place of the gate that is what is new, if there is one."""
+
+    names: tuple[str, ...]
+    gates: Callable[..., Sequence[Tensor]]
+    update: Callable[..., tuple[Tensor, ...]]
+    candidate: int | None = None
+
+    def step(
+        self, x: Sequence[Tensor], r: Sequence[Tensor], s: Sequence[Tensor], p: Sequence[Tensor]
+    ) -> tuple[Tensor, ...]:
+        """The whole step."""
+        return self.update(self.gates(x, r), s)
 
 
 class Cell(NamedTuple):
@@ -31,6 +47,7 @@ class Cell(NamedTuple):
     program: of a user's cell, whose name is the program's text.
     matrices: of each matrix beside W_hh how many blocks of H rows it has.
     masks: how many numbers a unit of a row is given at each step, beside the input, which get no gradient.
+    parts: the step in two, of a cell that has gates with names.
     """
 
     name: str
@@ -46,6 +63,7 @@ class Cell(NamedTuple):
     program: Program | None = None
     matrices: tuple[int, ...] = ()
     masks: int = 0
+    parts: Parts | None = None
 
     @property
     def title(self) -> str:
@@ -120,3 +138,6 @@ def unknown(cell: str, known: Iterable[str]) -> str | None:
 def title(cell: str) -> str:
     """A cell's name for people."""
     return parse(cell).title if is_program(cell) else cell
+
+
+title._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as torch.compiler.assume_constant_result

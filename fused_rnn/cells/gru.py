@@ -9,14 +9,20 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from fused_rnn.cells.descriptor import Cell, register
+from fused_rnn.cells.descriptor import Cell, Parts, register
 
 
-def step(x: Sequence[Tensor], r: Sequence[Tensor], s: Sequence[Tensor], p: Sequence[Tensor]) -> tuple[Tensor]:
-    """n = tanh(x_n + r·h_n), h' = n + z·(h - n)."""
+def gates(x: Sequence[Tensor], r: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """r, z = σ(x + h), n = tanh(x_n + r·h_n)."""
     reset, z = (x[0] + r[0]).sigmoid(), (x[1] + r[1]).sigmoid()
-    n = (x[2] + reset * r[2]).tanh()
+    return reset, z, (x[2] + reset * r[2]).tanh()
+
+
+def update(a: Sequence[Tensor], s: Sequence[Tensor]) -> tuple[Tensor]:
+    """h' = n + z·(h - n)."""
+    _, z, n = a
     return (n + z * (s[0] - n),)
 
 
-GRU = register(Cell("gru", gates=3, states=("h",), saved=4, step=step, apart=1, reads_h=True))
+PARTS = Parts(("r", "z", "n"), gates, update, candidate=2)
+GRU = register(Cell("gru", gates=3, states=("h",), saved=4, step=PARTS.step, apart=1, reads_h=True, parts=PARTS))

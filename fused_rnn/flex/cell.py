@@ -25,7 +25,9 @@ class UserCell:
     Attributes:
         step: the function it was made of.
         name: the function's.
-        gates, states, params, recurrent, matrices: as given to :func:`cell`, matrices with n alone.
+        gates, states, params, recurrent, matrices: as given to :func:`cell`, gates as their number, matrices with n
+            alone.
+        gate_names: the gates' names, if they have none "0", "1", and so on.
 
     Examples:
         >>> @fused_rnn.cell(gates=1)
@@ -36,8 +38,9 @@ class UserCell:
         >>> (h,) = elman([torch.ones(2, 3)], [torch.zeros(2, 3)], {"h": torch.zeros(2, 3)})
     """
 
-    def __init__(self, step: Callable[..., Any], shape: Shape) -> None:
+    def __init__(self, step: Callable[..., Any], shape: Shape, gate_names: tuple[str, ...] | None = None) -> None:
         self.step, self.shape = step, shape
+        self.gate_names = gate_names or tuple(map(str, range(shape.gates)))
         self.gates, self.states, self.params, self.recurrent = shape[:4]
         self.matrices = dict(shape.matrices)
         self.__name__ = getattr(step, "__name__", type(step).__name__)
@@ -84,20 +87,22 @@ class UserCell:
                     raise StepError(f"cell {self.name!r}: the step asks for its own program, as a FlexRNN of it does")
                 self._traced = True
                 try:
-                    self._descriptor = CELLS[program_of(self.name, self.step, self._plain, self.shape).text]
+                    self._descriptor = CELLS[program_of(self.name, self.step, self.plain, self.shape).text]
                 finally:
                     self._traced = False
+                KNOWN.setdefault(self._descriptor.name, self)
             return self._descriptor
 
-    def _plain(
+    def plain(
         self,
         x: Sequence[Tensor],
         r: Sequence[Tensor] | None,
         s: Sequence[Tensor],
         p: Sequence[Tensor],
         m: Sequence[Callable[[Tensor], Any]],
-        masks: Sequence[Tensor],
+        masks: Sequence[Tensor] = (),
     ) -> Any:
+        """The step on plain sequences, with functions that multiply by the matrices."""
         more = (self._matrices(*m),) if self.matrices else ()
         return self.step(x, r, self._states(*s), self._params(*p), *more)
 
@@ -125,6 +130,9 @@ class UserCell:
                 " define the cell at the top of a module, under its function's name"
             )
         return _find, (self.__module__, self.__qualname__)
+
+
+KNOWN: dict[str, UserCell] = {}  # of a program's text a cell that it was made of
 
 
 def _multiplier(w: Tensor, count: int) -> Callable[[Tensor], Any]:
@@ -158,7 +166,7 @@ def _named(kind: Any, given: Any) -> Any:
 
 def cell(
     *,
-    gates: int,
+    gates: int | Sequence[str],
     states: Sequence[str] = ("h",),
     params: Sequence[str] = (),
     recurrent: bool = True,
@@ -188,7 +196,7 @@ def cell(
     what it did then, forward and backward, as one fused kernel.
 
     Args:
-        gates: G, how many pre-activations [B, H] a step gets.
+        gates: G, how many pre-activations [B, H] a step gets; or their names, by which `return_gates` returns them.
         states: names of what a step hands to the next one.
         params: names of vectors of one number per unit, which are trained as the matrices are.
         recurrent: False leaves out W_hh: what a step knows of the one before are its states alone.
@@ -208,8 +216,12 @@ def cell(
         ...     return torch.sin(x[0] + r[0])
         >>> y, h_n = fused_rnn.FlexRNN(elman, 10, 20)(torch.randn(5, 3, 10))
     """
+    names = None
+    if isinstance(gates, (tuple, list)) and gates:
+        names = _names("gates", gates)
+        gates = len(names)
     if isinstance(gates, bool) or not isinstance(gates, int) or gates < 1:
-        raise ValueError(f"gates: got {gates!r}, expected a number of at least 1")
+        raise ValueError(f"gates: got {gates!r}, expected a number of at least 1, or names")
     own, vectors = _names("states", states), _names("params", params)
     if not own:
         raise ValueError("states: got none, expected at least the one that is the output")
@@ -222,7 +234,7 @@ def cell(
     def decorate(step: Callable[..., Any]) -> UserCell:
         if not callable(step):
             raise TypeError(f"step: got {type(step).__name__}, expected a function of (x, r, s, p)")
-        return UserCell(step, Shape(gates, own, vectors, recurrent, blocks))
+        return UserCell(step, Shape(gates, own, vectors, recurrent, blocks), names)
 
     return decorate
 

@@ -62,6 +62,11 @@ class Fused(nn.Module):
         kind = type(self)
         if overrides_forward(kind):
             return self
+        if getattr(self, "_fused_extras", False):
+            raise NotImplementedError(
+                f"{kind.__name__}: got {self.extra_repr()}; torch.jit.script compiles torch.nn's classes, which have no"
+                " such arguments"
+            )
         if self._fused_counterpart is None:
             raise NotImplementedError(
                 f"{kind.__name__}: torch.jit.script compiles torch.nn's classes, none of which this is; torch.export"

@@ -15,6 +15,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from fused_rnn.checks import kind, shape_text
 from fused_rnn.flex import UserCell
+from fused_rnn.nn import extras
 from fused_rnn.nn.plain import FAST_PATH, STEPPING
 from fused_rnn.nn.recurrent import Recurrent, overrides_checks, read_weights
 from fused_rnn.nn.sequence import run
@@ -26,7 +27,7 @@ _WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 
 
 class FlexRNN(Recurrent):
-    r"""__init__(cell,input_size,hidden_size,num_layers=1,bias=True,batch_first=False,dropout=0.0,bidirectional=False,device=None,dtype=None,*,heads=1,init=None,return_sequences='h',backend=None,save='gates')
+    r"""__init__(cell,input_size,hidden_size,num_layers=1,bias=True,batch_first=False,dropout=0.0,bidirectional=False,device=None,dtype=None,*,heads=1,init=None,return_sequences='h',backend=None,save='gates',recurrent_dropout=0.0,zoneout=0.0,weight_dropout=0.0,return_gates=False)
 
     Layers of a user's own cell, which run in the loops that fused_rnn.LSTM runs in. Letters: T time, B batch,
     D input_size, H hidden_size, L num_layers, R directions (1 or 2), G the cell's gates, N heads.
@@ -42,6 +43,8 @@ class FlexRNN(Recurrent):
             first may be changed in place before backward.
         backend: "cpu", "reference", "cuda" or "triton" to force one; None takes the one that is fastest.
         save: what training keeps for backward, "gates" (fastest) or "recompute" (least memory).
+        recurrent_dropout, zoneout, weight_dropout, return_gates: as :class:`LSTM`'s, zoneout a number or one for each
+            state. The gates are the sums of both sides, by the names in the cell's `gates`, or "0", "1", and so on.
 
     Inputs:
         input, lengths, reset: as :class:`LSTM`'s.
@@ -101,6 +104,10 @@ class FlexRNN(Recurrent):
         return_sequences: str = "h",
         backend: str | None = None,
         save: str = "gates",
+        recurrent_dropout: float = 0.0,
+        zoneout: float | Sequence[float] = 0.0,
+        weight_dropout: float = 0.0,
+        return_gates: bool = False,
     ) -> None:
         if not isinstance(cell, UserCell):
             raise TypeError(
@@ -139,6 +146,17 @@ class FlexRNN(Recurrent):
                 self._all_weights.append(names)
         self._init_flat_weights()
         self.reset_parameters()
+        extras.give(
+            self,
+            {
+                "recurrent_dropout": recurrent_dropout, "zoneout": zoneout, "weight_dropout": weight_dropout,
+                "return_gates": return_gates,
+            },
+        )  # fmt: skip
+
+    @property
+    def _fused_gates(self) -> tuple[str, ...]:
+        return self._fused_user.gate_names
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -241,6 +259,7 @@ class FlexRNN(Recurrent):
     def _fused_is_plain(self) -> bool:
         """Whether the layers are one recurrence that returns h, as sequence.step runs one: past the dispatcher."""
         alone = self._fused_options == (1, False) and self.num_layers == 1 and not self.bidirectional
+        alone = alone and not self._fused_extras
         return alone and FAST_PATH is not None and self._fused_backend in STEPPING and not self._fused_checks
 
     def _fused_read(self) -> list[Tensor]:

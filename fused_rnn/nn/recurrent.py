@@ -11,7 +11,9 @@ from torch.compiler import is_compiling
 from torch.nn.utils.rnn import PackedSequence
 
 from fused_rnn.call import known_save
+from fused_rnn.cells import CELLS
 from fused_rnn.dispatch import known_backend
+from fused_rnn.nn import extras
 from fused_rnn.nn.base import Fused, overrides_forward
 from fused_rnn.stream import Stream
 
@@ -60,14 +62,18 @@ class Recurrent(Fused, nn.RNNBase):
     _fused_checks: ClassVar[bool] = False  # whether a subclass overrides any of _CHECKS
     _fused_heads: int = 1
     _fused_options: tuple[Any, ...] = ()  # of layers.run, beside those that every module has
+    _fused_extras: bool = False  # whether the module has the attributes of extras.DEFAULTS
 
     def __init__(self, mode: str, *args: Any, backend: str | None = None, save: str = "gates", **kwargs: Any) -> None:
         counterpart = self._fused_counterpart
         if counterpart is None or not isinstance(self, counterpart):
             args = (mode, *args)  # for RNNBase; torch's own class comes before it, and knows its mode
+        more = {name: kwargs.pop(name) for name in extras.DEFAULTS if name in kwargs}
         super().__init__(*args, **kwargs)
         self._fused_backend = known_backend(backend)
         self._fused_save = known_save(save)
+        if more:
+            extras.give(self, more)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -76,6 +82,12 @@ class Recurrent(Fused, nn.RNNBase):
     @property
     def _fused_cell(self) -> str:  # type: ignore[override]
         return self.mode.lower()
+
+    @property
+    def _fused_gates(self) -> tuple[str, ...]:
+        """The gates' names."""
+        spec = CELLS[self._fused_cell]
+        return spec.parts.names if spec.parts else tuple(map(str, range(spec.gates)))
 
     @property
     @unused
@@ -109,15 +121,16 @@ class Recurrent(Fused, nn.RNNBase):
         Raises:
             ValueError: for a bidirectional module, whose other direction starts at the end of the sequence, and for
                 arguments that do not fit.
-            RuntimeError: in training mode with dropout, which a stream does not apply.
+            RuntimeError: in training mode with dropout of any kind or zoneout, which a stream does not apply.
             NotImplementedError: for weights="bf16" or "int8" on another backend than "cpu" and "cuda".
         """
         if self.bidirectional:
             raise ValueError("bidirectional: got True, expected False: its other direction starts at the last step")
         if self.training and self.dropout and self.num_layers > 1:
             raise RuntimeError(f"dropout: got {self.dropout} in training mode, which a stream does not apply: eval()")
+        cell = extras.stream_cell(self) if self._fused_extras else self._fused_cell
         return Stream(
-            self._fused_cell, self._fused_read, batch_size=batch_size, num_layers=self.num_layers,
+            cell, self._fused_read, batch_size=batch_size, num_layers=self.num_layers,
             batch_first=self.batch_first, weights=weights, backend=self._fused_backend, heads=self._fused_heads,
         )  # fmt: skip
 
@@ -127,9 +140,12 @@ class Recurrent(Fused, nn.RNNBase):
 
     def extra_repr(self) -> str:
         """torch.nn's, and the extra arguments where they are not the default."""
-        extras = [f", backend={self._fused_backend!r}"] if self._fused_backend is not None else []
-        extras += [f", save={self._fused_save!r}"] if self._fused_save != "gates" else []
-        return super().extra_repr() + "".join(extras)
+        said = [f", backend={self._fused_backend!r}"] if self._fused_backend is not None else []
+        said += [f", save={self._fused_save!r}"] if self._fused_save != "gates" else []
+        for name, default in extras.DEFAULTS.items() if self._fused_extras else ():
+            if getattr(self, name) != default:
+                said.append(f", {name}={getattr(self, name)!r}")
+        return super().extra_repr() + "".join(said)
 
 
 def overrides_checks(cls: type[Recurrent], counterpart: type | None = None) -> bool:

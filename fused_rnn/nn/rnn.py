@@ -19,7 +19,7 @@ from fused_rnn.nn.sequence import run, step
 
 
 class LSTM(Recurrent):
-    r"""__init__(input_size,hidden_size,num_layers=1,bias=True,batch_first=False,dropout=0.0,bidirectional=False,proj_size=0,device=None,dtype=None,*,backend=None,save='gates')
+    r"""__init__(input_size,hidden_size,num_layers=1,bias=True,batch_first=False,dropout=0.0,bidirectional=False,proj_size=0,device=None,dtype=None,*,backend=None,save='gates',recurrent_dropout=0.0,recurrent_dropout_on='h',zoneout=0.0,weight_dropout=0.0,return_sequences='h',return_gates=False)
 
     A multi-layer long short-term memory RNN over a sequence, in place of torch.nn.LSTM, whose arguments, attributes,
     methods, state_dict, initialisation and errors it has. Letters: T time, B batch, D input_size, H hidden_size,
@@ -38,6 +38,16 @@ class LSTM(Recurrent):
         backend: "cpu", "torch", "reference", "cuda" or "triton" to force one; None takes the one that measured
             fastest. Keyword only.
         save: what training keeps for backward, "gates" (fastest) or "recompute" (least memory). Keyword only.
+        recurrent_dropout: in training the probability for a unit of h to be zero where W_hh reads it, the same units at
+            all steps, all others times 1/(1-p) (Gal & Ghahramani 2016). Keyword only, as are all that follow.
+        recurrent_dropout_on: "h", or "g" to drop units of g in the place of h's (Semeniuta et al. 2016).
+        zoneout: in training the probability for a unit to keep its state in a step, in eval mode the share of it that
+            is kept (Krueger et al. 2017); a pair for h and c apart.
+        weight_dropout: in training the probability for a weight of W_hh to be zero throughout a call (Merity et al.
+            2018).
+        return_sequences: "h", or "states" for output to be a pair of h and c of every step.
+        return_gates: return a third result, the last layer's gates of every step after their activation: a dict of
+            "i", "f", "g", "o", each laid out as output.
 
     Inputs:
         input: [T, B, D], [B, T, D] if batch_first, [T, D], or a PackedSequence; of the weights' dtype: float32,
@@ -56,11 +66,13 @@ class LSTM(Recurrent):
     Raises:
         Exception: what torch.nn.LSTM raises, in its words.
         TypeError: for an input that is no tensor, and an hx that is not a pair of tensors.
-        ValueError: for lengths or reset that do not fit, and for an unknown backend or save.
+        ValueError: for lengths or reset that do not fit, for an unknown backend or save, and for recurrent_dropout,
+            zoneout or return_gates with proj_size.
         NotImplementedError: with every backend's reason, where the backend asked for cannot run the call.
 
     Twice differentiable in input, hx and all weights. Under no_grad nothing is kept; train() and eval() decide of
-    dropout alone. An instance of torch.nn.RNNBase, not of torch.nn.LSTM, whose instances torch.compile refuses; of both
+    dropout and zoneout alone. Masks are drawn by torch's generator at each call, for each layer and direction, and kept
+    for backward. An instance of torch.nn.RNNBase, not of torch.nn.LSTM, whose instances torch.compile refuses; of both
     with convert(model, keep_class=True).
     torch.jit.trace and torch.jit.script record torch's own operators.
 
@@ -101,6 +113,12 @@ class LSTM(Recurrent):
             *,
             backend: str | None = None,
             save: str = "gates",
+            recurrent_dropout: float = 0.0,
+            recurrent_dropout_on: str = "h",
+            zoneout: float | Sequence[float] = 0.0,
+            weight_dropout: float = 0.0,
+            return_sequences: str = "h",
+            return_gates: bool = False,
         ) -> None: ...
         def get_expected_cell_size(self, input: Tensor, batch_sizes: Tensor | None) -> tuple[int, int, int]: ...
 
@@ -131,7 +149,7 @@ class LSTM(Recurrent):
 
 
 class GRU(Recurrent):
-    r"""__init__(input_size,hidden_size,num_layers=1,bias=True,batch_first=False,dropout=0.0,bidirectional=False,device=None,dtype=None,*,backend=None,save='gates')
+    r"""__init__(input_size,hidden_size,num_layers=1,bias=True,batch_first=False,dropout=0.0,bidirectional=False,device=None,dtype=None,*,backend=None,save='gates',recurrent_dropout=0.0,recurrent_dropout_on='h',zoneout=0.0,weight_dropout=0.0,return_sequences='h',return_gates=False)
 
     A multi-layer gated recurrent unit RNN over a sequence, in place of torch.nn.GRU, whose arguments, attributes,
     methods, state_dict, initialisation and errors it has. ::
@@ -146,6 +164,9 @@ class GRU(Recurrent):
     Args:
         backend: keyword only, as :class:`LSTM`'s.
         save: keyword only, as :class:`LSTM`'s.
+        recurrent_dropout, recurrent_dropout_on, zoneout, weight_dropout, return_sequences, return_gates: keyword only,
+            as :class:`LSTM`'s. What recurrent_dropout_on="g" drops is n; the gates are "r", "z", "n"; the only state is
+            h.
 
     Inputs:
         input: as :class:`LSTM`'s.
@@ -197,6 +218,12 @@ class GRU(Recurrent):
             *,
             backend: str | None = None,
             save: str = "gates",
+            recurrent_dropout: float = 0.0,
+            recurrent_dropout_on: str = "h",
+            zoneout: float | Sequence[float] = 0.0,
+            weight_dropout: float = 0.0,
+            return_sequences: str = "h",
+            return_gates: bool = False,
         ) -> None: ...
 
     else:
@@ -223,7 +250,7 @@ class GRU(Recurrent):
 
 
 class RNN(Recurrent):
-    r"""__init__(input_size,hidden_size,num_layers=1,nonlinearity='tanh',bias=True,batch_first=False,dropout=0.0,bidirectional=False,device=None,dtype=None,*,backend=None,save='gates')
+    r"""__init__(input_size,hidden_size,num_layers=1,nonlinearity='tanh',bias=True,batch_first=False,dropout=0.0,bidirectional=False,device=None,dtype=None,*,backend=None,save='gates',recurrent_dropout=0.0,recurrent_dropout_on='h',zoneout=0.0,weight_dropout=0.0,return_sequences='h',return_gates=False)
 
     A multi-layer Elman RNN over a sequence, in place of torch.nn.RNN, whose arguments, attributes, methods,
     state_dict, initialisation and errors it has. ::
@@ -235,6 +262,8 @@ class RNN(Recurrent):
     Args:
         backend: keyword only, as :class:`LSTM`'s.
         save: keyword only, as :class:`LSTM`'s.
+        recurrent_dropout, zoneout, weight_dropout, return_sequences, return_gates: keyword only, as :class:`LSTM`'s.
+            The only state is h, the only gate "0": what tanh or relu are of.
 
     Inputs:
         input: as :class:`LSTM`'s.
@@ -280,6 +309,12 @@ class RNN(Recurrent):
             *,
             backend: str | None = None,
             save: str = "gates",
+            recurrent_dropout: float = 0.0,
+            recurrent_dropout_on: str = "h",
+            zoneout: float | Sequence[float] = 0.0,
+            weight_dropout: float = 0.0,
+            return_sequences: str = "h",
+            return_gates: bool = False,
         ) -> None: ...
 
     else:

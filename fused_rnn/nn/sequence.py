@@ -13,6 +13,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from fused_rnn import checks, layers
 from fused_rnn.cells import CELLS
+from fused_rnn.nn import extras
 from fused_rnn.nn.base import prefers_counterpart
 from fused_rnn.nn.counterpart import check_packed, refuse, run_counterpart, state_rows
 from fused_rnn.nn.packed import Layout, is_unshared
@@ -38,6 +39,7 @@ def step(module: Recurrent, input: Any, hx: Any, lengths: Any, reset: Any) -> Se
         or module.num_layers != 1
         or module.bidirectional
         or module._fused_checks
+        or module._fused_extras
         or module._fused_backend not in STEPPING
     ):
         return None
@@ -49,7 +51,16 @@ def run(
     module: Recurrent, input: Any, hx: Any, lengths: Any, reset: Any, weights: Sequence[Tensor] | None = None
 ) -> Result:
     """forward, of any call. weights: where they are not as the module has them."""
-    extras = lengths is not None or reset is not None
+    if not module._fused_extras or extras.are_plain(module):
+        return _run(module, input, hx, lengths, reset, weights, False)
+    return extras.returned(module, *_run(module, input, hx, lengths, reset, weights, True))
+
+
+def _run(
+    module: Recurrent, input: Any, hx: Any, lengths: Any, reset: Any, weights: Sequence[Tensor] | None, more: bool
+) -> Result:
+    """more: with the module's extras, of which y over time is a tuple."""
+    extra = lengths is not None or reset is not None
     packed = isinstance(input, PackedSequence)
     if packed and lengths is not None:
         raise ValueError("lengths: got some beside a PackedSequence, expected None: the input has its own")
@@ -58,31 +69,33 @@ def run(
     if weights is None:
         weights = read_weights(module)
     plain = are_plain((input.data if packed else input, *weights))
-    if (
-        not plain
-        or not is_plain_hx(hx, module._fused_states)
-        or (not extras and prefers_counterpart(module, weights, input))
-    ):
-        return run_counterpart(module, weights, input, hx, extras)
+    plain = plain and is_plain_hx(hx, module._fused_states)
+    if more and not plain:
+        raise NotImplementedError(
+            f"{', '.join(extras.DEFAULTS)}: tensors of other classes than torch's own are run by torch.nn's modules,"
+            " which have none of these"
+        )
+    if not plain or (not (extra or more) and prefers_counterpart(module, weights, input)):
+        return run_counterpart(module, weights, input, hx, extra)
     try:
         if reset is not None:
             reset = checks.as_reset(reset, weights[0].device)
         if packed:
-            return _run_packed(module, input, hx, weights, reset)
+            return _run_packed(module, input, hx, weights, reset, more)
         if reset is not None and 2 <= input.dim() <= 3:
             reset = _time_first(module, reset, input.shape[:-1])
         if module._fused_checks and 2 <= input.dim() <= 3:
             _check(module, input, hx)
         if input.dim() != 3:
-            return _run_unbatched(module, input, hx, weights, lengths, reset)
+            return _run_unbatched(module, input, hx, weights, lengths, reset, more)
         if not module.batch_first:
-            return _run_layers(module, input, weights, hx, lengths, reset)
+            return _run_layers(module, input, weights, hx, lengths, reset, more)
         x = input.transpose(0, 1)
         if is_grad_enabled() or not x.is_cpu or is_tracing():
             # The copy that backward has, so that the caller may write to the input. On a GPU the products read steps
             # that lie one after the other, and a trace is to be the same with and without gradients.
             x = x.contiguous()
-        y, hx = _run_layers(module, x, weights, hx, lengths, reset)
+        y, hx = _run_layers(module, x, weights, hx, lengths, reset, more)
         if isinstance(y, tuple):
             return tuple(s.transpose(0, 1) for s in y), hx
         return (y.transpose_(0, 1) if is_unshared(y, module._fused_backend) else y.transpose(0, 1)), hx
@@ -91,7 +104,13 @@ def run(
 
 
 def _run_unbatched(
-    module: Recurrent, input: Tensor, hx: Any, weights: Sequence[Tensor], lengths: Any, reset: Tensor | None
+    module: Recurrent,
+    input: Tensor,
+    hx: Any,
+    weights: Sequence[Tensor],
+    lengths: Any,
+    reset: Tensor | None,
+    more: bool,
 ) -> Result:
     """forward of [T, D]."""
     if input.dim() != 2:
@@ -102,12 +121,12 @@ def _run_unbatched(
         if lengths.numel() != 1:
             raise ValueError(f"lengths: got {checks.shape_text(lengths.shape)}, expected [], of unbatched input")
         lengths = lengths.reshape(1)
-    y, hx = _run_layers(module, input.unsqueeze(1), weights, hx, lengths, reset)
+    y, hx = _run_layers(module, input.unsqueeze(1), weights, hx, lengths, reset, more)
     return _each(lambda s: s.squeeze(1), y), _each(lambda s: s.squeeze(1), hx)
 
 
 def _run_packed(
-    module: Recurrent, input: PackedSequence, hx: Any, weights: Sequence[Tensor], reset: Tensor | None
+    module: Recurrent, input: PackedSequence, hx: Any, weights: Sequence[Tensor], reset: Tensor | None, more: bool
 ) -> Result:
     """forward of a packed batch, longest first. hx, given and returned, and reset are in the order before."""
     data, batch_sizes, sorted_indices, unsorted_indices = input
@@ -122,16 +141,22 @@ def _run_packed(
         reset = _time_first(module, reset, (layout.batch, layout.steps)[:: 1 if module.batch_first else -1])
         reset = reset if sorted_indices is None else reset.index_select(1, sorted_indices)
     if module.dropout and module.training and module.num_layers > 1:
-        data, hx = _run_packed_dropout(module, data, layout, weights, hx, reset)
+        data, hx = _run_packed_dropout(module, data, layout, weights, hx, reset, more)
     else:
-        y, hx = _run_layers(module, layout.pad(data), weights, hx, layout.lengths, reset)
+        y, hx = _run_layers(module, layout.pad(data), weights, hx, layout.lengths, reset, more)
         data = _each(lambda s: layout.pack(s, module._fused_backend), y)
     packed = _each(lambda s: PackedSequence(s, batch_sizes, sorted_indices, unsorted_indices), data)
     return packed, module.permute_hidden(hx, unsorted_indices)
 
 
 def _run_packed_dropout(
-    module: Recurrent, data: Tensor, layout: Layout, weights: Sequence[Tensor], hx: Any, reset: Tensor | None
+    module: Recurrent,
+    data: Tensor,
+    layout: Layout,
+    weights: Sequence[Tensor],
+    hx: Any,
+    reset: Tensor | None,
+    more: bool,
 ) -> tuple[Any, Any]:
     """The layers one by one: torch draws the masks between them for the packed rows, and so do we."""
     recurrences = 2 if module.bidirectional else 1
@@ -143,7 +168,7 @@ def _run_packed_dropout(
         rows = slice(layer * recurrences, (layer + 1) * recurrences)
         own = weights[layer * count : (layer + 1) * count]
         h_in = _each(lambda s, rows=rows: s[rows], hx)
-        y, final = _run_layers(module, layout.pad(data), own, h_in, layout.lengths, reset, num_layers=1)
+        y, final = _run_layers(module, layout.pad(data), own, h_in, layout.lengths, reset, more, num_layers=1)
         packed = _each(lambda s: layout.pack(s, module._fused_backend), y)
         data = packed if isinstance(packed, Tensor) else packed[0]
         finals.append(final)
@@ -160,11 +185,16 @@ def _run_layers(
     hx: Any,
     lengths: Any,
     reset: Tensor | None,
+    more: bool,
     num_layers: int | None = None,
 ) -> Result:
     """x [T, B, D], hx of [L·R, B, ·] or None → y [T, B, R·P], the final hx."""
     several, options = module._fused_states > 1, module._fused_options
     y: Any
+    if more:
+        states = () if hx is None else hx if several else (hx,)
+        y, after = extras.run(module, x, weights, states, num_layers or module.num_layers, lengths, reset)
+        return y, tuple(after) if several else after[0]
     y, *after = layers.run(
         module._fused_cell,
         x,

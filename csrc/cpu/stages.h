@@ -1,0 +1,241 @@
+// Runs a program's stages: strips of its bytecode, and between them what is published of whole rows. The two loops over time bring where the
+// inputs lie, and take the outputs.
+#pragma once
+#include "layout.h"
+
+namespace FUSED_RNN_ISA {
+
+using fused_rnn::Publishing;
+using fused_rnn::Stage;
+
+// Where an array lies: vector of units u of row b begins at + u unit + b row.
+template <class S>
+struct Field {
+  S* at;
+  int64_t unit, row;
+  ALWAYS_INLINE Place<S> place(const Strip& strip) const { return {at + strip.first(unit, row), strip.step(unit, row)}; }
+  ALWAYS_INLINE Vec<S> load_of(int64_t u, int64_t b) const { return load(at + u * unit + b * row); }
+};
+
+// The sum of function(vector) over the H units of a row, in every lane: in one order, however a team divides the units.
+template <class S, class F>
+static ALWAYS_INLINE Vec<S> over_units(const Field<S>& field, int64_t b, int64_t H, F function) {
+  constexpr int L = kLanes<S>, parts = 4;
+  using I = typename VectorOf<S>::I;
+  const int64_t whole = H / L;
+  const S* at = field.at + b * field.row;
+  Vec<S> sum[parts] = {};
+  int64_t u = 0;
+  for (; u + parts <= whole; u += parts)
+#pragma GCC unroll 4
+    for (int i = 0; i < parts; ++i, at += field.unit) sum[i] += function(load(at));
+  for (int i = 0; u < whole; ++u, ++i, at += field.unit) sum[i] += function(load(at));
+  if (whole * L < H) sum[parts - 1] += first_lanes<S>(function(load(at)), int(H - whole * L));
+  Vec<S> total = (sum[0] + sum[1]) + (sum[2] + sum[3]);
+#pragma GCC unroll 4
+  for (int n = L / 2; n > 0; n /= 2) {
+    I turn;
+    for (int i = 0; i < L; ++i) turn[i] = (i + n) % L;
+    total += __builtin_shuffle(total, turn);
+  }
+  return total;
+}
+
+// One thread's part in the stages of a graph.
+template <class Kind>
+struct StageWork {
+  using S = typename Kind::Accumulator;
+  using A = typename Kind::Operand;
+  using V = Vec<S>;
+  static constexpr int L = kLanes<S>;
+
+  const fused_rnn::Stages* graph;
+  Workspace<S>*rows, *units;  // of each stage
+  Field<S>* fields;           // of every array
+  int64_t* copied;            // of every input: the rows before this one are copied where its field is
+  S *crossing, *one_a_row, *products, *how_many, *zero;
+  A* operands;
+  int64_t unit_vectors, operand_stride, capacity;  // capacity: rows in the arrays of all threads of a group
+
+  // A stage by rows takes a strip of them, or one, through everything while it is in L1.
+  static StageWork take(Arena& arena, const fused_rnn::Stages& graph, int64_t H, int64_t B, int threads, int me) {
+    StageWork w{};
+    w.graph = &graph;
+    w.unit_vectors = (H + L - 1) / L;
+    w.operand_stride = row_stride<Kind>(H);
+    const int64_t strips = int64_t(threads) * kStrip;
+    w.capacity = B > strips ? B : strips;
+    w.crossing = arena.take<S>((graph.crossing + graph.inputs) * (w.slot(w.capacity) + threads * slot_pad));
+    // Where threads divide the units each has one number a row of all rows.
+    w.one_a_row = arena.take<S>(graph.rows * L * (threads > 1 && B < kRowsEach * threads ? B * threads : w.capacity));
+    w.products = arena.take<S>(graph.products * B * w.product_row());
+    w.operands = arena.take<A>(graph.operands * B * w.operand_stride);
+    w.zero = arena.take<S>(kPanelVectors * L);
+    w.how_many = arena.take<S>(L);
+    for (int i = 0; i < threads; ++i) {
+      StageWork own = w;
+      own.rows = arena.take<Workspace<S>>(graph.stages);
+      own.units = arena.take<Workspace<S>>(graph.stages);
+      own.fields = arena.take<Field<S>>(graph.arrays());
+      own.copied = arena.take<int64_t>(graph.inputs);
+      for (int s = 0; s < graph.stages; ++s) {
+        const auto rows_of = Workspace<S>::take(arena, graph.stage[s].rows, false);
+        const auto units_of = Workspace<S>::take(arena, graph.stage[s].units, false);
+        if (i == me && own.rows) own.rows[s] = rows_of, own.units[s] = units_of;
+      }
+      if (i == me) w.rows = own.rows, w.units = own.units, w.fields = own.fields, w.copied = own.copied;
+    }
+    return w;
+  }
+  static constexpr int64_t slot_pad = 64 / int64_t(sizeof(S));
+  int64_t slot(int64_t rows) const { return off_pages<S>(rows * unit_vectors * L); }
+  int64_t product_row() const { return off_pages<S>(unit_vectors * L); }
+
+  // How a thread goes through its rows and vectors of units [u0, u1).
+  struct Way {
+    int64_t u0, u1, group;           // group: rows that go from one stage to the next together
+    bool along_units, split, alone;  // alone: a group goes through all stages by itself
+  };
+  Way way(const Share& s, int64_t u0, int64_t u1, int64_t rows) const {
+    Way way{u0, u1, rows < kStrip ? rows : kStrip, false, !s.by_rows && s.size > 1, false};
+    way.along_units = u1 - u0 >= way.group;
+    if (way.along_units) way.group = 1;
+    way.alone = !way.split && graph->products == 0;
+    return way;
+  }
+
+  // Where input i, or the crossing value behind the inputs, has its place: of a group alone it has no more than one group's rows.
+  Field<S> scratch(const Way& way, int me, int64_t B, int64_t i) const {
+    const int64_t rows = way.alone ? way.group : B;
+    S* const values = crossing + (way.alone ? me * (graph->inputs + graph->crossing) * slot(kStrip) : 0) + i * slot(rows);
+    if (way.along_units) return {values, L, way.alone ? 0 : unit_vectors * L};
+    return {values, rows * L, L};
+  }
+  // Once a recurrence: everything but where the inputs lie.
+  void prepare(const Share& s, const Way& way, int64_t H, int64_t B) const {
+    for (int i = 0; i < graph->stages; ++i) rows[i].prepare(), units[i].prepare();
+    if (s.me == 0) {
+      store(how_many, splat(S(H)));
+      for (int v = 0; v < kPanelVectors; ++v) store(zero + v * L, V{});
+      if (operands) memset((void*)operands, 0, size_t(graph->operands * B * operand_stride) * sizeof(A));
+    }
+    fields[graph->inputs] = {how_many, 0, 0};
+    for (int i = 0; i < graph->crossing; ++i) fields[graph->first_crossing() + i] = scratch(way, s.me, B, graph->inputs + i);
+    const int64_t row_cap = way.alone ? kStrip : B;
+    S* const numbers = one_a_row + (way.alone || way.split ? s.me * graph->rows * row_cap * L : 0);
+    for (int i = 0; i < graph->rows; ++i) fields[graph->first_row() + i] = {numbers + i * row_cap * L, 0, way.group == 1 && way.alone ? 0 : L};
+    for (int i = 0; i < graph->products; ++i) fields[graph->first_product() + i] = {products + i * B * product_row(), L, product_row()};
+  }
+
+  // Input i is read where it lies; or rows from b0 on are copied before a stage reads them.
+  ALWAYS_INLINE void lies(int i, const S* at, int64_t unit, int64_t row) const {
+    fields[i] = {const_cast<S*>(at), unit, row};
+    copied[i] = kInPlace;
+  }
+  void to_copy(const Way& way, int me, int64_t B, int i, int64_t b0) const {
+    fields[i] = scratch(way, me, B, i);
+    copied[i] = b0;
+  }
+
+  // All stages for rows [b0, b1).
+  //   copy(i, u, b)            the vector u of input i's row b
+  //   output(i, strip, place)  takes an output of the graph, or behind those an operand of the products
+  //   multiply(publishing)     makes a product, of the same rows and units
+  template <class Copy, class Output, class Multiply>
+  ALWAYS_INLINE void run(const Way& way, const Share& s, Barrier& barrier, int64_t H, int64_t b0, int64_t b1, Copy copy, Output output,
+                         Multiply multiply) const {
+    const Stage* const stage = graph->stage;
+    for (int first = 0, next; first < graph->stages; first = next) {
+      next = first + 1;
+      while (!way.split && next < graph->stages && !stage[next - 1].multiplies) ++next;
+      for (int64_t g0 = b0; g0 < b1; g0 += way.group) {
+        const int64_t g1 = g0 + way.group < b1 ? g0 + way.group : b1;
+        if (way.alone && g0 > b0) move_on(way.group);
+        for (int k = first; k < next; ++k) {
+          if (way.split && k > 0) reduce(stage[k - 1], H, g0, g1);
+          work(stage[k], rows[k], units[k], way, g0, g1, copy, output);
+          if (!way.split) reduce(stage[k], H, g0, g1);
+        }
+      }
+      if (way.alone && way.group > 1) move_on(-((b1 - b0 - 1) / way.group * way.group));
+      if (way.split && next < graph->stages) barrier.wait(s.me);
+      for (int i = 0; i < stage[next - 1].published; ++i)
+        if (const Publishing& p = stage[next - 1].publishing[i]; p.what == Publishing::What::product) multiply(p);
+    }
+  }
+
+ private:
+  static constexpr int64_t kInPlace = int64_t(1) << 62;
+
+  // What has the rows of one group takes those of another.
+  void move_on(int64_t rows_on) const {
+    if (rows_on == 0) return;
+    const auto move = [&](Field<S>& field) { field.at -= rows_on * field.row; };
+    for (int i = 0; i < graph->inputs; ++i)
+      if (copied[i] != kInPlace) move(fields[i]);
+    for (int i = graph->first_crossing(); i < graph->first_product(); ++i) move(fields[i]);
+  }
+
+  template <class Copy>
+  ALWAYS_INLINE void copy_input(int i, const Way& way, int64_t g1, Copy copy) const {
+    if (i >= graph->inputs || copied[i] >= g1) return;
+    const Field<S>& field = fields[i];
+    for (int64_t b = copied[i]; b < g1; ++b)
+      for (int64_t u = way.u0; u < way.u1; ++u) store(field.at + u * field.unit + b * field.row, copy(i, u, b));
+    copied[i] = g1;
+  }
+
+  ALWAYS_INLINE void set(const Bytecode& code, const Workspace<S>& work, const Strip& strip) const {
+    for (int i = 0; i < code.inputs; ++i) work.operands[i] = fields[code.array[i]].place(strip);
+  }
+
+  template <class Copy, class Output>
+  ALWAYS_INLINE void work(const Stage& stage, const Workspace<S>& of_rows, const Workspace<S>& of_units, const Way& way, int64_t g0,
+                          int64_t g1, Copy copy, Output output) const {
+    for (int i = 0; i < stage.units.inputs; ++i) copy_input(stage.units.array[i], way, g1, copy);
+    for (int i = 0; i < stage.published; ++i)
+      if (stage.publishing[i].what != Publishing::What::product) copy_input(stage.publishing[i].from, way, g1, copy);
+    for (int64_t b = g0; b < g1 && stage.rows.length; b += of_rows.most) {
+      const Strip strip{0, b, int(g1 - b < of_rows.most ? g1 - b : of_rows.most), false};
+      set(stage.rows, of_rows, strip);
+      interpret(stage.rows, of_rows.operands, strip.n);
+    }
+    if (stage.units.length + stage.units.outputs == 0) return;
+    const auto body = [&](const Strip& strip) {
+      set(stage.units, of_units, strip);
+      interpret(stage.units, of_units.operands, strip.n);
+      for (int i = 0; i < stage.units.outputs; ++i) output(stage.units.number[i], strip, of_units.output(i));
+    };
+    const int64_t most = of_units.most;
+    if (way.along_units) {
+      for (int64_t b = g0; b < g1; ++b)
+        for (int64_t u = way.u0; u < way.u1; u += most) body(Strip{u, b, int(way.u1 - u < most ? way.u1 - u : most), true});
+    } else {
+      for (int64_t u = way.u0; u < way.u1; ++u)
+        for (int64_t b = g0; b < g1; b += most) body(Strip{u, b, int(g1 - b < most ? g1 - b : most), false});
+    }
+  }
+
+  void reduce(const Stage& stage, int64_t H, int64_t g0, int64_t g1) const {
+    const V units_of_row = splat(S(H));
+    for (int i = 0; i < stage.published; ++i) {
+      const Publishing& p = stage.publishing[i];
+      if (p.what == Publishing::What::product) return;  // behind the others
+      const Field<S> &from = fields[p.from], &to = fields[p.to];
+      for (int64_t b = g0; b < g1; ++b) {
+        V made = p.sum >= 0 ? fields[p.sum].load_of(0, b) : over_units(from, b, H, [](V v) __attribute__((always_inline)) { return v; });
+        if (p.what == Publishing::What::variance) {
+          const V mean = made / units_of_row;
+          const auto squared = [&](V v) __attribute__((always_inline)) { return (v - mean) * (v - mean); };
+          made = over_units(from, b, H, squared) / units_of_row;
+        }
+        store(to.at + b * to.row, made);
+      }
+    }
+  }
+
+ public:
+  A* operand(int i, int64_t B) const { return operands + i * B * operand_stride; }
+};
+
+}  // namespace FUSED_RNN_ISA
