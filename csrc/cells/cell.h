@@ -11,11 +11,14 @@
 //                                             params; after[0]: h_t, in where backward_after says so, out where the cell projects
 // An array that has nothing to hold has one element.
 //
-// A cell that is `staged`, which fused_rnn/cuda/printer.py alone writes, has masks, matrices of its own or sums over the units of a row.
-// Its formulas come in stages, one after the other, with two arguments more: forward<M, stage>(a, before, p, masks, units, c, after, s) and
-// backward<M, stage>(s, before, p, masks, units, c, after, dstate, d, dp). units: H. c: what crosses from one stage to the next, the
-// operands and results of published operations among it, which run between stages: forward_published, backward_published. d: behind what
-// others have, the gradients of the products with each block of its matrices.
+// A cell that is `staged` is printed by fused_rnn/cuda/printer.py, of a program with masks, matrices of its own or sums over units. Its
+// formulas come in stages, one after the other:
+//
+//   forward<M, stage>(a, before, p, masks, units, c, after, s)
+//   backward<M, stage>(s, before, p, masks, units, c, after, dstate, d, dp)
+//
+// units: H. c: what crosses from stage to stage, with the operands and the results of what is published between them, which
+// forward_published and backward_published list. d: last the gradients of the products with each block of its matrices.
 //
 // a holds the gates in their order, of the `apart` last ones the input side alone; then the recurrent side of those.
 // d holds the input side of those first, then the recurrent side of all gates: either side's gradients are `gates` vectors in a row.
