@@ -11,6 +11,7 @@ import torch
 from fused_rnn import ops
 from fused_rnn.call import NARROW
 from fused_rnn.cells import CELLS, Cell, is_program
+from fused_rnn.cells.program import MATRIX_PRODUCTS, PUBLISHING, REDUCTIONS
 from fused_rnn.gpu.precision import tf32_allowed
 
 EXCHANGES = ("cta", "cluster", "grid", "scatter", "direct")
@@ -38,6 +39,39 @@ class Device(NamedTuple):
     def of(cls, found: Any) -> Device:
         """Of what a compiled module says."""
         return cls(found.arch, found.multiprocessors, found.shared, found.clusters)
+
+
+class Stages(NamedTuple):
+    """What the stages of a cell's step need of a team, in one direction: csrc/cuda/layout.h's Stages.
+
+    count: of stages.  pairs: of numbers that a row's units are reduced to in a stage, at most.  operands: of products
+    with blocks of the cell's own matrices, and products, in all stages.  at_once: products in a stage, at most.
+    """
+
+    count: int = 1
+    pairs: int = 0
+    operands: int = 0
+    products: int = 0
+    at_once: int = 0
+
+
+def stages_of(cell: Cell, backward: bool) -> Stages:
+    """Of a user's cell; a built-in one has one stage."""
+    if not cell.staged or cell.program is None:
+        return Stages()
+    graph = cell.program.backward if backward else cell.program.forward
+    pairs, operands, products = [], [], []
+    for stage in graph.stages:
+        own = [graph.code[i] for i in stage if graph.code[i].op in PUBLISHING]
+        numbers = 0  # a variance takes both of a pair
+        for op, *_ in own:
+            if op in REDUCTIONS:
+                numbers = numbers + 1 if op == "sum" else (numbers + 1) // 2 * 2 + 2
+        made = [args[0] for op, args, _ in own if op in MATRIX_PRODUCTS]
+        pairs.append((numbers + 1) // 2)
+        operands.append(len(set(made)))
+        products.append(len(made))
+    return Stages(len(graph.stages), max(pairs), sum(operands), sum(products), max(products))
 
 
 class Forced(NamedTuple):
@@ -157,16 +191,20 @@ def make(
     known: bool = True,
     fewer: int = 0,
     narrow: str | None = None,
+    stages: Stages = Stages(),  # noqa: B008 (a named tuple)
 ) -> Any:
     """The plan and the device as a compiled module has them. sizes: the precision's place, backward, G, B, H, R.
     known: whether a kernel may be one that is compiled for its team.  fewer: as `fewer_blocks` says.
-    narrow: what forward keeps W_hh in, one of call.NARROW."""
+    narrow: what forward keeps W_hh in, one of call.NARROW.  stages: of the cell."""
     name, backward = forced.exchange, sizes[1]
     if name is not None and not backward:
         name = _FORWARD.get(name, name)
     exchange = -1 if name is None else EXCHANGES.index(name)
-    known = known and forced.known and not fewer  # such kernels have all of W_hh in registers
-    return planner.make_plan(*sizes, device, exchange, forced.members, forced.rows, known, fewer, NARROW[narrow])
+    # Such kernels have all of W_hh in registers, and one stage.
+    known = known and forced.known and not fewer and stages.count == 1
+    return planner.make_plan(
+        *sizes, device, exchange, forced.members, forced.rows, known, fewer, NARROW[narrow], stages
+    )
 
 
 def fewer_blocks(cell: Cell, precision: str, backward: bool) -> int:
@@ -177,9 +215,9 @@ def fewer_blocks(cell: Cell, precision: str, backward: bool) -> int:
     states, params = len(cell.states), len(cell.params)
     if backward:
         before, after = (sum(flags) for flags in cell.program.backward_reads())
-        numbers = states + before + after + cell.gradients + cell.saved + 2 * params - 12
+        numbers = states + before + after + cell.gradients + cell.saved + 2 * params + cell.masks - 12
     else:
-        numbers = cell.carried + cell.gradients + cell.saved + params - 9
+        numbers = cell.carried + cell.gates + cell.apart + cell.saved + params + cell.masks - 9
     # Two units a thread; a block is 8 registers an m tile, of which forward has two, or 16 of FMA lanes.
     block = 8 if backward and precision != "ieee" else 16
     return max(0, -(-2 * numbers // block))
@@ -326,5 +364,6 @@ def plan(
         return Plan("none", precision, found, reason=NO_PRODUCT)
     sizes = (PRECISIONS.index(precision), backward, spec.gates, batch, hidden_size, recurrences)
     forced, fewer = Forced(exchange, members, rows), fewer_blocks(spec, precision, backward)
-    native = make(ops._C, sizes, ops._C.Device(*found), forced, fewer=fewer, narrow=weights)
+    stages = stages_of(spec, backward)
+    native = make(ops._C, sizes, ops._C.Device(*found), forced, fewer=fewer, narrow=weights, stages=stages)
     return read(native, precision, found)

@@ -11,6 +11,15 @@
 //                                             params; after[0]: h_t, in where backward_after says so, out where the cell projects
 // An array that has nothing to hold has one element.
 //
+// A cell that is `staged` is printed by fused_rnn/cuda/printer.py, of a program with masks, matrices of its own or sums over units. Its
+// formulas come in stages, one after the other:
+//
+//   forward<M, stage>(a, before, p, masks, units, c, after, s)
+//   backward<M, stage>(s, before, p, masks, units, c, after, dstate, d, dp)
+//
+// units: H. c: what crosses from stage to stage, with the operands and the results of what is published between them, which
+// forward_published and backward_published list. d: last the gradients of the products with each block of its matrices.
+//
 // a holds the gates in their order, of the `apart` last ones the input side alone; then the recurrent side of those.
 // d holds the input side of those first, then the recurrent side of all gates: either side's gradients are `gates` vectors in a row.
 #pragma once
@@ -28,6 +37,15 @@ constexpr int kMostSaved = 48;
 constexpr int kProgramNumber = kMostCells;  // of every cell that is a program
 struct Program;                             // cpu/program.h
 
+// What runs between two stages of a step, for all units of a row together.
+enum class Publish { sum, variance, product, transposed };
+struct Published {
+  int stage;  // that it ends
+  Publish what;
+  int block;  // of a product: which H rows of the cell's matrices, one after the other
+  int from, to;  // its operand and its result among what crosses
+};
+
 struct CellDefaults {
   static constexpr int params = 0;         // vectors of one number per unit
   static constexpr bool recurrent = true;  // there is a W_hh; without one no gate has a recurrent side
@@ -36,11 +54,19 @@ struct CellDefaults {
   static constexpr bool projects = false;  // W_hr may stand behind it
   static constexpr bool sequences = false; // CUDA's persistent backward takes gradients of the other states over time
   static constexpr unsigned backward_after = 0, backward_before = 0;
+  static constexpr bool staged = false;
+  static constexpr int masks = 0;   // vectors of one number per row and unit
+  static constexpr int blocks = 0;  // of H rows, of its matrices
+  static constexpr int forward_stages = 1, backward_stages = 1, forward_crossing = 0, backward_crossing = 0;
 };
 
 // Pre-activations of a unit, and as many gradients.
 template <class Cell>
 constexpr int kGradients = Cell::gates + Cell::apart;
+
+// Gradients that a step leaves behind: those, and those of its matrices' products.
+template <class Cell>
+constexpr int kGradientsLeft = kGradients<Cell> + Cell::blocks;
 
 template <class Cell>
 constexpr int kParams = Cell::params > 0 ? Cell::params : 1;  // elements of an array of them

@@ -1,6 +1,7 @@
 // The planner in Python: in the CUDA module and, so that it can be asked on any machine, in the CPU one.
 #pragma once
 #include <algorithm>
+#include <array>
 #include <vector>
 
 #include "../pybind.h"
@@ -52,12 +53,15 @@ inline void bind_plan(pybind11::module_& m) {
   m.def(
       "make_plan",
       [](int precision, bool backward, int gates, int64_t B, int64_t H, int64_t R, const Device& device, int exchange, int members,
-         int rows, bool known, int fewer, int narrow) {
-        return make_plan({Precision(precision), backward, gates, B, H, R, exchange, members, rows, known, fewer, Narrow(narrow)}, device);
+         int rows, bool known, int fewer, int narrow, const std::array<int, 5>& stages) {
+        const auto [count, pairs, operands, products, at_once] = stages;
+        const Stages told{count, pairs, operands, products, at_once};
+        return make_plan({Precision(precision), backward, gates, B, H, R, exchange, members, rows, known, fewer, Narrow(narrow), told},
+                         device);
       },
       py::arg("precision"), py::arg("backward"), py::arg("gates"), py::arg("B"), py::arg("H"), py::arg("R"), py::arg("device"),
       py::arg("exchange") = -1, py::arg("members") = 0, py::arg("rows") = 0, py::arg("known") = false, py::arg("fewer") = 0,
-      py::arg("narrow") = 0);
+      py::arg("narrow") = 0, py::arg("stages") = std::array<int, 5>{1, 0, 0, 0, 0});
 }
 
 }  // namespace fused_rnn::cuda

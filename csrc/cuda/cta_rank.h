@@ -37,11 +37,16 @@ struct Each {
   FUSED_RNN_DEVICE T& operator[](int j) { return of[j]; }
   FUSED_RNN_DEVICE const T& operator[](int j) const { return of[j]; }
 };
+template <class T>
+struct Each<0, T> {};
+template <class T, class Make, int... i>
+FUSED_RNN_DEVICE Each<int(sizeof...(i)), T> made_each([[maybe_unused]] const Make& make, std::integer_sequence<int, i...>) {
+  return {{make(i)...}};
+}
 template <int count, class T, class Make>
 FUSED_RNN_DEVICE Each<count, T> made_each(const Make& make) {
-  static_assert(count == 1 || count == 2);
-  if constexpr (count == 1) return {{make(0)}};
-  else return {{make(0), make(1)}};
+  if constexpr (count == 0) return {};
+  else return made_each<T>(make, std::make_integer_sequence<int, count>{});
 }
 
 // Both copies of the operand start as zeros: what no member writes (depth beyond C U) must not be NaN.

@@ -5,13 +5,13 @@
 
 namespace fused_rnn::cuda {
 
-template <class Policy, int G, int NT>
+template <class Policy, int G, int NT, int kUnits_>
 class Gather {
   using Operand = typename Policy::Operand;
   using Storage = typename Policy::Storage;
 
  public:
-  static constexpr int kUnits = kUnitsPerThread;
+  static constexpr int kUnits = kUnits_;
   static constexpr Tile kTile = tile(Policy::kPrecision, true, NT);
   Each<kUnits, ThreadUnit> index;
 

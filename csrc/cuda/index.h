@@ -55,6 +55,13 @@ struct UnitIndex {
   FUSED_RNN_DEVICE bool live(const StepsOf<kWidth>& s, int t) const {
     return valid(t) && reset(s, t) == 0;
   }
+  // Of mask k of a cell in stages, as it lies in memory.
+  template <class Storage, class Loop>
+  FUSED_RNN_DEVICE Storage mask(const Loop& p, int k, int t) const {
+    const int times = p.own.times[k];
+    const int64_t row = int64_t(r * times + (times > 1 ? t : 0)) * p.steps.B + b;
+    return static_cast<const Storage*>(p.own.masks[k])[row * p.steps.H + u];
+  }
   // As it lies in memory, so that nobody waits for it who does not use it yet. For a valid t.
   template <int kWidth>
   FUSED_RNN_DEVICE int32_t reset(const StepsOf<kWidth>& s, int t) const {

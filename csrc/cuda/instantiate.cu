@@ -57,24 +57,36 @@ void add_known(Kernels& made, std::integer_sequence<int, shape...>) {
   (add_known<Formula, Policy, shape>(made), ...);
 }
 
+// A thread alone runs a cell in one stage.
+template <class Formula, class Storage, class Math>
+constexpr ForwardKernel pointwise_fwd() {
+  if constexpr (Formula::forward_stages == 1) return &pointwise_fwd_kernel<Formula, Storage, Math>;
+  else return nullptr;
+}
+template <class Formula, class Storage, class Math>
+constexpr BackwardKernel pointwise_bwd() {
+  if constexpr (Formula::backward_stages == 1) return &pointwise_bwd_kernel<Formula, Storage, Math>;
+  else return nullptr;
+}
+
 }  // namespace
 
 template <class Formula, Precision kPrecision>
 Kernels kernels_of() {
   if constexpr (kPrecision == Precision::f64) {
-    return {{}, {}, &pointwise_fwd_kernel<Formula, double, Libm<double>>, &pointwise_bwd_kernel<Formula, double, Libm<double>>};
+    return {{}, {}, pointwise_fwd<Formula, double, Libm<double>>(), pointwise_bwd<Formula, double, Libm<double>>()};
   } else if constexpr (!Formula::recurrent) {
     using Policy = typename PolicyOf<kPrecision>::Type;
     return {{},
             {},
-            &pointwise_fwd_kernel<Formula, typename Policy::Storage, typename Policy::Math>,
-            &pointwise_bwd_kernel<Formula, typename Policy::Storage, typename Policy::Math>};
+            pointwise_fwd<Formula, typename Policy::Storage, typename Policy::Math>(),
+            pointwise_bwd<Formula, typename Policy::Storage, typename Policy::Math>()};
   } else {
     using Policy = typename PolicyOf<kPrecision>::Type;
     Kernels made{{&persistent_fwd_kernel<Formula, Forward<Policy>, 1>},
                  {},
-                 &pointwise_fwd_kernel<Formula, typename Policy::Storage, typename Policy::Math>,
-                 &pointwise_bwd_kernel<Formula, typename Policy::Storage, typename Policy::Math>};
+                 pointwise_fwd<Formula, typename Policy::Storage, typename Policy::Math>(),
+                 pointwise_bwd<Formula, typename Policy::Storage, typename Policy::Math>()};
     if constexpr (kBackward) made.persistent_bwd[0] = &persistent_bwd_kernel<Formula, Policy, 1>;
     if constexpr (kMost >= 2) made.persistent_fwd[1] = &persistent_fwd_kernel<Formula, Forward<Policy>, 2>;
     if constexpr (kMost >= 2 && kBackward) made.persistent_bwd[1] = &persistent_bwd_kernel<Formula, Policy, 2>;

@@ -9,9 +9,14 @@ namespace fused_rnn::cuda {
 
 // What a general kernel is compiled for: its launch tells the team.
 struct AnyTeam {
-  static constexpr bool scatters = false, direct = false, some_idle = true, exists = true, brings_ahead = false;
+  static constexpr bool scatters = false, direct = false, some_idle = true, exists = true, brings_ahead = false, own = false;
   static constexpr int width = 0, units = 0, units_per_thread = kUnitsPerThread, blocks = 0, held = 0;
   FUSED_RNN_HD static constexpr const Team& of(const Team& told) { return told; }
+};
+
+// For a product with a block of a cell's own matrices.
+struct OwnTeam : AnyTeam {
+  static constexpr bool own = true;
 };
 
 struct KnownShape {
@@ -83,7 +88,7 @@ constexpr Team known_team(const KnownShape& shape, Precision precision, int gate
 template <int kShape, Precision precision, int gates, Narrow narrow = Narrow::none>
 struct KnownTeam {
   static constexpr Team team = known_team(kKnownShapes[kShape], precision, gates, narrow);
-  static constexpr bool scatters = team.exchange == ExchangeKind::scatter, direct = team.exchange == ExchangeKind::direct;
+  static constexpr bool own = false, scatters = team.exchange == ExchangeKind::scatter, direct = team.exchange == ExchangeKind::direct;
   static constexpr bool exists = direct || team.exchange == ExchangeKind::grid || team.members <= kLargestHere;  // on this architecture
   static constexpr int width = team.members * team.units, units = team.units, blocks = team.blocks;
   static constexpr int units_per_thread = known_units_per_thread(team), threads = threads_of(team, units_per_thread);

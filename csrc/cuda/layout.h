@@ -8,8 +8,10 @@ namespace fused_rnn::cuda {
 
 constexpr int kPointwiseThreads = 256;
 
-// A general kernel keeps this many units in each thread's registers; the planner sees to it that they suffice.
+// A general kernel keeps this many units in each thread's registers; the planner sees to it that they suffice. Of a cell in stages one, for
+// what crosses from stage to stage needs registers, too.
 constexpr int kUnitsPerThread = 2;
+FUSED_RNN_HD constexpr int units_per_thread(int stages) { return stages == 1 ? kUnitsPerThread : 1; }
 
 // Of a row of the operand: blocks of 64 bytes, and of these an odd number, so that a block of two rows, which a quarter of a warp reads at
 // once, fills all 128 bytes of the banks.
@@ -63,6 +65,55 @@ FUSED_RNN_HD constexpr SharedLayout shared_layout(const Team& team, Tile t) {
   at.weights = at.barriers + at.barriers_count * 8 + kSharedGap;
   at.weights_count = scatters ? 0 : team.warps_m * team.warps_k * shared_blocks(team, t) * t.mt * t.kept / 4 * 32;
   at.total = at.weights + int64_t(at.weights_count) * 16 + kSharedGap;
+  return at;
+}
+
+// What a cell's stages need of a team, in one direction (stages.h); the most that a stage needs.
+struct Stages {
+  int count = 1;
+  int pairs = 0;     // of numbers that a row's units are reduced to
+  int operands = 0;  // of products, in all stages
+  int products = 0;  // likewise, one for each block of the cell's matrices
+  int at_once = 0;   // products
+};
+
+// The team as the product with one block of the cell's matrices is laid out: its rows are a member's units. No warps where it has not
+// enough.
+FUSED_RNN_HD constexpr Team own_team(const Team& team, Tile t, int threads) {
+  Team own = team;
+  own.depth = team.members * team.units;
+  own.warps_m = ceil_div(team.units, t.rows);
+  const int blocks = ceil_div(own.depth, t.depth), most = threads / 32 / own.warps_m, shares = most < blocks ? most : blocks;
+  own.blocks = shares ? ceil_div(blocks, shares) : 0;
+  own.warps_k = shares ? ceil_div(blocks, own.blocks) : 0;
+  return own;
+}
+
+// 16 units are reduced to a pair of numbers; an even number of them of a row.
+FUSED_RNN_HD constexpr int reduced(const Team& team) { return (team.members * team.units / 16 + 1) / 2 * 2; }
+
+// What stages take of the shared memory, behind all else.
+struct StagesLayout {
+  int slots, slots_count;        // float2 [NB, pairs, reduced], twice but on the grid
+  int barriers, barriers_count;  // mbarriers: two for reductions, two for each operand
+  int operands, operands_count;  // of each, [NB, stride], twice in clusters
+  int partial, partial_count;    // float, of each product of a stage [WK, NB, stride]
+  int weights, weights_count;    // uint4, of each product
+  int64_t total;
+};
+FUSED_RNN_HD constexpr StagesLayout stages_layout(const Team& own, Tile t, const Stages& stages, int64_t from) {
+  StagesLayout at{};
+  at.slots = int(from);
+  at.slots_count = (own.exchange == ExchangeKind::grid ? 1 : 2) * own.rows * stages.pairs * reduced(own);
+  at.barriers = at.slots + at.slots_count * 8 + kSharedGap;
+  at.barriers_count = 2 + 2 * stages.operands;
+  at.operands = at.barriers + at.barriers_count * 8 + kSharedGap;
+  at.operands_count = (own.exchange == ExchangeKind::cluster ? 2 : 1) * own.rows * operand_stride(own.depth, t);
+  at.partial = at.operands + stages.operands * (at.operands_count * t.size + kSharedGap);
+  at.partial_count = own.warps_k * own.rows * partial_stride(own, t);
+  at.weights = at.partial + stages.at_once * (at.partial_count * 4 + kSharedGap);
+  at.weights_count = own.warps_m * own.warps_k * shared_blocks(own, t) * (32 * t.mt * t.kept / 4);
+  at.total = at.weights + stages.products * (int64_t(at.weights_count) * 16 + kSharedGap);
   return at;
 }
 

@@ -64,6 +64,15 @@ struct Workspace {
   uint32_t* arrived;  // [teams of the launch, 32]: how often members arrived, one counter in 128 bytes
 };
 
+// Of a cell in stages.
+struct OwnOperands {
+  const void* masks[kMostMasks];  // [R, times, B, H] each
+  int times[kMostMasks];          // T, or 1 for the same at all times
+  const void* matrices;           // [R, blocks, H, H]
+  Team team;            // the same, as its matrices' products are laid out
+  Workspace workspace;  // as its stages meet on the grid (stages.h)
+};
+
 template <int kWidth>
 struct ForwardLoopOf {
   StepsOf<kWidth> steps;
@@ -88,6 +97,7 @@ struct ForwardLoopOf {
   bool histories_are_wide;  // in the accumulation type, else in the storage type
   const void* params;  // [R, params, H]
   const float* scale;  // [R, G, H]  of W_hh's rows, where it is int8
+  OwnOperands own;
 };
 using ForwardLoop = ForwardLoopOf<0>;
 static_assert(sizeof(ForwardLoopOf<64>) == sizeof(ForwardLoop));  // a kernel reads one as the other
@@ -103,13 +113,14 @@ struct BackwardLoopOf {
   const void* states[kMostStates];  // h_t [T, B, R, H], then a history [window, B, R, H] of each other state
   const void* first[kMostStates];  // [R, B, H]  what enters the first of these
   const void* saved;  // [window, B, R, S, H]
-  void* dgates;  // [T, B, R, G + apart, H]; the recurrent side's are the last G
+  void* dgates;  // [T, B, R, G + apart + blocks, H]; the recurrent side's are the last G of the first G + apart
   void* dstates[kMostStates];  // [R, B, H] accumulation type, in: gradient of each state after step1 - 1; out: before step0
   bool histories_are_wide;  // and what enters them: in the accumulation type, else in the storage type
   bool close;  // after step 0, take its product too, into that of h: the gradient of h0 (pointwise: only that)
   const void* params;  // [R, params, H]
   void* dparams;  // [R, B, params, H] accumulation type, in and out, or null: added to, by one thread each
   const void* dsequences[kMostStates];  // [T, B, R, H] or null: of each state but h the gradient of what it is over time
+  OwnOperands own;
 };
 using BackwardLoop = BackwardLoopOf<0>;
 static_assert(sizeof(BackwardLoopOf<64>) == sizeof(BackwardLoop));

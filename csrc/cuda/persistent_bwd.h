@@ -9,13 +9,14 @@
 #include "gather.h"
 #include "primitives/timeline.h"
 #include "scatter.h"
+#include "stages.h"
 #include "unit_bwd.h"
 
 namespace fused_rnn::cuda {
 
-template <class Policy, int G, int NT, class Known>
+template <class Policy, int G, int NT, class Known, int kUnits>
 struct CarrierOf {
-  using OnGrid = std::conditional_t<Known::direct, Direct<Policy, G, NT, Known>, Gather<Policy, G, NT>>;
+  using OnGrid = std::conditional_t<Known::direct, Direct<Policy, G, NT, Known>, Gather<Policy, G, NT, kUnits>>;
   using Type = std::conditional_t<Known::scatters, Scatter<Policy, G, Known>, OnGrid>;
 };
 
@@ -26,9 +27,10 @@ persistent_bwd_kernel(const FUSED_RNN_GRID_CONSTANT BackwardLoop told) {
   if (!Known::exists) return trap();  // nobody launches it; so its code is not made
   using Storage = typename Policy::Storage;
   using Operand = typename Policy::Operand;
-  constexpr int G = Cell::gates, kAll = kGradients<Cell>;
+  constexpr int G = Cell::gates, kAll = kGradientsLeft<Cell>, kStages = Cell::backward_stages;
+  static_assert(kStages == 1 || !Known::width);
   constexpr bool kFetchesFirst = Known::width > 0;  // as in forward
-  using Carrier = typename CarrierOf<Policy, G, NT, Known>::Type;
+  using Carrier = typename CarrierOf<Policy, G, NT, Known, units_per_thread(kStages)>::Type;
   constexpr int kUnits = Carrier::kUnits;
   const auto& p = reinterpret_cast<const BackwardLoopOf<Known::width>&>(told);
   const Team& team = Known::of(p.team);
@@ -43,7 +45,9 @@ persistent_bwd_kernel(const FUSED_RNN_GRID_CONSTANT BackwardLoop told) {
     if (!place.valid(t)) return nullptr;
     return static_cast<const Storage*>(p.dgates) + steps_size(p.steps, t, kAll) + place.in_step(p.steps, kAll) + Cell::apart * width;
   };
-  Carrier carrier(team, first, shared_layout(team, Carrier::kTile), p.workspace, w, width, p.steps.step1 < p.steps.T, left);
+  const SharedLayout at = shared_layout(team, Carrier::kTile);
+  [[maybe_unused]] PublisherOf<Cell, Policy, true, NT> publisher(p, first, at.total);
+  Carrier carrier(team, first, at, p.workspace, w, width, p.steps.step1 < p.steps.T, left);
   const auto& index = carrier.index;
   const CtaRank me(p.steps, team,
                    Known::scatters ? kept(int(blockIdx.x)) : int(blockIdx.x));  // kept across the loads of the weights it would be spilled
@@ -77,11 +81,25 @@ persistent_bwd_kernel(const FUSED_RNN_GRID_CONSTANT BackwardLoop told) {
       if (has_future) carrier.receive();
       mark(step, kMultiplied);
       mark(step, kSummed);
+      [[maybe_unused]] typename Unit::Now now[kUnits];
+      if constexpr (kStages > 1) {
+        FUSED_RNN_UNROLL
+        for (int j = 0; j < kUnits; ++j) {
+          if (!index[j].inside) break;
+          if (has_future) units[j].add(carrier.sum(j));
+          units[j].begin(now[j], p);
+        }
+        publisher.run(index, units, now, p);
+      }
       FUSED_RNN_UNROLL
       for (int j = 0; j < kUnits; ++j) {
         if (!index[j].inside) break;  // the whole warp: a member's units are a multiple of 32
-        if (has_future) units[j].add(carrier.sum(j));
-        units[j].run(p, walk);
+        if constexpr (kStages > 1) {
+          units[j].end(now[j]);
+        } else {
+          if (has_future) units[j].add(carrier.sum(j));
+          units[j].run(p);
+        }
         Operand gates[G];
         FUSED_RNN_UNROLL
         for (int g = 0; g < G; ++g) gates[g] = Policy::operand(units[j].recurrent(g));

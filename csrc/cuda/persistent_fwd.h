@@ -4,6 +4,7 @@
 #include "cta_rank.h"
 #include "known_teams.h"
 #include "primitives/timeline.h"
+#include "stages.h"
 #include "unit_fwd.h"
 
 namespace fused_rnn::cuda {
@@ -15,7 +16,9 @@ persistent_fwd_kernel(const FUSED_RNN_GRID_CONSTANT ForwardLoop told) {
   if (!Known::exists) return trap();  // nobody launches it; so its code is not made
   using Storage = typename Policy::Storage;
   using Operand = typename Policy::Operand;
-  constexpr int G = Cell::gates, kUnits = Known::units_per_thread;
+  constexpr int G = Cell::gates, kStages = Cell::forward_stages;
+  constexpr int kUnits = kStages == 1 ? Known::units_per_thread : units_per_thread(kStages);
+  static_assert(kStages == 1 || !Known::width);
   // The next step's input is asked for before this one's results are stored: a step may be shorter than memory takes. The general kernels
   // would wait for it there, of two units or with registers short.
   constexpr bool kFetchesFirst = Known::width > 0;
@@ -30,6 +33,7 @@ persistent_fwd_kernel(const FUSED_RNN_GRID_CONSTANT ForwardLoop told) {
   clear(operands, at.operands_count);
   Exchange<Policy, false, (Known::width > 0)> exchange(team, p.workspace, operands, shared_array<uint64_t>(at.barriers, at.barriers_count),
                                                        me.team, me.teams, me.index);
+  [[maybe_unused]] PublisherOf<Cell, Policy, false, NT> publisher(p, me, at.total);
   sync_threads();
   exchange.invite();
 
@@ -74,13 +78,31 @@ persistent_fwd_kernel(const FUSED_RNN_GRID_CONSTANT ForwardLoop told) {
       mark(step, kMultiplied);
       sync_threads();
       mark(step, kSummed);
+      const auto sums = [&](int j, float (&recurrent)[G]) __attribute__((always_inline)) {
+        product.sum(team, partial, index[j].u, team.units, index[j].b, recurrent);
+        scales[j].apply(recurrent);
+      };
+      [[maybe_unused]] typename Unit::Now now[kUnits];
+      if constexpr (kStages > 1) {
+        FUSED_RNN_UNROLL
+        for (int j = 0; j < kUnits; ++j) {
+          if (!index[j].inside) break;
+          float recurrent[G];
+          sums(j, recurrent);
+          units[j].begin(now[j], walk, step, recurrent);
+        }
+        publisher.run(index, units, now, p);
+      }
       FUSED_RNN_UNROLL
       for (int j = 0; j < kUnits; ++j) {
         if (!index[j].inside) break;  // the whole warp: a member's units are a multiple of 32
-        float recurrent[G];
-        product.sum(team, partial, index[j].u, team.units, index[j].b, recurrent);
-        scales[j].apply(recurrent);
-        units[j].run(walk, step, recurrent);
+        if constexpr (kStages > 1) {
+          units[j].end(now[j], walk, step);
+        } else {
+          float recurrent[G];
+          sums(j, recurrent);
+          units[j].run(p, walk, step, recurrent);
+        }
         const Operand entering[1] = {Policy::operand(units[j].entering())};
         exchange.put(index[j].b, me.first_u + index[j].u, 0, entering);
       }

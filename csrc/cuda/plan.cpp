@@ -25,6 +25,8 @@ constexpr double kTwoOnOne = 1.15, kTwoKnownOnOne = 1.3;  // where a multiproces
 constexpr double kClusterBytes = 17.5;  // that arrive a cycle, as fitted; by themselves 14 at 16 members, 20 at 8
 constexpr double kDirectBytes = 4500;  // of L2, where many members read directly: what 128 of general teams took beyond 64
 constexpr double kGridLatency = 1800, kGridBytes = 53;  // beyond a cluster's, through L2; bytes from L2 a cycle
+// A stage that publishes, by the exchange: guesses, for no GPU has run one.
+constexpr double kStage = 300, kClusterStage = 900;
 constexpr double kFma = 128;  // a cycle
 constexpr double kLanes = 128;  // likewise, of any instruction: of what widens narrow weights, which has not been measured
 // A step without a team: what the host takes to issue its product and its launch (45 µs where a launch takes 7), and of the product
@@ -79,6 +81,22 @@ Cycles estimate(const Request& q, const Plan& plan) {
   return c;
 }
 
+// What the stages of a step take beside.
+Cycles estimate_stages(const Request& q, const Plan& plan) {
+  const Team& own = plan.own;
+  const Tile t = own_tile(q.precision);
+  const double bytes = double(q.stages.operands) * own.rows * own.depth * t.size + 8.0 * q.stages.pairs * own.rows * reduced(own);
+  const double fragments = double(q.stages.products) * own.warps_m * own.warps_k * own.blocks;
+  Cycles c;
+  if (q.precision == Precision::ieee) c.product = kWork * fragments * t.rows * t.depth * own.rows / kFma;
+  else c.product = kWork * q.stages.products * own.blocks * (kBlock + 2 * kMmaLatency / chains(t, plan.nt));
+  c.loads = kWork * fragments * t.kept * 128 / kSharedBytes;
+  const bool grid = own.exchange == ExchangeKind::grid, alone = own.exchange == ExchangeKind::cta;
+  c.cell = (q.stages.count - 1) * (alone ? kStage : kClusterStage);
+  c.exchange = alone ? 0 : grid ? (q.stages.count - 1) * kGridLatency + bytes / kGridBytes : bytes / kClusterBytes;
+  return c;
+}
+
 double without_a_team(const Request& q, const Device& device) {
   const double weights = double(q.R) * q.gates * q.H * q.H;
   const double rate = q.precision == Precision::ieee ? 2 * kFma : q.precision == Precision::tf32 ? kProductFlops / 2 : kProductFlops;
@@ -94,6 +112,7 @@ bool has_room_for_two(const Plan& plan, const Device& device) {
 void consider(const Request& q, const Device& device, ExchangeKind exchange, int units, int nt, Plan& best) {
   Plan plan;
   plan.nt = nt;
+  plan.stages = q.stages;
   const Tile t = tile_of(q, exchange, units, nt);
   const int members = ceil_div(q.H, units);
   const bool scatters = exchange == ExchangeKind::scatter, direct = exchange == ExchangeKind::direct;
@@ -108,14 +127,25 @@ void consider(const Request& q, const Device& device, ExchangeKind exchange, int
     if (!lay_out(t, q.backward, q.gates, exchange, members, units, nt, shares, plan.team)) continue;
     plan.known = q.known ? find_known(plan.team, q.precision, q.backward, q.gates, q.H, q.narrow) : -1;
     if ((scatters || direct) && plan.known < 0) continue;
-    plan.threads = threads_of(plan.team, plan.known < 0 ? kUnitsPerThread : known_units_per_thread(plan.team));
+    plan.threads = threads_of(plan.team, plan.known < 0 ? units_per_thread(q.stages.count) : known_units_per_thread(plan.team));
     plan.shared = shared_layout(plan.team, t).total;
+    if (q.stages.count > 1) {
+      const Tile own = own_tile(q.precision);
+      if (q.stages.products) plan.threads = std::max(plan.threads, 32 * ceil_div(units, own.rows));
+      plan.own = own_team(plan.team, own, plan.threads);
+      plan.shared = stages_layout(plan.own, own, q.stages, plan.shared).total;
+    }
     if (plan.threads > kThreads || plan.shared > device.shared) continue;
     const bool crowded = !together && !q.backward && plan.tiles * q.R > teams && has_room_for_two(plan, device);
     const int64_t at_once = teams * (crowded ? 2 : 1);
     plan.tiles_at_once = int(std::max<int64_t>(at_once / q.R, 1));
     plan.waves = together ? ceil_div(plan.tiles, plan.tiles_at_once) : ceil_div(plan.tiles * q.R, at_once);
     plan.cycles = estimate(q, plan);
+    if (q.stages.count > 1) {
+      const Cycles more = estimate_stages(q, plan);
+      plan.cycles.product += more.product, plan.cycles.loads += more.loads, plan.cycles.cell += more.cell;
+      plan.cycles.exchange += more.exchange;
+    }
     if (crowded) plan.cycles.cell *= plan.known < 0 ? kTwoOnOne : kTwoKnownOnOne;
     if (!best.nt || plan.waves * plan.cycles.sum() < best.waves * best.cycles.sum()) best = plan;
   }
@@ -144,16 +174,21 @@ void consider_units(const Request& q, const Device& device, ExchangeKind exchang
 bool insists(const Request& q) { return q.exchange >= 0 || q.members || q.rows; }
 
 std::string explain(const Request& q, const Device& device) {
-  if (q.precision == Precision::f64) return "float64 has no tensor-core product: it runs stepwise";
+  const bool staged = q.stages.count > 1;
+  if (q.precision == Precision::f64)
+    return std::string("float64 has no tensor-core product") +
+           (staged ? ", and a cell with sums over its units or matrices of its own runs by a team alone" : ": it runs stepwise");
   if (device.arch < 80) return "sm_" + std::to_string(device.arch) + " is older than sm_80";
   if (q.exchange == int(ExchangeKind::scatter) || q.exchange == int(ExchangeKind::direct))
     return std::string(q.exchange == int(ExchangeKind::scatter) ? "only backward scatters" : "only backward reads its operand directly") +
            ", and in teams that a kernel is compiled for, of cells of several gates: there is none of H = " + std::to_string(q.H) +
            " that fits, with the members or rows that were asked for";
-  const int64_t weights = int64_t(q.gates) * q.H * q.H * tile(q.precision, q.backward, 1).size / narrower(q.precision, q.narrow);
-  return "W_hh of " + std::to_string(weights) + " bytes for each of " + std::to_string(q.R) + " recurrence(s) fits no team of " +
-         std::to_string(device.multiprocessors) + " multiprocessors with " + std::to_string(device.shared) +
-         " bytes of shared memory each" + (insists(q) ? ", with the exchange, members or rows that were asked for" : "");
+  const int size = tile(q.precision, q.backward, 1).size;
+  const int64_t weights = int64_t(q.gates) * q.H * q.H * size / narrower(q.precision, q.narrow), own = q.stages.products * q.H * q.H * size;
+  return "W_hh of " + std::to_string(weights) + (own ? " bytes and the cell's own matrices of " + std::to_string(own) : std::string()) +
+         " bytes for each of " + std::to_string(q.R) + " recurrence(s) fits no team of " + std::to_string(device.multiprocessors) +
+         " multiprocessors with " + std::to_string(device.shared) + " bytes of shared memory each" +
+         (insists(q) ? ", with the exchange, members or rows that were asked for" : "");
 }
 
 }  // namespace
@@ -172,7 +207,7 @@ Plan make_plan(const Request& q, const Device& device) {
   }
   if (!best.nt) best.refusal = explain(q, device);
   const double cycles = best.waves * best.cycles.sum(), otherwise = without_a_team(q, device);
-  if (best.nt && !insists(q) && cycles > otherwise)
+  if (best.nt && !insists(q) && q.stages.count == 1 && cycles > otherwise)
     best.refusal = "it is estimated to take " + std::to_string(int64_t(cycles)) + " cycles a step in " + std::to_string(best.waves) +
                    " waves of teams, step by step " + std::to_string(int64_t(otherwise));
   return best;

@@ -4,8 +4,7 @@
 #include <cstdint>
 #include <string>
 
-#include "params.h"
-#include "tiles.h"
+#include "layout.h"
 
 namespace fused_rnn::cuda {
 
@@ -29,6 +28,7 @@ struct Request {
   bool known = false;   // there are kernels for known teams (known_teams.h)
   int fewer = 0;        // blocks in registers than the kernels of built-in cells have: tiles.h's kFewerBlocks of those that will run
   Narrow narrow = Narrow::none;  // what forward keeps W_hh in
+  Stages stages{};  // of the cell, in this direction
 };
 
 // Estimated cycles of a step on its critical path, by part.
@@ -39,6 +39,8 @@ struct Cycles {
 
 struct Plan {
   Team team{};
+  Team own{};  // the same, for products with the cell's own matrices
+  Stages stages{};
   int nt = 0;
   int known = -1;   // its place in kKnownShapes, where kernels are compiled for the team
   int threads = 0;

@@ -27,6 +27,7 @@ struct Flat {
 template <class Cell, class Storage, class Math>
 FUSED_RNN_KERNEL(kPointwiseThreads)
 pointwise_fwd_kernel(const FUSED_RNN_GRID_CONSTANT ForwardLoop p) {
+  static_assert(Cell::forward_stages == 1);
   using Acc = Accumulator<Storage>;
   constexpr int G = Cell::gates;
   const Flat flat(p.steps);
@@ -49,7 +50,7 @@ pointwise_fwd_kernel(const FUSED_RNN_GRID_CONSTANT ForwardLoop p) {
       FUSED_RNN_UNROLL
       for (int g = 0; g < G; ++g) recurrent[g] = live ? Acc(widen(given[g * p.steps.H])) : Acc(0);
     }
-    unit.run(walk, step, recurrent);
+    unit.run(p, walk, step, recurrent);
     unit.store(p, walk, step);
     if (p.workspace.operand) static_cast<Storage*>(p.workspace.operand)[unit.at.in_state(p.steps)] = unit.hidden();
     if (step + 1 == p.steps.step1) break;
@@ -64,6 +65,7 @@ pointwise_fwd_kernel(const FUSED_RNN_GRID_CONSTANT ForwardLoop p) {
 template <class Cell, class Storage, class Math>
 FUSED_RNN_KERNEL(kPointwiseThreads)
 pointwise_bwd_kernel(const FUSED_RNN_GRID_CONSTANT BackwardLoop p) {
+  static_assert(Cell::backward_stages == 1);
   using Acc = Accumulator<Storage>;
   const Flat flat(p.steps);
   if (!flat.inside) return;
@@ -73,7 +75,7 @@ pointwise_bwd_kernel(const FUSED_RNN_GRID_CONSTANT BackwardLoop p) {
     for (int step = p.steps.step1 - 1; step >= p.steps.step0; --step) {
       unit.forget();
       unit.fetch(p, walk, step);
-      unit.run(p, walk);
+      unit.run(p);
       unit.store(p, walk, step);
     }
     return unit.finish(p);
@@ -83,7 +85,7 @@ pointwise_bwd_kernel(const FUSED_RNN_GRID_CONSTANT BackwardLoop p) {
   if (!p.close) unit.fetch(p, walk, p.steps.step0);
   unit.add(product);
   if (!p.close) {
-    unit.run(p, walk);
+    unit.run(p);
     unit.store(p, walk, p.steps.step0);
   }
   unit.finish(p);

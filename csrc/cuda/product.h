@@ -15,15 +15,16 @@ template <class Policy, bool kBackward, int NT, class Known = AnyTeam>
 class Product {
   using Operand = typename Policy::Operand;
   using Fragment = typename Policy::Fragment;
-  static constexpr Tile kTile = Known::direct ? direct_tile(Policy::kPrecision, Known::units)
-                                              : tile(Policy::kPrecision, kBackward, NT, kFewerBlocks, Policy::kNarrow);
+  static constexpr Tile kTile = Known::own      ? own_tile(Policy::kPrecision)
+                                : Known::direct ? direct_tile(Policy::kPrecision, Known::units)
+                                                : tile(Policy::kPrecision, kBackward, NT, kFewerBlocks, Policy::kNarrow);
   static constexpr int kBlocks = Known::blocks;  // of each warp; 0 where that is not known
   static constexpr int MT = kTile.mt, KR = kTile.kr, kHeld = Known::held ? Known::held : KR;
   static constexpr int kQuads = Policy::kRegisters / 4, kVectors = MT * Policy::kKept / 4;  // of a block, the latter as it is kept
   static constexpr int kChains = chains(kTile, NT);
   // Backward's FMA lanes with 16 rows have no register to spare: LSTM's and GRU's spilled on sm_100 and sm_120. So there they ask for the
   // weights of one block at a time, and keep no offsets from step to step. Elsewhere that would only make them slower.
-  static constexpr bool kTight = kIsBlackwell && Policy::kPrecision == Precision::ieee && kBackward && NT == 2;
+  static constexpr bool kTight = (kIsBlackwell && Policy::kPrecision == Precision::ieee && kBackward && NT == 2) || KR == 0;
   static constexpr int kAhead = kTight ? 1 : 2;
   static constexpr int kMostOnTheWay = 8;  // fragments of an operand in global memory, of a lane
   using Sums = float[kChains][NT][MT][Policy::kSums];
@@ -255,7 +256,7 @@ class Product {
 
   int group_, share_, first_, count_;
   uint4* rest_;
-  Held held_[kHeld];
+  Held held_[kHeld > 0 ? kHeld : 1];
 };
 
 }  // namespace fused_rnn::cuda

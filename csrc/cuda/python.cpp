@@ -35,6 +35,19 @@ void fill(T* (&to)[kMostStates], const Addresses& from) {
   for (size_t i = 0; i < from.size(); ++i) to[i] = at<T>(from[i]);
 }
 
+OwnOperands own_operands(const Addresses& masks, const std::vector<int>& times, Address matrices) {
+  if (masks.size() > kMostMasks || masks.size() != times.size())
+    throw py::value_error("got " + std::to_string(masks.size()) + " masks of " + std::to_string(times.size()) +
+                          " numbers of times, expected as many of both, at most " + std::to_string(kMostMasks));
+  OwnOperands own{};
+  for (size_t i = 0; i < masks.size(); ++i) {
+    own.masks[i] = at(masks[i]);
+    own.times[i] = times[i];
+  }
+  own.matrices = at(matrices);
+  return own;
+}
+
 // All of time, or the window of it that the arrays hold.
 Steps within(Steps steps, const std::optional<std::pair<int, int>>& window) {
   std::tie(steps.window0, steps.window1) = window.value_or(std::pair{0, steps.T});
@@ -121,7 +134,7 @@ PYBIND11_MODULE(FUSED_RNN_MODULE, m) {
                        std::optional<std::pair<int, int>> window, Address gx, Address given, Address w, Address scale, Address bias,
                        Address h0, Address hidden, const Addresses& carried, Address y, Address h_n, Address saved,
                        const Addresses& histories, const Addresses& checkpoints, int every, Address entering, bool wide, Address params,
-                       Address loaded) {
+                       const Addresses& masks, const std::vector<int>& times, Address matrices, Address loaded) {
              ForwardLoop loop{};
              loop.steps = within(steps, window);
              loop.gx = at(gx);
@@ -142,18 +155,21 @@ PYBIND11_MODULE(FUSED_RNN_MODULE, m) {
              loop.workspace.operand = at(entering);
              loop.histories_are_wide = wide;
              loop.params = at(params);
+             loop.own = own_operands(masks, times, matrices);
              return Bound<ForwardLoop>(cell, Precision(precision), plan, loop, at(loaded));
            }),
            py::arg("cell"), py::arg("precision"), py::arg("plan"), py::arg("steps"), py::kw_only(), py::arg("window") = py::none(),
            py::arg("gx"), py::arg("given") = 0, py::arg("w") = 0, py::arg("scale") = 0, py::arg("bias") = 0, py::arg("h0"),
            py::arg("hidden") = 0, py::arg("carried") = none, py::arg("y") = 0, py::arg("h_n") = 0, py::arg("saved") = 0,
            py::arg("histories") = none, py::arg("checkpoints") = none, py::arg("every") = 1, py::arg("entering") = 0,
-           py::arg("wide") = false, py::arg("params") = 0, py::arg("loaded") = 0);
+           py::arg("wide") = false, py::arg("params") = 0, py::arg("masks") = none, py::arg("times") = std::vector<int>{},
+           py::arg("matrices") = 0, py::arg("loaded") = 0);
   bind_loop<BackwardLoop>(m, "Backward")
       .def(py::init([](const std::string& cell, int precision, const Plan* plan, const Steps& steps,
                        std::optional<std::pair<int, int>> window, Address dy, Address given, Address w, const Addresses& states,
                        const Addresses& first, Address saved, Address dgates, const Addresses& dstates, bool wide, Address params,
-                       Address dparams, const Addresses& dsequences, Address loaded) {
+                       Address dparams, const Addresses& dsequences, const Addresses& masks, const std::vector<int>& times,
+                       Address matrices, Address loaded) {
              BackwardLoop loop{};
              loop.steps = within(steps, window);
              loop.dy = at(dy);
@@ -166,6 +182,7 @@ PYBIND11_MODULE(FUSED_RNN_MODULE, m) {
              fill(loop.dstates, dstates);
              loop.histories_are_wide = wide;
              loop.params = at(params);
+             loop.own = own_operands(masks, times, matrices);
              loop.dparams = at(dparams);
              fill(loop.dsequences, dsequences);
              return Bound<BackwardLoop>(cell, Precision(precision), plan, loop, at(loaded));
@@ -173,5 +190,6 @@ PYBIND11_MODULE(FUSED_RNN_MODULE, m) {
            py::arg("cell"), py::arg("precision"), py::arg("plan"), py::arg("steps"), py::kw_only(), py::arg("window") = py::none(),
            py::arg("dy") = 0, py::arg("given") = 0, py::arg("w") = 0, py::arg("states"), py::arg("first"), py::arg("saved") = 0,
            py::arg("dgates"), py::arg("dstates"), py::arg("wide") = false, py::arg("params") = 0, py::arg("dparams") = 0,
-           py::arg("dsequences") = none, py::arg("loaded") = 0);
+           py::arg("dsequences") = none, py::arg("masks") = none, py::arg("times") = std::vector<int>{}, py::arg("matrices") = 0,
+           py::arg("loaded") = 0);
 }

@@ -9,7 +9,7 @@
 namespace fused_rnn::cuda {
 namespace {
 
-constexpr int kCounterWords = 32;  // each team's counter has 128 bytes to itself
+constexpr int kCounterWords = 32;  // each counter has 128 bytes to itself
 
 const char* kNotBuilt = "this build has no kernel for the problem";
 
@@ -32,12 +32,18 @@ Bound<Loop>::Bound(std::string_view cell, Precision precision, const Plan* plan,
   persistent_.loaded = loaded;
   if constexpr (!kForward) loop_.close = loop_.steps.step0 == 0;
   loop_.team = plan_.team;
+  loop_.own.team = plan_.own;
   tiles_of_a_launch_ = plan_.tiles;
   if (!meets_in_global_memory(plan_.team)) return;
   tiles_of_a_launch_ = std::min(plan_.tiles_at_once, plan_.tiles);
-  arrived_bytes_ = int64_t(loop_.steps.R) * plan_.tiles * kCounterWords * 4;
-  operand_bytes_ =
-      2 * int64_t(loop_.steps.R) * tiles_of_a_launch_ * plan_.team.rows * plan_.team.depth * tile(precision, false, plan_.nt).size;
+  const Stages& stages = plan_.stages;
+  counters_ = stages.count == 1 ? 1 : 2 + stages.operands;
+  arrived_bytes_ = int64_t(loop_.steps.R) * plan_.tiles * counters_ * kCounterWords * 4;
+  const int64_t rows = 2 * int64_t(loop_.steps.R) * tiles_of_a_launch_ * plan_.team.rows;
+  const int size = tile(precision, false, plan_.nt).size;
+  operand_bytes_ = rows * plan_.team.depth * size;
+  if (stages.count > 1)
+    own_bytes_ = rows * (int64_t(stages.operands) * plan_.own.depth * size + int64_t(stages.pairs) * reduced(plan_.own) * 8);
 }
 
 template <class Loop>
@@ -50,11 +56,15 @@ std::string Bound<Loop>::run(void* workspace, void* stream) const {
   if (grid) {
     if (std::string error = clear(arrived, arrived_bytes_ / 4, stream); !error.empty()) return error;
     loop.workspace.operand = static_cast<char*>(workspace) + arrived_bytes_;
+    loop.own.workspace.operand = static_cast<char*>(workspace) + arrived_bytes_ + operand_bytes_;
   }
   for (int tile = 0; tile < plan_.tiles; tile += tiles_of_a_launch_) {
     loop.steps.tile0 = tile;
     loop.steps.tiles = std::min(tiles_of_a_launch_, plan_.tiles - tile);
-    if (grid) loop.workspace.arrived = arrived + int64_t(tile) * loop.steps.R * kCounterWords;
+    if (grid) {
+      loop.workspace.arrived = arrived + int64_t(tile) * loop.steps.R * kCounterWords;
+      loop.own.workspace.arrived = arrived + (int64_t(plan_.tiles) + int64_t(tile) * (counters_ - 1)) * loop.steps.R * kCounterWords;
+    }
     const bool cluster = plan_.team.exchange == ExchangeKind::cluster || plan_.team.exchange == ExchangeKind::scatter;
     const Shape shape{int64_t(loop.steps.tiles) * loop.steps.R * plan_.team.members, plan_.threads, cluster ? plan_.team.members : 1,
                       plan_.shared, grid};
@@ -68,6 +78,7 @@ std::string Bound<Loop>::run_over(const Loop& arrays, void* workspace, void* str
   Bound bound = *this;
   bound.loop_ = arrays;
   bound.loop_.team = loop_.team;
+  bound.loop_.own = loop_.own;
   Steps& steps = bound.loop_.steps = loop_.steps;
   steps.T = steps.step1 = steps.window1 = arrays.steps.T;
   steps.lengths = arrays.steps.lengths;

@@ -16,8 +16,8 @@ class Bound {
   // here. loaded: the kernel, where it is not among those of this module.
   Bound(std::string_view cell, Precision precision, const Plan* plan, const Loop& loop, void* loaded = nullptr);
 
-  // Of a run: a counter for each team, then the operand. Zero but for the grid exchange.
-  int64_t workspace_bytes() const { return arrived_bytes_ + operand_bytes_; }
+  // Of a run: each team's counters, then the operand, then those of its stages. Zero but for the grid exchange.
+  int64_t workspace_bytes() const { return arrived_bytes_ + operand_bytes_ + own_bytes_; }
 
   // Each returns what went wrong, or an empty text.
   // By the plan; without one by the pointwise kernel: forward, `given` holds the product of every step; or the cell has no W_hh.
@@ -36,7 +36,8 @@ class Bound {
   bool has_plan_;
   Kernel<Loop> persistent_, pointwise_;
   int tiles_of_a_launch_ = 0;
-  int64_t arrived_bytes_ = 0, operand_bytes_ = 0;
+  int counters_ = 1;  // of a team
+  int64_t arrived_bytes_ = 0, operand_bytes_ = 0, own_bytes_ = 0;  // the last of what its stages share
 };
 
 // As calls.h has them.

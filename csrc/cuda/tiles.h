@@ -27,6 +27,7 @@ constexpr int kThreads = 256;
 #define FUSED_RNN_FEWER_BLOCKS 0
 #endif
 constexpr int kFewerBlocks = FUSED_RNN_FEWER_BLOCKS;
+constexpr int kAllBlocks = 100;  // fewer: none is left in registers
 
 constexpr int kBatchTiles[] = {1, 2, 4};  // NT: rows of the batch in eights
 // Without tensor cores a lane has 8 sums for 8 rows of the batch: 32 rows leave no registers for anything else.
@@ -59,7 +60,7 @@ FUSED_RNN_HD constexpr Tile tile(Precision precision, bool backward, int nt, int
   const int times = narrower(precision, narrow);
   t.kept = t.registers / times;
   if (times > 1) t.kr = narrow_blocks(t, times);
-  t.kr = t.kr > fewer * times ? t.kr - fewer * times : 1;
+  t.kr = fewer == kAllBlocks ? 0 : t.kr > fewer * times ? t.kr - fewer * times : 1;
   return t;
 }
 
@@ -69,6 +70,13 @@ FUSED_RNN_HD constexpr Tile direct_tile(Precision precision, int units) {
   Tile t = built_in_tile(precision, true, 1);
   t.mt = units / t.rows;
   t.kr = t.mt == 2 ? 4 : precision == Precision::tf32 ? 11 : 12;
+  return t;
+}
+
+// Of a product with a block of a cell's own matrices (stages.h), whose weights are all in shared memory: registers are W_hh's.
+FUSED_RNN_HD constexpr Tile own_tile(Precision precision) {
+  Tile t = built_in_tile(precision, true, 1);
+  t.kr = 0;
   return t;
 }
 

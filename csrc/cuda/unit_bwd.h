@@ -11,7 +11,7 @@ class BackwardUnit {
   using BackwardLoop = BackwardLoopOf<kWidth>;
   using Acc = Accumulator<Storage>;
   static constexpr bool kKnown = kWidth > 0;
-  static constexpr int G = Cell::gates, kStates = Cell::states, kAll = kGradients<Cell>;
+  static constexpr int G = Cell::gates, kStates = Cell::states, kAll = kGradientsLeft<Cell>;
 
  public:
   UnitIndex at;
@@ -62,25 +62,30 @@ class BackwardUnit {
 
   // product: dgates_{t+1} W_hh, the recurrent side; it counts only where the state entered that step.
   FUSED_RNN_DEVICE void add(Acc product) { dstate_[0] += reaches_ ? product : Acc(0); }
-  FUSED_RNN_DEVICE void run(const BackwardLoop& p, const TimeIndex& walk) {
-    reaches_ = live();
-    FUSED_RNN_UNROLL
-    for (int g = 0; g < kAll; ++g) d_[g] = 0;
-    if (!valid_) return;  // over, or not begun: gradients pass unchanged
-    Acc kept[Cell::saved > 0 ? Cell::saved : 1], before[kStates], after[kStates], dstate[kStates];
-    Acc dparams[kParams<Cell>];
-    FUSED_RNN_UNROLL
-    for (int s = 0; s < Cell::saved; ++s) kept[s] = widen(kept_[s]);
-    each<kStates>([&](auto s) {
-      if constexpr (reads_after(s)) after[s] = after_.template of<s>().value(is_wide<s>(p));
-      if constexpr (reads_before(s)) before[s] = live() ? before_.template of<s>().value(is_wide<s>(p)) : Acc(0);
-      dstate[s] = dstate_[s];
-    });
-    dstate[0] += widen(dy_);
-    if constexpr (kSequences) each<kStates - 1>([&](auto s) { dstate[s + 1] += widen(dsequences_[s]); });
-    Cell::template backward<Math>(kept, before, params_, after, dstate, d_, dparams);
-    each<Cell::params>([&](auto k) { dparams_[k] += dparams[k]; });
-    each<kStates>([&](auto s) { dstate_[s] = live() ? dstate[s] : Acc(0); });
+  // A step under way. valid: it is neither over nor not begun, else gradients pass unchanged.
+  struct Now {
+    Acc kept[Cell::saved > 0 ? Cell::saved : 1], before[kStates], after[kStates], dstate[kStates], dparams[kParams<Cell>];
+    Acc masks[Cell::masks > 0 ? Cell::masks : 1], crossing[Cell::backward_crossing > 0 ? Cell::backward_crossing : 1];
+    bool valid;
+  };
+  FUSED_RNN_DEVICE void begin(Now& now, const BackwardLoop& p) {
+    now.valid = arrive();
+    if (now.valid) gather(now, p);
+  }
+  template <int stage>
+  FUSED_RNN_DEVICE void compute(Now& now, const BackwardLoop& p) {
+    if (now.valid) formula<stage>(now, p);
+  }
+  FUSED_RNN_DEVICE void end(const Now& now) {
+    if (now.valid) leave(now);
+  }
+  // All of it, of a cell in one stage.
+  FUSED_RNN_DEVICE void run(const BackwardLoop& p) {
+    if (!arrive()) return;
+    Now now;
+    gather(now, p);
+    formula<0>(now, p);
+    leave(now);
   }
 
   // Gradient g of the recurrent side, as it is stored and as the next product reads it.
@@ -103,6 +108,37 @@ class BackwardUnit {
   }
 
  private:
+  // Whether the step has gradients of its own; where it has not, theirs are zero.
+  FUSED_RNN_DEVICE bool arrive() {
+    reaches_ = live();
+    FUSED_RNN_UNROLL
+    for (int g = 0; g < kAll; ++g) d_[g] = 0;
+    return valid_;
+  }
+  FUSED_RNN_DEVICE void gather(Now& now, const BackwardLoop& p) {
+    FUSED_RNN_UNROLL
+    for (int s = 0; s < Cell::saved; ++s) now.kept[s] = widen(kept_[s]);
+    each<kStates>([&](auto s) {
+      if constexpr (reads_after(s)) now.after[s] = after_.template of<s>().value(is_wide<s>(p));
+      if constexpr (reads_before(s)) now.before[s] = live() ? before_.template of<s>().value(is_wide<s>(p)) : Acc(0);
+      now.dstate[s] = dstate_[s];
+    });
+    now.dstate[0] += widen(dy_);
+    if constexpr (kSequences) each<kStates - 1>([&](auto s) { now.dstate[s + 1] += widen(dsequences_[s]); });
+    each<Cell::masks>([&](auto k) { now.masks[k] = widen(masks_[k]); });
+  }
+  template <int stage>
+  FUSED_RNN_DEVICE void formula(Now& now, const BackwardLoop& p) {
+    if constexpr (!Cell::staged) Cell::template backward<Math>(now.kept, now.before, params_, now.after, now.dstate, d_, now.dparams);
+    else
+      Cell::template backward<Math, stage>(now.kept, now.before, params_, now.masks, Acc(int(p.steps.H)), now.crossing, now.after,
+                                           now.dstate, d_, now.dparams);
+  }
+  FUSED_RNN_DEVICE void leave(const Now& now) {
+    each<Cell::params>([&](auto k) { dparams_[k] += now.dparams[k]; });
+    each<kStates>([&](auto s) { dstate_[s] = live() ? now.dstate[s] : Acc(0); });
+  }
+
   FUSED_RNN_DEVICE int64_t in_params(const BackwardLoop& p, int k) const {
     return (int64_t(at.r * p.steps.B + at.b) * Cell::params + k) * p.steps.H + at.u;
   }
@@ -114,6 +150,7 @@ class BackwardUnit {
     FUSED_RNN_UNROLL
     for (int s = 0; s < Cell::saved; ++s) kept_[s] = kept[s * p.steps.H];
     if (p.dy) dy_ = *dy_at_.at(p.dy, p.steps, walk, at, step);
+    each<Cell::masks>([&](auto k) { masks_[k] = at.template mask<Storage>(p, k, t); });
     if constexpr (kSequences) {
       each<kStates - 1>([&](auto s) {
         if (p.dsequences[s]) dsequences_[s] = *dsequences_at_[s].at(p.dsequences[s], p.steps, walk, at, step);
@@ -195,7 +232,7 @@ class BackwardUnit {
   States after_, before_;
   Acc d_[kAll] = {}, params_[kParams<Cell>] = {}, dparams_[kParams<Cell>] = {};
   Storage dsequences_[kSequences && kStates > 1 ? kStates - 1 : 1]{};
-  Storage dy_{}, kept_[Cell::saved > 0 ? Cell::saved : 1]{};
+  Storage dy_{}, kept_[Cell::saved > 0 ? Cell::saved : 1]{}, masks_[Cell::masks > 0 ? Cell::masks : 1]{};
   Resets resets_;  // where H is known
   int32_t reset_ = 0;
   bool valid_ = false;

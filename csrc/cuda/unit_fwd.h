@@ -75,23 +75,45 @@ class ForwardUnit {
     if (at.valid(t)) {
       FUSED_RNN_UNROLL
       for (int g = 0; g < G; ++g) x_[g] = x[g * p.steps.H];
+      each<Cell::masks>([&](auto k) { masks_[k] = at.template mask<Storage>(p, k, t); });
     }
     const bool counts = step + 1 < p.steps.step1 && at.valid(next);
     if constexpr (kKnown) resets_.ask(next, counts);
     else if (counts) next_reset_ = at.reset(p.steps, next);
   }
 
+  // A step under way.
+  struct Now {
+    Acc a[kGradients<Cell>], before[kStates], after[kStates], masks[Cell::masks > 0 ? Cell::masks : 1];
+    Acc crossing[Cell::forward_crossing > 0 ? Cell::forward_crossing : 1];
+    bool valid;  // the step is its sequence's
+  };
   // recurrent: h_{t-1} W_hh^T, zero where the state does not enter; nobody reads it where there is no W_hh.
-  FUSED_RNN_DEVICE void run(const TimeIndex& walk, int step, const Acc (&recurrent)[G]) {
-    Acc a[kGradients<Cell>], before[kStates] = {}, after[kStates];
+  FUSED_RNN_DEVICE void begin(Now& now, const TimeIndex& walk, int step, const Acc (&recurrent)[G]) const {
     FUSED_RNN_UNROLL
-    for (int g = 0; g < G; ++g) a[g] = Cell::recurrent && g < G - kApart ? widen(x_[g]) + recurrent[g] : widen(x_[g]);
-    each<kApart>([&](auto k) { a[G + k] = recurrent[G - kApart + k] + bias_[k]; });
-    each<kCarried>([&](auto k) { before[kFirst + k] = kKnown && reset_ ? Acc(0) : carried_[k]; });
-    Cell::template forward<Math>(a, before, params_, after, kept_);
+    for (int g = 0; g < G; ++g) now.a[g] = Cell::recurrent && g < G - kApart ? widen(x_[g]) + recurrent[g] : widen(x_[g]);
+    each<kApart>([&](auto k) { now.a[G + k] = recurrent[G - kApart + k] + bias_[k]; });
+    each<kFirst>([&](auto k) { now.before[k] = 0; });
+    each<kCarried>([&](auto k) { now.before[kFirst + k] = kKnown && reset_ ? Acc(0) : carried_[k]; });
+    each<Cell::masks>([&](auto k) { now.masks[k] = widen(masks_[k]); });
+    now.valid = at.valid(walk.time(step));
+  }
+  template <int stage>
+  FUSED_RNN_DEVICE void compute(Now& now, const ForwardLoop& p) {
+    if constexpr (!Cell::staged) Cell::template forward<Math>(now.a, now.before, params_, now.after, kept_);
+    else Cell::template forward<Math, stage>(now.a, now.before, params_, now.masks, Acc(int(p.steps.H)), now.crossing, now.after, kept_);
+  }
+  FUSED_RNN_DEVICE void end(const Now& now, const TimeIndex& walk, int step) {
     if (!at.valid(walk.time(step))) return;
-    each<kCarried>([&](auto k) { carried_[k] = after[kFirst + k]; });
-    h_ = narrow<Storage>(after[0]);
+    each<kCarried>([&](auto k) { carried_[k] = now.after[kFirst + k]; });
+    h_ = narrow<Storage>(now.after[0]);
+  }
+  // All of it, of a cell in one stage.
+  FUSED_RNN_DEVICE void run(const ForwardLoop& p, const TimeIndex& walk, int step, const Acc (&recurrent)[G]) {
+    Now now;
+    begin(now, walk, step, recurrent);
+    compute<0>(now, p);
+    end(now, walk, step);
   }
 
   // h as the product of the next step reads it.
@@ -143,7 +165,7 @@ class ForwardUnit {
   Cursor<std::conditional_t<histories == Histories::wide, Acc, Storage>, 1, Span::window, kWidth> histories_[kStates > 1 ? kStates - 1 : 1];
   Acc carried_[kCarried > 0 ? kCarried : 1] = {}, bias_[kApart > 0 ? kApart : 1] = {};
   Acc params_[kParams<Cell>] = {}, kept_[Cell::saved > 0 ? Cell::saved : 1] = {};
-  Storage h_{}, x_[G]{};
+  Storage h_{}, x_[G]{}, masks_[Cell::masks > 0 ? Cell::masks : 1]{};
   Resets resets_;  // where H is known, of the step that enters next
   bool reset_ = false;
   int32_t next_reset_ = 0;  // else: 0 where the state enters the next step; nobody looks before it has arrived from memory

@@ -104,6 +104,25 @@ inline void sync_warp() {
   });
 }
 
+// A lane's number and whose it wants; what it gets.
+struct Shuffle {
+  float value;
+  int from;
+  float found;
+};
+
+inline float shuffle_xor(float value, int mask) {
+  check_whole_warp("shuffle_xor");
+  Shuffle own{value, machine.current->lane ^ mask, 0};
+  collective("shuffle_xor", &own, [](Warp& warp) FUSED_RNN_EMULATOR_RAW {
+    for (void* argument : warp.arguments) {
+      Shuffle& one = *static_cast<Shuffle*>(argument);
+      one.found = static_cast<const Shuffle*>(warp.arguments[one.from])->value;
+    }
+  });
+  return own.found;
+}
+
 // ---- flags
 
 inline uint32_t load_acquire(const uint32_t* flag) {

@@ -13,7 +13,7 @@ from fused_rnn.cells import CELLS
 from fused_rnn.cuda import lanes, launch, limits, module, plain, plans, programs
 from fused_rnn.gpu import op
 from fused_rnn.gpu.wavefront import Wavefront
-from fused_rnn.plan import NO_PRODUCT, PRECISIONS, fewer_blocks
+from fused_rnn.plan import NO_PRODUCT, PRECISIONS, fewer_blocks, stages_of
 from fused_rnn.transforms.op_gradient import without_gradient
 
 if TYPE_CHECKING:
@@ -43,6 +43,20 @@ def supports(problem: Problem) -> str | None:
         return "it has no forward-mode derivative"
     if problem.functionalized:
         return "torch.func.functionalize has no rule for its gradient"
+    return _refusal_of_stages(problem)
+
+
+def _refusal_of_stages(problem: Problem) -> str | None:
+    cell = CELLS[problem.cell]
+    if not cell.staged:
+        return None
+    if problem.needs_grad and problem.save == "recompute":
+        return "it makes no gates again (save='recompute') of a cell with sums over its units or matrices of its own"
+    device, number = module.device_index(torch.device(problem.device)), plans.precision(problem.dtype)
+    for backward in (False, True)[: 1 + problem.needs_grad]:
+        sizes = (number, backward, cell.gates, problem.batch, problem.hidden_size, problem.recurrences)
+        if (reason := programs.refusal_of_stages(cell, device, sizes)) is not None:
+            return f"{'backward' if backward else 'forward'}: {reason}"
     return None
 
 
@@ -57,7 +71,8 @@ def describe(problem: Problem) -> str:
     loops = []
     for backward in (False, True)[: 1 + problem.needs_grad]:
         sizes = (number, backward, cell.gates, problem.batch, problem.hidden_size, problem.recurrences)
-        told = str(plans.ask(device, *sizes, fewer=fewer_blocks(cell, PRECISIONS[number], backward)))
+        fewer = fewer_blocks(cell, PRECISIONS[number], backward)
+        told = str(plans.ask(device, *sizes, fewer=fewer, stages=stages_of(cell, backward)))
         if problem.layers > 1 and problem.recurrences == 1:
             count = plans.chunks(cell, device, sizes, problem.layers, _LONG)
             if count > 1:
@@ -68,6 +83,8 @@ def describe(problem: Problem) -> str:
 
 def narrows(problem: Problem) -> str | None:
     """None if `forward_narrow` can run the problem's layers, else the reason it cannot."""
+    if CELLS[problem.cell].staged:
+        return "narrow weights of a cell that sums over its units, or has matrices of its own"
     return supports(problem) or programs.refusal()
 
 

@@ -38,6 +38,8 @@ class Loops:
         self.plan, self.loaded = programs.planned(
             layer.cell, self.device, self.sizes, narrow=None if narrow is None else narrow.kind
         )
+        if layer.cell.staged and self.plan is None:
+            raise RuntimeError(f"x: {programs.refusal_of_stages(layer.cell, self.device, self.sizes)}")
         bits, self.period = direction_bits(layer.directions)
         self.steps = self.module.Steps(
             T=layer.steps, B=layer.batch, R=layer.recurrences, H=layer.hidden, reversed=bits, period=self.period,
@@ -57,6 +59,10 @@ class Loops:
             loaded = programs.pointwise(cell, loop, self.dtype, self.device)
         name = "" if loaded else cell.name  # of what the module itself has
         return getattr(self.module, loop)(name, self.precision, plan, self.steps, **given, loaded=loaded)
+
+    @staticmethod
+    def _beside(matrices: Tensor | None, masks: Sequence[Tensor]) -> dict[str, Any]:
+        return {"matrices": _at(matrices), "masks": _each(masks), "times": [mask.shape[1] for mask in masks]}
 
     def _run(self, loop: Any, like: Tensor) -> None:
         """A persistent loop. Its teams share in global memory what is in the workspace."""
@@ -78,12 +84,15 @@ class Loops:
         histories: list[Tensor],
         checkpoints: list[Tensor],
         every: int,
+        matrices: Tensor | None = None,
+        masks: Sequence[Tensor] = (),
     ) -> None:
         scale = None if self.narrow is None else self.narrow.scale
         given = {
             "gx": gx.data_ptr(), "w": _at(w), "scale": _at(scale), "bias": _at(bias), "params": _at(params),
             "h0": h0.data_ptr(), "carried": _each(carried), "y": y.data_ptr(), "h_n": h_n.data_ptr(),
             "saved": _at(saved), "histories": _each(histories), "checkpoints": _each(checkpoints), "every": every,
+            **self._beside(matrices, masks),
         }  # fmt: skip
         if self.plan is not None:
             self._run(self._bind("Forward", given, self.plan, self.loaded), y)
@@ -115,6 +124,8 @@ class Loops:
         saved: Tensor,
         histories: list[Tensor],
         window: tuple[int, int],
+        matrices: Tensor | None = None,
+        masks: Sequence[Tensor] = (),
     ) -> None:
         # Of h there is but the hidden one, from which the loop takes what it carries.
         h = [torch.empty(h0.shape, dtype=wide(h0.dtype), device=h0.device)] * self.layer.cell.reads_h
@@ -122,6 +133,7 @@ class Loops:
             "window": window, "gx": gx.data_ptr(), "given": _at(given), "bias": _at(bias), "params": _at(params),
             "h0": h0.data_ptr(), "hidden": hidden.data_ptr(), "carried": _each([*h, *carried]),
             "saved": saved.data_ptr(), "histories": _each(histories), "wide": True,
+            **self._beside(matrices, masks),
         }  # fmt: skip
         self._bind("Forward", told).run(0, self.stream)
 
@@ -139,6 +151,8 @@ class Loops:
         dstates: list[Tensor],
         dparams: Tensor | None,
         window: tuple[int, int] | None = None,
+        matrices: Tensor | None = None,
+        masks: Sequence[Tensor] = (),
     ) -> None:
         layer = self.layer
         begin, end = window = window or (0, layer.steps)
@@ -146,6 +160,7 @@ class Loops:
             "window": window, "dy": _at(dy), "dsequences": _each(dsequences), "w": _at(w), "params": _at(params),
             "states": _each(states), "first": _each(first), "saved": _at(saved), "dgates": dgates.data_ptr(),
             "dstates": _each(dstates), "dparams": _at(dparams), "wide": states[-1].dtype != states[0].dtype,
+            **self._beside(matrices, masks),
         }  # fmt: skip
         plan, loaded = self.plan, self.loaded
         if plan is not None and dsequences:  # a built-in cell's persistent kernels have no registers for them
@@ -159,7 +174,8 @@ class Loops:
         product = w.new_empty(layer.recurrences, layer.batch, layer.hidden)
         weights = w.view(layer.recurrences, -1, layer.hidden)
         # Each step's recurrent side [R, B, G·H] times W_hh; recurrences that are at the same time go together.
-        sides = dgates[..., layer.cell.apart :, :].flatten(3).transpose(1, 2)
+        apart, gates = layer.cell.apart, layer.cell.gates
+        sides = dgates[..., apart : apart + gates, :].flatten(3).transpose(1, 2)
         each = [slice(i, None, self.period) for i in range(self.period)]
         products = [
             (sides[:, own], weights[own], product[own], way) for own, way in zip(each, layer.directions, strict=False)

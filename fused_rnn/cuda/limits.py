@@ -25,8 +25,6 @@ def refusal(dtype: torch.dtype, cell: str, batch: int, recurrences: int, hidden:
     if reason is not None:
         return reason
     spec = CELLS[cell]
-    if spec.staged or spec.masks:
-        return "its loops have no stages, matrices of a cell's own, or masks"
     if len(spec.states) > MOST_STATES or len(spec.params) > MOST_PARAMS:
         return (
             f"it knows cells of up to {MOST_STATES} states and {MOST_PARAMS} params, "

@@ -81,7 +81,14 @@ def _prepared(
     loops, *_, precision = now
     cell, recurrences, (batch, rows) = CELLS[name], len(directions), sizes
     hidden = rows // cell.gates
-    if not cell.recurrent or cell.params or 0 in (batch, hidden) or module.refusal(device.type) is not None:
+    if (
+        not cell.recurrent
+        or cell.params
+        or cell.matrices
+        or cell.masks
+        or 0 in (batch, hidden)
+        or module.refusal(device.type) is not None
+    ):
         return None
     if limits.refusal(dtype, name, batch, recurrences, hidden) is not None:
         return None

@@ -18,6 +18,7 @@ from fused_rnn.plan import (
     Device,
     Forced,
     Plan,
+    Stages,
     fewer_blocks,
     make,
     paying_chunks,
@@ -60,23 +61,38 @@ def forced() -> Forced:
     return _forced
 
 
-def choose(device: int, *sizes: int, known: bool = True, fewer: int = 0, narrow: str | None = None) -> Any | None:
+def choose(
+    device: int,
+    *sizes: int,
+    known: bool = True,
+    fewer: int = 0,
+    narrow: str | None = None,
+    stages: Stages = Stages(),  # noqa: B008 (a named tuple)
+) -> Any | None:
     """The module's plan, or None where the loop runs a step at a time. Arguments as fused_rnn.plan.make has them."""
-    return _choose(module.loaded(), _forced, device, sizes, known, fewer, narrow)
+    return _choose(module.loaded(), _forced, device, sizes, known, fewer, narrow, stages)
 
 
-def ask(device: int, *sizes: int, known: bool = True, fewer: int = 0) -> Plan:
+def ask(
+    device: int,
+    *sizes: int,
+    known: bool = True,
+    fewer: int = 0,
+    stages: Stages = Stages(),  # noqa: B008 (a named tuple)
+) -> Plan:
     """Likewise, to be read."""
     loops, name = module.loaded(), PRECISIONS[sizes[0]]
     found = _device(loops, device)
-    native = choose(device, *sizes, known=known, fewer=fewer)
+    native = choose(device, *sizes, known=known, fewer=fewer, stages=stages)
     if native is None and _forced.exchange == "stepwise":
         return Plan("stepwise", name, Device.of(found), reason="as asked for")
-    return read(native or make(loops, sizes, found, Forced(), known, fewer), name, Device.of(found))
+    return read(native or make(loops, sizes, found, Forced(), known, fewer, stages=stages), name, Device.of(found))
 
 
 def chunks(cell: Cell, device: int, sizes: tuple[int, ...], layers: int, steps: int) -> int:
     """In how many chunks of time a stack's loop runs, 1 for layer by layer: as overridden, or as many as pay."""
+    if cell.staged:  # teams of several layers would publish at once: that has not been looked at
+        return 1
     if _chunks is not None or not cell.recurrent:
         return _chunks or 1
     fewer = fewer_blocks(cell, PRECISIONS[sizes[0]], bool(sizes[1]))
@@ -92,11 +108,18 @@ def _paying_chunks(
 
 @lru_cache(maxsize=4096)
 def _choose(
-    loops: Any, forced: Forced, device: int, sizes: tuple[int, ...], known: bool, fewer: int, narrow: str | None
+    loops: Any,
+    forced: Forced,
+    device: int,
+    sizes: tuple[int, ...],
+    known: bool,
+    fewer: int,
+    narrow: str | None,
+    stages: Stages,
 ) -> Any | None:
     if forced.exchange == "stepwise" or PRECISIONS[sizes[0]] == "f64":
         return None
-    plan = make(loops, sizes, _device(loops, device), forced, known, fewer, narrow)
+    plan = make(loops, sizes, _device(loops, device), forced, known, fewer, narrow, stages)
     if plan.refusal and forced._replace(known=True) != Forced():
         raise RuntimeError(f"no plan with {forced}: {plan.refusal}")
     return None if plan.refusal else plan

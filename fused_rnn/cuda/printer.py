@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from fused_rnn.cells import Cell
-from fused_rnn.cells.program import Graph, Program
+from fused_rnn.cells.program import MATRIX_PRODUCTS, PUBLISHING, Graph, Program
 
 # Operations that are not functions of csrc/cells/math.h's policies. A comparison is a number, and so is a condition.
 _OPERATORS = {
@@ -106,9 +106,135 @@ def _each(name: str, count: int) -> list[str]:
     return [f"{name}[{i}]" for i in range(count)]
 
 
-def _function(name: str, arguments: Sequence[str], lines: Iterable[str]) -> list[str]:
+def _function(name: str, arguments: Sequence[str], lines: Iterable[str], parameters: str = "class M") -> list[str]:
     head = f"  static FUSED_RNN_HD void {name}({', '.join(arguments)}) {{"
-    return ["  template <class M, class N>", head, *(f"    {line}" for line in lines), "  }"]
+    return [f"  template <{parameters}, class N>", head, *(f"    {line}" for line in lines), "  }"]
+
+
+class _Staged(NamedTuple):
+    """A graph in stages. crossing: of each value that a later stage reads, or that is published, or made by that, its
+    place.  published: {stage, what, block, from, to}.  lines: those of each stage."""
+
+    crossing: dict[int, int]
+    published: list[str]
+    lines: list[list[str]]
+
+
+def _staged(graph: Graph, inputs: Sequence[str], targets: Sequence[Sequence[str]], own: Sequence[int]) -> _Staged:
+    """Arguments as `_body` has them. own: inputs that the first stage alone can read, as their targets are theirs."""
+    first, rounded = graph.inputs, graph.rounded()
+    stages = [number for number, stage in enumerate(graph.stages) for _ in stage]
+    stage_of = dict.fromkeys(own, 0) | {first + i: stage for i, stage in enumerate(stages)}
+    anywhere = {first + i for i, (op, *_) in enumerate(graph.code) if op in ("const", "units")}
+    crossing: dict[int, int] = {}
+    published: list[str] = []
+
+    def place(value: int) -> int:
+        return crossing.setdefault(value, len(crossing))
+
+    for i, (op, args, value) in enumerate(graph.code):
+        if op in PUBLISHING:
+            block = int(value) if op in MATRIX_PRODUCTS else 0
+            published.append(f"{{{stages[i]}, Publish::{op}, {block}, {place(args[0])}, {place(first + i)}}}")
+            stage_of[first + i] += 1  # what it makes is there in the next one
+        else:
+            for a in args:
+                if a in stage_of and a not in anywhere and stage_of[a] < stages[i]:
+                    place(a)
+    lines: list[list[str]] = [[] for _ in graph.stages]
+    for stage, text in enumerate(lines):
+        there: dict[int, str] = {}
+
+        def named(value: int, stage: int = stage, text: list[str] = text, there: dict[int, str] = there) -> str:
+            """A value as this stage has it."""
+            if value < first and (value not in own or stage == 0):
+                return inputs[value]
+            if value in there:
+                return there[value]
+            if value in anywhere:
+                op, _, number = graph.code[value - first]
+                there[value] = f"v{value - first}"
+                made = "units" if op == "units" else _value("const", (), number, False)
+                text.append(f"const N v{value - first} = {made};")
+                return there[value]
+            return f"c[{crossing[value]}]"
+
+        for i, (op, args, number) in enumerate(graph.code):
+            value = first + i
+            if stages[i] != stage or value in anywhere or op in PUBLISHING:
+                continue
+            made = _value(op, [named(a) for a in args], number, value in rounded)
+            there[value] = f"v{i}"
+            text.append(f"const N v{i} = {made};")
+        for value, at in crossing.items():
+            if stage_of.get(value, 0) == stage and not (value >= first and graph.code[value - first].op in PUBLISHING):
+                text.append(f"c[{at}] = {named(value)};")
+        last = len(lines) - 1
+        for group, places in zip(graph.outputs, targets, strict=True):
+            text += [
+                f"{to} = {named(k)};"
+                for k, to in zip(group, places, strict=True)
+                if (last if k in anywhere or k not in stage_of else stage_of[k]) == stage
+            ]
+    return _Staged(crossing, published, lines)
+
+
+def _staged_function(name: str, staged: _Staged, arguments: Sequence[str], own: Sequence[str]) -> list[str]:
+    """own: statements of the first stage."""
+    lines = []
+    for stage, text in enumerate(staged.lines):
+        body = [*own, *text] if stage == 0 else text
+        lines += [f"if constexpr (stage == {stage}) {{", *(f"  {line}" for line in body), "}"]
+    return _function(name, [f"[[maybe_unused]] {one}" for one in arguments], lines, "class M, int stage")
+
+
+def _own_arguments(program: Program, crossing: int) -> list[str]:
+    """Those that cells in stages have alone."""
+    return [_array("m", len(program.masks), True), "N units", _array("c", crossing, True, const=False)]
+
+
+def _in_stages(program: Program) -> list[str]:
+    """A staged cell's constants and formulas."""
+    vectors, states, params = program.gates + program.apart, len(program.states), len(program.params)
+    masks, saved = _each("m", len(program.masks)), program.saved
+    vectors_left = vectors + program.blocks
+    inputs = [*_each("a", vectors), *_each("before", states), *_each("p", params), *masks]
+    forward = _staged(program.forward, inputs, [_each("after", states), _each("s", saved)], ())
+    dafter = [f"dafter{i}" for i in range(states)]
+    first = saved + 2 * states + params + len(masks)
+    inputs = [
+        *_each("s", saved), *_each("before", states), *_each("after", states), *_each("p", params), *masks, *dafter
+    ]  # fmt: skip
+    d = _each("d", vectors_left)
+    targets = [d[:vectors], _each("dstate", states), _each("dp", params), d[vectors:]]
+    backward = _staged(program.backward, inputs, targets[: len(program.backward.outputs)], range(first, first + states))
+    used = program.backward.uses()
+    own = [f"const N dafter{i} = dstate[{i}];" for i in range(states) if first + i in used]
+    lines = []
+    for name, staged in (("forward", forward), ("backward", backward)):
+        lines.append(
+            f"  static constexpr int {name}_stages = {len(staged.lines)}, {name}_crossing = {len(staged.crossing)};"
+        )
+        if staged.published:
+            lines.append(f"  static constexpr Published {name}_published[] = {{{', '.join(staged.published)}}};")
+    after = _array("after", states, True, const=False)
+    arguments = [
+        _array("a", vectors, True), _array("before", states, True), _array("p", params, True),
+        *_own_arguments(program, len(forward.crossing)), after, _array("s", saved, True, const=False),
+    ]  # fmt: skip
+    lines += ["", *_staged_function("forward", forward, arguments, ())]
+    arguments = [
+        _array("s", saved, True), _array("before", states, True), _array("p", params, True),
+        *_own_arguments(program, len(backward.crossing)), after, _array("dstate", states, True, const=False),
+        _array("d", vectors_left, True, const=False), _array("dp", params, True, const=False),
+    ]  # fmt: skip
+    return [*lines, "", *_staged_function("backward", backward, arguments, own)]
+
+
+def is_staged(program: Program) -> bool:
+    """Whether the cell is printed in the form that has masks, matrices of its own and sums over units."""
+    code = [*program.forward.code, *program.backward.code]
+    return bool(program.masks or program.matrices) or any(op in ("units", *PUBLISHING) for op, *_ in code)
 
 
 def _forward(program: Program) -> list[str]:
@@ -167,10 +293,14 @@ def struct(program: Program, name: str = "Printed", sequences: bool = False) -> 
         "unsigned backward_after": after,
         "unsigned backward_before": before,
     }
+    staged = is_staged(program)
+    if staged:
+        says |= {"bool staged": "true", "int masks": len(program.masks), "int blocks": program.blocks}
     constants = [f"  static constexpr {what} = {value};" for what, value in says.items()]
     names = ", ".join(map(_word, (*program.states, *program.params)))
     head = [f"// {_word(program.title)}: {names}", f"struct {name} : CellDefaults {{"]
-    return "\n".join([*head, *constants, "", *_forward(program), "", *_backward(program), "};"]) + "\n"
+    formulas = _in_stages(program) if staged else ["", *_forward(program), "", *_backward(program)]
+    return "\n".join([*head, *constants, *formulas, "};"]) + "\n"
 
 
 def definition(cell: Cell, name: str = "Printed", sequences: bool = False) -> str:

@@ -10,7 +10,7 @@ import json
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +20,14 @@ from fused_rnn.cells import CELLS, Cell
 from fused_rnn.cuda import module, nvrtc, plans, printer
 from fused_rnn.cuda.printer import Kernel
 from fused_rnn.gpu.files import cache_folder, replace
-from fused_rnn.plan import PRECISIONS, fewer_blocks
+from fused_rnn.plan import PRECISIONS, fewer_blocks, stages_of
 
 # (cell, kernel, whether with gradients of sequences, device) → what a loop of the module is given as `loaded`.
 Load = Callable[[Cell, Kernel, bool, int], int]
 
 _OPTIONS = ("-std=c++17", "--device-as-default-execution-space", "--ptxas-options=-v")
 _LARGEST = 12  # with so many blocks fewer one is left in registers, of any tile; FMA lanes have 3 at most
+_ALL = 100  # with so many none is: csrc/cuda/tiles.h's kAllBlocks
 _emulated: Load | None = None
 _lock = threading.Lock()
 _loaded: dict[tuple[Any, ...], int] = {}
@@ -120,20 +121,23 @@ def _write(path: Path, made: nvrtc.Compiled) -> None:
     replace(path, head + b"\n" + made.image)
 
 
-def _load(cell: Cell, kernel: Kernel, sequences: bool, device: int) -> int:
+def _load(cell: Cell, kernel: Kernel, sequences: bool, device: int, may_spill: bool = False) -> int:
     loops = module.loaded()
     made = compiled(cell, kernel, sequences, loops.device(device).arch)
-    if made.spills and kernel.tiles:
+    if made.spills and kernel.tiles and not may_spill:
         raise Spills
     loaded: int = loops.load(made.image, made.name)
     return loaded
 
 
-def loaded(cell: Cell, kernel: Kernel, device: int, sequences: bool = False) -> int:
+_load_as_it_is = partial(_load, may_spill=True)
+
+
+def loaded(cell: Cell, kernel: Kernel, device: int, sequences: bool = False, may_spill: bool = False) -> int:
     """A kernel, for `loaded` of the module's loops on the current device; 0 where the module has it."""
     if cell.program is None and kernel.narrow is None:
         return 0
-    load = _load if _emulated is None else _emulated
+    load = _emulated or (_load_as_it_is if may_spill else _load)
     key = (module.loaded(), load, cell.name, kernel, sequences, device)
     with _lock:
         if key not in _loaded:
@@ -156,6 +160,19 @@ def planned(
     return _find((module.loaded(), _emulated, plans.forced()), cell.name, device, sizes, sequences, narrow)
 
 
+def refusal_of_stages(cell: Cell, device: int, sizes: tuple[int, ...]) -> str | None:
+    """Why no team runs a loop of a cell that has several stages, which nothing else does; None where one does, or where
+    it has one stage. sizes: as fused_rnn.plan.make has them."""
+    if not cell.staged:
+        return None
+    if not cell.recurrent:
+        return "its loops have no team for a cell that sums over its units, or has matrices of its own, without a W_hh"
+    backward = bool(sizes[1])
+    fewer, stages = fewer_blocks(cell, PRECISIONS[sizes[0]], backward), stages_of(cell, backward)
+    reason = plans.ask(device, *sizes, fewer=fewer, stages=stages).reason
+    return reason and f"{reason}; only a team runs a cell that sums over its units, or has matrices of its own"
+
+
 @lru_cache(maxsize=4096)
 def _find(
     now: tuple[Any, ...], name: str, device: int, sizes: tuple[int, ...], sequences: bool, narrow: str | None
@@ -168,16 +185,21 @@ def _find(
     cell = CELLS[name]
     precision, backward, kind = PRECISIONS[sizes[0]], bool(sizes[1]), ("persistent_fwd", "persistent_bwd")[sizes[1]]
     first, last = fewer_blocks(cell, precision, backward), 2 if precision == "ieee" else _LARGEST
+    stages = stages_of(cell, backward)
     tries = [(True, 0)] * (first == 0) + [(False, fewer) for fewer in range(first, max(first, last) + 1, 2)]
+    tries += [(False, _ALL)] * cell.staged
+    found = None
     for known, fewer in tries:
-        plan = plans.choose(device, *sizes, known=known, fewer=fewer, narrow=narrow)
+        plan = plans.choose(device, *sizes, known=known, fewer=fewer, narrow=narrow, stages=stages)
         if plan is None:
             break
         if known and plan.shape < 0:
             continue
+        found = plan, Kernel(kind, precision, plan.rows // 8, fewer, plan.shape, narrow)
         with suppress(Spills):
-            kernel = Kernel(kind, precision, plan.rows // 8, fewer, plan.shape, narrow)
-            return plan, loaded(cell, kernel, device, sequences)
+            return plan, loaded(cell, found[1], device, sequences)
+    if cell.staged and found is not None:  # nothing else runs it
+        return found[0], loaded(cell, found[1], device, sequences, may_spill=True)
     return None, 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -37,6 +38,8 @@ class Loops(Protocol):
     carried: the states that a loop carries wide, h first if the cell reads it, then all others.
     A history is a state over time, for each state but h, whose history is y; zeros past a sequence's end.
     params: the cell's vectors of one number per unit, NP of them, in x's dtype; None where it has none.
+    matrices: blocks of H rows that it has beside W_hh, N of them; None where it has none.
+    masks: numbers that the units of a row are given, in x's dtype: the same in every step, or T of them, t ascending.
     A cell that is not recurrent has no W_hh: w, bias and given are None, a gate is its input product, and h reaches the
     next step, and its gradient the step before, by the formula alone. Its units know nothing of each other.
     """
@@ -56,6 +59,8 @@ class Loops(Protocol):
         histories: list[Tensor],  # out: [T, B, R, H] each, or none of them, with saved, with checkpoints or alone
         checkpoints: list[Tensor],  # out: [>= ceil(T / every), R, B, H] wide each, or none: row k what enters k * every
         every: int,
+        matrices: Tensor | None = None,  # [R, N, H, H]
+        masks: Sequence[Tensor] = (),  # [R, 1 or T, B, H] each
     ) -> None: ...
 
     def replay(
@@ -71,6 +76,8 @@ class Loops(Protocol):
         saved: Tensor,  # out: [window, B, R, S, H]
         histories: list[Tensor],  # out: [window, B, R, H] wide each
         window: tuple[int, int],
+        matrices: Tensor | None = None,
+        masks: Sequence[Tensor] = (),
     ) -> None: ...
 
     def backward(
@@ -83,8 +90,10 @@ class Loops(Protocol):
         states: list[Tensor],  # h_t [T, B, R, H], then the histories [window, B, R, H]
         first: list[Tensor],  # [R, B, H] each: what enters the first of these
         saved: Tensor | None,  # [window, B, R, S, H]
-        dgates: Tensor,  # out: [T, B, R, G + apart, H], zeros past the end
+        dgates: Tensor,  # out: [T, B, R, G + apart + N, H], zeros past the end
         dstates: list[Tensor],  # [R, B, H] wide each, in: gradients of the states after the window; out: before it
         dparams: Tensor | None,  # [R, B, NP, H] wide, in and out: what each step gives the params is added
         window: tuple[int, int] | None = None,  # a call for each, from the last window to the first
+        matrices: Tensor | None = None,
+        masks: Sequence[Tensor] = (),
     ) -> None: ...

@@ -85,7 +85,10 @@ def layer_of(call: LayerCall, w_hh: torch.dtype | None = None) -> tuple[Layer, l
     shapes = kinds.shapes(cell, x.shape[-1], hidden, width)
     for i, weight in enumerate(call.weights):
         place = i % kinds.number
-        _check(f"weights[{i}]", weight, shapes[place], x, w_hh if place == 1 else None)
+        shape = shapes[place]
+        if kinds.is_mask(place):
+            shape = (weight.shape[0] if weight.dim() == 3 and weight.shape[0] in (1, steps) else steps, batch, *shape)
+        _check(f"weights[{i}]", weight, shape, x, w_hh if place == 1 else None)
     _check_states("0", cell, call.states, call, x)
     _check("lengths", call.lengths, (batch,), x, torch.int64)
     _check("reset", call.reset, (steps, batch), x, torch.bool)

@@ -102,7 +102,7 @@ def input_gradient(dx: Tensor, w_ih: Sequence[Tensor], cell: Cell, dgates: Tenso
 
 def recurrent_side(dgates: Tensor, cell: Cell, r: int) -> Tensor:
     """What acts on W_hh of recurrence r: [T, B, G·H], a view."""
-    return dgates[:, :, r, cell.apart :].flatten(2)
+    return dgates[:, :, r, cell.apart : cell.apart + cell.gates].flatten(2)
 
 
 def weight_gradients(
@@ -126,6 +126,18 @@ def weight_gradients(
         if weights[r].b_hh is not None:
             own.append(recurrent.sum((0, 1)) if cell.apart else own[-1].clone())
         outputs.append(own)
+    return outputs
+
+
+def matrix_gradients(layer: Layer, dgates: Tensor, operands: Tensor, r: int) -> list[Tensor]:
+    """Of the matrices beside W_hh of recurrence r, one product each. operands: [T, B, R, S, H], the first of S are what
+    the matrices multiplied; zeros past a sequence's end."""
+    cell, outputs = layer.cell, list[Tensor]()
+    first = cell.gates + cell.apart
+    for j, blocks in enumerate(cell.matrices):
+        d = dgates[:, :, r, first : first + blocks].flatten(2).flatten(0, 1)
+        outputs.append(torch.mm(d.t(), operands[:, :, r, j].flatten(0, 1)))
+        first += blocks
     return outputs
 
 

@@ -17,11 +17,12 @@ from fused_rnn.gpu.products import (
     input_gradient,
     input_product,
     input_side,
+    matrix_gradients,
     recurrent_product,
     weight_gradients,
     window_of,
 )
-from fused_rnn.gpu.weights import aligned, input_bias, params, recurrent, recurrent_bias
+from fused_rnn.gpu.weights import aligned, beside, input_bias, params, recurrent, recurrent_bias
 
 
 def _wide(layer: Layer, like: Tensor, states: Sequence[Tensor | None]) -> list[Tensor]:
@@ -70,7 +71,7 @@ class Forward:
             self.checkpoints = [x.new_zeros(shape, dtype=dtype) for shape in shapes]
         self.told: dict[str, Any] = {
             "w": recurrent(weights, cell), "bias": recurrent_bias(weights, cell), "params": params(weights),
-            "carried": self.carried, "checkpoints": self.checkpoints, "every": call.every,
+            "carried": self.carried, "checkpoints": self.checkpoints, "every": call.every, **beside(weights),
         }  # fmt: skip
 
     def run(self, loops: Loops, first: int, last: int) -> None:
@@ -80,9 +81,12 @@ class Forward:
         if self.h0 is not None and self.call.kinds.projects:
             projection.enter(self.layer, gx, self.h0, self.weights)
         h_n, saved = next(self.after), None if self.saved is None else self.saved[first:last]
+        told = self.told
+        if "masks" in told:
+            told = told | {"masks": [m if m.shape[1] == 1 else m[:, first:last] for m in told["masks"]]}
         loops.forward(
             gx=gx, h0=self.h, y=self.m[first:last], h_n=h_n, saved=saved,
-            histories=[history[first:last] for history in self.histories], **self.told,
+            histories=[history[first:last] for history in self.histories], **told,
         )  # fmt: skip
         self.h = h_n
 
@@ -129,6 +133,10 @@ class Backward:
         self.w_ih = input_side(weights, cell) if call.need_dx else []
         self.m = x.new_empty(steps, batch, recurrences, units) if projects and call.need_dw else None
         self.made_again = call.save == "recompute" and bool(cell.saved or call.histories)
+        self.operands = call.saved  # what the cell's own matrices multiplied, first of all that is saved
+        if self.made_again and cell.matrices and call.need_dw:
+            self.operands = x.new_empty(steps, batch, recurrences, len(cell.matrices), units)
+        self.beside = beside(weights)
         if self.m is not None and not self.made_again:
             self.m.copy_(projection.unprojected(call.saved, call.histories[0], x.dtype))
         # What enters each window; of h what entered the first.
@@ -140,6 +148,7 @@ class Backward:
         self.told: dict[str, Any] = {
             "dy": dm, "dsequences": [aligned(d) for d in call.dsequences], "w": recurrent(weights, cell),
             "params": params(weights), "dgates": self.dgates, "dstates": self.dstates, "dparams": self.dparams,
+            **self.beside,
         }  # fmt: skip
 
     def run(self, loops: Loops, first: int, last: int) -> None:
@@ -165,9 +174,10 @@ class Backward:
         outputs = [self.dx, *dinitial]
         if call.need_dw:
             for r, each in enumerate(weight_gradients(layer, x, weights, self.initial[0], self.hidden, self.dgates)):
-                outputs += [*each, *dw_hr[r : r + 1]]
+                outputs += [*each, *dw_hr[r : r + 1], *matrix_gradients(layer, self.dgates, self.operands, r)]
                 if self.dparams is not None:
                     outputs += [d.sum(0).to(x.dtype) for d in self.dparams[r].unbind(1)]
+                outputs += [x.new_empty(0) for _ in weights[r].masks]
         return outputs
 
     def _by_chunks(self, loops: Loops) -> None:
@@ -189,9 +199,12 @@ class Backward:
             loops.replay(
                 gx=gx, given=given, bias=bias, params=self.told["params"], h0=h0, hidden=hidden,
                 carried=[state.clone() for state in states], saved=saved, histories=histories, window=(first, last),
+                **self.beside,
             )  # fmt: skip
-            if m is not None:
-                for r, window in enumerate(windows):
+            for r, window in enumerate(windows):
+                if self.operands is not call.saved:
+                    self.operands[slice(*window), :, r] = saved[:, :, r, : len(cell.matrices)]
+                if m is not None:
                     m[slice(*window), :, r] = projection.unprojected(saved[:, :, r], histories[0][:, :, r], x.dtype)
             loops.backward(
                 states=[hidden, *histories], first=[h0, *states], saved=saved if cell.saved else None,

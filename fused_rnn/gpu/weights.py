@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,3 +57,22 @@ def params(weights: Sequence[Weights]) -> Tensor | None:
     """The cell's vectors of one number per unit, [R, NP, H]; None where it has none."""
     each = [torch.stack(w.params) for w in weights if w.params]
     return torch.stack(each) if each else None
+
+
+def beside(weights: Sequence[Weights]) -> dict[str, Any]:
+    """What few cells have beside W_hh, as loops are told it; nothing of what a cell has none of."""
+    told: dict[str, Any] = {}
+    if weights[0].matrices:
+        hidden = weights[0].matrices[0].shape[1]
+        each = [torch.cat(w.matrices) if len(w.matrices) > 1 else w.matrices[0] for w in weights]
+        whole = each[0].contiguous() if len(each) == 1 else torch.stack(each)
+        told["matrices"] = aligned(whole.view(len(each), -1, hidden, hidden))
+    if weights[0].masks:
+        told["masks"] = [aligned(torch.stack(_as_long(own))) for own in zip(*(w.masks for w in weights), strict=True)]
+    return told
+
+
+def _as_long(masks: Sequence[Tensor]) -> list[Tensor]:
+    """Masks of all recurrences, all over time if one of them is."""
+    longest = max(mask.shape[0] for mask in masks)
+    return [mask.expand(longest, -1, -1) for mask in masks]

@@ -16,9 +16,10 @@ from fused_rnn.cuda import module, plans
 
 
 @cache
-def emulated() -> ModuleType:
-    """The module with every kernel, imported."""
-    spec = importlib.util.spec_from_file_location("_emulated", emulated_build.module("plain"))
+def emulated(built_in: bool = True) -> ModuleType:
+    """The module with every kernel, or without those of the built-in cells; imported."""
+    library = emulated_build.module("plain", None if built_in else [])
+    spec = importlib.util.spec_from_file_location("_emulated", library)
     assert spec is not None
     assert spec.loader is not None
     loaded = importlib.util.module_from_spec(spec)
@@ -27,9 +28,10 @@ def emulated() -> ModuleType:
 
 
 @contextmanager
-def on_the_emulator(seed: int = 0, **forced: Any) -> Iterator[ModuleType]:
-    """The "cuda" backend runs tensors on the cpu, by plans with these parts. seed: the order in which threads run."""
-    loaded = emulated()
+def on_the_emulator(seed: int = 0, built_in: bool = True, **forced: Any) -> Iterator[ModuleType]:
+    """The "cuda" backend runs tensors on the cpu, by plans with these parts. seed: the order in which threads run.
+    built_in: whether the built-in cells can be run, whose kernels take a minute to compile."""
+    loaded = emulated(built_in)
     loaded.seed(seed)
     dispatch._choose_cached.cache_clear()  # what it remembers of the cpu holds no longer
     try:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -18,6 +18,19 @@ from fused_rnn import dispatch
 from fused_rnn.gpu import op
 from fused_rnn.gpu.loops import Layer, Loops
 from fused_rnn.reference.sequence import entering
+
+
+class Own(NamedTuple):
+    """Of a recurrence at a time: params [H], the blocks of its matrices [H, H], masks [B, H]."""
+
+    params: Sequence[Tensor]
+    blocks: Any
+    masks: Sequence[Tensor]
+
+    @classmethod
+    def of(cls, params: Any, matrices: Any, masks: Sequence[Tensor], r: int, t: int) -> Own:
+        own = [mask[r, t if mask.shape[1] > 1 else 0] for mask in masks]
+        return cls(() if params is None else params[r], () if matrices is None else matrices[r], own)
 
 
 class PlainLoops:
@@ -38,18 +51,19 @@ class PlainLoops:
                 live = valid if layer.reset is None else valid & (layer.reset[t] == 0).unsqueeze(-1)
                 yield r, t, t - base, valid, live
 
-    def _step(self, gx: Tensor, gh: Any, before: list[Tensor], p: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    def _step(self, gx: Tensor, gh: Any, before: list[Tensor], own: Own) -> tuple[Tensor, ...]:
         """The states after, from gates [B, G, H] and the states before."""
-        return self.cell.step(gx.unbind(1), () if gh is None else gh.unbind(1), before, p)
+        more = ([own.blocks.flatten(0, 1)] if len(own.blocks) else [], own.masks) if self.cell.program else ()
+        return self.cell.step(gx.unbind(1), () if gh is None else gh.unbind(1), before, own.params, *more)
 
-    def _kept(self, gx: Tensor, gh: Any, before: list[Tensor], p: Sequence[Tensor]) -> Tensor:
+    def _kept(self, gx: Tensor, gh: Any, before: list[Tensor], own: Own) -> Tensor:
         """Of LSTM its activated gates, of GRU r, z, n and n's recurrent side: [B, S, H]."""
         if self.cell.program:
             gates = gx if gh is None else gx + gh
             joined = self.cell.gates - self.cell.apart
             a = gates.unbind(1) if not self.cell.apart else (*gates[:, :joined].unbind(1), *gx[:, joined:].unbind(1))
             a = [*a, *gh[:, joined:].unbind(1)] if self.cell.apart else a
-            kept = self.cell.program.forward.run([*a, *before, *p])[1]
+            kept = self.cell.program.forward.run([*a, *before, *own.params, *own.masks], own.blocks)[1]
             return torch.stack([v.expand(gx.shape[0], gx.shape[2]) for v in kept], 1)
         if not self.cell.apart:
             i, f, g, o = (gx + gh).unbind(1)
@@ -68,6 +82,7 @@ class PlainLoops:
     def forward(
         self, *, gx: Tensor, w: Any, bias: Any, params: Any, h0: Tensor, carried: list[Tensor], y: Tensor, h_n: Tensor,
         saved: Any, histories: list[Tensor], checkpoints: list[Tensor], every: int,
+        matrices: Any = None, masks: Sequence[Tensor] = (),
     ) -> None:  # fmt: skip
         h_n.copy_(h0)
         others = carried[self.cell.reads_h :]
@@ -76,13 +91,13 @@ class PlainLoops:
                 for checkpoint, state in zip(checkpoints, others, strict=False):
                     checkpoint[step // every] = state
             for r, t, _, valid, live in self._places((step, step + 1)):
-                before, p = [s[r] * live for s in (h_n, *others)], () if params is None else params[r]
+                before, own = [s[r] * live for s in (h_n, *others)], Own.of(params, matrices, masks, r, t)
                 gh = self._recurrent(before[0], w, bias, r)
-                for state, new in zip((h_n, *others), self._step(gx[t, :, r], gh, before, p), strict=True):
+                for state, new in zip((h_n, *others), self._step(gx[t, :, r], gh, before, own), strict=True):
                     state[r] = torch.where(valid, new, state[r])
                 y[t, :, r] = h_n[r] * valid
                 if saved is not None and self.cell.saved:
-                    saved[t, :, r] = self._kept(gx[t, :, r], gh, before, p) * valid.unsqueeze(-1)
+                    saved[t, :, r] = self._kept(gx[t, :, r], gh, before, own) * valid.unsqueeze(-1)
                 for history, state in zip(histories, others, strict=False):
                     history[t, :, r] = state[r] * valid
         if self.cell.reads_h:
@@ -91,14 +106,15 @@ class PlainLoops:
     def replay(
         self, *, gx: Tensor, given: Any, bias: Any, params: Any, h0: Tensor, hidden: Tensor, carried: list[Tensor],
         saved: Tensor, histories: list[Tensor], window: tuple[int, int],
+        matrices: Any = None, masks: Sequence[Tensor] = (),
     ) -> None:  # fmt: skip
         for r, t, at, valid, live in self._places(window):
             gh = None if given is None else self._biased(given[at, :, r].clone(), bias, r)
             h = entering(hidden[:, :, r], h0[r], self.layer.lengths, self.layer.reset, self.layer.directions[r])[t]
-            before, p = [h, *(s[r] * live for s in carried)], () if params is None else params[r]
+            before, own = [h, *(s[r] * live for s in carried)], Own.of(params, matrices, masks, r, t)
             if self.cell.saved:
-                saved[at, :, r] = self._kept(gx[at, :, r], gh, before, p) * valid.unsqueeze(-1)
-            after = self._step(gx[at, :, r], gh, before, p)
+                saved[at, :, r] = self._kept(gx[at, :, r], gh, before, own) * valid.unsqueeze(-1)
+            after = self._step(gx[at, :, r], gh, before, own)
             for state, new, history in zip(carried, after[1:], histories, strict=True):
                 state[r] = torch.where(valid, new, state[r])
                 history[at, :, r] = state[r] * valid
@@ -106,8 +122,10 @@ class PlainLoops:
     def backward(
         self, *, dy: Any, dsequences: list[Tensor], w: Any, params: Any, states: list[Tensor], first: list[Tensor],
         saved: Any, dgates: Tensor, dstates: list[Tensor], dparams: Any, window: tuple[int, int] | None = None,
+        matrices: Any = None, masks: Sequence[Tensor] = (),
     ) -> None:  # fmt: skip
         layer, window = self.layer, window or (0, self.layer.steps)
+        gates = slice(self.cell.apart, self.cell.apart + self.cell.gates)  # the recurrent sides
         for r, t, at, valid, live in reversed(list(self._places(window))):
             step = t if layer.directions[r] > 0 else layer.steps - 1 - t
             before, after = [], []
@@ -125,27 +143,29 @@ class PlainLoops:
             for k, d_output in enumerate([dy, *dsequences]):
                 if d_output is not None:
                     d_after[k] = d_after[k] + torch.where(valid, d_output[t, :, r], 0)
-            p = () if params is None else params[r]
-            d, d_before, dp = self._pull(d_after, saved if saved is None else saved[at, :, r], before, after, p)
+            own = Own.of(params, matrices, masks, r, t)
+            d, d_before, dp = self._pull(d_after, saved if saved is None else saved[at, :, r], before, after, own)
             d = torch.where(valid.unsqueeze(-1), d, 0)
             dgates[t, :, r] = d
             if dparams is not None:
                 dparams[r] += torch.where(valid.unsqueeze(-1), torch.stack(dp, 1), 0)
             if w is not None:
-                d_before[0] = d_before[0] + torch.einsum("bgn,gnk->bk", d[:, -self.cell.gates :], w[r])
+                d_before[0] = d_before[0] + torch.einsum("bgn,gnk->bk", d[:, gates], w[r])
             for dstate, new in zip(dstates, d_before, strict=True):
                 dstate[r] = torch.where(valid, new * live, dstate[r])
 
     def _pull(
-        self, d_after: list[Tensor], kept: Any, before: list[Tensor], after: list[Tensor], p: Sequence[Tensor]
+        self, d_after: list[Tensor], kept: Any, before: list[Tensor], after: list[Tensor], own: Own
     ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-        """Gradients of the gates [B, G + apart, H]; of the states before by the formula alone; of the params."""
+        """Gradients of the gates and products [B, G + apart + N, H]; of the states before by the formula alone; of the
+        params."""
         name, dh, program = self.cell.name, d_after[0], self.cell.program
         if program:
             values = () if kept is None else kept.unbind(1)
-            groups = program.backward.run([*values, *before, *after, *p, *d_after])
-            gates, states, vectors = ([v.expand(dh.shape) for v in group] for group in groups)
-            return torch.stack(gates, 1), states, vectors
+            given = [*values, *before, *after, *own.params, *own.masks, *d_after]
+            groups = program.backward.run(given, own.blocks, dh.shape[1])
+            gates, states, vectors, *products = ([v.expand(dh.shape) for v in group] for group in groups)
+            return torch.stack(sum(products, gates), 1), states, vectors
         if name == "lstm":
             (i, f, g, o), c = kept.unbind(1), after[1]
             dc = d_after[1] + dh * o * (1 - c.tanh() ** 2)

@@ -55,10 +55,17 @@ def call_of(case: ProgramCase, seed: int = 0) -> LayerCall:
         return torch.randn(*shape, generator=random, dtype=torch.float64).to(case.dtype)
 
     sides = 1 + cell.recurrent
-    found = kinds(cell, sides * (1 + case.bias) + len(cell.params))
+    own = len(cell.params) + len(cell.matrices) + cell.masks
+    found = kinds(cell, sides * (1 + case.bias) + own)
     assert found is not None
-    shapes = found.shapes(cell, case.D, case.H, case.H) * len(directions)
-    weights = [normal(*shape) * case.H**-0.5 if shape != (case.H,) else normal(*shape) * 0.5 for shape in shapes]
+    shapes = found.shapes(cell, case.D, case.H, case.H)
+    weights: list[Tensor] = []
+    for k, shape in enumerate(shapes * len(directions)):
+        if found.is_mask(k):  # by turns the same at all times, and others at each
+            kept = torch.rand(1 if k % 2 else case.T, case.B, case.H, generator=random) < 0.75
+            weights.append(kept.to(case.dtype) / 0.75)
+        else:
+            weights.append(normal(*shape) * (case.H**-0.5 if shape != (case.H,) else 0.5))
     states = [normal(len(directions), case.B, case.H) for _ in cell.states] if case.hx else []
     random.manual_seed(seed + 1)
     lengths = torch.randint(0, case.T + 1, (case.B,), generator=random)
@@ -93,12 +100,13 @@ def results(call: LayerCall, run: Callable[[LayerCall], Sequence[Tensor]]) -> Re
     leaves = mapped(call, lambda t: t.detach().clone().requires_grad_())
     outputs = run(leaves)
     names = ["y", *(f"{name}_n" for name in call.spec.states), *(f"{name}s" for name in call.spec.states[1:])]
-    inputs = [leaves.x, *leaves.states, *leaves.weights]
+    own = [k for k in range(len(call.weights)) if not call.kinds.is_mask(k)]  # masks have no gradient
+    inputs = [leaves.x, *leaves.states, *(leaves.weights[k] for k in own)]
     grads = torch.autograd.grad(
         outputs, inputs, douts(outputs, len(call.spec.states), call.lengths), allow_unused=True, materialize_grads=True
     )
     of = ["dx", *(f"d{name}0" for name in call.spec.states[: len(call.states)])]
-    of += [f"dweights[{k}]" for k in range(len(call.weights))]
+    of += [f"dweights[{k}]" for k in own]
     made = dict(zip(names, (t.detach() for t in outputs), strict=False))
     return made | dict(zip(of, grads, strict=True))
 

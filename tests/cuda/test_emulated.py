@@ -22,6 +22,8 @@ from fused_rnn.cells import CELLS, Cell
 
 from .emulated import cases, mutations
 from .emulated.mutation import plant
+from .emulated.staged import STAGED_CELLS
+from .emulated.staged import header as staged_header
 
 DRIVER, HEADER = (Path(cases.__file__).parent / name for name in ("drive.py", "more_cells.h"))
 pytestmark = pytest.mark.skipif(shutil.which(build.CXX) is None, reason=f"no {build.CXX}")
@@ -63,12 +65,14 @@ MORE_CELLS = {
 
 @pytest.fixture
 def more_cells(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, cell in MORE_CELLS.items():
+    for name, cell in (MORE_CELLS | STAGED_CELLS).items():
         monkeypatch.setitem(CELLS, name, cell)
 
 
 def more_for(instance: build.Instance) -> Path | None:
     """The header of a cell that is not among the built-in ones."""
+    if instance.cell in STAGED_CELLS:
+        return staged_header()
     return None if instance.cell in build.CELLS else HEADER
 
 
@@ -226,4 +230,36 @@ def test_races_of_a_cell_with_params(name: str, tmp_path: Path) -> None:
         for exchange in exchanges
         for save in ("saved", "recompute")
     ]
+    assert not (found := drive("races", library, told, 1, tmp_path)), found
+
+
+# Stages by every exchange, options in turn; H of no whole members.
+IN_STAGES = {"cta": 29, "cluster 2": 33, "cluster 4": 50, "grid": 50}
+
+
+def in_stages(cell: str, precision: str, exchanges: Sequence[str], T: int, B: int) -> list[cases.Case]:
+    told = []
+    for exchange in exchanges:
+        one = cases.Case(cell, precision, exchange, T, B, IN_STAGES[exchange], "r")
+        several = len(STAGED_CELLS[cell].states) > 1
+        told += [one, one._replace(directions="fr", lengths=True, reset=True, sequences=several)]
+    return told
+
+
+@pytest.mark.usefixtures("more_cells")
+@pytest.mark.parametrize("precision", ["bf16", "ieee"])
+@pytest.mark.parametrize("name", STAGED_CELLS)
+def test_address_and_undefined_behaviour_of_stages(name: str, precision: str, tmp_path: Path) -> None:
+    instance = build.Instance(name, precision, smallest=True, shapes=0)
+    library = build.module("asan", [instance], more=more_for(instance))
+    told = in_stages(name, precision, list(IN_STAGES), 3, 9)
+    assert not (found := drive("asan", library, told, SEEDS, tmp_path)), found
+
+
+@pytest.mark.usefixtures("more_cells")
+@pytest.mark.parametrize("name", STAGED_CELLS)
+def test_races_of_stages(name: str, tmp_path: Path) -> None:
+    instance = build.Instance(name, "bf16", smallest=True, shapes=0)
+    library = build.module("races", [instance], more=more_for(instance))
+    told = in_stages(name, "bf16", ("cta", "cluster 2", "grid"), 3, 3)
     assert not (found := drive("races", library, told, 1, tmp_path)), found

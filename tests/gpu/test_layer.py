@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import program_calls
 import program_cases
 import pytest
 import torch
@@ -16,6 +17,7 @@ from oracle import by_backend, by_reference, by_torch
 from plain_gpu import plain_backend
 from program_cases import ProgramCase, call_of
 from programs import PROGRAMS
+from stage_cells import MASKED, STAGED
 from tolerances import assert_as_good_as_torch, assert_same_formula
 
 from fused_rnn.call import BackwardCall, LayerCall
@@ -62,6 +64,41 @@ def test_programs_in_float64(cell: str, options: dict[str, Any], monkeypatch: py
     assert ours.keys() == reference.keys()
     for name, value in ours.items():
         assert_same_formula(value, reference[name])
+
+
+@pytest.mark.parametrize("save", ["gates", "recompute"])
+@pytest.mark.parametrize("cell", [*STAGED, *MASKED])
+def test_stages_in_float64(cell: str, save: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Matrices and masks: their places among the weights and the gradients, and a chunk's part of them."""
+    monkeypatch.setattr("fused_rnn.call.CHECKPOINT_EVERY", 2)
+    name = MASKED[cell] if cell in MASKED else STAGED[cell].program.text
+    masked = {"lengths": True, "reset": True, "directions": (1, -1), "save": save}
+    call = program_calls.make_call(name, T=5, H=6, dtype=torch.float64, **masked)
+    ops = torch.ops.fused_rnn
+    ours = program_calls.by_ops(call, ops.plain_forward.default, ops.plain_backward.default)
+    reference = program_calls.by_reference(call)
+    assert ours.keys() == reference.keys()
+    for key, value in ours.items():
+        assert_same_formula(value, reference[key])
+
+
+def test_masks_of_recurrences_differ_in_time() -> None:
+    """One's mask is the same at all times, the other's has each time's."""
+    call = program_calls.make_call(MASKED["dropped"], directions=(1, -1), dtype=torch.float64)
+    weights, first = list(call.weights), call.kinds.number - 2
+    weights[first], weights[first + 1] = weights[first + 1], weights[first]
+    call = call._replace(weights=weights)
+    ops = torch.ops.fused_rnn
+    ours = program_calls.by_ops(call, ops.plain_forward.default, ops.plain_backward.default)
+    for key, value in program_calls.by_reference(call).items():
+        assert_same_formula(ours[key], value)
+
+
+def test_a_mask_of_another_time() -> None:
+    call = program_calls.make_call(MASKED["dropped"], T=5)
+    weights = [*call.weights[:-1], call.weights[-1][:3]]
+    with pytest.raises(RuntimeError, match=r"weights\[5\]: got \[3, 3, 17\], expected \[5, 3, 17\]"):
+        torch.ops.fused_rnn.plain_forward.default(*call._replace(weights=weights))
 
 
 @pytest.mark.parametrize("save", ["gates", "recompute"])

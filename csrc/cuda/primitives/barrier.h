@@ -1,4 +1,4 @@
-// Barriers of a warp, a CTA and a cluster; mbarriers; stores to the shared memory of another CTA of the cluster.
+// Barriers of a warp, a CTA and a cluster; a warp's shuffles; mbarriers; stores to the shared memory of another CTA of the cluster.
 // A device without clusters traps where it meets one of these.
 #pragma once
 #include "spin_timeout.h"
@@ -18,6 +18,15 @@ FUSED_RNN_DEVICE void sync_warp() {
   emulator::sync_warp();
 #else
   __syncwarp();
+#endif
+}
+
+// The number of the lane whose place differs in the mask's bits.
+FUSED_RNN_DEVICE float shuffle_xor(float value, int mask) {
+#if defined(FUSED_RNN_EMULATE)
+  return emulator::shuffle_xor(value, mask);
+#else
+  return __shfl_xor_sync(0xffffffffu, value, mask);
 #endif
 }
 

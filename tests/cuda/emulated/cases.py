@@ -20,6 +20,7 @@ from torch import Tensor
 from fused_rnn.call import NARROW
 from fused_rnn.cells import CELLS
 from fused_rnn.gpu.narrow import narrowed, widened
+from fused_rnn.plan import stages_of
 
 from . import reference
 
@@ -224,6 +225,10 @@ def job(case: Case) -> dict[str, Any]:
         given["w"] = widened(values, None if scale is None else scale.double(), torch.float64).view(given["w"].shape)
         kept = {"w": values.numpy() if scale is not None else _raw(values, torch.bfloat16)}
         kept["scale"] = None if scale is None else scale.numpy()
+    if spec.matrices:
+        given["matrices"] = normal(recurrences, spec.blocks, units, units, scale=units**-0.5)
+    for k in range(spec.masks):  # by turns the same at all times, and others at each
+        given[f"mask{k}"] = normal(recurrences, 1 if k % 2 else steps, batch, units)
     if spec.params:
         given["params"] = normal(recurrences, len(spec.params), units)
     for i in range(len(spec.states)):
@@ -271,6 +276,9 @@ def job(case: Case) -> dict[str, Any]:
             "reads_h": spec.reads_h,
             "params": len(spec.params),
             "recurrent": spec.recurrent,
+            "blocks": spec.blocks,
+            "masks": spec.masks,
+            "stages": [tuple(stages_of(spec, backward)) for backward in (False, True)],
             "persistent_sequences": case.cell not in BUILT_IN,
         },
         "given": arrays | kept,

@@ -54,6 +54,7 @@ class Run:
         self.cell, self.kind = case["cell"], KINDS.index(case["precision"])
         self.G, self.S, self.apart, self.states = spec["gates"], spec["saved"], spec["apart"], spec["states"]
         self.first = 0 if spec["reads_h"] else 1  # state that is carried
+        self.blocks, self.stages = spec["blocks"], spec["stages"]
         self.recurrent, self.persistent_sequences = spec["recurrent"], spec["persistent_sequences"]
         self.storage = TYPES[case["precision"]]
         self.wide = np.float64 if self.storage is np.float64 else np.float32
@@ -66,8 +67,11 @@ class Run:
             T=self.T, B=self.B, R=self.R, H=self.H, lengths=lengths, reset=reset, period=min(self.R, 2),
             reversed=sum(1 << r for r, is_reverse in enumerate(self.backwards[:2]) if is_reverse),
         )  # fmt: skip
+        masks = [self.given[f"mask{k}"] for k in range(spec["masks"])]
+        times = [mask.shape[1] for mask in masks]
+        self.own = {"masks": masks, "times": np.array(times).tolist(), "matrices": self.given.get("matrices")}
         self.y = self.poisoned("y", self.T, self.B, self.R, self.H)
-        self.dgates = self.poisoned("dgates", self.T, self.B, self.R, self.G + self.apart, self.H)
+        self.dgates = self.poisoned("dgates", self.T, self.B, self.R, self.G + self.apart + self.blocks, self.H)
         self.dstates = [self.given[f"ds{i}"].copy() for i in range(self.states)]
         # Others have left something there.
         self.dparams = np.ones((self.R, self.B, spec["params"], self.H), self.wide) if spec["params"] else None
@@ -96,7 +100,11 @@ class Run:
         return {name: one(v) for name, v in given.items()}
 
     def bind(self, direction: str, plan: Any, given: dict[str, Any]) -> Any:
-        return getattr(self.module, direction)(self.cell, self.kind, plan, self.steps, **self.told(given))
+        told = {
+            **self.told(given | {"masks": self.own["masks"], "matrices": self.own["matrices"]}),
+            "times": self.own["times"],
+        }
+        return getattr(self.module, direction)(self.cell, self.kind, plan, self.steps, **told)
 
     def run_planned(self, direction: str, given: dict[str, Any]) -> None:
         loop = self.bind(direction, self.plan(direction == "Backward"), given)
@@ -113,7 +121,7 @@ class Run:
             exchange, rows, known = 2, 8, False
         plan = self.module.make_plan(
             self.kind, backward, *shape, self.module.device(0), exchange, self.case["members"], rows, known, 0,
-            self.case["narrow"],
+            self.case["narrow"], self.stages[backward],
         )  # fmt: skip
         if plan.refusal:
             raise RuntimeError(plan.refusal)
@@ -273,7 +281,8 @@ class Run:
         """product [R, B, H]: the recurrent side's gradients of a step through W_hh."""
         if step == self.T:
             return
-        d = np.stack([widen(self.dgates[self.time(r, step), :, r, self.apart :]) for r in range(self.R)])
+        sides = slice(self.apart, self.apart + self.G)
+        d = np.stack([widen(self.dgates[self.time(r, step), :, r, sides]) for r in range(self.R)])
         product[:] = narrow(np.einsum("rbgu,rguk->rbk", d, widen(self.given["w"])), self.storage)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from .cases import Case
 from .mutation import BWD, EXCHANGE, FWD, GATHER, INDEX, PRECISION, UNIT_BWD, UNIT_FWD, WEIGHTS, WRONG, Mutation
+from .mutations_of_stages import OF_STAGES
 from .mutations_of_teams import OF_TEAMS, SCATTER_WINDOWS
 
 SEEDS = {"plain": 6, "asan": 1, "races": 1}
@@ -220,7 +221,7 @@ MUTATIONS: dict[str, Mutation] = {
     ),
     # ---- params, states over time, no W_hh
     "backward: a param's gradient of the last step alone": Mutation(
-        UNIT_BWD, "dparams_[k] += dparams[k]", "dparams_[k] = dparams[k]", "plain", WRONG, (PARAMS,)
+        UNIT_BWD, "dparams_[k] += now.dparams[k]", "dparams_[k] = now.dparams[k]", "plain", WRONG, (PARAMS,)
     ),
     "backward: what another window gave a param is forgotten": Mutation(
         UNIT_BWD, "if (p.dparams) dparams_[k] =", "if (false) dparams_[k] =", "plain", WRONG, (PARAMS,)
@@ -240,7 +241,7 @@ MUTATIONS: dict[str, Mutation] = {
         UNIT_FWD, "const Acc value = valid ?", "const Acc value = true ?", "plain", WRONG, (ENDS,)
     ),
     "backward: no gradient of a state over time": Mutation(
-        UNIT_BWD, "dstate[s + 1] += widen(dsequences_[s])", "(void)s", "plain", WRONG, (ENDS,)
+        UNIT_BWD, "now.dstate[s + 1] += widen(dsequences_[s])", "(void)s", "plain", WRONG, (ENDS,)
     ),
     "backward without W_hh: of the first step alone": Mutation(
         "cuda/pointwise.h",
@@ -254,4 +255,5 @@ MUTATIONS: dict[str, Mutation] = {
         UNIT_FWD, "(step + 1) % p.every == 0", "step % p.every == 0", "plain", WRONG, (RECOMPUTED,)
     ),
     **OF_TEAMS,
+    **OF_STAGES,
 }

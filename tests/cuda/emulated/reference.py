@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from cuda_cases import rounded
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from fused_rnn.cells import CELLS
 
@@ -28,11 +29,22 @@ class _ProductInTf32(torch.autograd.Function):
         return torch.einsum("bgu,guk->bk", rounded(d), rounded(w)), None
 
 
+class _Probed(TorchFunctionMode):
+    """A step's products with blocks of its own matrices, in their order: each has a probe, which finds its gradient."""
+
+    def __init__(self, probes: list[Tensor]) -> None:
+        self.probes = probes
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        return made + self.probes.pop(0) if func is torch.nn.functional.linear else made
+
+
 def run(cell: str, given: Tensors, backwards: list[bool], dtype: torch.dtype, tf32: bool = False) -> Tensors:
     """A loop's results forward and backward, and the states that entered each step in the recurrence's own order.
 
-    given: gx, w, bias, params, dy; of each state s0, s1, .. at the start, ds0, .. the gradient at the end, dq1, .. that
-    over time; lengths, reset.
+    given: gx, w, bias, params, dy; matrices, mask0, ..; of each state s0, s1, .. at the start, ds0, .. the gradient at
+    the end, dq1, .. that over time; lengths, reset.
     """
     spec = CELLS[cell]
     own = {name: t.to(dtype).requires_grad_() for name, t in given.items() if name not in ("lengths", "reset")}
@@ -42,6 +54,9 @@ def run(cell: str, given: Tensors, backwards: list[bool], dtype: torch.dtype, tf
     each = [params[r].unsqueeze(1).expand(-1, gx.shape[1], -1) for r in range(len(backwards))]
     steps, batch, recurrences, gates, units = gx.shape
     joined = gates - spec.apart
+    program = spec.program
+    blocks = [int(i.value) for i in program.forward.code if i.op == "product"] if program is not None else []
+    probes = torch.zeros(steps, batch, recurrences, spec.blocks, units, dtype=dtype, requires_grad=True)
     # Finds the gradients of the recurrent side of the gates whose two sides enter the cell apart.
     probe = torch.zeros(steps, batch, recurrences, spec.apart, units, dtype=dtype, requires_grad=True)
     ys, ends, entered, sequences = [], [], [], []
@@ -59,7 +74,13 @@ def run(cell: str, given: Tensors, backwards: list[bool], dtype: torch.dtype, tf
                 sides = list(rec.unbind(1))
             for i in range(spec.apart):
                 sides[joined + i] = sides[joined + i] + own["bias"][r, i] + probe[t, :, r, i]
-            after = spec.step(x, sides, entering, [*each[r]])
+            more = []
+            if spec.staged or spec.masks:
+                masks = [own[f"mask{k}"][r] for k in range(spec.masks)]
+                matrices = [w.flatten(0, 1) for w in own["matrices"][r].split(spec.matrices)] if spec.matrices else []
+                more = [matrices, [mask[t if len(mask) > 1 else 0] for mask in masks]]
+            with _Probed([probes[t, :, r, k] for k in blocks]):
+                after = spec.step(x, sides, entering, [*each[r]], *more)
             now = [torch.where(alive, new, old) for new, old in zip(after, now, strict=True)]
             y[t] = torch.where(alive, after[0], torch.zeros_like(after[0]))
             all_states[t] = torch.stack([torch.where(alive, s, torch.zeros_like(s)) for s in after])
@@ -70,11 +91,12 @@ def run(cell: str, given: Tensors, backwards: list[bool], dtype: torch.dtype, tf
     y, last, over_time = torch.stack(ys, 2), torch.stack(ends, 1), torch.stack(sequences, 3)
     loss = (y * own["dy"]).sum() + sum((end * own[f"ds{i}"]).sum() for i, end in enumerate(last))
     loss = loss + sum((s * own[f"dq{i}"]).sum() for i, s in enumerate(over_time) if f"dq{i}" in own)
-    wanted = [gx, probe, *states, *(each if params.numel() else [])]
+    wanted = [gx, probe, *states, probes, *(each if params.numel() else [])]
     d = torch.autograd.grad(loss, wanted, allow_unused=True, materialize_grads=True)
-    found = {"y": y, "dgates": torch.cat([d[0][:, :, :, joined:], d[0][:, :, :, :joined], d[1]], 3)}
+    of_blocks = d[2 + len(states)]
+    found = {"y": y, "dgates": torch.cat([d[0][:, :, :, joined:], d[0][:, :, :, :joined], d[1], of_blocks], 3)}
     if params.numel():
-        found["dparams"] = torch.stack(d[2 + len(states) :]).transpose(1, 2)  # [R, B, NP, H]
+        found["dparams"] = torch.stack(d[3 + len(states) :]).transpose(1, 2)  # [R, B, NP, H]
     for i, end in enumerate(last):
         found |= {f"end{i}": end, f"d{i}": d[2 + i], f"entered{i}": torch.stack(entered, 2)[:, i]}  # [T, R, B, H]
         found[f"sequence{i}"] = over_time[i]
