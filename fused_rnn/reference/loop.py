@@ -76,8 +76,8 @@ def _run_recurrence(
     reset: Tensor | None,
     spec: Cell,
     direction: int,
-    recurrence: int,
-    watch: Watch | None,
+    recurrence: int = 0,
+    watch: Watch | None = None,
 ) -> tuple[list[Tensor], Sequence[Tensor]]:
     """x [T, B, D], states [B, ·] → the states of every step [T, B, ·], zeros past the end, and those after."""
     steps = x.shape[0]

@@ -129,6 +129,19 @@ def _independent(shape: Shape) -> Schedule:
     return Schedule("solo", tile, -(-shape.hidden // tile.units))
 
 
+# A chunk of time has this many steps at least; as many programs run on a multiprocessor side by side as hide each
+# other's waiting for memory; and fewer chunks than these do not make up for running the steps twice. Not measured yet.
+SHORTEST_CHUNK, RESIDENT, FEWEST_CHUNKS = 64, 4, 4
+
+
+def chunk_of(schedule: Schedule, target: Target, steps: int, batch: int, recurrences: int) -> int:
+    """Of a cell that is linear in its states: how many steps a chunk has, where chunks of time run side by side; all of
+    them where one loop over time fills the device, or is too short."""
+    programs = max(1, schedule.programs(batch, recurrences))
+    chunks = min(RESIDENT * target.processors // programs, steps // SHORTEST_CHUNK)
+    return -(-steps // chunks) if chunks >= FEWEST_CHUNKS else steps
+
+
 _forced: dict[str, Any] = {}
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import literature
 import pytest
 import torch
+from linear_cells import SCANS
 from programs import PROGRAMS
 from tolerances import assert_same_formula
 from torch import Tensor
@@ -20,32 +21,6 @@ def cell(**options: Any) -> Any:
     return fused_rnn.cell(recurrent=False, **options)
 
 
-@cell(gates=4, states=("h", "c"))
-def sru(x: Any, r: Any, s: Any, p: Any) -> Any:
-    """Without what its gates read of c."""
-    f, out = torch.sigmoid(x[0]), torch.sigmoid(x[1])
-    c = f * s.c + (1 - f) * x[2]
-    return out * torch.tanh(c) + (1 - out) * x[3], c
-
-
-@cell(gates=1, params=("u",))
-def linear_indrnn(x: Any, r: Any, s: Any, p: Any) -> Any:
-    return x[0] + p.u * s.h
-
-
-@cell(gates=3, states=("h", "c", "m"), params=("a",))
-def many(x: Any, r: Any, s: Any, p: Any) -> Any:
-    """A state that nothing of the one before goes into, one that is chosen, and one that is divided."""
-    c = torch.where(x[0] > 0, s.c, x[1] - s.c) - 0.5 * s.c
-    return c * x[2] + s.m, c, torch.relu(x[2]) - (s.m + x[0]) / (1 + p.a * p.a)
-
-
-@cell(gates=1, states=("h", "c"))
-def forgets(x: Any, r: Any, s: Any, p: Any) -> Any:
-    return s.h * torch.cos(x[0]), x[0]
-
-
-SCANS = {c.name: c for c in (literature.min_gru, literature.min_lstm, sru, linear_indrnn, many, forgets)}
 STATES = {"sru": (1,), "many": (1, 2), "forgets": (0, 1)}
 
 
