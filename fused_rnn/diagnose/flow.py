@@ -92,9 +92,10 @@ def flow(record: Record) -> Flow:
 
 def _lost(call: Call, reverse: bool) -> list[Tensor]:
     """Of each sequence the factors of its steps, the last one first; 0 where there was no gradient."""
-    total = call.squares.sum(0)
-    total, carried = (total, call.carried) if reverse else (total.flip(0), call.carried.flip(0))
-    before, after = total[:-1], carried[1:]
+    arriving, carried = call.arriving, call.carried
+    if not reverse:
+        arriving, carried = arriving.flip(0), carried.flip(0)
+    before, after = arriving[:-1], carried[1:]
     return list((after / before).sqrt().masked_fill(before == 0, 0).unbind(1))
 
 

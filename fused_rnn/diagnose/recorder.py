@@ -18,8 +18,6 @@ from fused_rnn.checks import in_transform
 from fused_rnn.nn.recurrent import Recurrent
 from fused_rnn.reference.loop import run_layer, without_autocast
 
-# The gates' names, in order. A user's cell has none: gate0, gate1, …
-GATES = {"lstm": "ifgo", "gru": "rzn", "rnn_tanh": "h", "rnn_relu": "h"}
 # The ends of what squashes: an activation is saturated within 5 % of its range from one of them.
 NEAR = 0.05
 ENDS = {"sigmoid": (0.0, 1.0), "tanh": (-1.0, 1.0), "relu": (0.0, float("inf"))}
@@ -30,13 +28,15 @@ class Call:
     """One call of a layer in one direction.
 
     squares: [S, T, B], of every state's gradient the sum of squares over units.
-    carried: [T, B], the same of what comes from the next step alone, of all states together.
+    arriving, carried: [T, B], the same of all states together, without what goes through another state of this step:
+        of all that comes, and of what comes from the next step alone.
     kinds: of each gate that is squashed, by what.
     ends: of each of these, and each of its ends, how many activations were near it, [2, T].
     seen: [T], how many activations there were of each gate.
     """
 
     squares: Tensor
+    arriving: Tensor
     carried: Tensor
     seen: Tensor
     kinds: dict[int, str] = field(default_factory=dict)
@@ -66,7 +66,8 @@ class Record:
 
     def gate(self, number: int) -> str:
         """A gate's name."""
-        return GATES[self.cell][number] if self.cell in GATES else f"gate{number}"
+        parts = CELLS[self.cell].parts
+        return parts.names[number] if parts else "h" if self.cell.startswith("rnn_") else f"gate{number}"
 
 
 @dataclass
@@ -143,26 +144,29 @@ class _Watch:
         seen = self.valid.sum(1) * (call.hidden_size * self.heads)
         self.calls = []
         for k, record in enumerate(records):
-            squares = torch.zeros(len(spec.states), steps, batch, dtype=torch.float64, device=device)
-            self.calls.append(Call(squares, torch.zeros_like(squares[0]), seen))
+            squares = torch.zeros(len(record.states), steps, batch, dtype=torch.float64, device=device)
+            arriving, carried = torch.zeros_like(squares[0]), torch.zeros_like(squares[0])
+            self.calls.append(Call(squares, arriving, carried, seen))
             record.calls.append(self.calls[-1])
             record.weights = call.each[k * self.heads : (k + 1) * self.heads]
+        # The loop's cell may be a variant of the module's, with more states: nn/extras.py.
+        self.own = [spec.states.index(name) for name in records[0].states]
         self.squashed: dict[int, tuple[str, Tensor]] = {}
 
     def step(self, step: Step) -> Step:
-        """The cell's step, under an eye on what it squashes."""
+        """The cell's step, under an eye on what it squashes. What it hands on as it was given is another tensor."""
 
         def watched(x: Sequence[Tensor], r: Sequence[Tensor], *more: Any) -> tuple[Tensor, ...]:
-            with _Squashing(x, r) as seen:
+            with _Looking(x, r) as seen:
                 after = step(x, r, *more)
             self.squashed = seen.found
-            return after
+            given = {id(t) for each in (x, r, *more) for t in each}
+            return tuple(s.view_as(s) if id(s) in given else s for s in after)
 
         return watched
 
     def states(self, recurrence: int, time: int, after: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-        """The states after a step, each as a tensor of its own with a hook: a step may return one tensor as two states,
-        or one that it was given."""
+        """The states after a step, with hooks: on what the step made, on what is read of that, on what goes on."""
         call = self.calls[recurrence // self.heads]
         steps, valid = len(self.valid), self.valid[time].unsqueeze(-1)
         for gate, (how, activation) in self.squashed.items():
@@ -170,21 +174,21 @@ class _Watch:
             near = call.ends.setdefault(gate, torch.zeros(2, steps, dtype=torch.float64, device=valid.device))
             for end, is_near in enumerate(_near_ends(how, activation)):
                 near[end, time] += (is_near & valid).sum()
-        out = [_hooked(s, call.squares[state, time]) for state, s in enumerate(after)]
-        return out, [_hooked(s, call.carried[time]) for s in out]
+        for place, state in enumerate(self.own):
+            _hook(after[state], call.squares[place, time])
+        out = [_hook(s.view_as(s), call.arriving[time]) for s in after]
+        return out, [_hook(s.view_as(s), call.carried[time]) for s in out]
 
 
-def _hooked(s: Tensor, squares: Tensor) -> Tensor:
-    """s as another tensor, whose gradient's squares, summed over units, go onto `squares`."""
-    if not s.requires_grad:
-        return s
+def _hook(s: Tensor, squares: Tensor) -> Tensor:
+    """s, whose gradient's squares, summed over units, go onto `squares`."""
 
     def add(gradient: Tensor) -> None:
         squares.add_(gradient.detach().double().square().sum(-1))
 
-    own = s.view_as(s)
-    own.register_hook(add)
-    return own
+    if s.requires_grad:
+        s.register_hook(add)
+    return s
 
 
 def _near_ends(how: str, activation: Tensor) -> tuple[Tensor, Tensor]:
@@ -197,9 +201,9 @@ def _near_ends(how: str, activation: Tensor) -> tuple[Tensor, Tensor]:
     return a < low + margin, a > high - margin
 
 
-class _Squashing(TorchFunctionMode):
+class _Looking(TorchFunctionMode):
     """Finds, while a step runs, of each gate the activation: the first sigmoid, tanh or relu of what its
-    pre-activation goes into."""
+    pre-activation goes into. An expand that does nothing is left out, for a state to be what the step computes with."""
 
     def __init__(self, *sides: Sequence[Tensor]) -> None:
         super().__init__()
@@ -212,6 +216,8 @@ class _Squashing(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
+        if getattr(func, "__name__", "") == "expand" and result.shape == args[0].shape:
+            return args[0]
         if isinstance(result, Tensor):
             made = frozenset[int]().union(*(self.gates.get(id(a), ()) for a in args))
             name = getattr(func, "__name__", "")

@@ -88,7 +88,7 @@ def torch_cells(case: Case, given: Inputs) -> list[Tensor]:
         zip(*[iter(Kinds(count, case.bias, bool(case.proj)).split(given.weights))] * case.R, strict=True)
     ):
         ys = []
-        for r, (w_ih, w_hh, b_ih, b_hh, w_hr, _) in enumerate(weights):
+        for r, (w_ih, w_hh, b_ih, b_hh, w_hr, *_) in enumerate(weights):
             widths = (case.P, case.H)[: 1 + has_c]
             state = [s[layer * case.R + r] for s in given.hx] or [x.new_zeros(batch, width) for width in widths]
             outputs = [x.new_zeros(batch, case.P)] * steps

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import user_cells
+from stage_cells import STAGED
 from tolerances import assert_same_formula
 from torch import Tensor, nn
 from torch.nn.functional import linear
@@ -63,10 +64,10 @@ def plain_loop(module: Any, x: Tensor, lengths: Sequence[int] | None, reset: Ten
                     w_hh = user_cells.dense(weight["weight_hh"], spec.gates)
                     r = linear(states[0], w_hh, weight["bias_hh"]).chunk(spec.gates, -1)
                 sides_x = linear(x[t], weight["weight_ih"], weight["bias_ih"]).chunk(spec.gates, -1)
-                after = list(spec.step(sides_x, r, states, [weight[name] for name in spec.params]))
+                step = module.cell if isinstance(module, fused_rnn.FlexRNN) else spec.step
+                after = list(step(sides_x, r or None, states, [weight[name] for name in spec.params]))
                 if "weight_hr" in weight:
                     after[0] = linear(after[0], weight["weight_hr"])
-                after = [s.clone() for s in after]
                 for s in after:
                     s.retain_grad()
                 steps[t] = after
@@ -169,6 +170,66 @@ def test_results_are_those_without(kind: str, way: str) -> None:
     plain, watched = (results(module, given_x, on, **extras) for on in (False, True))
     for name, value in plain.items():
         assert_same_formula(watched[name], value)
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "lstm"])
+def test_regularisers_draw_the_same(kind: str) -> None:
+    more = {"recurrent_dropout": 0.3, "zoneout": 0.2, "weight_dropout": 0.3, "num_layers": 2, "bidirectional": True}
+    module, (x, reset) = made(kind, **more), given()
+    plain, watched = (results(module, x, on, lengths=LENGTHS, reset=reset) for on in (False, True))
+    for name, value in plain.items():
+        assert_same_formula(watched[name], value)
+
+
+def test_norms_where_the_recurrence_drops() -> None:
+    """h's gradient is that of all that it goes into, of what W_hh gets of it, too."""
+    gru, (x, _) = made("GRU", recurrent_dropout=0.5), given()
+    torch.manual_seed(6)
+    with fused_rnn.diagnose(gru) as report:
+        y, _ = gru(x)
+        y.square().sum().backward()
+    torch.manual_seed(6)
+    mask = torch.dropout(x.new_ones(1, B, H), 0.5, True)[0]
+    h, states = x.new_zeros(B, H), []
+    for t in range(T):
+        r = linear(h * mask, gru.weight_hh_l0, gru.bias_hh_l0).chunk(3, -1)
+        (h,) = CELLS["gru"].step(linear(x[t], gru.weight_ih_l0, gru.bias_ih_l0).chunk(3, -1), r, [h], [])
+        h.retain_grad()
+        states.append(h)
+    torch.stack(states).square().sum().backward()
+    assert list(report.gradients) == ["h_l0"]
+    assert_same_formula(report.gradients["h_l0"], torch.stack([s.grad.norm() for s in states]))
+
+
+def test_a_cell_that_hands_on_what_it_was_given() -> None:
+    @fused_rnn.cell(gates=1, states=("h", "before", "same"))
+    def remembers(x: Any, r: Any, s: Any, p: Any) -> Any:
+        h = torch.tanh(x[0] + r[0] + s.before)
+        return h, s.h, h
+
+    module, (x, _) = fused_rnn.FlexRNN(remembers, D, H, dtype=torch.float64), given()
+    h0, before0, same0 = (torch.randn(1, B, H, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    with fused_rnn.diagnose(module) as report:
+        module(x, (h0, before0, same0))[0][-1].sum().backward()
+    h, before, states = h0[0], before0[0], []
+    for t in range(T):
+        r = linear(h, module.weight_hh_l0, module.bias_hh_l0)
+        h, before = torch.tanh(linear(x[t], module.weight_ih_l0, module.bias_ih_l0) + r + before), h.clone()
+        h.retain_grad()
+        before.retain_grad()
+        states.append((h, before))
+    h.sum().backward()
+    for name, k in (("h", 0), ("before", 1)):
+        norms = [torch.zeros_like(s[k]).norm() if s[k].grad is None else s[k].grad.norm() for s in states]
+        assert_same_formula(report.gradients[f"{name}_l0"], torch.stack(norms))
+
+
+@pytest.mark.parametrize("name", STAGED)
+def test_cells_of_several_stages(name: str) -> None:
+    module, (x, reset) = fused_rnn.FlexRNN(STAGED[name], D, H, dtype=torch.float64, backend="reference"), given()
+    plain, watched = (results(module, x, on, lengths=LENGTHS, reset=reset) for on in (False, True))
+    for key, value in plain.items():
+        assert_same_formula(watched[key], value)
 
 
 def planted(factor: float, nonlinearity: str = "tanh") -> fused_rnn.RNN:
