@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_rnn.flex.scan import scan_of
 from fused_rnn.gpu.directions import direction_bits
 from fused_rnn.gpu.loops import Layer
 from fused_rnn.triton import planner
@@ -257,9 +256,8 @@ class Loops:
 
 def chunks_of(layer: Layer, config: LaunchConfig) -> tuple[int, int] | None:
     """How many chunks of time run side by side, and of how many steps each; None for one loop over all of it."""
-    if not layer.cell.program or scan_of(layer.cell.name) is None:
-        return None
-    chunk = planner.chunk_of(config.schedule, config.target, layer.steps, layer.batch, layer.recurrences)
+    sizes = (layer.steps, layer.batch, layer.recurrences)
+    chunk = planner.chunk_of(layer.cell, config.schedule, config.target, *sizes)
     return None if chunk >= layer.steps else (-(-layer.steps // chunk), chunk)
 
 

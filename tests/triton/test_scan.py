@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from linear_cells import SCANS
+from literature import indrnn
 from program_cases import ProgramCase, Results, by_backend, by_loop, by_reference, call_of, mapped
 from tolerances import assert_as_good_as_torch
-from triton_cases import DEVICE, MARKS, quicker_interpreter
+from triton_cases import DEVICE, MARKS, planted, quicker_interpreter
 
 from fused_rnn.backends import triton as backend
 from fused_rnn.call import LayerCall
+from fused_rnn.cells import CELLS
+from fused_rnn.problem import Problem
 from fused_rnn.triton import launch, planner
 from fused_rnn.triton.schedule import Schedule, Tile
 from fused_rnn.triton.target import ARCHITECTURES
@@ -123,15 +127,75 @@ def test_a_factor_beyond_range_makes_nothing_of_zero() -> None:
     assert not y[:10].any() and bool(y[10:].isfinite().all()) and y[10:].any()
 
 
-def test_when_chunks_run() -> None:
+KERNELS = {
+    "scan": ("scan_fwd_kernel", "scan_bwd_kernel", "join_kernel"),
+    "forward": ("fwd_kernel",),
+    "backward": ("bwd_kernel",),
+}
+# (module, what is there, what is planted)
+MUTATIONS = {
+    "past_the_end": ("scan", "s = where_each(valid, s_new, s) if HAS_LENGTHS else s_new", "s = s_new"),
+    "factor_past_the_end": ("scan", "f = where_each(valid, f_new, f) if HAS_LENGTHS else f_new", "f = f_new"),
+    "reset": ("scan", "alone = (factors[j] != factors[j]) | (s[j] == 0.0)", "alone = s[j] == 0.0"),
+    "reset_in_forward": ("scan", "entering = where_each(live, s, zero) if HAS_RESET else s", "entering = s"),
+    "reset_in_backward": ("scan", "ds_before = where_each(live, ds_before, zero)", "ds_before = ds_before"),
+    "last_gradient": ("scan", "if not READS_H:", "if READS_H:"),
+    "order": ("scan", "c = chunks - 1 - i if BACKWARD else i", "c = i"),
+    "param": ("scan", "dy_t.to(tl.float32))", "0.5 * dy_t.to(tl.float32))"),
+    "last_step": ("forward", "(end <= step1)", "(end < step1)"),
+    "no_step": ("forward", "tl.where(length == 0, steps, tl.where(backwards, steps, length))", "length"),
+    "state": ("forward", "store_each(carried, at_carried, s, own)", "store_each(carried, at_rb, s, own)"),
+    "gradient": ("backward", "at_rb = tl.program_id(1) * width + at_rb", "at_rb = at_rb"),
+}
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="the interpreter shows what is wrong")
+@pytest.mark.parametrize("mutation", MUTATIONS)
+def test_a_mistake_is_found(mutation: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name, old, new = MUTATIONS[mutation]
+    module = planted(name, old, new, tmp_path)
+    for kernel in KERNELS[name]:
+        monkeypatch.setattr(launch, kernel, getattr(module, kernel))
+    with pytest.raises(AssertionError, match="error"):
+        check_both()
+
+
+def check_both() -> None:
+    masked: dict[str, Any] = {"lengths": True, "reset": True, "bidirectional": True, "sequences": True}
+    for cell in ("sru", "many"):
+        check(ProgramCase(cell, T=10, B=5, H=5, **masked))
+
+
+def test_without_a_mistake() -> None:
+    """What is caught above is caught because of it."""
+    check_both()
+
+
+def test_when_chunks_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where one loop over time leaves most of the device idle, and time is long."""
     target, schedule = ARCHITECTURES["sm_90"], Schedule("solo", Tile(16, 32, 16, 4), 4)
-    planner_chunk = planner.chunk_of
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(planner, "SHORTEST_CHUNK", 64)
-        patch.setattr(planner, "FEWEST_CHUNKS", 4)
-        assert planner_chunk(schedule, target, 255, 1, 1) == 255
-        assert planner_chunk(schedule, target, 256, 1, 1) == 64
-        assert planner_chunk(schedule, target, 1 << 14, 1, 1) == -(-(1 << 14) // 132)
-        assert planner_chunk(schedule, target, 1 << 14, 16 * 33, 1) == 1 << 12
-        assert planner_chunk(schedule, target, 1 << 14, 16 * 34, 1) == 1 << 14
+    monkeypatch.setattr(planner, "SHORTEST_CHUNK", 64)
+    monkeypatch.setattr(planner, "FEWEST_CHUNKS", 4)
+    cell = CELLS[SCANS["min_gru"].program.text]
+
+    def chunk(steps: int, batch: int) -> int:
+        return planner.chunk_of(cell, schedule, target, steps, batch, 1)
+
+    assert chunk(255, 1) == 255
+    assert chunk(256, 1) == 64
+    assert chunk(1 << 14, 1) == -(-(1 << 14) // 132)  # four programs of units a chunk, four on each of 132 processors
+    assert chunk(1 << 14, 16 * 33) == 1 << 12
+    assert chunk(1 << 14, 16 * 34) == 1 << 14
+    assert planner.chunk_of(CELLS["lstm"], schedule, target, 1 << 14, 1, 1) == 1 << 14
+
+
+def test_what_is_said_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planner, "SHORTEST_CHUNK", 64)
+    monkeypatch.setattr(planner, "FEWEST_CHUNKS", 4)
+    sizes = (3, 5, 40, 40, 1, 1, True, True, False, "gates", False, False)
+    texts = {
+        name: backend.describe(Problem(cell.program.text, torch.float32, DEVICE, False, *sizes))
+        for name, cell in (("min_gru", SCANS["min_gru"]), ("indrnn", indrnn))
+    }
+    assert texts["min_gru"].count("by chunks of time side by side from T = 256 on") == 2
+    assert "chunks" not in texts["indrnn"]
