@@ -130,6 +130,14 @@ class Recorder:
     def __repr__(self) -> str:
         return self.NAME
 
+    def __reduce__(self) -> Any:
+        """In a copy of the module, and where it is pickled, there is its own backend."""
+        return _itself, (self.before.get("_fused_backend"),)
+
+
+def _itself(backend: str | None) -> str | None:
+    return backend
+
 
 class _Watch:
     """Of one layer's call: gradients by hooks on the states, gates by what the step squashes."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -432,6 +434,17 @@ def test_off_means_off() -> None:
     with fused_rnn.diagnose(model):
         model(x).sum().backward()
     assert before[1][0].backend == "reference"
+
+
+def test_a_copy_made_inside_is_not_diagnosed() -> None:
+    rnn, x = fused_rnn.RNN(D, H, backend="cpu"), torch.randn(T, B, D)
+    with fused_rnn.diagnose(rnn) as report:
+        copies = [copy.deepcopy(rnn), pickle.loads(pickle.dumps(rnn))]
+        rnn(x)[0].sum().backward()
+    assert report.gradients
+    for other in copies:
+        assert other.backend == rnn.backend == "cpu"
+        assert torch.equal(other(x)[0], rnn(x)[0])
 
 
 def test_a_call_that_fails_leaves_the_next_one_right() -> None:
