@@ -3,6 +3,7 @@
 from fused_rnn import functional
 from fused_rnn.autograd import GRUFunction, LSTMFunction, RNNFunction
 from fused_rnn.convert import convert, patch, to_torch, unpatch
+from fused_rnn.diagnose import diagnose
 from fused_rnn.flex import UserCell, cell
 from fused_rnn.nn import GRU, LSTM, RNN, FlexRNN, GRUCell, LSTMCell, RNNCell
 from fused_rnn.plan import plan
@@ -25,6 +26,7 @@ __all__ = [
     "UserCell",
     "cell",
     "convert",
+    "diagnose",
     "functional",
     "patch",
     "plan",
