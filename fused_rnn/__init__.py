@@ -5,6 +5,17 @@ from fused_rnn.autograd import GRUFunction, LSTMFunction, RNNFunction
 from fused_rnn.convert import convert, patch, to_torch, unpatch
 from fused_rnn.flex import UserCell, cell
 from fused_rnn.nn import GRU, LSTM, RNN, FlexRNN, GRUCell, LSTMCell, RNNCell
+from fused_rnn.nn.field import (
+    SLSTM,
+    SRU,
+    CoupledLSTM,
+    IndRNN,
+    LiGRU,
+    MinGRU,
+    MinLSTM,
+    PeepholeLSTM,
+    list_cells,
+)
 from fused_rnn.plan import plan
 from fused_rnn.stream import Stream
 
@@ -14,11 +25,19 @@ __all__ = [
     "GRU",
     "LSTM",
     "RNN",
+    "SLSTM",
+    "SRU",
+    "CoupledLSTM",
     "FlexRNN",
     "GRUCell",
     "GRUFunction",
+    "IndRNN",
     "LSTMCell",
     "LSTMFunction",
+    "LiGRU",
+    "MinGRU",
+    "MinLSTM",
+    "PeepholeLSTM",
     "RNNCell",
     "RNNFunction",
     "Stream",
@@ -26,6 +45,7 @@ __all__ = [
     "cell",
     "convert",
     "functional",
+    "list_cells",
     "patch",
     "plan",
     "to_torch",

@@ -18,6 +18,7 @@ from fused_rnn.call import known_save
 from fused_rnn.dispatch import known_backend
 from fused_rnn.nn import GRU, LSTM, RNN, FlexRNN, GRUCell, LSTMCell, RNNCell, both
 from fused_rnn.nn.base import Fused, mark_leaf, unmark_leaf
+from fused_rnn.nn.field import FIELD
 from fused_rnn.nn.recurrent import Recurrent, overrides_checks
 
 M = TypeVar("M", bound=nn.Module)
@@ -136,7 +137,7 @@ def to_torch(model: M) -> M:
             module.__dict__.pop("_fused_backend", None)
             module.__dict__.pop("_fused_save", None)
         elif isinstance(module, Fused):
-            why = "which torch.nn has not" if kind is FlexRNN else "derived from fused_rnn's class"
+            why = "which torch.nn has not" if kind in (FlexRNN, *FIELD) else "derived from fused_rnn's class"
             what = f"{name or 'the model'} is a {kind.__module__}.{kind.__qualname__}"
             warnings.warn(f"to_torch: {what}, {why}, and is left as it is", stacklevel=2)
     return model
