@@ -206,7 +206,7 @@ def _run_layers(
             return _one_by_one(
                 module, x, weights, hx, lambda x, own, hx: _run_layers(module, x, own, hx, lengths, reset, more, 1)
             )
-        weights = module._fused_of_layer(x, weights, lengths)
+        x, weights = module._fused_of_layer(x, weights, lengths)
     y: Any
     if more:
         states = () if hx is None else hx if several else (hx,)

@@ -141,21 +141,26 @@ class LiGRU(Field):
             made += _folded(own, mean, variance)
         return made
 
-    def _fused_of_layer(self, x: Tensor, weights: Sequence[Tensor], lengths: Any) -> list[Tensor]:
-        """The weights of a layer in training, with the norm by the statistics of x [T, B, D] in them."""
+    def _fused_of_layer(self, x: Tensor, weights: Sequence[Tensor], lengths: Any) -> tuple[Tensor, list[Tensor]]:
+        """x [T, B, D] about its mean, and the weights of a layer in training with the norm by its statistics in them.
+
+        About its mean, for else gamma's gradient would be a difference of two large sums.
+        """
         count = len(self._all_weights[0])
         each = count + len(_STATISTICS)
-        rows, made = None, []
-        for first in range(0, len(weights), each):
-            own, statistics = weights[first : first + count], weights[first + count : first + each]
-            self._check_shapes(weights[0].shape[1], own, 0)
-            if x.dim() != 3 or x.shape[2] != own[0].shape[1] or x.dtype != own[0].dtype:
-                made += _folded(own, *statistics[:2])  # layers.run has the error
-                continue
-            if rows is None:
-                rows = _rows(x, lengths)
-            made += _folded(own, *_moments(rows, own[0], statistics))
-        return made
+        of_one = [weights[first : first + each] for first in range(0, len(weights), each)]
+        for own in of_one:
+            self._check_shapes(of_one[0][0].shape[1], own[:count], 0)
+        w_ih = weights[0]
+        if x.dim() != 3 or x.shape[2] != w_ih.shape[1] or x.dtype != w_ih.dtype or x.device != w_ih.device:
+            return x, [w for own in of_one for w in _folded(own[:count], *own[count : count + 2])]  # layers.run refuses
+        rows = _rows(x, lengths)
+        center = rows.mean(0)
+        made: list[Tensor] = []
+        for own in of_one:
+            variance = _variance(rows - center, center, own[0], own[count:])
+            made += _folded(own[:count], torch.zeros_like(variance), variance)
+        return (x - center).to(x.dtype), made
 
     def extra_repr(self) -> str:
         """FlexRNN's, and the norm where it is not the default."""
@@ -170,18 +175,16 @@ def _rows(x: Tensor, lengths: Any) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def _moments(rows: Tensor, weight: Tensor, statistics: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Mean and variance of weight · rows, over which the running ones move."""
-    center = rows.mean(0)
+def _variance(rows: Tensor, center: Tensor, weight: Tensor, statistics: Sequence[Tensor]) -> Tensor:
+    """Of weight · rows, which lie about zero; the running statistics move, the mean to that of weight · center."""
     weight = weight.to(rows.dtype)
-    mean = linear(center, weight)
-    variance = linear(rows - center, weight).square().mean(0)
+    variance = linear(rows, weight).square().mean(0)
     running_mean, running_var, batches = statistics
     with torch.no_grad():
-        running_mean.lerp_(mean.to(running_mean.dtype), MOMENTUM)
+        running_mean.lerp_(linear(center, weight).to(running_mean.dtype), MOMENTUM)
         running_var.lerp_((variance * (len(rows) / (len(rows) - 1))).to(running_var.dtype), MOMENTUM)
         batches.add_(1)
-    return mean, variance
+    return variance
 
 
 def _folded(weights: Sequence[Tensor], mean: Tensor, variance: Tensor) -> list[Tensor]:
