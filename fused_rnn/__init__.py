@@ -6,14 +6,19 @@ from fused_rnn.convert import convert, patch, to_torch, unpatch
 from fused_rnn.flex import UserCell, cell
 from fused_rnn.nn import GRU, LSTM, RNN, FlexRNN, GRUCell, LSTMCell, RNNCell
 from fused_rnn.nn.field import (
+    MGU,
     SLSTM,
     SRU,
+    BlockGRU,
     CoupledLSTM,
     IndRNN,
+    LayerNormGRU,
+    LayerNormLSTM,
     LiGRU,
     MinGRU,
     MinLSTM,
     PeepholeLSTM,
+    ResetBeforeGRU,
     list_cells,
 )
 from fused_rnn.plan import plan
@@ -24,9 +29,11 @@ __version__ = "0.1.0"
 __all__ = [
     "GRU",
     "LSTM",
+    "MGU",
     "RNN",
     "SLSTM",
     "SRU",
+    "BlockGRU",
     "CoupledLSTM",
     "FlexRNN",
     "GRUCell",
@@ -34,12 +41,15 @@ __all__ = [
     "IndRNN",
     "LSTMCell",
     "LSTMFunction",
+    "LayerNormGRU",
+    "LayerNormLSTM",
     "LiGRU",
     "MinGRU",
     "MinLSTM",
     "PeepholeLSTM",
     "RNNCell",
     "RNNFunction",
+    "ResetBeforeGRU",
     "Stream",
     "UserCell",
     "cell",

@@ -2,18 +2,39 @@
 
 from __future__ import annotations
 
+from fused_rnn.nn.field.block_gru import BlockGRU
 from fused_rnn.nn.field.coupled_lstm import CoupledLSTM
 from fused_rnn.nn.field.ind_rnn import IndRNN
+from fused_rnn.nn.field.layer_norm import LayerNormGRU, LayerNormLSTM
 from fused_rnn.nn.field.li_gru import LiGRU
 from fused_rnn.nn.field.min_rnn import MinGRU, MinLSTM
 from fused_rnn.nn.field.peephole_lstm import PeepholeLSTM
+from fused_rnn.nn.field.reset_before import MGU, ResetBeforeGRU
 from fused_rnn.nn.field.slstm import SLSTM
 from fused_rnn.nn.field.sru import SRU
 from fused_rnn.nn.rnn import GRU, LSTM, RNN
 
-FIELD = (CoupledLSTM, IndRNN, LiGRU, MinGRU, MinLSTM, PeepholeLSTM, SLSTM, SRU)
+FIELD = (
+    BlockGRU, CoupledLSTM, IndRNN, LayerNormGRU, LayerNormLSTM, LiGRU, MGU, MinGRU, MinLSTM, PeepholeLSTM, ResetBeforeGRU, SLSTM, SRU
+)  # fmt: skip
 
-__all__ = ["FIELD", "SLSTM", "SRU", "CoupledLSTM", "IndRNN", "LiGRU", "MinGRU", "MinLSTM", "PeepholeLSTM", "list_cells"]
+__all__ = [
+    "FIELD",
+    "MGU",
+    "SLSTM",
+    "SRU",
+    "BlockGRU",
+    "CoupledLSTM",
+    "IndRNN",
+    "LayerNormGRU",
+    "LayerNormLSTM",
+    "LiGRU",
+    "MinGRU",
+    "MinLSTM",
+    "PeepholeLSTM",
+    "ResetBeforeGRU",
+    "list_cells",
+]
 
 
 def list_cells() -> list[str]:

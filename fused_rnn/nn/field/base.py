@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fused_rnn.checks import shape_text
 from fused_rnn.flex import UserCell
 from fused_rnn.nn.flex import FlexRNN
+from fused_rnn.nn.recurrent import read_weights
 
 
 class Field(FlexRNN):
@@ -84,3 +85,63 @@ def known(argument: str, value: Any, options: Mapping[str, Any]) -> Any:
     if not isinstance(value, str) or value not in options:
         raise ValueError(f"{argument}: got {value!r}, expected {' or '.join(map(repr, options))}")
     return options[value]
+
+
+class Parted(Field):
+    """Field of a cell whose params are parts, of a gate each, of a module's vectors [n·H].
+
+    _fused_vectors: n of each vector, by name, in the order of the cell's params. Those whose names begin with "bias"
+    are zero where the module has no bias, and the cell has no other biases.
+    """
+
+    _fused_vectors: ClassVar[Mapping[str, int]]
+
+    def _shapes(self, input_size: int) -> dict[str, tuple[int, ...]]:
+        shapes = super()._shapes(input_size)
+        parts = {name: (n * self.hidden_size,) for name, n in self._fused_vectors.items() if self._has(name)}
+        return {name: shapes[name] for name in ("weight_ih", "weight_hh")} | parts
+
+    def _has(self, name: str) -> bool:
+        return self.bias or not name.startswith("bias")
+
+    def _fused_draw(self, weights: Mapping[str, Tensor]) -> None:
+        """Of each gate weight_ih Glorot's, weight_hh orthogonal; gains one, all else zero."""
+        for name, weight in weights.items():
+            if name == "weight_ih":
+                for gate in weight.split(self.hidden_size):
+                    nn.init.xavier_uniform_(gate)
+            elif name == "weight_hh":
+                for gate in weight.split(self.hidden_size):
+                    nn.init.orthogonal_(gate)
+            else:
+                nn.init.constant_(weight, float(name.startswith("gamma")))
+
+    def _fused_is_plain(self) -> bool:
+        return False  # the weights are not the cell's as they are
+
+    def _fused_read(self) -> list[Tensor]:
+        """The weights, vectors in parts."""
+        weights, count, sides = read_weights(self), len(self._all_weights[0]), 1 + self.bidirectional
+        made: list[Tensor] = []
+        for first in range(0, len(weights), count):
+            own = weights[first : first + count]
+            width = self.input_size if first < sides * count else self.hidden_size * sides
+            self._check_shapes(width, own, first)
+            made += self._fused_parts(dict(zip(self._shapes(width), own, strict=True)))
+        return made
+
+    def _fused_parts(self, own: Mapping[str, Tensor]) -> list[Tensor]:
+        """A recurrence's weights as the cell has them. own: by name."""
+        parts = [own["weight_ih"], own["weight_hh"]]
+        for name, n in self._fused_vectors.items():
+            parts += own[name].chunk(n) if name in own else [parts[0].new_zeros(self.hidden_size)] * n
+        return parts
+
+
+def normed(gates: Sequence[Tensor], epsilon: float) -> list[Any]:
+    """Layer norm over all gates together, in a step. The variance by those of the gates, and of their means."""
+    means = [g.mean(-1, keepdim=True) for g in gates]
+    mean = sum(means) / len(gates)
+    parts = [g.var(-1, unbiased=False, keepdim=True) + (m - mean).square() for g, m in zip(gates, means, strict=True)]
+    scale = torch.rsqrt(sum(parts) / len(gates) + epsilon)
+    return [(g - mean) * scale for g in gates]
