@@ -107,6 +107,50 @@ def slstm(x: Tensor, s: States, w: Weights) -> States:
     return sigmoid(o) * c / n, c, n, new
 
 
+def normed(v: Tensor, epsilon: float) -> Tensor:
+    return F.layer_norm(v, v.shape[-1:], eps=epsilon)
+
+
+def layer_norm_lstm(x: Tensor, s: States, w: Weights) -> States:
+    h, c = s
+    own = normed(linear(x, w["weight_ih"]), 1e-5) * w["gamma_ih"]
+    other = normed(linear(h, w["weight_hh"]), 1e-5) * w["gamma_hh"]
+    i, f, g, o = (own + other + w.get("bias_ih", 0)).chunk(4, -1)
+    c = sigmoid(f) * c + sigmoid(i) * tanh(g)
+    return sigmoid(o) * tanh(normed(c, 1e-5) * w["gamma_c"] + w["beta_c"]), c
+
+
+def layer_norm_gru(x: Tensor, s: States, w: Weights) -> States:
+    own = normed(linear(x, w["weight_ih"]), 1e-5) * w["gamma_ih"] + w.get("bias_ih", 0)
+    other = normed(linear(s[0], w["weight_hh"]), 1e-5) * w["gamma_hh"] + w.get("bias_hh", 0)
+    (x_r, x_z, x_n), (h_r, h_z, h_n) = own.chunk(3, -1), other.chunk(3, -1)
+    z = sigmoid(x_z + h_z)
+    return ((1 - z) * tanh(x_n + sigmoid(x_r + h_r) * h_n) + z * s[0],)
+
+
+def block_gru(x: Tensor, s: States, w: Weights) -> States:
+    made = torch.cat(gates(x, s[0], w, 3), -1)
+    r, n, z = (normed(made, 1e-3) * w["gamma"] + w["beta"]).chunk(3, -1)
+    z = sigmoid(z - 1)
+    return (z * tanh(sigmoid(r) * n) + (1 - z) * s[0],)
+
+
+def reset_before_gru(x: Tensor, s: States, w: Weights) -> States:
+    x_r, x_z, x_n = linear(x, w["weight_ih"], w.get("bias_ih")).chunk(3, -1)
+    u_r, u_z, u_n = w["weight_hh"].chunk(3)
+    d_r, d_z, d_n = w["bias_hh"].chunk(3) if "bias_hh" in w else (0, 0, 0)
+    r, z = sigmoid(x_r + linear(s[0], u_r) + d_r), sigmoid(x_z + linear(s[0], u_z) + d_z)
+    return ((1 - z) * tanh(x_n + linear(r * s[0], u_n) + d_n) + z * s[0],)
+
+
+def mgu(x: Tensor, s: States, w: Weights) -> States:
+    x_f, x_n = linear(x, w["weight_ih"], w.get("bias_ih")).chunk(2, -1)
+    u_f, u_n = w["weight_hh"].chunk(2)
+    d_f, d_n = w["bias_hh"].chunk(2) if "bias_hh" in w else (0, 0)
+    f = sigmoid(x_f + linear(s[0], u_f) + d_f)
+    return ((1 - f) * s[0] + f * tanh(x_n + linear(f * s[0], u_n) + d_n),)
+
+
 class Variant(NamedTuple):
     """A module by its class's name, the options that choose its formula, and that formula."""
 
@@ -130,9 +174,17 @@ VARIANTS: dict[str, Variant] = {
     "SRU-no-terms": Variant("SRU", sru, {"recurrent_terms": False}),
     "SRU-no-skip": Variant("SRU", sru_without_skip, {"skip": False}),
     "SRU-neither": Variant("SRU", sru_without_skip, {"skip": False, "recurrent_terms": False}),
+    "LayerNormLSTM": Variant("LayerNormLSTM", layer_norm_lstm),
+    "LayerNormGRU": Variant("LayerNormGRU", layer_norm_gru),
+    "BlockGRU": Variant("BlockGRU", block_gru),
+    "BlockGRU-blocks": Variant("BlockGRU", block_gru, {"blocks": 2}),
+    "ResetBeforeGRU": Variant("ResetBeforeGRU", reset_before_gru),
+    "MGU": Variant("MGU", mgu),
     "SLSTM": Variant("SLSTM", slstm),
     "SLSTM-heads": Variant("SLSTM", slstm, {"heads": 2}),
 }
+# Of several stages, which not every loop has yet.
+STAGED = {"LayerNormLSTM", "LayerNormGRU", "BlockGRU", "BlockGRU-blocks", "ResetBeforeGRU", "MGU"}
 # With a kink, where rounding decides what the gradient is: fewer units over fewer steps in 16 bits.
 KINKED = {"IndRNN", "LiGRU", "LiGRU-none", "MinGRU", "MinLSTM", "SLSTM", "SLSTM-heads"}
 
@@ -162,7 +214,7 @@ class Case(NamedTuple):
 
     def fit(self) -> Case:
         """The case, of sizes that its module takes, and small ones of a kinked cell in 16 bits."""
-        case = self._replace(H=self.H + self.H % 2) if self.variant.options.get("heads") else self
+        case = self._replace(H=self.H + self.H % 2) if {"heads", "blocks"} & {*self.variant.options} else self
         if self.name in KINKED and self.dtype.itemsize == 2:
             case = case._replace(T=min(case.T, 2), B=min(case.B, 3), H=min(case.H, 6), layers=1)
         return case

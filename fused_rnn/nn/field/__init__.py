@@ -15,7 +15,8 @@ from fused_rnn.nn.field.sru import SRU
 from fused_rnn.nn.rnn import GRU, LSTM, RNN
 
 FIELD = (
-    BlockGRU, CoupledLSTM, IndRNN, LayerNormGRU, LayerNormLSTM, LiGRU, MGU, MinGRU, MinLSTM, PeepholeLSTM, ResetBeforeGRU, SLSTM, SRU
+    BlockGRU, CoupledLSTM, IndRNN, LayerNormGRU, LayerNormLSTM, LiGRU, MGU, MinGRU, MinLSTM, PeepholeLSTM,
+    ResetBeforeGRU, SLSTM, SRU,
 )  # fmt: skip
 
 __all__ = [

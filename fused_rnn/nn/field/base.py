@@ -141,7 +141,8 @@ class Parted(Field):
 def normed(gates: Sequence[Tensor], epsilon: float) -> list[Any]:
     """Layer norm over all gates together, in a step. The variance by those of the gates, and of their means."""
     means = [g.mean(-1, keepdim=True) for g in gates]
-    mean = sum(means) / len(gates)
+    mean: Any = sum(means) / len(gates)
     parts = [g.var(-1, unbiased=False, keepdim=True) + (m - mean).square() for g, m in zip(gates, means, strict=True)]
-    scale = torch.rsqrt(sum(parts) / len(gates) + epsilon)
+    variance: Any = sum(parts) / len(gates)
+    scale = torch.rsqrt(variance + epsilon)
     return [(g - mean) * scale for g in gates]

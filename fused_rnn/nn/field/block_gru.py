@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -56,7 +56,7 @@ class BlockGRU(Parted):
     """
 
     _fused_step = block_gru
-    _fused_vectors = {"gamma": 3, "beta": 3}
+    _fused_vectors: ClassVar = {"gamma": 3, "beta": 3}
 
     def __init__(self, input_size: int, hidden_size: int, *args: Any, blocks: int = 1, **kwargs: Any) -> None:
         if isinstance(blocks, bool) or not isinstance(blocks, int) or blocks < 1 or hidden_size % blocks:

@@ -71,7 +71,7 @@ class _Haste(Parted):
                         gates = part.chunk(len(self._fused_order))
                         part = torch.cat([gates[k] for k in self._fused_order])
                     state_dict[f"{prefix}{name}_l0"] = part
-        super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[no-untyped-call]
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 class LayerNormLSTM(_Haste):
@@ -104,8 +104,8 @@ class LayerNormLSTM(_Haste):
     """
 
     _fused_step = layer_norm_lstm
-    _fused_vectors = {"gamma_ih": 4, "gamma_hh": 4, "bias_ih": 4, "gamma_c": 1, "beta_c": 1}
-    _fused_haste = {
+    _fused_vectors: ClassVar = {"gamma_ih": 4, "gamma_hh": 4, "bias_ih": 4, "gamma_c": 1, "beta_c": 1}
+    _fused_haste: ClassVar = {
         "kernel": ("weight_ih",), "recurrent_kernel": ("weight_hh",), "bias": ("bias_ih",),
         "gamma": ("gamma_ih", "gamma_hh"), "gamma_h": ("gamma_c",), "beta_h": ("beta_c",),
     }  # fmt: skip
@@ -149,8 +149,8 @@ class LayerNormGRU(_Haste):
     """
 
     _fused_step = layer_norm_gru
-    _fused_vectors = {"gamma_ih": 3, "gamma_hh": 3, "bias_ih": 3, "bias_hh": 3}
-    _fused_haste = {
+    _fused_vectors: ClassVar = {"gamma_ih": 3, "gamma_hh": 3, "bias_ih": 3, "bias_hh": 3}
+    _fused_haste: ClassVar = {
         "kernel": ("weight_ih",), "recurrent_kernel": ("weight_hh",), "bias": ("bias_ih",),
         "recurrent_bias": ("bias_hh",), "gamma": ("gamma_ih", "gamma_hh"),
     }  # fmt: skip
