@@ -42,6 +42,7 @@ def list_cells() -> list[str]:
     """The names of the modules that this package has for cells, in alphabetical order: each is `fused_rnn.<name>`.
 
     Examples:
-        >>> fused_rnn.list_cells()
+        >>> [name for name in fused_rnn.list_cells() if name.endswith("GRU")]
+        ['BlockGRU', 'GRU', 'LayerNormGRU', 'LiGRU', 'MinGRU', 'ResetBeforeGRU']
     """
     return sorted(cls.__name__ for cls in (LSTM, GRU, RNN, *FIELD))

@@ -139,10 +139,14 @@ class Parted(Field):
 
 
 def normed(gates: Sequence[Tensor], epsilon: float) -> list[Any]:
-    """Layer norm over all gates together, in a step. The variance by those of the gates, and of their means."""
-    means = [g.mean(-1, keepdim=True) for g in gates]
-    mean: Any = sum(means) / len(gates)
-    parts = [g.var(-1, unbiased=False, keepdim=True) + (m - mean).square() for g, m in zip(gates, means, strict=True)]
-    variance: Any = sum(parts) / len(gates)
+    """Layer norm over all gates together, in a step.
+
+    Its variance is that of the units' means over the gates, and the mean of the units' variances over the gates: three
+    numbers of a row, all of one stage, and no difference of squares.
+    """
+    count, own = len(gates), sum(gates[1:], gates[0]) / len(gates)
+    within = [(g - own).square() for g in gates]
+    mean = own.mean(-1, keepdim=True)
+    variance = own.var(-1, unbiased=False, keepdim=True) + sum(within[1:], within[0]).mean(-1, keepdim=True) / count
     scale = torch.rsqrt(variance + epsilon)
     return [(g - mean) * scale for g in gates]
