@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from typing import Any
 
 import pytest
@@ -138,23 +137,3 @@ def test_a_mean_that_is_large_beside_the_deviation() -> None:
     call = given(case, 1)
     results = (by_loop(rnn, case.variant, call, dtype) for dtype in (torch.float32, F64))
     assert_as_good_as_torch(by_module(rnn, call), *results)
-
-
-@pytest.mark.skipif(importlib.util.find_spec("sheeprl") is None, reason="needs sheeprl: pip install '.[peers]'")
-def test_block_gru_is_sheeprls() -> None:
-    from sheeprl.models.models import LayerNormGRUCell
-
-    cell = LayerNormGRUCell(5, 6, True, layer_norm_cls=nn.LayerNorm, layer_norm_kw={"eps": 1e-3}).double()
-    gru = fused_rnn.BlockGRU(5, 6, dtype=F64)
-    with torch.no_grad():
-        gru.weight_hh_l0.copy_(cell.linear.weight[:, :6])
-        gru.weight_ih_l0.copy_(cell.linear.weight[:, 6:])
-        gru.bias_ih_l0.copy_(cell.linear.bias)
-        gru.gamma_l0.copy_(cell.layer_norm.weight)
-        gru.beta_l0.copy_(cell.layer_norm.bias)
-    x, h = torch.randn(7, 3, 5, dtype=F64), torch.zeros(3, 6, dtype=F64)
-    outputs = []
-    for x_t in x:
-        h = cell(x_t, h)
-        outputs.append(h)
-    assert_same_formula(gru(x)[0], torch.stack(outputs))
