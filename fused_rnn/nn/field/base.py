@@ -36,10 +36,16 @@ class Field(FlexRNN):
         return_sequences: str = "h",
         backend: str | None = None,
         save: str = "gates",
+        recurrent_dropout: float = 0.0,
+        zoneout: float | Sequence[float] = 0.0,
+        weight_dropout: float = 0.0,
+        return_gates: bool = False,
     ) -> None:
         super().__init__(
             self._fused_choose(), input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional,
             device, dtype, heads=heads, return_sequences=return_sequences, backend=backend, save=save,
+            recurrent_dropout=recurrent_dropout, zoneout=zoneout, weight_dropout=weight_dropout,
+            return_gates=return_gates,
         )  # fmt: skip
 
     def _fused_choose(self) -> UserCell:

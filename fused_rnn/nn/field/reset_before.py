@@ -30,10 +30,10 @@ def mgu(x: Any, r: Any, s: Any, p: Any, m: Any) -> Any:
 class _Before(Field):
     """The weights are a GRU's; the cell has matrices in the place of W_hh, and one bias."""
 
-    _fused_gates: ClassVar[int]
+    _fused_blocks: ClassVar[int]
 
     def _shapes(self, input_size: int) -> dict[str, tuple[int, ...]]:
-        rows, hidden = self._fused_gates * self.hidden_size, self.hidden_size
+        rows, hidden = self._fused_blocks * self.hidden_size, self.hidden_size
         shapes: dict[str, tuple[int, ...]] = {"weight_ih": (rows, input_size), "weight_hh": (rows, hidden)}
         return shapes | dict.fromkeys(("bias_ih", "bias_hh"), (rows,)) if self.bias else shapes
 
@@ -48,7 +48,7 @@ class _Before(Field):
             own = weights[first : first + count]
             self._check_shapes(self.input_size if first < sides * count else self.hidden_size * sides, own, first)
             w_ih, w_hh, *biases = own
-            last = (self._fused_gates - 1) * self.hidden_size
+            last = (self._fused_blocks - 1) * self.hidden_size
             made += [w_ih, *([biases[0] + biases[1]] if biases else []), w_hh[:last], w_hh[last:]]
         return made
 
@@ -77,7 +77,7 @@ class ResetBeforeGRU(_Before):
     """
 
     _fused_step = reset_before_gru
-    _fused_gates = 3
+    _fused_blocks = 3
 
 
 class MGU(_Before):
@@ -102,4 +102,4 @@ class MGU(_Before):
     """
 
     _fused_step = mgu
-    _fused_gates = 2
+    _fused_blocks = 2
