@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from field_loop import VARIANTS, Case, check, given
+from field_loop import VARIANTS, Case, check, given, plain_loop
 from tolerances import GRADCHECK, assert_same_formula
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
@@ -139,6 +139,30 @@ def test_compiled_and_exported(name: str) -> None:
         grads = [p.grad for p in module.parameters()]
         found.append([y, *grads, *(b for b in module.buffers() if b.is_floating_point())])
     torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_regularisers_and_gates_over_time(name: str) -> None:
+    """What FlexRNN has beside, as test_extras.py judges it: in eval mode zoneout's expectation, by the formula."""
+    case = Case(name, layers=2, bidirectional=True, dtype=torch.float64)
+    rnn = case.module().eval()
+    states = len(rnn.cell.states)
+    kind = getattr(fused_rnn, case.variant.module)
+    zoned = kind(
+        4, 6, 2, bidirectional=True, dtype=torch.float64, zoneout=0.25, return_gates=True, **case.variant.options
+    )
+    zoned.load_state_dict(rnn.state_dict())
+    call = given(case, states)
+    hx: Any = call.hx[0] if states == 1 else tuple(call.hx)
+    y, after, gates = zoned.eval()(call.x, hx)
+    assert {tuple(gate.shape) for gate in gates.values()} == {(5, 3, 12)}
+    if states == 1 and not case.variant.prepare:
+        step = case.variant.step
+        mixed = case.variant._replace(step=lambda x, s, w: (0.25 * s[0] + 0.75 * step(x, s, w)[0],))
+        alike([y, after], plain_loop(zoned, mixed, call, call.x, call.hx, dict(zoned.named_parameters())))
+    y, after, _ = zoned.train()(call.x, hx)
+    (y.sum() + sum(s.sum() for s in flat(after))).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in zoned.parameters())
 
 
 def test_the_list() -> None:
