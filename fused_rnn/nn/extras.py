@@ -110,62 +110,46 @@ def run(
     x: Tensor,
     weights: Sequence[Tensor],
     states: Sequence[Tensor],
-    num_layers: int,
     lengths: Any,
     reset: Tensor | None,
-) -> tuple[tuple[Tensor, ...], list[Tensor]]:
-    """The layers, with what the module's extras ask for: what is returned over time of the last one, the states after.
+) -> tuple[tuple[Tensor, ...], Sequence[Tensor]]:
+    """A layer, with what the module's extras ask for: what is returned over time, the states after.
 
-    x: [T, B, D].  states: () or of [L·R, B, H] each.
+    x: [T, B, D].  states: () or of [R, B, H] each.
     """
-    heads, sides = module._fused_heads, 1 + module.bidirectional
-    training, count = module.training, len(weights) // (num_layers * sides * heads)
+    heads, training, units = module._fused_heads, module.training, module.hidden_size // module._fused_heads
+    recurrences = (1 + module.bidirectional) * heads
     dropped = now.recurrent_dropout_on if training and now.recurrent_dropout > 0 else ""
     zones = tuple(None if training and p > 0 else p for p in now.zoneout)
-    cell = module._fused_cell
+    cell, number, first = module._fused_cell, module._fused_states, int(dropped == "h")
     if dropped or now.gates or any(p is None or p > 0 for p in zones):
         cell = program(cell, dropped, zones, now.gates)
-    number, finals = module._fused_states, []
-    over_time: tuple[Tensor, ...] = ()
-    first = int(dropped == "h")
-    units = module.hidden_size // heads
-    sequences = bool(first or now.states or now.gates)
-    draw = _Draw(x) if training else None
-    for layer in range(num_layers):
-        own: list[Tensor] = []
-        masks: list[Tensor] = []
-        for r in range(layer * sides * heads, (layer + 1) * sides * heads):
-            own += weights[r * count : (r + 1) * count]
-            if draw is None:
-                continue
+    masks: list[Tensor] = []  # of h or what is new, of each recurrence
+    if training:
+        draw, count, own = _Draw(x), len(weights) // recurrences, list[Tensor]()
+        for r in range(recurrences):
+            mine = list(weights[r * count : (r + 1) * count])
             if now.weight_dropout > 0:
-                own[1 - count] = own[1 - count] * draw(own[1 - count], now.weight_dropout)
+                mine[1] = mine[1] * draw(mine[1], now.weight_dropout)
             if dropped:
                 masks.append(draw(x.new_empty(1, x.shape[1], units), now.recurrent_dropout))
-                own.append(masks[-1])
+                mine.append(masks[-1])
             kept = [p for p, zone in zip(now.zoneout, zones, strict=True) if zone is None]
-            own += [draw(x.new_empty(*x.shape[:2], units), p, 1.0, 0.0) for p in kept]
-        entering: list[Any] = [s[layer * sides : (layer + 1) * sides] for s in states]
-        if entering:
-            if first:
-                by_side = [torch.cat(masks[k : k + heads], -1) for k in range(0, len(masks), heads)]
-                entering.insert(0, entering[0] * torch.cat(by_side))
-            entering += [None] * (len(CELLS[cell].states) - len(entering))
-        outputs = layers.run(
-            cell, x, own, entering, 1, module.bidirectional, 0.0, training, lengths, reset, module._fused_save,
-            module._fused_backend, heads, sequences,
-        )  # fmt: skip
-        made = len(CELLS[cell].states)
-        finals.append(outputs[1 + first : 1 + first + number])
-        histories = (outputs[0], *outputs[1 + made :])
-        x = histories[first]
-        if layer + 1 < num_layers:
-            x = torch.dropout(x, module.dropout, True) if module.dropout and training else x
-        else:
-            over_time = (*histories[first : first + (number if now.states else 1)], *histories[first + number :])
-    if num_layers == 1:
-        return over_time, list(finals[0])
-    return over_time, [torch.cat(list(each)) for each in zip(*finals, strict=True)]
+            own += mine + [draw(x.new_empty(*x.shape[:2], units), p, 1.0, 0.0) for p in kept]
+        weights = own
+    entering: list[Any] = list(states)
+    if entering:
+        if first:
+            by_side = [torch.cat(masks[k : k + heads], -1) for k in range(0, recurrences, heads)]
+            entering.insert(0, entering[0] * torch.cat(by_side))
+        entering += [None] * (len(CELLS[cell].states) - len(entering))
+    outputs = layers.run(
+        cell, x, weights, entering, 1, module.bidirectional, 0.0, training, lengths, reset, module._fused_save,
+        module._fused_backend, heads, bool(first or now.states or now.gates),
+    )  # fmt: skip
+    histories = (outputs[0], *outputs[1 + len(CELLS[cell].states) :])
+    own_states = histories[first : first + (number if now.states else 1)]
+    return (*own_states, *histories[first + number :]), outputs[1 + first : 1 + first + number]
 
 
 class _Draw:

@@ -170,24 +170,34 @@ def _run_packed_dropout(
     reset: Tensor | None,
     more: Extras | None,
 ) -> tuple[Any, Any]:
-    """The layers one by one: torch draws the masks between them for the packed rows, and so do we."""
+    """torch draws the masks between layers for the packed rows, and so do we."""
+
+    def layer(data: Tensor, own: Sequence[Tensor], entering: Any) -> Result:
+        y, final = _run_layers(module, layout.pad(data), own, entering, layout.lengths, reset, more, num_layers=1)
+        return _each(lambda s: layout.pack(s, module._fused_backend), y), final
+
+    return _one_by_one(module, data, weights, hx, layer)
+
+
+def _one_by_one(
+    module: Recurrent, data: Tensor, weights: Sequence[Tensor], hx: Any, layer: Callable[..., Result]
+) -> tuple[Any, Any]:
+    """The layers, each by a call of its own, dropout between them."""
     recurrences = 2 if module.bidirectional else 1
     count = len(weights) // module.num_layers
-    finals = []
-    for layer in range(module.num_layers):
-        if layer:
+    finals: list[Any] = []
+    y: Any = data
+    for k in range(module.num_layers):
+        data = y if isinstance(y, Tensor) else y[0]
+        if k and module.dropout and module.training:
             data = torch.dropout(data, module.dropout, True)
-        rows = slice(layer * recurrences, (layer + 1) * recurrences)
-        own = weights[layer * count : (layer + 1) * count]
-        h_in = _each(lambda s, rows=rows: s[rows], hx)
-        y, final = _run_layers(module, layout.pad(data), own, h_in, layout.lengths, reset, more, num_layers=1)
-        packed = _each(lambda s: layout.pack(s, module._fused_backend), y)
-        data = packed if isinstance(packed, Tensor) else packed[0]
+        rows = slice(k * recurrences, (k + 1) * recurrences)
+        entering = _each(lambda s, rows=rows: s[rows], hx)
+        y, final = layer(data, weights[k * count : (k + 1) * count], entering)
         finals.append(final)
-    data = packed
     if module._fused_states > 1:
-        return data, tuple(torch.cat(states) for states in zip(*finals, strict=True))
-    return data, torch.cat(finals)
+        return y, tuple(torch.cat(states) for states in zip(*finals, strict=True))
+    return y, torch.cat(finals)
 
 
 def _run_layers(
@@ -202,17 +212,24 @@ def _run_layers(
 ) -> Result:
     """x [T, B, D], hx of [L·R, B, ·] or None → y [T, B, R·P], the final hx."""
     several, options = module._fused_states > 1, module._fused_options
+    num_layers = num_layers or module.num_layers
+    if num_layers > 1 and (module._fused_by_layer or more is not None):
+        return _one_by_one(
+            module, x, weights, hx, lambda x, own, hx: _run_layers(module, x, own, hx, lengths, reset, more, 1)
+        )
+    if module._fused_by_layer:
+        x, weights = module._fused_of_layer(x, weights, lengths)
     y: Any
     if more is not None:
         states = () if hx is None else hx if several else (hx,)
-        y, after = extras.run(module, more, x, weights, states, num_layers or module.num_layers, lengths, reset)
+        y, after = extras.run(module, more, x, weights, states, lengths, reset)
         return y, tuple(after) if several else after[0]
     y, *after = layers.run(
         module._fused_cell,
         x,
         weights,
         () if hx is None else hx if several else (hx,),
-        num_layers or module.num_layers,
+        num_layers,
         module.bidirectional,
         module.dropout,
         module.training,
