@@ -218,9 +218,10 @@ def fewer_blocks(cell: Cell, precision: str, backward: bool) -> int:
         numbers = states + before + after + cell.gradients + cell.saved + 2 * params + cell.masks - 12
     else:
         numbers = cell.carried + cell.gates + cell.apart + cell.saved + params + cell.masks - 9
-    # Two units a thread; a block is 8 registers an m tile, of which forward has two, or 16 of FMA lanes.
-    block = 8 if backward and precision != "ieee" else 16
-    return max(0, -(-2 * numbers // block))
+    # Two units a thread, in several stages one; a block is 8 registers an m tile, of which forward has two, or 16 of FMA
+    # lanes.
+    units, block = 1 + (stages_of(cell, backward).count == 1), 8 if backward and precision != "ieee" else 16
+    return max(0, -(-units * numbers // block))
 
 
 def read(native: Any, precision: str, device: Device) -> Plan:
