@@ -3,8 +3,25 @@
 from fused_rnn import functional
 from fused_rnn.autograd import GRUFunction, LSTMFunction, RNNFunction
 from fused_rnn.convert import convert, patch, to_torch, unpatch
+from fused_rnn.diagnose import diagnose
 from fused_rnn.flex import UserCell, cell
 from fused_rnn.nn import GRU, LSTM, RNN, FlexRNN, GRUCell, LSTMCell, RNNCell
+from fused_rnn.nn.field import (
+    MGU,
+    SLSTM,
+    SRU,
+    BlockGRU,
+    CoupledLSTM,
+    IndRNN,
+    LayerNormGRU,
+    LayerNormLSTM,
+    LiGRU,
+    MinGRU,
+    MinLSTM,
+    PeepholeLSTM,
+    ResetBeforeGRU,
+    list_cells,
+)
 from fused_rnn.plan import plan
 from fused_rnn.stream import Stream
 
@@ -13,19 +30,34 @@ __version__ = "0.1.0"
 __all__ = [
     "GRU",
     "LSTM",
+    "MGU",
     "RNN",
+    "SLSTM",
+    "SRU",
+    "BlockGRU",
+    "CoupledLSTM",
     "FlexRNN",
     "GRUCell",
     "GRUFunction",
+    "IndRNN",
     "LSTMCell",
     "LSTMFunction",
+    "LayerNormGRU",
+    "LayerNormLSTM",
+    "LiGRU",
+    "MinGRU",
+    "MinLSTM",
+    "PeepholeLSTM",
     "RNNCell",
     "RNNFunction",
+    "ResetBeforeGRU",
     "Stream",
     "UserCell",
     "cell",
     "convert",
+    "diagnose",
     "functional",
+    "list_cells",
     "patch",
     "plan",
     "to_torch",

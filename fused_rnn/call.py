@@ -208,7 +208,7 @@ class BackwardCall(NamedTuple):
     dy: [T, B, R·P] or None.  dstates: () or one for each state.
     hidden, saved, histories: what forward kept, or returned.
     need_dx, need_dw: whether x's and the weights' gradients are wanted.
-    dsequences: () or of each state but h the gradient of its sequence, [T, B, R, H].
+    dsequences: () or of each state but h the gradient of its sequence, [T, B, R, H], or of shape [0] for zero.
     """
 
     dy: Tensor | None
@@ -266,6 +266,11 @@ class StackCall(NamedTuple):
 def all_or_none(tensors: Sequence[Tensor], number: int) -> list[Tensor | None]:
     """The tensors, one for each of this many states; None for each where none was given."""
     return [*tensors] if tensors else [None] * number
+
+
+def is_absent(t: Tensor) -> bool:
+    """Whether a tensor stands for none: the ops, which return and take lists, mark one by the shape [0]."""
+    return t.dim() == 1 and t.numel() == 0
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:

@@ -18,6 +18,8 @@ from fused_rnn.call import known_save
 from fused_rnn.dispatch import known_backend
 from fused_rnn.nn import GRU, LSTM, RNN, FlexRNN, GRUCell, LSTMCell, RNNCell, both
 from fused_rnn.nn.base import Fused, mark_leaf, unmark_leaf
+from fused_rnn.nn.field import FIELD
+from fused_rnn.nn.field.xlstm import XLSTMCell, is_slstm_cell, why_not
 from fused_rnn.nn.recurrent import Recurrent, overrides_checks
 
 M = TypeVar("M", bound=nn.Module)
@@ -38,7 +40,8 @@ _IN_THE_WAY = ("forward", "backend", "save")
 
 
 def convert(model: M, *, backend: str | None = None, save: str = "gates", keep_class: bool = False) -> M:
-    """Turn every torch.nn LSTM, GRU, RNN, LSTMCell, GRUCell and RNNCell in `model` into ours, in place.
+    """Turn every torch.nn LSTM, GRU, RNN, LSTMCell, GRUCell and RNNCell in `model` into ours, in place, and every sLSTM
+    cell of the package xlstm.
 
     The modules stay the objects they are, in another class: parameters, buffers, hooks, parametrizations, names,
     train() or eval(), device, and whoever refers to them, an optimizer or DistributedDataParallel for one, know of no
@@ -88,12 +91,12 @@ def convert(model: M, *, backend: str | None = None, save: str = "gates", keep_c
             mark_leaf(module)
             continue
         own = [attribute for attribute in _IN_THE_WAY if attribute in vars(module)]
-        if own:
-            warnings.warn(
-                f"convert: {name or 'the model'}, a {kind.__module__}.{kind.__qualname__}, has an attribute "
-                f"{own[0]!r} of its own, and is left as it is",
-                stacklevel=2,
-            )
+        why = f"has an attribute {own[0]!r} of its own" if own else None
+        if is_slstm_cell(kind):
+            why = why or why_not(module)
+        if why is not None:
+            what = f"{name or 'the model'}, a {kind.__module__}.{kind.__qualname__}"
+            warnings.warn(f"convert: {what}, {why}, and is left as it is", stacklevel=2)
             continue
         module.__class__ = ours
         mark_leaf(module)
@@ -136,7 +139,7 @@ def to_torch(model: M) -> M:
             module.__dict__.pop("_fused_backend", None)
             module.__dict__.pop("_fused_save", None)
         elif isinstance(module, Fused):
-            why = "which torch.nn has not" if kind is FlexRNN else "derived from fused_rnn's class"
+            why = "which torch.nn has not" if kind in (FlexRNN, *FIELD) else "derived from fused_rnn's class"
             what = f"{name or 'the model'} is a {kind.__module__}.{kind.__qualname__}"
             warnings.warn(f"to_torch: {what}, {why}, and is left as it is", stacklevel=2)
     return model
@@ -258,7 +261,8 @@ def _ours(kind: type[nn.Module], parametrized: bool, keep_class: bool) -> type[n
     if _is_reparametrized(kind, parametrized):
         return _reparametrized(kind, _ours(kind.__bases__[0], False, keep_class))
     if not issubclass(kind, Fused):
-        return _derived(kind) if issubclass(kind, tuple(_COUNTERPARTS)) else None  # type: ignore[arg-type]  # is hashable
+        known = is_slstm_cell(kind) or issubclass(kind, tuple(_COUNTERPARTS))
+        return _derived(kind) if known else None  # type: ignore[arg-type]  # is hashable
     if keep_class:
         theirs = kind._fused_counterpart
         return None if theirs is None or issubclass(kind, theirs) else _derived(kind)  # type: ignore[arg-type]
@@ -315,13 +319,15 @@ class _Derived:
 @cache
 def _derived(kind: type[nn.Module]) -> type[nn.Module]:
     """A class over kind, a user's subclass of torch.nn's or ours, that is both, and in which our forward comes right
-    before torch.nn's.
+    before torch.nn's; over xlstm's cell one with our forward.
 
     Every super() in the user's methods then finds ours: the order of bases is kind's up to torch.nn's class, ours, and
     torch.nn's.
     """
-    counterpart = next(_COUNTERPARTS[cls] for cls in kind.__mro__ if cls in _COUNTERPARTS)
     own = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "_fused_from": kind}
+    if is_slstm_cell(kind):
+        return _class(kind.__name__, (_Derived, XLSTMCell, kind), own)
+    counterpart = next(_COUNTERPARTS[cls] for cls in kind.__mro__ if cls in _COUNTERPARTS)
     root: type = kind
     while root.__base__ is not None and root.__base__.__dictoffset__:
         root = root.__base__

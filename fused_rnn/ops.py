@@ -39,6 +39,7 @@ ISA: str | None = None if _C is None else _C.isa()
 forward: Callable[..., list[Tensor]] = _absent
 backward: Callable[..., list[Tensor]] = _absent
 step: Callable[..., list[Tensor]] = _absent
+mask: Callable[..., Tensor] | None = None  # numbers for regularisers, on CPU tensors
 # Called by ops on a GPU, so they have nothing but their kernels: csrc/ops/steps.cpp, plain_layer.cpp.
 run_steps: Callable[..., None] = _absent
 plain_forward: Callable[..., list[Tensor]] = _absent
@@ -76,6 +77,7 @@ if _C is not None:
     forward = torch.ops.fused_rnn.forward.default
     backward = torch.ops.fused_rnn.backward.default
     step = torch.ops.fused_rnn.step.default
+    mask = torch.ops.fused_rnn.mask.default
     run_steps = torch.ops.fused_rnn.run_steps.default
     plain_forward = torch.ops.fused_rnn.cuda_plain_forward.default
     plain_backward = torch.ops.fused_rnn.cuda_plain_backward.default
@@ -83,6 +85,7 @@ if _C is not None:
     torch.library.register_fake("fused_rnn::forward", fake.forward)
     torch.library.register_fake("fused_rnn::backward", fake.backward)
     torch.library.register_fake("fused_rnn::step", fake.step)
+    torch.library.register_fake("fused_rnn::mask", lambda seed, like, *_: torch.empty_like(like))
     op_gradient.register("fused_rnn::forward", forward, backward)
     vmap.register("fused_rnn::forward", forward, vmap.forward, _library)
     vmap.register("fused_rnn::backward", backward, vmap.backward, _library)

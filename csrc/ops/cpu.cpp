@@ -89,6 +89,7 @@ STABLE_TORCH_LIBRARY(fused_rnn, m) {
       "dsequences) -> Tensor[]");
   m.def("step(Tensor x, Tensor[] weights, Tensor[] states, str cell) -> Tensor[]");
   m.def("activation(Tensor x, int which) -> Tensor");
+  m.def("mask(Tensor seed, Tensor like, float p, float low, float high, int stream) -> Tensor");
   m.def(
       "cuda_plain_forward(int[] told, Tensor x, Tensor[] weights, Tensor[] states, Tensor? lengths, Tensor? reset, bool keep_gates, "
       "bool keep_hidden) -> Tensor[]");

@@ -48,6 +48,9 @@ struct Gradient {
   }
 };
 
+// The ops mark a tensor that is not there by the shape [0].
+bool is_absent(const Tensor& t) { return t.dim() == 1 && t.size(0) == 0; }
+
 // h as it entered step `start`, from the outputs of the step before; where a sequence ran none, the initial one. [R, B, P].
 void take_entering(const Problem& p, const Tensor& hidden, const Tensor& initial, int64_t start, const Tensor& out) {
   const size_t from_bytes = hidden.element_size(), wide_bytes = out.element_size(), row = size_t(p.P) * wide_bytes;
@@ -111,6 +114,7 @@ std::vector<Tensor> cpu_backward(MaybeTensor dy, std::vector<Tensor> dstates, Te
   STD_TORCH_CHECK(dsequences.empty() || int(dsequences.size()) == ST - 1, "fused_rnn: dsequences holds ", dsequences.size(),
                   " tensors, expected none or ", ST - 1);
   for (Tensor& sequence : dsequences) {
+    if (is_absent(sequence)) continue;
     layer.check("a sequence's gradient", sequence, {p.T, p.B, p.R, p.H});
     sequence = as_contiguous(sequence);
   }
@@ -194,7 +198,8 @@ std::vector<Tensor> cpu_backward(MaybeTensor dy, std::vector<Tensor> dstates, Te
       b.saved = (recompute ? *again_saved : saved).const_data_ptr();
       b.whole = !recompute;
       for (int i = 0; i < ST; ++i) {
-        if (i > 0 && !dsequences.empty()) b.dsequences[i] = dsequences[size_t(i - 1)].const_data_ptr();
+        if (i > 0 && !dsequences.empty() && !is_absent(dsequences[size_t(i - 1)]))
+          b.dsequences[i] = dsequences[size_t(i - 1)].const_data_ptr();
         if (i > 0) b.histories[i] = (recompute ? again_histories : histories)[size_t(i - 1)].const_data_ptr();
         b.first[i] = first[size_t(i)].const_data_ptr();
         b.dstates[i] = d[size_t(i)].mutable_data_ptr();

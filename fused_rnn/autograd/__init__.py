@@ -123,7 +123,8 @@ class LayerFunction(Function):
         if any(d is not None for d in given_out):
             layer = LayerCall(x, weights, states, lengths, reset, cell, directions)
             dstates = together(layer.state_shapes(), x, given_out[:count])
-            dsequences = together(layer.sequence_shapes(), x, given_out[count:]) if sequences else ()
+            if any(d is not None for d in given_out[count:]):
+                dsequences = [x.new_empty(0) if d is None else d for d in given_out[count:]]
         if dy is None and not dstates and not dsequences:
             return (None,) * len(needs)
         histories, options = rest[: count - 1], (cell, directions, save, need_dx, need_dw)

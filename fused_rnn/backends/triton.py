@@ -75,7 +75,11 @@ def describe(problem: Problem) -> str:
     cell, kind = CELLS[problem.cell], devices.kind_of(problem.dtype, target)
     for way in ("forward", "backward")[: 1 + problem.needs_grad]:
         shape = shape_of(cell, kind, problem.hidden_size, way == "backward")
-        said.append(f"{way}: {planner.choose(shape, target, problem.batch, problem.recurrences)}")
+        schedule = planner.choose(shape, target, problem.batch, problem.recurrences)
+        said.append(f"{way}: {schedule}")
+        least = planner.FEWEST_CHUNKS * planner.SHORTEST_CHUNK
+        if planner.chunk_of(cell, schedule, target, least, problem.batch, problem.recurrences) < least:
+            said[-1] += f", by chunks of time side by side from T = {least} on"
     return "; ".join(said)
 
 

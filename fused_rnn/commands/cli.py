@@ -66,6 +66,7 @@ KINDS: dict[str | None, tuple[str, set[str]]] = {
     "model": ("which is measured as it is", {"threads", "modes", "device", "minutes"}),
     "stream": ("which has sizes of its own, float32 on the CPU", {"cells", "threads", "minutes", "out"}),
     "flex": ("which has sizes of its own, float32 by one thread", {"cells", "jax_python", "minutes", "out"}),
+    "field": ("which has sizes of its own, float32 by one thread", {"minutes", "out"}),
     "scaling": ("which goes by the CPU's threads and processes, ours by torch.nn's", CPU_SCALING),
     "shapes": ("which is in the place of a grid", EVERY_GRID | {"layers", "bidirectional"}),
     None: ("and with --scaling; of the grid --variant layers or bidirectional can be measured", EVERY_GRID | {"quick"}),
@@ -117,7 +118,8 @@ def _check_kind() -> None:
 @click.option(
     "--minutes",
     type=click.FloatRange(0),
-    help="For each dtype and thread count. [default: 9; 1 of --quick, --shape, --model; 3 of --scaling, --flex]",
+    help="For each dtype and thread count. "
+    "[default: 9; 1 of --quick, --shape, --model; 3 of --scaling, --flex, --field]",
 )
 @click.option("--memory/--no-memory", default=None, help="Measure peak memory as well. [default: yes, of --shape no]")
 @click.option("--stream", is_flag=True, help="Measure module.stream() alone, against torch's cells and T=1 calls.")
@@ -134,6 +136,9 @@ def _check_kind() -> None:
 )
 @click.option(
     "--flex", is_flag=True, help="Measure FlexRNN against the built-in modules, a loop over its step, and JAX."
+)
+@click.option(
+    "--field", is_flag=True, help="Measure the cells of the literature against the closest built-in and a plain loop."
 )
 @click.option("--jax-python", metavar="PATH", help="Of --flex: a Python that has jax. [default: this one]")
 @click.option(
@@ -166,6 +171,7 @@ def bench(
     model: str | None,
     scaling: bool,
     flex: bool,
+    field: bool,
     jax_python: str | None,
     out: Path | None,
     choose: bool,
@@ -213,6 +219,11 @@ def bench(
 
         budget = 60 * (minutes if minutes is not None else 3)
         execute_flex(cells or CELLS, jax_python or sys.executable, budget, out, Console())
+        return
+    if field:
+        from fused_rnn.commands.bench.field import execute as execute_field
+
+        execute_field(60 * (minutes if minutes is not None else 3), out, Console())
         return
     if scaling:
         points = partial(_scaling_points, cells, modes, shapes, layers or 1, bidirectional)

@@ -35,6 +35,7 @@ def as_text() -> str:
 def _versions() -> dict[str, str]:
     return {
         "fused_rnn": f"{fused_rnn.__version__}, from {missing.PACKAGE}",
+        "cells": ", ".join(fused_rnn.list_cells()),
         "torch": torch.__version__,
         "Python": platform.python_version(),
         "CUDA in torch": torch.version.cuda or "none",

@@ -78,8 +78,10 @@ def known_backend(backend: str | None) -> str | None:
     return backend
 
 
-def choose(problem: Problem, backend: str | None = None) -> ModuleType:
+def choose(problem: Problem, backend: str | ModuleType | None = None) -> ModuleType:
     """The backend to run the problem: the one named, or with None the one that measured fastest of those that can.
+
+    backend: what is no name is a backend itself, as diagnose has one for each module.
 
     Raises ValueError for an unknown name; NotImplementedError, with every backend's reason, if the one named (or none
     at all) can run it.
@@ -91,6 +93,8 @@ def choose(problem: Problem, backend: str | None = None) -> ModuleType:
                 if name in ("torch", "reference") and (reason := _falls_back(names[0], problem)) is not None:
                     missing.warn_once(reason)
                 return BACKENDS[name]
+    elif not isinstance(backend, str):
+        return backend
     elif known_backend(backend) and BACKENDS[backend].supports(problem) is None:
         return BACKENDS[backend]
     raise NotImplementedError(_refusal(problem, backend))

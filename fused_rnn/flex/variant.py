@@ -50,7 +50,7 @@ def _made(cell: str, dropped: str, zones: tuple[float | None, ...], with_gates: 
         masks: Sequence[Tensor],
     ) -> list[Tensor]:
         before, left = s[masked_h : masked_h + count], iter(masks)
-        drop = next(left) if dropped else torch.ones(())
+        drop: Any = next(left) if dropped else None
         gates = list(x) if r is None else [a + b for a, b in zip(x, r, strict=True)]
         if user is not None:
             made = user.plain(x, r, before, p, m)

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from fused_rnn.call import BackwardCall, LayerCall, Weights
+from fused_rnn.call import BackwardCall, LayerCall, Weights, is_absent
 from fused_rnn.cells import Cell
 from fused_rnn.gpu import precision, run
 from fused_rnn.gpu.loops import Layer, Loops
@@ -155,6 +155,8 @@ def _implement(make: Make, plain: Plain | None) -> tuple[Callable[..., list[Tens
         with on(x):
             if plain is not None and (outputs := plain.backward(call)):
                 return outputs
+            shapes = zip(call.dsequences, call.layer.sequence_shapes(), strict=False)
+            call = call._replace(dsequences=[x.new_zeros(shape) if is_absent(d) else d for d, shape in shapes])
             layer, weights = layer_of(call.layer)
             _check_backward(call)
             if x.shape[1] == 0:

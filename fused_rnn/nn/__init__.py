@@ -1,6 +1,6 @@
 """The modules: what torch.nn's LSTM, GRU, RNN and their cells are, in arguments, attributes, state and errors.
 
-FlexRNN has none in torch.nn."""
+FlexRNN, and the cells of the literature in nn.field, have none in torch.nn."""
 
 from fused_rnn.nn.cells import GRUCell, LSTMCell, RNNCell
 from fused_rnn.nn.flex import FlexRNN

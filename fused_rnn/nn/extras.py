@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fused_rnn import layers
+from fused_rnn import layers, ops
 from fused_rnn.cells import CELLS
+from fused_rnn.checks import in_transform
 from fused_rnn.flex.variant import program
 
 DEFAULTS: dict[str, Any] = {
@@ -85,11 +86,11 @@ def _probability(name: str, value: Any) -> float:
     return float(value)
 
 
-def are_plain(module: Any) -> bool:
-    """Whether the module's next call is that of a module without extras."""
+def active(module: Any) -> Extras | None:
+    """What the module's next call has to do; None where it is that of a module without extras."""
     now = read(module)
     random = module.training and (now.recurrent_dropout > 0 or now.weight_dropout > 0)
-    return not (random or any(now.zoneout) or now.states or now.gates)
+    return now if random or any(now.zoneout) or now.states or now.gates else None
 
 
 def stream_cell(module: Any) -> str:
@@ -105,70 +106,72 @@ def stream_cell(module: Any) -> str:
 
 def run(
     module: Any,
+    now: Extras,
     x: Tensor,
     weights: Sequence[Tensor],
     states: Sequence[Tensor],
-    num_layers: int,
     lengths: Any,
     reset: Tensor | None,
-) -> tuple[tuple[Tensor, ...], list[Tensor]]:
-    """The layers, with what the module's extras ask for: what is returned over time of the last one, the states after.
+) -> tuple[tuple[Tensor, ...], Sequence[Tensor]]:
+    """A layer, with what the module's extras ask for: what is returned over time, the states after.
 
-    x: [T, B, D].  states: () or of [L·R, B, H] each.
+    x: [T, B, D].  states: () or of [R, B, H] each.
     """
-    now, heads, sides = read(module), module._fused_heads, 1 + module.bidirectional
-    training, count = module.training, len(weights) // (num_layers * sides * heads)
+    heads, training, units = module._fused_heads, module.training, module.hidden_size // module._fused_heads
+    recurrences = (1 + module.bidirectional) * heads
     dropped = now.recurrent_dropout_on if training and now.recurrent_dropout > 0 else ""
     zones = tuple(None if training and p > 0 else p for p in now.zoneout)
-    cell = module._fused_cell
+    cell, number, first = module._fused_cell, module._fused_states, int(dropped == "h")
     if dropped or now.gates or any(p is None or p > 0 for p in zones):
         cell = program(cell, dropped, zones, now.gates)
-    number, finals = module._fused_states, []
-    over_time: tuple[Tensor, ...] = ()
-    first = int(dropped == "h")
-    sequences = bool(first or now.states or now.gates)
-    for layer in range(num_layers):
-        own: list[Tensor] = []
-        masks: list[Tensor] = []
-        for r in range(layer * sides * heads, (layer + 1) * sides * heads):
+    masks: list[Tensor] = []  # of h or what is new, of each recurrence
+    if training:
+        draw, count, own = _Draw(x), len(weights) // recurrences, list[Tensor]()
+        for r in range(recurrences):
             mine = list(weights[r * count : (r + 1) * count])
-            if training and now.weight_dropout > 0:
-                mine[1] = torch.dropout(mine[1], now.weight_dropout, True)
-            drawn = _masks(now, dropped, zones, x, module.hidden_size // heads)
-            masks += drawn[: bool(dropped)]
-            own += [*mine, *drawn]
-        entering: list[Any] = [s[layer * sides : (layer + 1) * sides] for s in states]
-        if entering:
-            if first:
-                by_side = [torch.cat(masks[k : k + heads], -1) for k in range(0, len(masks), heads)]
-                entering.insert(0, entering[0] * torch.cat(by_side))
-            entering += [None] * (len(CELLS[cell].states) - len(entering))
-        outputs = layers.run(
-            cell, x, own, entering, 1, module.bidirectional, 0.0, training, lengths, reset, module._fused_save,
-            module._fused_backend, heads, sequences,
-        )  # fmt: skip
-        made = len(CELLS[cell].states)
-        finals.append(outputs[1 + first : 1 + first + number])
-        histories = (outputs[0], *outputs[1 + made :])
-        x = histories[first]
-        if layer + 1 < num_layers:
-            x = torch.dropout(x, module.dropout, True) if module.dropout and training else x
-        else:
-            over_time = (*histories[first : first + (number if now.states else 1)], *histories[first + number :])
-    return over_time, [torch.cat(list(each)) for each in zip(*finals, strict=True)]
+            if now.weight_dropout > 0:
+                mine[1] = mine[1] * draw(mine[1], now.weight_dropout)
+            if dropped:
+                masks.append(draw(x.new_empty(1, x.shape[1], units), now.recurrent_dropout))
+                mine.append(masks[-1])
+            kept = [p for p, zone in zip(now.zoneout, zones, strict=True) if zone is None]
+            own += mine + [draw(x.new_empty(*x.shape[:2], units), p, 1.0, 0.0) for p in kept]
+        weights = own
+    entering: list[Any] = list(states)
+    if entering:
+        if first:
+            by_side = [torch.cat(masks[k : k + heads], -1) for k in range(0, recurrences, heads)]
+            entering.insert(0, entering[0] * torch.cat(by_side))
+        entering += [None] * (len(CELLS[cell].states) - len(entering))
+    outputs = layers.run(
+        cell, x, weights, entering, 1, module.bidirectional, 0.0, training, lengths, reset, module._fused_save,
+        module._fused_backend, heads, bool(first or now.states or now.gates),
+    )  # fmt: skip
+    histories = (outputs[0], *outputs[1 + len(CELLS[cell].states) :])
+    own_states = histories[first : first + (number if now.states else 1)]
+    return (*own_states, *histories[first + number :]), outputs[1 + first : 1 + first + number]
 
 
-def _masks(now: Extras, dropped: str, zones: tuple[float | None, ...], x: Tensor, units: int) -> list[Tensor]:
-    """The masks of a recurrence: of h or of what is new the same at all times, then of the states that zone out."""
-    steps, batch = x.shape[:2]
-    drawn = [torch.dropout(x.new_ones(1, batch, units), now.recurrent_dropout, True)] if dropped else []
-    kept = [p for p, zone in zip(now.zoneout, zones, strict=True) if zone is None]
-    return drawn + [torch.bernoulli(x.new_full((steps, batch, units), p)) for p in kept]
+class _Draw:
+    """Masks by torch's generator of x's device: of a call one after the other."""
+
+    def __init__(self, x: Tensor) -> None:
+        self._seed: Tensor | None = None
+        self._number = 0
+        if x.is_cpu and ops.mask is not None and not in_transform():
+            self._seed = torch.randint(-(2**63), 2**63 - 1, (1,), device="cpu")
+
+    def __call__(self, like: Tensor, p: float, low: float = 0.0, high: float | None = None) -> Tensor:
+        """`low` with probability p, else `high`: 1 / (1 - p) if it is None. like: for shape and dtype."""
+        high = 1 / (1 - p) if high is None else high
+        if self._seed is None:
+            return torch.where(torch.bernoulli(torch.full_like(like, p)) > 0, low, high).to(like.dtype)
+        self._number += 1
+        return ops.mask(self._seed, like.detach(), p, low, high, self._number)  # type: ignore[misc]
 
 
-def returned(module: Any, y: Any, hx: Any) -> Any:
+def returned(module: Any, now: Extras, y: Any, hx: Any) -> Any:
     """What a call returns. y: what `run` returned over time, in the input's layout."""
-    now = read(module)
     number = module._fused_states if now.states else 1
     states = y[:number] if now.states else y[0]
     if not now.gates:

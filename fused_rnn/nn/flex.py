@@ -253,7 +253,7 @@ class FlexRNN(Recurrent):
             stepped = FAST_PATH(parameters, self.bias, input, hx, cell, time, lengths, reset)  # type: ignore[misc]
             if stepped is not None:
                 return stepped[0], stepped[1] if len(stepped) == 2 else tuple(stepped[1:])
-        result: tuple[Any, Any] = run(self, input, hx, lengths, reset, self._fused_read())
+        result: tuple[Any, Any] = run(self, input, hx, lengths, reset, self._fused_weights())
         return result
 
     def _fused_is_plain(self) -> bool:
@@ -261,6 +261,10 @@ class FlexRNN(Recurrent):
         alone = self._fused_options == (1, False) and self.num_layers == 1 and not self.bidirectional
         alone = alone and not self._fused_extras
         return alone and FAST_PATH is not None and self._fused_backend in STEPPING and not self._fused_checks
+
+    def _fused_weights(self) -> list[Tensor]:
+        """The weights of a call."""
+        return self._fused_read()
 
     def _fused_read(self) -> list[Tensor]:
         """The weights of every recurrence, of all heads, as `layers` wants them."""

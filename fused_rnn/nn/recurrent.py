@@ -61,6 +61,7 @@ class Recurrent(Fused, nn.RNNBase):
     _fused_save: str = "gates"  # on the class too, as Fused._fused_backend is
     _fused_checks: ClassVar[bool] = False  # whether a subclass overrides any of _CHECKS
     _fused_heads: int = 1
+    _fused_by_layer: bool = False  # whether `_fused_of_layer` has a word on each layer's call
     _fused_options: tuple[Any, ...] = ()  # of layers.run, beside those that every module has
     _fused_extras: bool = False  # whether the module has the attributes of extras.DEFAULTS
 
@@ -137,6 +138,10 @@ class Recurrent(Fused, nn.RNNBase):
     def _fused_read(self) -> list[Tensor]:
         """The weights as a stream reads them."""
         return read_weights(self)
+
+    def _fused_of_layer(self, x: Tensor, weights: Sequence[Tensor], lengths: Any) -> tuple[Tensor, Sequence[Tensor]]:
+        """The input and the weights that a layer runs by, of its input x [T, B, D]."""
+        raise NotImplementedError
 
     def extra_repr(self) -> str:
         """torch.nn's, and the extra arguments where they are not the default."""

@@ -165,8 +165,7 @@ class GRU(Recurrent):
         backend: keyword only, as :class:`LSTM`'s.
         save: keyword only, as :class:`LSTM`'s.
         recurrent_dropout, recurrent_dropout_on, zoneout, weight_dropout, return_sequences, return_gates: keyword only,
-            as :class:`LSTM`'s. What recurrent_dropout_on="g" drops is n; the gates are "r", "z", "n"; the only state is
-            h.
+            as :class:`LSTM`'s. recurrent_dropout_on="g" drops units of n; the gates are "r", "z", "n"; the state is h.
 
     Inputs:
         input: as :class:`LSTM`'s.

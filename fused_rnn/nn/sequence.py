@@ -16,6 +16,7 @@ from fused_rnn.cells import CELLS
 from fused_rnn.nn import extras
 from fused_rnn.nn.base import prefers_counterpart
 from fused_rnn.nn.counterpart import check_packed, refuse, run_counterpart, state_rows
+from fused_rnn.nn.extras import Extras
 from fused_rnn.nn.packed import Layout, is_unshared
 from fused_rnn.nn.plain import FAST_PATH, STEPPING, are_plain, is_plain_hx
 from fused_rnn.nn.recurrent import Recurrent, read_weights
@@ -51,15 +52,21 @@ def run(
     module: Recurrent, input: Any, hx: Any, lengths: Any, reset: Any, weights: Sequence[Tensor] | None = None
 ) -> Result:
     """forward, of any call. weights: where they are not as the module has them."""
-    if not module._fused_extras or extras.are_plain(module):
-        return _run(module, input, hx, lengths, reset, weights, False)
-    return extras.returned(module, *_run(module, input, hx, lengths, reset, weights, True))
+    more = extras.active(module) if module._fused_extras else None
+    result = _run(module, input, hx, lengths, reset, weights, more)
+    return result if more is None else extras.returned(module, more, *result)
 
 
 def _run(
-    module: Recurrent, input: Any, hx: Any, lengths: Any, reset: Any, weights: Sequence[Tensor] | None, more: bool
+    module: Recurrent,
+    input: Any,
+    hx: Any,
+    lengths: Any,
+    reset: Any,
+    weights: Sequence[Tensor] | None,
+    more: Extras | None,
 ) -> Result:
-    """more: with the module's extras, of which y over time is a tuple."""
+    """more: what the module's extras ask for; then y over time is a tuple."""
     extra = lengths is not None or reset is not None
     packed = isinstance(input, PackedSequence)
     if packed and lengths is not None:
@@ -70,12 +77,12 @@ def _run(
         weights = read_weights(module)
     plain = are_plain((input.data if packed else input, *weights))
     plain = plain and is_plain_hx(hx, module._fused_states)
-    if more and not plain:
+    if more is not None and not plain:
         raise NotImplementedError(
             f"{', '.join(extras.DEFAULTS)}: tensors of other classes than torch's own are run by torch.nn's modules,"
             " which have none of these"
         )
-    if not plain or (not (extra or more) and prefers_counterpart(module, weights, input)):
+    if not plain or (not extra and more is None and prefers_counterpart(module, weights, input)):
         return run_counterpart(module, weights, input, hx, extra)
     try:
         if reset is not None:
@@ -110,7 +117,7 @@ def _run_unbatched(
     weights: Sequence[Tensor],
     lengths: Any,
     reset: Tensor | None,
-    more: bool,
+    more: Extras | None,
 ) -> Result:
     """forward of [T, D]."""
     if input.dim() != 2:
@@ -126,7 +133,12 @@ def _run_unbatched(
 
 
 def _run_packed(
-    module: Recurrent, input: PackedSequence, hx: Any, weights: Sequence[Tensor], reset: Tensor | None, more: bool
+    module: Recurrent,
+    input: PackedSequence,
+    hx: Any,
+    weights: Sequence[Tensor],
+    reset: Tensor | None,
+    more: Extras | None,
 ) -> Result:
     """forward of a packed batch, longest first. hx, given and returned, and reset are in the order before."""
     data, batch_sizes, sorted_indices, unsorted_indices = input
@@ -156,26 +168,36 @@ def _run_packed_dropout(
     weights: Sequence[Tensor],
     hx: Any,
     reset: Tensor | None,
-    more: bool,
+    more: Extras | None,
 ) -> tuple[Any, Any]:
-    """The layers one by one: torch draws the masks between them for the packed rows, and so do we."""
+    """torch draws the masks between layers for the packed rows, and so do we."""
+
+    def layer(data: Tensor, own: Sequence[Tensor], entering: Any) -> Result:
+        y, final = _run_layers(module, layout.pad(data), own, entering, layout.lengths, reset, more, num_layers=1)
+        return _each(lambda s: layout.pack(s, module._fused_backend), y), final
+
+    return _one_by_one(module, data, weights, hx, layer)
+
+
+def _one_by_one(
+    module: Recurrent, data: Tensor, weights: Sequence[Tensor], hx: Any, layer: Callable[..., Result]
+) -> tuple[Any, Any]:
+    """The layers, each by a call of its own, dropout between them."""
     recurrences = 2 if module.bidirectional else 1
     count = len(weights) // module.num_layers
-    finals = []
-    for layer in range(module.num_layers):
-        if layer:
+    finals: list[Any] = []
+    y: Any = data
+    for k in range(module.num_layers):
+        data = y if isinstance(y, Tensor) else y[0]
+        if k and module.dropout and module.training:
             data = torch.dropout(data, module.dropout, True)
-        rows = slice(layer * recurrences, (layer + 1) * recurrences)
-        own = weights[layer * count : (layer + 1) * count]
-        h_in = _each(lambda s, rows=rows: s[rows], hx)
-        y, final = _run_layers(module, layout.pad(data), own, h_in, layout.lengths, reset, more, num_layers=1)
-        packed = _each(lambda s: layout.pack(s, module._fused_backend), y)
-        data = packed if isinstance(packed, Tensor) else packed[0]
+        rows = slice(k * recurrences, (k + 1) * recurrences)
+        entering = _each(lambda s, rows=rows: s[rows], hx)
+        y, final = layer(data, weights[k * count : (k + 1) * count], entering)
         finals.append(final)
-    data = packed
     if module._fused_states > 1:
-        return data, tuple(torch.cat(states) for states in zip(*finals, strict=True))
-    return data, torch.cat(finals)
+        return y, tuple(torch.cat(states) for states in zip(*finals, strict=True))
+    return y, torch.cat(finals)
 
 
 def _run_layers(
@@ -185,22 +207,29 @@ def _run_layers(
     hx: Any,
     lengths: Any,
     reset: Tensor | None,
-    more: bool,
+    more: Extras | None,
     num_layers: int | None = None,
 ) -> Result:
     """x [T, B, D], hx of [L·R, B, ·] or None → y [T, B, R·P], the final hx."""
     several, options = module._fused_states > 1, module._fused_options
+    num_layers = num_layers or module.num_layers
+    if num_layers > 1 and (module._fused_by_layer or more is not None):
+        return _one_by_one(
+            module, x, weights, hx, lambda x, own, hx: _run_layers(module, x, own, hx, lengths, reset, more, 1)
+        )
+    if module._fused_by_layer:
+        x, weights = module._fused_of_layer(x, weights, lengths)
     y: Any
-    if more:
+    if more is not None:
         states = () if hx is None else hx if several else (hx,)
-        y, after = extras.run(module, x, weights, states, num_layers or module.num_layers, lengths, reset)
+        y, after = extras.run(module, more, x, weights, states, lengths, reset)
         return y, tuple(after) if several else after[0]
     y, *after = layers.run(
         module._fused_cell,
         x,
         weights,
         () if hx is None else hx if several else (hx,),
-        num_layers or module.num_layers,
+        num_layers,
         module.bidirectional,
         module.dropout,
         module.training,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from torch.nn.functional import linear
 
 from fused_rnn.call import LayerCall, Weights
 from fused_rnn.cells import Cell
+from fused_rnn.cells.descriptor import Step
 from fused_rnn.reference.sequence import zero_past_end
 
 
@@ -24,7 +26,19 @@ def without_autocast(x: Tensor) -> AbstractContextManager[None]:
     return torch.autocast(x.device.type, enabled=False)
 
 
-def run_layer(call: LayerCall) -> list[Tensor]:
+class Watch(Protocol):
+    """Who looks on while a layer runs."""
+
+    def step(self, step: Step) -> Step:
+        """The cell's step as it is to be run."""
+        ...
+
+    def states(self, recurrence: int, time: int, after: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        """The states after a step, twice: as its outputs, and as the next step gets them."""
+        ...
+
+
+def run_layer(call: LayerCall, watch: Watch | None = None) -> list[Tensor]:
     """One layer: [y [T, B, R·P], h_n [R, B, P], the other states after [R, B, H], their sequences [T, B, R, H] if asked
     for], in x's dtype.
 
@@ -36,11 +50,13 @@ def run_layer(call: LayerCall) -> list[Tensor]:
         weights, states = [w.float() for w in call.weights], [s.float() for s in call.states]
         call = call._replace(x=call.x.float(), weights=weights, states=states)
     x, spec, initial = zero_past_end(call.x, call.lengths), call.spec, call.initial()
+    if watch is not None:
+        spec = spec._replace(step=watch.step(spec.step))
     ys, finals, over_time = [], [], []
     for r, (w, direction) in enumerate(zip(call.each, call.directions, strict=True)):
         own = x if x.dim() == 3 else x[:, :, r]
         (y, *others), after = _run_recurrence(
-            own, w, [s[r] for s in initial], call.lengths, call.reset, spec, direction
+            own, w, [s[r] for s in initial], call.lengths, call.reset, spec, direction, r, watch
         )
         ys.append(y)
         finals.append(after)
@@ -60,6 +76,8 @@ def _run_recurrence(
     reset: Tensor | None,
     spec: Cell,
     direction: int,
+    recurrence: int = 0,
+    watch: Watch | None = None,
 ) -> tuple[list[Tensor], Sequence[Tensor]]:
     """x [T, B, D], states [B, ·] → the states of every step [T, B, ·], zeros past the end, and those after."""
     steps = x.shape[0]
@@ -77,14 +95,15 @@ def _run_recurrence(
         new = spec.step(gates_x[t].chunk(spec.gates, -1), sides, entering, w.params, *own)
         if w.w_hr is not None:
             new = (linear(new[0], w.w_hr), *new[1:])
+        out, on = (new, new) if watch is None else watch.states(recurrence, t, new)
         if over is None:
-            states = new
-            outputs.append(new)
+            states = on
+            outputs.append(out)
         else:
             # Past its end a sequence's state stands still. A reverse loop meets those steps first, and so enters the
             # last valid one with h0.
-            states = [torch.where(over, s, n) for s, n in zip(states, new, strict=True)]
-            outputs.append([n.masked_fill(over, 0) for n in new])
+            states = [torch.where(over, s, n) for s, n in zip(states, on, strict=True)]
+            outputs.append([n.masked_fill(over, 0) for n in out])
     if direction < 0:
         outputs.reverse()
     return [torch.stack(each) for each in zip(*outputs, strict=True)], states

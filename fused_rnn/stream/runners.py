@@ -67,7 +67,7 @@ class Packed:
         _check(weights, self._narrow)
         plain = [w.resolve_neg().contiguous() for w in weights]
         each = self._kinds.split(plain)
-        self._native.pack([[0 if t is None else t.data_ptr() for t in (*w[:5], *w.params)] for w in each])
+        self._native.pack([[0 if t is None else t.data_ptr() for t in (*w[:5], *w.matrices, *w.params)] for w in each])
 
     def run(self, x: Tensor) -> Tensor:
         return _outside_of_graphs(self._run, x)

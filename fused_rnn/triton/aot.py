@@ -16,9 +16,11 @@ from triton.compiler import ASTSource
 
 from fused_rnn.cells import Cell
 from fused_rnn.triton.backward import bwd_kernel
+from fused_rnn.triton.cells import kernels
 from fused_rnn.triton.compile import constants_backward, constants_forward, constants_schedule, options
 from fused_rnn.triton.device import activation_of
 from fused_rnn.triton.forward import fwd_kernel
+from fused_rnn.triton.scan import scan_bwd_kernel, scan_fwd_kernel
 from fused_rnn.triton.schedule import Schedule
 from fused_rnn.triton.target import ARCHITECTURES
 from fused_rnn.triton.trips import LINE, trips
@@ -56,6 +58,7 @@ def _pointers(kernel: Any, cell: Cell, dtype: str, constants: Mapping[str, Any])
     that are made again is kept wide.
     """
     others, replay = len(cell.states) - 1, constants["REPLAY"]
+    states = cell.carried if kernel is scan_fwd_kernel else 1 + others
     own, wide = f"*{DTYPES[dtype]}", "*fp32"
     history = (wide if replay else own,) * others
     every: Pointers = {
@@ -65,6 +68,9 @@ def _pointers(kernel: Any, cell: Cell, dtype: str, constants: Mapping[str, Any])
         "states": (own, *history),
         "first": (own, *history),
         "dstates": (wide,) * len(cell.states),
+        "entering": wide,
+        "sums": (wide,) * states,
+        "products": (wide,) * states,
         "dsequences": (own,) * others if constants.get("SEQUENCES") else (),
         "dparams": wide if constants.get("DP") else own,
         "lengths": "*i64" if constants["HAS_LENGTHS"] else own,
@@ -88,9 +94,12 @@ def compile_kernel(
 ) -> Any:
     """A schedule's compiled kernel.
 
-    variant: of save, checkpoint, sequences, replay (in backward: after it), lengths, reset.
+    variant: of save, checkpoint, sequences, replay (in backward: after it), lengths, reset; chunked for the loop in
+        chunks of time, scan for what comes before it.
     """
-    kernel = bwd_kernel if backward else fwd_kernel
+    scan = "scan" in variant
+    loop, before = (bwd_kernel, scan_bwd_kernel) if backward else (fwd_kernel, scan_fwd_kernel)
+    kernel = before if scan else loop
     activation = activation_of("half" if dtype != "float32" else precision, ARCHITECTURES[arch])
     if backward:
         constants = constants_backward(cell, hidden, SIZES[dtype], True, True)
@@ -99,8 +108,12 @@ def compile_kernel(
         constants = constants_forward(cell, hidden, SIZES[dtype], *made)
     masks = ("lengths" in variant, "reset" in variant)
     constants |= constants_schedule(schedule, ARCHITECTURES[arch], *masks, precision, activation)
+    constants["CHUNKED"] = "chunked" in variant
+    if scan:
+        constants["SCAN"] = getattr(kernels(cell.name), "scan_bwd" if backward else "scan_fwd")
     asked = {"REPLAY": "replay" in variant, "SEQUENCES": "sequences" in variant}
     pointers = _pointers(kernel, cell, dtype, asked | constants)
+    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     signature = {name: "constexpr" if name in constants else pointers.get(name, "i32") for name in kernel.arg_names}
     # As the JIT of Triton 3.6 has them, so that what is compiled here has the key of what a launch compiles.
     attributes: dict[tuple[int, ...], list[list[Any]]] = {}

@@ -183,6 +183,7 @@ def bwd_kernel(
     step0,  # run steps step1 - 1 .. step0, in the recurrence's own order, from the last to the first
     step1,
     close,  # after step 0, take its product too, into dstates: the gradient of h0
+    chunk,  # CHUNKED only: steps of each of the chunks that run side by side, with dstates and dparams [chunks, ..]
     reversed_,  # bit r % period: recurrence r runs backwards in time
     period,
     CELL: tl.constexpr,
@@ -197,6 +198,7 @@ def bwd_kernel(
     AFTER: tl.constexpr,  # for each state whether the cell reads it as the step leaves it
     BEFORE: tl.constexpr,  # and as it enters the step
     HAS_DY: tl.constexpr,
+    CHUNKED: tl.constexpr,
     HAS_LENGTHS: tl.constexpr,
     HAS_RESET: tl.constexpr,
     REGISTERS: tl.constexpr,
@@ -232,6 +234,11 @@ def bwd_kernel(
     n = member * (NT * BH) + tl.arange(0, BH)
     own = in_b[:, None] & (n < H)[None, :]
     at_rb = row_rb[:, None] * H + n[None, :]
+    if CHUNKED:
+        step0 = tl.program_id(1) * chunk
+        step1 = tl.minimum(step0 + chunk, steps)
+        at_rb = tl.program_id(1) * width + at_rb
+        dparams = dparams + tl.program_id(1) * (width * DP)
     DG: tl.constexpr = APART + G
     ds = zeros(len(dstates), BB, BH)
     p = zeros(NP, 1, BH)

@@ -19,7 +19,7 @@ Made = TypeVar("Made")
 def _constants(cell: Cell, hidden: int, size: int) -> dict[str, Any]:
     align = math.gcd(hidden * size, 16)
     constants = {"G": cell.gates, "S": cell.saved, "APART": cell.apart, "H": hidden, "ALIGN": align}
-    return constants | {"NP": len(cell.params), "RECURRENT": cell.recurrent}
+    return constants | {"NP": len(cell.params), "RECURRENT": cell.recurrent, "CHUNKED": False}
 
 
 def constants_forward(cell: Cell, hidden: int, size: int, save: bool, checkpoint: bool, replay: bool) -> dict[str, Any]:
@@ -38,6 +38,7 @@ def constants_backward(cell: Cell, hidden: int, size: int, has_dy: bool, has_dp:
     module = kernels(cell.name)
     return _constants(cell, hidden, size) | {
         "CELL": module.bwd,
+        "READS_H": cell.reads_h,
         "AFTER": tuple(state in module.AFTER for state in cell.states),
         "BEFORE": tuple(state in module.BEFORE for state in cell.states),
         "HAS_DY": has_dy,

@@ -23,6 +23,7 @@ from typing import NamedTuple
 from fused_rnn.cells import CELLS, title
 from fused_rnn.cells.program import is_program
 from fused_rnn.flex import UserCell
+from fused_rnn.flex.scan import scan_of
 from fused_rnn.triton import planner
 from fused_rnn.triton.compile import SPILLS, fewest_spills
 from fused_rnn.triton.schedule import Schedule, Shape, shape_of
@@ -100,6 +101,9 @@ def _of_shape(arch: str, shape: Shape, dtype: str, precision: str) -> Iterator[J
     for schedule in schedules:
         for variant in variants if schedule in schedules[:2] else variants[:1]:
             yield Job(arch, shape, dtype, precision, schedule, variant)
+    if is_program(shape.cell) and scan_of(shape.cell) is not None:
+        for way in ("scan", "chunked"):
+            yield Job(arch, shape, dtype, precision, schedules[0], (way, *variants[0]))
     if not shape.backward and shape.cell == "lstm":
         yield Job(arch, shape, dtype, precision, schedules[0], ("checkpoint",))
     if shape.backward and shape.cell == "lstm" and shape.kind == "half":

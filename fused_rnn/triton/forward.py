@@ -22,7 +22,7 @@ from fused_rnn.triton.tuples import load_each, load_gates, load_vectors, store_e
 
 # Arguments for whose values no kernel is compiled, of both loops.
 SIZES = ("steps", "batch", "recurrences", "tiles", "tile0", "step0", "step1", "window0", "window1", "every", "close")
-SIZES += ("reversed_", "period")
+SIZES += ("chunk", "reversed_", "period")
 
 
 @triton.jit
@@ -155,6 +155,7 @@ def fwd_kernel(
     step0,  # run steps step0 .. step1 - 1, in the recurrence's own order
     step1,
     every,  # steps between checkpoints
+    chunk,  # CHUNKED only: steps of each of the chunks that run side by side, with a carried [chunks, R, B, H]
     reversed_,  # bit r % period: recurrence r runs backwards in time
     period,
     CELL: tl.constexpr,
@@ -171,6 +172,7 @@ def fwd_kernel(
     SAVE: tl.constexpr,
     CHECKPOINT: tl.constexpr,
     REPLAY: tl.constexpr,
+    CHUNKED: tl.constexpr,
     REGISTERS: tl.constexpr,
     HOLD: tl.constexpr,
     COUNT: tl.constexpr,
@@ -204,12 +206,19 @@ def fwd_kernel(
     n = member * (NT * BH) + tl.arange(0, BH)
     own = in_b[:, None] & (n < H)[None, :]
     at_rb = row_rb[:, None] * H + n[None, :]
+    at_carried = at_rb
+    closes = step1 == steps
+    if CHUNKED:
+        step0 = tl.program_id(1) * chunk
+        step1 = tl.minimum(step0 + chunk, steps)
+        at_carried = tl.program_id(1) * width + at_rb
+        closes = step1 > step0
     zero = zeros(len(carried), BB, BH)
     s = zero
     apart = zeros(APART, 1, BH)
     p = zeros(NP, 1, BH)
     if NT == 1:
-        s = load_each(carried, at_rb, own)
+        s = load_each(carried, at_carried, own)
         apart = load_vectors(bias, r, n, APART, H)
         p = load_vectors(vectors, r, n, NP, H)
     if AHEAD:
@@ -313,18 +322,22 @@ def fwd_kernel(
         store_each(histories, local + (row[:, None] * H + n[None, :]), ended, own)
 
     if NT == 1:
-        store_each(carried, at_rb, s, own)
+        store_each(carried, at_carried, s, own)
     if not REPLAY:
-        if step1 == steps:
+        if closes:
             if REGISTERS:
                 tl.store(h_n + at_rb, h, mask=own)
             else:
                 # The last valid row of y that this program itself wrote.
                 tl.debug_barrier()
                 last = tl.where(backwards, 0, length - 1)
+                here = in_b
+                if CHUNKED:  # of which one has a row's last step
+                    end = tl.where(length == 0, steps, tl.where(backwards, steps, length))
+                    here = in_b & (end > step0) & (end <= step1)
                 h_row = tl.where(length > 0, y + last * width + row * H, h0 + row_rb * H)
                 for j in range(NT):
                     n = member * (NT * BH) + j * BH + tl.arange(0, BH)
-                    own = in_b[:, None] & (n < H)[None, :]
+                    own = here[:, None] & (n < H)[None, :]
                     value = tl.load(h_row[:, None] + n[None, :], mask=own, other=0.0)
                     tl.store(h_n + row_rb[:, None] * H + n[None, :], value, mask=own)

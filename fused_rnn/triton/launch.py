@@ -14,8 +14,10 @@ from fused_rnn.gpu.directions import direction_bits
 from fused_rnn.gpu.loops import Layer
 from fused_rnn.triton import planner
 from fused_rnn.triton.backward import bwd_kernel
+from fused_rnn.triton.cells import kernels
 from fused_rnn.triton.compile import constants_backward, constants_forward, constants_schedule, fewest_spills, options
 from fused_rnn.triton.forward import fwd_kernel
+from fused_rnn.triton.scan import join_kernel, scan_bwd_kernel, scan_fwd_kernel
 from fused_rnn.triton.schedule import Schedule
 from fused_rnn.triton.target import Target
 
@@ -82,9 +84,19 @@ def _no_warnings() -> AbstractContextManager[None]:
 class _Launches:
     """The launches of one loop over time. How to compile is looked up at the first of them, as dear as the launch."""
 
-    def __init__(self, kernel: Any, layer: Layer, config: LaunchConfig, constants: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        kernel: Any,
+        layer: Layer,
+        config: LaunchConfig,
+        constants: dict[str, Any],
+        chunks: tuple[int, int] | None = None,
+    ) -> None:
+        """chunks: how many run side by side, and of how many steps each."""
         self.kernel, self.layer, self.config = kernel, layer, config
-        self.constants = constants
+        self.names = set(kernel.arg_names)
+        self.constants = {name: value for name, value in constants.items() if name in self.names}
+        self.chunks, self.chunk = chunks or (1, 0)
         self.settled: dict[str, Any] | None = None
 
     def ranges(self, first: int, last: int) -> Iterator[tuple[int, int]]:
@@ -109,10 +121,10 @@ class _Launches:
         for tile0, tiles in waves(layer.batch, layer.recurrences, schedule, self.config.target):
             own = counters[tile0 * layer.recurrences :] if schedule.loop == "cooperative" else counters
             for steps in ranges:
-                self(tiles, (*tensors, own, *sizes, tiles, tile0, *window, *steps, *bits))
+                self(tiles, (*tensors, own, *sizes, tiles, tile0, *window, *steps, self.chunk, *bits))
 
     def __call__(self, tiles: int, args: Sequence[Any]) -> None:
-        grid = (self.layer.recurrences * self.config.schedule.team * tiles,)
+        grid = (self.layer.recurrences * self.config.schedule.team * tiles, self.chunks)
         if self.settled is None:
             self.settled = self._settled(grid, args)
         with _no_warnings() if self.config.target.arch == "interpreter" else nullcontext():
@@ -144,7 +156,8 @@ class _Launches:
     def _of_schedule(self, schedule: Schedule) -> dict[str, Any]:
         layer, config = self.layer, self.config
         masks = (layer.lengths is not None, layer.reset is not None)
-        return constants_schedule(schedule, config.target, *masks, config.precision, config.activation)
+        constants = constants_schedule(schedule, config.target, *masks, config.precision, config.activation)
+        return {name: value for name, value in constants.items() if name in self.names}
 
 
 class Loops:
@@ -198,6 +211,9 @@ class Loops:
         layer, (gx, *_, saved, _, checkpoints) = self.layer, tensors
         made = (saved is not None, bool(checkpoints), replay)
         constants = constants_forward(layer.cell, layer.hidden, gx.element_size(), *made)
+        if not replay and (chunks := chunks_of(layer, config)) is not None:
+            _forward_in_chunks(layer, config, constants, chunks, tensors, every)
+            return
         launches = _Launches(fwd_kernel, layer, config, constants)
         counters = new_counters(layer, config.schedule, gx.device)
         launches.run(tensors, counters, window, [(*steps, every) for steps in launches.ranges(*window)])
@@ -222,6 +238,10 @@ class Loops:
             self.counters = new_counters(layer, schedule, dgates.device)
         given = (dy is not None, dparams is not None)
         constants = constants_backward(layer.cell, layer.hidden, dgates.element_size(), *given)
+        tensors = (dy, dsequences, w, params, states, first, saved, dgates, dstates, dparams)
+        if window == (0, layer.steps) and (chunks := chunks_of(layer, self.config)) is not None:
+            _backward_in_chunks(layer, self.config, constants, chunks, tensors)
+            return
         launches = _Launches(bwd_kernel, layer, self.config, constants)
         ranges = [(*steps, 0) for steps in launches.ranges(*window)][::-1]
         if (
@@ -231,5 +251,91 @@ class Loops:
                 ranges[-1] = (*ranges[-1][:2], 1)
             else:
                 ranges.append((0, 0, 1))
-        tensors = (dy, dsequences, w, params, states, first, saved, dgates, dstates, dparams)
         launches.run(tensors, self.counters, window, ranges)
+
+
+def chunks_of(layer: Layer, config: LaunchConfig) -> tuple[int, int] | None:
+    """How many chunks of time run side by side, and of how many steps each; None for one loop over all of it."""
+    sizes = (layer.steps, layer.batch, layer.recurrences)
+    chunk = planner.chunk_of(layer.cell, config.schedule, config.target, *sizes)
+    return None if chunk >= layer.steps else (-(-layer.steps // chunk), chunk)
+
+
+def _forward_in_chunks(
+    layer: Layer,
+    config: LaunchConfig,
+    constants: dict[str, Any],
+    chunks: tuple[int, int],
+    tensors: Sequence[Any],
+    every: int,
+) -> None:
+    """The forward loop in chunks: what each makes of no state, what enters each, and then the loop itself."""
+    gx, given, w, bias, params, h0, carried, *made = tensors
+    count, chunk = chunks
+    sums, products = _each_chunk(carried, count), _each_chunk(carried, count)
+    window, counters = (0, layer.steps), new_counters(layer, config.schedule, gx.device)
+    scan = constants | {"SCAN": kernels(layer.cell.name).scan_fwd}
+    launches = _Launches(scan_fwd_kernel, layer, config, scan, (count - 1, chunk))
+    launches.run((gx, params, sums, products), counters, window, [(*window, every)])
+    _join(sums, products, carried, False, config)
+    launches = _Launches(fwd_kernel, layer, config, constants | {"CHUNKED": True}, chunks)
+    launches.run((gx, given, w, bias, params, h0, sums, *made), counters, window, [(*window, every)])
+    for state, each in zip(carried, sums, strict=True):
+        state.copy_(each[-1])
+
+
+def _backward_in_chunks(
+    layer: Layer, config: LaunchConfig, constants: dict[str, Any], chunks: tuple[int, int], tensors: Sequence[Any]
+) -> None:
+    """The backward loop in chunks, from the last one back."""
+    dy, dsequences, _, params, states, first, saved, dgates, dstates, dparams = tensors
+    count, chunk = chunks
+    sums, products = _each_chunk(dstates, count), _each_chunk(dstates, count)
+    window, counters = (0, layer.steps), new_counters(layer, config.schedule, dgates.device)
+    entering = sums[0]
+    if not layer.cell.reads_h:
+        entering = _at_the_end(layer, dstates[0], chunk, count)
+    scan = constants | {"SCAN": kernels(layer.cell.name).scan_bwd}
+    launches = _Launches(scan_bwd_kernel, layer, config, scan, (count - 1, chunk))
+    given = (dy, dsequences, params, states, first, saved, entering, sums, products)
+    launches.run(given, counters, window, [(*window, 0)])
+    _join(sums, products, dstates, True, config)
+    if not layer.cell.reads_h:
+        sums[0] = entering
+    parts = None if dparams is None else dparams.new_zeros(count, *dparams.shape)
+    launches = _Launches(bwd_kernel, layer, config, constants | {"CHUNKED": True}, chunks)
+    launches.run((*tensors[:8], sums, parts), counters, window, [(*window, 0)])
+    for state, each in zip(dstates, sums, strict=True):
+        state.copy_(each[0])
+    if dparams is not None and parts is not None:
+        dparams += parts.sum(0)
+
+
+def _each_chunk(states: list[Tensor], chunks: int) -> list[Tensor]:
+    return [state.new_empty(chunks, *state.shape) for state in states]
+
+
+def _at_the_end(layer: Layer, dh: Tensor, chunk: int, chunks: int) -> Tensor:
+    """[chunks, R, B, H]: the gradient of the last h, which no step hands on, for the chunk that has a sequence's last
+    step, and those behind it, which it passes through; zeros for the others."""
+    entering = dh.new_zeros(chunks, *dh.shape)
+    if layer.lengths is None:
+        entering[-1] = dh
+        return entering
+    lengths = layer.lengths
+    every = [lengths if d > 0 else layer.steps * (lengths > 0) for d in layer.directions]  # steps up to the last one
+    ends = torch.arange(1, chunks + 1, device=dh.device) * chunk
+    behind = torch.stack(every) <= ends.view(-1, 1, 1)
+    behind[-1] = True
+    return entering.where(~behind.unsqueeze(-1), dh)
+
+
+def _join(
+    sums: list[Tensor], products: list[Tensor], initial: list[Tensor], backward: bool, config: LaunchConfig
+) -> None:
+    """What enters each chunk, in the place of sums."""
+    size, chunks, block = initial[0].numel(), sums[0].shape[0], 512
+    with _no_warnings() if config.target.arch == "interpreter" else nullcontext():
+        join_kernel[(-(-size // block),)](
+            tuple(sums), tuple(products), tuple(initial), size, chunks, BACKWARD=backward, BLOCK=block
+        )

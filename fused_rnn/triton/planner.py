@@ -1,6 +1,7 @@
 """Which schedule a problem runs by: a function of the cell, dtype, H and the architecture.
 
-T has no say, so that a new length compiles nothing. B and R only say which of a few schedules fits the device at once.
+T has no say, so that a new length compiles nothing, but for whether chunks of time run side by side. B and R only say
+which of a few schedules fits the device at once.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from fused_rnn.cells import Cell
+from fused_rnn.flex.scan import scan_of
 from fused_rnn.triton import measured, tiles
 from fused_rnn.triton.schedule import LOOPS, Schedule, Shape, Tile
 from fused_rnn.triton.target import Target
@@ -127,6 +130,21 @@ def _independent(shape: Shape) -> Schedule:
     """For a cell without W_hh: every program for itself, its units over all of time."""
     tile = Tile(16, 32, 16, 4)
     return Schedule("solo", tile, -(-shape.hidden // tile.units))
+
+
+# A chunk of time has this many steps at least; as many programs run on a multiprocessor side by side as hide each
+# other's waiting for memory; and fewer chunks than these do not make up for running the steps twice. Not measured yet.
+SHORTEST_CHUNK, RESIDENT, FEWEST_CHUNKS = 64, 4, 4
+
+
+def chunk_of(cell: Cell, schedule: Schedule, target: Target, steps: int, batch: int, recurrences: int) -> int:
+    """How many steps a chunk has, where chunks of time run side by side; all of them where the cell is not linear in
+    its states, where one loop over time fills the device, or where it is too short."""
+    if cell.program is None or scan_of(cell.name) is None:
+        return steps
+    programs = max(1, schedule.programs(batch, recurrences))
+    chunks = min(RESIDENT * target.processors // programs, steps // SHORTEST_CHUNK)
+    return -(-steps // chunks) if chunks >= FEWEST_CHUNKS else steps
 
 
 _forced: dict[str, Any] = {}

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import ModuleType
 
 from fused_rnn.cells.program import Graph, Program, parse
+from fused_rnn.flex.scan import scan_of
 from fused_rnn.gpu.files import cache_folder, replace
 
 _HEAD = '''\
@@ -38,6 +39,19 @@ def fwd(x, r, bias, states, params, ACTIVATION: tl.constexpr):
 def bwd(dstates, kept, after, before, params, ACTIVATION: tl.constexpr):
 {bwd}
 '''
+
+# Of a cell that is linear in its states, for scan.py: each state's factor, and the rest.
+_SCAN = """
+
+@triton.jit
+def scan_fwd(x, params, ACTIVATION: tl.constexpr):
+{fwd}
+
+
+@triton.jit
+def scan_bwd(dstates, kept, after, before, params, ACTIVATION: tl.constexpr):
+{bwd}
+"""
 
 # How an operation is written, of the names of its arguments.
 _OPS = {
@@ -215,13 +229,35 @@ def _backward(program: Program) -> str:
     return "\n".join([*function.lines, f"    return {groups}"])
 
 
+def _scan(program: Program) -> str:
+    """The functions of a scan, if it is one."""
+    scan = scan_of(program.text)
+    if scan is None:
+        return ""
+    states, params = range(len(program.states)), [f"params[{j}]" for j in range(len(program.params))]
+    inputs = [f"x[{g}]" for g in range(program.gates)] + ["" for _ in states] + params
+    narrow = set(range(len(inputs) - len(params), len(inputs)))
+    forward = _Function(scan.forward, inputs, narrow, "x[0]")
+    inputs = [f"kept[{j}]" for j in range(program.saved)]
+    inputs += [f"before[{j}]" for j in states] + [f"after[{j}]" for j in states] + params
+    narrow = set(range(len(inputs) - len(params), len(inputs)))
+    backward = _Function(scan.backward, inputs + [f"dstates[{j}]" for j in states], narrow, "dstates[0]")
+    bodies = []
+    for function in (forward, backward):
+        factors, rests = map(function.group, function.graph.outputs)
+        bodies.append("\n".join([*function.lines, f"    return {factors}, {rests}"]))
+    return _SCAN.format(fwd=bodies[0], bwd=bodies[1])
+
+
 def source(program: Program) -> str:
     """The module's text."""
     before, after = (
         tuple(name for name, read in zip(program.states, reads, strict=True) if read)
         for reads in program.backward_reads()
     )
-    return _HEAD.format(title=program.title, after=after, before=before, fwd=_forward(program), bwd=_backward(program))
+    return _HEAD.format(
+        title=program.title, after=after, before=before, fwd=_forward(program), bwd=_backward(program)
+    ) + _scan(program)
 
 
 def folder() -> Path:

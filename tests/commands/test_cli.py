@@ -147,7 +147,8 @@ ANYTHING = {
     "--cell": "GRU", "--dtype": "bf16", "--threads": "1", "--shape": "8,2,8,8", "--layers": "2",
     "--bidirectional": None, "--mode": "training", "--variant": "layers", "--provider": "loop", "--device": "cuda",
     "--quick": None, "--minutes": "0", "--memory": None, "--stream": None, "--model": "a:b", "--scaling": None,
-    "--flex": None, "--jax-python": "python", "--out": "nowhere", "--choose": None, "--readme": "README.md",
+    "--flex": None, "--field": None, "--jax-python": "python", "--out": "nowhere",
+    "--choose": None, "--readme": "README.md",
 }  # fmt: skip
 GRID = {"--cell", "--dtype", "--threads", "--mode", "--variant", "--provider", "--device", "--minutes", "--memory"}
 KINDS = {
@@ -156,6 +157,7 @@ KINDS = {
     "--model": {"--threads", "--mode", "--device", "--minutes"},
     "--stream": {"--cell", "--threads", "--minutes", "--out"},
     "--flex": {"--cell", "--jax-python", "--minutes", "--out"},
+    "--field": {"--minutes", "--out"},
     "--scaling": {"--cell", "--dtype", "--threads", "--shape", "--layers", "--bidirectional"}
     | {"--mode", "--minutes", "--out"},
     "--shape": GRID | {"--layers", "--bidirectional", "--out"},

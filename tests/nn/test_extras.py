@@ -49,16 +49,16 @@ def options(module: str, kind: str) -> dict[str, Any]:
 
 
 @pytest.fixture
-def masks(monkeypatch: pytest.MonkeyPatch) -> list[list[Tensor]]:
-    """The masks that a call draws, recurrence by recurrence: of h or g, then of each state."""
-    drawn: list[list[Tensor]] = []
-    own = extras._masks
+def masks(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """The masks that a call draws: of a recurrence that of h, g or W_hh, then of each state."""
+    drawn: list[Tensor] = []
 
-    def record(*args: Any) -> list[Tensor]:
-        drawn.append(own(*args))
-        return drawn[-1]
+    class Recording(extras._Draw):
+        def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+            drawn.append(super().__call__(*args, **kwargs))
+            return drawn[-1]
 
-    monkeypatch.setattr(extras, "_masks", record)
+    monkeypatch.setattr(extras, "_Draw", Recording)
     return drawn
 
 
@@ -153,7 +153,7 @@ def test_by_the_papers_formulas(name: str, kind: str, save: str, dtype: torch.dt
 
 
 def _one_draw(
-    name: str, own: dict[str, Any], save: str, dtype: torch.dtype, draw: int, masks: list[list[Tensor]]
+    name: str, own: dict[str, Any], save: str, dtype: torch.dtype, draw: int, masks: list[Tensor]
 ) -> tuple[dict[str, Tensor], ...]:
     """What the module makes, the loop in its dtype, and in double."""
     module, x, hx = call(name, own, dtype=dtype, save=save)
@@ -179,8 +179,9 @@ def _one_draw(
 
     mine = differentiate(by_module, dtype)
     wanted = [k for k in mine if k.startswith(("state", "gate"))]
-    recorded = [list(each) for each in masks]
-    assert len(recorded) == 4
+    each = len(masks) // 4  # of a recurrence
+    recorded = [masks[k * each : (k + 1) * each] for k in range(4)]
+    assert len(masks) == 4 * each > 0
 
     def by_loop(weights: dict[str, Tensor], x: Tensor, hx: list[Tensor]) -> dict[str, Tensor]:
         made = loop(name, _With(module, weights), x, hx, recorded, own, lengths, reset)
@@ -201,28 +202,30 @@ class _With:
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_weight_dropout(name: str) -> None:
-    """One mask on W_hh, the same at all steps, which the generator's seed tells."""
-    module, x, hx = call(name, {"weight_dropout": 0.5}, layers=1)
+def test_weight_dropout(name: str, masks: list[Tensor]) -> None:
+    """One mask on W_hh, the same at all steps, of each layer and direction."""
+    module, x, hx = call(name, {"weight_dropout": 0.5})
     states = hx[0] if len(hx) == 1 else tuple(hx)
-    torch.manual_seed(3)
     y, _ = module(x, states)
-    torch.manual_seed(3)
-    dropped = {k: torch.dropout(w, 0.5, True) if "weight_hh" in k else w for k, w in module.named_parameters()}
+    left = iter(masks)
+    dropped = {k: w * next(left) if "weight_hh" in k else w for k, w in module.named_parameters()}
+    assert next(left, None) is None and len(masks) == 4
+    assert all(len(mask.unique()) == 2 for mask in masks)
     module.weight_dropout = 0.0
     torch.testing.assert_close(y, torch.func.functional_call(module, dropped, (x, states))[0], rtol=0, atol=0)
 
 
-def test_what_the_masks_are(masks: list[list[Tensor]]) -> None:
+def test_what_the_masks_are(masks: list[Tensor]) -> None:
     """Of h one for a sequence, scaled; of zoneout one for each step, of h and c apart."""
-    module = fused_rnn.LSTM(4, 400, recurrent_dropout=0.25, zoneout=(0.1, 0.6))
+    module = fused_rnn.LSTM(4, 400, recurrent_dropout=0.25, zoneout=(0.1, 0.6), weight_dropout=0.3)
     module(torch.randn(7, 9, 4))
-    ((dropped, h, c),) = masks
-    assert dropped.shape == (1, 9, 400) and len(dropped.unique()) == 2
-    assert h.shape == c.shape == (7, 9, 400) and set(h.unique().tolist()) == {0.0, 1.0}
-    torch.testing.assert_close(dropped.max(), torch.tensor(1 / 0.75))
-    for mask, share in ((dropped == 0, 0.25), (h, 0.1), (c, 0.6)):
-        assert abs(float(mask.float().mean()) - share) < 0.03
+    weights, dropped, h, c = masks
+    assert dropped.shape == (1, 9, 400) and weights.shape == (1600, 400) and h.shape == c.shape == (7, 9, 400)
+    for mask, high in ((dropped, 1 / 0.75), (weights, 1 / 0.7), (h, 1.0), (c, 1.0)):
+        torch.testing.assert_close(mask.unique(), torch.tensor([0.0, high]))
+    for mask, share in ((dropped == 0, 0.25), (weights == 0, 0.3), (h, 0.1), (c, 0.6)):
+        spread = (share * (1 - share) / mask.numel()) ** 0.5
+        assert abs(float(mask.float().mean()) - share) < 5 * spread
 
 
 @pytest.mark.parametrize("name", MODULES)

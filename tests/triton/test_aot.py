@@ -202,3 +202,34 @@ def test_tf32_operands_are_rounded() -> None:
     """To nearest, a resident W_hh once: tensor cores would cut the low bits off."""
     done = run("-c", ROUNDED)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+# What joins the chunks of time of a linear cell: the cubin command compiles what runs before and after it.
+JOIN = """
+import triton
+from triton.compiler import ASTSource
+from fused_rnn.triton import aot
+from fused_rnn.triton.scan import join_kernel
+
+each = ("*fp32",) * 2
+signature = {"sums": each, "products": each, "initial": each, "size": "i32", "chunks": "i32"}
+for arch in ("sm_90", "gfx942"):
+    for backward in (False, True):
+        constants = {"BACKWARD": backward, "BLOCK": 512}
+        kinds = signature | dict.fromkeys(constants, "constexpr")
+        source = ASTSource(fn=join_kernel, signature=kinds, constexprs=constants)
+        made = aot.report(triton.compile(source, target=aot.target(arch)), arch, False)
+        assert made.spills == 0, made
+"""
+
+
+def test_chunks_of_time_compile() -> None:
+    chosen = ("--arch", "sm_90", "gfx942", "--cell", "linear_cells:sru", "--kind", "half", "--hidden", "40")
+    done = run("-m", "fused_rnn.triton.cubin", "--jobs", "1", *chosen)
+    assert done.returncode == 0 and "0 with a fault" in done.stdout, done.stdout + done.stderr
+    lines = [line for line in done.stdout.splitlines() if " sru " in line]
+    for way in ("scan", "chunked"):
+        kernels = {(line.split()[0], line.split()[1]) for line in lines if f" {way}+lengths+reset" in line}
+        assert kernels == {(arch, loop) for arch in ("sm_90", "gfx942") for loop in ("fwd", "bwd")}
+    done = run("-c", JOIN)
+    assert done.returncode == 0, done.stdout + done.stderr

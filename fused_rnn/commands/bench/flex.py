@@ -130,13 +130,13 @@ def measure(point: Point, providers: Sequence[str], scan: Scan | None, budget_s:
             raise RuntimeError(f"{point}: {TITLES[provider]} differs from torch.nn by {off:.1e}")
 
     def run(call: Runs, times: int) -> list[float]:
-        return call.seconds(times) if isinstance(call, ScanCall) else _thread_seconds(call, times)
+        return call.seconds(times) if isinstance(call, ScanCall) else thread_seconds(call, times)
 
     cost = {provider: run(call, 2)[1] for provider, call in calls.items()}
     return interleave(calls, cost, run, BLOCK_S, budget_s)
 
 
-def _thread_seconds(call: Runs, times: int) -> list[float]:
+def thread_seconds(call: Runs, times: int) -> list[float]:
     """measure.clock by the time that this thread has had a core."""
     seconds = []
     for _ in range(times):

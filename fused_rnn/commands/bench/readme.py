@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fused_rnn.commands.bench import condensed, flex, scaling, stream
+from fused_rnn.commands.bench import condensed, field, flex, scaling, stream
 from fused_rnn.commands.bench.goals import judged
 from fused_rnn.commands.bench.grid import CELLS, Point
 from fused_rnn.commands.bench.providers import BASELINE, STEP_BASELINE
@@ -13,7 +13,8 @@ from fused_rnn.commands.bench.tables import EVEN, regions
 
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"  # of the CPU's tables
 FULL = Path("docs/measurements.md")  # beside the README: every table, of which the README has the sums
-PREFIXES = ("quick-", "shapes-", stream.PREFIX, scaling.PREFIX, flex.PREFIX)  # of files that are no grid's
+# Of files that are no grid's.
+PREFIXES = ("quick-", "shapes-", stream.PREFIX, scaling.PREFIX, flex.PREFIX, field.PREFIX)
 
 
 def markers(provider: str) -> tuple[str, str]:
@@ -45,7 +46,8 @@ def pages(readme: Path, directory: Path, provider: str) -> dict[Path, str]:
     full = readme.parent / FULL
     short = condensed.table(loaded, streams, provider, FULL.as_posix())
     texts = {readme: _put(readme, markers(provider), short), full: _put(full, markers(provider), _joined(parts))}
-    for name, more in (("threads", scaling.tables(directory)), ("flex", flex.tables(directory))):
+    others = {"threads": scaling.tables, "flex": flex.tables, "field": field.tables}
+    for name, more in ((name, tables(directory)) for name, tables in others.items()):
         if more:
             texts = {page: _put(page, markers(name), more, text) for page, text in texts.items()}
     return texts

@@ -1,0 +1,195 @@
+"""LiGRU."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from fused_rnn import checks
+from fused_rnn.flex import cell
+from fused_rnn.nn.field.base import Field, known
+from fused_rnn.nn.recurrent import read_weights
+from fused_rnn.reference.sequence import past_end
+
+_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+_NORMS = {"batch": True, "none": False}
+EPSILON, MOMENTUM = 1e-5, 0.05
+
+
+@cell(gates=2)
+def li_gru(x: Any, r: Any, s: Any, p: Any) -> Any:
+    """The step of :class:`LiGRU`."""
+    n = torch.relu(x[0] + r[0])
+    return n + torch.sigmoid(x[1] + r[1]) * (s.h - n)
+
+
+class LiGRU(Field):
+    r"""__init__(input_size,hidden_size,num_layers=1,bias=True,batch_first=False,dropout=0.0,bidirectional=False,device=None,dtype=None,*,norm='batch',return_sequences='h',backend=None,save='gates')
+
+    The light GRU: no reset gate, relu, and batch norm of the input side. ::
+
+        n_t = relu(BN(W_n x_t) + U_n h_{t-1})
+        z_t = σ(BN(W_z x_t) + U_z h_{t-1})
+        h_t = z_t h_{t-1} + (1 - z_t) n_t
+        BN(v) = γ (v - mean) / √(variance + 1e-5) + β
+
+    Arguments, inputs, results and errors are :class:`FlexRNN`'s, without heads, and
+
+    Args:
+        norm: "batch", or "none" for W x + b and U h + d in the place of BN(W x) and U h.
+        bias: of norm="batch": whether there is a β.
+
+    In training mean and variance are those of all steps of the batch, past no sequence's end, and move running ones by
+    0.05 of the way, as torch.nn.BatchNorm1d's; in eval mode and in a stream the running ones count. Each direction has
+    weights and statistics of its own, where SpeechBrain's share them. The norm is folded into the weights: the loop has
+    no more to do than without.
+
+    Its parameters are weight_ih_l0 [2·H, D] and weight_hh_l0 [2·H, H], n before z; gamma_l0 and beta_l0 [2·H], or
+    without the norm bias_ih_l0 and bias_hh_l0; its buffers running_mean_l0 and running_var_l0 [2·H],
+    num_batches_tracked_l0 []. SpeechBrain's `w.weight`, `u.weight` and `norm.*` are these, in this order. Initial
+    values: weight_ih's uniform in ±1/√D, weight_hh orthogonal, γ one, all others zero.
+
+    Source: Ravanelli et al. 2018, "Light gated recurrent units for speech recognition", as SpeechBrain's LiGRU.
+
+    Examples:
+        >>> gru = fused_rnn.LiGRU(10, 20, bidirectional=True)
+        >>> output, h_n = gru(torch.randn(5, 3, 10))
+        >>> gru.running_mean_l0_reverse.shape
+        torch.Size([40])
+    """
+
+    _fused_step = li_gru
+
+    def __init__(self, *args: Any, norm: str = "batch", **kwargs: Any) -> None:
+        self._fused_normed = known("norm", norm, _NORMS)
+        super().__init__(*args, **kwargs)
+        if not self._fused_normed:
+            return
+        for names in self._all_weights:
+            weight = getattr(self, names[0])
+            suffix = names[0].removeprefix("weight_ih")
+            for name in _STATISTICS:
+                size, dtype = ((), torch.int64) if name == "num_batches_tracked" else (weight.shape[:1], weight.dtype)
+                self.register_buffer(name + suffix, torch.zeros(size, dtype=dtype, device=weight.device))
+        self.reset_running_stats()
+
+    @property
+    def norm(self) -> str:
+        """ "batch" or "none"."""
+        return "batch" if self._fused_normed else "none"
+
+    def _shapes(self, input_size: int) -> dict[str, tuple[int, ...]]:
+        shapes = super()._shapes(input_size)
+        if self._fused_normed:
+            rows = 2 * self.hidden_size
+            shapes = {name: shapes[name] for name in ("weight_ih", "weight_hh")} | {"gamma": (rows,)}
+            shapes |= {"beta": (rows,)} if self.bias else {}
+        return shapes
+
+    def reset_running_stats(self) -> None:
+        """Set the running means to zero and the variances to one."""
+        for name, buffer in self.named_buffers():
+            buffer.fill_(1 if name.startswith("running_var") else 0)
+
+    def reset_parameters(self) -> None:
+        """Draw the weights anew, as the class's docstring says, and forget the running statistics."""
+        super().reset_parameters()
+        self.reset_running_stats()
+
+    def _fused_draw(self, weights: Mapping[str, Tensor]) -> None:
+        for name, weight in weights.items():
+            if name == "weight_ih":
+                bound = max(weight.shape[1], 1) ** -0.5
+                nn.init.uniform_(weight, -bound, bound)
+            elif name == "weight_hh":
+                nn.init.orthogonal_(weight)
+            else:
+                nn.init.constant_(weight, float(name == "gamma"))
+
+    def _fused_is_plain(self) -> bool:
+        return not self._fused_normed and super()._fused_is_plain()
+
+    @property
+    def _fused_by_layer(self) -> bool:  # type: ignore[override]
+        return self._fused_normed and self.training
+
+    def _fused_weights(self) -> list[Tensor]:
+        """Of a call: in training what `_fused_of_layer` makes the weights of."""
+        if not self._fused_by_layer:
+            return self._fused_read()
+        weights, count = read_weights(self), len(self._all_weights[0])
+        made = []
+        for k, names in enumerate(self._all_weights):
+            suffix = names[0].removeprefix("weight_ih")
+            made += [*weights[k * count : (k + 1) * count], *(getattr(self, name + suffix) for name in _STATISTICS)]
+        return made
+
+    def _fused_read(self) -> list[Tensor]:
+        """The weights with the norm by the running statistics in them."""
+        weights, count, sides = read_weights(self), len(self._all_weights[0]), 1 + self.bidirectional
+        if not self._fused_normed:
+            return weights
+        made = []
+        for k, names in enumerate(self._all_weights):
+            own, suffix = weights[k * count : (k + 1) * count], names[0].removeprefix("weight_ih")
+            self._check_shapes(self.input_size if k < sides else self.hidden_size * sides, own, k * count)
+            mean, variance = (getattr(self, name + suffix) for name in _STATISTICS[:2])
+            made += _folded(own, mean, variance)
+        return made
+
+    def _fused_of_layer(self, x: Tensor, weights: Sequence[Tensor], lengths: Any) -> tuple[Tensor, list[Tensor]]:
+        """x [T, B, D] about its mean, and the weights of a layer in training with the norm by its statistics in them.
+
+        About its mean, for else gamma's gradient would be a difference of two large sums.
+        """
+        count = len(self._all_weights[0])
+        each = count + len(_STATISTICS)
+        of_one = [weights[first : first + each] for first in range(0, len(weights), each)]
+        for own in of_one:
+            self._check_shapes(of_one[0][0].shape[1], own[:count], 0)
+        w_ih = weights[0]
+        if x.dim() != 3 or x.shape[2] != w_ih.shape[1] or x.dtype != w_ih.dtype or x.device != w_ih.device:
+            return x, [w for own in of_one for w in _folded(own[:count], *own[count : count + 2])]  # layers.run refuses
+        rows = _rows(x, lengths)
+        center = rows.mean(0)
+        made: list[Tensor] = []
+        for own in of_one:
+            variance = _variance(rows - center, center, own[0], own[count:])
+            made += _folded(own[:count], torch.zeros_like(variance), variance)
+        return (x - center).to(x.dtype), made
+
+    def extra_repr(self) -> str:
+        """FlexRNN's, and the norm where it is not the default."""
+        return super().extra_repr() + ("" if self._fused_normed else ", norm='none'")
+
+
+def _rows(x: Tensor, lengths: Any) -> Tensor:
+    """The steps of x that belong to a sequence, [sum of lengths, D], 16-bit ones in float32. Raises as layers.run."""
+    x = x.flatten(0, 1) if lengths is None else x[~past_end(checks.check_lengths(lengths, x), x.shape[0])]
+    if len(x) < 2:
+        raise ValueError(f"input: got {len(x)} steps in all, expected two or more, of which batch norm has a variance")
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _variance(rows: Tensor, center: Tensor, weight: Tensor, statistics: Sequence[Tensor]) -> Tensor:
+    """Of weight · rows, which lie about zero; the running statistics move, the mean to that of weight · center."""
+    weight = weight.to(rows.dtype)
+    variance = linear(rows, weight).square().mean(0)
+    running_mean, running_var, batches = statistics
+    with torch.no_grad():
+        running_mean.lerp_(linear(center, weight).to(running_mean.dtype), MOMENTUM)
+        running_var.lerp_((variance * (len(rows) / (len(rows) - 1))).to(running_var.dtype), MOMENTUM)
+        batches.add_(1)
+    return variance
+
+
+def _folded(weights: Sequence[Tensor], mean: Tensor, variance: Tensor) -> list[Tensor]:
+    """Weights, with gamma and beta behind them, as a cell's with bias."""
+    w_ih, w_hh, gamma, *beta = weights
+    scale = gamma * torch.rsqrt(variance + EPSILON)
+    bias = beta[0] - mean * scale if beta else -mean * scale
+    return [(w_ih * scale.unsqueeze(1)).to(w_ih.dtype), w_hh, bias.to(w_ih.dtype), torch.zeros_like(gamma)]

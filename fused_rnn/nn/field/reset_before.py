@@ -1,0 +1,105 @@
+"""ResetBeforeGRU and MGU: a gate before the recurrent product of the candidate."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from fused_rnn.flex import cell
+from fused_rnn.nn.field.base import Field
+from fused_rnn.nn.recurrent import read_weights
+
+
+@cell(gates=3, recurrent=False, matrices={"u": (2, "H"), "u_n": (1, "H")})
+def reset_before_gru(x: Any, r: Any, s: Any, p: Any, m: Any) -> Any:
+    """The step of :class:`ResetBeforeGRU`."""
+    h_r, h_z = m.u(s.h)
+    n = torch.tanh(x[2] + m.u_n(torch.sigmoid(x[0] + h_r) * s.h))
+    return n + torch.sigmoid(x[1] + h_z) * (s.h - n)
+
+
+@cell(gates=2, recurrent=False, matrices={"u": (1, "H"), "u_n": (1, "H")})
+def mgu(x: Any, r: Any, s: Any, p: Any, m: Any) -> Any:
+    """The step of :class:`MGU`."""
+    f = torch.sigmoid(x[0] + m.u(s.h))
+    return s.h + f * (torch.tanh(x[1] + m.u_n(f * s.h)) - s.h)
+
+
+class _Before(Field):
+    """The weights are a GRU's; the cell has matrices in the place of W_hh, and one bias."""
+
+    _fused_blocks: ClassVar[int]
+
+    def _shapes(self, input_size: int) -> dict[str, tuple[int, ...]]:
+        rows, hidden = self._fused_blocks * self.hidden_size, self.hidden_size
+        shapes: dict[str, tuple[int, ...]] = {"weight_ih": (rows, input_size), "weight_hh": (rows, hidden)}
+        return shapes | dict.fromkeys(("bias_ih", "bias_hh"), (rows,)) if self.bias else shapes
+
+    def _fused_is_plain(self) -> bool:
+        return False  # the weights are not the cell's as they are
+
+    def _fused_read(self) -> list[Tensor]:
+        """The weights as the cell has them."""
+        weights, count, sides = read_weights(self), len(self._all_weights[0]), 1 + self.bidirectional
+        made: list[Tensor] = []
+        for first in range(0, len(weights), count):
+            own = weights[first : first + count]
+            self._check_shapes(self.input_size if first < sides * count else self.hidden_size * sides, own, first)
+            w_ih, w_hh, *biases = own
+            last = (self._fused_blocks - 1) * self.hidden_size
+            made += [w_ih, *([biases[0] + biases[1]] if biases else []), w_hh[:last], w_hh[last:]]
+        return made
+
+
+class ResetBeforeGRU(_Before):
+    r"""__init__(input_size,hidden_size,num_layers=1,bias=True,batch_first=False,dropout=0.0,bidirectional=False,device=None,dtype=None,*,return_sequences='h',backend=None,save='gates')
+
+    The GRU that resets its state before the recurrent product, and not after it. ::
+
+        r_t = σ(W_r x_t + b_r + U_r h_{t-1} + d_r)
+        z_t = σ(W_z x_t + b_z + U_z h_{t-1} + d_z)
+        n_t = tanh(W_n x_t + b_n + U_n (r_t h_{t-1}) + d_n)
+        h_t = (1 - z_t) n_t + z_t h_{t-1}
+
+    Arguments, inputs, results and errors are :class:`FlexRNN`'s, without heads. Its parameters are :class:`GRU`'s,
+    gates r, z, n. All begin uniform in ±1/√H.
+
+    Source: Cho et al. 2014, "Learning phrase representations using RNN encoder-decoder", arXiv:1406.1078v3; Keras's GRU
+    with reset_after=False, ONNX's with linear_before_reset=0.
+
+    Examples:
+        >>> gru = fused_rnn.ResetBeforeGRU(10, 20)
+        >>> output, h_n = gru(torch.randn(5, 3, 10))
+        >>> list(gru.state_dict())
+        ['weight_ih_l0', 'weight_hh_l0', 'bias_ih_l0', 'bias_hh_l0']
+    """
+
+    _fused_step = reset_before_gru
+    _fused_blocks = 3
+
+
+class MGU(_Before):
+    r"""__init__(input_size,hidden_size,num_layers=1,bias=True,batch_first=False,dropout=0.0,bidirectional=False,device=None,dtype=None,*,return_sequences='h',backend=None,save='gates')
+
+    The minimal gated unit: one gate, which forgets and resets. ::
+
+        f_t = σ(W_f x_t + b_f + U_f h_{t-1} + d_f)
+        n_t = tanh(W_n x_t + b_n + U_n (f_t h_{t-1}) + d_n)
+        h_t = (1 - f_t) h_{t-1} + f_t n_t
+
+    Arguments, inputs, results and errors are :class:`FlexRNN`'s, without heads. Its parameters are weight_ih_l0
+    [2·H, D], weight_hh_l0 [2·H, H], bias_ih_l0 and bias_hh_l0 [2·H], f before n. All begin uniform in ±1/√H.
+
+    Source: Zhou et al. 2016, "Minimal gated unit for recurrent neural networks".
+
+    Examples:
+        >>> mgu = fused_rnn.MGU(10, 20)
+        >>> output, h_n = mgu(torch.randn(5, 3, 10))
+        >>> mgu.weight_hh_l0.shape
+        torch.Size([40, 20])
+    """
+
+    _fused_step = mgu
+    _fused_blocks = 2

@@ -1,0 +1,81 @@
+"""The modules of nn/field in the CUDA loops, printed as C++, in the emulator."""
+
+from __future__ import annotations
+
+import shutil
+from typing import Any
+
+import pytest
+from cuda_cases import EXCHANGES, PRECISIONS
+from emulated import on_the_emulator
+from emulated_printed import Loader, Printed, kernels
+from field_loop import STAGED, VARIANTS, Case, check
+
+from fused_rnn import ops
+from fused_rnn.cuda import programs
+
+pytestmark = [
+    pytest.mark.skipif(shutil.which("g++") is None, reason="the emulator is compiled by g++"),
+    pytest.mark.skipif(ops.MISSING is not None, reason=str(ops.MISSING)),
+    pytest.mark.timeout(1200),
+]
+
+NAMES = [name for name in VARIANTS if name not in STAGED]
+# Every module pointwise, a launch a step, in a precision of its own; these by teams too.
+POINTWISE = ("ieee", "bf16", "f64", "f16")
+TURNS = {name: POINTWISE[i % len(POINTWISE)] for i, name in enumerate(NAMES)}
+BY_TEAMS = {"CoupledLSTM": "bf16", "SLSTM-heads": "f16", "LiGRU": "bf16"}
+
+
+def printed(precision: str) -> list[Printed]:
+    """What is built together."""
+    made: dict[Printed, None] = {}
+    for name, own in TURNS.items():
+        every = kernels(Case(name).module().cell.program.text, precision)
+        if BY_TEAMS.get(name) == precision:
+            made |= dict.fromkeys(every)
+        elif own == precision:
+            made |= dict.fromkeys(every[:2])
+    return list(made)
+
+
+LOADER: list[Loader] = []
+
+
+def loader() -> Loader:
+    """Made when a test runs, for cells are traced by it."""
+    if not LOADER:
+        LOADER.append(Loader(printed(precision) for precision in POINTWISE))
+    return LOADER[0]
+
+
+OPTIONS: list[dict[str, Any]] = [
+    {"lengths": True},
+    {"bidirectional": True, "reset": True, "hx": False},
+    {"save": "recompute", "lengths": True, "reset": True, "bias": False},
+    {"T": 2, "B": 9, "H": 7, "layers": 2, "bidirectional": True, "lengths": True},
+]
+
+
+@pytest.mark.parametrize("case", [
+    Case(name, **OPTIONS[(i // 4 + k) % len(OPTIONS)], dtype=PRECISIONS[TURNS[name]]).fit()
+    for i, name in enumerate(NAMES)
+    for k in range(2)
+], ids=str)  # fmt: skip
+def test_step_by_step(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fused_rnn.call.CHECKPOINT_EVERY", 3)
+    with on_the_emulator(exchange="stepwise"), programs.emulating(loader()):
+        check(case, "cuda")
+
+
+@pytest.mark.parametrize("options", [0, 2])
+@pytest.mark.parametrize("exchange", ["cta", "cluster2"])
+@pytest.mark.parametrize("name", BY_TEAMS)
+def test_by_teams(name: str, exchange: str, options: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A team's units are more than H: what a cell makes of zeros past it reaches no other."""
+    monkeypatch.setattr("fused_rnn.call.CHECKPOINT_EVERY", 3)
+    case = Case(name, **OPTIONS[options], dtype=PRECISIONS[BY_TEAMS[name]]).fit()
+    if exchange == "cluster2":
+        case = case._replace(H=33 * case.variant.options.get("heads", 1))
+    with on_the_emulator(options, rows=8, **EXCHANGES[exchange]), programs.emulating(loader()):
+        check(case, "cuda")
