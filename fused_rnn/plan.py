@@ -44,11 +44,11 @@ class Device(NamedTuple):
 class Stages(NamedTuple):
     """What the stages of a cell's step need of a team, in one direction: csrc/cuda/layout.h's Stages.
 
-    count: of stages.  pairs: of numbers that a row's units are reduced to in a stage, at most.  operands: of products
+    number: of stages.  pairs: of numbers that a row's units are reduced to in a stage, at most.  operands: of products
     with blocks of the cell's own matrices, and products, in all stages.  at_once: products in a stage, at most.
     """
 
-    count: int = 1
+    number: int = 1
     pairs: int = 0
     operands: int = 0
     products: int = 0
@@ -201,7 +201,7 @@ def make(
         name = _FORWARD.get(name, name)
     exchange = -1 if name is None else EXCHANGES.index(name)
     # Such kernels have all of W_hh in registers, and one stage.
-    known = known and forced.known and not fewer and stages.count == 1
+    known = known and forced.known and not fewer and stages.number == 1
     return planner.make_plan(
         *sizes, device, exchange, forced.members, forced.rows, known, fewer, NARROW[narrow], stages
     )
@@ -218,9 +218,10 @@ def fewer_blocks(cell: Cell, precision: str, backward: bool) -> int:
         numbers = states + before + after + cell.gradients + cell.saved + 2 * params + cell.masks - 12
     else:
         numbers = cell.carried + cell.gates + cell.apart + cell.saved + params + cell.masks - 9
-    # Two units a thread; a block is 8 registers an m tile, of which forward has two, or 16 of FMA lanes.
-    block = 8 if backward and precision != "ieee" else 16
-    return max(0, -(-2 * numbers // block))
+    # Two units a thread, in several stages one; a block is 8 registers an m tile, of which forward has two, or 16 of an
+    # FMA lane.
+    units, block = 1 + (stages_of(cell, backward).number == 1), 8 if backward and precision != "ieee" else 16
+    return max(0, -(-units * numbers // block))
 
 
 def read(native: Any, precision: str, device: Device) -> Plan:
@@ -232,36 +233,6 @@ def read(native: Any, precision: str, device: Device) -> Plan:
         native.threads, native.shared, native.tiles, native.tiles_at_once, native.waves, native.shape >= 0,
         Cycles(**native.cycles),
     )  # fmt: skip
-
-
-# What the host takes to ask for one chunk of one layer of a wavefront: two or three launches of 7 to 9 µs and the
-# Python around them. What the planner's cycles are counted at. Both of an H200 and its host, 2026-11-26. No wavefront
-# has run on a GPU yet: one is taken where the estimate gains a good deal.
-_CHUNK_ON_HOST, _HERTZ, _GAIN, _MOST_CHUNKS = 60e-6, 1.98e9, 1.25, 64
-
-
-def paying_chunks(plan: Plan, layers: int, steps: int) -> int:
-    """In how many chunks of time a stack runs fastest as a wavefront: each layer a chunk behind the one below it.
-
-    plan: of the loop of one layer, R = 1.  layers: L.  steps: T.
-    1, which is layer by layer, unless all layers' teams are resident together and the wavefront gains a quarter. Teams
-    of the grid are left alone: a launch of theirs waits until all of it fits, and what two of them do side by side is
-    not known.
-    """
-    if plan.exchange not in ("cta", "cluster", "scatter") or plan.waves > 1:
-        return 1
-    clusters, alone = plan.device.clusters, plan.exchange == "cta"
-    resident = plan.device.multiprocessors if alone else clusters[plan.members - 1]
-    if layers < 2 or layers * plan.tiles > resident:
-        return 1
-    step = sum(plan.cycles) / _HERTZ
-
-    def seconds(chunks: int) -> float:
-        """Stages in which every layer runs a chunk, or the host asks for one of each, if that takes longer."""
-        return (chunks + layers - 1) * max(-(-steps // chunks) * step, layers * _CHUNK_ON_HOST)
-
-    best = min(range(1, min(_MOST_CHUNKS, max(steps, 1)) + 1), key=seconds)
-    return best if seconds(best) * _GAIN < layers * max(steps * step, _CHUNK_ON_HOST) else 1
 
 
 def _asked(where: torch.device) -> Device | None:

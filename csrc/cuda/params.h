@@ -79,14 +79,14 @@ struct ForwardLoopOf {
   Team team;
   Workspace workspace;
   const void* gx;  // [window, B, R, G, H]  input product, with the biases that are added before the cell
-  const void* given;  // [window, B, R, G, H]  recurrent product, pointwise kernel only; of one step where it writes
-                      //   workspace.operand
+  const void* given;  // [window, B, R, G, H]  recurrent product, of the pointwise kernel, and where a cell in stages has its gates made
+                      //   again; of one step where it writes workspace.operand
   const void* w;  // [R, G, H, H]
   const void* bias;  // [R, apart, H]  recurrent biases of the gates that enter the cell apart, if there are any
   const void* h0;  // [R, B, H]
   void* carried[kMostStates];  // [R, B, H] accumulation type: h if the cell reads it, then the other states; read at step0,
                                //   written at step1
-  const void* hidden;  // [T, B, R, H] or null  y that is there already, pointwise kernel only: h at step0 is taken from it
+  const void* hidden;  // [T, B, R, H] or null  y that is there already, where the product is given: h at step0 is taken from it
   void* y;  // [T, B, R, H] or null
   void* h_n;  // [R, B, H] or null  written with step T - 1
   void* saved;  // [window, B, R, S, H] or null

@@ -51,8 +51,9 @@ persistent_fwd_kernel(const FUSED_RNN_GRID_CONSTANT ForwardLoop told) {
 
   using Weight = typename Policy::Weight;
   const Weight* w = static_cast<const Weight*>(p.w) + int64_t(me.r) * G * width * width;
+  const bool given = kStages > 1 && p.given;  // the gates of a cell in stages are made again: then there are no weights
   const Product<Policy, false, NT, Known> product(team, shared_array<uint4>(at.weights, at.weights_count),
-                                                  ForwardWeights<Policy>(w, G, width, team.units, me.first_u));
+                                                  ForwardWeights<Policy>(w, G, given ? 0 : width, team.units, me.first_u));
 
   by_histories<(Known::width > 0), Storage>(p, [&](auto histories) __attribute__((always_inline)) {
     using Unit = ForwardUnit<Cell, Storage, typename Policy::Math, Known::width, histories.value>;
@@ -61,6 +62,11 @@ persistent_fwd_kernel(const FUSED_RNN_GRID_CONSTANT ForwardLoop told) {
         [&](int j) { return Unit(p, walk, me.r, me.first_b + index[j].b, index[j].inside ? me.first_u + index[j].u : width); });
     const auto scales =
         made_each<kUnits, RowScales<Policy, G>>([&](int j) { return RowScales<Policy, G>(p.scale, me.r, width, me.first_u + index[j].u); });
+    FUSED_RNN_UNROLL
+    for (int j = 0; given && j < kUnits; ++j) {
+      units[j].take(p, walk, p.hidden);
+      units[j].take_carried();
+    }
     FUSED_RNN_UNROLL
     for (int j = 0; j < kUnits; ++j) units[j].enter();
     FUSED_RNN_UNROLL
@@ -89,6 +95,7 @@ persistent_fwd_kernel(const FUSED_RNN_GRID_CONSTANT ForwardLoop told) {
           if (!index[j].inside) break;
           float recurrent[G];
           sums(j, recurrent);
+          if (given) units[j].given(p, walk, step, recurrent);
           units[j].begin(now[j], walk, step, recurrent);
         }
         publisher.run(index, units, now, p);

@@ -82,6 +82,15 @@ class ForwardUnit {
     else if (counts) next_reset_ = at.reset(p.steps, next);
   }
 
+  // The recurrent product of this step where it is given: [window, B, R, G, H].
+  FUSED_RNN_DEVICE void given(const ForwardLoop& p, const TimeIndex& walk, int step, Acc (&recurrent)[G]) const {
+    const int t = walk.time(step);
+    if (!at.live(p.steps, t)) return;
+    const Storage* from = static_cast<const Storage*>(p.given) + steps_size(p.steps, t - walk.first_time, G) + at.in_step(p.steps, G);
+    FUSED_RNN_UNROLL
+    for (int g = 0; g < G; ++g) recurrent[g] += widen(from[g * p.steps.H]);
+  }
+
   // A step under way.
   struct Now {
     Acc a[kGradients<Cell>], before[kStates], after[kStates], masks[Cell::masks > 0 ? Cell::masks : 1];

@@ -50,8 +50,6 @@ def _refusal_of_stages(problem: Problem) -> str | None:
     cell = CELLS[problem.cell]
     if not cell.staged:
         return None
-    if problem.needs_grad and problem.save == "recompute":
-        return "it makes no gates again (save='recompute') of a cell with sums over its units or matrices of its own"
     device, number = module.device_index(torch.device(problem.device)), plans.precision(problem.dtype)
     for backward in (False, True)[: 1 + problem.needs_grad]:
         sizes = (number, backward, cell.gates, problem.batch, problem.hidden_size, problem.recurrences)

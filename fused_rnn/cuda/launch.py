@@ -135,7 +135,14 @@ class Loops:
             "saved": saved.data_ptr(), "histories": _each(histories), "wide": True,
             **self._beside(matrices, masks),
         }  # fmt: skip
-        self._bind("Forward", told).run(0, self.stream)
+        if not self.layer.cell.staged:
+            self._bind("Forward", told).run(0, self.stream)
+            return
+        sizes = (self.precision, 0, *self.sizes[2:])  # forward's team, without weights
+        plan, loaded = programs.planned(self.layer.cell, self.device, sizes)
+        if plan is None:
+            raise RuntimeError(f"x: {programs.refusal_of_stages(self.layer.cell, self.device, sizes)}")
+        self._run(self._bind("Forward", told, plan, loaded), gx)
 
     def backward(
         self,

@@ -11,6 +11,7 @@ import torch
 
 from fused_rnn.cells import Cell
 from fused_rnn.cuda import module
+from fused_rnn.cuda.chunks import paying_chunks
 from fused_rnn.gpu.precision import tf32_allowed
 from fused_rnn.plan import (
     EXCHANGES,
@@ -21,7 +22,6 @@ from fused_rnn.plan import (
     Stages,
     fewer_blocks,
     make,
-    paying_chunks,
     precision_of,
     read,
 )

@@ -8,6 +8,7 @@ from typing import Any
 import literature
 import program_cases
 import pytest
+import stage_cells
 import torch
 from cuda_cases import EXCHANGES, PRECISIONS, _Tf32Products
 from plain_loop import Own
@@ -60,6 +61,28 @@ def test_every_exchange(precision: str, exchange: str, save: str, monkeypatch: p
 @pytest.mark.parametrize("cell", ["indrnn", "sru", "chain"])
 def test_other_programs(cell: str, precision: str) -> None:
     check(ProgramCase(cell, T=3, B=40, H=65, dtype=PRECISIONS[precision], **MASKED), precision)
+
+
+STAGES = {
+    "layer_norm": "bf16",
+    "layer_norm_lstm": "ieee",
+    "reset_before": "f16",
+    "deep": "tf32",
+    "masked_product": "bf16",
+}
+WIDTHS = {"cta": 29, "cluster2": 50, "grid": 130, "": 512}
+
+
+@pytest.mark.parametrize("save", ["gates", "recompute"])
+@pytest.mark.parametrize("exchange", WIDTHS)
+@pytest.mark.parametrize("cell", STAGES)
+def test_stages(cell: str, exchange: str, save: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if exchange == "cluster2" and torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("clusters begin with sm_90")
+    monkeypatch.setattr("fused_rnn.call.CHECKPOINT_EVERY", 3)
+    name = stage_cells.MASKED[cell] if cell in stage_cells.MASKED else stage_cells.STAGED[cell].descriptor().name
+    case = ProgramCase(name, T=7, H=WIDTHS[exchange], B=9, save=save, dtype=PRECISIONS[STAGES[cell]], **MASKED)
+    check(case, STAGES[cell], **EXCHANGES.get(exchange, {}))
 
 
 OPTIONS: list[dict[str, Any]] = [

@@ -154,8 +154,9 @@ class Module:
         return 1000 + len(self.given)
 
     def make_plan(self, *arguments: Any) -> Any:
-        self.asked.append(arguments[-3:-1])
-        return SimpleNamespace(refusal="", rows=8, shape=0 if arguments[-3] else -1)
+        known, fewer, *_ = arguments[-4:]
+        self.asked.append((known, fewer))
+        return SimpleNamespace(refusal="", rows=8, shape=0 if known else -1)
 
 
 def test_kernels_are_loaded_once(monkeypatch: pytest.MonkeyPatch) -> None:

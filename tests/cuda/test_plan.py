@@ -15,7 +15,8 @@ from fused_rnn.backends import cuda as backend
 from fused_rnn.cells import CELLS
 
 # `fused_rnn.plan` is the function; the module of that name is to be had through what imports from it.
-from fused_rnn.plan import DEVICES, Forced, Plan, fewer_blocks, make, paying_chunks, precision_of
+from fused_rnn.cuda.chunks import paying_chunks
+from fused_rnn.plan import DEVICES, Forced, Plan, fewer_blocks, make, precision_of
 
 pytestmark = pytest.mark.skipif(ops.MISSING is not None, reason=str(ops.MISSING))
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)

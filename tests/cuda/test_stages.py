@@ -86,12 +86,14 @@ OPTIONS: list[dict[str, Any]] = [
     {"B": 9},
     {"lengths": True, "reset": True, "bidirectional": True, "sequences": True},
     {"T": 1, "B": 1, "hx": False, "bias": False},
+    {"T": 7, "lengths": True, "reset": True, "bidirectional": True, "save": "recompute"},
 ]
 
 
 @pytest.mark.parametrize("options", range(len(OPTIONS)))
 @pytest.mark.parametrize(("cell", "precision", "exchange"), CASES)
-def test_teams(cell: str, precision: str, exchange: str, options: int) -> None:
+def test_teams(cell: str, precision: str, exchange: str, options: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fused_rnn.call.CHECKPOINT_EVERY", 3)
     case = ProgramCase(TEXTS[cell], H=HIDDEN[exchange], dtype=PRECISIONS[precision], **OPTIONS[options])
     check(case, precision, options, rows=8, **EXCHANGES[exchange])
 
@@ -144,7 +146,7 @@ def test_masks(
 ) -> None:
     monkeypatch.setattr("fused_rnn.call.CHECKPOINT_EVERY", 3)
     forced = EXCHANGES[exchange] | ({"rows": 8} if exchange != "stepwise" else {})
-    case = ProgramCase(TEXTS[cell], H=width, save=save, dtype=PRECISIONS[precision], **OPTIONS[options])
+    case = ProgramCase(TEXTS[cell], H=width, dtype=PRECISIONS[precision], **(OPTIONS[options] | {"save": save}))
     check(case, precision, options, **forced)
 
 
@@ -163,13 +165,11 @@ def test_a_problem_that_no_team_runs_is_refused() -> None:
         assert "cluster" in backend.describe(fits)
         reasons = {
             "float64 has no tensor-core product, and a cell with sums": fits._replace(dtype=torch.float64),
-            "(save='recompute') of a cell with sums": fits._replace(save="recompute"),
             "the cell's own matrices of 134217728 bytes": problem_of("reset_before", hidden=8192),
             "without a W_hh": problem_of("unit_norm"),
         }
         for reason, problem in reasons.items():
             assert reason in str(backend.supports(problem)), problem
-        assert backend.supports(fits._replace(needs_grad=False, save="recompute")) is None
         assert backend.supports(problem_of("dropped", torch.float64)) is None
         assert "narrow weights" in str(backend.narrows(fits))
         assert "narrow weights" not in str(backend.narrows(problem_of("dropped")))
