@@ -44,9 +44,6 @@ def supports(problem: Problem) -> str | None:
         return f"it knows float32, bfloat16 and float16, not {problem.dtype}"
     if not is_program(problem.cell) and (reason := unknown(problem.cell, MODULES)) is not None:
         return reason
-    spec = CELLS[problem.cell]
-    if spec.staged or spec.masks:
-        return "its loops have no stages, matrices of a cell's own, or masks"
     if problem.hidden_size == 0:
         return "it has no loop over no hidden units"
     if problem.forward_ad:
@@ -100,7 +97,11 @@ def _loops(layer: Layer, x: Tensor, backward: bool) -> Loops:
     shape = shape_of(layer.cell, kind, layer.hidden, backward)
     schedule = planner.choose(shape, target, layer.batch, layer.recurrences)
     precision, activation = devices.precision_of(kind, target), devices.activation_of(kind, target)
-    return launch.Loops(layer, launch.LaunchConfig(schedule, target, precision, activation))
+    again = None
+    if shape.staged and backward:  # members of a team need each other there too
+        forward_shape = shape_of(layer.cell, kind, layer.hidden, False)
+        again = planner.choose(forward_shape, target, layer.batch, layer.recurrences)
+    return launch.Loops(layer, launch.LaunchConfig(schedule, target, precision, activation, again))
 
 
 forward_op, backward_op = op.define("triton", _loops, ("CPU", "CUDA"))  # CPU: in the interpreter

@@ -33,7 +33,7 @@ class Scan(NamedTuple):
 def scan_of(cell: str) -> Scan | None:
     """The scan of a program's text; None where it is none."""
     program = parse(cell)
-    if program.recurrent or program.stages > 1:
+    if program.recurrent or program.stages > 1 or program.masks:
         return None
     count, width = len(program.states), program.gates + program.apart
     states = tuple(range(0 if program.reads_h else 1, count))

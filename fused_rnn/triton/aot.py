@@ -17,7 +17,14 @@ from triton.compiler import ASTSource
 from fused_rnn.cells import Cell
 from fused_rnn.triton.backward import bwd_kernel
 from fused_rnn.triton.cells import kernels
-from fused_rnn.triton.compile import constants_backward, constants_forward, constants_schedule, options
+from fused_rnn.triton.compile import (
+    constants_backward,
+    constants_forward,
+    constants_schedule,
+    constants_stages,
+    last_stage,
+    options,
+)
 from fused_rnn.triton.device import activation_of
 from fused_rnn.triton.forward import fwd_kernel
 from fused_rnn.triton.scan import scan_bwd_kernel, scan_fwd_kernel
@@ -72,6 +79,8 @@ def _pointers(kernel: Any, cell: Cell, dtype: str, constants: Mapping[str, Any])
         "sums": (wide,) * states,
         "products": (wide,) * states,
         "dsequences": (own,) * others if constants.get("SEQUENCES") else (),
+        "masks": (own,) * cell.masks,
+        "shared": (wide, own, own) if constants["STAGED"] else (),
         "dparams": wide if constants.get("DP") else own,
         "lengths": "*i64" if constants["HAS_LENGTHS"] else own,
         "reset": "*i32" if constants["HAS_RESET"] else own,
@@ -94,20 +103,24 @@ def compile_kernel(
 ) -> Any:
     """A schedule's compiled kernel.
 
-    variant: of save, checkpoint, sequences, replay (in backward: after it), lengths, reset; chunked for the loop in
-        chunks of time, scan for what comes before it.
+    variant: of save, checkpoint, sequences, replay (in backward: after it), lengths, reset; masks, which are over time;
+        chunked for the loop in chunks of time, scan for what comes before it.
     """
     scan = "scan" in variant
     loop, before = (bwd_kernel, scan_bwd_kernel) if backward else (fwd_kernel, scan_fwd_kernel)
     kernel = before if scan else loop
+    over_time = ("masks" in variant,) * cell.masks
     activation = activation_of("half" if dtype != "float32" else precision, ARCHITECTURES[arch])
     if backward:
-        constants = constants_backward(cell, hidden, SIZES[dtype], True, True)
+        constants = constants_backward(cell, hidden, SIZES[dtype], True, True, over_time)
     else:
-        made = (name in variant for name in ("save", "checkpoint", "replay"))
-        constants = constants_forward(cell, hidden, SIZES[dtype], *made)
+        save, checkpoint, replay = (name in variant for name in ("save", "checkpoint", "replay"))
+        constants = constants_forward(cell, hidden, SIZES[dtype], save, checkpoint, replay, over_time)
     masks = ("lengths" in variant, "reset" in variant)
     constants |= constants_schedule(schedule, ARCHITECTURES[arch], *masks, precision, activation)
+    stage = last_stage(cell, backward) if schedule.loop == "stepwise" else -1
+    how = (schedule, ARCHITECTURES[arch], precision, backward, stage)
+    constants |= constants_stages(cell, hidden, constants["ALIGN"], *how)
     constants["CHUNKED"] = "chunked" in variant
     if scan:
         constants["SCAN"] = getattr(kernels(cell.name), "scan_bwd" if backward else "scan_fwd")

@@ -21,6 +21,7 @@ from fused_rnn.triton.tuples import (
     add_to_rest,
     load_each,
     load_gates,
+    load_masks,
     load_vectors,
     store_each,
     store_gates,
@@ -164,10 +165,13 @@ def bwd_kernel(
     dsequences,  # a [T, B, R, H] for each state but h, or ()
     w,  # [R, G, H, H]
     vectors,  # [R, NP, H]
+    masks,  # these and what a STAGED cell has shared: as in forward.py
+    shared,
     states,  # h [T, B, R, H], then a [window, B, R, H] for each other state
     first,  # a [R, B, H] for each state: what enters the first of these
     saved,  # [window, B, R, S, H]
-    dgates,  # [T, B, R, APART + G, H]: of the input side of gates that are apart, then of all gates' recurrent side
+    dgates,  # [T, B, R, APART + G + N, H]: of the input side of gates that are apart, of all gates' recurrent side, of
+    # the products with the cell's own matrices
     dstates,  # a [R, B, H] float32 for each state. in: its gradient after the last step to run; out: before the first
     dparams,  # [R, B, DP, H] float32   in and out
     lengths,  # [B] int64           HAS_LENGTHS only
@@ -192,6 +196,11 @@ def bwd_kernel(
     APART: tl.constexpr,
     NP: tl.constexpr,
     DP: tl.constexpr,  # NP where the params' gradients are wanted, else 0
+    KEEP: tl.constexpr,  # from step to step they stay in registers
+    N: tl.constexpr,
+    OVER_TIME: tl.constexpr,
+    STAGED: tl.constexpr,
+    HOW: tl.constexpr,
     RECURRENT: tl.constexpr,
     H: tl.constexpr,
     ALIGN: tl.constexpr,  # bytes that divide a row of H elements, 16 at most
@@ -239,16 +248,30 @@ def bwd_kernel(
         step1 = tl.minimum(step0 + chunk, steps)
         at_rb = tl.program_id(1) * width + at_rb
         dparams = dparams + tl.program_id(1) * (width * DP)
-    DG: tl.constexpr = APART + G
+    DG: tl.constexpr = APART + G + N
     ds = zeros(len(dstates), BB, BH)
     p = zeros(NP, 1, BH)
     dp = zeros(DP, BB, BH)
     if NT == 1:
         ds = load_each(dstates, at_rb, own)
         p = load_vectors(vectors, r, n, NP, H)
-        dp = load_gates(dparams, row_rb, n, own, DP, H)
+        if KEEP:
+            dp = load_gates(dparams, row_rb, n, own, DP, H)
     if REGISTERS or HOLD:
-        held = hold_bwd(w_r, n, G, H, BK, PRECISION)
+        if RECURRENT:
+            held = hold_bwd(w_r, n, G, H, BK, PRECISION)
+    STAGES: tl.constexpr = HOW[10] if STAGED else 0
+    STAGE: tl.constexpr = HOW[7] if STAGED else -1
+    WHOLE: tl.constexpr = STAGE < 0 or STAGE == STAGES  # the launch comes to the end of a step
+    SLOTS: tl.constexpr = HOW[11] if STAGED else 0
+    OPERANDS: tl.constexpr = HOW[12] if STAGED else 0
+    ARRIVALS: tl.constexpr = TEAM * (STAGES + 1)  # of a team, each step
+    if STAGED:
+        pair = (r * tiles + tile - tile0).to(tl.int64) * 2
+        matrices = shared[2] + r.to(tl.int64) * (N * H * H)
+        blocks = ()
+        if REGISTERS:
+            blocks = hold_bwd(matrices, n, N, H, BK, PRECISION)
 
     window = (window0, t_base, width, backwards, length)
     forward = (dy, dsequences, states, first, saved)  # what it left, and what comes of it
@@ -291,7 +314,7 @@ def bwd_kernel(
                 d_row = tl.multiple_of(dgates + t_later * (width * DG) + (row * (DG * H) + APART * H), [ALIGN])
                 if COUNT:
                     if i % NT == 0:
-                        wait(counter, TEAM * (steps - 1 - step))
+                        wait(counter, ARRIVALS * (steps - 1 - step))
                 if HOLD:
                     dh = product_held(d_row, reaches, held, G, H, PRECISION)
                 else:
@@ -306,8 +329,23 @@ def bwd_kernel(
         if HAS_DY:
             ds = add_to_first(ds, dy_t.to(tl.float32))
         ds = add_to_rest(ds, more)
-        d_gates, ds_before, d_params = CELL(ds, kept, after, before, p, ACTIVATION)
-        dp = add_of_rows(dp, valid, d_params)
+        given_p = p + load_masks(masks, r, t, b, n, own & valid[:, None], steps, batch, OVER_TIME, H)
+        if STAGED:
+            gone = steps - 1 - step
+            turn = pair + gone % 2
+            partials, operands = shared[0] + turn * (SLOTS * TEAM * BB), shared[1] + turn * (OPERANDS * BB * H)
+            team = (n, own, partials, operands, matrices, counter, ARRIVALS * gone) + blocks
+            d_gates, ds_before, d_params = CELL(ds, kept, after, before, given_p, team, HOW, ACTIVATION)
+        else:
+            d_gates, ds_before, d_params = CELL(ds, kept, after, before, given_p, ACTIVATION)
+        if not WHOLE:
+            own = own & tl.full(own.shape, 0, tl.int1)  # nothing is there to be stored
+        if KEEP:
+            dp = add_of_rows(dp, valid, d_params)
+        else:
+            tl.debug_barrier()  # another thread may have stored them
+            so_far = load_gates(dparams, row_rb, n, own, DP, H)
+            store_gates(dparams, row_rb, n, add_of_rows(so_far, valid, d_params), own, DP, H)
         for g in tl.static_range(DG):
             at = row[:, None] * (DG * H) + (g * H + n)[None, :]
             d = tl.where(valid[:, None], d_gates[g], 0.0).to(dgates.dtype.element_ty)
@@ -316,7 +354,7 @@ def bwd_kernel(
             ds_before = where_each(live, ds_before, zeros(len(ds), BB, BH))
         # Where the sequence is over, or has not begun, gradients pass unchanged.
         ds = where_each(valid, ds_before, ds)
-        if REGISTERS:
+        if REGISTERS and RECURRENT:
             sums = ()
             for g in tl.static_range(G):
                 d = tl.where(live[:, None], d_gates[APART + g], 0.0).to(w.dtype.element_ty)
@@ -329,10 +367,12 @@ def bwd_kernel(
             store_gates(dparams, row_rb, n, dp, own, DP, H)
         if COUNT:
             if i % NT == NT - 1:
-                arrive(counter, LANES)
+                if WHOLE:
+                    arrive(counter, LANES)
         elif RECURRENT and TEAM == 1 and not REGISTERS:
             tl.debug_barrier()  # a team of one: what its threads stored is what its threads read next
 
     if NT == 1:
         store_each(dstates, at_rb, ds, own)
-        store_gates(dparams, row_rb, n, dp, own, DP, H)
+        if KEEP:
+            store_gates(dparams, row_rb, n, dp, own, DP, H)

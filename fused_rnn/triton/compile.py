@@ -9,7 +9,8 @@ from typing import Any, TypeVar
 
 from fused_rnn.cells import Cell
 from fused_rnn.triton.cells import kernels
-from fused_rnn.triton.schedule import Schedule
+from fused_rnn.triton.published import published, takes_team
+from fused_rnn.triton.schedule import CROWDED, Schedule, shape_of
 from fused_rnn.triton.target import Target
 
 SPILLS = 64  # bytes of a thread that a kernel may spill: they cost less than to compile it again
@@ -19,12 +20,17 @@ Made = TypeVar("Made")
 def _constants(cell: Cell, hidden: int, size: int) -> dict[str, Any]:
     align = math.gcd(hidden * size, 16)
     constants = {"G": cell.gates, "S": cell.saved, "APART": cell.apart, "H": hidden, "ALIGN": align}
-    return constants | {"NP": len(cell.params), "RECURRENT": cell.recurrent, "CHUNKED": False}
+    constants |= {"NP": len(cell.params), "N": cell.blocks, "RECURRENT": cell.recurrent}
+    return constants | {"CHUNKED": False}
 
 
-def constants_forward(cell: Cell, hidden: int, size: int, save: bool, checkpoint: bool, replay: bool) -> dict[str, Any]:
-    """What fwd_kernel is compiled for, less the schedule's part. size: of an element, in bytes."""
+def constants_forward(
+    cell: Cell, hidden: int, size: int, save: bool, checkpoint: bool, replay: bool, over_time: tuple[bool, ...] = ()
+) -> dict[str, Any]:
+    """What fwd_kernel is compiled for, less the schedule's part. size: of an element, in bytes.  over_time: for each
+    mask whether it has T."""
     return _constants(cell, hidden, size) | {
+        "OVER_TIME": over_time,
         "CELL": kernels(cell.name).fwd,
         "READS_H": cell.reads_h,
         "SAVE": save,
@@ -33,17 +39,47 @@ def constants_forward(cell: Cell, hidden: int, size: int, save: bool, checkpoint
     }
 
 
-def constants_backward(cell: Cell, hidden: int, size: int, has_dy: bool, has_dp: bool) -> dict[str, Any]:
+def constants_backward(
+    cell: Cell, hidden: int, size: int, has_dy: bool, has_dp: bool, over_time: tuple[bool, ...] = ()
+) -> dict[str, Any]:
     """What bwd_kernel is compiled for, less the schedule's part."""
-    module = kernels(cell.name)
+    module, shape = kernels(cell.name), shape_of(cell, "half", hidden, True)
     return _constants(cell, hidden, size) | {
+        "OVER_TIME": over_time,
         "CELL": module.bwd,
         "READS_H": cell.reads_h,
         "AFTER": tuple(state in module.AFTER for state in cell.states),
         "BEFORE": tuple(state in module.BEFORE for state in cell.states),
         "HAS_DY": has_dy,
         "DP": len(cell.params) if has_dp else 0,
+        "KEEP": not (shape.staged and shape.heavier > CROWDED),
     }
+
+
+def last_stage(cell: Cell, backward: bool) -> int:
+    """The number of a step's last stage; -1 where there is one alone."""
+    if cell.program is None:
+        return -1
+    return (len((cell.program.backward if backward else cell.program.forward).stages) - 1) or -1
+
+
+def constants_stages(
+    cell: Cell, hidden: int, align: int, schedule: Schedule, target: Target, precision: str, backward: bool, stage: int
+) -> dict[str, Any]:
+    """What both kernels are compiled for where a step of the cell must know of other units. stage: the only one of a
+    launch, which it ends; -1 for all of them. HOW, in the order that stages.py knows:
+
+    H, TEAM, a power of two from TEAM on, BK, whether the matrices are resident, COUNT, LANES, stage, ALIGN, PRECISION,
+    and how many there are of stages that publish, of numbers and of operands that they publish.
+    """
+    program = cell.program
+    if program is None or not takes_team(program):
+        return {"STAGED": False, "HOW": ()}
+    made, team, tile = published(program.backward if backward else program.forward), schedule.team, schedule.tile
+    count, lanes = schedule.loop == "cooperative", 64 * tile.warps if target.amd else 0
+    units = (hidden, team, 1 << (team - 1).bit_length(), tile.depth)
+    how = (schedule.registers, count, lanes, stage, align, precision)
+    return {"STAGED": True, "HOW": (*units, *how, len(made.runs), made.slots, made.operands)}
 
 
 def constants_schedule(

@@ -18,7 +18,7 @@ import triton.language as tl
 
 from fused_rnn.triton.exchange import arrive, wait
 from fused_rnn.triton.product import all_asked_for, dot, rounded, rounded_after, zeros
-from fused_rnn.triton.tuples import load_each, load_gates, load_vectors, store_each, to_float32, where_each
+from fused_rnn.triton.tuples import load_each, load_gates, load_masks, load_vectors, store_each, to_float32, where_each
 
 # Arguments for whose values no kernel is compiled, of both loops.
 SIZES = ("steps", "batch", "recurrences", "tiles", "tile0", "step0", "step1", "window0", "window1", "every", "close")
@@ -135,6 +135,8 @@ def fwd_kernel(
     w,  # [R, G, H, H]
     bias,  # [R, APART, H]          of the recurrent side of the gates that are apart
     vectors,  # [R, NP, H]          the cell's numbers of each unit
+    masks,  # a [R, 1 or T, B, H] each, or ()
+    shared,  # STAGED only, else (): partials and operands of each team, for this step and the next; matrices: stages.py
     h0,  # [R, B, H]
     carried,  # a [R, B, H] float32 each, in at step0, out at step1: h if READS_H and not REPLAY, then all other states
     y,  # [T, B, R, H]
@@ -165,6 +167,10 @@ def fwd_kernel(
     ALIGN: tl.constexpr,  # bytes that divide a row of H elements, 16 at most
     APART: tl.constexpr,
     NP: tl.constexpr,
+    N: tl.constexpr,  # the blocks of the cell's own matrices
+    OVER_TIME: tl.constexpr,  # for each mask whether it has T
+    STAGED: tl.constexpr,
+    HOW: tl.constexpr,  # of stages.py
     RECURRENT: tl.constexpr,
     READS_H: tl.constexpr,
     HAS_LENGTHS: tl.constexpr,
@@ -225,11 +231,24 @@ def fwd_kernel(
         t = tl.where(backwards, steps - 1 - step0, step0)
         x_next = load_gates(gx + (t - t_base) * (width * G), row, n, own & (b * 0 + step0 < step1)[:, None], G, H)
     if REGISTERS:
-        held = hold_fwd(w_r, n, G, H, PRECISION)
+        if RECURRENT:
+            held = hold_fwd(w_r, n, G, H, PRECISION)
     elif HOLD:
         held = hold_fused(w_r, member * BH, G, H, BH, BK, PRECISION)
     if REGISTERS:
         h = tl.load(h0 + at_rb, mask=own, other=0.0)
+    STAGES: tl.constexpr = HOW[10] if STAGED else 0
+    STAGE: tl.constexpr = HOW[7] if STAGED else -1
+    WHOLE: tl.constexpr = STAGE < 0 or STAGE == STAGES  # the launch comes to the end of a step
+    SLOTS: tl.constexpr = HOW[11] if STAGED else 0
+    OPERANDS: tl.constexpr = HOW[12] if STAGED else 0
+    ARRIVALS: tl.constexpr = TEAM * (STAGES if REPLAY else STAGES + 1)  # of a team, each step
+    if STAGED:
+        pair = (r * tiles + tile - tile0).to(tl.int64) * 2
+        matrices = shared[2] + r.to(tl.int64) * (N * H * H)
+        blocks = ()
+        if REGISTERS:
+            blocks = hold_fwd(matrices, n, N, H, PRECISION)
 
     for i in range(step0 * NT, step1 * NT):
         step = i // NT
@@ -281,7 +300,7 @@ def fwd_kernel(
         else:
             if COUNT:
                 if i % NT == 0:
-                    wait(counter, TEAM * step)
+                    wait(counter, ARRIVALS * step)
             if HOLD:
                 acc = product_held(h_row, live, held, G, H, PRECISION)
             else:
@@ -293,7 +312,16 @@ def fwd_kernel(
             entering = (h_in.to(tl.float32),) + entering
         elif not READS_H:
             entering = zeros(1, BB, BH) + entering
-        after, kept = CELL(to_float32(x), acc, apart, entering, p, ACTIVATION)
+        given_p = p + load_masks(masks, r, t, b, n, own & valid[:, None], steps, batch, OVER_TIME, H)
+        if STAGED:
+            turn = pair + step % 2
+            partials, operands = shared[0] + turn * (SLOTS * TEAM * BB), shared[1] + turn * (OPERANDS * BB * H)
+            team = (n, own, partials, operands, matrices, counter, ARRIVALS * (step - window0)) + blocks
+            after, kept = CELL(to_float32(x), acc, apart, entering, given_p, team, HOW, ACTIVATION)
+        else:
+            after, kept = CELL(to_float32(x), acc, apart, entering, given_p, ACTIVATION)
+        if not WHOLE:
+            own = own & tl.full(own.shape, 0, tl.int1)  # nothing is there to be stored
         s_new = ()
         for j in tl.static_range(len(after) - len(s), len(after)):
             s_new = s_new + (after[j],)
@@ -305,7 +333,8 @@ def fwd_kernel(
             tl.store(y + t * width + (row[:, None] * H + n[None, :]), out, mask=own)
             if COUNT:
                 if i % NT == NT - 1:
-                    arrive(counter, LANES)
+                    if WHOLE:
+                        arrive(counter, LANES)
             elif RECURRENT and TEAM == 1 and not REGISTERS:
                 tl.debug_barrier()  # a team of one: what its threads stored is what its threads read next
         if REGISTERS:
@@ -323,7 +352,7 @@ def fwd_kernel(
 
     if NT == 1:
         store_each(carried, at_carried, s, own)
-    if not REPLAY:
+    if WHOLE and not REPLAY:
         if closes:
             if REGISTERS:
                 tl.store(h_n + at_rb, h, mask=own)

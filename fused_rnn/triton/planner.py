@@ -21,16 +21,20 @@ MOST_GATES = 8  # that registers have room for, beside W_hh
 
 def _registers(shape: Shape, target: Target) -> Schedule | None:
     side = tiles.padded(shape.hidden)
-    warps = 4 if shape.kind != "ieee" and side <= 64 else 8
+    warps = 4 if shape.kind != "ieee" and side <= 64 and not tiles.crowded(shape) else 8
     if not target.nvidia:
         warps = 4
     tile = Tile(16, side, side, min(warps, max(1, side // 8)))
-    fits = side <= (256 if shape.kind == "half" else 64) and tiles.fits(shape, target, tile, side)
-    return Schedule("solo", tile, 1, registers=True) if fits and shape.gates <= MOST_GATES else None
+    beside = shape._replace(gates=shape.gates + shape.blocks)
+    fits = side <= (256 if shape.kind == "half" else 64) and tiles.fits(beside, target, tile, side)
+    return Schedule("solo", tile, 1, registers=True) if fits and beside.gates <= MOST_GATES else None
 
 
 def _teams(shape: Shape, target: Target) -> list[Schedule]:
     """Teams with a small batch tile and with a large one."""
+    if not shape.recurrent:
+        small = tiles.stream(shape, target, large=False)
+        return [Schedule("cooperative", small, -(-shape.hidden // small.units)), _wide(shape, target)]
     held = tiles.held(shape, target, large=False)
     small = held or tiles.stream(shape, target, large=False)
     schedules = [Schedule("cooperative", small, -(-shape.hidden // small.units), hold=held is not None)]
@@ -68,7 +72,7 @@ def _stepwise(shape: Shape, target: Target) -> Schedule:
 
 def shipped(shape: Shape, target: Target) -> list[Schedule]:
     """Every schedule that `choose` can come to without measurements: what is compiled ahead of time by `make cubin`."""
-    if not shape.recurrent:
+    if _independent_units(shape):
         return [_independent(shape)]
     registers = _registers(shape, target)
     if registers is not None:
@@ -76,6 +80,8 @@ def shipped(shape: Shape, target: Target) -> list[Schedule]:
     teams = _teams(shape, target)
     if teams[-1].hold:
         teams.append(_wide(shape, target))
+    if shape.staged:
+        return [*teams, _stepwise(shape, target)]
     if 2 * teams[0].team > target.processors:
         teams += [_spread(shape, target, spread) for spread in SPREADS]
     return [*teams, _alone(shape, target), _stepwise(shape, target)]
@@ -83,7 +89,7 @@ def shipped(shape: Shape, target: Target) -> list[Schedule]:
 
 def choose(shape: Shape, target: Target, batch: int, recurrences: int) -> Schedule:
     """The schedule for a problem. `override` forces one, a measured table comes next, then those of tiles.py."""
-    if not shape.recurrent:
+    if _independent_units(shape):
         return _independent(shape)
     if _forced:
         return _build(shape, target, **_forced)
@@ -104,7 +110,7 @@ def choose(shape: Shape, target: Target, batch: int, recurrences: int) -> Schedu
         if schedule.programs(batch, recurrences) <= target.processors:
             return schedule
     alone = _alone(shape, target)
-    if shape.hidden <= 512 and 2 * alone.programs(batch, recurrences) >= target.processors:
+    if not shape.staged and shape.hidden <= 512 and 2 * alone.programs(batch, recurrences) >= target.processors:
         return alone  # a batch that fills the device needs no team
     # A few waves of a team are still fewer launches than one a step.
     for schedule in reversed(teams):
@@ -112,7 +118,7 @@ def choose(shape: Shape, target: Target, batch: int, recurrences: int) -> Schedu
         if schedule.team * recurrences <= target.processors and programs <= 3 * target.processors:
             return schedule
     rest = [_wide(shape, target)] if teams and teams[-1].hold else []
-    if teams and 2 * teams[0].team > target.processors:
+    if teams and not shape.staged and 2 * teams[0].team > target.processors:
         rest += [_spread(shape, target, spread) for spread in SPREADS]
     for schedule in rest:
         if schedule.programs(batch, recurrences) <= target.processors:
@@ -124,6 +130,10 @@ def replay(hidden: int) -> Schedule:
     """For making gates again: pointwise, every program for itself, no product."""
     tile = Tile(16, 32, 16, 4, ahead=False)
     return Schedule("solo", tile, -(-hidden // tile.units))
+
+
+def _independent_units(shape: Shape) -> bool:
+    return not shape.recurrent and not shape.staged
 
 
 def _independent(shape: Shape) -> Schedule:
@@ -179,6 +189,8 @@ def _build(
         return Schedule("solo", Tile(batch, side, side, warps), 1, registers=True)
     tile = tiles.stream(shape, target, large=False) if tile is None else tile
     blocks = -(-shape.hidden // tile.units)
+    if shape.staged and (spread > 1 or (loop == "solo" and blocks > 1)):
+        raise ValueError(f"tile: got {blocks} tiles of units, expected one a program: the cell's step has stages")
     if loop == "solo":
         return Schedule("solo", tile, 1, blocks)
     return Schedule(loop, tile, -(-blocks // spread), spread, hold=hold and spread == 1)

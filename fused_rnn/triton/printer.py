@@ -14,9 +14,10 @@ from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
 
-from fused_rnn.cells.program import Graph, Program, parse
+from fused_rnn.cells.program import MATRIX_PRODUCTS, Graph, Program, parse
 from fused_rnn.flex.scan import scan_of
 from fused_rnn.gpu.files import cache_folder, replace
+from fused_rnn.triton.published import published, takes_team
 
 _HEAD = '''\
 """A cell printed by fused_rnn.triton.printer."""
@@ -25,18 +26,18 @@ import triton
 import triton.language as tl
 
 from fused_rnn.triton.pointwise import expm1, log1p, power, sigmoid, softplus, tanh
-
+{stages}
 TITLE = {title!r}
 AFTER, BEFORE = {after!r}, {before!r}
 
 
 @triton.jit
-def fwd(x, r, bias, states, params, ACTIVATION: tl.constexpr):
+def fwd(x, r, bias, states, params, {team}ACTIVATION: tl.constexpr):
 {fwd}
 
 
 @triton.jit
-def bwd(dstates, kept, after, before, params, ACTIVATION: tl.constexpr):
+def bwd(dstates, kept, after, before, params, {team}ACTIVATION: tl.constexpr):
 {bwd}
 '''
 
@@ -52,6 +53,8 @@ def scan_fwd(x, params, ACTIVATION: tl.constexpr):
 def scan_bwd(dstates, kept, after, before, params, ACTIVATION: tl.constexpr):
 {bwd}
 """
+_STAGES = "from fused_rnn.triton import stages\n"
+_TEAM = "team, HOW: tl.constexpr, "
 
 # How an operation is written, of the names of its arguments.
 _OPS = {
@@ -119,12 +122,13 @@ def _number(value: float) -> str:
 class _Function:
     """The lines of a graph, each value a line: v<i> a tile of numbers, b<i> a tile of truths.
 
-    inputs: how each is written.  narrow: those that are [1, BH].  like: what has the shape of a tile.
+    inputs: how each is written.  narrow: those that are [1, BH].  like: what has the shape of a tile. What is one
+    number for a row is [BB, 1].
     """
 
     def __init__(self, graph: Graph, inputs: list[str], narrow: set[int], like: str) -> None:
         self.graph, self.like = graph, like
-        self.narrow = set(narrow)
+        self.narrow, self.rows = set(narrow), graph.rows
         self.lines: list[str] = []
         self.made: set[str] = set()
         self.rounded = graph.rounded()
@@ -132,8 +136,13 @@ class _Function:
         for i, text in enumerate(inputs):
             if i in used:
                 self._line(f"v{i}", text)
-        for k in range(len(graph.code)):
-            self._instruction(graph.inputs + k)
+        self.published = published(graph)
+        for stage, run in zip(graph.stages, [*self.published.runs, ()], strict=True):
+            for k in stage:
+                if graph.inputs + k not in run:
+                    self._instruction(graph.inputs + k)
+            if run:
+                self._publish(run)
 
     def _line(self, name: str, text: str) -> str:
         if name not in self.made:
@@ -148,11 +157,15 @@ class _Function:
         return self.graph.code[i - self.graph.inputs].value
 
     def _constant(self, i: int) -> str:
-        return _number(self._value(i))
+        return self._line("units", "1.0 * HOW[0]") if self._op(i) == "units" else _number(self._value(i))
+
+    def _is_number(self, i: int) -> bool:
+        """Whether a value may stand in the text as a number."""
+        return self._op(i) in ("const", "units")
 
     def tile(self, i: int) -> str:
         """A value as numbers."""
-        if self._op(i) == "const":
+        if self._is_number(i):
             return self._line(f"v{i}", f"tl.full({self.like}.shape, {self._constant(i)}, tl.float32)")
         if self._op(i) in (*_COMPARISONS, *_LOGICAL):
             return self._line(f"v{i}", f"b{i}.to(tl.float32)")
@@ -166,16 +179,16 @@ class _Function:
 
     def _numbers(self, args: tuple[int, ...]) -> list[str]:
         """Arguments of which constants stay numbers, unless all are."""
-        if all(self._op(i) == "const" for i in args):
+        if all(map(self._is_number, args)):
             return [self.tile(i) for i in args]
-        written = [self._constant(i) if self._op(i) == "const" else self.tile(i) for i in args]
+        written = [self._constant(i) if self._is_number(i) else self.tile(i) for i in args]
         return [f"({text})" if text.startswith("-") else text for text in written]
 
     def _instruction(self, i: int) -> None:
         op, args, _ = self.graph.code[i - self.graph.inputs]
-        if op == "const":
+        if self._is_number(i):
             return
-        tiles = [j for j in args if self._op(j) != "const"]
+        tiles = [j for j in args if not self._is_number(j)]
         if tiles and all(j in self.narrow for j in tiles):
             self.narrow.add(i)
         form, name = _OPS[op], f"{'b' if op in (*_COMPARISONS, *_LOGICAL) else 'v'}{i}"
@@ -193,14 +206,33 @@ class _Function:
             written = [self.tile(j) for j in args]
         self._line(name, form.format(*written))
 
+    def _publish(self, run: tuple[int, ...]) -> None:
+        """The end of a stage: what it makes for all units of a row, then what they have of it."""
+        end, puts, gets = self.published.runs.index(run), list[str](), list[tuple[str, str]]()
+        for i in run:
+            op, (read,), block = self.graph.code[i - self.graph.inputs]
+            at = f"{self._whole(read)}, {self.published.place[i]}"
+            more = f"{end}, team, HOW"
+            if op in MATRIX_PRODUCTS:
+                puts.append(f"    stages.put({at}, {more})")
+                gets.append((f"v{i}", f"stages.{op}({at}, {int(block)}, {more})"))
+            else:
+                puts.append(f"    stages.put_{op}({at}, {more})")
+                gets.append((f"v{i}", f"stages.{op}_of({at}, {more})"))
+        self.lines += [*dict.fromkeys(puts), f"    stages.meet({end}, team, HOW)"]
+        for name, text in gets:
+            self._line(name, text)
+
+    def _whole(self, i: int) -> str:
+        """A value, of a tile's shape."""
+        name = self.tile(i)
+        if i in self.narrow or i in self.rows:
+            name = self._line(f"w{i}", f"tl.broadcast_to({name}, {self.like}.shape)")
+        return name
+
     def group(self, values: tuple[int, ...]) -> str:
         """Outputs as a tuple, all of a tile's shape."""
-        written = []
-        for i in values:
-            name = self.tile(i)
-            if i in self.narrow:
-                name = self._line(f"w{i}", f"tl.broadcast_to({name}, {self.like}.shape)")
-            written.append(name)
+        written = [self._whole(i) for i in values]
         return f"({', '.join(written)}{',' if len(written) == 1 else ''})"
 
 
@@ -210,8 +242,9 @@ def _forward(program: Program) -> str:
     inputs += [f"r[{joined + k}] + bias[{k}]" for k in range(program.apart)]
     inputs += [f"states[{j}]" for j in range(len(program.states))]
     first = len(inputs)
-    inputs += [f"params[{j}]" for j in range(len(program.params))]
-    function = _Function(program.forward, inputs, set(range(first, len(inputs))), "states[0]")
+    inputs += [f"params[{j}]" for j in range(len(program.params) + len(program.masks))]
+    narrow = set(range(first, first + len(program.params)))
+    function = _Function(program.forward, inputs, narrow, "states[0]")
     after, kept = map(function.group, program.forward.outputs)
     return "\n".join([*function.lines, f"    return {after}, {kept}"])
 
@@ -221,11 +254,12 @@ def _backward(program: Program) -> str:
     inputs = [f"kept[{j}]" for j in range(program.saved)]
     inputs += [f"before[{j}]" for j in states] + [f"after[{j}]" for j in states]
     first = len(inputs)
-    inputs += [f"params[{j}]" for j in range(len(program.params))]
-    narrow = set(range(first, len(inputs)))
+    inputs += [f"params[{j}]" for j in range(len(program.params) + len(program.masks))]
+    narrow = set(range(first, first + len(program.params)))
     inputs += [f"dstates[{j}]" for j in states]
     function = _Function(program.backward, inputs, narrow, "dstates[0]")
-    groups = ", ".join(map(function.group, program.backward.outputs))
+    gates, before, vectors, *products = program.backward.outputs
+    groups = ", ".join(map(function.group, (sum(products, gates), before, vectors)))
     return "\n".join([*function.lines, f"    return {groups}"])
 
 
@@ -255,9 +289,9 @@ def source(program: Program) -> str:
         tuple(name for name, read in zip(program.states, reads, strict=True) if read)
         for reads in program.backward_reads()
     )
-    return _HEAD.format(
-        title=program.title, after=after, before=before, fwd=_forward(program), bwd=_backward(program)
-    ) + _scan(program)
+    stages, team = (_STAGES, _TEAM) if takes_team(program) else ("", "")
+    functions = {"fwd": _forward(program), "bwd": _backward(program), "stages": stages, "team": team}
+    return _HEAD.format(title=program.title, after=after, before=before, **functions) + _scan(program)
 
 
 def folder() -> Path:

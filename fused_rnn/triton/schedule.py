@@ -7,15 +7,19 @@ from typing import NamedTuple
 
 from fused_rnn.cells import Cell
 from fused_rnn.cells.program import Graph
+from fused_rnn.triton.published import takes_team
 
 LOOPS = ("solo", "cooperative", "stepwise")
 LSTM_ALIVE = (9, 12)  # of its forward and backward as a program, and its states
+CROWDED = 16  # values a unit of a cell with stages may have more than an LSTM's, in tiles for an LSTM
 
 
 class Shape(NamedTuple):
     """What a schedule is keyed on.
 
     kind: how products are taken, "half" (16-bit), "tf32" or "ieee".  recurrent: as the cell's.
+    staged: a step has stages, at whose ends a program must know of all units: none has a second tile of them.
+    blocks: of the cell's own matrices, which lie beside W_hh where all is in registers.
     heavier: by how many values alive at once a unit has more than an LSTM's, for which the tiles are chosen.
     """
 
@@ -26,6 +30,8 @@ class Shape(NamedTuple):
     backward: bool
     recurrent: bool = True
     heavier: int = 0
+    staged: bool = False
+    blocks: int = 0
 
     @property
     def size(self) -> int:
@@ -39,7 +45,8 @@ def shape_of(cell: Cell, kind: str, hidden: int, backward: bool) -> Shape:
         graph = cell.program.backward if backward else cell.program.forward
         more = len(cell.states) + (len(cell.params) if backward else 0)  # what a loop carries from step to step
         heavier = max(0, _alive(graph) + more - LSTM_ALIVE[backward])
-    return Shape(cell.name, cell.gates, kind, hidden, backward, cell.recurrent, heavier)
+    staged = cell.program is not None and takes_team(cell.program)
+    return Shape(cell.name, cell.gates, kind, hidden, backward, cell.recurrent, heavier, staged, cell.blocks)
 
 
 def _alive(graph: Graph) -> int:
@@ -49,7 +56,7 @@ def _alive(graph: Graph) -> int:
     alive = {i for i in range(graph.inputs) if i in last}
     most = len(alive)
     for k, instruction in enumerate(graph.code):
-        if instruction.op != "const" and graph.inputs + k in last:
+        if instruction.op not in ("const", "units") and graph.inputs + k in last:
             alive.add(graph.inputs + k)
         most = max(most, len(alive))
         alive = {i for i in alive if last[i] > k}

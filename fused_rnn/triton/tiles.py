@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from fused_rnn.cells.program import is_program
-from fused_rnn.triton.schedule import Shape, Tile
+from fused_rnn.triton.schedule import CROWDED, Shape, Tile
 from fused_rnn.triton.target import KIB, Target
 
 # Chosen by what compiles into an architecture's shared memory (Triton 3.6 and 3.9): without spills worth a
@@ -94,9 +94,16 @@ def _too_heavy(shape: Shape) -> bool:
     return shape.heavier > (FREE_FORWARD if shape.kind == "half" and not shape.backward else 0)
 
 
+def crowded(shape: Shape) -> bool:
+    """Whether a tile has fewer numbers than products want, though warps then repeat each other's."""
+    return shape.staged and shape.heavier > CROWDED
+
+
 def _lighter(shape: Shape, tile: Tile) -> Tile:
     """A streamed tile for a cell heavier than an LSTM, whose large ones leave few registers free: with fewer rows. Of
     fewer units warps would repeat each other's products."""
+    if crowded(shape):
+        return replace(tile, batch=16, units=min(tile.units, 32), warps=8)
     return replace(tile, batch=16) if _too_heavy(shape) else tile
 
 

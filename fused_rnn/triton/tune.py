@@ -15,6 +15,7 @@ import statistics
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from typing import Any
 
 import torch
 import triton
@@ -86,7 +87,7 @@ def runner(
     carried = wide(cell.carried)
 
     def run_forward() -> None:
-        kept: dict[str, list[Tensor]] = {"carried": carried, "histories": histories, "checkpoints": []}
+        kept: dict[str, Any] = {"carried": carried, "histories": histories, "checkpoints": []}
         loops.forward(gx=gx, w=w, bias=bias, params=None, h0=h0, y=y, h_n=h_n, saved=saved, every=1, **kept)
 
     return run_forward

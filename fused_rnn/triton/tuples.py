@@ -36,6 +36,19 @@ def load_vectors(vectors, r, n, COUNT: tl.constexpr, H: tl.constexpr):
 
 
 @triton.jit
+def load_masks(masks, r, t, row, n, mask, steps, batch, OVER_TIME: tl.constexpr, H: tl.constexpr):
+    """Numbers of recurrence r at time t: [BB, BH] each. masks: [R, 1 or T, B, H] each; row: [BB] index into B."""
+    numbers = ()
+    at = row[:, None] * H + n[None, :]
+    for j in tl.static_range(len(masks)):
+        place = r.to(tl.int64)
+        if OVER_TIME[j]:
+            place = place * steps + t
+        numbers = numbers + (tl.load(masks[j] + place * batch * H + at, mask=mask, other=0.0).to(tl.float32),)
+    return numbers
+
+
+@triton.jit
 def to_float32(tiles):
     wide = ()
     for j in tl.static_range(len(tiles)):

@@ -139,7 +139,9 @@ def here(given: Inputs) -> Inputs:
 def planted(name: str, old: str, new: str, folder: Path) -> ModuleType:
     """The kernels' module with one edit. Triton reads a kernel's source from its file."""
     kernels = Path(fused_rnn.__file__).parent / "triton"
-    source = (kernels / ("" if name in ("forward", "backward", "scan") else "cells") / f"{name}.py").read_text()
+    source = (
+        kernels / ("" if name in ("forward", "backward", "scan", "stages") else "cells") / f"{name}.py"
+    ).read_text()
     assert source.count(old) == 1, f"{name}.py has {old!r} {source.count(old)} times"
     path = folder / f"planted_{name}.py"
     path.write_text(source.replace(old, new))
