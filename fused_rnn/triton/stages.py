@@ -140,6 +140,7 @@ def _product(
     BK: tl.constexpr = HOW[3]
     HELD: tl.constexpr = HOW[4]
     STAGE: tl.constexpr = HOW[7]
+    ALIGN: tl.constexpr = HOW[8]
     PRECISION: tl.constexpr = HOW[9]
     out = tl.full(a.shape, 0.0, tl.float32)
     if HELD:
@@ -147,7 +148,7 @@ def _product(
         out = dot(rounded(narrow, PRECISION), team[7 + BLOCK], out, PRECISION)
     elif STAGE < 0 or STAGE > E:
         there = tl.arange(0, a.shape[0])
-        row = tl.multiple_of(team[3] + (OPERAND * a.shape[0] + there) * H, [HOW[8]])
+        row = tl.multiple_of(team[3] + (OPERAND * a.shape[0] + there) * H, [ALIGN])
         if BACKWARD:
             out = streamed_bwd(row, there >= 0, team[4] + BLOCK * H * H, team[0], 1, H, BK, PRECISION)
         else:

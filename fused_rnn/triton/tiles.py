@@ -76,6 +76,8 @@ def fits(shape: Shape, target: Target, tile: Tile, units: int) -> bool:
     if gates % 4 == 3 and not shape.backward and units < shape.hidden:
         gates += 1  # a team's member takes four to a product, three as four
     weights = gates * units * depth * shape.size
+    if shape.blocks and units < shape.hidden:
+        weights += units * tile.depth * shape.size  # a tile of the cell's own matrices, which are streamed
     if not target.nvidia:
         room = AMD_RESIDENT // 2 if shape.backward else AMD_RESIDENT
         return weights < room if is_program(shape.cell) else weights <= room  # all of it leaves a user's formula none

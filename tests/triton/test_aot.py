@@ -81,6 +81,41 @@ def test_a_generated_lstm_is_no_longer_than_the_one_by_hand() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+# Cells with stages, in registers and in a team: the first schedule of each, in both directions.
+STAGED = """
+import sys
+from fused_rnn.cells import CELLS
+from fused_rnn.triton import cubin, planner
+from fused_rnn.triton.schedule import shape_of
+from fused_rnn.triton.target import ARCHITECTURES
+sys.path.insert(0, "tests/common")
+from stage_cells import MASKED, STAGED
+
+def compiled(text, kind, hidden, backward, *schedules):
+    shape = shape_of(CELLS[text], kind, hidden, backward)
+    shipped = planner.shipped(shape, ARCHITECTURES[arch])
+    for k in schedules:
+        variant = ("lengths", "reset", "masks", *["save"][backward:])
+        outcome = cubin.compile_job(cubin.Job(arch, shape, *cubin.KINDS[kind], shipped[k], variant))
+        assert not outcome.fault, str(outcome)
+        assert shipped[k].registers == (hidden == 64)
+
+(arch,) = sys.argv[1:]
+for backward in (False, True):
+    for kind in ("half", "tf32"):
+        compiled(STAGED["layer_norm_lstm"].program.text, kind, 64, backward, 0)
+        compiled(STAGED["reset_before"].program.text, kind, 512, backward, 0)
+    compiled(MASKED["masked_product"], "half", 512, backward, 0, -1)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
+def test_cells_with_stages_compile_without_spills(arch: str) -> None:
+    done = run("-c", STAGED, arch)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_what_counts_as_a_fault() -> None:
     from fused_rnn.triton import planner
     from fused_rnn.triton.compile import SPILLS
