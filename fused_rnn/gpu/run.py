@@ -40,7 +40,7 @@ class Forward:
     """One layer's forward: all of its memory, then `run` for each window in turn, then its outputs.
 
     windows: stretches of steps that make up all of time, in their order; more than one where there is one recurrence,
-    forward in time, and no projection. What `run` itself allocates is used by nobody else.
+    forward in time, no projection and no mask. What `run` itself allocates is used by nobody else.
     """
 
     def __init__(
@@ -81,12 +81,9 @@ class Forward:
         if self.h0 is not None and self.call.kinds.projects:
             projection.enter(self.layer, gx, self.h0, self.weights)
         h_n, saved = next(self.after), None if self.saved is None else self.saved[first:last]
-        told = self.told
-        if "masks" in told:
-            told = told | {"masks": [m if m.shape[1] == 1 else m[:, first:last] for m in told["masks"]]}
         loops.forward(
             gx=gx, h0=self.h, y=self.m[first:last], h_n=h_n, saved=saved,
-            histories=[history[first:last] for history in self.histories], **told,
+            histories=[history[first:last] for history in self.histories], **self.told,
         )  # fmt: skip
         self.h = h_n
 
