@@ -81,7 +81,7 @@ def describe(problem: Problem) -> str:
 
 
 def _loops(layer: Layer, x: Tensor, backward: bool) -> Loops:
-    from fused_rnn.triton import launch  # and Triton with it
+    from fused_rnn.triton import launch, launches  # and Triton with it
 
     reason = devices.refusal(x.device.type)
     if reason is not None:
@@ -101,7 +101,7 @@ def _loops(layer: Layer, x: Tensor, backward: bool) -> Loops:
     if shape.staged and backward:  # members of a team need each other there too
         forward_shape = shape_of(layer.cell, kind, layer.hidden, False)
         again = planner.choose(forward_shape, target, layer.batch, layer.recurrences)
-    return launch.Loops(layer, launch.LaunchConfig(schedule, target, precision, activation, again))
+    return launch.Loops(layer, launches.LaunchConfig(schedule, target, precision, activation, again))
 
 
 forward_op, backward_op = op.define("triton", _loops, ("CPU", "CUDA"))  # CPU: in the interpreter

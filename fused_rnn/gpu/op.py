@@ -155,9 +155,9 @@ def _implement(make: Make, plain: Plain | None) -> tuple[Callable[..., list[Tens
         with on(x):
             if plain is not None and (outputs := plain.backward(call)):
                 return outputs
-            shapes = zip(call.dsequences, call.layer.sequence_shapes(), strict=False)
-            call = call._replace(dsequences=[x.new_zeros(shape) if is_absent(d) else d for d, shape in shapes])
             layer, weights = layer_of(call.layer)
+            shape = (*x.shape[:2], layer.recurrences, layer.hidden)  # of a state over time
+            call = call._replace(dsequences=[x.new_zeros(shape) if is_absent(d) else d for d in call.dsequences])
             _check_backward(call)
             if x.shape[1] == 0:
                 return [torch.zeros_like(t) for t in fake.backward(*call)]

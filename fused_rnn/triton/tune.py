@@ -25,7 +25,8 @@ from fused_rnn.cells import CELLS
 from fused_rnn.gpu.loops import Layer
 from fused_rnn.triton import measured, planner
 from fused_rnn.triton.device import activation_of, kind_of, precision_of, target_at
-from fused_rnn.triton.launch import LaunchConfig, Loops, waves
+from fused_rnn.triton.launch import Loops
+from fused_rnn.triton.launches import LaunchConfig, waves
 from fused_rnn.triton.schedule import Schedule, Shape, shape_of
 from fused_rnn.triton.target import INTERPRETER, Target
 

@@ -23,6 +23,7 @@ from fused_rnn.call import BackwardCall, LayerCall
 from fused_rnn.cells import CELLS
 from fused_rnn.dispatch import choose
 from fused_rnn.functional import lstm
+from fused_rnn.gpu.directions import direction_bits
 from fused_rnn.gpu.loops import Layer
 from fused_rnn.triton import aot, device, launch, measured, planner, tiles
 from fused_rnn.triton.schedule import Schedule, Shape, Tile
@@ -346,11 +347,11 @@ def test_the_backward_op_names_what_does_not_fit(field: str, at: int | None, nam
 
 
 def test_directions_without_a_pattern() -> None:
-    assert launch.direction_bits([1, -1]) == (2, 2)
-    assert launch.direction_bits([-1] * 100) == (1, 1)
-    assert launch.direction_bits([1, -1, -1] * 50) == (6, 3)
+    assert direction_bits([1, -1]) == (2, 2)
+    assert direction_bits([-1] * 100) == (1, 1)
+    assert direction_bits([1, -1, -1] * 50) == (6, 3)
     with pytest.raises(NotImplementedError, match="directions: 101 in no pattern"):
-        launch.direction_bits([1] * 100 + [-1])
+        direction_bits([1] * 100 + [-1])
 
 
 @pytest.mark.parametrize("save", ["gates", "recompute"])
@@ -358,14 +359,14 @@ def test_directions_without_a_pattern() -> None:
 def test_arguments_have_the_types_that_are_compiled_for(cell: str, save: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What `make cubin` compiles is what a launch does: the key in Triton's cache has their types."""
     launched: list[tuple[Any, dict[str, Any], tuple[Any, ...]]] = []
-    original = launch._Launches.__call__
+    original = launch.Launches.__call__
 
     def spied(self: Any, tiles: int, args: Any) -> None:
         constants = self.constants | self._of_schedule(self.config.schedule)
         launched.append((self.kernel, constants, args))
         original(self, tiles, args)
 
-    monkeypatch.setattr(launch._Launches, "__call__", spied)
+    monkeypatch.setattr(launch.Launches, "__call__", spied)
     for masks in (False, True):
         case = Case(cell, T=2, B=2, H=3, dtype=torch.bfloat16, lengths=masks, reset=masks)
         backend.backward(backward_of(case, here(inputs(case)), save))

@@ -42,13 +42,13 @@ def on_device(case: ProgramCase, seed: int = 0) -> LayerCall:
 def launched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
     """The kernels that run, each with how many chunks it has side by side."""
     seen: list[tuple[str, int]] = []
-    run = launch._Launches.run
+    run = launch.Launches.run
 
     def watched(self: Any, *args: Any) -> None:
         seen.append((self.kernel.fn.__name__, self.chunks))
         run(self, *args)
 
-    monkeypatch.setattr(launch._Launches, "run", watched)
+    monkeypatch.setattr(launch.Launches, "run", watched)
     return seen
 
 

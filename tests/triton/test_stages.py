@@ -23,6 +23,7 @@ from fused_rnn.backends import triton as backend
 from fused_rnn.call import LayerCall
 from fused_rnn.cells import CELLS
 from fused_rnn.cells.program import Program, parse
+from fused_rnn.gpu.loops import Layer
 from fused_rnn.triton import cells, launch, planner, printer
 from fused_rnn.triton.published import published
 from fused_rnn.triton.schedule import Schedule, Tile, shape_of
@@ -315,7 +316,7 @@ def test_a_tile_for_each_team_member() -> None:
 def test_too_many_arrivals() -> None:
     """Each stage of a step counts."""
     call = make_call(PROGRAMS["masked_product"])
-    layer = launch.Layer(call.spec, (1 << 30) - 2, 1, 17, (1,), None, None)
+    layer = Layer(call.spec, (1 << 30) - 2, 1, 17, (1,), None, None)
     schedule = Schedule("cooperative", ONE, 1)
     with pytest.raises(NotImplementedError, match="that it can count"):
         launch.new_counters(layer, schedule, torch.device("cpu"))
