@@ -103,6 +103,19 @@ def test_backward(name: str) -> None:
             assert not factors[state].any() and not rests[state].any()
 
 
+def test_which_modules_are_scans() -> None:
+    made = {
+        "MinGRU": fused_rnn.MinGRU(3, 5),
+        "MinLSTM": fused_rnn.MinLSTM(3, 5),
+        "SRU": fused_rnn.SRU(3, 5),
+        "SRU without recurrent terms": fused_rnn.SRU(3, 5, recurrent_terms=False),
+        "SRU without either": fused_rnn.SRU(3, 5, recurrent_terms=False, skip=False),
+        "IndRNN": fused_rnn.IndRNN(3, 5),
+    }
+    scans = [name for name, module in made.items() if scan_of(module.cell.program.text) is not None]
+    assert scans == ["MinGRU", "MinLSTM", "SRU without recurrent terms", "SRU without either"]
+
+
 @pytest.mark.parametrize("other", OTHERS, ids=lambda other: other.name)
 def test_what_is_no_scan(other: Any) -> None:
     assert scan_of(other.program.text) is None
