@@ -12,6 +12,7 @@ import pytest
 import torch
 from emulated_printed import SHAPES
 from programs import GRU, LEAKY, LSTM, SRU
+from stage_cells import STAGED
 
 from fused_rnn.cells import CELLS
 from fused_rnn.cuda import module, nvrtc, printer, programs
@@ -25,6 +26,8 @@ KERNELS = [
     (LEAKY, Kernel("persistent_bwd", "tf32", 1)),
     (GRU, Kernel("pointwise_bwd", "f64")),
     (SRU, Kernel("pointwise_fwd", "f16")),
+    (STAGED["reset_before"].descriptor().name, Kernel("persistent_fwd", "bf16", 1)),
+    (STAGED["layer_norm"].descriptor().name, Kernel("persistent_bwd", "bf16", 1)),
     (LSTM, Kernel("persistent_fwd", "bf16", 1, shape=SHAPES.index((False, "cluster", 4, 16)))),
     (GRU, Kernel("persistent_bwd", "tf32", 1, shape=SHAPES.index((True, "scatter", 4, 16)))),
     (LSTM, Kernel("persistent_bwd", "bf16", 1, shape=SHAPES.index((True, "direct", 64, 16)))),
