@@ -25,6 +25,8 @@ NAMES = [name for name in VARIANTS if name not in STAGED]
 POINTWISE = ("ieee", "bf16", "f64", "f16")
 TURNS = {name: POINTWISE[i % len(POINTWISE)] for i, name in enumerate(NAMES)}
 BY_TEAMS = {"CoupledLSTM": "bf16", "SLSTM-heads": "f16", "LiGRU": "bf16"}
+# Of several stages, which teams alone run, and that do not make gates again.
+STAGED_BY_TEAMS = {"BlockGRU": "bf16", "BlockGRU-blocks": "bf16", "ResetBeforeGRU": "f16", "MGU": "bf16"}
 
 
 def printed(precision: str) -> list[Printed]:
@@ -36,6 +38,10 @@ def printed(precision: str) -> list[Printed]:
             made |= dict.fromkeys(every)
         elif own == precision:
             made |= dict.fromkeys(every[:2])
+    for name, own in STAGED_BY_TEAMS.items():
+        if own == precision:
+            every = kernels(Case(name).module().cell.program.text, precision)
+            made |= dict.fromkeys(one for one in every if one.kernel.tiles)
     return list(made)
 
 
@@ -68,14 +74,16 @@ def test_step_by_step(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
         check(case, "cuda")
 
 
-@pytest.mark.parametrize("options", [0, 2])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [(name, k) for name in BY_TEAMS for k in (0, 2)] + [(name, k) for name in STAGED_BY_TEAMS for k in (0, 1)],
+)
 @pytest.mark.parametrize("exchange", ["cta", "cluster2"])
-@pytest.mark.parametrize("name", BY_TEAMS)
 def test_by_teams(name: str, exchange: str, options: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A team's units are more than H: what a cell makes of zeros past it reaches no other."""
     monkeypatch.setattr("fused_rnn.call.CHECKPOINT_EVERY", 3)
-    case = Case(name, **OPTIONS[options], dtype=PRECISIONS[BY_TEAMS[name]]).fit()
+    case = Case(name, **OPTIONS[options], dtype=PRECISIONS[(BY_TEAMS | STAGED_BY_TEAMS)[name]]).fit()
     if exchange == "cluster2":
-        case = case._replace(H=33 * case.variant.options.get("heads", 1))
+        case = case._replace(H=33 * case.variant.options.get("heads", 1) + ("blocks" in case.variant.options))
     with on_the_emulator(options, rows=8, **EXCHANGES[exchange]), programs.emulating(loader()):
         check(case, "cuda")

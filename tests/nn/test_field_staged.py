@@ -120,6 +120,7 @@ def test_initial_values() -> None:
     ("name", "option", "message"),
     [
         ("BlockGRU", {"blocks": 4}, "blocks: got 4, expected a positive divisor of hidden_size = 6"),
+        ("MGU", {"weight_dropout": 0.5}, "weight_dropout: got 0.5, expected 0: a gate stands before"),
         ("LayerNormLSTM", {"forget_bias": "1"}, "forget_bias: got '1', expected a number"),
     ],
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,30 +12,33 @@ from fused_rnn.nn.field.base import Field
 from fused_rnn.nn.recurrent import read_weights
 
 
-@cell(gates=3, recurrent=False, matrices={"u": (2, "H"), "u_n": (1, "H")})
+@cell(gates=3, matrices={"u": (1, "H")})
 def reset_before_gru(x: Any, r: Any, s: Any, p: Any, m: Any) -> Any:
-    """The step of :class:`ResetBeforeGRU`."""
-    h_r, h_z = m.u(s.h)
-    n = torch.tanh(x[2] + m.u_n(torch.sigmoid(x[0] + h_r) * s.h))
-    return n + torch.sigmoid(x[1] + h_z) * (s.h - n)
+    """The step of :class:`ResetBeforeGRU`. Nobody reads r[2]: u has those rows of W_hh."""
+    n = torch.tanh(x[2] + m.u(torch.sigmoid(x[0] + r[0]) * s.h))
+    return n + torch.sigmoid(x[1] + r[1]) * (s.h - n)
 
 
-@cell(gates=2, recurrent=False, matrices={"u": (1, "H"), "u_n": (1, "H")})
+@cell(gates=2, matrices={"u": (1, "H")})
 def mgu(x: Any, r: Any, s: Any, p: Any, m: Any) -> Any:
-    """The step of :class:`MGU`."""
-    f = torch.sigmoid(x[0] + m.u(s.h))
-    return s.h + f * (torch.tanh(x[1] + m.u_n(f * s.h)) - s.h)
+    """The step of :class:`MGU`. Nobody reads r[1]: u has those rows of W_hh."""
+    f = torch.sigmoid(x[0] + r[0])
+    return s.h + f * (torch.tanh(x[1] + m.u(f * s.h)) - s.h)
 
 
 class _Before(Field):
-    """The weights are a GRU's; the cell has matrices in the place of W_hh, and one bias."""
+    """The weights are a GRU's: of W_hh the cell has the last rows as its matrix, of both biases the sum."""
 
-    _fused_blocks: ClassVar[int]
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        for name in ("recurrent_dropout", "weight_dropout"):
+            if kwargs.get(name):
+                raise ValueError(
+                    f"{name}: got {kwargs[name]!r}, expected 0: a gate stands before the recurrent product"
+                )
+        super().__init__(*args, **kwargs)
 
     def _shapes(self, input_size: int) -> dict[str, tuple[int, ...]]:
-        rows, hidden = self._fused_blocks * self.hidden_size, self.hidden_size
-        shapes: dict[str, tuple[int, ...]] = {"weight_ih": (rows, input_size), "weight_hh": (rows, hidden)}
-        return shapes | dict.fromkeys(("bias_ih", "bias_hh"), (rows,)) if self.bias else shapes
+        return {name: shape for name, shape in super()._shapes(input_size).items() if name != "u"}
 
     def _fused_is_plain(self) -> bool:
         return False  # the weights are not the cell's as they are
@@ -48,8 +51,9 @@ class _Before(Field):
             own = weights[first : first + count]
             self._check_shapes(self.input_size if first < sides * count else self.hidden_size * sides, own, first)
             w_ih, w_hh, *biases = own
-            last = (self._fused_blocks - 1) * self.hidden_size
-            made += [w_ih, *([biases[0] + biases[1]] if biases else []), w_hh[:last], w_hh[last:]]
+            if biases:
+                biases = [biases[0] + biases[1], torch.zeros_like(biases[1])]
+            made += [w_ih, w_hh, *biases, w_hh[-self.hidden_size :]]
         return made
 
 
@@ -63,8 +67,8 @@ class ResetBeforeGRU(_Before):
         n_t = tanh(W_n x_t + b_n + U_n (r_t h_{t-1}) + d_n)
         h_t = (1 - z_t) n_t + z_t h_{t-1}
 
-    Arguments, inputs, results and errors are :class:`FlexRNN`'s, without heads. Its parameters are :class:`GRU`'s,
-    gates r, z, n. All begin uniform in ±1/√H.
+    Arguments, inputs, results and errors are :class:`FlexRNN`'s, without heads, recurrent and weight dropout. Its
+    parameters are :class:`GRU`'s, gates r, z, n. All begin uniform in ±1/√H.
 
     Source: Cho et al. 2014, "Learning phrase representations using RNN encoder-decoder", arXiv:1406.1078v3; Keras's GRU
     with reset_after=False, ONNX's with linear_before_reset=0.
@@ -77,7 +81,6 @@ class ResetBeforeGRU(_Before):
     """
 
     _fused_step = reset_before_gru
-    _fused_blocks = 3
 
 
 class MGU(_Before):
@@ -89,8 +92,8 @@ class MGU(_Before):
         n_t = tanh(W_n x_t + b_n + U_n (f_t h_{t-1}) + d_n)
         h_t = (1 - f_t) h_{t-1} + f_t n_t
 
-    Arguments, inputs, results and errors are :class:`FlexRNN`'s, without heads. Its parameters are weight_ih_l0
-    [2·H, D], weight_hh_l0 [2·H, H], bias_ih_l0 and bias_hh_l0 [2·H], f before n. All begin uniform in ±1/√H.
+    Arguments, inputs, results and errors are :class:`ResetBeforeGRU`'s. Its parameters are weight_ih_l0 [2·H, D],
+    weight_hh_l0 [2·H, H], bias_ih_l0 and bias_hh_l0 [2·H], f before n. All begin uniform in ±1/√H.
 
     Source: Zhou et al. 2016, "Minimal gated unit for recurrent neural networks".
 
@@ -102,4 +105,3 @@ class MGU(_Before):
     """
 
     _fused_step = mgu
-    _fused_blocks = 2
