@@ -126,7 +126,8 @@ def run(
         cell = program(cell, dropped, zones, now.gates)
     masks: list[Tensor] = []  # of h or what is new, of each recurrence
     if training:
-        draw, count, own = _Draw(x), len(weights) // recurrences, list[Tensor]()
+        own: list[Tensor] = []
+        draw, count = _Draw(x), len(weights) // recurrences
         for r in range(recurrences):
             mine = list(weights[r * count : (r + 1) * count])
             if now.weight_dropout > 0:
