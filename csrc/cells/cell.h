@@ -78,6 +78,7 @@ struct CellDescriptor {
   bool recurrent, reads_h, projects;
   const char* const* state_names;
   const Program* program;  // null in a cell that is compiled in
+  int read_gates;               // the gates whose recurrent side is read: the first ones
   int masks, matrices, blocks;  // blocks of H rows in all matrices
   int blocks_of[kMostBlocks];   // each matrix
 };
@@ -96,9 +97,23 @@ struct NumberedCell {
   template <> \
   struct NumberedCell<number_> { \
     using Type = Cell; \
-    static constexpr CellDescriptor descriptor{ \
-        Cell::name,   number_,         Cell::gates,   Cell::states,   Cell::saved,       Cell::apart, \
-        Cell::params, Cell::recurrent, Cell::reads_h, Cell::projects, Cell::state_names, nullptr, 0, 0, 0, {}}; \
+    static constexpr CellDescriptor descriptor{Cell::name, \
+                                               number_, \
+                                               Cell::gates, \
+                                               Cell::states, \
+                                               Cell::saved, \
+                                               Cell::apart, \
+                                               Cell::params, \
+                                               Cell::recurrent, \
+                                               Cell::reads_h, \
+                                               Cell::projects, \
+                                               Cell::state_names, \
+                                               nullptr, \
+                                               Cell::gates, \
+                                               0, \
+                                               0, \
+                                               0, \
+                                               {}}; \
   };
 
 }  // namespace fused_rnn

@@ -12,7 +12,7 @@ struct BackwardLoop : Counts<Cell> {
   using S = typename Kind::Accumulator;
   using V = Vec<S>;
   using C = Counts<Cell>;
-  using C::G, C::PA, C::DG, C::SV, C::ST, C::NP, C::apart, C::recurrent;
+  using C::G, C::GH, C::PA, C::DG, C::SV, C::ST, C::NP, C::apart, C::recurrent;
   static constexpr int L = kLanes<S>;
 
   const Backward& f;
@@ -37,18 +37,18 @@ struct BackwardLoop : Counts<Cell> {
     unit_vectors = (p.H + L - 1) / L;
     out_vectors = (p.P + L - 1) / L;
     panels = (unit_vectors + kPanelVectors - 1) / kPanelVectors;
-    gate_stride = row_stride<Kind>(G * p.H);
+    gate_stride = row_stride<Kind>(GH * p.H);
     out_stride = row_stride<Kind>(p.P);
     dh_stride = off_pages<S>(out_vectors * L);
     unit_stride = off_pages<S>(unit_vectors * L);
     project = !kInterpreted<Cell> && p.weights[0].w_hr != nullptr;
-    far = recurrent && out_vectors * panel_size<Kind>(G * p.H, 1) * int64_t(sizeof(A)) > kNearBytes;
+    far = recurrent && out_vectors * panel_size<Kind>(GH * p.H, 1) * int64_t(sizeof(A)) > kNearBytes;
   }
 
   Memory layout(Arena& arena, int threads_in_group, int me = 0) const {
     Memory m{};
     m.barrier = arena.take<int64_t>(Barrier::words(threads_in_group));
-    if (recurrent) m.w_hh = arena.take<A>(out_vectors * panel_size<Kind>(G * p.H, 1));
+    if (recurrent) m.w_hh = arena.take<A>(out_vectors * panel_size<Kind>(GH * p.H, 1));
     m.dh = arena.take<S>(p.B * dh_stride);
     for (int i = 1; i < ST; ++i) m.dstates[i] = arena.take<S>(p.B * unit_stride);
     for (auto& g : m.gates) g = arena.take<A>(p.B * gate_stride);
@@ -116,10 +116,10 @@ struct BackwardLoop : Counts<Cell> {
           store(out + v * L, load(out + v * L) + load(dy + v * L, lanes_left(p.P, (j * kPanelVectors + v) * L, L)));
       }
     if (gates && recurrent) {
-      const auto panel = [&](int64_t i) { return m.w_hh + i * kPanelVectors * panel_size<Kind>(G * p.H, 1); };
-      TileArgs<Kind> tile{gates + b0 * gate_stride, gate_stride, panel(j), G * p.H, dh, dh_stride, dh, dh_stride};
+      const auto panel = [&](int64_t i) { return m.w_hh + i * kPanelVectors * panel_size<Kind>(GH * p.H, 1); };
+      TileArgs<Kind> tile{gates + b0 * gate_stride, gate_stride, panel(j), GH * p.H, dh, dh_stride, dh, dh_stride};
       if (far && next >= 0) tile.ahead = (const char*)panel(next);
-      multiply_panel<Kind>(b1 - b0, nv, tile, nv * panel_size<Kind>(G * p.H, 1) * int64_t(sizeof(A)));
+      multiply_panel<Kind>(b1 - b0, nv, tile, nv * panel_size<Kind>(GH * p.H, 1) * int64_t(sizeof(A)));
     }
   }
 
@@ -307,7 +307,7 @@ struct BackwardLoop : Counts<Cell> {
           const int lanes = lanes_left(H, first, L);
           if (!on[e]) v = V{};
           store(dgates + (b * R * PA + i) * H + first, v, lanes);
-          if (recurrent && i >= apart) store(gates + b * gate_stride + (i - apart) * H + first, zero[e] ? V{} : v, lanes);
+          if (recurrent && i >= apart && i < apart + GH) store(gates + b * gate_stride + (i - apart) * H + first, zero[e] ? V{} : v, lanes);
         });
       for (int i = 0; i < NP && dparams; ++i)
         out(PA + ST + i, [&](int e, V v, int64_t b, int64_t first) {
@@ -347,7 +347,7 @@ struct BackwardLoop : Counts<Cell> {
     const bool every_step = split_units && (recurrent || p.lengths || project || staged());  // as in forward.h
 
     if (recurrent && (f.need_dh || p.stop - p.start > 1))
-      pack(m.w_hh, w.w_hh, G * p.H, p.P, out_vectors, part(out_panels, s.me, s.size), part(out_panels, s.me + 1, s.size));
+      pack(m.w_hh, w.w_hh, GH * p.H, p.P, out_vectors, part(out_panels, s.me, s.size), part(out_panels, s.me + 1, s.size));
     if (project) {
       pack(m.w_hr, w.w_hr, p.P, p.H, unit_vectors, part(panels, s.me, s.size), part(panels, s.me + 1, s.size));
       if (s.me == 0)
@@ -359,7 +359,7 @@ struct BackwardLoop : Counts<Cell> {
     const int64_t u0 = j0 * kPanelVectors, u1 = j1 * kPanelVectors < unit_vectors ? j1 * kPanelVectors : unit_vectors;
     if constexpr (kInterpreted<Cell>) {
       if (staged()) {
-        OfStages(*this, m, r, s, u0, u1, b1 - b0).prepare();
+        OfStages(*this, m, r, s, u0, u1, b0, b1).prepare();
         for (int k = 0; k < p.cell->blocks; ++k)
           pack(m.blocks + k * unit_vectors * panel_size<Kind>(p.H, 1), block_of<T>(p, w, k), p.H, p.H, unit_vectors,
                part(panels, s.me, s.size), part(panels, s.me + 1, s.size));
@@ -397,7 +397,7 @@ struct BackwardLoop : Counts<Cell> {
         if (end > b0 && !staged()) cell(m, r, step, out, j, b0, end);
       }
       if constexpr (kInterpreted<Cell>)
-        if (end > b0 && staged()) OfStages(*this, m, r, s, u0, u1, b1 - b0).step(barrier, step, out, b0, end);
+        if (end > b0 && staged()) OfStages(*this, m, r, s, u0, u1, b0, b1).step(barrier, step, out, b0, end);
       if (end < b1) rest(r, t - first_time(p, r), out, Rows(s, end, b1));
       after = end;
       if (every_step) barrier.wait(s.me);

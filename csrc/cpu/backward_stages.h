@@ -22,8 +22,16 @@ struct BackwardStages {
   const StageWork<Kind>& work;
   const int first_before, first_after, first_param, first_mask, first_gradient;  // of the inputs
 
-  BackwardStages(const Loop& of, const typename Loop::Memory& memory, int recurrence, const Share& s, int64_t u0, int64_t u1, int64_t rows)
-      : loop(of), m(memory), r(recurrence), share(s), way(m.stages.way(s, u0, u1, rows)), p(of.p), w(p.weights[r]), work(m.stages),
+  BackwardStages(const Loop& of, const typename Loop::Memory& memory, int recurrence, const Share& s, int64_t u0, int64_t u1, int64_t b0,
+                 int64_t b1)
+      : loop(of),
+        m(memory),
+        r(recurrence),
+        share(s),
+        way(m.stages.way(s, u0, u1, b0, b1)),
+        p(of.p),
+        w(p.weights[r]),
+        work(m.stages),
         first_before(of.SV),
         first_after(first_before + of.ST),
         first_param(first_after + of.ST),
@@ -97,7 +105,7 @@ struct BackwardStages {
       const int product = number - (PA + ST + NP);
       if (number < PA || (product >= 0 && number < work.graph->outputs)) {
         const int i = number < PA ? number : PA + product;
-        const bool recurs = number < PA && loop.recurrent && i >= apart;
+        const bool recurs = number < PA && loop.recurrent && i >= apart && i < apart + loop.GH;
         each([&](V v, int64_t b, int64_t first, int lanes) __attribute__((always_inline)) {
           if (!on(b)) v = V{};
           store(dgates + (b * R * DG + i) * H + first, v, lanes);
@@ -105,16 +113,19 @@ struct BackwardStages {
         });
       } else if (product >= 0) {
         A* const to = work.operand(number - work.graph->outputs, B);
-        each([&](V v, int64_t b, int64_t first, int lanes) __attribute__((always_inline)) {
-          store(to + b * work.operand_stride + first, zero_padded<Kind>(v, lanes));
-        });
+        each([&](V v, int64_t b, int64_t first, int lanes)
+                 __attribute__((always_inline)) { store(to + b * work.operand_stride + first, zero_padded<Kind>(v, lanes)); });
       } else if (number >= PA + ST) {
         const int i = number - PA - ST;
         if (!dparams) return;
-        each([&](V v, int64_t b, int64_t first, int lanes) __attribute__((always_inline)) {
-          S* const sum = dparams + (b * NP + i) * H + first;
-          if (on(b)) store(sum, load(sum, lanes) + v, lanes);
-        });
+        const int strips = strip.along_units ? strip.n : 1, rows = strip.along_units ? 1 : strip.n;
+        for (int e = 0; e < strips; ++e) {  // the rows of a strip together
+          V made{};
+          for (int k = 0; k < rows; ++k) made += on(strip.row_of(e + k)) ? value[e + k] : V{};
+          const int64_t first = strip.unit_of(e) * L;
+          S* const sum = dparams + (strip.row * NP + i) * H + first;
+          store(sum, load(sum, lanes_left(H, first, L)) + made, lanes_left(H, first, L));
+        }
       } else {
         const int i = number - PA;
         S* const rows = i == 0 ? m.dh : m.dstates[i];
@@ -130,8 +141,8 @@ struct BackwardStages {
       for (int64_t u = way.u0; u < way.u1; u += kPanelVectors) {
         const int nv = int(way.u1 - u < kPanelVectors ? way.u1 - u : kPanelVectors);
         multiply_panel<Kind>(b1 - b0, nv,
-                             {a, work.operand_stride, m.blocks + (made.block * loop.unit_vectors + u) * panel_size<Kind>(H, 1), H, work.zero,
-                              0, work.fields[made.to].at + b0 * product_row + u * L, product_row});
+                             {a, work.operand_stride, m.blocks + (made.block * loop.unit_vectors + u) * panel_size<Kind>(H, 1), H,
+                              work.zero, 0, work.fields[made.to].at + b0 * product_row + u * L, product_row});
       }
     });
   }

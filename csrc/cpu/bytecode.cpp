@@ -23,7 +23,8 @@ std::vector<int> uses(const Graph& graph) {
 
 }  // namespace
 
-// What a graph leaves out later does not count, nor who else reads a product: the results are the same. Nor are two of different stages joined.
+// What a graph leaves out later does not count, nor who else reads a product: the results are the same. Nor are two of different stages
+// joined.
 //
 // Of two products that may cancel neither: a a - b b is 0 where a = b only if both are rounded.
 void join_products(Graph& graph) {
@@ -48,8 +49,8 @@ void join_products(Graph& graph) {
     if (line.kind != Kind::pointwise || line.arity != 2) continue;
     const auto product = [&](int value) {
       const Line* const made = line_of(value);
-      const bool near = is(made, Function::mul_, 2) && made->stage == line.stage &&
-                        graph.of_row[size_t(value)] == graph.of_row[size_t(graph.inputs) + k];
+      const bool near =
+          is(made, Function::mul_, 2) && made->stage == line.stage && graph.of_row[size_t(value)] == graph.of_row[size_t(graph.inputs) + k];
       return near ? made : nullptr;
     };
     const int a = line.args[0], b = line.args[1];
@@ -160,8 +161,8 @@ Bytecode Compiled::make(const Graph& graph, const std::vector<int>& lines, const
     outputs.push_back(output.moved ? copied(from, first_register + registers++) : uint16_t(from));
     numbers.push_back(uint16_t(output.number));
   }
-  return {int(arguments), int(constants.size()), registers,      int(code.size()), int(outputs.size()), code.data(),
-          constants.data(), outputs.data(),        reads.get(), nullptr,          nullptr};
+  return {int(arguments), int(constants.size()), registers, int(code.size()), int(outputs.size()), code.data(), constants.data(),
+          outputs.data(), reads.get(),           nullptr,   nullptr};
 }
 
 Bytecode Compiled::make(const Graph& graph, const std::vector<int>& lines, const std::vector<int>& targets,
@@ -177,7 +178,8 @@ Bytecode Compiled::make(const Graph& graph, const std::vector<int>& lines, const
   for (const int value : targets) reads_one(value);
   for (const Output& output : wanted) reads_one(output.value);
   // A target that is an input as well is copied: it has an array of its own beside the one that it is read from.
-  for (const int value : inputs) arrays.push_back(uint16_t(value < graph.inputs ? value : array_of[size_t(value)]));
+  for (const int value : inputs)
+    arrays.push_back(uint16_t(value < graph.inputs && !graph.of_row[size_t(value)] ? value : array_of[size_t(value)]));
   for (const int value : targets) arrays.push_back(uint16_t(array_of[size_t(value)]));
   Bytecode made = make(graph, lines, inputs, targets, wanted);
   made.array = arrays.data();
@@ -191,8 +193,8 @@ int Staged::length() const {
   return sum;
 }
 
-void Staged::make(const Graph& graph, size_t groups, const std::function<bool(int)>& changes,
-                  const std::function<bool(size_t, int)>& waits, const std::function<bool(size_t, int, int)>& moved) {
+void Staged::make(const Graph& graph, size_t groups, const std::function<bool(int)>& changes, const std::function<bool(size_t, int)>& waits,
+                  const std::function<bool(size_t, int, int)>& moved) {
   const size_t inputs = size_t(graph.inputs), values = inputs + graph.code.size();
   std::vector<bool> alive(values);
   for (size_t g = 0; g < groups; ++g)
@@ -235,8 +237,7 @@ void Staged::make(const Graph& graph, size_t groups, const std::function<bool(in
   for (size_t k = 0; k < graph.code.size(); ++k) {
     const Line& line = graph.code[k];
     if (!alive[inputs + k]) continue;
-    for (int i = 0; i < line.arity && line.kind == Kind::pointwise; ++i)
-      reads(line.args[i], from[inputs + k], of_row(int(inputs + k)));
+    for (int i = 0; i < line.arity && line.kind == Kind::pointwise; ++i) reads(line.args[i], from[inputs + k], of_row(int(inputs + k)));
     if (line.kind != Kind::publishing) continue;
     const int value = line.args[0], stage = number[size_t(line.stage)];
     if (line.what == Publishing::What::product) {
@@ -248,12 +249,44 @@ void Staged::make(const Graph& graph, size_t groups, const std::function<bool(in
     }
   }
 
+  // The sum of a product that nobody else reads is made of its factors, if that leaves no more in arrays. The bits are the same.
+  const std::vector<int> read = uses(graph);
+  std::vector<const Line*> factors(graph.code.size());
+  for (size_t k = 0; k < graph.code.size(); ++k) {
+    const Line& line = graph.code[k];
+    const Line* const product = line.arity > 0 ? graph.line(line.args[0]) : nullptr;
+    if (!alive[inputs + k] || line.kind != Kind::publishing || line.what != Publishing::What::sum || !product) continue;
+    if (product->kind != Kind::pointwise || product->function != Function::mul_ || product->arity != 2) continue;
+    const int value = line.args[0], stage = number[size_t(line.stage)];
+    if (read[size_t(value)] != 1 || from[size_t(value)] != stage) continue;
+    int more = 0;
+    bool vectors = true;
+    for (int i = 0; i < 2; ++i) {
+      const int factor = product->args[i];
+      const Line* const made = graph.line(factor);
+      vectors = vectors && !of_row(factor) && (made || !changes(factor));
+      more += pointwise(factor) && until[size_t(factor)] == kNever && (i == 0 || factor != product->args[0]);
+    }
+    if (!vectors || more > 1) continue;
+    for (int i = 0; i < 2; ++i) {
+      const size_t factor = size_t(product->args[i]);
+      if (!pointwise(int(factor))) continue;
+      until[factor] = std::max(until[factor], stage);
+      shared[factor] = true;
+    }
+    factors[k] = product;
+    until[size_t(value)] = kNever;
+    alive[size_t(value)] = false;
+  }
+
   // Arrays, and who fills them: rows and crossing values of each stage.
   std::vector<int> array_of(values, kNever);
   for (size_t i = 0; i < inputs; ++i) array_of[i] = int(i);
   std::vector<std::vector<int>> row_targets(size_t(last) + 1), targets(size_t(last) + 1);
   const auto one_a_row = [&](int value) { return graph.line(value) && of_row(value); };
   std::vector<int> row_values, product_values, ends;  // ends: of the slots of crossing values
+  for (size_t i = 0; i < inputs; ++i)
+    if (alive[i] && graph.of_row[i]) row_values.push_back(int(i)), known_inputs.push_back(uint16_t(i));
   for (int s = 0; s <= last; ++s)
     for (size_t v = 0; v < values; ++v) {
       const int value = int(v);
@@ -286,6 +319,11 @@ void Staged::make(const Graph& graph, size_t groups, const std::function<bool(in
   for (size_t i = 0; i < row_values.size(); ++i) array_of[size_t(row_values[i])] = made.first_row() + int(i);
   for (size_t i = 0; i < product_values.size(); ++i) array_of[size_t(product_values[i])] = made.first_product() + int(i);
 
+  for (const uint16_t i : known_inputs) known_arrays.push_back(uint16_t(array_of[i]));
+  made.known = int(known_inputs.size());
+  made.known_input = known_inputs.data();
+  made.known_array = known_arrays.data();
+  std::vector<bool> spread_before(size_t(made.arrays()));
   for (int s = 0; s <= last; ++s) {
     std::vector<int> lines[2];
     std::vector<Publishing>& published = publishing.emplace_back();
@@ -294,11 +332,13 @@ void Staged::make(const Graph& graph, size_t groups, const std::function<bool(in
       for (size_t k = 0; k < graph.code.size(); ++k) {
         const Line& line = graph.code[k];
         if (!alive[inputs + k] || line.kind != Kind::publishing || number[size_t(line.stage)] != s || line.what != what) continue;
-        const int value = line.args[0], to = array_of[inputs + k];
-        const auto sum = sums.find(value);
+        const Line* const product = factors[k];
+        const int value = product ? product->args[0] : line.args[0], to = array_of[inputs + k];
+        const int by = product ? array_of[size_t(product->args[1])] : -1;
         const int from_array = what == Publishing::What::product ? operands[value] : array_of[size_t(value)];
-        published.push_back({what, uint16_t(from_array), uint16_t(to), uint16_t(line.block), sum == sums.end() ? -1 : sum->second});
-        if (what == Publishing::What::sum) sums.emplace(value, to);
+        const auto sum = what == Publishing::What::variance ? sums.find(value) : sums.end();
+        published.push_back({what, uint16_t(from_array), by, uint16_t(to), uint16_t(line.block), sum == sums.end() ? -1 : sum->second});
+        if (what == Publishing::What::sum && !product) sums.emplace(value, to);
       }
     };
     publish(Publishing::What::sum);
@@ -313,6 +353,16 @@ void Staged::make(const Graph& graph, size_t groups, const std::function<bool(in
     Stage stage{};
     stage.rows = codes.emplace_back().make(graph, lines[1], row_targets[size_t(s)], {}, array_of);
     stage.units = codes.emplace_back().make(graph, lines[0], targets[size_t(s)], own, array_of);
+    std::vector<uint16_t>& spread_here = spread.emplace_back();
+    const auto whole = [&](int array) {
+      const bool spread_already = array < made.first_row() || array >= made.first_product() || spread_before[size_t(array)];
+      if (!spread_already) spread_here.push_back(uint16_t(array)), spread_before[size_t(array)] = true;
+    };
+    for (int i = 0; i < stage.units.inputs; ++i) whole(stage.units.array[i]);
+    for (const Publishing& p : published)
+      if (p.what != Publishing::What::product) whole(p.from);
+    stage.spread = spread_here.data();
+    stage.spreads = int(spread_here.size());
     stage.publishing = published.data();
     stage.published = int(published.size());
     stage.multiplies = !published.empty() && published.back().what == Publishing::What::product;

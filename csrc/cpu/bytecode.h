@@ -80,8 +80,10 @@ class Staged {
  private:
   Stages made{};
   std::vector<Stage> stages;
+  std::vector<uint16_t> known_inputs, known_arrays;
   std::list<Compiled> codes;
   std::list<std::vector<Publishing>> publishing;
+  std::list<std::vector<uint16_t>> spread;
 };
 
 }  // namespace fused_rnn::cpu

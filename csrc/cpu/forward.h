@@ -20,7 +20,7 @@ struct ForwardLoop : Counts<Cell> {
   using S = typename Kind::Accumulator;
   using V = Vec<S>;
   using C = Counts<Cell>;
-  using C::G, C::PA, C::SV, C::ST, C::NP, C::apart, C::recurrent;
+  using C::G, C::GH, C::PA, C::SV, C::ST, C::NP, C::apart, C::recurrent;
   using C::units, C::x_gate, C::x_column, C::h_column, C::column;
   static constexpr int L = kLanes<S>;
   static constexpr bool kUnpackable = Kind::k_group == 1 && !kNarrow<Kind>;
@@ -133,9 +133,9 @@ struct ForwardLoop : Counts<Cell> {
   // function(first vector of units, first vector of the product, how many) for the parts of panel j: a product of more gates than a
   // panel of weights has vectors takes several.
   template <class F>
-  ALWAYS_INLINE void for_parts(int64_t j, F function) const {
+  ALWAYS_INLINE void for_parts(int64_t j, int gates, F function) const {
     const int64_t u0 = j * units();
-    const int nv = int(unit_vectors - u0 < units() ? unit_vectors - u0 : units()) * G;
+    const int nv = int(unit_vectors - u0 < units() ? unit_vectors - u0 : units()) * gates;
     if constexpr (kInterpreted<Cell>) {
       const int parts = (nv + kPanelVectors - 1) / kPanelVectors;
       for (int i = 0; i < parts; ++i) function(u0, nv * i / parts, nv * (i + 1) / parts - nv * i / parts);
@@ -147,16 +147,19 @@ struct ForwardLoop : Counts<Cell> {
   // ---- set-up of a recurrence; each thread does its panels, or its part of them ----
   void pack(const Memory& m, const Weights& w, int64_t j0, int64_t j1) const {
     for (int64_t j = j0; j < j1; ++j) {
-      for_parts(j, [&](int64_t u0, int v0, int nv) {
+      for_parts(j, G, [&](int64_t u0, int v0, int nv) {
         for (int v = v0; v < v0 + nv; ++v) {
-          const int gx = x_gate(v % G), gh = v % G;
           const int64_t first = (u0 + v / G) * L;
-          const int n = lanes_left(p.H, first, L);
-          const auto* const x_rows = (const T*)w.w_ih + (gx * p.H + first) * p.D;
-          pack_rows<Kind, T>(m.w_ih + panel_size<Kind>(p.D, 1) * (u0 * G + v0), nv, v - v0, x_rows, p.D, n, p.D);
-          if (!uses_h) continue;
-          const auto* const h_rows = (const T*)w.w_hh + (gh * p.H + first) * p.P;
-          pack_rows<Kind, T>(m.w_hh + panel_size<Kind>(p.P, 1) * (u0 * G + v0), nv, v - v0, h_rows, p.P, n, p.P);
+          const auto* const rows = (const T*)w.w_ih + (x_gate(v % G) * p.H + first) * p.D;
+          pack_rows<Kind, T>(m.w_ih + panel_size<Kind>(p.D, 1) * (u0 * G + v0), nv, v - v0, rows, p.D, lanes_left(p.H, first, L), p.D);
+        }
+      });
+      if (!uses_h) continue;
+      for_parts(j, GH, [&](int64_t u0, int v0, int nv) {
+        for (int v = v0; v < v0 + nv; ++v) {
+          const int64_t first = (u0 + v / GH) * L;
+          const auto* const rows = (const T*)w.w_hh + (v % GH * p.H + first) * p.P;
+          pack_rows<Kind, T>(m.w_hh + panel_size<Kind>(p.P, 1) * (u0 * G + v0), nv, v - v0, rows, p.P, lanes_left(p.H, first, L), p.P);
         }
       });
     }
@@ -215,13 +218,14 @@ struct ForwardLoop : Counts<Cell> {
   void product(const Memory& m, const Weights& w, const A* a, int64_t lda, int64_t rows, bool input, int64_t j, int64_t next, const S* init,
                int64_t ldi, S* c) const {
     const int64_t k = input ? p.D : p.P;
-    for_parts(j, [&](int64_t u0, int v0, int nv) __attribute__((always_inline)) {
+    const int gates = input ? G : GH;
+    for_parts(j, gates, [&](int64_t u0, int v0, int nv) __attribute__((always_inline)) {
       const int64_t column = (u0 * PA + (input ? 0 : apart)) * L;
       if constexpr (kUnpackable) {
         if (unpacked) {
           for (int v = v0; v < v0 + nv; ++v) {
-            const int64_t first = (u0 + v / G) * L;
-            const int g = input ? x_gate(v % G) : v % G;
+            const int64_t first = (u0 + v / gates) * L;
+            const int g = input ? x_gate(v % gates) : v % gates;
             multiply_rows<T>(rows, a, lda, (const T*)(input ? w.w_ih : w.w_hh) + (g * p.H + first) * k, k, lanes_left(p.H, first, L), k,
                              init + column + v * L, ldi, c + column + v * L, row);
           }
@@ -487,7 +491,7 @@ struct ForwardLoop : Counts<Cell> {
     const auto last_vector = [&](int64_t j) { return j * units() < unit_vectors ? j * units() : unit_vectors; };
     using OfStages = ForwardStages<ForwardLoop, Kind, T>;
     if constexpr (kInterpreted<Cell>)
-      if (staged()) OfStages(*this, m, r, s, j0 * units(), last_vector(j1), b1 - b0).prepare();
+      if (staged()) OfStages(*this, m, r, s, j0 * units(), last_vector(j1), b0, b1).prepare();
     barrier.wait(s.me);
 
     // Every other step runs the panels from the end: what the caches still hold of the weights comes first. So does every other
@@ -531,7 +535,7 @@ struct ForwardLoop : Counts<Cell> {
         }
         if constexpr (kInterpreted<Cell>)
           if (staged() && end > b0)
-            OfStages(*this, m, r, s, j0 * units(), last_vector(j1), b1 - b0).step(barrier, step, pre, h_in, h_out, b0, end);
+            OfStages(*this, m, r, s, j0 * units(), last_vector(j1), b0, b1).step(barrier, step, pre, h_in, h_out, b0, end);
         if (project_h) {
           if (split_units) barrier.wait(s.me);
           if (end > b0) project(m, r, step, h_in, h_out, v0, v1, b0, end);

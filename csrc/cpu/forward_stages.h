@@ -29,8 +29,9 @@ struct ForwardStages {
   const Weights& w;
   const StageWork<Kind>& work;
 
-  ForwardStages(const Loop& of, const typename Loop::Memory& memory, int recurrence, const Share& s, int64_t u0, int64_t u1, int64_t rows)
-      : loop(of), m(memory), r(recurrence), share(s), way(m.stages.way(s, u0, u1, rows)), p(of.p), w(p.weights[r]), work(m.stages) {}
+  ForwardStages(const Loop& of, const typename Loop::Memory& memory, int recurrence, const Share& s, int64_t u0, int64_t u1, int64_t b0,
+                int64_t b1)
+      : loop(of), m(memory), r(recurrence), share(s), way(m.stages.way(s, u0, u1, b0, b1)), p(of.p), w(p.weights[r]), work(m.stages) {}
 
   // Once a recurrence.
   void prepare() const {
@@ -92,7 +93,8 @@ struct ForwardStages {
         });
       } else if (number < work.graph->outputs) {
         T* const to = saved + (number - ST) * H;
-        each([&](V v, int64_t b, int64_t first) __attribute__((always_inline)) { store(to + b * R * SV * H + first, v, lanes_left(H, first, L)); });
+        each([&](V v, int64_t b, int64_t first)
+                 __attribute__((always_inline)) { store(to + b * R * SV * H + first, v, lanes_left(H, first, L)); });
       } else {
         A* const to = work.operand(number - work.graph->outputs, p.B);
         each([&](V v, int64_t b, int64_t first) __attribute__((always_inline)) {

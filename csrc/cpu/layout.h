@@ -31,13 +31,14 @@ template <class Cell>
 struct Numbers {
   static constexpr int G = Cell::gates, PA = kGradients<Cell>, SV = Cell::saved, ST = Cell::states, NP = Cell::params;
   static constexpr int apart = Cell::apart;
-  static constexpr int DG = PA;
+  static constexpr int DG = PA, GH = G;
   static constexpr bool recurrent = Cell::recurrent;
   Numbers(const Problem&) {}
 };
 template <>
 struct Numbers<Interpreted> {
-  int G, PA, SV, ST, NP, apart, DG;  // DG: vectors of gradients of a step, those of the matrices' products behind the others
+  int G, PA, SV, ST, NP, apart, DG,
+      GH;  // DG: vectors of gradients of a step, those of the matrices' products behind the others. GH: read_gates
   bool recurrent;
   Numbers(const Problem& p)
       : G(p.cell->gates),
@@ -47,6 +48,7 @@ struct Numbers<Interpreted> {
         NP(p.cell->params),
         apart(p.cell->apart),
         DG(PA + p.cell->blocks),
+        GH(p.cell->read_gates),
         recurrent(p.cell->recurrent) {}
 };
 

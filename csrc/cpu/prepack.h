@@ -67,16 +67,16 @@ struct PackLoop {
     const Problem& p = f.p;
     constexpr int L = Loop::L;
     // A panel of several vectors of units has them side by side in every k, the last panel as many as are left.
-    for (int64_t j = 0; j < loop.panels; ++j)
-      loop.for_parts(j, [&](int64_t u0, int v0, int nv) {
-        const int64_t before = u0 * loop.G + v0;
-        const auto one = [&](const float* source, auto* to, float* scale, int64_t k) {
+    const auto side = [&](int gates, const float* source, auto* to, float* scale, int64_t k) {
+      for (int64_t j = 0; j < loop.panels; ++j)
+        loop.for_parts(j, gates, [&](int64_t u0, int v0, int nv) {
+          const int64_t before = u0 * loop.G + v0;
           narrow_panel(source + before * panel_size<F32>(k, 1), to + before * panel_size<Kind>(k, 1), at<float>(scale, before * L), k,
                        nv * L);
-        };
-        one(from.w_ih, m.w_ih, m.scale_ih, p.D);
-        if (loop.recurrent) one(from.w_hh, m.w_hh, m.scale_hh, p.P);
-      });
+        });
+    };
+    side(loop.G, from.w_ih, m.w_ih, m.scale_ih, p.D);
+    if (loop.recurrent) side(loop.GH, from.w_hh, m.w_hh, m.scale_hh, p.P);
     if constexpr (kInterpreted<Cell>) {
       const int64_t all = p.cell->blocks * loop.block_panels();
       wide.pack_blocks(from, w, 0, all);

@@ -38,7 +38,7 @@ struct ProductsLoop : Counts<Cell> {
   using A = typename Kind::Operand;
   using S = typename Kind::Accumulator;
   using C = Counts<Cell>;
-  using C::G, C::DG, C::apart, C::recurrent, C::x_gate;
+  using C::G, C::GH, C::DG, C::apart, C::recurrent, C::x_gate;
   static constexpr int L = kKindLanes<Kind>, W = kPanelVectors * L;
   static constexpr int64_t kLd = kDepth + 64 / int64_t(sizeof(A));  // row stride of the transposed dgates: not a power of two
 
@@ -204,10 +204,12 @@ struct ProductsLoop : Counts<Cell> {
       for (int d = 0; d < DG; ++d) {
         transpose_into(m.left + d * units * kLd, (const T*)f.dgates + (r * DG + d) * p.H + u0, ld, row, units, depth);
         if (input_gate(d) >= 0) left_x[count_x] = d * units, dw_x[count_x++] = input_gate(d) * p.H + u0;
-        if (recurrent_gate(d) >= 0) left_h[count_h] = d * units, dw_h[count_h++] = recurrent_gate(d) * p.H + u0;
+        if (recurrent_gate(d) >= 0 && recurrent_gate(d) < GH) left_h[count_h] = d * units, dw_h[count_h++] = recurrent_gate(d) * p.H + u0;
       }
       for (int64_t k = 0; k < depth; ++k) m.row[k] = x + row[k] / p.B * f.x.time + row[k] % p.B * f.x.batch;
       weight_gradient(m, (S*)f.dw_ih[r], p.D, depth, first, count_x, left_x, dw_x, units);
+      for (int g = GH; g < G && recurrent && first; ++g)
+        memset((S*)f.dw_hh[r] + (g * p.H + u0) * round_up(p.P, L), 0, size_t(units * round_up(p.P, L)) * sizeof(S));
       bool from_zero = recurrent;  // the first step without an initial state
       for (int64_t k = 0; k < depth && recurrent; ++k) {
         m.row[k] = h_before(r, t0 + row[k] / p.B, row[k] % p.B);

@@ -48,6 +48,7 @@ struct Bytecode {
 struct Publishing {
   enum class What : uint8_t { sum, variance, product } what;
   uint16_t from;  // array; of a product the operand
+  int by;         // of a sum: the array that the first is multiplied by; or -1
   uint16_t to;
   uint16_t block;  // of a product
   int sum;         // of a variance: the array of the same value's sum, made before; or -1
@@ -58,6 +59,8 @@ struct Stage {
   Bytecode rows, units;
   const Publishing* publishing;  // [published]; the last stage has none
   int published;
+  const uint16_t* spread;  // [spreads]: arrays of one number a row that `units` is the first to read
+  int spreads;
   bool multiplies;  // a product is among them
 };
 
@@ -65,8 +68,9 @@ struct Stage {
 // a row, and products.
 struct Stages {
   int inputs, crossing, rows, products;
-  int outputs, operands, stages;
+  int outputs, operands, stages, known;
   const Stage* stage;
+  const uint16_t *known_input, *known_array;  // [known]: inputs that hold one number a row, as forward has kept it, and its array
   int arrays() const { return inputs + 1 + crossing + rows + products; }
   int first_crossing() const { return inputs + 1; }
   int first_row() const { return first_crossing() + crossing; }

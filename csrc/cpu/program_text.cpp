@@ -63,8 +63,10 @@ const Named& named(std::string_view name) {
 // A graph that makes `product` of its values; the other one makes `transposed`.
 enum class Side { forward, backward };
 
-Graph read(std::string_view text, int inputs, size_t groups, Side side, int blocks) {
-  Graph graph{inputs, {}, {}, std::vector<bool>(size_t(inputs))};
+// of_row: of its first inputs.
+Graph read(std::string_view text, int inputs, size_t groups, Side side, int blocks, std::vector<bool> of_row_first = {}) {
+  of_row_first.resize(size_t(inputs));
+  Graph graph{inputs, {}, {}, std::move(of_row_first)};
   const std::vector<std::string_view> halves = split(text, '>');
   require(halves.size() == 2, "a graph has " + std::to_string(halves.size() - 1) + " '>', expected one");
   const auto value = [&](std::string_view word) {
@@ -73,7 +75,7 @@ Graph read(std::string_view text, int inputs, size_t groups, Side side, int bloc
     return i;
   };
   const std::string_view product = side == Side::forward ? "product" : "transposed";
-  int stage = 0;
+  int stage = 0, run = inputs;  // run: where one of operations that publish begins, which cannot read each other
   bool publishes = false, multiplied[kMostBlocks] = {};
   for (const std::string_view part : split(halves[0], ',')) {
     const std::vector<std::string_view> line = words(part);
@@ -97,8 +99,8 @@ Graph read(std::string_view text, int inputs, size_t groups, Side side, int bloc
       made.what = multiplies ? Publishing::What::product : line[0] == "sum" ? Publishing::What::sum : Publishing::What::variance;
       made.args[made.arity++] = value(line.back());
       const Line* const read = graph.line(made.args[0]);
-      require(!read || read->kind != Line::Kind::publishing || !publishes || read->stage < stage,
-              "'" + std::string(part) + "' reads what is published together with it");
+      require(made.args[0] < run, "'" + std::string(part) + "' reads what is published together with it");
+      if (read && read->kind == Line::Kind::publishing && read->stage == stage) ++stage;
       if (multiplies) {
         made.block = number<int>(line[1]);
         require(made.block >= 0 && made.block < blocks,
@@ -119,11 +121,12 @@ Graph read(std::string_view text, int inputs, size_t groups, Side side, int bloc
         of_row = of_row && graph.of_row[size_t(made.args[i])];
       }
     }
-    if (publishes && made.kind == Line::Kind::pointwise) ++stage;
-    if (made.kind == Line::Kind::pointwise || made.kind == Line::Kind::publishing) publishes = made.kind == Line::Kind::publishing;
+    if (made.kind == Line::Kind::pointwise && publishes) ++stage, publishes = false;
+    if (made.kind == Line::Kind::publishing) publishes = true;
     made.stage = stage;
     graph.code.push_back(made);
     graph.of_row.push_back(of_row);
+    if (made.kind != Line::Kind::publishing) run = inputs + int(graph.code.size());
   }
   for (const std::string_view group : split(halves[1], ';')) {
     graph.outputs.emplace_back();
@@ -135,6 +138,13 @@ Graph read(std::string_view text, int inputs, size_t groups, Side side, int bloc
 bool has_stages(const Graph& graph) {
   return std::any_of(graph.code.begin(), graph.code.end(),
                      [](const Line& line) { return line.kind == Line::Kind::units || line.kind == Line::Kind::publishing; });
+}
+
+bool reads(const Graph& graph, int value) {
+  bool found = false;
+  for (const auto& group : graph.outputs) found |= std::count(group.begin(), group.end(), value) > 0;
+  for (const Line& line : graph.code) found |= std::count(line.args, line.args + line.arity, value) > 0;
+  return found;
 }
 
 using Names = std::vector<std::string>;
@@ -176,7 +186,8 @@ struct Kept {
       cell.blocks += blocks;
     }
     const std::vector<std::string_view> vectors = split(parts[3], ';');
-    require(vectors.size() == (further ? 3 : 1), "its text has " + std::to_string(vectors.size()) + " lists of names beside the states'");
+    require(vectors.size() == (further ? 3 : 1),
+            "its text has " + std::to_string(vectors.size()) + " lists of names beside the states', expected " + (further ? "3" : "1"));
     states = names_of(parts[2], 1, kMostStates, "states");
     params = names_of(vectors[0], 0, kMostParams, "params");
     if (further) {
@@ -191,10 +202,20 @@ struct Kept {
     const int saved = int(there.outputs[1].size());
     require(saved <= kMostSaved, "it keeps " + std::to_string(saved) + " values of a step, expected at most " + std::to_string(kMostSaved));
     check_operands(there);
-    Graph back = read(parts[5], saved + 3 * number_of_states + vectors_of_numbers, cell.matrices ? 4 : 3, Side::backward, cell.blocks);
+    std::vector<bool> of_row;  // what forward keeps one number a row of
+    for (const int value : there.outputs[1]) of_row.push_back(has_stages(there) && there.of_row[size_t(value)]);
+    Graph back =
+        read(parts[5], saved + 3 * number_of_states + vectors_of_numbers, cell.matrices ? 4 : 3, Side::backward, cell.blocks, of_row);
     require(int(back.outputs[0].size()) == pre && int(back.outputs[1].size()) == number_of_states &&
                 back.outputs[2].size() == params.size() && (!cell.matrices || int(back.outputs[3].size()) == cell.blocks),
             "its backward has another number of gradients");
+    cell.read_gates = gates;
+    const auto is_zero = [&](int value) {
+      const Line* const line = back.line(value);
+      return line && line->kind == Line::Kind::constant && line->value == 0;
+    };
+    for (int unread = pre - 1; unread >= gates && !reads(there, unread) && is_zero(back.outputs[0][size_t(unread)]); --unread)
+      --cell.read_gates;
     join_products(there);
     join_products(back);
     const auto state_moved = [&](size_t group, int place, int value) {
@@ -204,8 +225,7 @@ struct Kept {
     const auto gradient_moved = [&](size_t group, int place, int value) {
       return group == 1 && value != gradients + place && value >= gradients && value < gradients + number_of_states;
     };
-    cell.reads_h = std::count(there.outputs[0].begin(), there.outputs[0].end(), pre) > 0;
-    for (const Line& line : there.code) cell.reads_h |= std::count(line.args, line.args + line.arity, pre) > 0;
+    cell.reads_h = reads(there, pre);
     if (cell.masks || has_stages(there) || has_stages(back)) {
       const auto is_state = [&](int value) { return value > pre && value < pre + number_of_states; };
       const auto is_gradient = [&](int value) { return value >= gradients; };

@@ -1,5 +1,5 @@
-// Runs a program's stages: strips of its bytecode, and between them what is published of whole rows. The two loops over time bring where the
-// inputs lie, and take the outputs.
+// Runs a program's stages: strips of its bytecode, and between them what is published of whole rows. The two loops over time bring where
+// the inputs lie, and take the outputs.
 #pragma once
 #include "layout.h"
 
@@ -17,28 +17,30 @@ struct Field {
   ALWAYS_INLINE Vec<S> load_of(int64_t u, int64_t b) const { return load(at + u * unit + b * row); }
 };
 
-// The sum of function(vector) over the H units of a row, in every lane: in one order, however a team divides the units.
+// The parts of the sum of function(vector of units) over H units: in one order, however a team divides them.
 template <class S, class F>
-static ALWAYS_INLINE Vec<S> over_units(const Field<S>& field, int64_t b, int64_t H, F function) {
+static ALWAYS_INLINE Vec<S> over_units(int64_t H, F function) {
   constexpr int L = kLanes<S>, parts = 4;
-  using I = typename VectorOf<S>::I;
   const int64_t whole = H / L;
-  const S* at = field.at + b * field.row;
   Vec<S> sum[parts] = {};
   int64_t u = 0;
   for (; u + parts <= whole; u += parts)
 #pragma GCC unroll 4
-    for (int i = 0; i < parts; ++i, at += field.unit) sum[i] += function(load(at));
-  for (int i = 0; u < whole; ++u, ++i, at += field.unit) sum[i] += function(load(at));
-  if (whole * L < H) sum[parts - 1] += first_lanes<S>(function(load(at)), int(H - whole * L));
-  Vec<S> total = (sum[0] + sum[1]) + (sum[2] + sum[3]);
+    for (int i = 0; i < parts; ++i) sum[i] += function(u + i);
+  for (int i = 0; u < whole; ++u, ++i) sum[i] += function(u);
+  if (whole * L < H) sum[parts - 1] += first_lanes<S>(function(whole), int(H - whole * L));
+  return (sum[0] + sum[1]) + (sum[2] + sum[3]);
+}
+// The sum of a vector's lanes, in every lane, as sums() has it of several vectors.
+template <class S>
+static ALWAYS_INLINE Vec<S> sum_of(Vec<S> v) {
+  typename VectorOf<S>::I other;
 #pragma GCC unroll 4
-  for (int n = L / 2; n > 0; n /= 2) {
-    I turn;
-    for (int i = 0; i < L; ++i) turn[i] = (i + n) % L;
-    total += __builtin_shuffle(total, turn);
+  for (int n = 1; n < kLanes<S>; n *= 2) {
+    for (int i = 0; i < kLanes<S>; ++i) other[i] = i ^ n;
+    v += __builtin_shuffle(v, other);
   }
-  return total;
+  return v;
 }
 
 // One thread's part in the stages of a graph.
@@ -52,6 +54,7 @@ struct StageWork {
   const fused_rnn::Stages* graph;
   Workspace<S>*rows, *units;  // of each stage
   Field<S>* fields;           // of every array
+  Field<S>* numbers;          // of every array of one number a row: where the numbers stand side by side, if there are several
   int64_t* copied;            // of every input: the rows before this one are copied where its field is
   S *crossing, *one_a_row, *products, *how_many, *zero;
   A* operands;
@@ -66,8 +69,7 @@ struct StageWork {
     const int64_t strips = int64_t(threads) * kStrip;
     w.capacity = B > strips ? B : strips;
     w.crossing = arena.take<S>((graph.crossing + graph.inputs) * (w.slot(w.capacity) + threads * slot_pad));
-    // Where threads divide the units each has one number a row of all rows.
-    w.one_a_row = arena.take<S>(graph.rows * L * (threads > 1 && B < kRowsEach * threads ? B * threads : w.capacity));
+    w.one_a_row = arena.take<S>(threads * graph.rows * row_slot(B > kStrip ? B : kStrip));
     w.products = arena.take<S>(graph.products * B * w.product_row());
     w.operands = arena.take<A>(graph.operands * B * w.operand_stride);
     w.zero = arena.take<S>(kPanelVectors * L);
@@ -77,28 +79,30 @@ struct StageWork {
       own.rows = arena.take<Workspace<S>>(graph.stages);
       own.units = arena.take<Workspace<S>>(graph.stages);
       own.fields = arena.take<Field<S>>(graph.arrays());
+      own.numbers = arena.take<Field<S>>(graph.rows);
       own.copied = arena.take<int64_t>(graph.inputs);
       for (int s = 0; s < graph.stages; ++s) {
         const auto rows_of = Workspace<S>::take(arena, graph.stage[s].rows, false);
         const auto units_of = Workspace<S>::take(arena, graph.stage[s].units, false);
         if (i == me && own.rows) own.rows[s] = rows_of, own.units[s] = units_of;
       }
-      if (i == me) w.rows = own.rows, w.units = own.units, w.fields = own.fields, w.copied = own.copied;
+      if (i == me) w.rows = own.rows, w.units = own.units, w.fields = own.fields, w.numbers = own.numbers, w.copied = own.copied;
     }
     return w;
   }
   static constexpr int64_t slot_pad = 64 / int64_t(sizeof(S));
+  static int64_t row_slot(int64_t rows) { return (rows + 2) * L + rows / L * L; }  // rows of a whole vector, then side by side
   int64_t slot(int64_t rows) const { return off_pages<S>(rows * unit_vectors * L); }
   int64_t product_row() const { return off_pages<S>(unit_vectors * L); }
 
   // How a thread goes through its rows and vectors of units [u0, u1).
   struct Way {
-    int64_t u0, u1, group;           // group: rows that go from one stage to the next together
+    int64_t u0, u1, group, b0;       // group: rows that go from one stage to the next together.  b0: the first row
     bool along_units, split, alone;  // alone: a group goes through all stages by itself
   };
-  Way way(const Share& s, int64_t u0, int64_t u1, int64_t rows) const {
-    Way way{u0, u1, rows < kStrip ? rows : kStrip, false, !s.by_rows && s.size > 1, false};
-    way.along_units = u1 - u0 >= way.group;
+  Way way(const Share& s, int64_t u0, int64_t u1, int64_t b0, int64_t b1) const {
+    Way way{u0, u1, b1 - b0 < kStrip ? b1 - b0 : kStrip, b0, false, !s.by_rows && s.size > 1, false};
+    way.along_units = unit_vectors >= way.group * (way.split ? s.size : 1);  // the same of all threads
     if (way.along_units) way.group = 1;
     way.alone = !way.split && graph->products == 0;
     return way;
@@ -109,7 +113,7 @@ struct StageWork {
     const int64_t rows = way.alone ? way.group : B;
     S* const values = crossing + (way.alone ? me * (graph->inputs + graph->crossing) * slot(kStrip) : 0) + i * slot(rows);
     if (way.along_units) return {values, L, way.alone ? 0 : unit_vectors * L};
-    return {values, rows * L, L};
+    return {values - (way.alone ? way.b0 * L : 0), rows * L, L};
   }
   // Once a recurrence: everything but where the inputs lie.
   void prepare(const Share& s, const Way& way, int64_t H, int64_t B) const {
@@ -122,8 +126,12 @@ struct StageWork {
     fields[graph->inputs] = {how_many, 0, 0};
     for (int i = 0; i < graph->crossing; ++i) fields[graph->first_crossing() + i] = scratch(way, s.me, B, graph->inputs + i);
     const int64_t row_cap = way.alone ? kStrip : B;
-    S* const numbers = one_a_row + (way.alone || way.split ? s.me * graph->rows * row_cap * L : 0);
-    for (int i = 0; i < graph->rows; ++i) fields[graph->first_row() + i] = {numbers + i * row_cap * L, 0, way.group == 1 && way.alone ? 0 : L};
+    for (int i = 0; i < graph->rows; ++i) {
+      S* const at = one_a_row + (s.me * graph->rows + i) * row_slot(row_cap);
+      const int64_t first = way.alone ? way.b0 : 0;
+      if (way.group == 1) numbers[i] = fields[graph->first_row() + i] = {at, 0, way.alone ? 0 : L};
+      else fields[graph->first_row() + i] = {at - first * L, 0, L}, numbers[i] = {at + row_cap * L - first, 0, 1};
+    }
     for (int i = 0; i < graph->products; ++i) fields[graph->first_product() + i] = {products + i * B * product_row(), L, product_row()};
   }
 
@@ -152,9 +160,17 @@ struct StageWork {
         const int64_t g1 = g0 + way.group < b1 ? g0 + way.group : b1;
         if (way.alone && g0 > b0) move_on(way.group);
         for (int k = first; k < next; ++k) {
-          if (way.split && k > 0) reduce(stage[k - 1], H, g0, g1);
+          if (way.split && k > 0) reduce(stage[k - 1], way, H, g0, g1);
+          for (int i = 0; k == 0 && i < graph->known; ++i) {
+            const Field<S>& to = numbers[graph->known_array[i] - graph->first_row()];
+            for (int64_t b = g0; b < g1; ++b) {
+              const V number = splat(S(copy(graph->known_input[i], 0, b)[0]));
+              if (way.group == 1) store(to.at + b * to.row, number);
+              else to.at[b] = number[0];
+            }
+          }
           work(stage[k], rows[k], units[k], way, g0, g1, copy, output);
-          if (!way.split) reduce(stage[k], H, g0, g1);
+          if (!way.split) reduce(stage[k], way, H, g0, g1);
         }
       }
       if (way.alone && way.group > 1) move_on(-((b1 - b0 - 1) / way.group * way.group));
@@ -174,6 +190,7 @@ struct StageWork {
     for (int i = 0; i < graph->inputs; ++i)
       if (copied[i] != kInPlace) move(fields[i]);
     for (int i = graph->first_crossing(); i < graph->first_product(); ++i) move(fields[i]);
+    for (int i = 0; i < graph->rows; ++i) move(numbers[i]);
   }
 
   template <class Copy>
@@ -193,12 +210,24 @@ struct StageWork {
   ALWAYS_INLINE void work(const Stage& stage, const Workspace<S>& of_rows, const Workspace<S>& of_units, const Way& way, int64_t g0,
                           int64_t g1, Copy copy, Output output) const {
     for (int i = 0; i < stage.units.inputs; ++i) copy_input(stage.units.array[i], way, g1, copy);
-    for (int i = 0; i < stage.published; ++i)
-      if (stage.publishing[i].what != Publishing::What::product) copy_input(stage.publishing[i].from, way, g1, copy);
-    for (int64_t b = g0; b < g1 && stage.rows.length; b += of_rows.most) {
-      const Strip strip{0, b, int(g1 - b < of_rows.most ? g1 - b : of_rows.most), false};
-      set(stage.rows, of_rows, strip);
-      interpret(stage.rows, of_rows.operands, strip.n);
+    for (int i = 0; i < stage.published; ++i) {
+      const Publishing& p = stage.publishing[i];
+      if (p.what == Publishing::What::product) break;
+      copy_input(p.from, way, g1, copy);
+      if (p.by >= 0) copy_input(p.by, way, g1, copy);
+    }
+    if (stage.rows.length) {
+      const int first = graph->first_row();
+      for (int i = 0; i < stage.rows.inputs; ++i) {
+        const int array = stage.rows.array[i];
+        of_rows.operands[i] =
+            array < first ? Place<S>{how_many, 0} : Place<S>{numbers[array - first].at + g0 * numbers[array - first].row, L};
+      }
+      interpret(stage.rows, of_rows.operands, way.group == 1 ? 1 : int((g1 - g0 + L - 1) / L));
+    }
+    for (int i = 0; i < stage.spreads && way.group > 1; ++i) {
+      const Field<S>&to = fields[stage.spread[i]], &from = numbers[stage.spread[i] - graph->first_row()];
+      for (int64_t b = g0; b < g1; ++b) store(to.at + b * L, splat(from.at[b]));
     }
     if (stage.units.length + stage.units.outputs == 0) return;
     const auto body = [&](const Strip& strip) {
@@ -216,20 +245,44 @@ struct StageWork {
     }
   }
 
-  void reduce(const Stage& stage, int64_t H, int64_t g0, int64_t g1) const {
+  void reduce(const Stage& stage, const Way& way, int64_t H, int64_t g0, int64_t g1) const {
     const V units_of_row = splat(S(H));
     for (int i = 0; i < stage.published; ++i) {
       const Publishing& p = stage.publishing[i];
       if (p.what == Publishing::What::product) return;  // behind the others
-      const Field<S> &from = fields[p.from], &to = fields[p.to];
-      for (int64_t b = g0; b < g1; ++b) {
-        V made = p.sum >= 0 ? fields[p.sum].load_of(0, b) : over_units(from, b, H, [](V v) __attribute__((always_inline)) { return v; });
-        if (p.what == Publishing::What::variance) {
-          const V mean = made / units_of_row;
-          const auto squared = [&](V v) __attribute__((always_inline)) { return (v - mean) * (v - mean); };
-          made = over_units(from, b, H, squared) / units_of_row;
+      const Field<S>&from = fields[p.from], &by = fields[p.by >= 0 ? p.by : p.from];
+      const auto vector = [&](int64_t b, int64_t u) __attribute__((always_inline)) { return load(from.at + b * from.row + u * from.unit); };
+      const auto summed = [&](int64_t b) __attribute__((always_inline)) {
+        if (p.by < 0) return over_units<S>(H, [&](int64_t u) __attribute__((always_inline)) { return vector(b, u); });
+        const auto product = [&](int64_t u) __attribute__((always_inline)) {
+          return rounded_product(Pack<S, 1>{{vector(b, u) * load(by.at + b * by.row + u * by.unit)}}).v[0];
+        };
+        return over_units<S>(H, product);
+      };
+      const auto squared = [&](int64_t b, V mean) __attribute__((always_inline)) {
+        return over_units<S>(H, [&](int64_t u) __attribute__((always_inline)) { return (vector(b, u) - mean) * (vector(b, u) - mean); });
+      };
+      const bool variance = p.what == Publishing::What::variance;
+      const Field<S>&to = numbers[p.to - graph->first_row()], &sum = p.sum >= 0 ? numbers[p.sum - graph->first_row()] : to;
+      if (way.group == 1) {
+        for (int64_t b = g0; b < g1; ++b) {
+          V made = p.sum >= 0 ? load(sum.at + b * sum.row) : sum_of<S>(summed(b));
+          if (variance) made = sum_of<S>(squared(b, made / units_of_row)) / units_of_row;
+          store(to.at + b * to.row, made);
         }
-        store(to.at + b * to.row, made);
+        continue;
+      }
+      for (int64_t b0 = g0; b0 < g1; b0 += L) {  // as many rows as a vector has lanes
+        const int rows_here = int(g1 - b0 < L ? g1 - b0 : L);
+        V row[L];
+        for (int l = 0; l < L && p.sum < 0; ++l) row[l] = l < rows_here ? summed(b0 + l) : V{};
+        V made = p.sum >= 0 ? load(sum.at + b0) : sums<S>(row);
+        if (variance) {
+          const V mean = made / units_of_row;
+          for (int l = 0; l < L; ++l) row[l] = l < rows_here ? squared(b0 + l, splat(S(mean[l]))) : V{};
+          made = sums<S>(row) / units_of_row;
+        }
+        store(to.at + b0, made);
       }
     }
   }

@@ -117,7 +117,8 @@ PyObject* fast_path_of(PyObject* const* args, Py_ssize_t count) {
     if (on < 0) return nullptr;
     if (on) Py_RETURN_NONE;
   }
-  dlpack::Tensor x, weights[5]{}, matrices[kMostBlocks], params[kMostParams], states[kMostStates], lengths{}, reset{};  // weights as Weights has them
+  dlpack::Tensor x, weights[5]{}, matrices[kMostBlocks], params[kMostParams], states[kMostStates], lengths{},
+      reset{};  // weights as Weights has them
   if (sequence ? !read(x_object, x, 3, -1, -1, -1) : !read(x_object, x, 2, -1, -1)) Py_RETURN_NONE;
   const int64_t T = sequence ? x.shape[axis] : 1, B = sequence ? x.shape[1 - axis] : x.shape[0], D = x.shape[x.ndim - 1];
   const bool batch_first = axis == 1 && B > 1 && T > 1;

@@ -44,7 +44,7 @@ def program_of(gates: int, apart: int = 0, states: int = 1, params: int = 0, rec
     """A cell of these counts: state i is the sum of tanh(a) of every states-th pre-activation, times 1 / gates, and of
     itself times the sum of every states-th param and 0.25."""
     pre = gates + apart
-    names = ("h", "c", "n", "m")[:states]
+    names = ("h", "c", "n", "m", *(f"s{k}" for k in range(4, states)))[:states]
     code, next_value = [], pre + states + params
 
     def add(text: str) -> int:

@@ -31,7 +31,7 @@ LARGE = {"T": 12, "B": 33, "H": 130, "directions": BOTH}
 # Every count at its limit, and products of more gates than a panel of weights has vectors.
 COUNTS: dict[str, dict[str, Any]] = {
     "5 gates": {"gates": 5, "states": 2, "params": 1},
-    "16 gates": {"gates": 16, "states": 4, "params": 8},
+    "16 gates": {"gates": 16, "states": 12, "params": 16},
     "16 gates apart": {"gates": 16, "apart": 16, "states": 3, "params": 3},
     "3 of 6 apart": {"gates": 6, "apart": 3, "states": 2},
     "16 gates alone": {"gates": 16, "states": 4, "params": 5, "recurrent": False},
@@ -173,9 +173,10 @@ def problem(text: str) -> Problem:
 
 REFUSED = {
     program_of(17): "it has 17 gates, expected 1 to 16",
-    program_of(2, params=9): "it has 9 params, expected at most 8",
-    PREFIX + "x|1 0 1|a b c d e||tanh 0>6 6 6 6 6;|const 0.0>15;15 15 15 15 15;": "it has 5 states, expected 1 to 4",
-    PREFIX + f"x|1 0 1|h||tanh 0>2;{'2 ' * 33}|const 0.0>36;36;": "it keeps 33 values of a step, expected at most 32",
+    program_of(2, params=17): "it has 17 params, expected 0 to 16",
+    PREFIX
+    + f"x|1 0 1|{'a ' * 13}||tanh 0>{'14 ' * 13};|const 0.0>39;{'39 ' * 13};": "it has 13 states, expected 1 to 12",
+    PREFIX + f"x|1 0 1|h||tanh 0>2;{'2 ' * 49}|const 0.0>52;52;": "it keeps 49 values of a step, expected at most 48",
     INDRNN.replace("1 0 0", "1 1 0"): "it has gates apart, but no recurrent side",
     INDRNN.replace("relu 3", "relu 4"): "it reads value 4 of 4",
     INDRNN.replace("relu 3", "relu -1"): "it reads value -1 of 4",
@@ -216,7 +217,7 @@ def test_what_an_error_shows_of_a_cell(title: str) -> None:
 
 
 def test_what_is_not() -> None:
-    for text in (*PROGRAMS.values(), program_of(16, 16, 4, 8)):
+    for text in (*PROGRAMS.values(), program_of(16, 16, 12, 16)):
         assert ops._C.refusal(text) is None
         assert cpu.supports(problem(text)) is None
 
