@@ -13,10 +13,10 @@ HOW: of compile.constants_stages.  E: which stage ends.
 import triton
 import triton.language as tl
 
-from fused_rnn.triton.backward import product_streamed as streamed_bwd
 from fused_rnn.triton.exchange import arrive, wait
 from fused_rnn.triton.forward import product_streamed as streamed_fwd
 from fused_rnn.triton.product import dot, rounded
+from fused_rnn.triton.product_bwd import product_streamed as streamed_bwd
 
 
 @triton.jit
@@ -39,7 +39,7 @@ def _of_member(partials, SLOT: tl.constexpr, member, TEAM: tl.constexpr, BB: tl.
 
 @triton.jit
 def _of_all(partials, SLOT: tl.constexpr, BB: tl.constexpr, HOW: tl.constexpr):
-    """A slot's numbers of all members, [BB, WIDTH], zeros beyond the team; from L2: see forward.product_held."""
+    """A slot's numbers of all members, [BB, WIDTH], zeros beyond the team; from L2: see product_fwd.product_held."""
     TEAM: tl.constexpr = HOW[1]
     WIDTH: tl.constexpr = HOW[2]
     m = tl.arange(0, WIDTH)

@@ -361,10 +361,10 @@ def test_arguments_have_the_types_that_are_compiled_for(cell: str, save: str, mo
     launched: list[tuple[Any, dict[str, Any], tuple[Any, ...]]] = []
     original = launch.Launches.__call__
 
-    def spied(self: Any, tiles: int, args: Any) -> None:
-        constants = self.constants | self._of_schedule(self.config.schedule)
+    def spied(self: Any, tiles: int, args: Any, stage: int) -> None:
+        constants = self.constants | self._of_schedule(self.config.schedule, stage)
         launched.append((self.kernel, constants, args))
-        original(self, tiles, args)
+        original(self, tiles, args, stage)
 
     monkeypatch.setattr(launch.Launches, "__call__", spied)
     for masks in (False, True):
