@@ -1,4 +1,5 @@
-"""The modules for cells of the literature beside the closest built-in one, and beside a plain loop over their steps.
+"""The modules for cells of the literature beside the closest built-in one, and beside a plain loop over their steps;
+and the built-in ones with what regularises them in the loop, beside themselves without.
 
 As FlexRNN is measured (flex.py): by one thread on one core, and what counts is the time that they had this core. The
 input's product stands before the loop, as whoever writes one puts it, and a layer norm over gates is one call there.
@@ -33,6 +34,13 @@ PREFIX = "field-"  # of the result files' names
 BUILT_IN, OURS, LOOP = "auto", "field", "plain loop"
 TITLES = {BUILT_IN: "closest built-in", OURS: "ours", LOOP: "plain loop"}
 CLOSEST = {cls.__name__: "GRU" if "GRU" in cls.__name__ else "LSTM" for cls in FIELD} | {"IndRNN": "RNN", "MGU": "GRU"}
+# Named by the class and what it is given.
+REGULARISED: dict[str, tuple[str, dict[str, Any]]] = {
+    f"{kind}, {name}": (kind, {name: value})
+    for kind in ("LSTM", "GRU", "RNN")
+    for name, value in (("recurrent_dropout", 0.2), ("zoneout", 0.1), ("weight_dropout", 0.2), ("return_gates", True))
+}
+CLOSEST |= {name: kind for name, (kind, _) in REGULARISED.items()}
 SIZES = tuple((B, H) for B in (1, 8) for H in (64, 256))
 STEPS = 128
 
@@ -98,8 +106,10 @@ class PlainLoop(nn.Module):
 def call_of(provider: str, point: Point) -> Call:
     """A provider's call, on numbers that all who compute the same have in common."""
     torch.manual_seed(0)
-    kind = getattr(fused_rnn, CLOSEST[point.cell] if provider == BUILT_IN else point.cell)
-    module = kind(point.width, point.H)
+    name, options = REGULARISED.get(point.cell, (point.cell, {}))
+    if provider == BUILT_IN:
+        name, options = CLOSEST[point.cell], {}
+    module = getattr(fused_rnn, name)(point.width, point.H, **options)
     x = torch.randn(point.T, point.B, point.width, device="cpu", requires_grad=point.mode == "training")
     dy = torch.randn(point.T, point.B, point.H, device="cpu")
     forward: Callable[[], Tensor] = lambda: module(x)[0]  # noqa: E731 - one of two
@@ -110,19 +120,21 @@ def call_of(provider: str, point: Point) -> Call:
 
 
 def points(cells: Sequence[str]) -> list[Point]:
-    """What is measured."""
-    return [Point(cell, mode, "fp32", STEPS, B, H) for cell in cells for mode in SEQUENCES for B, H in SIZES]
+    """What is measured. A regulariser in training alone."""
+    modes = {cell: ["training"] if cell in REGULARISED else SEQUENCES for cell in cells}
+    return [Point(cell, mode, "fp32", STEPS, B, H) for cell in cells for mode in modes[cell] for B, H in SIZES]
 
 
 def measure(point: Point, budget_s: float) -> dict[str, list[float]]:
     """Seconds of every run of each provider. Raises RuntimeError for a result that is not the loop's."""
-    calls = {provider: call_of(provider, point) for provider in TITLES}
+    providers = [name for name in TITLES if name != LOOP or point.cell not in REGULARISED]
+    calls = {provider: call_of(provider, point) for provider in providers}
     for call in calls.values():
         call.prepare()
         call.run()
     # Where rounding alone decides on which side of a kink a gate lies, one gradient among many is another.
     allowed = TOLERANCE[point.dtype] * (10 if point.mode == "training" else 1)
-    if not (off := difference(calls[OURS], calls[LOOP].results())) <= allowed:
+    if LOOP in calls and not (off := difference(calls[OURS], calls[LOOP].results())) <= allowed:
         raise RuntimeError(f"{point}: the module differs from the loop over its step by {off:.1e}")
     cost = {provider: thread_seconds(call, 2)[1] for provider, call in calls.items()}
     return interleave(calls, cost, thread_seconds, BLOCK_S, budget_s)
@@ -130,7 +142,7 @@ def measure(point: Point, budget_s: float) -> dict[str, list[float]]:
 
 def execute(budget_s: float, out: Path, console: Console) -> Path:
     """Measure every point, write the file and print its table; returns the file's path."""
-    wanted = points([cls.__name__ for cls in FIELD])
+    wanted = points([*(cls.__name__ for cls in FIELD), *REGULARISED])
     with on_one_core():
         facts = describe("cpu") | {"dtype": "fp32", "threads": 1}
         path, results, said = continued(out / f"{PREFIX}fp32-1t.json", facts)
