@@ -40,6 +40,8 @@ def test_points_are_those_promised() -> None:
     assert {point.cell for point in found} == set(NAMES) == set(list_cells()) - {"LSTM", "GRU", "RNN"} == set(CLOSEST)
     assert len(found) == len(NAMES) * 2 * len(SIZES)
     assert all(point.B <= 8 and point.H <= 256 for point in found)
+    regularised = points(field.REGULARISED)
+    assert {point.mode for point in regularised} == {"training"} and len(regularised) == 12 * len(SIZES)
 
 
 @pytest.mark.parametrize("mode", SEQUENCES)
@@ -70,6 +72,17 @@ def test_tables() -> None:
     assert "20.0×" in console.export_text()
 
 
+def test_a_regulariser_is_measured_beside_the_module_without() -> None:
+    """In a row behind the cells, without a loop."""
+    point = Point("GRU, zoneout", "training", "fp32", field.STEPS, 8, 64)
+    results = some_field_results()
+    results.replace([row(point, name, time) for name, time in ((BUILT_IN, 10), (OURS, 11))])
+    *_, last = (line for line in table(results).splitlines() if line.startswith("| "))
+    assert last == "| GRU, zoneout | GRU | – | – | – | **1.10×** (1.10) |"
+    plain, ours = (call_of(provider, point._replace(T=3, B=2, H=4)).module for provider in (BUILT_IN, OURS))
+    assert type(plain) is type(ours) and ours.zoneout == 0.1 and not hasattr(plain, "zoneout")
+
+
 def test_the_pages_have_the_table_between_lines_of_its_own(tmp_path: Path) -> None:
     pages = two_pages(tmp_path)
     some_results().save(tmp_path / "fp32-1t.json")
@@ -90,5 +103,5 @@ def test_a_whole_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     result = CliRunner().invoke(cli, ["bench", "--field", "--minutes", "0", "--out", str(tmp_path)])
     assert result.exit_code == 0 and "Written to" in result.output, result.output
     assert torch.get_num_threads() == before
-    assert len(Results.load(tmp_path / "field-fp32-1t.json").rows) == 3 * 2 * len(NAMES)
+    assert len(Results.load(tmp_path / "field-fp32-1t.json").rows) == 3 * 2 * len(NAMES) + 2 * len(field.REGULARISED)
     assert CliRunner().invoke(cli, ["bench", "--field", "--cell", "GRU"]).exit_code == 2

@@ -40,9 +40,13 @@ REGULARISED: dict[str, tuple[str, dict[str, Any]]] = {
     for kind in ("LSTM", "GRU", "RNN")
     for name, value in (("recurrent_dropout", 0.2), ("zoneout", 0.1), ("weight_dropout", 0.2), ("return_gates", True))
 }
-CLOSEST |= {name: kind for name, (kind, _) in REGULARISED.items()}
 SIZES = tuple((B, H) for B in (1, 8) for H in (64, 256))
 STEPS = 128
+
+
+def closest(cell: str) -> str:
+    """The built-in module that a cell stands beside."""
+    return REGULARISED[cell][0] if cell in REGULARISED else CLOSEST.get(cell, "")
 
 
 def _norm(gates: Sequence[Tensor], epsilon: float) -> Tensor:
@@ -108,7 +112,7 @@ def call_of(provider: str, point: Point) -> Call:
     torch.manual_seed(0)
     name, options = REGULARISED.get(point.cell, (point.cell, {}))
     if provider == BUILT_IN:
-        name, options = CLOSEST[point.cell], {}
+        name, options = closest(point.cell), {}
     module = getattr(fused_rnn, name)(point.width, point.H, **options)
     x = torch.randn(point.T, point.B, point.width, device="cpu", requires_grad=point.mode == "training")
     dy = torch.randn(point.T, point.B, point.H, device="cpu")
@@ -196,13 +200,14 @@ def table(results: Results) -> str:
     lines = [f"| {setting(run)} | built-in | " + " | ".join(heads) + " |", "|---" * 6 + "|"]
     faster = ratios(results, LOOP, OURS)
     slower = {point: 1 / value for point, value in ratios(results, BUILT_IN, OURS).items()}
-    for cell in dict.fromkeys(point.cell for point, _, _ in results.rows):
+    cells = dict.fromkeys(point.cell for point, _, _ in results.rows)
+    for cell in sorted(cells, key=lambda cell: cell in REGULARISED):
         entries = []
         for found, worst in ((faster, min), (slower, max)):
             for mode in SEQUENCES:
                 values = [value for point, value in found.items() if (point.cell, point.mode) == (cell, mode)]
                 entries.append(f"**{ratio(geometric_mean(values))}×** ({ratio(worst(values))})" if values else "–")
-        lines.append(f"| {cell} | {CLOSEST.get(cell, '')} | " + " | ".join(entries) + " |")
+        lines.append(f"| {cell} | {closest(cell)} | " + " | ".join(entries) + " |")
     sizes = {letter: sorted({getattr(point, letter) for point, _, _ in results.rows}) for letter in "TBH"}
     size = ", ".join(f"{letter} {', '.join(map(str, values))}" for letter, values in sizes.items())
     dates = "; ".join(f"commit {run['commit'] or 'unknown'}, {run['date']}" for run in results.runs)
