@@ -249,12 +249,16 @@ class FlexRNN(Recurrent):
         """Run the layers: output and the final states. Shapes and errors stand in the class's docstring."""
         if not is_grad_enabled() and not is_compiling() and self._fused_is_plain():
             time = 1 if self.batch_first else 0
-            cell, parameters = self._fused_cell, self._parameters
-            stepped = FAST_PATH(parameters, self.bias, input, hx, cell, time, lengths, reset)  # type: ignore[misc]
+            cell, (parameters, bias) = self._fused_cell, self._fused_by_name()
+            stepped = FAST_PATH(parameters, bias, input, hx, cell, time, lengths, reset)  # type: ignore[misc]
             if stepped is not None:
                 return stepped[0], stepped[1] if len(stepped) == 2 else tuple(stepped[1:])
         result: tuple[Any, Any] = run(self, input, hx, lengths, reset, self._fused_weights())
         return result
+
+    def _fused_by_name(self) -> tuple[Mapping[str, Any], bool]:
+        """The first layer's weights as the cell has them, by name, and whether there are biases: for the fast path."""
+        return self._parameters, self.bias
 
     def _fused_is_plain(self) -> bool:
         """Whether the layers are one recurrence that returns h, as sequence.step runs one: past the dispatcher."""
@@ -282,7 +286,7 @@ class FlexRNN(Recurrent):
 
     def __getstate__(self) -> dict[str, Any]:
         state = super().__getstate__()  # type: ignore[no-untyped-call]
-        return {key: value for key, value in state.items() if key != "_fused_cell"}
+        return {key: value for key, value in state.items() if key not in ("_fused_cell", "_fused_views")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]

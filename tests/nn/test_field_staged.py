@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -13,6 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fused_rnn
+from fused_rnn.nn import flex
+from fused_rnn.nn.plain import FAST_PATH
 
 F64 = torch.float64
 
@@ -138,3 +142,49 @@ def test_a_mean_that_is_large_beside_the_deviation() -> None:
     call = given(case, 1)
     results = (by_loop(rnn, case.variant, call, dtype) for dtype in (torch.float32, F64))
     assert_as_good_as_torch(by_module(rnn, call), *results)
+
+
+@pytest.mark.parametrize("name", ["LayerNormLSTM", "LayerNormGRU"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_fast_path_reads_the_parameters_as_they_are(name: str, bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However they were changed since the last call."""
+    module, x = getattr(fused_rnn, name)(4, 6, bias=bias), torch.randn(5, 3, 4)
+    if FAST_PATH is None:
+        pytest.skip("there is no fast path")
+    calls: list[bool] = []
+
+    def counting(*args: Any) -> Any:
+        made = FAST_PATH(*args)
+        calls.append(made is not None)
+        return made
+
+    monkeypatch.setattr(flex, "FAST_PATH", counting)
+
+    def check(module: Any, fast: bool) -> None:
+        calls.clear()
+        own = next(module.parameters())
+        given = x.to(own.dtype)
+        with torch.no_grad():
+            made = module(given)[0]
+        assert calls == [fast]
+        expected = module(given)[0].detach()
+        torch.testing.assert_close(made, expected)
+
+    check(module, True)
+    with torch.no_grad():
+        module.weight_hh_l0.mul_(2)
+    check(module, True)
+    module.weight_ih_l0.data.add_(1)
+    check(module, True)
+    module.gamma_ih_l0 = nn.Parameter(torch.rand_like(module.gamma_ih_l0))
+    check(module, True)
+    module.weight_hh_l0.data = torch.randn_like(module.weight_hh_l0)
+    check(module, True)
+    check(copy.deepcopy(module), True)
+    check(pickle.loads(pickle.dumps(module)), True)
+    check(module.double(), True)
+    nn.utils.parametrizations.weight_norm(module, "weight_hh_l0")
+    check(module, False)
+    with torch.no_grad():
+        module.parametrizations.weight_hh_l0.original0.mul_(3)
+    check(module, False)

@@ -101,6 +101,7 @@ class Parted(Field):
     """
 
     _fused_vectors: ClassVar[Mapping[str, int]]
+    _fused_viewed: ClassVar[bool] = True  # whether the cell's weights are parts of the module's memory
 
     def _shapes(self, input_size: int) -> dict[str, tuple[int, ...]]:
         shapes = super()._shapes(input_size)
@@ -122,8 +123,23 @@ class Parted(Field):
             else:
                 nn.init.constant_(weight, float(name.startswith("gamma")))
 
+    def _fused_by_name(self) -> tuple[Mapping[str, Any], bool]:
+        """Views of the parameters, made once for as long as these lie where they lie; none where some are computed, or
+        lie nowhere."""
+        try:
+            own = [self._parameters[name] for name in self._flat_weights_names]
+            key = [(id(p), p.data_ptr(), p.dtype) for p in own]  # type: ignore[union-attr]
+        except (KeyError, AttributeError, RuntimeError):
+            return {}, False
+        known = self.__dict__.get("_fused_views")
+        if known is None or known[0] != key:
+            names = ("weight_ih", "weight_hh", *self._fused_user.params)
+            views = {f"{name}_l0": part.detach() for name, part in zip(names, self._fused_read(), strict=True)}
+            known = self.__dict__["_fused_views"] = (key, views)
+        return known[1], False
+
     def _fused_is_plain(self) -> bool:
-        return False  # the weights are not the cell's as they are
+        return self._fused_viewed and super()._fused_is_plain()
 
     def _fused_read(self) -> list[Tensor]:
         """The weights, vectors in parts."""

@@ -57,6 +57,7 @@ class BlockGRU(Parted):
 
     _fused_step = block_gru
     _fused_vectors: ClassVar = {"gamma": 3, "beta": 3}
+    _fused_viewed: ClassVar = False  # blocks are made one matrix
 
     def __init__(self, input_size: int, hidden_size: int, *args: Any, blocks: int = 1, **kwargs: Any) -> None:
         if isinstance(blocks, bool) or not isinstance(blocks, int) or blocks < 1 or hidden_size % blocks:
