@@ -10,7 +10,8 @@
 
 namespace fused_rnn::ops {
 
-// Addresses of w_ih, w_hh, b_ih, b_hh, w_hr, and of the cell's own matrices and params, of a layer, as in fused_rnn::Weights; 0 where there is none.
+// Addresses of w_ih, w_hh, b_ih, b_hh, w_hr, and of the cell's own matrices and params, of a layer, as in fused_rnn::Weights; 0 where there
+// is none.
 using WeightAddresses = std::vector<uintptr_t>;
 
 class Stream {
