@@ -22,8 +22,8 @@ from fused_rnn import ops
 from fused_rnn.backends import cuda as backend
 from fused_rnn.cells import CELLS
 from fused_rnn.cuda import plans
-from fused_rnn.gpu import run, wavefront
 from fused_rnn.cuda.chunks import paying_chunks
+from fused_rnn.gpu import run, wavefront
 
 pytestmark = [
     pytest.mark.skipif(shutil.which("g++") is None, reason="the emulator is compiled by g++"),

@@ -73,6 +73,20 @@ class Field(FlexRNN):
                 name = self._flat_weights_names[k]
                 raise ValueError(f"{name}: got {shape_text(weight.shape)}, expected {shape_text(shape)}")
 
+    def _fused_viewing(self, names: Sequence[str], bias: bool) -> tuple[Mapping[str, Any], bool]:
+        """`_fused_by_name`, where what the cell has are parts of the parameters: views, made once for as long as these
+        lie where they lie; none where some are computed, or lie nowhere. names: of what `_fused_read` returns."""
+        try:
+            own = [self._parameters[name] for name in self._flat_weights_names]
+            key = [(id(p), p.data_ptr(), p.dtype) for p in own]  # type: ignore[union-attr]
+        except (KeyError, AttributeError, RuntimeError):
+            return {}, False
+        known = self.__dict__.get("_fused_views")
+        if known is None or known[0] != key:
+            views = {f"{name}_l0": part.detach() for name, part in zip(names, self._fused_read(), strict=True)}
+            known = self.__dict__["_fused_views"] = (key, views)
+        return known[1], bias
+
     def extra_repr(self) -> str:
         """FlexRNN's, without the cell, which the class's name says."""
         return super().extra_repr().removeprefix(f"{self.mode}, ")
@@ -124,19 +138,7 @@ class Parted(Field):
                 nn.init.constant_(weight, float(name.startswith("gamma")))
 
     def _fused_by_name(self) -> tuple[Mapping[str, Any], bool]:
-        """Views of the parameters, made once for as long as these lie where they lie; none where some are computed, or
-        lie nowhere."""
-        try:
-            own = [self._parameters[name] for name in self._flat_weights_names]
-            key = [(id(p), p.data_ptr(), p.dtype) for p in own]  # type: ignore[union-attr]
-        except (KeyError, AttributeError, RuntimeError):
-            return {}, False
-        known = self.__dict__.get("_fused_views")
-        if known is None or known[0] != key:
-            names = ("weight_ih", "weight_hh", *self._fused_user.params)
-            views = {f"{name}_l0": part.detach() for name, part in zip(names, self._fused_read(), strict=True)}
-            known = self.__dict__["_fused_views"] = (key, views)
-        return known[1], False
+        return self._fused_viewing(("weight_ih", "weight_hh", *self._fused_user.params), False)
 
     def _fused_is_plain(self) -> bool:
         return self._fused_viewed and super()._fused_is_plain()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,22 +13,22 @@ from fused_rnn.nn.field.base import Field
 from fused_rnn.nn.recurrent import read_weights
 
 
-@cell(gates=3, matrices={"u": (1, "H")})
+@cell(gates=3, params=("d",), matrices={"u": (1, "H")})
 def reset_before_gru(x: Any, r: Any, s: Any, p: Any, m: Any) -> Any:
-    """The step of :class:`ResetBeforeGRU`. Nobody reads r[2]: u has those rows of W_hh."""
-    n = torch.tanh(x[2] + m.u(torch.sigmoid(x[0] + r[0]) * s.h))
+    """The step of :class:`ResetBeforeGRU`. Nobody reads r[2]: u has those rows of W_hh, and d those of its bias."""
+    n = torch.tanh(x[2] + p.d + m.u(torch.sigmoid(x[0] + r[0]) * s.h))
     return n + torch.sigmoid(x[1] + r[1]) * (s.h - n)
 
 
-@cell(gates=2, matrices={"u": (1, "H")})
+@cell(gates=2, params=("d",), matrices={"u": (1, "H")})
 def mgu(x: Any, r: Any, s: Any, p: Any, m: Any) -> Any:
-    """The step of :class:`MGU`. Nobody reads r[1]: u has those rows of W_hh."""
+    """The step of :class:`MGU`. Nobody reads r[1]: u has those rows of W_hh, and d those of its bias."""
     f = torch.sigmoid(x[0] + r[0])
-    return s.h + f * (torch.tanh(x[1] + m.u(f * s.h)) - s.h)
+    return s.h + f * (torch.tanh(x[1] + p.d + m.u(f * s.h)) - s.h)
 
 
 class _Before(Field):
-    """The weights are a GRU's: of W_hh the cell has the last rows as its matrix, of both biases the sum."""
+    """The weights are a GRU's: of W_hh and its bias the cell has the last rows once more, as a matrix and a param."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         for name in ("recurrent_dropout", "weight_dropout"):
@@ -38,10 +39,11 @@ class _Before(Field):
         super().__init__(*args, **kwargs)
 
     def _shapes(self, input_size: int) -> dict[str, tuple[int, ...]]:
-        return {name: shape for name, shape in super()._shapes(input_size).items() if name != "u"}
+        return {name: shape for name, shape in super()._shapes(input_size).items() if name not in ("u", "d")}
 
-    def _fused_is_plain(self) -> bool:
-        return False  # the weights are not the cell's as they are
+    def _fused_by_name(self) -> tuple[Mapping[str, Any], bool]:
+        biases = ("bias_ih", "bias_hh") if self.bias else ()
+        return self._fused_viewing(("weight_ih", "weight_hh", *biases, "u", "d"), self.bias)
 
     def _fused_read(self) -> list[Tensor]:
         """The weights as the cell has them."""
@@ -50,10 +52,9 @@ class _Before(Field):
         for first in range(0, len(weights), count):
             own = weights[first : first + count]
             self._check_shapes(self.input_size if first < sides * count else self.hidden_size * sides, own, first)
-            w_ih, w_hh, *biases = own
-            if biases:
-                biases = [biases[0] + biases[1], torch.zeros_like(biases[1])]
-            made += [w_ih, w_hh, *biases, w_hh[-self.hidden_size :]]
+            w_hh, units = own[1], self.hidden_size
+            d = own[3][-units:] if self.bias else w_hh.new_zeros(units)
+            made += [*own, w_hh[-units:], d]
         return made
 
 
