@@ -144,7 +144,7 @@ def test_a_mean_that_is_large_beside_the_deviation() -> None:
     assert_as_good_as_torch(by_module(rnn, call), *results)
 
 
-@pytest.mark.parametrize("name", ["LayerNormLSTM", "LayerNormGRU"])
+@pytest.mark.parametrize("name", ["LayerNormLSTM", "LayerNormGRU", "BlockGRU", "ResetBeforeGRU", "MGU"])
 @pytest.mark.parametrize("bias", [True, False])
 def test_the_fast_path_reads_the_parameters_as_they_are(name: str, bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """However they were changed since the last call."""
@@ -176,7 +176,7 @@ def test_the_fast_path_reads_the_parameters_as_they_are(name: str, bias: bool, m
     check(module, True)
     module.weight_ih_l0.data.add_(1)
     check(module, True)
-    module.gamma_ih_l0 = nn.Parameter(torch.rand_like(module.gamma_ih_l0))
+    module.weight_hh_l0 = nn.Parameter(torch.rand_like(module.weight_hh_l0))
     check(module, True)
     module.weight_hh_l0.data = torch.randn_like(module.weight_hh_l0)
     check(module, True)

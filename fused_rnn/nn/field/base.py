@@ -115,7 +115,6 @@ class Parted(Field):
     """
 
     _fused_vectors: ClassVar[Mapping[str, int]]
-    _fused_viewed: ClassVar[bool] = True  # whether the cell's weights are parts of the module's memory
 
     def _shapes(self, input_size: int) -> dict[str, tuple[int, ...]]:
         shapes = super()._shapes(input_size)
@@ -139,9 +138,6 @@ class Parted(Field):
 
     def _fused_by_name(self) -> tuple[Mapping[str, Any], bool]:
         return self._fused_viewing(("weight_ih", "weight_hh", *self._fused_user.params), False)
-
-    def _fused_is_plain(self) -> bool:
-        return self._fused_viewed and super()._fused_is_plain()
 
     def _fused_read(self) -> list[Tensor]:
         """The weights, vectors in parts."""

@@ -57,7 +57,6 @@ class BlockGRU(Parted):
 
     _fused_step = block_gru
     _fused_vectors: ClassVar = {"gamma": 3, "beta": 3}
-    _fused_viewed: ClassVar = False  # blocks are made one matrix
 
     def __init__(self, input_size: int, hidden_size: int, *args: Any, blocks: int = 1, **kwargs: Any) -> None:
         if isinstance(blocks, bool) or not isinstance(blocks, int) or blocks < 1 or hidden_size % blocks:
@@ -79,6 +78,13 @@ class BlockGRU(Parted):
                 nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)
             else:
                 nn.init.constant_(weight, float(name == "gamma"))
+
+    def _fused_is_plain(self) -> bool:
+        return self.blocks == 1 and super()._fused_is_plain()  # else the cell has another matrix
+
+    def _fused_by_name(self) -> tuple[Mapping[str, Any], bool]:
+        biases = ("bias_ih", "bias_hh") if self.bias else ()
+        return self._fused_viewing(("weight_ih", "weight_hh", *biases, *self._fused_user.params), self.bias)
 
     def _fused_parts(self, own: Mapping[str, Tensor]) -> list[Tensor]:
         w_ih, w_hh, *vectors = super()._fused_parts(own)
