@@ -64,7 +64,7 @@ def run(
     given: Sequence[Tensor] = ()
     if states:
         lead, sizes = (num_layers * recurrences // heads, batch), (width * heads, hidden * heads)
-        given = _checked(cell, states, x, lead, sizes, "0", "[L·R, B, {}]")
+        given = check_states(cell, states, x, lead, sizes)
         if heads > 1:
             given = [_by_head(s, heads) for s in given]
     if lengths is not None:
@@ -173,7 +173,7 @@ def step(
         raise ValueError(
             f"weights: got {len(weights)} tensors, with a projection; a single step has none, expected 2 or 4"
         )
-    given = _checked(cell, states, x, (batch,), (hidden, hidden), "", "[B, H]") if states else ()
+    given = check_states(cell, states, x, (batch,), (hidden, hidden), "", "[B, H]") if states else ()
     if kinds.masks:
         checks.check_masks(kinds, weights, 1, batch)
     if input_size == 0:
@@ -200,8 +200,14 @@ def step(
     return [_first(s) for s in after]
 
 
-def _checked(
-    cell: str, states: States, x: Tensor, lead: tuple[int, ...], sizes: tuple[int, int], suffix: str, letters: str
+def check_states(
+    cell: str,
+    states: States,
+    x: Tensor,
+    lead: tuple[int, ...],
+    sizes: tuple[int, int],
+    suffix: str = "0",
+    letters: str = "[L·R, B, {}]",
 ) -> Sequence[Tensor]:
     """The states, zeros for what is None; () where all are. sizes: (P, H). Raises ValueError."""
     if all(s is None for s in states):

@@ -30,7 +30,7 @@ namespace fused_rnn {
 constexpr int kMostCells = 16;   // numbers are less than this
 constexpr int kMostStates = 12;
 constexpr int kMostParams = 16;
-constexpr int kMostMasks = 4;
+constexpr int kMostMasks = 8;
 constexpr int kMostBlocks = 4;  // of H rows, in all of a cell's matrices
 constexpr int kMostGates = 16;
 constexpr int kMostSaved = 48;

@@ -1,5 +1,5 @@
 // Random masks, which the loops' regularisers read: a tensor of two numbers, drawn by Philox4x32-10 (Salmon et al. 2011) from a key that
-// torch's generator made. torch's own Bernoulli numbers cost ten times as much on a CPU, and a small layer's step less than its mask.
+// torch's generator made. torch's own Bernoulli numbers cost several times as much on a CPU, and may cost more than the layer.
 #include <algorithm>
 
 #include "tensors.h"

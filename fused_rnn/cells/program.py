@@ -38,7 +38,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 PREFIX = "fused_rnn.cell 1|"
-MOST_STATES, MOST_PARAMS, MOST_MASKS, MOST_BLOCKS = 12, 16, 4, 4  # that the loops take: csrc/cells/cell.h
+MOST_STATES, MOST_PARAMS, MOST_MASKS, MOST_BLOCKS = 12, 16, 8, 4  # that the loops take: csrc/cells/cell.h
 
 
 def _number(condition: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -121,9 +121,9 @@ def differentiate(b: Builder, outputs: Sequence[int], grads: Sequence[int], of: 
             varies.add(i)
     total: dict[int, int] = {}
 
-    def give(to: int, gradient: int | None) -> None:
+    def give(to: int, gradient: int | None, reader: int | None = None) -> None:
         if gradient is not None and to in varies:
-            if b.is_row(to) and not b.is_row(gradient):  # all units read it
+            if b.is_row(to) and (reader is None or not b.is_row(reader)):  # all units read it
                 gradient = b.add("sum", gradient)
             total[to] = b.add("add", total[to], gradient) if to in total else gradient
 
@@ -133,5 +133,5 @@ def differentiate(b: Builder, outputs: Sequence[int], grads: Sequence[int], of: 
         node = b.nodes[i]
         if i in total and node.op not in FLAT:
             for argument, part in zip(node.args, RULES[node.op](b, node.args, i, total[i]), strict=True):
-                give(argument, part)
+                give(argument, part, i)
     return [total.get(i, b.const(0)) for i in of]

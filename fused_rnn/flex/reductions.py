@@ -79,7 +79,10 @@ def _affine(t: Any, y: int, weight: Any, bias: Any) -> int:
 
 def _check_normalized(t: Any, shape: Any) -> None:
     if list(shape) != [t.sizes[1]]:
-        raise Refused(f"normalized_shape: got {t._text(shape)}, expected [H], as v.shape[-1:]")
+        raise Refused(
+            f"normalized_shape: got {t._text(shape)}, expected [H] written as v.shape[-1:], and no number: a step is"
+            " traced on tensors of another size"
+        )
 
 
 def _layer_norm(t: Any, _: str, x: Tensor, shape: Any, weight: Any, bias: Any, eps: float) -> tuple[int, int, int]:

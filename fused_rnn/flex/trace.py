@@ -66,9 +66,15 @@ class Trace(TorchDispatchMode):
                 got = self._text(v.shape) if isinstance(v, Tensor) else type(v).__name__
                 raise self.error(f"matrix {name!r} got {got}, expected a tensor [B, H]")
             operand = self.value(v)
+            if self.builder.is_row(operand) or self.builder.is_number(operand):
+                raise self.error(f"matrix {name!r} got the same number for all units, expected a tensor of others")
             if self._operands.setdefault(name, operand) != operand:
                 raise self.error(f"matrix {name!r} multiplies two vectors in a step, expected one")
-            made = [self._stand_in(v.shape, v.dtype, self.builder.product("product", k, operand)) for k in blocks]
+            numbers = [self.builder.product("product", k, operand) for k in blocks]
+            if not torch.is_grad_enabled():
+                self._refuse_function()
+                numbers = [self.builder.add(DETACH, number) for number in numbers]
+            made = [self._stand_in(v.shape, v.dtype, number) for number in numbers]
             return made[0] if len(made) == 1 else tuple(made)
 
         return multiply

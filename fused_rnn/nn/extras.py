@@ -7,6 +7,7 @@ layer runs a variant of its cell: flex/variant.py.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
@@ -35,22 +36,34 @@ class Extras(NamedTuple):
     gates: bool
 
 
+def sets(module: Any, name: str) -> bool:
+    """Whether to set an attribute is to ask for an extra: of our classes, or where the constructor was given some. A
+    class derived from ours may have such a name for something else."""
+    return name in DEFAULTS and (module._fused_extras or type(module).__module__.startswith("fused_rnn."))
+
+
 def give(module: Any, given: dict[str, Any]) -> None:
     """Take the extra arguments out of a constructor's keywords; a module that asks for none has no attribute more."""
     values = {name: given.pop(name, default) for name, default in DEFAULTS.items()}
     if all(type(values[name]) is type(default) and values[name] == default for name, default in DEFAULTS.items()):
         return
-    for name, value in values.items():
-        if name != "return_sequences" or not hasattr(type(module), name):  # FlexRNN has its own
-            setattr(module, name, value)
-    module._fused_extras = True
+    complete(module, values)
     read(module)
+
+
+def complete(module: Any, values: dict[str, Any] = DEFAULTS) -> None:
+    """Give the module those attributes that it has not, and let its calls read them."""
+    for name, value in values.items():
+        if name not in module.__dict__ and not hasattr(type(module), name):  # FlexRNN's return_sequences is a property
+            module.__dict__[name] = value
+    module.__dict__["_fused_extras"] = True
 
 
 def read(module: Any) -> Extras:
     """The extras of a module that has some. Raises TypeError, ValueError for what they cannot be."""
     dropped, on, zoneout, weights, sequences, gates = [getattr(module, name) for name in DEFAULTS]
     spec, states = CELLS[module._fused_cell], module._fused_states
+    zoned = states if module._fused_zoned is None else module._fused_zoned
     drop, weight = _probability("recurrent_dropout", dropped), _probability("weight_dropout", weights)
     if not isinstance(gates, bool):
         raise TypeError(f"return_gates: got {gates!r}, expected True or False")
@@ -65,12 +78,18 @@ def read(module: Any) -> Extras:
             )
         zones = tuple(_probability("zoneout", each) for each in zoneout)
     else:
-        zones = (_probability("zoneout", zoneout),) * states
+        zones = tuple([_probability("zoneout", zoneout)] * zoned + [0.0] * (states - zoned))
+    if any(zones[zoned:]):
+        name = next(name for name, p in zip(spec.states[zoned:], zones[zoned:], strict=True) if p)
+        raise ValueError(f"zoneout: got a probability for {name!r}, expected 0: it has no meaning without the others")
     if on == "g" and (spec.parts is None or spec.parts.candidate is None):
         raise ValueError("recurrent_dropout_on: got 'g', expected 'h': only LSTM and GRU have a gate for what is new")
     if not spec.recurrent and (weight or (drop and on == "h")):
         name = "weight_dropout" if weight else "recurrent_dropout"
         raise ValueError(f"{name}: got {weight or drop}, expected 0: the cell has no W_hh")
+    for name, value in (("recurrent_dropout", drop), ("weight_dropout", weight)):
+        if value and name in module._fused_refused:
+            raise ValueError(f"{name}: got {value!r}, expected 0: a gate stands before the recurrent product")
     asked = {"recurrent_dropout": drop > 0, "zoneout": any(zones), "return_gates": gates}
     if module.proj_size and any(asked.values()):
         name = next(name for name, there in asked.items() if there)
@@ -79,9 +98,9 @@ def read(module: Any) -> Extras:
 
 
 def _probability(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, (int, float, Real)):
         raise TypeError(f"{name}: got {value!r}, expected a probability")
-    if not 0 <= value < 1:
+    if not 0 <= value < 1:  # type: ignore[operator]
         raise ValueError(f"{name}: got {value!r}, expected a probability of at least 0 and less than 1")
     return float(value)
 
@@ -138,6 +157,9 @@ def run(
             kept = [p for p, zone in zip(now.zoneout, zones, strict=True) if zone is None]
             own += mine + [draw(x.new_empty(*x.shape[:2], units), p, 1.0, 0.0) for p in kept]
         weights = own
+    sizes = (module.hidden_size, module.hidden_size)
+    if not module.proj_size and states:
+        states = layers.check_states(module._fused_cell, states, x, (recurrences // heads, x.shape[1]), sizes)
     entering: list[Any] = list(states)
     if entering:
         if first:
@@ -166,7 +188,9 @@ class _Draw:
         """`low` with probability p, else `high`: 1 / (1 - p) if it is None. like: for shape and dtype."""
         high = 1 / (1 - p) if high is None else high
         if self._seed is None:
-            return torch.where(torch.bernoulli(torch.full_like(like, p)) > 0, low, high).to(like.dtype)
+            # Made of no tensor of the call's: under vmap `randomness` alone says whether rows have masks of their own.
+            share = torch.full(like.shape, p, dtype=like.dtype, device=like.device)
+            return torch.where(torch.bernoulli(share) > 0, low, high).to(like.dtype)
         self._number += 1
         return ops.mask(self._seed, like.detach(), p, low, high, self._number)  # type: ignore[misc]
 

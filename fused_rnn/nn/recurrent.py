@@ -63,6 +63,8 @@ class Recurrent(Fused, nn.RNNBase):
     _fused_heads: int = 1
     _fused_by_layer: bool = False  # whether `_fused_of_layer` has a word on each layer's call
     _fused_options: tuple[Any, ...] = ()  # of layers.run, beside those that every module has
+    _fused_zoned: ClassVar[int | None] = None  # how many states, the first ones, may zone out; None for all
+    _fused_refused: ClassVar[tuple[str, ...]] = ()  # regularisers that the cell cannot have
     _fused_extras: bool = False  # whether the module has the attributes of extras.DEFAULTS
 
     def __init__(self, mode: str, *args: Any, backend: str | None = None, save: str = "gates", **kwargs: Any) -> None:
@@ -89,6 +91,11 @@ class Recurrent(Fused, nn.RNNBase):
         """The gates' names."""
         spec = CELLS[self._fused_cell]
         return spec.parts.names if spec.parts else tuple(map(str, range(spec.gates)))
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name in extras.DEFAULTS and extras.sets(self, name):
+            extras.complete(self)
 
     @property
     @unused
@@ -148,7 +155,7 @@ class Recurrent(Fused, nn.RNNBase):
         said = [f", backend={self._fused_backend!r}"] if self._fused_backend is not None else []
         said += [f", save={self._fused_save!r}"] if self._fused_save != "gates" else []
         for name, default in extras.DEFAULTS.items() if self._fused_extras else ():
-            if getattr(self, name) != default:
+            if name in self.__dict__ and getattr(self, name) != default:
                 said.append(f", {name}={getattr(self, name)!r}")
         return super().extra_repr() + "".join(said)
 

@@ -76,13 +76,15 @@ def _run(
     if weights is None:
         weights = read_weights(module)
     plain = are_plain((input.data if packed else input, *weights))
-    plain = plain and is_plain_hx(hx, module._fused_states)
-    if more is not None and not plain:
+    plain_hx = is_plain_hx(hx, module._fused_states)
+    if more is not None and not (plain and plain_hx):
+        if plain:
+            run_counterpart(module, weights, input, hx, extra)  # for its error
         raise NotImplementedError(
             f"{', '.join(extras.DEFAULTS)}: tensors of other classes than torch's own are run by torch.nn's modules,"
             " which have none of these"
         )
-    if not plain or (not extra and more is None and prefers_counterpart(module, weights, input)):
+    if not (plain and plain_hx) or (not extra and more is None and prefers_counterpart(module, weights, input)):
         return run_counterpart(module, weights, input, hx, extra)
     try:
         if reset is not None:

@@ -153,7 +153,7 @@ def test_fewer_blocks_in_registers(exchange: str) -> None:
     check(case, "bf16", rows=8, **EXCHANGES[exchange])
 
 
-FIVE_STATES = PREFIX + "x|1 0 1|a b c d e||tanh 0>6 6 6 6 6;|const 0.0>15;15 15 15 15 15;"
+THIRTEEN_STATES = PREFIX + f"x|1 0 1|{'a ' * 13}||tanh 0>{'14 ' * 13};|const 0.0>39;{'39 ' * 13};"
 
 
 def test_what_is_said() -> None:
@@ -166,11 +166,11 @@ def test_what_is_said() -> None:
         with programs.emulating(LOADER):
             assert backend.supports(problem) is None
             assert "forward: " in backend.describe(problem)
-            for most in (program_of(5, states=4), program_of(2, params=8)):
+            for most in (program_of(5, states=12), program_of(2, params=16)):
                 assert backend.supports(problem._replace(cell=most)) is None
-            for beyond in (program_of(2, params=9), FIVE_STATES):
+            for beyond in (program_of(2, params=17), THIRTEEN_STATES):
                 reason = str(backend.supports(problem._replace(cell=beyond)))
-                assert "it knows cells of up to 4 states and 8 params, this one has" in reason
+                assert "it knows cells of up to 12 states and 16 params, this one has" in reason
             large = problem._replace(cell=program_of(1, params=8), batch=1 << 20, hidden_size=256, width=256)
             assert "B·R·H·8 = 2147483648 is beyond" in str(backend.supports(large))
             alone = problem._replace(cell=PROGRAMS["indrnn"])

@@ -198,6 +198,44 @@ REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+def row_of_a_sum(x: Any, r: Any, s: Any, p: Any) -> Any:
+    """A number of the row goes into a vector, and that into another number of the row."""
+    v = x[0] + r[0]
+    return torch.tanh(v + (v - v.mean(-1, keepdim=True)).mean(-1, keepdim=True))
+
+
+def norm_of_a_norm(x: Any, r: Any, s: Any, p: Any) -> Any:
+    v = x[0] + r[0]
+    far = torch.where(v > 0, v, v.mean(-1, keepdim=True))
+    return torch.tanh(v) + F.layer_norm(far, v.shape[-1:]).square().mean(-1, keepdim=True) * v.var(-1, keepdim=True)
+
+
+@pytest.mark.parametrize("step", [row_of_a_sum, norm_of_a_norm])
+def test_gradients_through_several_numbers_of_a_row(step: Any) -> None:
+    program = fused_rnn.cell(gates=1)(step).program
+    pre = [torch.randn(3, 5, dtype=torch.float64, requires_grad=True) for _ in range(1 + program.apart)]
+    h = torch.randn(3, 5, dtype=torch.float64)
+    (after,), saved = program.forward.run([*pre, h], units=5)
+    grad = torch.randn(3, 5, dtype=torch.float64)
+    expected = torch.autograd.grad(after, pre, grad)
+    with torch.no_grad():
+        made = program.backward.run([*(t.expand(3, 5) for t in saved), h, after, grad], units=5)[0]
+    for own, other in zip(made, expected, strict=True):
+        torch.testing.assert_close(own.expand(3, 5), other)
+
+
+def test_products_without_gradient() -> None:
+    """As all that a step makes under no_grad."""
+
+    def step(x: Any, r: Any, s: Any, p: Any, m: Any) -> Any:
+        with torch.no_grad():
+            a = m.u(s.h)
+        return torch.tanh(x[0] + r[0] + a)
+
+    program = fused_rnn.cell(gates=1, matrices={"u": (1, "H")})(step).program
+    assert not [i for i in program.backward.code if i.op == "transposed"]
+
+
 def no_such_dim(x: Any, r: Any, s: Any, p: Any) -> Any:
     return x[0] - x[0].mean(0, keepdim=True)
 
@@ -246,12 +284,17 @@ def of_a_number(x: Any, r: Any, s: Any, p: Any, m: Any) -> Any:
     return m.u(x[0].mean(-1, keepdim=True)) + r[0]
 
 
+def of_the_same_number(x: Any, r: Any, s: Any, p: Any, m: Any) -> Any:
+    return m.u(x[0].mean(-1, keepdim=True).expand_as(x[0])) + r[0]
+
+
 @pytest.mark.parametrize(
     ("step", "said"),
     [
         (twice, "matrix 'u' multiplies two vectors in a step, expected one"),
         (never, "the step does not multiply by its matrix 'u'"),
         (of_a_number, "matrix 'u' got [B, 1], expected a tensor [B, H]"),
+        (of_the_same_number, "matrix 'u' got the same number for all units"),
     ],
 )
 def test_refused_products(step: Any, said: str) -> None:

@@ -358,6 +358,75 @@ def test_attributes_may_change() -> None:
         module(x)
 
 
+def test_attributes_set_later() -> None:
+    """On a module that had none, too; but not where a class derived from ours may mean something else."""
+    for module in (fused_rnn.LSTM(4, 6), fused_rnn.convert(nn.LSTM(4, 6)), fused_rnn.LayerNormLSTM(4, 6)):
+        x = torch.randn(5, 3, 4)
+        module.zoneout = 0.5
+        assert not torch.equal(module(x)[0], module(x)[0])
+        module.zoneout = 0.0
+        module.return_gates = True
+        assert torch.equal(module(x)[0], module(x)[0]) and len(module(x)[2]) == 4
+        module.recurrent_dropout = 2
+        with pytest.raises(ValueError, match="recurrent_dropout: got 2, expected a probability"):
+            module(x)
+
+    class Other(fused_rnn.GRU):
+        def __init__(self) -> None:
+            super().__init__(4, 6)
+            self.zoneout = "mine"
+
+    other = Other()
+    assert torch.equal(other(x)[0], other(x)[0]) and other.zoneout == "mine"
+
+
+@pytest.mark.parametrize("randomness", ["same", "different"])
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "all"])
+def test_vmap(kind: str, randomness: str) -> None:
+    module, x = fused_rnn.LSTM(4, 6, **KINDS[kind]), torch.randn(2, 5, 3, 4)
+    x[1] = x[0]
+    y = torch.func.vmap(lambda x: module(x)[0], randomness=randomness)(x)
+    assert torch.equal(y[0], y[1]) is (randomness == "same")
+
+
+def test_five_masks() -> None:
+    """Of a cell of four states, all zoned out, and h dropped: no loop is too small for that."""
+    cell = fused_rnn.cell(gates=4, states=("a", "b", "c", "d"))(
+        lambda x, r, s, p: tuple(torch.tanh(x[k] + r[k] + s[k]) for k in range(4))
+    )
+    module = fused_rnn.FlexRNN(cell, 4, 6, recurrent_dropout=0.2, zoneout=0.1, backend="cpu")
+    module(torch.randn(5, 3, 4))[0].sum().backward()
+
+
+def test_what_a_cell_cannot_zone_out() -> None:
+    """Of sLSTM's states c, n and m mean something together alone."""
+    module = fused_rnn.SLSTM(8, 32, zoneout=0.3)
+    y, _ = module(20 * torch.randn(200, 3, 8))
+    assert y.abs().max() < 1.001
+    with pytest.raises(ValueError, match="zoneout: got a probability for 'c', expected 0"):
+        fused_rnn.SLSTM(8, 32, zoneout=(0.1, 0.1, 0.1, 0.1))
+
+
+@pytest.mark.parametrize("name", ["recurrent_dropout", "weight_dropout"])
+def test_what_a_cell_cannot_drop(name: str) -> None:
+    module = fused_rnn.MGU(4, 6)
+    setattr(module, name, 0.1)
+    with pytest.raises(ValueError, match=f"{name}: got 0.1, expected 0: a gate stands before"):
+        module(torch.randn(5, 3, 4))
+
+
+def test_states_that_do_not_fit() -> None:
+    """In the words that a module without extras has."""
+    plain, own, x = fused_rnn.LSTM(4, 6), fused_rnn.LSTM(4, 6, recurrent_dropout=0.1), torch.randn(5, 3, 4)
+    for hx in ((torch.zeros(1, 2, 6),) * 2, (torch.zeros(1, 3, 5),) * 2, torch.zeros(1, 3, 6), (torch.zeros(1, 3, 6),)):
+        said = []
+        for module in (plain, own):
+            with pytest.raises(Exception) as caught:
+                module(x, hx)
+            said.append((caught.type, str(caught.value)))
+        assert said[0] == said[1]
+
+
 def test_streams() -> None:
     """With zoneout a stream has its expectation; in training mode there is none."""
     module, x = fused_rnn.LSTM(4, 6, 2, zoneout=0.3), torch.randn(5, 1, 4)

@@ -188,3 +188,53 @@ def test_the_fast_path_reads_the_parameters_as_they_are(name: str, bias: bool, m
     with torch.no_grad():
         module.parametrizations.weight_hh_l0.original0.mul_(3)
     check(module, False)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", fused_rnn.list_cells())
+def test_made_in_16_bits(name: str, dtype: torch.dtype) -> None:
+    module = getattr(fused_rnn, name)(4, 6, dtype=dtype)
+    y = module(torch.randn(3, 2, 4, dtype=dtype))[0]
+    assert y.dtype == dtype and y.isfinite().all()
+
+
+@pytest.mark.parametrize("name", [n for n in fused_rnn.list_cells() if n not in ("LSTM", "GRU", "RNN")])
+def test_arguments_that_a_cell_has_not(name: str) -> None:
+    kind = getattr(fused_rnn, name)
+    with pytest.raises(TypeError, match=f"{name}.*'proj_size'"):
+        kind(4, 6, proj_size=2)
+    if name not in ("SLSTM", "PeepholeLSTM", "CoupledLSTM"):
+        with pytest.raises((TypeError, ValueError), match="heads"):
+            kind(4, 6, heads=2)
+
+
+def test_slstm_with_a_closed_input_gate() -> None:
+    """At the beginning nothing is divided by nothing: exp(m) of what is not there."""
+    module = fused_rnn.SLSTM(3, 4)
+    with torch.no_grad():
+        for weight in module.parameters():
+            weight.zero_()
+        module.bias_ih_l0[:4] = -100
+    reset = torch.zeros(6, 2, dtype=torch.bool)
+    reset[3] = True
+    y, _ = module(torch.randn(6, 2, 3), reset=reset)
+    y.sum().backward()
+    assert y.isfinite().all() and all(w.grad.isfinite().all() for w in module.parameters())
+
+
+def test_ligru_under_autocast() -> None:
+    """Every layer has the batch's statistics, whatever dtype the layer below returns."""
+    module = fused_rnn.LiGRU(3, 8, 2)
+    with torch.autocast("cpu", torch.bfloat16):
+        module(torch.randn(20, 5, 3))
+        module(torch.randn(20, 5, 3, dtype=torch.bfloat16))
+    counts = [int(buffer) for name, buffer in module.named_buffers() if name.startswith("num_batches")]
+    assert counts == [2, 2]
+
+
+def test_ligru_forgets_its_own_statistics_alone() -> None:
+    module = fused_rnn.LiGRU(3, 4)
+    module.register_buffer("mine", torch.ones(2))
+    module(torch.randn(5, 2, 3))
+    module.reset_parameters()
+    assert module.mine.eq(1).all() and module.running_var_l0.eq(1).all() and module.running_mean_l0.eq(0).all()

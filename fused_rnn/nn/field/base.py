@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from fused_rnn.call import wide
 from fused_rnn.checks import shape_text
 from fused_rnn.flex import UserCell
 from fused_rnn.nn.flex import FlexRNN
@@ -19,6 +20,7 @@ class Field(FlexRNN):
     """FlexRNN of the cell that the class has. A subclass with options chooses its cell by `_fused_choose`."""
 
     _fused_step: ClassVar[UserCell]
+    _fused_headed: ClassVar[bool] = False  # whether it takes heads
 
     def __init__(
         self,
@@ -40,7 +42,13 @@ class Field(FlexRNN):
         zoneout: float | Sequence[float] = 0.0,
         weight_dropout: float = 0.0,
         return_gates: bool = False,
+        **unknown: Any,
     ) -> None:
+        name = type(self).__name__
+        if unknown:
+            raise TypeError(f"{name}: got an argument {next(iter(unknown))!r}, which it has not")
+        if heads != 1 and not self._fused_headed:
+            raise ValueError(f"heads: got {heads!r}, expected 1: {name} has no heads")
         super().__init__(
             self._fused_choose(), input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional,
             device, dtype, heads=heads, return_sequences=return_sequences, backend=backend, save=save,
@@ -92,6 +100,11 @@ class Field(FlexRNN):
         return super().extra_repr().removeprefix(f"{self.mode}, ")
 
 
+def orthogonal(weight: Tensor) -> None:
+    """torch.nn.init.orthogonal_, which is not for 16 bits."""
+    weight.copy_(nn.init.orthogonal_(torch.empty_like(weight, dtype=wide(weight.dtype))))
+
+
 def uniform_by_inputs(weights: Mapping[str, Tensor]) -> None:
     """torch.nn.Linear's initial values of weight_ih and bias_ih: uniform in ±1/√D."""
     bound = 1.0 / math.sqrt(max(weights["weight_ih"].shape[1], 1))
@@ -132,7 +145,7 @@ class Parted(Field):
                     nn.init.xavier_uniform_(gate)
             elif name == "weight_hh":
                 for gate in weight.split(self.hidden_size):
-                    nn.init.orthogonal_(gate)
+                    orthogonal(gate)
             else:
                 nn.init.constant_(weight, float(name.startswith("gamma")))
 

@@ -42,4 +42,5 @@ class CoupledLSTM(Field):
         torch.Size([60, 20])
     """
 
+    _fused_headed = True
     _fused_step = coupled_lstm

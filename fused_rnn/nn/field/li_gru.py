@@ -11,8 +11,9 @@ from torch.nn.functional import linear
 
 from fused_rnn import checks
 from fused_rnn.flex import cell
-from fused_rnn.nn.field.base import Field, known
+from fused_rnn.nn.field.base import Field, known, orthogonal
 from fused_rnn.nn.recurrent import read_weights
+from fused_rnn.reference.loop import without_autocast
 from fused_rnn.reference.sequence import past_end
 
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
@@ -92,8 +93,11 @@ class LiGRU(Field):
 
     def reset_running_stats(self) -> None:
         """Set the running means to zero and the variances to one."""
-        for name, buffer in self.named_buffers():
-            buffer.fill_(1 if name.startswith("running_var") else 0)
+        for names in self._all_weights:
+            suffix = names[0].removeprefix("weight_ih")
+            for name in _STATISTICS:
+                if (buffer := self._buffers.get(name + suffix)) is not None:
+                    buffer.fill_(float(name == "running_var"))
 
     def reset_parameters(self) -> None:
         """Draw the weights anew, as the class's docstring says, and forget the running statistics."""
@@ -106,7 +110,7 @@ class LiGRU(Field):
                 bound = max(weight.shape[1], 1) ** -0.5
                 nn.init.uniform_(weight, -bound, bound)
             elif name == "weight_hh":
-                nn.init.orthogonal_(weight)
+                orthogonal(weight)
             else:
                 nn.init.constant_(weight, float(name == "gamma"))
 
@@ -152,15 +156,22 @@ class LiGRU(Field):
         for own in of_one:
             self._check_shapes(of_one[0][0].shape[1], own[:count], 0)
         w_ih = weights[0]
-        if x.dim() != 3 or x.shape[2] != w_ih.shape[1] or x.dtype != w_ih.dtype or x.device != w_ih.device:
+        casts = not x.is_meta and torch.is_autocast_enabled(x.device.type)
+        if (
+            x.dim() != 3
+            or x.shape[2] != w_ih.shape[1]
+            or not (x.dtype == w_ih.dtype or casts)
+            or x.device != w_ih.device
+        ):
             return x, [w for own in of_one for w in _folded(own[:count], *own[count : count + 2])]  # layers.run refuses
-        rows = _rows(x, lengths)
-        center = rows.mean(0)
         made: list[Tensor] = []
-        for own in of_one:
-            variance = _variance(rows - center, center, own[0], own[count:])
-            made += _folded(own[:count], torch.zeros_like(variance), variance)
-        return (x - center).to(x.dtype), made
+        with without_autocast(x):
+            rows = _rows(x, lengths)
+            center = rows.mean(0)
+            for own in of_one:
+                variance = _variance(rows - center, center, own[0], own[count:])
+                made += _folded(own[:count], torch.zeros_like(variance), variance)
+            return (x - center).to(x.dtype), made
 
     def extra_repr(self) -> str:
         """FlexRNN's, and the norm where it is not the default."""

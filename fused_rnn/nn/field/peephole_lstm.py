@@ -45,4 +45,5 @@ class PeepholeLSTM(Field):
         torch.Size([20])
     """
 
+    _fused_headed = True
     _fused_step = peephole_lstm

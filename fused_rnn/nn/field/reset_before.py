@@ -30,13 +30,7 @@ def mgu(x: Any, r: Any, s: Any, p: Any, m: Any) -> Any:
 class _Before(Field):
     """The weights are a GRU's: of W_hh and its bias the cell has the last rows once more, as a matrix and a param."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        for name in ("recurrent_dropout", "weight_dropout"):
-            if kwargs.get(name):
-                raise ValueError(
-                    f"{name}: got {kwargs[name]!r}, expected 0: a gate stands before the recurrent product"
-                )
-        super().__init__(*args, **kwargs)
+    _fused_refused = ("recurrent_dropout", "weight_dropout")
 
     def _shapes(self, input_size: int) -> dict[str, tuple[int, ...]]:
         return {name: shape for name, shape in super()._shapes(input_size).items() if name not in ("u", "d")}

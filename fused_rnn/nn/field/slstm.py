@@ -20,7 +20,7 @@ def slstm(x: Any, r: Any, s: Any, p: Any) -> Any:
     i, f, z, o = (x[k] + r[k] for k in range(4))
     kept = s.m + logsigmoid(f)
     m = torch.where(s.n == 0, i, torch.maximum(i, kept))
-    i, f = torch.exp(i - m), torch.exp(kept - m)
+    i, f = torch.exp(i - m), torch.exp(torch.clamp(kept - m, max=0.0))  # more than 0 where n is 0 alone
     c, n = f * s.c + i * torch.tanh(z), f * s.n + i
     return torch.sigmoid(o) * c / n, c, n, m
 
@@ -36,10 +36,11 @@ class SLSTM(Field):
         n_t = exp(m_{t-1} + log σ(f_t) - m_t) n_{t-1} + exp(i_t - m_t)
         h_t = σ(o_t) c_t / n_t
 
-    Arguments, inputs, results and errors are :class:`FlexRNN`'s, hx a tuple (h_0, c_0, n_0, m_0). Its parameters are
-    weight_ih_l0 [4·H, D]; weight_hh_l0 [4·H, H], with heads [N, 4·H/N, H/N], the layout of xlstm's vanilla cell;
-    bias_ih_l0 and bias_hh_l0 [4·H]; gates i, f, z, o. Initial values are the package's: weight_ih normal with a
-    variance of 2/(5·D), weight_hh zero, b_f = 5 - 12 (j/(H/N - 1))^0.3 for unit j of a head, all other biases zero.
+    Arguments, inputs, results and errors are :class:`FlexRNN`'s, hx a tuple (h_0, c_0, n_0, m_0); zoneout is h's alone.
+    Its parameters are weight_ih_l0 [4·H, D]; weight_hh_l0 [4·H, H], with heads [N, 4·H/N, H/N], the layout of xlstm's
+    vanilla cell; bias_ih_l0 and bias_hh_l0 [4·H]; gates i, f, z, o. Initial values are the package's: weight_ih normal
+    with a variance of 2/(5·D), weight_hh zero, b_f = 5 - 12 (j/(H/N - 1))^0.3 for unit j of a head, all other biases
+    zero.
 
     Source: Beck et al. 2024, "xLSTM: extended long short-term memory", as the package xlstm computes it.
     :func:`convert` has that package's own cells run in these loops.
@@ -51,7 +52,9 @@ class SLSTM(Field):
         torch.Size([4, 20, 5])
     """
 
+    _fused_headed = True
     _fused_step = slstm
+    _fused_zoned = 1  # c, n and m mean something together alone
 
     def _fused_draw(self, weights: Mapping[str, Tensor]) -> None:
         width, units = weights["weight_ih"].shape[1], self.hidden_size // self.heads
