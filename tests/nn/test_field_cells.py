@@ -155,7 +155,7 @@ def test_regularisers_and_gates_over_time(name: str) -> None:
     call = given(case, states)
     hx: Any = call.hx[0] if states == 1 else tuple(call.hx)
     y, after, gates = zoned.eval()(call.x, hx)
-    assert {tuple(gate.shape) for gate in gates.values()} == {(5, 3, 12)}
+    assert {tuple(gate.shape) for gate in gates.values()} == {(5, 3, 12)} and tuple(gates) == rnn.cell.gate_names
     if states == 1 and not case.variant.prepare:
         step = case.variant.step
         mixed = case.variant._replace(step=lambda x, s, w: (0.25 * s[0] + 0.75 * step(x, s, w)[0],))

@@ -16,7 +16,7 @@ EPSILON = 1e-3  # DreamerV3's
 UPDATE = -1.0
 
 
-@cell(gates=3, params=tuple(f"{name}_{gate}" for name in ("gamma", "beta") for gate in "rnz"))
+@cell(gates=("r", "n", "z"), params=tuple(f"{name}_{gate}" for name in ("gamma", "beta") for gate in "rnz"))
 def block_gru(x: Any, r: Any, s: Any, p: Any) -> Any:
     """The step of :class:`BlockGRU`."""
     r_, n, z = normed([a + b for a, b in zip(x, r, strict=True)], EPSILON)

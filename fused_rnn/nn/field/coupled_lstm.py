@@ -10,7 +10,7 @@ from fused_rnn.flex import cell
 from fused_rnn.nn.field.base import Field
 
 
-@cell(gates=3, states=("h", "c"))
+@cell(gates=("f", "g", "o"), states=("h", "c"))
 def coupled_lstm(x: Any, r: Any, s: Any, p: Any) -> Any:
     """The step of :class:`CoupledLSTM`."""
     f = torch.sigmoid(x[0] + r[0])

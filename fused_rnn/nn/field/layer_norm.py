@@ -28,7 +28,7 @@ def _scaled(gates: Any, gains: Any) -> list[Any]:
 
 
 @cell(
-    gates=4,
+    gates=("i", "f", "g", "o"),
     states=("h", "c"),
     params=(*_names("gamma_ih", "gamma_hh", "bias_ih", gates="ifgo"), "gamma_c", "beta_c"),
 )
@@ -40,7 +40,7 @@ def layer_norm_lstm(x: Any, r: Any, s: Any, p: Any) -> Any:
     return torch.sigmoid(o) * torch.tanh(layer_norm(c, c.shape[-1:], p.gamma_c, p.beta_c, EPSILON)), c
 
 
-@cell(gates=3, params=_names("gamma_ih", "gamma_hh", "bias_ih", "bias_hh", gates="rzn"))
+@cell(gates=("r", "z", "n"), params=_names("gamma_ih", "gamma_hh", "bias_ih", "bias_hh", gates="rzn"))
 def layer_norm_gru(x: Any, r: Any, s: Any, p: Any) -> Any:
     """The step of :class:`LayerNormGRU`."""
     own, other = _scaled(x, _of(p, "gamma_ih", "rzn")), _scaled(r, _of(p, "gamma_hh", "rzn"))

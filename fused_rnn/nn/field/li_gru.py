@@ -21,7 +21,7 @@ _NORMS = {"batch": True, "none": False}
 EPSILON, MOMENTUM = 1e-5, 0.05
 
 
-@cell(gates=2)
+@cell(gates=("n", "z"))
 def li_gru(x: Any, r: Any, s: Any, p: Any) -> Any:
     """The step of :class:`LiGRU`."""
     n = torch.relu(x[0] + r[0])

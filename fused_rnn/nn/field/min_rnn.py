@@ -18,13 +18,13 @@ def _positive(x: Any) -> Any:
     return torch.where(x >= 0, x + 0.5, torch.sigmoid(x))
 
 
-@cell(gates=2, recurrent=False)
+@cell(gates=("z", "h"), recurrent=False)
 def min_gru(x: Any, r: Any, s: Any, p: Any) -> Any:
     """The step of :class:`MinGRU`."""
     return s.h + torch.sigmoid(x[0]) * (_positive(x[1]) - s.h)
 
 
-@cell(gates=3, recurrent=False)
+@cell(gates=("f", "i", "h"), recurrent=False)
 def min_lstm(x: Any, r: Any, s: Any, p: Any) -> Any:
     """The step of :class:`MinLSTM`: i / (f + i) as one sigmoid, for both may underflow."""
     i = torch.sigmoid(softplus(-x[0]) - softplus(-x[1]))

@@ -10,7 +10,7 @@ from fused_rnn.flex import cell
 from fused_rnn.nn.field.base import Field
 
 
-@cell(gates=4, states=("h", "c"), params=("p_i", "p_f", "p_o"))
+@cell(gates=("i", "f", "g", "o"), states=("h", "c"), params=("p_i", "p_f", "p_o"))
 def peephole_lstm(x: Any, r: Any, s: Any, p: Any) -> Any:
     """The step of :class:`PeepholeLSTM`."""
     i = torch.sigmoid(x[0] + r[0] + p.p_i * s.c)

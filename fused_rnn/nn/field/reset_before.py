@@ -13,14 +13,14 @@ from fused_rnn.nn.field.base import Field
 from fused_rnn.nn.recurrent import read_weights
 
 
-@cell(gates=3, params=("d",), matrices={"u": (1, "H")})
+@cell(gates=("r", "z", "n"), params=("d",), matrices={"u": (1, "H")})
 def reset_before_gru(x: Any, r: Any, s: Any, p: Any, m: Any) -> Any:
     """The step of :class:`ResetBeforeGRU`. Nobody reads r[2]: u has those rows of W_hh, and d those of its bias."""
     n = torch.tanh(x[2] + p.d + m.u(torch.sigmoid(x[0] + r[0]) * s.h))
     return n + torch.sigmoid(x[1] + r[1]) * (s.h - n)
 
 
-@cell(gates=2, params=("d",), matrices={"u": (1, "H")})
+@cell(gates=("f", "n"), params=("d",), matrices={"u": (1, "H")})
 def mgu(x: Any, r: Any, s: Any, p: Any, m: Any) -> Any:
     """The step of :class:`MGU`. Nobody reads r[1]: u has those rows of W_hh, and d those of its bias."""
     f = torch.sigmoid(x[0] + r[0])

@@ -14,7 +14,7 @@ from fused_rnn.flex import cell
 from fused_rnn.nn.field.base import Field
 
 
-@cell(gates=4, states=("h", "c", "n", "m"))
+@cell(gates=("i", "f", "z", "o"), states=("h", "c", "n", "m"))
 def slstm(x: Any, r: Any, s: Any, p: Any) -> Any:
     """The step of :class:`SLSTM`."""
     i, f, z, o = (x[k] + r[k] for k in range(4))

@@ -19,28 +19,28 @@ def _step(s: Any, own: Any, f: Any, r: Any) -> tuple[Any, Any]:
     return own + torch.sigmoid(f) * (s.c - own), torch.sigmoid(r)
 
 
-@cell(gates=4, states=("h", "c"), params=("v_f", "v_r"), recurrent=False)
+@cell(gates=("x", "f", "r", "s"), states=("h", "c"), params=("v_f", "v_r"), recurrent=False)
 def sru(x: Any, r: Any, s: Any, p: Any) -> Any:
     """The step of :class:`SRU`."""
     c, gate = _step(s, x[0], x[1] + p.v_f * s.c, x[2] + p.v_r * s.c)
     return x[3] + gate * (c - x[3]), c
 
 
-@cell(gates=4, states=("h", "c"), recurrent=False)
+@cell(gates=("x", "f", "r", "s"), states=("h", "c"), recurrent=False)
 def sru_without_recurrent_terms(x: Any, r: Any, s: Any, p: Any) -> Any:
     """The step of :class:`SRU` with recurrent_terms=False."""
     c, gate = _step(s, x[0], x[1], x[2])
     return x[3] + gate * (c - x[3]), c
 
 
-@cell(gates=3, states=("h", "c"), params=("v_f", "v_r"), recurrent=False)
+@cell(gates=("x", "f", "r"), states=("h", "c"), params=("v_f", "v_r"), recurrent=False)
 def sru_without_skip(x: Any, r: Any, s: Any, p: Any) -> Any:
     """The step of :class:`SRU` with skip=False."""
     c, gate = _step(s, x[0], x[1] + p.v_f * s.c, x[2] + p.v_r * s.c)
     return gate * c, c
 
 
-@cell(gates=3, states=("h", "c"), recurrent=False)
+@cell(gates=("x", "f", "r"), states=("h", "c"), recurrent=False)
 def sru_without_either(x: Any, r: Any, s: Any, p: Any) -> Any:
     """The step of :class:`SRU` with recurrent_terms=False and skip=False."""
     c, gate = _step(s, x[0], x[1], x[2])
