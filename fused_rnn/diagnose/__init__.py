@@ -10,6 +10,7 @@ from torch import nn
 from fused_rnn.checks import kind
 from fused_rnn.diagnose.recorder import Recorder
 from fused_rnn.diagnose.report import Report
+from fused_rnn.nn.field.xlstm import XLSTMCell
 from fused_rnn.nn.recurrent import Recurrent
 
 __all__ = ["Report", "diagnose"]
@@ -57,6 +58,8 @@ def diagnose(module: nn.Module) -> Iterator[Report]:
     if not any(call.squares.any() for record in records for call in record.calls):
         got = "calls but no backward through them" if any(r.calls for r in records) else "no call of its layers"
         raise RuntimeError(f"diagnose: got {got}, expected a forward and a loss.backward() inside the with block")
+    for recorder in recorders:
+        recorder.probe()
     report.fill(records)
 
 
@@ -68,6 +71,8 @@ def _recurrent(module: nn.Module) -> list[tuple[str, Recurrent]]:
     if not found:
         theirs = any(isinstance(child, nn.RNNBase) for child in module.modules())
         hint = ": fused_rnn.convert turns torch.nn's into ours" if theirs else ""
+        if any(isinstance(child, XLSTMCell) for child in module.modules()):
+            hint = "; cells of the package xlstm, converted or not, are not seen"
         raise ValueError(
             f"module: got {type(module).__name__} without a recurrent layer of ours, expected LSTM, GRU, RNN or FlexRNN"
             f" of fused_rnn in it{hint}"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fused_rnn.cells import CELLS
-from fused_rnn.diagnose.recorder import Call, Record
+from fused_rnn.diagnose.recorder import Record
 
 # A gradient vanishes or explodes where over the whole sequence it changes by more than FAR, or at each step by more
 # than A_STEP. It has reached as far back as its norm is at least 1 / FAR of its largest.
@@ -22,8 +22,8 @@ MOST_ROWS, MOST_POINTS = 32, 128  # of which lines are drawn through every pair
 class Flow(NamedTuple):
     """How a layer's recurrence hands gradients on, in one direction.
 
-    factor: by which a step back in time multiplies the norm of the gradient, of all states together; None where too few
-        steps have one.
+    factor: by which a step back in time multiplies the norm of a gradient, of all states together, when no other one
+        enters; None where there are too few steps.
     span: how many steps that is at most.
     overflows: some gradient was inf or NaN.
     """
@@ -67,16 +67,11 @@ def gates(record: Record) -> list[int]:
 
 
 def flow(record: Record) -> Flow:
-    """A line through what is left of every sequence's gradient, as a logarithm, by the steps it went back: the median
-    slope of all pairs of points (Theil and Sen), which a few outliers do not turn.
-
-    What is left after a step is what comes from that step alone, by what there was: what the loss, or a layer above,
-    adds on the way does not count.
-    """
-    slopes, span, overflows = [], 0, False
-    rows = [row for call in record.calls for row in _lost(call, record.reverse)]
-    for gains in rows:
-        overflows = overflows or not bool(gains.isfinite().all())
+    """A line through what is left of a gradient at every sequence's end, as a logarithm, by the steps it went back: the
+    median slope of all pairs of points (Theil and Sen), which a few outliers do not turn."""
+    slopes, span = [], 0
+    overflows = not all(bool(call.squares.isfinite().all()) for call in record.calls)
+    rows = [row for call in record.calls for row in call.gains]
     for gains in _some(rows, MOST_ROWS):
         left = gains[gains.isfinite() & (gains > 0)].log().cumsum(0)  # a reset lets nothing through: not a factor
         if len(left) < FEWEST:
@@ -88,15 +83,6 @@ def flow(record: Record) -> Flow:
         slopes.append((y[second] - y[first]) / (x[second] - x[first]))
     factor = math.exp(float(torch.cat(slopes).median())) if slopes else None
     return Flow(factor, span, overflows)
-
-
-def _lost(call: Call, reverse: bool) -> list[Tensor]:
-    """Of each sequence the factors of its steps, the last one first; 0 where there was no gradient."""
-    arriving, carried = call.arriving, call.carried
-    if not reverse:
-        arriving, carried = arriving.flip(0), carried.flip(0)
-    before, after = arriving[:-1], carried[1:]
-    return list((after / before).sqrt().masked_fill(before == 0, 0).unbind(1))
 
 
 def radii(record: Record) -> dict[int, float]:

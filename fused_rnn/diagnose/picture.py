@@ -18,6 +18,8 @@ except ModuleNotFoundError as error:
     raise ModuleNotFoundError("report.plot: got no matplotlib, expected it: pip install '.[diagnose]'") from error
 
 INK, GRID, QUIET = "#22223b", "#e5e5ec", "#6b6b7b"
+MATTERS = 1e-6  # a state whose gradients are all below this share of the layer's largest has no curve
+ROOM = 0.25  # of an axis's length once more, above the curves
 COLOURS = ("#1b6ca8", "#c8553d", "#2a9d8f", "#e9a03b", "#7b5ea7", "#5a7d2b")
 
 
@@ -36,18 +38,25 @@ def draw(
         found = flows[record.name()]
         factor = "" if found.factor is None else f": {found.verdict}, × {found.factor:.3g} a step back"
         _style(left, f"{record.name()} ({title(record.cell)}){factor}")
+        least = MATTERS * max(float(gradients[record.name(state)].max()) for state in record.states)
         for state, colour in zip(record.states, COLOURS, strict=False):
-            norm = gradients[record.name(state)]
-            left.plot(norm.where(norm > 0, float("nan")).tolist(), color=colour, label=f"∂L/∂{state}", **_line(norm))
+            norm, label = gradients[record.name(state)], f"∂L/∂{state}"
+            if norm.max() < least:
+                left.plot([], color=colour, label=f"{label} < {least:.0e}")
+            else:
+                left.plot(norm.where(norm > 0, float("nan")).tolist(), color=colour, label=label, **_line(norm))
         left.set_yscale("log")
         left.minorticks_off()
+        bottom, top = left.get_ylim()
+        left.set_ylim(bottom, top * (top / bottom) ** ROOM)  # for the legend
         left.set_ylabel("norm", color=INK)
         _style(right, "saturated activations")
         named = [(record.gate(k), gates.get(record.name(record.gate(k)))) for k in range(CELLS[record.cell].gates)]
         for (gate, ends), colour in zip(named, COLOURS, strict=False):
             if ends is not None:
                 right.plot((100 * ends.sum(0)).tolist(), color=colour, label=gate, **_line(ends[0]))
-        right.set_ylim(-2, 102)
+        right.set_ylim(-2, 102 + 100 * ROOM)
+        right.set_yticks(range(0, 101, 20))
         right.yaxis.set_major_formatter(lambda value, _: f"{value:.0f} %")
         for axis in (left, right):
             if axis.lines:

@@ -9,18 +9,17 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from fused_rnn.call import LayerCall
 from fused_rnn.cells import CELLS
 from fused_rnn.cells.descriptor import Step
 from fused_rnn.checks import in_transform
+from fused_rnn.diagnose.gates import ENDS, Example, Looking
+from fused_rnn.diagnose.probe import Probe
 from fused_rnn.nn.recurrent import Recurrent
 from fused_rnn.reference.loop import run_layer, without_autocast
 
-# The ends of what squashes: an activation is saturated within 5 % of its range from one of them.
-NEAR = 0.05
-ENDS = {"sigmoid": (0.0, 1.0), "tanh": (-1.0, 1.0), "relu": (0.0, float("inf"))}
+NEAR = 0.05  # an activation is saturated within this share of its range from an end
 
 
 @dataclass
@@ -28,31 +27,36 @@ class Call:
     """One call of a layer in one direction.
 
     squares: [S, T, B], of every state's gradient the sum of squares over units.
-    arriving, carried: [T, B], the same of all states together, without what goes through another state of this step:
-        of all that comes, and of what comes from the next step alone.
     kinds: of each gate that is squashed, by what.
     ends: of each of these, and each of its ends, how many activations were near it, [2, T].
     seen: [T], how many activations there were of each gate.
+    gains: of each sequence the factors of its steps, from its end back; 0 where there is none. probe.py.
     """
 
     squares: Tensor
-    arriving: Tensor
-    carried: Tensor
     seen: Tensor
+    gains: Sequence[Tensor] = ()
     kinds: dict[int, str] = field(default_factory=dict)
     ends: dict[int, Tensor] = field(default_factory=dict)
 
 
 @dataclass
 class Record:
-    """One layer in one direction. path: its module's. weights: of its recurrences, as the last call had them."""
+    """One layer in one direction.
+
+    path: its module's.  gate_names: of its cell.  normed: whether its gates have a norm already.
+    weights: of its recurrences, as the last call had them.  example: one of its steps.
+    """
 
     path: str
     cell: str
     layer: int
     reverse: bool
+    gate_names: tuple[str, ...]
+    normed: bool
     calls: list[Call] = field(default_factory=list)
     weights: list[Any] = field(default_factory=list)
+    example: Example | None = None
 
     def name(self, what: str = "") -> str:
         """What, named as torch.nn names weights, encoder.c_l0_reverse; of the layer itself encoder.l0_reverse."""
@@ -66,8 +70,13 @@ class Record:
 
     def gate(self, number: int) -> str:
         """A gate's name."""
-        parts = CELLS[self.cell].parts
-        return parts.names[number] if parts else "h" if self.cell.startswith("rnn_") else f"gate{number}"
+        name = self.gate_names[number]
+        return name if not name.isdigit() else "h" if self.cell.startswith("rnn_") else f"gate{name}"
+
+    @property
+    def gated(self) -> bool:
+        """Whether a state reaches the next one by a product with an activation."""
+        return self.example is not None and bool(self.example.kept)
 
 
 @dataclass
@@ -85,15 +94,18 @@ class Recorder:
     module: Recurrent
     path: str
     records: list[Record] = field(default_factory=list)
+    watches: list[_Watch] = field(default_factory=list)
     place: int = 0  # of the layer that comes next
     before: dict[str, Any] = field(default_factory=dict)
 
     def start(self) -> None:
         """Take the place of the module's backend."""
         module = self.module
+        program = CELLS[module._fused_cell].program
+        normed = bool(getattr(module, "_fused_normed", program is not None and program.forward.rows))
         for layer in range(module.num_layers):
             for reverse in (False, True)[: 1 + module.bidirectional]:
-                self.records.append(Record(self.path, module._fused_cell, layer, reverse))
+                self.records.append(Record(self.path, module._fused_cell, layer, reverse, module._fused_gates, normed))
         attributes = vars(module)
         self.before = {"_fused_backend": attributes["_fused_backend"]} if "_fused_backend" in attributes else {}
         attributes["_fused_backend"] = self
@@ -104,6 +116,11 @@ class Recorder:
         if attributes.get("_fused_backend") is self:
             del attributes["_fused_backend"]
             attributes.update(self.before)
+
+    def probe(self) -> None:
+        """Find what the recurrences make of gradients, of the calls that got one."""
+        for watch in self.watches:
+            watch.follow()
 
     def forward(self, call: LayerCall) -> list[Tensor]:
         """One layer; result as of the op fused_rnn::forward."""
@@ -122,6 +139,7 @@ class Recorder:
         if torch.is_grad_enabled():
             sides = 1 + self.module.bidirectional
             watch = _Watch(self.records[place * sides : (place + 1) * sides], call)
+            self.watches.append(watch)
         with without_autocast(call.x):
             outputs = run_layer(call, watch)
         self.place = (place + 1) % self.module.num_layers
@@ -153,21 +171,34 @@ class _Watch:
         self.calls = []
         for k, record in enumerate(records):
             squares = torch.zeros(len(record.states), steps, batch, dtype=torch.float64, device=device)
-            arriving, carried = torch.zeros_like(squares[0]), torch.zeros_like(squares[0])
-            self.calls.append(Call(squares, arriving, carried, seen))
+            self.calls.append(Call(squares, seen))
             record.calls.append(self.calls[-1])
             record.weights = call.each[k * self.heads : (k + 1) * self.heads]
         # The loop's cell may be a variant of the module's, with more states: nn/extras.py.
         self.own = [spec.states.index(name) for name in records[0].states]
+        self.names = spec.states
         self.squashed: dict[int, tuple[str, Tensor]] = {}
+        self.records, self.probe = records, Probe(call)
+
+    def follow(self) -> None:
+        """Send a gradient back through the recurrence alone."""
+        if not any(bool(call.squares.any()) for call in self.calls):
+            return
+        for call, gains in zip(self.calls, self.probe.follow(self.heads), strict=True):
+            if call.squares.any():
+                call.gains = gains.unbind(1)
 
     def step(self, step: Step) -> Step:
         """The cell's step, under an eye on what it squashes. What it hands on as it was given is another tensor."""
 
         def watched(x: Sequence[Tensor], r: Sequence[Tensor], *more: Any) -> tuple[Tensor, ...]:
-            with _Looking(x, r) as seen:
+            with Looking(x, r, more[0]) as seen:
                 after = step(x, r, *more)
-            self.squashed = seen.found
+            own = [after[k] for k in self.own]
+            self.squashed = seen.found(own)
+            kept = [(k, gate) for k, gate in seen.kept(after) if k in self.own]
+            detached = [[t.detach() for t in each] for each in (x, r or (), *more)]
+            self.example = Example(step, self.names, detached, kept)
             given = {id(t) for each in (x, r, *more) for t in each}
             return tuple(s.view_as(s) if id(s) in given else s for s in after)
 
@@ -182,21 +213,22 @@ class _Watch:
             near = call.ends.setdefault(gate, torch.zeros(2, steps, dtype=torch.float64, device=valid.device))
             for end, is_near in enumerate(_near_ends(how, activation)):
                 near[end, time] += (is_near & valid).sum()
+        self.records[recurrence // self.heads].example = self.example
         for place, state in enumerate(self.own):
             _hook(after[state], call.squares[place, time])
-        out = [_hook(s.view_as(s), call.arriving[time]) for s in after]
-        return out, [_hook(s.view_as(s), call.carried[time]) for s in out]
+        out = [s.view_as(s) for s in after]
+        self.probe.listen(recurrence, time, out)
+        return out, out
 
 
-def _hook(s: Tensor, squares: Tensor) -> Tensor:
-    """s, whose gradient's squares, summed over units, go onto `squares`."""
+def _hook(s: Tensor, squares: Tensor) -> None:
+    """The squares of s's gradient, summed over units, go onto `squares`."""
 
     def add(gradient: Tensor) -> None:
         squares.add_(gradient.detach().double().square().sum(-1))
 
     if s.requires_grad:
         s.register_hook(add)
-    return s
 
 
 def _near_ends(how: str, activation: Tensor) -> tuple[Tensor, Tensor]:
@@ -207,32 +239,3 @@ def _near_ends(how: str, activation: Tensor) -> tuple[Tensor, Tensor]:
         return a <= low, torch.zeros_like(a, dtype=torch.bool)
     margin = NEAR * (high - low)
     return a < low + margin, a > high - margin
-
-
-class _Looking(TorchFunctionMode):
-    """Finds, while a step runs, of each gate the activation: the first sigmoid, tanh or relu of what its
-    pre-activation goes into. An expand that does nothing is left out, for a state to be what the step computes with."""
-
-    def __init__(self, *sides: Sequence[Tensor]) -> None:
-        super().__init__()
-        self.gates: dict[int, frozenset[int]] = {}  # by id, of what was made: the gates that it is made of, unsquashed
-        self.alive: list[Any] = []  # so that no id is used again
-        self.found: dict[int, tuple[str, Tensor]] = {}
-        for side in sides:
-            for gate, t in enumerate(side or ()):
-                self.gates[id(t)] = frozenset((gate,))
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if getattr(func, "__name__", "") == "expand" and result.shape == args[0].shape:
-            return args[0]
-        if isinstance(result, Tensor):
-            made = frozenset[int]().union(*(self.gates.get(id(a), ()) for a in args))
-            name = getattr(func, "__name__", "")
-            if name in ENDS:
-                for gate in made:
-                    self.found.setdefault(gate, (name, result))
-            elif made:
-                self.gates[id(result)] = made
-            self.alive.append(result)
-        return result

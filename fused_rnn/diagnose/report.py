@@ -19,17 +19,19 @@ class Report:
     """How gradients flowed. It is filled when the context of :func:`diagnose` ends.
 
     Names are made as torch.nn's weights': the module's path, what it is, the layer and the direction, as in
-    `encoder.c_l0_reverse`. Gates are i, f, g, o of an LSTM, r, z, n of a GRU, h of an RNN, gate0, gate1, … of a user's
-    cell. Steps are counted as in the input, in the other direction too.
+    `encoder.c_l0_reverse`. Gates are i, f, g, o of an LSTM, r, z, n of a GRU, h of an RNN, and of any other
+    cell what it calls them, gate0, gate1, … where they have no names. Steps are counted as in the input, in the other
+    direction too.
 
     Attributes:
         gradients: of every state the norm of the loss's gradient over units and batch, [T] in float64, 0 where none
             came.
-        gates: of every gate that is squashed the share of its activations within 5 % of its range of the lower end,
-            and of the upper one, [2, T]. A relu has the lower end alone: what is 0.
+        gates: of every gate with a sigmoid, tanh or relu of its own the share of its activations within 5 % of its
+            range of the lower end, and of the upper one, [2, T]. A relu has the lower end alone: what is 0.
         spectral_radius: of every gate that of the [H, H] matrix which takes h to it.
-        flows: of every layer and direction, as `encoder.l0_reverse`, its `factor`, by which a step back in time
-            multiplies the norm of the gradient (None where too few steps have one), `span`, `reach` and `verdict`.
+        flows: of every layer and direction, as `encoder.l0_reverse`, its `factor`, by which the recurrence alone
+            multiplies the norm of a gradient a step back in time (None where there are too few steps), `span`, `reach`
+            and `verdict`.
 
     Examples:
         >>> gru = fused_rnn.GRU(3, 8)
@@ -64,6 +66,10 @@ class Report:
         if name in Report.__annotations__:
             raise AttributeError(f"report.{name}: asked inside the with block, expected after its end")
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    def __repr__(self) -> str:
+        found = [f"{name} {flow.verdict}" for name, flow in vars(self).get("flows", {}).items()]
+        return f"<Report: {', '.join(found) or 'not there before the end of the with block'}>"
 
     def summary(self) -> str:
         """Where gradients vanish or explode, a line for each layer and direction, and what helps."""

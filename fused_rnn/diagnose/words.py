@@ -8,10 +8,10 @@ from torch import Tensor
 
 from fused_rnn.cells import CELLS, title
 from fused_rnn.diagnose.flow import Flow
+from fused_rnn.diagnose.gates import Keeper, keeper
 from fused_rnn.diagnose.recorder import Record
 
 OFTEN = 0.3  # a gate is called saturated from this share of its activations on
-GATED = ("lstm", "gru")
 
 
 def of_all(
@@ -62,14 +62,20 @@ def _saturated(record: Record, gates: Mapping[str, Tensor]) -> Iterator[str]:
     for gate, how in kinds.items():
         low, high = (float(end.mean()) for end in gates[record.name(record.gate(gate))])
         if how == "relu" and low >= OFTEN:
-            yield f"Of gate {record.gate(gate)} {100 * low:.0f} % are 0, where no gradient passes."
+            yield f"Of {_gate(record, gate)} {100 * low:.0f} % are 0, where no gradient passes."
         elif how != "relu" and low + high >= OFTEN:
             ends = f"{100 * low:.0f} % near its lower end, {100 * high:.0f} % near its upper one"
-            yield f"Gate {record.gate(gate)} is saturated ({ends}): its own gradient is small there."
-    if record.cell == "lstm":
+            name = _gate(record, gate)
+            yield f"G{name[1:]} is saturated ({ends}): its own gradient is small there."
+    if record.cell == "lstm" and record.name("f") in gates:
         closed = float(gates[record.name("f")][0].mean())
         if closed >= OFTEN:
             yield f"The forget gate is closed in {100 * closed:.0f} %: there c begins anew, and no gradient goes past."
+
+
+def _gate(record: Record, number: int) -> str:
+    name = record.gate(number)
+    return name if name == f"gate{number}" else f"gate {name}"
 
 
 def _against_vanishing(record: Record, saturated: bool) -> Iterator[str]:
@@ -77,19 +83,28 @@ def _against_vanishing(record: Record, saturated: bool) -> Iterator[str]:
         yield "A larger bias of the forget gate, 1 to 3, keeps c (bias_ih and bias_hh add up; rows H to 2H are f's)."
     elif record.cell == "gru":
         yield "A larger bias of the z gate, 1 to 3, keeps h (bias_ih and bias_hh add up; rows H to 2H are z's)."
+    elif record.example is not None and record.gated:
+        yield _bias(record, keeper(record.example))
     else:
         yield "A gated cell, such as LSTM or GRU, has a state that a gate may hand on as it is."
     if _is_recurrent(record):
         yield "An orthogonal W_hh, each gate's block by torch.nn.init.orthogonal_, shrinks and stretches nothing."
-    if saturated:
+    if saturated and not record.normed:
         yield "Layer norm of what goes into the gates keeps them out of saturation."
+
+
+def _bias(record: Record, found: Keeper | None) -> str:
+    if found is None:
+        return "A bias with which the gate that multiplies a state is nearer to 1 keeps that state."
+    much = "larger" if found.larger else "smaller"
+    return f"A bias of {_gate(record, found.gate)} that is {much} by 1 to 3 keeps {found.state}."
 
 
 def _against_exploding(record: Record) -> Iterator[str]:
     yield "Clipping, torch.nn.utils.clip_grad_norm_, bounds an update, whatever the cell."
     if _is_recurrent(record):
         yield "A smaller or an orthogonal W_hh (torch.nn.init.orthogonal_) takes the growth away."
-    if record.cell not in GATED:
+    if not record.gated:
         yield "A gated cell, such as LSTM or GRU, keeps its states within bounds."
     yield "Truncated backpropagation, which detaches the states every some steps, bounds how far a gradient can grow."
 

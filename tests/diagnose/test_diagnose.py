@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 import pickle
 import sys
 from collections.abc import Sequence
@@ -16,31 +15,13 @@ from stage_cells import STAGED
 from tolerances import assert_same_formula
 from torch import Tensor, nn
 from torch.nn.functional import linear
+from watched import LENGTHS, B, D, H, T, given, made, remembering
 
 import fused_rnn
 from fused_rnn.cells import CELLS
 from fused_rnn.diagnose import Report, tables
 from fused_rnn.nn import extras
-
-T, B, D, H = 7, 3, 4, 6
-LENGTHS = [7, 4, 6]
-
-
-def made(kind: str, **options: Any) -> Any:
-    torch.manual_seed(1)
-    options = {"dtype": torch.float64, **options}
-    if kind == "rnn_relu":
-        return fused_rnn.RNN(D, H, nonlinearity="relu", **options)
-    if kind in user_cells.USER_CELLS:
-        init = dict.fromkeys(user_cells.USER_CELLS[kind].params, 0.4)
-        return fused_rnn.FlexRNN(user_cells.USER_CELLS[kind], D, H, init=init, **options)
-    return getattr(fused_rnn, kind)(D, H, **options)
-
-
-def given() -> tuple[Tensor, Tensor]:
-    """x and reset."""
-    torch.manual_seed(2)
-    return torch.randn(T, B, D, dtype=torch.float64), torch.rand(T, B) < 0.2
+from fused_rnn.nn.field.xlstm import XLSTMCell
 
 
 def plain_loop(module: Any, x: Tensor, lengths: Sequence[int] | None, reset: Tensor | None) -> tuple[Tensor, Any]:
@@ -241,148 +222,6 @@ def test_cells_of_several_stages(name: str) -> None:
         assert_same_formula(watched[key], value)
 
 
-def planted(factor: float, nonlinearity: str = "tanh") -> fused_rnn.RNN:
-    """An RNN in which a step back multiplies a gradient by the factor, for its states are near 0."""
-    torch.manual_seed(4)
-    rnn = fused_rnn.RNN(D, H, nonlinearity=nonlinearity, bias=False, dtype=torch.float64)
-    with torch.no_grad():
-        nn.init.orthogonal_(rnn.weight_hh_l0).mul_(factor)
-    return rnn
-
-
-@pytest.mark.parametrize("every", [False, True], ids=["last", "every"])
-@pytest.mark.parametrize(("factor", "verdict"), [(0.5, "vanishes"), (1.0, "flows"), (1.5, "explodes")])
-def test_what_was_planted_is_found(factor: float, verdict: str, every: bool) -> None:
-    rnn, x = planted(factor), torch.randn(60, B, D, dtype=torch.float64) * 1e-30
-    with fused_rnn.diagnose(rnn) as report:
-        y, _ = rnn(x)
-        (y if every else y[-1]).sum().backward()
-    found = report.flows["l0"]
-    assert found.factor == pytest.approx(factor, rel=1e-9)
-    assert (found.verdict, found.span) == (verdict, 59)
-    assert found.reach == (59 if factor >= 1 else int(math.log(1e3) / math.log(2)))
-    assert report.spectral_radius["h_l0"] == pytest.approx(factor)
-    summary = report.summary()
-    assert f"l0 (rnn_tanh): the gradient {verdict}: a step back in time multiplies it by {factor:.3g}" in summary
-    helps = {"vanishes": "orthogonal", "flows": "", "explodes": "clip_grad_norm_"}[verdict]
-    assert helps in summary and ("What helps" in summary) == (verdict != "flows")
-
-
-def test_a_layer_below_is_judged_by_its_own_recurrence() -> None:
-    """Gradients of the layer above enter it mostly at the last steps: in the other direction that looks like growth."""
-    torch.manual_seed(5)
-    rnn = fused_rnn.RNN(D, H, num_layers=2, bidirectional=True)
-    with torch.no_grad():
-        for name, p in rnn.named_parameters():
-            p.zero_() if "bias" in name else nn.init.orthogonal_(p).mul_(0.5) if "hh" in name else None
-    with fused_rnn.diagnose(rnn) as report:
-        rnn(torch.zeros(40, B, D))[0][-1].sum().backward()
-    norms = report.gradients["h_l0_reverse"]
-    assert norms[-1] > 1e3 * norms[0]
-    for name in ("l0", "l0_reverse", "l1"):
-        assert report.flows[name].factor == pytest.approx(0.5, rel=1e-4)
-    assert report.flows["l1_reverse"].verdict == "short"
-
-
-def test_an_lstm_that_remembers_flows() -> None:
-    lstm = made("LSTM")
-    with torch.no_grad():
-        lstm.bias_ih_l0[H : 2 * H] = 12
-    x = torch.randn(100, B, D, dtype=torch.float64)
-    with fused_rnn.diagnose(lstm) as report:
-        lstm(x)[0][-1].sum().backward()
-    assert report.flows["l0"].verdict == "flows"
-    assert 0.99 < report.flows["l0"].factor < 1.01
-    low, high = report.gates["f_l0"]
-    assert not low.any() and bool((high == 1).all())
-    assert "Gate f is saturated" in report.summary()
-
-
-def test_an_overflow_is_an_explosion() -> None:
-    rnn = planted(30.0, "relu").float()
-    with fused_rnn.diagnose(rnn) as report:
-        rnn(torch.randn(60, B, D).abs())[0][-1].square().sum().backward()
-    assert report.flows["l0"].verdict == "explodes"
-    assert "inf or NaN" in report.summary()
-
-
-def test_saturation_counts_what_is_near_the_ends() -> None:
-    """Against counting by hand, over the steps that sequences have."""
-    gru, (x, _) = made("GRU"), given()
-    with torch.no_grad():
-        for p in gru.parameters():
-            p.mul_(6)
-    with fused_rnn.diagnose(gru) as report:
-        y, _ = gru(x, lengths=LENGTHS)
-        y.sum().backward()
-    h = torch.cat([torch.zeros(1, B, H, dtype=torch.float64), y[:-1].detach()])
-    gates_x = linear(x, gru.weight_ih_l0, gru.bias_ih_l0).chunk(3, -1)
-    gates_h = linear(h, gru.weight_hh_l0, gru.bias_hh_l0).chunk(3, -1)
-    r, z = (torch.sigmoid(gates_x[k] + gates_h[k]) for k in range(2))
-    n = torch.tanh(gates_x[2] + r * gates_h[2])
-    valid = (torch.arange(T)[:, None] < torch.tensor(LENGTHS)).double()
-    for name, a, (low, high) in (("r", r, (0.05, 0.95)), ("z", z, (0.05, 0.95)), ("n", n, (-0.9, 0.9))):
-        near = torch.stack([(a < low).double().mean(-1), (a > high).double().mean(-1)])
-        expected = (near * valid).sum(-1) / valid.sum(-1)
-        assert 0 < expected.sum() < 2 * T
-        torch.testing.assert_close(report.gates[f"{name}_l0"], expected)
-
-
-def test_relu_is_saturated_where_it_is_0() -> None:
-    rnn, (x, _) = made("rnn_relu"), given()
-    with fused_rnn.diagnose(rnn) as report:
-        y, _ = rnn(x)
-        y.sum().backward()
-    torch.testing.assert_close(report.gates["h_l0"][0], (y == 0).double().mean((1, 2)))
-    assert not report.gates["h_l0"][1].any()
-
-
-@pytest.mark.parametrize(("kind", "gates"), [("lstm", 4), ("gru", 3), ("leaky", 1), ("indrnn", 1), ("chain", 1)])
-def test_gates_of_a_users_cell(kind: str, gates: int) -> None:
-    """Where the built-in cells have names, a user's have numbers; what nothing squashes is left out."""
-    module, (x, _) = made(kind), given()
-    with fused_rnn.diagnose(module) as report:
-        module(x)[0].sum().backward()
-    assert list(report.gates) == [f"gate{k}_l0" for k in range(gates)]
-    if kind in ("lstm", "gru"):
-        theirs = made(kind.upper())
-        theirs.load_state_dict(module.state_dict())
-        with fused_rnn.diagnose(theirs) as other:
-            theirs(x)[0].sum().backward()
-        for ours, named in zip(report.gates.values(), other.gates.values(), strict=True):
-            torch.testing.assert_close(ours, named)
-
-
-def test_a_gate_that_nothing_squashes_is_left_out() -> None:
-    @fused_rnn.cell(gates=2, recurrent=False)
-    def linear_cell(x: Any, r: Any, s: Any, p: Any) -> Any:
-        return torch.sigmoid(x[1]) * s.h + x[0]
-
-    module = fused_rnn.FlexRNN(linear_cell, D, H)
-    with fused_rnn.diagnose(module) as report:
-        module(torch.randn(T, B, D))[0].sum().backward()
-    assert list(report.gates) == ["gate1_l0"] and not report.spectral_radius
-    assert report.gradients["h_l0"].all() and report.flows["l0"].factor is not None
-
-
-def test_spectral_radius() -> None:
-    lstm = made("LSTM", proj_size=2, bidirectional=True)
-    heads = made("lstm", heads=2)
-    model = nn.ModuleDict({"a": lstm, "b": heads, "c": made("indrnn")})
-    with fused_rnn.diagnose(model) as report:
-        sum(m(given()[0])[0].sum() for m in model.values()).backward()
-    for suffix in ("", "_reverse"):
-        w_hh, w_hr = (getattr(lstm, f"weight_{k}_l0{suffix}").detach() for k in ("hh", "hr"))
-        for gate, block in zip("ifgo", w_hh.chunk(4), strict=True):
-            expected = torch.linalg.eigvals(w_hr @ block).abs().max()  # the same but for zeros, and another matrix
-            assert report.spectral_radius[f"a.{gate}_l0{suffix}"] == pytest.approx(float(expected))
-    for k, block in enumerate(user_cells.dense(heads.weight_hh_l0.detach(), 4).chunk(4)):
-        expected = torch.linalg.eigvals(block).abs().max()
-        assert report.spectral_radius[f"b.gate{k}_l0"] == pytest.approx(float(expected))
-    assert not any(name.startswith("c.") for name in report.spectral_radius)
-    assert report.flows.keys() == {"a.l0", "a.l0_reverse", "b.l0", "c.l0"}
-
-
 def test_several_calls_count_together() -> None:
     """As one call on all their sequences, of which some are shorter."""
     gru, (x, _) = made("GRU"), given()
@@ -471,6 +310,9 @@ def test_errors() -> None:
         pass
     with pytest.raises(ValueError, match=r"module: got Linear without a recurrent layer of ours"):
         fused_rnn.diagnose(nn.Linear(2, 2)).__enter__()
+    xlstm = type("sLSTMCell_vanilla", (XLSTMCell,), {})()  # as convert leaves one of that package's
+    with pytest.raises(ValueError, match=r"of fused_rnn in it; cells of the package xlstm, converted or not, are not"):
+        fused_rnn.diagnose(nn.Sequential(xlstm)).__enter__()
     with pytest.raises(ValueError, match=r"fused_rnn.convert turns torch.nn's into ours"):
         fused_rnn.diagnose(nn.Sequential(nn.GRU(2, 2))).__enter__()
     expected = r"got no call of its layers, expected a forward and a loss.backward\(\)"
@@ -501,6 +343,12 @@ def report() -> Report:
     return report
 
 
+def test_repr(report: Report) -> None:
+    names = ("encoder.l0", "encoder.l1", "decoder.0.l0")
+    assert repr(report) == f"<Report: {', '.join(f'{name} {report.flows[name].verdict}' for name in names)}>"
+    assert repr(Report()) == "<Report: not there before the end of the with block>"
+
+
 @pytest.mark.parametrize("rich", [True, False])
 def test_table(report: Report, rich: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if rich:
@@ -527,6 +375,20 @@ def test_plot(report: Report, ending: str, tmp_path: Any) -> None:
     report.plot(tmp_path / f"flow.{ending}")
     made = (tmp_path / f"flow.{ending}").read_bytes()
     assert made.startswith({"png": b"\x89PNG", "svg": b"<?xml"}[ending]) and len(made) > 10_000
+
+
+def test_a_state_that_does_not_matter_has_no_curve(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    figures = pytest.importorskip("matplotlib.figure", reason="pip install '.[diagnose]'")
+    module, drawn = remembering("SLSTM"), []
+    with fused_rnn.diagnose(module) as report:
+        module(torch.randn(100, 8, 16))[0][-1].sum().backward()
+    norms = {state: report.gradients[f"{state}_l0"].max() for state in "hcnm"}
+    assert norms["m"] < 1e-6 * max(norms.values())
+    monkeypatch.setattr(figures.Figure, "savefig", lambda self, *_, **__: drawn.append(self))
+    report.plot(tmp_path / "flow.svg")
+    left = drawn[0].axes[0]
+    assert [len(line.get_xdata()) for line in left.lines] == [100, 100, 100, 0]
+    assert left.get_ylim()[0] > 1e-10 and "∂L/∂m < " in left.get_legend().texts[3].get_text()
 
 
 def test_plot_without_matplotlib_names_the_extra(report: Report, monkeypatch: pytest.MonkeyPatch) -> None:
