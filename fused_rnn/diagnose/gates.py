@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -121,14 +122,17 @@ def keeper(example: Example) -> Keeper | None:
     the next one; rather one that has to be larger, a forget gate, than one that has to be smaller."""
     with torch.enable_grad():
         x, r, states, *rest = [[t.double() for t in each] for each in example.given]
-        for t in (*x, *states):
+        for t in (*x, *r, *states):
             t.requires_grad_()
         after = example.step(x, r, states, *rest)
         found: dict[Keeper, float] = {}
         for state, gate in example.kept:
             (share,) = torch.autograd.grad(after[state].sum(), states[state], create_graph=True)
-            change = torch.autograd.grad(share.sum(), x[gate], allow_unused=True, retain_graph=True)[0]
-            much = 0.0 if change is None else float(change.sum())
-            if much:
+            sides = [side[gate] for side in (x, r) if side]
+            changes = torch.autograd.grad(
+                share.abs().sum(), sides, allow_unused=True, materialize_grads=True, retain_graph=True
+            )
+            much = sum(float(change.sum()) for change in changes)
+            if much and math.isfinite(much):
                 found[Keeper(gate, example.states[state], much > 0)] = abs(much) * (MUCH_RATHER if much > 0 else 1)
     return max(found, key=found.__getitem__, default=None)

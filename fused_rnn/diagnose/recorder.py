@@ -14,7 +14,7 @@ from fused_rnn.call import LayerCall
 from fused_rnn.cells import CELLS
 from fused_rnn.cells.descriptor import Step
 from fused_rnn.checks import in_transform
-from fused_rnn.diagnose.gates import ENDS, Example, Looking
+from fused_rnn.diagnose.gates import ENDS, Example, Keeper, Looking, keeper
 from fused_rnn.diagnose.probe import Probe
 from fused_rnn.nn.recurrent import Recurrent
 from fused_rnn.reference.loop import run_layer, without_autocast
@@ -45,7 +45,8 @@ class Record:
     """One layer in one direction.
 
     path: its module's.  gate_names: of its cell.  normed: whether its gates have a norm already.
-    weights: of its recurrences, as the last call had them.  example: one of its steps.
+    weights: of its recurrences, as the last call had them.
+    gated: whether a state reaches the next one by a product with an activation.  keeper: the gate of that.
     """
 
     path: str
@@ -56,7 +57,8 @@ class Record:
     normed: bool
     calls: list[Call] = field(default_factory=list)
     weights: list[Any] = field(default_factory=list)
-    example: Example | None = None
+    gated: bool = False
+    keeper: Keeper | None = None
 
     def name(self, what: str = "") -> str:
         """What, named as torch.nn names weights, encoder.c_l0_reverse; of the layer itself encoder.l0_reverse."""
@@ -72,11 +74,6 @@ class Record:
         """A gate's name."""
         name = self.gate_names[number]
         return name if not name.isdigit() else "h" if self.cell.startswith("rnn_") else f"gate{name}"
-
-    @property
-    def gated(self) -> bool:
-        """Whether a state reaches the next one by a product with an activation."""
-        return self.example is not None and bool(self.example.kept)
 
 
 @dataclass
@@ -179,9 +176,12 @@ class _Watch:
         self.names = spec.states
         self.squashed: dict[int, tuple[str, Tensor]] = {}
         self.records, self.probe = records, Probe(call)
+        self.examples: dict[int, Example] = {}
 
     def follow(self) -> None:
-        """Send a gradient back through the recurrence alone."""
+        """Find which gates keep a state, and send a gradient back through the recurrence alone."""
+        for side, example in self.examples.items():
+            self.records[side].gated, self.records[side].keeper = bool(example.kept), keeper(example)
         if not any(bool(call.squares.any()) for call in self.calls):
             return
         for call, gains in zip(self.calls, self.probe.follow(self.heads), strict=True):
@@ -213,7 +213,7 @@ class _Watch:
             near = call.ends.setdefault(gate, torch.zeros(2, steps, dtype=torch.float64, device=valid.device))
             for end, is_near in enumerate(_near_ends(how, activation)):
                 near[end, time] += (is_near & valid).sum()
-        self.records[recurrence // self.heads].example = self.example
+        self.examples[recurrence // self.heads] = self.example
         for place, state in enumerate(self.own):
             _hook(after[state], call.squares[place, time])
         out = [s.view_as(s) for s in after]

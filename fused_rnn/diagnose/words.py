@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fused_rnn.cells import CELLS, title
 from fused_rnn.diagnose.flow import Flow
-from fused_rnn.diagnose.gates import Keeper, keeper
+from fused_rnn.diagnose.gates import Keeper
 from fused_rnn.diagnose.recorder import Record
 
 OFTEN = 0.3  # a gate is called saturated from this share of its activations on
@@ -83,8 +83,8 @@ def _against_vanishing(record: Record, saturated: bool) -> Iterator[str]:
         yield "A larger bias of the forget gate, 1 to 3, keeps c (bias_ih and bias_hh add up; rows H to 2H are f's)."
     elif record.cell == "gru":
         yield "A larger bias of the z gate, 1 to 3, keeps h (bias_ih and bias_hh add up; rows H to 2H are z's)."
-    elif record.example is not None and record.gated:
-        yield _bias(record, keeper(record.example))
+    elif record.gated:
+        yield _bias(record, record.keeper)
     else:
         yield "A gated cell, such as LSTM or GRU, has a state that a gate may hand on as it is."
     if _is_recurrent(record):

@@ -149,6 +149,18 @@ def test_what_helps_against_vanishing(kind: str) -> None:
     assert ("A gated cell" in report.summary()) == KEPT[kind].startswith("A gated cell")
 
 
+def test_a_gate_of_the_recurrent_side_alone_keeps_a_state() -> None:
+    @fused_rnn.cell(gates=("new", "hold"))
+    def one_sided(x: Any, r: Any, s: Any, p: Any) -> Any:
+        return torch.tanh(x[0]) - torch.sigmoid(-r[1]) * s.h
+
+    module = fused_rnn.FlexRNN(one_sided, D, H)
+    with fused_rnn.diagnose(module) as report:
+        module(torch.randn(T, B, D))[0].sum().backward()
+    report.flows["l0"] = report.flows["l0"]._replace(factor=0.1)
+    assert "gate hold that is smaller by 1 to 3 keeps h" in report.summary()
+
+
 @pytest.mark.parametrize(("kind", "advised"), [("LiGRU", False), ("BlockGRU", False), ("GRU", True)])
 def test_layer_norm_is_not_advised_to_what_has_a_norm(kind: str, advised: bool) -> None:
     module = made(kind, dtype=torch.float32)
