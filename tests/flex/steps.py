@@ -36,10 +36,11 @@ def agrees_with_autograd(cell: UserCell, seed: int = 0, rows: int = 3, units: in
 
     joined = count - program.apart
     a = [own + other for own, other in zip(x[:joined], r, strict=False)] + x[joined:] + r[joined:] if r else x
-    after, saved = program.forward.run([*a, *s, *p])
+    after, saved = program.forward.run([*a, *s, *p], units=units)
+    saved = [value.expand(rows, units) for value in saved]
     for made, right in zip(after, expected, strict=True):
         torch.testing.assert_close(made.expand(rows, units), right, rtol=1e-9, atol=1e-11)
-    dgates, dbefore, dparams = program.backward.run([*saved, *s, *after, *p, *dafter])
+    dgates, dbefore, dparams = program.backward.run([*saved, *s, *after, *p, *dafter], units=units)
     dx, dr = grads[:count], grads[count : count + len(r)]
     right_gates = [*dx[joined:], *dr] if r else dx
     pairs = [*zip(dgates, right_gates, strict=True), *zip(dbefore, grads[count + len(r) :], strict=False)]

@@ -25,6 +25,8 @@ UNARY: tuple[Function, ...] = (
     lambda a: torch.rsqrt(a * a + 0.5), lambda a: torch.log1p(a * a), lambda a: 1 / (1 + a * a),
     lambda a: a.clamp(-0.8, 0.9), lambda a: 1 - a, lambda a: 0.3 * a,
     lambda a: (a * a + 0.5) ** 1.5, lambda a: a**3, lambda a: a.detach(), lambda a: a.clone().mul_(0.5),
+    lambda a: a.mean(-1, keepdim=True).expand_as(a), lambda a: a - a.mean(-1, keepdim=True),
+    lambda a: a * torch.rsqrt(a.var(-1, correction=0, keepdim=True) + 0.5), lambda a: a + 0.3 * a.sum(-1, keepdim=True),
 )  # fmt: skip
 BINARY: tuple[Function, ...] = (
     torch.add, torch.sub, torch.mul, torch.maximum, torch.minimum, lambda a, b: a / (1 + b * b),
