@@ -250,7 +250,7 @@ REFUSED = {
     text_of(
         "1 0 1", ";;", "tanh 0>2;", "const 0.0>3;3;"
     ): "its text has 3 lists of names beside the states', expected 1",
-    text_of("1 0 1 5", ";;a b c d e", "tanh 0>7;", "const 0.0>8;8;"): "it has 5 masks, expected 0 to 4",
+    text_of("1 0 1 9", ";;a b c d e f g i j", "tanh 0>11;", "const 0.0>12;12;"): "it has 9 masks, expected 0 to 8",
     text_of("1 0 1 1", ";;a b", "tanh 0>3;", "const 0.0>4;4;"): "it has 2 names of masks, expected 1 to 1",
 }
 
