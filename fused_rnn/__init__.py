@@ -1,9 +1,10 @@
 """Fused LSTM, GRU and RNN time loops for PyTorch."""
 
+from typing import TYPE_CHECKING, Any
+
 from fused_rnn import functional
 from fused_rnn.autograd import GRUFunction, LSTMFunction, RNNFunction
 from fused_rnn.convert import convert, patch, to_torch, unpatch
-from fused_rnn.diagnose import diagnose
 from fused_rnn.flex import UserCell, cell
 from fused_rnn.nn import GRU, LSTM, RNN, FlexRNN, GRUCell, LSTMCell, RNNCell
 from fused_rnn.nn.field import (
@@ -24,6 +25,9 @@ from fused_rnn.nn.field import (
 )
 from fused_rnn.plan import plan
 from fused_rnn.stream import Stream
+
+if TYPE_CHECKING:
+    from fused_rnn.diagnosis import diagnose
 
 __version__ = "0.1.0"
 
@@ -63,3 +67,13 @@ __all__ = [
     "to_torch",
     "unpatch",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """What few programs use is imported when it is first asked for."""
+    if name == "diagnose":
+        from fused_rnn.diagnosis import diagnose
+
+        globals()[name] = diagnose
+        return diagnose
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

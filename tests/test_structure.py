@@ -21,7 +21,7 @@ FLOORS: tuple[set[str], ...] = (
     {"__main__"},
     {"commands"},
     {"__init__"},
-    {"convert", "diagnose"},
+    {"convert", "diagnosis"},
     {"nn"},
     {"stream", "functional"},
     {"layers"},

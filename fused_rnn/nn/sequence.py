@@ -49,24 +49,18 @@ def step(module: Recurrent, input: Any, hx: Any, lengths: Any, reset: Any) -> Se
 
 
 def run(
-    module: Recurrent, input: Any, hx: Any, lengths: Any, reset: Any, weights: Sequence[Tensor] | None = None
-) -> Result:
-    """forward, of any call. weights: where they are not as the module has them."""
-    more = extras.active(module) if module._fused_extras else None
-    result = _run(module, input, hx, lengths, reset, weights, more)
-    return result if more is None else extras.returned(module, more, *result)
-
-
-def _run(
     module: Recurrent,
     input: Any,
     hx: Any,
     lengths: Any,
     reset: Any,
-    weights: Sequence[Tensor] | None,
-    more: Extras | None,
+    weights: Sequence[Tensor] | None = None,
+    more: Extras | None = None,
 ) -> Result:
-    """more: what the module's extras ask for; then y over time is a tuple."""
+    """forward, of any call. weights: where they are not as the module has them.  more: what its extras ask for, of
+    which y over time is a tuple."""
+    if more is None and module._fused_extras and (more := extras.active(module)) is not None:
+        return extras.returned(module, more, *run(module, input, hx, lengths, reset, weights, more))
     extra = lengths is not None or reset is not None
     packed = isinstance(input, PackedSequence)
     if packed and lengths is not None:

@@ -19,7 +19,7 @@ from watched import LENGTHS, B, D, H, T, given, made
 
 import fused_rnn
 from fused_rnn.cells import CELLS
-from fused_rnn.diagnose import Report, tables
+from fused_rnn.diagnosis import Report, tables
 from fused_rnn.nn import extras
 from fused_rnn.nn.field.xlstm import XLSTMCell
 
@@ -397,7 +397,7 @@ def test_a_state_that_does_not_matter_has_no_curve(tmp_path: Any, monkeypatch: p
 
 def test_plot_without_matplotlib_names_the_extra(report: Report, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    monkeypatch.delitem(sys.modules, "fused_rnn.diagnose.picture", raising=False)
+    monkeypatch.delitem(sys.modules, "fused_rnn.diagnosis.picture", raising=False)
     with pytest.raises(ModuleNotFoundError, match=r"report.plot: .*pip install '.\[diagnose\]'"):
         report.plot("flow.png")
 

@@ -9,10 +9,10 @@ from typing import Any
 
 from torch import Tensor
 
-from fused_rnn.diagnose import flow, words
-from fused_rnn.diagnose.flow import Flow
-from fused_rnn.diagnose.recorder import Record
-from fused_rnn.diagnose.tables import as_text
+from fused_rnn.diagnosis import flow, words
+from fused_rnn.diagnosis.flow import Flow
+from fused_rnn.diagnosis.recorder import Record
+from fused_rnn.diagnosis.tables import as_text
 
 
 class Report:
@@ -106,6 +106,6 @@ class Report:
         Raises:
             ModuleNotFoundError: without matplotlib, which the extra `diagnose` brings.
         """
-        from fused_rnn.diagnose.picture import draw
+        from fused_rnn.diagnosis.picture import draw
 
         draw(self.records, self.flows, self.gradients, self.gates, Path(path))

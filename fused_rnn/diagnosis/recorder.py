@@ -14,8 +14,8 @@ from fused_rnn.call import LayerCall
 from fused_rnn.cells import CELLS
 from fused_rnn.cells.descriptor import Step
 from fused_rnn.checks import in_transform
-from fused_rnn.diagnose.gates import ENDS, Example, Keeper, Looking, keeper
-from fused_rnn.diagnose.probe import Probe
+from fused_rnn.diagnosis.gates import ENDS, Example, Keeper, Looking, keeper
+from fused_rnn.diagnosis.probe import Probe
 from fused_rnn.nn.recurrent import Recurrent
 from fused_rnn.reference.loop import run_layer, without_autocast
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fused_rnn.cells import CELLS
-from fused_rnn.diagnose.recorder import Record
+from fused_rnn.diagnosis.recorder import Record
 
 # A gradient vanishes or explodes where over the whole sequence it changes by more than FAR, or at each step by more
 # than A_STEP. It has reached as far back as its norm is at least 1 / FAR of its largest.

@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from torch import Tensor
 
 from fused_rnn.cells import CELLS, title
-from fused_rnn.diagnose.flow import Flow
-from fused_rnn.diagnose.gates import Keeper
-from fused_rnn.diagnose.recorder import Record
+from fused_rnn.diagnosis.flow import Flow
+from fused_rnn.diagnosis.gates import Keeper
+from fused_rnn.diagnosis.recorder import Record
 
 OFTEN = 0.3  # a gate is called saturated from this share of its activations on
 

@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from fused_rnn.cells import CELLS, title
-from fused_rnn.diagnose.flow import Flow
-from fused_rnn.diagnose.recorder import Record
+from fused_rnn.diagnosis.flow import Flow
+from fused_rnn.diagnosis.recorder import Record
 
 try:
     from matplotlib.figure import Figure

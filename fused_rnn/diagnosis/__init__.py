@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from torch import nn
 
 from fused_rnn.checks import kind
-from fused_rnn.diagnose.recorder import Recorder
-from fused_rnn.diagnose.report import Report
+from fused_rnn.diagnosis.recorder import Recorder
+from fused_rnn.diagnosis.report import Report
 from fused_rnn.nn.field.xlstm import XLSTMCell
 from fused_rnn.nn.recurrent import Recurrent
 
@@ -28,7 +28,7 @@ def diagnose(module: nn.Module) -> Iterator[Report]:
         module: one of ours, or a model with some inside.
 
     Yields:
-        A :class:`~fused_rnn.diagnose.Report`, which is there once the context has ended.
+        A :class:`~fused_rnn.diagnosis.Report`, which is there once the context has ended.
 
     Raises:
         TypeError: for what is no module.
