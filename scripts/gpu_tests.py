@@ -34,8 +34,12 @@ LANES = {
     "bench": (("tests/commands/test_bench.py", "tests/commands/test_bench_gpu.py"), 1),
     "triton": (
         (
-            *(f"tests/triton/test_{name}.py" for name in ("gpu", "loops", "backend", "programs", "trial_cell")),
+            *(
+                f"tests/triton/test_{name}.py"
+                for name in ("gpu", "loops", "backend", "programs", "trial_cell", "stages", "scan")
+            ),
             "tests/flex/test_cells_on_triton.py",
+            "tests/flex/test_field_on_triton.py",
         ),
         10,
     ),
