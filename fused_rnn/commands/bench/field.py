@@ -20,12 +20,12 @@ from torch.nn.functional import layer_norm, linear
 import fused_rnn
 from fused_rnn.call import kinds
 from fused_rnn.cells import CELLS
-from fused_rnn.commands.bench.flex import on_one_core, ratios, thread_seconds
+from fused_rnn.commands.bench.flex import beside, on_one_core, ratios, record, report, thread_seconds
 from fused_rnn.commands.bench.grid import SEQUENCES, Point
-from fused_rnn.commands.bench.measure import BLOCK_S, TOLERANCE, difference, interleave, percentiles
+from fused_rnn.commands.bench.measure import BLOCK_S, TOLERANCE, difference, interleave
 from fused_rnn.commands.bench.providers import Call
-from fused_rnn.commands.bench.results import Results, continued, geometric_mean, setting, time_row
-from fused_rnn.commands.bench.tables import duration, grid, ratio
+from fused_rnn.commands.bench.results import Results, geometric_mean, setting
+from fused_rnn.commands.bench.tables import ratio
 from fused_rnn.commands.machine import describe
 from fused_rnn.nn.field import FIELD, block_gru
 from fused_rnn.nn.field import layer_norm as normed
@@ -149,41 +149,13 @@ def execute(budget_s: float, out: Path, console: Console) -> Path:
     wanted = points([*(cls.__name__ for cls in FIELD), *REGULARISED])
     with on_one_core():
         facts = describe("cpu") | {"dtype": "fp32", "threads": 1}
-        path, results, said = continued(out / f"{PREFIX}fp32-1t.json", facts)
-        if said is not None:
-            console.print(said)
-        results.runs.append(facts)
-        number = len(results.runs) - 1
-        try:
-            with console.status("") as status:
-                for point in wanted:
-                    status.update(str(point))
-                    found = measure(point, budget_s / len(wanted))
-                    results.replace(
-                        [time_row(point, name, percentiles(seconds), number) for name, seconds in found.items()]
-                    )
-        finally:
-            if results.rows:
-                results.save(path)
-    shown = results.of_run(len(results.runs) - 1)
-    console.print(terminal(shown))
-    console.print(table(shown), markup=False, soft_wrap=True)
-    console.print(f"Written to {path}", soft_wrap=True)
-    return path
+        path, shown = record(PREFIX, facts, wanted, measure, budget_s, out, console)
+    return report(path, terminal(shown), table(shown), console)
 
 
 def terminal(results: Results) -> Table:
     """Every point, each time with its ratio to ours."""
-    shown = grid("Cells of the literature: medians, × ours", ("",), tuple(TITLES.values()))
-    shown.columns[0].no_wrap = True
-    for point in dict.fromkeys(point for point, _, _ in results.rows):
-        entries = []
-        for provider in TITLES:
-            value, ours = (results.value(point, name) for name in (provider, OURS))
-            gain = f" {ratio(value / ours)}×" if value and ours and provider != OURS else ""
-            entries.append("–" if value is None else duration(value) + gain)
-        shown.add_row(f"{point.mode} {point.cell} {point.shape}", *entries)
-    return shown
+    return beside(results, "Cells of the literature: medians, × ours", TITLES, OURS)
 
 
 def tables(directory: Path) -> str:

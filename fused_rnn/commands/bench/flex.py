@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -171,29 +171,57 @@ def execute(cells: Sequence[str], jax_python: str, budget_s: float, out: Path, c
             scan = None
             console.print(f"Without lax.scan: {error}", soft_wrap=True)
         facts = describe("cpu") | {"dtype": "fp32", "threads": 1}
-        path, results, said = continued(out / f"{PREFIX}fp32-1t.json", facts)
-        if said is not None:
-            console.print(said)
-        results.runs.append(facts)
-        number = len(results.runs) - 1
-        wanted = points(cells, scan is not None)
+        wanted = dict(points(cells, scan is not None))
+
+        def run(point: Point, seconds: float) -> dict[str, list[float]]:
+            found = measure(point, wanted[point], scan, seconds)
+            facts["jax"] = scan.version if scan is not None else ""
+            return found
+
         try:
-            with console.status("") as status:
-                for point, providers in wanted:
-                    status.update(str(point))
-                    found = measure(point, providers, scan, budget_s / len(wanted))
-                    facts["jax"] = scan.version if scan is not None else ""
-                    results.replace(
-                        [time_row(point, name, percentiles(seconds), number) for name, seconds in found.items()]
-                    )
+            path, shown = record(PREFIX, facts, list(wanted), run, budget_s, out, console)
         finally:
             if scan is not None:
                 scan.__exit__()
-            if results.rows:
-                results.save(path)
-    shown = results.of_run(len(results.runs) - 1)
-    console.print(terminal(shown))
-    console.print(table(shown), markup=False, soft_wrap=True)
+    return report(path, terminal(shown), table(shown), console)
+
+
+def record(
+    prefix: str,
+    facts: dict[str, Any],
+    wanted: Sequence[Point],
+    run: Callable[[Point, float], dict[str, list[float]]],
+    budget_s: float,
+    out: Path,
+    console: Console,
+) -> tuple[Path, Results]:
+    """Measure every point, and write the file, whatever comes in between; its path, and what this run found.
+
+    prefix: of the file's name.  facts: of the run.  run: (point, seconds for it) → every provider's seconds.
+    """
+    path, results, said = continued(out / f"{prefix}fp32-1t.json", facts)
+    if said is not None:
+        console.print(said)
+    results.runs.append(facts)
+    number = len(results.runs) - 1
+    try:
+        with console.status("") as status:
+            for point in wanted:
+                status.update(str(point))
+                found = run(point, budget_s / len(wanted))
+                results.replace(
+                    [time_row(point, name, percentiles(seconds), number) for name, seconds in found.items()]
+                )
+    finally:
+        if results.rows:
+            results.save(path)
+    return path, results.of_run(number)
+
+
+def report(path: Path, shown: Table, text: str, console: Console) -> Path:
+    """Print what was measured, and where it lies."""
+    console.print(shown)
+    console.print(text, markup=False, soft_wrap=True)
     console.print(f"Written to {path}", soft_wrap=True)
     return path
 
@@ -211,13 +239,18 @@ def ratios(results: Results, over: str, provider: str = FLEX) -> dict[Point, flo
 
 def terminal(results: Results) -> Table:
     """Every point, with FlexRNN's time over the built-in module's, and the others' over FlexRNN's."""
-    shown = grid("FlexRNN: medians, × FlexRNN's", ("",), tuple(TITLES.values()))
+    return beside(results, "FlexRNN: medians, × FlexRNN's", TITLES, FLEX)
+
+
+def beside(results: Results, title: str, providers: Mapping[str, str], own: str) -> Table:
+    """Every point: the medians of all providers, and those of the others over one's own. providers: their titles."""
+    shown = grid(title, ("",), tuple(providers.values()))
     shown.columns[0].no_wrap = True
     for point in dict.fromkeys(point for point, _, _ in results.rows):
         entries = []
-        for provider in TITLES:
-            value, ours = (results.value(point, name) for name in (provider, FLEX))
-            gain = f" {ratio(value / ours)}×" if value and ours and provider != FLEX else ""
+        for provider in providers:
+            value, ours = (results.value(point, name) for name in (provider, own))
+            gain = f" {ratio(value / ours)}×" if value and ours and provider != own else ""
             entries.append("–" if value is None else duration(value) + gain)
         shown.add_row(f"{point.mode} {point.cell} {point.shape}", *entries)
     return shown
