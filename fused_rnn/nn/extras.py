@@ -36,15 +36,15 @@ class Extras(NamedTuple):
     gates: bool
 
 
-def sets(module: Any, name: str) -> bool:
-    """Whether to set an attribute is to ask for an extra: of our classes, or where the constructor was given some. A
+def may_ask(module: Any) -> bool:
+    """Whether to set an extra's attribute is to ask for it: of our classes, or where the constructor was given some. A
     class derived from ours may have such a name for something else."""
-    return name in DEFAULTS and (module._fused_extras or type(module).__module__.startswith("fused_rnn."))
+    return module._fused_extras or type(module).__module__.startswith("fused_rnn.")
 
 
 def give(module: Any, given: dict[str, Any]) -> None:
-    """Take the extra arguments out of a constructor's keywords; a module that asks for none has no attribute more."""
-    values = {name: given.pop(name, default) for name, default in DEFAULTS.items()}
+    """Give a module its constructor's extra arguments; one that asks for none has no attribute more."""
+    values = DEFAULTS | given
     if all(type(values[name]) is type(default) and values[name] == default for name, default in DEFAULTS.items()):
         return
     complete(module, values)
@@ -157,12 +157,11 @@ def run(
             kept = [p for p, zone in zip(now.zoneout, zones, strict=True) if zone is None]
             own += mine + [draw(x.new_empty(*x.shape[:2], units), p, 1.0, 0.0) for p in kept]
         weights = own
-    sizes = (module.hidden_size, module.hidden_size)
-    if not module.proj_size and states:
-        states = layers.check_states(module._fused_cell, states, x, (recurrences // heads, x.shape[1]), sizes)
     entering: list[Any] = list(states)
     if entering:
-        if first:
+        if first:  # before it is multiplied
+            sizes = (module.hidden_size, module.hidden_size)
+            layers.check_states(module._fused_cell, states, x, (recurrences // heads, x.shape[1]), sizes)
             by_side = [torch.cat(masks[k : k + heads], -1) for k in range(0, recurrences, heads)]
             entering.insert(0, entering[0] * torch.cat(by_side))
         entering += [None] * (len(CELLS[cell].states) - len(entering))

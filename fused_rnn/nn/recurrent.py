@@ -94,7 +94,7 @@ class Recurrent(Fused, nn.RNNBase):
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
-        if name in extras.DEFAULTS and extras.sets(self, name):
+        if name in extras.DEFAULTS and extras.may_ask(self):
             extras.complete(self)
 
     @property

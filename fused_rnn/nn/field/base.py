@@ -120,8 +120,27 @@ def known(argument: str, value: Any, options: Mapping[str, Any]) -> Any:
     return options[value]
 
 
-class Parted(Field):
-    """Field of a cell whose params are parts, of a gate each, of a module's vectors [n·H].
+class Made(Field):
+    """Field of a cell whose weights are made of the module's, recurrence by recurrence, by `_fused_parts`."""
+
+    def _fused_read(self) -> list[Tensor]:
+        """The weights of every recurrence as the cell has them."""
+        weights, count, sides = read_weights(self), len(self._all_weights[0]), 1 + self.bidirectional
+        made: list[Tensor] = []
+        for first in range(0, len(weights), count):
+            own = weights[first : first + count]
+            width = self.input_size if first < sides * count else self.hidden_size * sides
+            self._check_shapes(width, own, first)
+            made += self._fused_parts(dict(zip(self._shapes(width), own, strict=True)))
+        return made
+
+    def _fused_parts(self, own: Mapping[str, Tensor]) -> list[Tensor]:
+        """A recurrence's weights as the cell has them. own: the module's, by name."""
+        raise NotImplementedError
+
+
+class Parted(Made):
+    """Made of a cell whose params are parts, of a gate each, of a module's vectors [n·H].
 
     _fused_vectors: n of each vector, by name, in the order of the cell's params. Those whose names begin with "bias"
     are zero where the module has no bias, and the cell has no other biases.
@@ -152,19 +171,7 @@ class Parted(Field):
     def _fused_by_name(self) -> tuple[Mapping[str, Any], bool]:
         return self._fused_viewing(("weight_ih", "weight_hh", *self._fused_user.params), False)
 
-    def _fused_read(self) -> list[Tensor]:
-        """The weights, vectors in parts."""
-        weights, count, sides = read_weights(self), len(self._all_weights[0]), 1 + self.bidirectional
-        made: list[Tensor] = []
-        for first in range(0, len(weights), count):
-            own = weights[first : first + count]
-            width = self.input_size if first < sides * count else self.hidden_size * sides
-            self._check_shapes(width, own, first)
-            made += self._fused_parts(dict(zip(self._shapes(width), own, strict=True)))
-        return made
-
     def _fused_parts(self, own: Mapping[str, Tensor]) -> list[Tensor]:
-        """A recurrence's weights as the cell has them. own: by name."""
         parts = [own["weight_ih"], own["weight_hh"]]
         for name, n in self._fused_vectors.items():
             parts += own[name].chunk(n) if name in own else [parts[0].new_zeros(self.hidden_size)] * n

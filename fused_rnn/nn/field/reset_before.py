@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from fused_rnn.flex import cell
-from fused_rnn.nn.field.base import Field
-from fused_rnn.nn.recurrent import read_weights
+from fused_rnn.nn.field.base import Made
 
 
 @cell(gates=("r", "z", "n"), params=("d",), matrices={"u": (1, "H")})
@@ -27,7 +26,7 @@ def mgu(x: Any, r: Any, s: Any, p: Any, m: Any) -> Any:
     return s.h + f * (torch.tanh(x[1] + p.d + m.u(f * s.h)) - s.h)
 
 
-class _Before(Field):
+class _Before(Made):
     """The weights are a GRU's: of W_hh and its bias the cell has the last rows once more, as a matrix and a param."""
 
     _fused_refused = ("recurrent_dropout", "weight_dropout")
@@ -39,17 +38,10 @@ class _Before(Field):
         biases = ("bias_ih", "bias_hh") if self.bias else ()
         return self._fused_viewing(("weight_ih", "weight_hh", *biases, "u", "d"), self.bias)
 
-    def _fused_read(self) -> list[Tensor]:
-        """The weights as the cell has them."""
-        weights, count, sides = read_weights(self), len(self._all_weights[0]), 1 + self.bidirectional
-        made: list[Tensor] = []
-        for first in range(0, len(weights), count):
-            own = weights[first : first + count]
-            self._check_shapes(self.input_size if first < sides * count else self.hidden_size * sides, own, first)
-            w_hh, units = own[1], self.hidden_size
-            d = own[3][-units:] if self.bias else w_hh.new_zeros(units)
-            made += [*own, w_hh[-units:], d]
-        return made
+    def _fused_parts(self, own: Mapping[str, Tensor]) -> list[Tensor]:
+        w_hh, units = own["weight_hh"], self.hidden_size
+        d = own["bias_hh"][-units:] if self.bias else w_hh.new_zeros(units)
+        return [*own.values(), w_hh[-units:], d]
 
 
 class ResetBeforeGRU(_Before):

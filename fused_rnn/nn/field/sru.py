@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fused_rnn.flex import UserCell, cell
-from fused_rnn.nn.field.base import Field
-from fused_rnn.nn.recurrent import read_weights
+from fused_rnn.nn.field.base import Made
 
 
 def _step(s: Any, own: Any, f: Any, r: Any) -> tuple[Any, Any]:
@@ -54,7 +53,7 @@ _STEPS = {
 _SCALE = math.sqrt(3)  # α of the paper's section 3.3, for gates whose bias begins at zero
 
 
-class SRU(Field):
+class SRU(Made):
     r"""__init__(input_size,hidden_size,num_layers=1,bias=True,batch_first=False,dropout=0.0,bidirectional=False,device=None,dtype=None,*,recurrent_terms=True,skip=True,return_sequences='h',backend=None,save='gates')
 
     The simple recurrent unit: all products are the input's. ::
@@ -117,20 +116,14 @@ class SRU(Field):
     def _fused_is_plain(self) -> bool:
         return False  # the weights are not the cell's as they are
 
-    def _fused_read(self) -> list[Tensor]:
-        """The weights with the skip's identity, and biases for all gates."""
-        weights, hidden, sides = read_weights(self), self.hidden_size, 1 + self.bidirectional
-        count, cells = len(self._all_weights[0]), []
-        for first in range(0, len(weights), count):
-            w, *rest = weights[first : first + count]
-            width = self.input_size if first < sides * count else hidden * sides
-            self._check_shapes(width, [w, *rest], first)
-            if self.skip and width == hidden:
-                w = torch.cat([w, _SCALE * torch.eye(hidden, dtype=w.dtype, device=w.device)])
-            if self.bias:
-                rest[0] = nn.functional.pad(rest[0], (hidden, hidden if self.skip else 0))
-            cells += [w, *rest]
-        return cells
+    def _fused_parts(self, own: Mapping[str, Tensor]) -> list[Tensor]:
+        """With the skip's identity, and biases for all gates."""
+        hidden, (w, *rest) = self.hidden_size, own.values()
+        if self.skip and w.shape[1] == hidden:
+            w = torch.cat([w, _SCALE * torch.eye(hidden, dtype=w.dtype, device=w.device)])
+        if self.bias:
+            rest[0] = nn.functional.pad(rest[0], (hidden, hidden if self.skip else 0))
+        return [w, *rest]
 
     def extra_repr(self) -> str:
         """FlexRNN's, and the options where they are not the default."""
