@@ -69,6 +69,10 @@ class Kinds(NamedTuple):
         """Whether a weight of the flat list is a mask, which gets no gradient."""
         return place % self.number >= self.number - self.masks
 
+    def without_masks(self, each: Sequence[Any]) -> list[Any]:
+        """What there is of each weight, None of the masks."""
+        return [None if self.is_mask(k) else own for k, own in enumerate(each)]
+
     def shapes(self, cell: Cell, input_size: int, hidden: int, width: int) -> list[tuple[int, ...]]:
         """The shape of every weight; a mask's as its last dimension alone."""
         rows = cell.gates * hidden
@@ -268,9 +272,10 @@ def all_or_none(tensors: Sequence[Tensor], number: int) -> list[Tensor | None]:
     return [*tensors] if tensors else [None] * number
 
 
-def is_absent(t: Tensor) -> bool:
-    """Whether a tensor stands for none: the ops, which return and take lists, mark one by the shape [0]."""
-    return t.dim() == 1 and t.numel() == 0
+def is_absent(t: Tensor, mapped: bool = False) -> bool:
+    """Whether a tensor stands for none: the ops, which return and take lists, mark one by the shape [0]. mapped: it has
+    a dimension more, of vmap's."""
+    return t.dim() == 1 + mapped and t.numel() == 0
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:

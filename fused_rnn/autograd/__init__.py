@@ -133,8 +133,8 @@ class LayerFunction(Function):
         if not need_dw:
             grads += [None] * len(weights)
         elif CELLS[cell].masks:
-            is_mask = LayerCall(x, weights, states, lengths, reset, cell, directions).kinds.is_mask
-            grads[given:] = [None if is_mask(k) else g for k, g in enumerate(grads[given:])]
+            kinds = LayerCall(x, weights, states, lengths, reset, cell, directions).kinds
+            grads[given:] = kinds.without_masks(grads[given:])
         return (*[None] * _PLAIN, dx if need_dx else None, None, None, *grads)
 
     @staticmethod

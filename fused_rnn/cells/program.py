@@ -209,6 +209,11 @@ class Program(NamedTuple):
         return sum(count for _, count in self.matrices)
 
     @property
+    def sees_units(self) -> bool:
+        """Whether a step must know of more than a unit of its own: of the others, or how many there are."""
+        return any(i.op in ("units", *PUBLISHING) for i in (*self.forward.code, *self.backward.code))
+
+    @property
     def stages(self) -> int:
         """Of both directions the larger number of stages; 1 where nothing is published."""
         return max(len(self.forward.stages), len(self.backward.stages))

@@ -233,8 +233,7 @@ def _in_stages(program: Program) -> list[str]:
 
 def is_staged(program: Program) -> bool:
     """Whether the cell is printed in the form that has masks, matrices of its own and sums over units."""
-    code = [*program.forward.code, *program.backward.code]
-    return bool(program.masks or program.matrices) or any(op in ("units", *PUBLISHING) for op, *_ in code)
+    return bool(program.masks or program.matrices) or program.sees_units
 
 
 def _forward(program: Program) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -46,6 +46,16 @@ class Builder:
     def product(self, op: str, block: int, x: int) -> int:
         """A matrix product of a value. op: "product" or "transposed"."""
         return self._node(Instruction(op, (x,), float(block)))
+
+    def again(self, node: Instruction, args: Sequence[int]) -> int:
+        """What an instruction of another graph makes of values of this one."""
+        if node.op == "const":
+            return self.const(node.value)
+        if node.op == "units":
+            return self.units()
+        if node.op in MATRIX_PRODUCTS:
+            return self.product(node.op, int(node.value), *args)
+        return self.add(node.op, *args)
 
     def is_number(self, i: int) -> bool:
         """Whether a value is the same for all rows and units."""

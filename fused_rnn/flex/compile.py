@@ -226,17 +226,10 @@ def _joined(traced: Builder, after: list[int], shape: Shape) -> tuple[Builder, l
     if not recurrent:
         numbers |= {g: g for g in range(gates)}
     for i in sorted(reached):
-        op, args, value = nodes[i]
         if i in sums:
             numbers[i] = sums[i]
-        elif op == "const":
-            numbers[i] = builder.const(value)
-        elif op == "units":
-            numbers[i] = builder.units()
-        elif op == "product":
-            numbers[i] = builder.product(op, int(value), numbers[args[0]])
-        elif op != "input":
-            numbers[i] = builder.add(op, *(numbers[a] for a in args))
+        elif nodes[i].op != "input":
+            numbers[i] = builder.again(nodes[i], [numbers[a] for a in nodes[i].args])
     return builder, [numbers[i] for i in after], apart
 
 

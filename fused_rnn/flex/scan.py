@@ -102,11 +102,9 @@ class _Linear(NamedTuple):
 
 def _apply(builder: Builder, instruction: Instruction, args: list[_Linear]) -> _Linear:
     """What an operation makes."""
-    op, _, value = instruction
-    fixed = [arg.fixed for arg in args]
+    op, fixed = instruction.op, [arg.fixed for arg in args]
     if None not in fixed:
-        made = builder.const(value) if op == "const" else builder.add(op, *fixed)  # type: ignore[arg-type]
-        return _Linear(builder, {}, made)
+        return _Linear(builder, {}, builder.again(instruction, fixed))  # type: ignore[arg-type]
     if any(arg.factors is None for arg in args):
         return _Linear(builder, None, None)
     first, second = (*fixed, None)[:2]

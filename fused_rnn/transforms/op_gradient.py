@@ -45,9 +45,7 @@ def register(name: str, forward: Op, backward: Op, library: torch.library.Librar
             dsequences = [torch.zeros_like(s) if d is None else d for s, d in more] if sequences else []
             kept = (y, saved, histories)
             dx, *dtensors = backward(grads[0], douts, *call[:5], *kept, *call[5:8], need_dx, need_dw, dsequences)
-        dweights = all_or_none(dtensors[given:], len(call.weights))
-        if call.spec.masks:
-            dweights = [None if call.kinds.is_mask(k) else d for k, d in enumerate(dweights)]
+        dweights = call.kinds.without_masks(all_or_none(dtensors[given:], len(call.weights)))
         return (dx if need_dx else None, dweights, dtensors[:given], *[None] * 7)
 
     torch.library.register_autograd(name, pull, setup_context=setup_context, lib=library)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from fused_rnn.call import BackwardCall, LayerCall
+from fused_rnn.call import BackwardCall, LayerCall, is_absent
 from fused_rnn.cells import CELLS
 from fused_rnn.transforms import per_sample
 
@@ -77,19 +77,14 @@ def _loop(op: Callable[..., list[Tensor]], n: int, dims: Dims, args: Sequence[An
 
     each = [op(*(pick(a, d, i) for a, d in zip(args, dims, strict=True))) for i in range(n)]
     columns = list(zip(*each, strict=True))
-    absent = [_absent(column[0]) for column in columns]
+    absent = [is_absent(column[0]) for column in columns]
     outputs = [column[0] if gone else torch.stack(column) for column, gone in zip(columns, absent, strict=True)]
     return outputs, [None if gone else 0 for gone in absent]
 
 
-def _absent(t: Tensor, dim: int | None = None) -> bool:
-    """The ops mark a tensor that is not there by the shape [0]."""
-    return t.dim() == (1 if dim is None else 2) and t.numel() == 0
-
-
 def _fold(t: Tensor | None, dim: int | None, n: int, at: int) -> Any:
     """Bring the mapped dimension (new where dim is None) to `at` and merge it with the one behind it."""
-    if t is None or _absent(t, dim):
+    if t is None or is_absent(t, dim is not None):
         return t
     t = t.unsqueeze(at).expand(*t.shape[:at], n, *t.shape[at:]) if dim is None else t.movedim(dim, at)
     return t.flatten(at, at + 1)
@@ -151,7 +146,7 @@ def forward(op: Callable[..., list[Tensor]], n: int, dims: Dims, *args: Any) -> 
     kept, at = (call.sequences and call.save == "gates"), places[0]
     places += [*sequences, at, *[history[at - 1]] * (0 if kept else states - 1), at]
     outputs = op(*folded)
-    out_dims = [None if _absent(t) else at for t, at in zip(outputs, places, strict=False)]
+    out_dims = [None if is_absent(t) else at for t, at in zip(outputs, places, strict=False)]
     return [t if at is None else _unfold(t, n, at) for t, at in zip(outputs, out_dims, strict=True)], out_dims
 
 
@@ -180,7 +175,7 @@ def backward(op: Callable[..., list[Tensor]], n: int, dims: Dims, *args: Any) ->
         )
         outputs = per_sample.backward(op, n, batch) if call.need_dw else op(*batch)
         rows, dweights = outputs[: 1 + given], outputs[1 + given :]
-        out_dims = [None if _absent(t) else 1 for t in rows]
+        out_dims = [None if is_absent(t) else 1 for t in rows]
         rows = [t if at is None else _unfold(t, n, at) for t, at in zip(rows, out_dims, strict=True)]
         return [*rows, *dweights], out_dims + [0] * len(dweights)
     if where.lengths is not None or where.reset is not None:

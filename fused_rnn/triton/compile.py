@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from fused_rnn.cells import Cell
 from fused_rnn.triton.cells import kernels
-from fused_rnn.triton.published import published, takes_team
+from fused_rnn.triton.published import published
 from fused_rnn.triton.schedule import CROWDED, Schedule, shape_of
 from fused_rnn.triton.target import Target
 
@@ -73,7 +73,7 @@ def constants_stages(
     and how many there are of stages that publish, of numbers and of operands that they publish.
     """
     program = cell.program
-    if program is None or not takes_team(program):
+    if program is None or not program.sees_units:
         return {"STAGED": False, "HOW": ()}
     made, team, tile = published(program.backward if backward else program.forward), schedule.team, schedule.tile
     count, lanes = schedule.loop == "cooperative", 64 * tile.warps if target.amd else 0

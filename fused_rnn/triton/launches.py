@@ -13,7 +13,7 @@ from torch import Tensor
 from fused_rnn.gpu.directions import direction_bits
 from fused_rnn.gpu.loops import Layer
 from fused_rnn.triton.compile import constants_schedule, constants_stages, fewest_spills, last_stage, options
-from fused_rnn.triton.published import published, takes_team
+from fused_rnn.triton.published import published
 from fused_rnn.triton.schedule import Schedule
 from fused_rnn.triton.target import Target
 
@@ -48,7 +48,7 @@ def new_counters(layer: Layer, schedule: Schedule, device: torch.device) -> Tens
 def new_shared(layer: Layer, schedule: Schedule, matrices: Tensor | None, like: Tensor, backward: bool) -> Any:
     """The kernels' `shared`: what the members of each team tell each other, in one step and in the next."""
     program = layer.cell.program
-    if program is None or not takes_team(program):
+    if program is None or not program.sees_units:
         return ()
     made = published(program.backward if backward else program.forward)
     pairs, rows = 2 * layer.recurrences * schedule.tiles(layer.batch), schedule.tile.batch

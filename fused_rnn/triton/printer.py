@@ -17,7 +17,7 @@ from types import ModuleType
 from fused_rnn.cells.program import MATRIX_PRODUCTS, Graph, Program, parse
 from fused_rnn.flex.scan import scan_of
 from fused_rnn.gpu.files import cache_folder, replace
-from fused_rnn.triton.published import published, takes_team
+from fused_rnn.triton.published import published
 
 _HEAD = '''\
 """A cell printed by fused_rnn.triton.printer."""
@@ -289,7 +289,7 @@ def source(program: Program) -> str:
         tuple(name for name, read in zip(program.states, reads, strict=True) if read)
         for reads in program.backward_reads()
     )
-    stages, team = (_STAGES, _TEAM) if takes_team(program) else ("", "")
+    stages, team = (_STAGES, _TEAM) if program.sees_units else ("", "")
     functions = {"fwd": _forward(program), "bwd": _backward(program), "stages": stages, "team": team}
     return _HEAD.format(title=program.title, after=after, before=before, **functions) + _scan(program)
 

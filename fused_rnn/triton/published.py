@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from fused_rnn.cells.program import MATRIX_PRODUCTS, PUBLISHING, Graph, Program
+from fused_rnn.cells.program import MATRIX_PRODUCTS, PUBLISHING, Graph
 
 SLOTS = {"sum": 1, "variance": 2}  # numbers that a member of a team gives for a row: a variance's are mean and squares
 
@@ -34,9 +34,3 @@ def published(graph: Graph) -> Published:
                 place[i], slots = slots, slots + SLOTS[op]
         runs.append(run)
     return Published(tuple(runs), slots, operands, place)
-
-
-def takes_team(program: Program) -> bool:
-    """Whether a step must know of more than its own units: of the others, or how many there are."""
-    code = (*program.forward.code, *program.backward.code)
-    return any(instruction.op in (*PUBLISHING, "units") for instruction in code)

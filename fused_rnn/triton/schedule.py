@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 from fused_rnn.cells import Cell
 from fused_rnn.cells.program import Graph
-from fused_rnn.triton.published import takes_team
 
 LOOPS = ("solo", "cooperative", "stepwise")
 LSTM_ALIVE = (9, 12)  # of its forward and backward as a program, and its states
@@ -45,7 +44,7 @@ def shape_of(cell: Cell, kind: str, hidden: int, backward: bool) -> Shape:
         graph = cell.program.backward if backward else cell.program.forward
         more = len(cell.states) + (len(cell.params) if backward else 0)  # what a loop carries from step to step
         heavier = max(0, _alive(graph) + more - LSTM_ALIVE[backward])
-    staged = cell.program is not None and takes_team(cell.program)
+    staged = cell.program is not None and cell.program.sees_units
     return Shape(cell.name, cell.gates, kind, hidden, backward, cell.recurrent, heavier, staged, cell.blocks)
 
 
