@@ -1,7 +1,7 @@
 // What describes a cell, and how it is found. A cell is a struct with these constants and its two formulas:
 //
 //   name, gates, states, state_names, saved   what Python's descriptor says too; state 0 is h, the output, which goes through W_hh
-//   apart, params, recurrent, reads_h, projects   as CellDefaults says, where it differs
+//   apart, params, recurrent, reads_h, projects, linear   as CellDefaults says, where it differs
 //   backward_after, backward_before           bit i: backward reads state i after the step, or before it
 //
 //   forward<M>(a, before, p, after, s)        pre-activations, states and params in, states and what is saved out
@@ -52,6 +52,7 @@ struct CellDefaults {
   static constexpr int apart = 0;          // how many of the last gates enter the formula with their input and recurrent side apart
   static constexpr bool reads_h = false;   // forward reads before[0] itself, not only W_hh h
   static constexpr bool projects = false;  // W_hr may stand behind it
+  static constexpr bool linear = false;    // in its states, without W_hh: CUDA runs chunks of time side by side
   static constexpr bool sequences = false; // CUDA's persistent backward takes gradients of the other states over time
   static constexpr unsigned backward_after = 0, backward_before = 0;
   static constexpr bool staged = false;

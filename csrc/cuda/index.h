@@ -26,6 +26,12 @@ struct TimeIndex {
     }
   }
   FUSED_RNN_DEVICE int time(int step) const { return origin + pace * step; }
+  // How many steps there are up to the last at which a sequence of this length is alive, one at least; and whether it is among these.
+  FUSED_RNN_DEVICE int end(int length) const { return length == 0 ? 1 : pace < 0 ? T : length; }
+  template <int kWidth>
+  FUSED_RNN_DEVICE bool ends(const StepsOf<kWidth>& s, int length) const {
+    return s.step0 < end(length) && end(length) <= s.step1;
+  }
   // The first step at which a sequence of this length is alive: a reverse one starts at its own end.
   FUSED_RNN_DEVICE bool starts(int t, int length) const { return t == (pace < 0 ? length - 1 : 0); }
 };

@@ -102,6 +102,9 @@ std::string launch(Kernel<BackwardLoop> kernel, const BackwardLoop& loop, const 
 std::string launch(Kernel<Rows> kernel, const Rows& rows, const Shape& shape, void* stream) {
   return launch_any(reinterpret_cast<const void*>(kernel.built), &rows, shape, stream);
 }
+std::string launch(Kernel<Join> kernel, const Join& chunks, const Shape& shape, void* stream) {
+  return launch_any(reinterpret_cast<const void*>(kernel.built), &chunks, shape, stream);
+}
 std::string clear(uint32_t* arrived, int64_t count, void* stream) {
   return text("cudaMemsetAsync", cudaMemsetAsync(arrived, 0, size_t(count) * 4, static_cast<cudaStream_t>(stream)));
 }

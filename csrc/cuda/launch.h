@@ -21,8 +21,11 @@ struct Shape {
 std::string launch(Kernel<ForwardLoop> kernel, const ForwardLoop& loop, const Shape& shape, void* stream);
 std::string launch(Kernel<BackwardLoop> kernel, const BackwardLoop& loop, const Shape& shape, void* stream);
 std::string launch(Kernel<Rows> kernel, const Rows& rows, const Shape& shape, void* stream);
+std::string launch(Kernel<Join> kernel, const Join& chunks, const Shape& shape, void* stream);
 // Those of rows.h.
 std::string copy_rows(const Rows& rows, void* stream);
+// That of join.h. is_double: of the accumulation type, else it is float.
+std::string join(const Join& chunks, bool is_double, void* stream);
 // arrived[0 .. count) = 0
 std::string clear(uint32_t* arrived, int64_t count, void* stream);
 

@@ -55,6 +55,7 @@ struct StepsOf {
   int B, R;
   Width<kWidth> H;
   int tiles, tile0;  // batch tiles of this launch, and the first of them
+  int chunk;  // steps of each of the chunks of step0 .. step1 - 1 that run side by side, pointwise kernel only; 0: all in one
 };
 using Steps = StepsOf<0>;
 
@@ -85,7 +86,7 @@ struct ForwardLoopOf {
   const void* bias;  // [R, apart, H]  recurrent biases of the gates that enter the cell apart, if there are any
   const void* h0;  // [R, B, H]
   void* carried[kMostStates];  // [R, B, H] accumulation type: h if the cell reads it, then the other states; read at step0,
-                               //   written at step1
+                               //   written at step1; by chunks [chunks, R, B, H]
   const void* hidden;  // [T, B, R, H] or null  y that is there already, where the product is given: h at step0 is taken from it
   void* y;  // [T, B, R, H] or null
   void* h_n;  // [R, B, H] or null  written with step T - 1
@@ -114,16 +115,30 @@ struct BackwardLoopOf {
   const void* first[kMostStates];  // [R, B, H]  what enters the first of these
   const void* saved;  // [window, B, R, S, H]
   void* dgates;  // [T, B, R, G + apart + blocks, H]; the recurrent side's are the last G of the first G + apart
-  void* dstates[kMostStates];  // [R, B, H] accumulation type, in: gradient of each state after step1 - 1; out: before step0
+  void* dstates[kMostStates];  // [R, B, H] accumulation type, in: gradient of each state after step1 - 1; out: before step0; by
+                               //   chunks [chunks, R, B, H]
+  const void* last;  // [R, B, H] accumulation type, by chunks: the gradient of the last h, which no step hands on
   bool histories_are_wide;  // and what enters them: in the accumulation type, else in the storage type
   bool close;  // after step 0, take its product too, into that of h: the gradient of h0 (pointwise: only that)
   const void* params;  // [R, params, H]
-  void* dparams;  // [R, B, params, H] accumulation type, in and out, or null: added to, by one thread each
+  void* dparams;  // [R, B, params, H] accumulation type, in and out, or null: added to, by one thread each; by
+                  //   chunks [chunks, R, B, params, H]
   const void* dsequences[kMostStates];  // [T, B, R, H] or null: of each state but h the gradient of what it is over time
   OwnOperands own;
 };
 using BackwardLoop = BackwardLoopOf<0>;
 static_assert(sizeof(BackwardLoopOf<64>) == sizeof(BackwardLoop));
+
+// Chunks of time (join.h), each of [chunks, size] in the accumulation type.
+struct Join {
+  int64_t size;  // R B H
+  int chunks, states;
+  bool backward;  // the last one runs first
+  void* sums[kMostStates];           // what a chunk makes of zero; out: what enters it
+  const void* factors[kMostStates];  // by what it multiplies what enters it
+  const void* initial[kMostStates];  // [size]: what enters the one that runs first
+  const void* uncut;  // 0 where a reset cuts off what enters
+};
 
 // A copy of rows (rows.h): zero past a sequence's end.
 struct Rows {

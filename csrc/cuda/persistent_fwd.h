@@ -138,7 +138,7 @@ persistent_fwd_kernel(const FUSED_RNN_GRID_CONSTANT ForwardLoop told) {
       mark(step, kFetched);
     }
     FUSED_RNN_UNROLL
-    for (int j = 0; j < kUnits; ++j) units[j].finish(p);
+    for (int j = 0; j < kUnits; ++j) units[j].finish(p, walk);
   });
 }
 

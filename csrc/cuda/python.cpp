@@ -48,11 +48,15 @@ OwnOperands own_operands(const Addresses& masks, const std::vector<int>& times, 
   return own;
 }
 
+using Window = std::optional<std::pair<int, int>>;
+using Chunks = std::optional<std::tuple<int, int, int>>;  // of which steps, from the first to past the last, of how many each
+
 // All of time, or the window of it that the arrays hold.
-Steps within(Steps steps, const std::optional<std::pair<int, int>>& window) {
+Steps within(Steps steps, const Window& window, const Chunks& chunks) {
   std::tie(steps.window0, steps.window1) = window.value_or(std::pair{0, steps.T});
   steps.step0 = steps.window0;
   steps.step1 = steps.window1;
+  if (chunks) std::tie(steps.step0, steps.step1, steps.chunk) = *chunks;
   return steps;
 }
 
@@ -122,21 +126,34 @@ PYBIND11_MODULE(FUSED_RNN_MODULE, m) {
 #endif
   py::class_<Steps>(m, "Steps", py::module_local())
       .def(py::init([](int T, int B, int R, int H, uint64_t reversed, int period, Address lengths, Address reset) {
-             return Steps{T, 0, T, 0, T, reversed, period, at<const int64_t>(lengths), at<const int32_t>(reset), B, R, H, 0, 0};
+             return Steps{T, 0, T, 0, T, reversed, period, at<const int64_t>(lengths), at<const int32_t>(reset), B, R, H, 0, 0, 0};
            }),
            py::kw_only(), py::arg("T"), py::arg("B"), py::arg("R"), py::arg("H"), py::arg("reversed"), py::arg("period") = 1,
            py::arg("lengths") = 0, py::arg("reset") = 0)
       .def_readonly("T", &Steps::T);
 
+  m.def(
+      "join",
+      [](const Addresses& sums, const Addresses& factors, const Addresses& initial, Address uncut, int64_t size, int chunks, bool backward,
+         bool is_double, Address stream) {
+        Join join{size, chunks, int(sums.size()), backward, {}, {}, {}, at(uncut)};
+        fill(join.sums, sums);
+        fill(join.factors, factors);
+        fill(join.initial, initial);
+        unlocked([&] { return fused_rnn::cuda::join(join, is_double, at(stream)); });
+      },
+      py::kw_only(), py::arg("sums"), py::arg("factors"), py::arg("initial"), py::arg("uncut"), py::arg("size"), py::arg("chunks"),
+      py::arg("backward"), py::arg("is_double"), py::arg("stream"), "What enters each chunk of time, in the place of its sums.");
+
   const Addresses none;
   bind_loop<ForwardLoop>(m, "Forward")
-      .def(py::init([](const std::string& cell, int precision, const Plan* plan, const Steps& steps,
-                       std::optional<std::pair<int, int>> window, Address gx, Address given, Address w, Address scale, Address bias,
-                       Address h0, Address hidden, const Addresses& carried, Address y, Address h_n, Address saved,
-                       const Addresses& histories, const Addresses& checkpoints, int every, Address entering, bool wide, Address params,
-                       const Addresses& masks, const std::vector<int>& times, Address matrices, Address loaded) {
+      .def(py::init([](const std::string& cell, int precision, const Plan* plan, const Steps& steps, const Window& window,
+                       const Chunks& chunks, Address gx, Address given, Address w, Address scale, Address bias, Address h0, Address hidden,
+                       const Addresses& carried, Address y, Address h_n, Address saved, const Addresses& histories,
+                       const Addresses& checkpoints, int every, Address entering, bool wide, Address params, const Addresses& masks,
+                       const std::vector<int>& times, Address matrices, Address loaded) {
              ForwardLoop loop{};
-             loop.steps = within(steps, window);
+             loop.steps = within(steps, window, chunks);
              loop.gx = at(gx);
              loop.given = at(given);
              loop.w = at(w);
@@ -159,19 +176,19 @@ PYBIND11_MODULE(FUSED_RNN_MODULE, m) {
              return Bound<ForwardLoop>(cell, Precision(precision), plan, loop, at(loaded));
            }),
            py::arg("cell"), py::arg("precision"), py::arg("plan"), py::arg("steps"), py::kw_only(), py::arg("window") = py::none(),
-           py::arg("gx"), py::arg("given") = 0, py::arg("w") = 0, py::arg("scale") = 0, py::arg("bias") = 0, py::arg("h0"),
-           py::arg("hidden") = 0, py::arg("carried") = none, py::arg("y") = 0, py::arg("h_n") = 0, py::arg("saved") = 0,
+           py::arg("chunks") = py::none(), py::arg("gx"), py::arg("given") = 0, py::arg("w") = 0, py::arg("scale") = 0, py::arg("bias") = 0,
+           py::arg("h0"), py::arg("hidden") = 0, py::arg("carried") = none, py::arg("y") = 0, py::arg("h_n") = 0, py::arg("saved") = 0,
            py::arg("histories") = none, py::arg("checkpoints") = none, py::arg("every") = 1, py::arg("entering") = 0,
            py::arg("wide") = false, py::arg("params") = 0, py::arg("masks") = none, py::arg("times") = std::vector<int>{},
            py::arg("matrices") = 0, py::arg("loaded") = 0);
   bind_loop<BackwardLoop>(m, "Backward")
-      .def(py::init([](const std::string& cell, int precision, const Plan* plan, const Steps& steps,
-                       std::optional<std::pair<int, int>> window, Address dy, Address given, Address w, const Addresses& states,
-                       const Addresses& first, Address saved, Address dgates, const Addresses& dstates, bool wide, Address params,
-                       Address dparams, const Addresses& dsequences, const Addresses& masks, const std::vector<int>& times,
-                       Address matrices, Address loaded) {
+      .def(py::init([](const std::string& cell, int precision, const Plan* plan, const Steps& steps, const Window& window,
+                       const Chunks& chunks, Address dy, Address given, Address w, const Addresses& states, const Addresses& first,
+                       Address saved, Address dgates, const Addresses& dstates, Address last, bool wide, Address params, Address dparams,
+                       const Addresses& dsequences, const Addresses& masks, const std::vector<int>& times, Address matrices,
+                       Address loaded) {
              BackwardLoop loop{};
-             loop.steps = within(steps, window);
+             loop.steps = within(steps, window, chunks);
              loop.dy = at(dy);
              loop.given = at(given);
              loop.w = at(w);
@@ -180,6 +197,7 @@ PYBIND11_MODULE(FUSED_RNN_MODULE, m) {
              loop.saved = at(saved);
              loop.dgates = at(dgates);
              fill(loop.dstates, dstates);
+             loop.last = at(last);
              loop.histories_are_wide = wide;
              loop.params = at(params);
              loop.own = own_operands(masks, times, matrices);
@@ -188,8 +206,8 @@ PYBIND11_MODULE(FUSED_RNN_MODULE, m) {
              return Bound<BackwardLoop>(cell, Precision(precision), plan, loop, at(loaded));
            }),
            py::arg("cell"), py::arg("precision"), py::arg("plan"), py::arg("steps"), py::kw_only(), py::arg("window") = py::none(),
-           py::arg("dy") = 0, py::arg("given") = 0, py::arg("w") = 0, py::arg("states"), py::arg("first"), py::arg("saved") = 0,
-           py::arg("dgates"), py::arg("dstates"), py::arg("wide") = false, py::arg("params") = 0, py::arg("dparams") = 0,
-           py::arg("dsequences") = none, py::arg("masks") = none, py::arg("times") = std::vector<int>{}, py::arg("matrices") = 0,
-           py::arg("loaded") = 0);
+           py::arg("chunks") = py::none(), py::arg("dy") = 0, py::arg("given") = 0, py::arg("w") = 0, py::arg("states"), py::arg("first"),
+           py::arg("saved") = 0, py::arg("dgates"), py::arg("dstates"), py::arg("last") = 0, py::arg("wide") = false, py::arg("params") = 0,
+           py::arg("dparams") = 0, py::arg("dsequences") = none, py::arg("masks") = none, py::arg("times") = std::vector<int>{},
+           py::arg("matrices") = 0, py::arg("loaded") = 0);
 }

@@ -103,7 +103,9 @@ std::string Bound<Loop>::run_step(int step, void* stream) const {
 template <class Loop>
 std::string Bound<Loop>::run_pointwise(const Loop& loop, void* stream) const {
   if (!pointwise_) return kNotBuilt;
-  const int64_t units = int64_t(loop.steps.R) * loop.steps.B * loop.steps.H;
+  const Steps& steps = loop.steps;
+  const int64_t chunks = steps.chunk ? (int64_t(steps.step1) - steps.step0 + steps.chunk - 1) / steps.chunk : 1;
+  const int64_t units = chunks * steps.R * steps.B * steps.H;
   return launch(pointwise_, loop, {(units + kPointwiseThreads - 1) / kPointwiseThreads, kPointwiseThreads, 1, 0, false}, stream);
 }
 

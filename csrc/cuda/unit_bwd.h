@@ -29,6 +29,8 @@ class BackwardUnit {
     });
     dgates_.begin(p.dgates, p.steps, walk, at, last);
     each<kStates>([&](auto s) { dstate_[s] = static_cast<const Acc*>(p.dstates[s])[at.in_state(p.steps)]; });
+    if (Cell::linear && !Cell::reads_h && p.steps.chunk != 0)
+      dstate_[0] = p.steps.step1 < walk.end(at.length) ? Acc(0) : static_cast<const Acc*>(p.last)[at.in_state(p.steps)];
     each<Cell::params>([&](auto k) {
       params_[k] = widen(static_cast<const Storage*>(p.params)[(r * Cell::params + k) * p.steps.H + u]);
       if (p.dparams) dparams_[k] = static_cast<const Acc*>(p.dparams)[in_params(p, k)];

@@ -6,6 +6,11 @@
 
 namespace fused_rnn::cuda {
 
+// How many states, the last ones, are carried in the accumulation type. h is rounded to what the product reads, where that is all that
+// reads it.
+template <class Cell>
+constexpr int kCarriedStates = Cell::states - (Cell::reads_h ? 0 : 1);
+
 // histories: of what type they are, where that is known when this is compiled.
 template <class Cell, class Storage, class Math, int kWidth = 0, Histories histories = Histories::told>
 class ForwardUnit {
@@ -13,9 +18,7 @@ class ForwardUnit {
   using Acc = Accumulator<Storage>;
   static constexpr bool kKnown = kWidth > 0;
   static constexpr int G = Cell::gates, kStates = Cell::states, kApart = Cell::apart;
-  // The states from this one on are carried in the accumulation type. h is rounded to what the product reads, where that is all that
-  // reads it.
-  static constexpr int kFirst = Cell::reads_h ? 0 : 1, kCarried = kStates - kFirst;
+  static constexpr int kCarried = kCarriedStates<Cell>, kFirst = kStates - kCarried;
 
  public:
   UnitIndex at;
@@ -33,7 +36,7 @@ class ForwardUnit {
     each<Cell::params>([&](auto k) { params_[k] = widen(static_cast<const Storage*>(p.params)[(r * Cell::params + k) * p.steps.H + u]); });
     h_ = static_cast<const Storage*>(p.h0)[i];
     if (keeps_checkpoints(p) && p.steps.step0 == 0) checkpoint(p, 0);
-    if (p.y) take(p, walk, p.y);
+    if (p.y && !by_chunks(p)) take(p, walk, p.y);
     const int t = walk.time(p.steps.step0);
     if constexpr (kKnown) {
       h_ = arrived(h_);
@@ -153,13 +156,16 @@ class ForwardUnit {
     y_.move(walk, 1), saved_.move(walk, 1);
   }
 
-  FUSED_RNN_DEVICE void finish(const ForwardLoop& p) const {
+  FUSED_RNN_DEVICE void finish(const ForwardLoop& p, const TimeIndex& walk) const {
     if (!at.inside) return;
     each<kCarried>([&](auto k) { static_cast<Acc*>(p.carried[k])[at.in_state(p.steps)] = carried_[k]; });
-    if (p.h_n && p.steps.step1 == p.steps.T) static_cast<Storage*>(p.h_n)[at.in_state(p.steps)] = h_;
+    if (p.h_n && (by_chunks(p) ? walk.ends(p.steps, at.length) : p.steps.step1 == p.steps.T))
+      static_cast<Storage*>(p.h_n)[at.in_state(p.steps)] = h_;
   }
 
  private:
+  // Others run its other steps meanwhile.
+  FUSED_RNN_DEVICE static bool by_chunks(const ForwardLoop& p) { return Cell::linear && p.steps.chunk != 0; }
   FUSED_RNN_DEVICE static bool keeps_checkpoints(const ForwardLoop& p) { return kStates > 1 && p.checkpoints[0]; }
   // The states that enter a step.
   FUSED_RNN_DEVICE void checkpoint(const ForwardLoop& p, int step) const {

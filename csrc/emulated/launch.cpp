@@ -26,6 +26,7 @@ std::string launch(Kernel<BackwardLoop> kernel, const BackwardLoop& loop, const 
   return launch_any(kernel, loop, shape);
 }
 std::string launch(Kernel<Rows> kernel, const Rows& rows, const Shape& shape, void*) { return launch_any(kernel, rows, shape); }
+std::string launch(Kernel<Join> kernel, const Join& chunks, const Shape& shape, void*) { return launch_any(kernel, chunks, shape); }
 void* load(const void*, const char*, std::string& error) {
   error = "the emulator runs no machine code";
   return nullptr;

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fused_rnn.cells import CELLS
-from fused_rnn.cuda import lanes, launch, limits, module, plain, plans, programs
+from fused_rnn.cuda import lanes, launch, limits, module, plain, plans, programs, scan
 from fused_rnn.gpu import op
 from fused_rnn.gpu.wavefront import Wavefront
 from fused_rnn.plan import NO_PRODUCT, PRECISIONS, fewer_blocks, stages_of
@@ -65,7 +65,13 @@ def describe(problem: Problem) -> str:
     device = module.device_index(torch.device(problem.device))
     number, cell = plans.precision(problem.dtype), CELLS[problem.cell]
     if not cell.recurrent:
-        return f"{module.where(device)}; {NO_PRODUCT}"
+        units, least = (
+            problem.recurrences * problem.batch * problem.hidden_size,
+            scan.FEWEST_CHUNKS * scan.SHORTEST_CHUNK,
+        )
+        in_chunks = plans.chunk_of_time(cell, device, least, units) < least
+        told = f", by chunks of time side by side from T = {least} on" if in_chunks else ""
+        return f"{module.where(device)}; {NO_PRODUCT}{told}"
     loops = []
     for backward in (False, True)[: 1 + problem.needs_grad]:
         sizes = (number, backward, cell.gates, problem.batch, problem.hidden_size, problem.recurrences)

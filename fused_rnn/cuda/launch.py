@@ -1,8 +1,9 @@
-"""A layer's two loops over time, by address: persistent where there is a plan, else a product and a launch a step."""
+"""A layer's two loops over time, by address: persistent where there is a plan, else a product and a launch a step.
+Without W_hh a launch for all steps, or chunks of them side by side."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +11,8 @@ from torch import Tensor
 
 from fused_rnn import ops
 from fused_rnn.call import wide
-from fused_rnn.cuda import module, plans, programs
+from fused_rnn.cells import Cell
+from fused_rnn.cuda import module, plans, programs, scan
 from fused_rnn.gpu.directions import direction_bits
 from fused_rnn.gpu.loops import Layer
 from fused_rnn.gpu.narrow import Narrow, widened
@@ -20,7 +22,7 @@ def _at(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def _each(tensors: Sequence[Tensor]) -> list[int]:
+def _each(tensors: Iterable[Tensor]) -> list[int]:
     return [tensor.data_ptr() for tensor in tensors]
 
 
@@ -52,13 +54,22 @@ class Loops:
         """The current one, on which torch's products run as well; layers that run side by side share these loops."""
         return torch.cuda.current_stream(self.device).cuda_stream if self.on_gpu else 0
 
-    def _bind(self, loop: str, given: dict[str, Any], plan: Any = None, loaded: int = 0) -> Any:
+    def _bind(
+        self, loop: str, given: dict[str, Any], plan: Any = None, loaded: int = 0, cell: Cell | None = None
+    ) -> Any:
         """The module's Forward or Backward with its arrays; without a plan it is told the products."""
-        cell = self.layer.cell
+        cell = cell or self.layer.cell
         if plan is None:
             loaded = programs.pointwise(cell, loop, self.dtype, self.device)
         name = "" if loaded else cell.name  # of what the module itself has
         return getattr(self.module, loop)(name, self.precision, plan, self.steps, **given, loaded=loaded)
+
+    @property
+    def _chunk(self) -> int:
+        """How many steps a chunk of time has; all of them where there are no chunks."""
+        layer = self.layer
+        units = layer.recurrences * layer.batch * layer.hidden
+        return plans.chunk_of_time(layer.cell, self.device, layer.steps, units)
 
     @staticmethod
     def _beside(matrices: Tensor | None, masks: Sequence[Tensor]) -> dict[str, Any]:
@@ -97,10 +108,13 @@ class Loops:
         if self.plan is not None:
             self._run(self._bind("Forward", given, self.plan, self.loaded), y)
             return
-        if w is None:  # a unit's thread runs all of its steps
-            self._bind("Forward", given).run(0, self.stream)
-            return
         layer = self.layer
+        if w is None:  # a unit's thread runs all of its steps
+            if (chunk := self._chunk) < layer.steps:
+                self._forward_in_chunks(given, carried, chunk)
+            else:
+                self._bind("Forward", given).run(0, self.stream)
+            return
         if self.narrow is not None:
             w = widened(w, scale, gx.dtype)
         weights = w.view(layer.recurrences, -1, layer.hidden).transpose(1, 2)
@@ -176,7 +190,10 @@ class Loops:
             self._run(self._bind("Backward", given, plan, loaded), dgates)
             return
         if w is None:
-            self._bind("Backward", given).run(0, self.stream)
+            if window == (0, layer.steps) and (chunk := self._chunk) < layer.steps:
+                self._backward_in_chunks(given, dstates, dparams, chunk)
+            else:
+                self._bind("Backward", given).run(0, self.stream)
             return
         product = w.new_empty(layer.recurrences, layer.batch, layer.hidden)
         weights = w.view(layer.recurrences, -1, layer.hidden)
@@ -196,3 +213,49 @@ class Loops:
         """A step at a time. products: before each of them, as the op has them."""
         a, b, out, directions = zip(*products, strict=True)
         ops.run_steps(a, b, out, directions, first, last, *loop.stepper, self.stream)
+
+    def _forward_in_chunks(self, given: dict[str, Any], carried: list[Tensor], chunk: int) -> None:
+        """The loop in chunks of so many steps: what each makes of no state, what enters each, and then the loop."""
+        steps, summary, count = self.layer.steps, scan.summary_of(self.layer.cell.name), len(carried)
+        made = _chunks(carried, count, -(-steps // chunk))
+        told = {name: given[name] for name in ("gx", "params", "h0")}
+        told |= {"carried": _each(made), "chunks": (0, (made.shape[1] - 1) * chunk, chunk)}
+        self._bind("Forward", told, cell=summary).run(0, self.stream)
+        self._join(made, count, carried, False)
+        told = {"carried": _each(made[:count]), "chunks": (0, steps, chunk)}
+        self._bind("Forward", given | told).run(0, self.stream)
+        torch._foreach_copy_(carried, list(made[:count, -1]))
+
+    def _backward_in_chunks(
+        self, given: dict[str, Any], dstates: list[Tensor], dparams: Tensor | None, chunk: int
+    ) -> None:
+        """Likewise from the last chunk back."""
+        layer, summary, count = self.layer, scan.summary_of(self.layer.cell.name), len(dstates)
+        own = layer.cell.carried
+        made = _chunks(dstates, own, -(-layer.steps // chunk))
+        given["last"] = dstates[0].data_ptr()
+        told = {"dgates": 0, "dparams": 0, "dstates": _each(made[:, 1:]), "chunks": (chunk, layer.steps, chunk)}
+        self._bind("Backward", given | told, cell=summary).run(0, self.stream)
+        self._join(made[count - own :], own, dstates[count - own :], True)
+        parts = None if dparams is None else dparams.new_zeros(made.shape[1], *dparams.shape)
+        told = {"dparams": _at(parts), "dstates": _each(made[:count]), "chunks": (0, layer.steps, chunk)}
+        self._bind("Backward", given | told).run(0, self.stream)
+        torch._foreach_copy_(dstates, list(made[:count, 0]))
+        if dparams is not None and parts is not None:
+            dparams += parts.sum(0)
+
+    def _join(self, made: Tensor, count: int, initial: list[Tensor], backward: bool) -> None:
+        """What enters each chunk, in the place of what it made of no state. made: of so many states that, then their
+        factors, then what no reset has cut."""
+        self.module.join(
+            sums=_each(made[:count]), factors=_each(made[count : 2 * count]), uncut=made[-1].data_ptr(),
+            initial=_each(initial), size=initial[0].numel(), chunks=made.shape[1], backward=backward,
+            is_double=made.dtype == torch.float64, stream=self.stream,
+        )  # fmt: skip
+
+
+def _chunks(states: list[Tensor], own: int, chunks: int) -> Tensor:
+    """[states + own + 1, chunks, R, B, H]: zeros for the states, then ones."""
+    made = states[0].new_zeros(len(states) + own + 1, chunks, *states[0].shape)
+    made[len(states) :] = 1
+    return made

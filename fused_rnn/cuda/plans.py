@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from fused_rnn.cells import Cell
-from fused_rnn.cuda import module
+from fused_rnn.cuda import module, scan
 from fused_rnn.cuda.chunks import paying_chunks
 from fused_rnn.gpu.precision import tf32_allowed
 from fused_rnn.plan import (
@@ -97,6 +97,11 @@ def chunks(cell: Cell, device: int, sizes: tuple[int, ...], layers: int, steps: 
         return _chunks or 1
     fewer = fewer_blocks(cell, PRECISIONS[sizes[0]], bool(sizes[1]))
     return _paying_chunks(module.loaded(), _forced, device, sizes, fewer, layers, steps)
+
+
+def chunk_of_time(cell: Cell, device: int, steps: int, units: int) -> int:
+    """How many steps a chunk of time has, as fused_rnn.cuda.scan has it; all of them where there are no chunks."""
+    return scan.chunk_of(cell, steps, units, _device(module.loaded(), device).multiprocessors)
 
 
 @lru_cache(maxsize=4096)

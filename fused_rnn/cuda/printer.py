@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from fused_rnn.cells import Cell
 from fused_rnn.cells.program import MATRIX_PRODUCTS, PUBLISHING, Graph, Program
+from fused_rnn.flex.scan import scan_of
 
 # Operations that are not functions of csrc/cells/math.h's policies. A comparison is a number, and so is a condition.
 _OPERATORS = {
@@ -295,6 +296,8 @@ def struct(program: Program, name: str = "Printed", sequences: bool = False) -> 
     staged = is_staged(program)
     if staged:
         says |= {"bool staged": "true", "int masks": len(program.masks), "int blocks": program.blocks}
+    if scan_of(program.text) is not None:
+        says |= {"bool linear": "true"}
     constants = [f"  static constexpr {what} = {value};" for what, value in says.items()]
     names = ", ".join(map(_word, (*program.states, *program.params)))
     head = [f"// {_word(program.title)}: {names}", f"struct {name} : CellDefaults {{"]

@@ -39,7 +39,7 @@ FLAVOURS: dict[str, list[str]] = {
     "races": ["-O1", "-g1", "-DFUSED_RNN_EMULATE_RACES", "-fsanitize=thread"],
 }
 PRECISIONS = ("bf16", "f16", "tf32", "ieee", "f64")
-PLAIN = ("cuda/run.cpp", "cuda/plan.cpp", "cuda/kernels.cpp", "cuda/rows.cu", "emulated/launch.cpp")
+PLAIN = ("cuda/run.cpp", "cuda/plan.cpp", "cuda/kernels.cpp", "cuda/rows.cu", "cuda/join.cu", "emulated/launch.cpp")
 
 
 def formulas(*headers: Path) -> dict[str, str]:

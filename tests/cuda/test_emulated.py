@@ -21,6 +21,8 @@ from torch import Tensor
 from fused_rnn.cells import CELLS, Cell
 
 from .emulated import cases, mutations
+from .emulated.linear import LINEAR_CELLS, NAMES, instances
+from .emulated.linear import header as linear_header
 from .emulated.mutation import plant
 from .emulated.staged import STAGED_CELLS
 from .emulated.staged import header as staged_header
@@ -65,7 +67,7 @@ MORE_CELLS = {
 
 @pytest.fixture
 def more_cells(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, cell in (MORE_CELLS | STAGED_CELLS).items():
+    for name, cell in (MORE_CELLS | STAGED_CELLS | LINEAR_CELLS).items():
         monkeypatch.setitem(CELLS, name, cell)
 
 
@@ -73,6 +75,8 @@ def more_for(instance: build.Instance) -> Path | None:
     """The header of a cell that is not among the built-in ones."""
     if instance.cell in STAGED_CELLS:
         return staged_header()
+    if instance.cell in LINEAR_CELLS:
+        return linear_header()
     return None if instance.cell in build.CELLS else HEADER
 
 
@@ -165,7 +169,7 @@ def mutants(
         mutation = mutations.MUTATIONS[name]
         csrc = plant(mutation, folder / str(number))
         instance = mutation.instance._replace(shapes=cases.shapes(mutation.cases))
-        return build.module(mutation.by, [instance], csrc, more_for(instance))
+        return build.module(mutation.by, instances(instance), csrc, more_for(instance))
 
     tests = [item for item in request.session.items if isinstance(item, pytest.Function)]
     names = [test.callspec.params["name"] for test in tests if test.function is test_mistake_is_caught]
@@ -193,7 +197,8 @@ def test_without_a_mistake_all_is_well(by: str, tmp_path: Path) -> None:
         if mutation.by == by:
             told[mutation.instance] |= set(mutation.cases)
     for instance, some in told.items():
-        library = build.module(by, [instance._replace(shapes=cases.shapes(some))], more=more_for(instance))
+        wanted = instances(instance._replace(shapes=cases.shapes(some)))
+        library = build.module(by, wanted, more=more_for(instance))
         assert not (found := drive(by, library, sorted(some), mutations.SEEDS[by], tmp_path)), found
 
 
@@ -263,3 +268,34 @@ def test_races_of_stages(name: str, tmp_path: Path) -> None:
     library = build.module("races", [instance], more=more_for(instance))
     told = in_stages(name, "bf16", ("cta", "cluster 2", "grid"), 3, 3)
     assert not (found := drive("races", library, told, 1, tmp_path)), found
+
+
+# Chunks of time side by side, of a cell that is linear in its states. T of whole chunks, of no whole ones, and of more
+# than are joined at once; a chunk for each step.
+IN_CHUNKS = [(8, 4), (7, 3), (19, 2), (5, 1)]
+
+
+def in_chunks(cell: str, precision: str, lengths: Sequence[tuple[int, int]] = IN_CHUNKS) -> list[cases.Case]:
+    told = []
+    for k, (steps, chunk) in enumerate(lengths):
+        masked = {"lengths": k != 0, "reset": k % 2 == 1, "sequences": k == 1 and cell != "linear_indrnn"}
+        one = cases.Case(cell, precision, "stepwise", steps, 3, (17, 5)[k % 2], ("f", "fr")[k > 0], chunk=chunk)
+        told += [one._replace(**masked), one._replace(**masked, save="recompute", every=3)]
+    return told
+
+
+@pytest.mark.usefixtures("more_cells")
+@pytest.mark.parametrize("precision", ["bf16", "ieee", "f64"])
+@pytest.mark.parametrize("name", NAMES)
+def test_address_and_undefined_behaviour_of_chunks(name: str, precision: str, tmp_path: Path) -> None:
+    instance = build.Instance(name, precision, smallest=True, shapes=0)
+    library = build.module("asan", instances(instance), more=more_for(instance))
+    assert not (found := drive("asan", library, in_chunks(name, precision), SEEDS, tmp_path)), found
+
+
+@pytest.mark.usefixtures("more_cells")
+@pytest.mark.parametrize("name", NAMES)
+def test_races_of_chunks(name: str, tmp_path: Path) -> None:
+    instance = build.Instance(name, "ieee", smallest=True, shapes=0)
+    library = build.module("races", instances(instance), more=more_for(instance))
+    assert not (found := drive("races", library, in_chunks(name, "ieee"), 1, tmp_path)), found

@@ -11,12 +11,14 @@ from typing import Any
 import pytest
 import torch
 from emulated_printed import SHAPES
+from linear_cells import SCANS
 from programs import GRU, LEAKY, LSTM, SRU
 from stage_cells import STAGED
 
 from fused_rnn.cells import CELLS
 from fused_rnn.cuda import module, nvrtc, printer, programs
 from fused_rnn.cuda.printer import Kernel
+from fused_rnn.cuda.scan import summary_of
 
 ROOT = Path(__file__).parents[2]
 needs_nvrtc = pytest.mark.skipif(nvrtc.missing() is not None, reason=str(nvrtc.missing()))
@@ -26,6 +28,11 @@ KERNELS = [
     (LEAKY, Kernel("persistent_bwd", "tf32", 1)),
     (GRU, Kernel("pointwise_bwd", "f64")),
     (SRU, Kernel("pointwise_fwd", "f16")),
+    (SCANS["many"].descriptor().name, Kernel("pointwise_fwd", "bf16")),
+    *(
+        (summary_of(SCANS["min_lstm"].descriptor().name).name, Kernel(f"pointwise_{kind}", "bf16"))
+        for kind in ("fwd", "bwd")
+    ),
     (STAGED["reset_before"].descriptor().name, Kernel("persistent_fwd", "bf16", 1)),
     (STAGED["layer_norm"].descriptor().name, Kernel("persistent_bwd", "bf16", 1)),
     (LSTM, Kernel("persistent_fwd", "bf16", 1, shape=SHAPES.index((False, "cluster", 4, 16)))),

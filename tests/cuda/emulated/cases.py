@@ -74,10 +74,12 @@ class Case(NamedTuple):
     rows: int = 8
     sequences: bool = False  # states over time are returned, and have gradients
     narrow: str = ""  # what W_hh is kept in, without backward
+    chunk: int = 0  # of a cell that is linear in its states: steps of each of the chunks that run side by side
 
     @property
     def name(self) -> str:
         options = ("lengths" * self.lengths, "reset" * self.reset, "sequences" * self.sequences, self.save, self.narrow)
+        options += (f"chunks of {self.chunk}" * (self.chunk > 0),)
         shape = f"T{self.T} B{self.B} H{self.H} {self.directions} rows{self.rows}"
         return " ".join([self.cell, self.precision, self.exchange, shape, *filter(None, options)])
 

@@ -99,12 +99,13 @@ class Run:
 
         return {name: one(v) for name, v in given.items()}
 
-    def bind(self, direction: str, plan: Any, given: dict[str, Any]) -> Any:
+    def bind(self, direction: str, plan: Any, given: dict[str, Any], of: str = "") -> Any:
+        """of: what follows the cell's name."""
         told = {
             **self.told(given | {"masks": self.own["masks"], "matrices": self.own["matrices"]}),
             "times": self.own["times"],
         }
-        return getattr(self.module, direction)(self.cell, self.kind, plan, self.steps, **told)
+        return getattr(self.module, direction)(self.cell + of, self.kind, plan, self.steps, **told)
 
     def run_planned(self, direction: str, given: dict[str, Any]) -> None:
         loop = self.bind(direction, self.plan(direction == "Backward"), given)
@@ -186,7 +187,9 @@ class Run:
             "saved": self.saved, "histories": self.histories, "wide": self.are_wide, "checkpoints": self.checkpoints,
             "every": every,
         }  # fmt: skip
-        if not self.recurrent:
+        if case["chunk"]:
+            self.forward_by_chunks(loop, carried)
+        elif not self.recurrent:
             self.bind("Forward", None, loop).run(0, 0)
         elif case["kind"] < 0:
             self.forward_by_steps(loop)
@@ -200,6 +203,47 @@ class Run:
             self.check(f"sequence{i}", over_time)
         for i, rows in enumerate(self.checkpoints, 1):
             self.check(f"entered{i}", rows, self.right[f"entered{i}"][::every])
+
+    # ---- chunks of time side by side, as fused_rnn/cuda/launch.py has them run
+
+    def chunks(self, states: int, count: int, backward: bool) -> list[Array]:
+        """[chunks, R, B, H] each: zeros for the states, and ones for the factors of `count` of them and for one more.
+        Of the chunk that runs last nobody may use them."""
+        shape = (-(-self.T // self.case["chunk"]), self.R, self.B, self.H)
+        made = [self.poisoned("chunks", *shape, dtype=self.wide) for _ in range(states + count + 1)]
+        for i, one in enumerate(made):
+            (one[1:] if backward else one[:-1])[:] = i >= states
+        return made
+
+    def join(self, sums: list[Array], factors: list[Array], initial: list[Array], uncut: Array, backward: bool) -> None:
+        told = self.told({"sums": sums, "factors": factors, "initial": initial, "uncut": uncut})
+        sizes = {"size": initial[0].size, "chunks": len(uncut), "is_double": self.wide is np.float64}
+        self.module.join(**told, **sizes, backward=backward, stream=0)
+
+    def forward_by_chunks(self, loop: dict[str, Any], carried: list[Array]) -> None:
+        count, chunk = len(carried), self.case["chunk"]
+        made = self.chunks(count, count, False)
+        told = {name: loop[name] for name in ("gx", "params", "h0")} | {"carried": made}
+        self.bind("Forward", None, told | {"chunks": (0, (len(made[0]) - 1) * chunk, chunk)}, "_summary").run(0, 0)
+        self.join(made[:count], made[count : 2 * count], carried, made[-1], False)
+        self.bind("Forward", None, loop | {"carried": made[:count], "chunks": (0, self.T, chunk)}).run(0, 0)
+        for state, each in zip(carried, made, strict=False):
+            state[:] = each[-1]
+
+    def backward_by_chunks(self, loop: dict[str, Any]) -> None:
+        states, chunk, own = self.states, self.case["chunk"], self.states - self.first
+        made = self.chunks(states, own, True)
+        loop["last"] = self.dstates[0]
+        told = {"dgates": None, "dparams": None, "dstates": [one[1:] for one in made], "chunks": (chunk, self.T, chunk)}
+        self.bind("Backward", None, loop | told, "_summary").run(0, 0)
+        self.join(made[self.first : states], made[states : states + own], self.dstates[self.first :], made[-1], True)
+        parts = None if self.dparams is None else np.zeros((len(made[0]), *self.dparams.shape), self.wide)
+        told = {"dparams": parts, "dstates": made[:states], "chunks": (0, self.T, chunk)}
+        self.bind("Backward", None, loop | told).run(0, 0)
+        for d, each in zip(self.dstates, made, strict=False):
+            d[:] = each[0]
+        if self.dparams is not None and parts is not None:
+            self.dparams += parts.sum(0)
 
     def forward_by_steps(self, loop: dict[str, Any]) -> None:
         entering = self.poisoned("entering", self.R, self.B, self.H)
@@ -262,6 +306,9 @@ class Run:
             "dstates": self.dstates, "params": self.given.get("params"), "dparams": self.dparams,
             "dsequences": [self.given[f"dq{i}"] for i in range(1, self.states) if self.case["sequences"]],
         }  # fmt: skip
+        if self.case["chunk"] and window == (0, self.T):
+            self.backward_by_chunks(loop)
+            return
         if not self.recurrent:
             self.bind("Backward", None, loop).run(0, 0)
             return

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from .cases import Case
 from .mutation import BWD, EXCHANGE, FWD, GATHER, INDEX, PRECISION, UNIT_BWD, UNIT_FWD, WEIGHTS, WRONG, Mutation
+from .mutations_of_chunks import OF_CHUNKS
 from .mutations_of_stages import OF_STAGES
 from .mutations_of_teams import OF_TEAMS, SCATTER_WINDOWS
 
@@ -256,4 +257,5 @@ MUTATIONS: dict[str, Mutation] = {
     ),
     **OF_TEAMS,
     **OF_STAGES,
+    **OF_CHUNKS,
 }
