@@ -54,7 +54,8 @@ class Reduction {
   }
 
   // A turn begins, of so many pairs a row.
-  FUSED_RNN_DEVICE void begin(int pairs) const {
+  FUSED_RNN_DEVICE void begin(int pairs) {
+    renew(count_);  // the places of all pairs, kept from step to step, would take the registers that the weights need
     if (team_.exchange == ExchangeKind::cluster && threadIdx.x == 0)
       barrier_expect(&barriers_[turn_ & 1], team_.members * (team_.units / 16) * team_.rows * pairs * 8);
     sync_warp();

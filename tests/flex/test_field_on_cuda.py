@@ -26,7 +26,14 @@ POINTWISE = ("ieee", "bf16", "f64", "f16")
 TURNS = {name: POINTWISE[i % len(POINTWISE)] for i, name in enumerate(NAMES)}
 BY_TEAMS = {"CoupledLSTM": "bf16", "SLSTM-heads": "f16", "LiGRU": "bf16"}
 # Of several stages, which teams alone run, and that do not make gates again.
-STAGED_BY_TEAMS = {"BlockGRU": "bf16", "BlockGRU-blocks": "bf16", "ResetBeforeGRU": "f16", "MGU": "bf16"}
+STAGED_BY_TEAMS = {
+    "BlockGRU": "bf16",
+    "BlockGRU-blocks": "bf16",
+    "ResetBeforeGRU": "f16",
+    "MGU": "bf16",
+    "LayerNormLSTM": "ieee",
+    "LayerNormGRU": "bf16",
+}
 
 
 def printed(precision: str) -> list[Printed]:
