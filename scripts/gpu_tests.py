@@ -28,7 +28,7 @@ SILENT = 60  # and for a start; a process whose main thread never lets go of the
 # processes they run: Triton's spend their time in its compiler.
 LANES = {
     "cuda": (("tests/cuda/test_gpu.py",), 2),
-    "programs": (("tests/cuda/test_gpu_programs.py", "tests/cuda/test_gpu_narrow.py"), 4),
+    "programs": (("tests/cuda/test_gpu_programs.py", "tests/cuda/test_gpu_narrow.py"), 5),
     "autocast": (("tests/test_autocast.py",), 1),
     "emulator": (("tests/emulator/test_emulator.py",), 1),
     "bench": (("tests/commands/test_bench.py", "tests/commands/test_bench_gpu.py"), 1),

@@ -11,6 +11,7 @@ import pytest
 import stage_cells
 import torch
 from cuda_cases import EXCHANGES, PRECISIONS, _Tf32Products
+from linear_cells import SCANS
 from plain_loop import Own
 from plain_loop import check as check_module
 from program_cases import ProgramCase, by_loop, by_reference, call_of
@@ -63,6 +64,17 @@ def test_other_programs(cell: str, precision: str) -> None:
     check(ProgramCase(cell, T=3, B=40, H=65, dtype=PRECISIONS[precision], **MASKED), precision)
 
 
+@pytest.mark.parametrize("save", ["gates", "recompute"])
+@pytest.mark.parametrize("precision", ["bf16", "f16", "ieee", "f64"])
+@pytest.mark.parametrize("cell", SCANS)
+def test_chunks_of_time(cell: str, precision: str, save: str) -> None:
+    """Four of them side by side, as the planner has them."""
+    spec = SCANS[cell].descriptor()
+    case = ProgramCase(spec.name, T=300, B=3, H=40, save=save, dtype=PRECISIONS[precision], **MASKED)
+    assert plans.chunk_of_time(spec, torch.cuda.current_device(), case.T, 2 * case.B * case.H) == 75
+    check(case, precision)
+
+
 STAGES = {
     "layer_norm": "bf16",
     "layer_norm_lstm": "ieee",
@@ -107,10 +119,11 @@ def train(rnn: torch.nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
     return [y.detach(), *torch.autograd.grad(y.float().square().sum(), [x, *rnn.parameters()])]
 
 
-def test_captured_and_replayed() -> None:
-    cell = literature.CELLS["peephole_lstm"]
-    rnn = fused_rnn.FlexRNN(cell, 24, 64, device="cuda", dtype=torch.bfloat16, backend="cuda")
-    x = torch.randn(7, 20, 24, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+@pytest.mark.parametrize(("cell", "steps"), [("peephole_lstm", 7), ("min_gru", 300)])
+def test_captured_and_replayed(cell: str, steps: int) -> None:
+    """By a team; by chunks of time."""
+    rnn = fused_rnn.FlexRNN(literature.CELLS[cell], 24, 64, device="cuda", dtype=torch.bfloat16, backend="cuda")
+    x = torch.randn(steps, 20, 24, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
