@@ -187,14 +187,14 @@ def check_lengths(lengths: Tensor | Sequence[int], x: Tensor) -> Tensor:
     if lengths.shape != (batch,):
         got = shape_text(lengths.shape) if lengths.dim() else "a single number"
         raise ValueError(f"lengths: got {got}, expected [B] = [{batch}]")
-    if batch and _can_be_read(lengths):
+    if batch and can_be_read(lengths):
         low, high = (int(end) for end in torch.aminmax(lengths))
         if low < 0 or high > steps:
             raise ValueError(f"lengths: got values from {low} to {high}, expected 0 to T = {steps}")
     return lengths.to(device=x.device, dtype=torch.int64)
 
 
-def _can_be_read(t: Tensor) -> bool:
+def can_be_read(t: Tensor) -> bool:
     """Whether t has values, at once, that nothing is recording."""
     if t.device.type != "cpu" or torch.compiler.is_compiling() or in_transform() or torch._C._is_tracing():
         return False

@@ -239,7 +239,7 @@ def test_a_bool_is_no_probability_though_it_equals_one(given: Any) -> None:
         module.zoneout = good
         module(x)
     module.zoneout = given
-    with pytest.raises(TypeError, match="zoneout: got (True|False), expected a probability"):
+    with pytest.raises(TypeError, match=r"zoneout: got (True|False), expected a probability"):
         module(x)
     module.zoneout, module.recurrent_dropout = 0.0, False
     with pytest.raises(TypeError, match="recurrent_dropout: got False, expected a probability"):
