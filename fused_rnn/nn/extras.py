@@ -198,7 +198,7 @@ def run(
         for r in range(recurrences):
             mine = list(weights[r * each : (r + 1) * each])
             if now.weight_dropout > 0:
-                mine[1] = mine[1] * draw(mine[1], now.weight_dropout)
+                mine[1] = mine[1] * draw(mine[1].detach(), now.weight_dropout)
             if dropped:
                 masks.append(draw(x.new_empty(1, x.shape[1], units), now.recurrent_dropout))
                 mine.append(masks[-1])
@@ -230,7 +230,8 @@ class _Draw:
         self._number = 0
 
     def __call__(self, like: Tensor, p: float, low: float = 0.0, high: float | None = None) -> Tensor:
-        """`low` with probability p, else `high`: 1 / (1 - p) if it is None. like: for shape and dtype."""
+        """`low` with probability p, else `high`: 1 / (1 - p) if it is None. like: without a gradient, for shape and
+        dtype."""
         high = 1 / (1 - p) if high is None else high
         if not self._by_op:
             # Made of no tensor of the call's: under vmap `randomness` alone says whether rows have masks of their own.
@@ -239,7 +240,7 @@ class _Draw:
         if self._seed is None:
             self._seed = torch.randint(-(2**63), 2**63 - 1, (1,), device="cpu")
         self._number += 1
-        return ops.mask(self._seed, like.detach(), p, low, high, self._number)  # type: ignore[misc]
+        return ops.mask(self._seed, like, p, low, high, self._number)  # type: ignore[misc]
 
 
 def returned(module: Any, variant: Variant, y: Any, hx: Any) -> Any:
