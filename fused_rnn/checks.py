@@ -79,11 +79,12 @@ def parse(cell: str, shapes: Shapes, input_size: int, num_layers: int, recurrenc
 
 def check_masks(kinds: Kinds, weights: Sequence[Tensor], steps: int, batch: int) -> None:
     """Whether the masks among the weights are of all of time and the batch. Raises ValueError."""
-    for k, w in enumerate(weights):
-        if kinds.is_mask(k) and (w.shape[1] != batch or w.shape[0] not in (1, steps)):
-            raise ValueError(
-                f"weights[{k}]: got {shape_text(w.shape)}, expected a mask [1 or T, B, H] with T = {steps}, B = {batch}"
-            )
+    for last in range(kinds.number, len(weights) + 1, kinds.number):
+        for k in range(last - kinds.masks, last):
+            shape = weights[k].shape
+            if shape[1] != batch or shape[0] not in (1, steps):
+                expected = f"a mask [1 or T, B, H] with T = {steps}, B = {batch}"
+                raise ValueError(f"weights[{k}]: got {shape_text(shape)}, expected {expected}")
 
 
 _parse_cached = lru_cache(maxsize=4096)(parse)
@@ -187,14 +188,14 @@ def check_lengths(lengths: Tensor | Sequence[int], x: Tensor) -> Tensor:
     if lengths.shape != (batch,):
         got = shape_text(lengths.shape) if lengths.dim() else "a single number"
         raise ValueError(f"lengths: got {got}, expected [B] = [{batch}]")
-    if batch and _can_be_read(lengths):
+    if batch and can_be_read(lengths):
         low, high = (int(end) for end in torch.aminmax(lengths))
         if low < 0 or high > steps:
             raise ValueError(f"lengths: got values from {low} to {high}, expected 0 to T = {steps}")
     return lengths.to(device=x.device, dtype=torch.int64)
 
 
-def _can_be_read(t: Tensor) -> bool:
+def can_be_read(t: Tensor) -> bool:
     """Whether t has values, at once, that nothing is recording."""
     if t.device.type != "cpu" or torch.compiler.is_compiling() or in_transform() or torch._C._is_tracing():
         return False

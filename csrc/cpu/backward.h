@@ -243,27 +243,13 @@ struct BackwardLoop : Counts<Cell> {
     const Bytecode& code = *work.code;
     const auto strip_of = [&](const Strip& strip) {
       const int n = strip.n;
-      const bool full = (strip.unit_of(n - 1) + 1) * L <= H;
       bool on[kStrip], zero[kStrip];
       for (int e = 0; e < n; ++e) on[e] = true, zero[e] = false;
       if (masked)
         for (int e = 0; e < n; ++e) on[e] = active(t, strip.row_of(e)), zero[e] = cut(t, strip.row_of(e));
       Place<S>* const in = work.operands;
-      // Input i from rows of `stride` elements: where it lies, or, where it is of another type or ends within a vector, a copy.
-      const auto lies = [&](int i, const auto* base, int64_t stride) __attribute__((always_inline)) {
-        if (!code.reads[i]) return;
-        if constexpr (sizeof(*base) == sizeof(S)) {
-          if (full) {
-            in[i] = {(const S*)base + strip.first(L, stride), strip.step(L, stride)};
-            return;
-          }
-        }
-        for (int e = 0; e < n; ++e) {
-          const int64_t first = strip.unit_of(e) * L;
-          store(work.copy(i) + e * L, load(base + strip.row_of(e) * stride + first, lanes_left(H, first, L)));
-        }
-        in[i] = {work.copy(i), L};
-      };
+      const auto lies = [&](int i, const auto* base, int64_t stride)
+                            __attribute__((always_inline)) { work.lies(strip, i, base, stride, H); };
       for (int i = 0; i < SV; ++i) lies(i, (const T*)f.saved + (row - kept_shift) * SV * H + i * H, R * SV * H);
       for (int i = 0; i < ST; ++i) {
         const T* const kept = i == 0 ? (const T*)f.hidden : (const T*)f.histories[i] - kept_shift * H;
@@ -286,7 +272,8 @@ struct BackwardLoop : Counts<Cell> {
         }
       }
       for (int i = 0; i < NP; ++i) in[SV + 2 * ST + i] = {m.params + i * unit_stride + strip.unit * L, strip.step(L, 0)};
-      const int gradients = SV + 2 * ST + NP;
+      const int first_mask = SV + 2 * ST + NP, gradients = first_mask + p.cell->masks;
+      for (int i = 0; i < p.cell->masks; ++i) lies(first_mask + i, (const T*)w.masks[i] + t * w.mask_time[i], H);
       in[gradients] = {m.dh + strip.first(L, dh_stride), strip.step(L, dh_stride)};
       for (int i = 1; i < ST; ++i) {
         in[gradients + i] = {m.dstates[i] + strip.first(L, unit_stride), strip.step(L, unit_stride)};

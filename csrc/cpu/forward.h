@@ -377,6 +377,7 @@ struct ForwardLoop : Counts<Cell> {
       }
       for (int i = 1; i < ST; ++i) in[PA + i] = {m.states[i] + strip.first(L, state_stride), strip.step(L, state_stride)};
       for (int i = 0; i < NP; ++i) in[PA + ST + i] = {m.params + i * state_stride + strip.unit * L, strip.step(L, 0)};
+      for (int i = 0; i < p.cell->masks; ++i) work.lies(strip, PA + ST + NP + i, (const T*)w.masks[i] + t * w.mask_time[i], H, H);
       interpret(code, in, n);
       const auto out = [&](int i, auto function) __attribute__((always_inline)) {
         const Place<S> value = work.output(i);

@@ -167,6 +167,22 @@ struct Workspace {
   }
   ALWAYS_INLINE S* copy(int input) const { return copies + int64_t(input) * most * L; }
   ALWAYS_INLINE const Place<S>& output(int i) const { return operands[code->output[i]]; }
+  // Input i of rows of H units, `stride` elements apart: where it lies, or, where it is of another type or ends within a vector, a copy.
+  template <class T>
+  ALWAYS_INLINE void lies(const Strip& strip, int i, const T* base, int64_t stride, int64_t H) const {
+    if (!code->reads[i]) return;
+    if constexpr (sizeof(T) == sizeof(S)) {
+      if ((strip.unit_of(strip.n - 1) + 1) * L <= H) {
+        operands[i] = {(const S*)base + strip.first(L, stride), strip.step(L, stride)};
+        return;
+      }
+    }
+    for (int e = 0; e < strip.n; ++e) {
+      const int64_t first = strip.unit_of(e) * L, left = H - first;
+      store(copy(i) + e * L, load(base + strip.row_of(e) * stride + first, int(left < L ? left : L)));
+    }
+    operands[i] = {copy(i), L};
+  }
 };
 
 }  // namespace FUSED_RNN_ISA

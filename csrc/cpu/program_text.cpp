@@ -226,7 +226,7 @@ struct Kept {
       return group == 1 && value != gradients + place && value >= gradients && value < gradients + number_of_states;
     };
     cell.reads_h = reads(there, pre);
-    if (cell.masks || has_stages(there) || has_stages(back)) {
+    if (has_stages(there) || has_stages(back)) {
       const auto is_state = [&](int value) { return value > pre && value < pre + number_of_states; };
       const auto is_gradient = [&](int value) { return value >= gradients; };
       const auto state_waits = [](size_t group, int place) { return group == 0 && place > 0; };

@@ -120,7 +120,7 @@ std::vector<Tensor> cpu_backward(MaybeTensor dy, std::vector<Tensor> dstates, Te
   }
 
   const std::vector<Tensor> d = layer.wide_states(dstates);        // in and out of each range
-  const std::vector<Tensor> initial = layer.wide_states(states);
+  const std::vector<Tensor> initial = layer.entering_states(states);
   MaybeTensor h0;
   if (!states.empty()) h0 = as_contiguous(states[0]);
 

@@ -1,5 +1,7 @@
 // One layer as the ops receive it, checked: sizes, dtypes and devices agree before any kernel sees a pointer.
 #pragma once
+#include <algorithm>
+
 #include "tensors.h"
 
 namespace fused_rnn::ops {
@@ -102,6 +104,11 @@ class Layer {
     for (size_t i = 0; i < size_t(p.cell->states); ++i)
       made.push_back(given.empty() ? zeros({p.R, p.B, width(i)}, wide) : copied(given[i], wide));
     return made;
+  }
+  // The same to be read alone: where none are given all are one.
+  std::vector<Tensor> entering_states(const std::vector<Tensor>& given) const {
+    if (!given.empty()) return wide_states(given);
+    return std::vector<Tensor>(size_t(p.cell->states), zeros({p.R, p.B, std::max(p.P, p.H)}, accumulation_type(x_)));
   }
   // The states that enter every kCheckpointEvery-th step, for the loop to fill; the rows that it will not reach are zero.
   Tensor checkpoints() const {

@@ -49,6 +49,21 @@ FUSED_RNN_CLONES void philox(uint64_t key, uint64_t stream, uint64_t first, int 
   }
 }
 
+// Of so many numbers which are below the bound: `low` there, else `high`.
+template <class T>
+inline __attribute__((always_inline)) void choose(const uint32_t* numbers, uint32_t bound, T low, T high, T* to, int n) {
+  for (int k = 0; k < n; ++k) to[k] = numbers[k] < bound ? low : high;
+}
+FUSED_RNN_CLONES void chosen(const uint32_t* numbers, uint32_t bound, float low, float high, float* to, int n) {
+  choose(numbers, bound, low, high, to, n);
+}
+FUSED_RNN_CLONES void chosen(const uint32_t* numbers, uint32_t bound, double low, double high, double* to, int n) {
+  choose(numbers, bound, low, high, to, n);
+}
+FUSED_RNN_CLONES void chosen(const uint32_t* numbers, uint32_t bound, uint16_t low, uint16_t high, uint16_t* to, int n) {
+  choose(numbers, bound, low, high, to, n);
+}
+
 template <class T>
 void fill(uint64_t key, uint64_t stream, double p, T low, T high, T* to, int64_t n) {
   if (p >= 1) return std::fill(to, to + n, low);
@@ -57,7 +72,7 @@ void fill(uint64_t key, uint64_t stream, double p, T low, T high, T* to, int64_t
   for (int64_t i = 0; i < n; i += kBlocks * kBlock) {
     const int left = int(std::min<int64_t>(n - i, kBlocks * kBlock));
     philox(key, stream, uint64_t(i / kBlock), (left + kBlock - 1) / kBlock, numbers);
-    for (int k = 0; k < left; ++k) to[i + k] = numbers[k] < bound ? low : high;
+    chosen(numbers, bound, low, high, to + i, left);
   }
 }
 

@@ -113,18 +113,19 @@ class LayerFunction(Function):
     def backward(ctx: Any, dy: Tensor | None, *douts: Tensor | None) -> tuple[Any, ...]:
         backend, given, cell, directions, save, sequences = ctx.call
         x, lengths, reset, hidden, saved, *rest = ctx.saved_tensors
-        count = len(CELLS[cell].states)
+        spec = CELLS[cell]
+        count = len(spec.states)
         last = count - 1 + given
         states, weights, needs = rest[count - 1 : last], rest[last:], ctx.needs_input_grad
         need_dx, need_dw = needs[_PLAIN], True in needs[_PLAIN + 3 + given :]
         dstates: Sequence[Tensor] = ()
         dsequences: Sequence[Tensor] = ()
-        given_out = douts[: count + sequences * (count - 1)]
-        if any(d is not None for d in given_out):
+        if any(d is not None for d in douts[:count]):
             layer = LayerCall(x, weights, states, lengths, reset, cell, directions)
-            dstates = together(layer.state_shapes(), x, given_out[:count])
-            if any(d is not None for d in given_out[count:]):
-                dsequences = [x.new_empty(0) if d is None else d for d in given_out[count:]]
+            dstates = together(layer.state_shapes(), x, douts[:count])
+        if sequences and any(d is not None for d in douts[count : 2 * count - 1]):
+            absent = x.new_empty(0)
+            dsequences = [absent if d is None else d for d in douts[count : 2 * count - 1]]
         if dy is None and not dstates and not dsequences:
             return (None,) * len(needs)
         histories, options = rest[: count - 1], (cell, directions, save, need_dx, need_dw)
@@ -132,9 +133,10 @@ class LayerFunction(Function):
         dx, *grads = pull(backend, BackwardCall(dy, dstates, *saved_call))
         if not need_dw:
             grads += [None] * len(weights)
-        elif CELLS[cell].masks:
-            kinds = LayerCall(x, weights, states, lengths, reset, cell, directions).kinds
-            grads[given:] = kinds.without_masks(grads[given:])
+        elif spec.masks:
+            each = len(weights) // len(directions)
+            for end in range(given + each, len(grads) + 1, each):
+                grads[end - spec.masks : end] = [None] * spec.masks
         return (*[None] * _PLAIN, dx if need_dx else None, None, None, *grads)
 
     @staticmethod

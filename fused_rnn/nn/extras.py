@@ -7,11 +7,13 @@ layer runs a variant of its cell: flex/variant.py.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from fused_rnn import layers, ops
 from fused_rnn.cells import CELLS
@@ -59,11 +61,42 @@ def complete(module: Any, values: dict[str, Any] = DEFAULTS) -> None:
     module.__dict__["_fused_extras"] = True
 
 
+class Variant(NamedTuple):
+    """What a call of a module with extras runs.
+
+    now: what was asked for.  cell, dropped: as flex/variant.py has them.  zoned: of each state that a mask holds the
+    probability.  states: how many the cell has.  masked_h: whether its first is what h is times a mask.  over_time:
+    whether more than the first is returned of every step.
+    """
+
+    now: Extras
+    cell: str
+    dropped: str
+    zoned: tuple[float, ...]
+    states: int
+    masked_h: bool
+    over_time: bool
+
+
 def read(module: Any) -> Extras:
     """The extras of a module that has some. Raises TypeError, ValueError for what they cannot be."""
+    return _read(*_given(module))
+
+
+def _given(module: Any) -> tuple[Any, ...]:
     dropped, on, zoneout, weights, sequences, gates = [getattr(module, name) for name in DEFAULTS]
-    spec, states = CELLS[module._fused_cell], module._fused_states
-    zoned = states if module._fused_zoned is None else module._fused_zoned
+    zones = zoneout if isinstance(zoneout, (tuple, list)) else (zoneout,)
+    return (
+        module._fused_cell, module._fused_states, module._fused_zoned, module._fused_refused, module.proj_size,
+        dropped, on, weights, sequences, gates, zones is zoneout, *zones,
+    )  # fmt: skip
+
+
+def _read(
+    cell: str, states: int, may_zone: int | None, refused: Sequence[str], proj_size: int, dropped: Any, on: Any,
+    weights: Any, sequences: Any, gates: Any, each: bool, *zoneout: Any,
+) -> Extras:  # fmt: skip
+    spec, zoned = CELLS[cell], states if may_zone is None else may_zone
     drop, weight = _probability("recurrent_dropout", dropped), _probability("weight_dropout", weights)
     if not isinstance(gates, bool):
         raise TypeError(f"return_gates: got {gates!r}, expected True or False")
@@ -71,14 +104,11 @@ def read(module: Any) -> Extras:
         raise ValueError(f"return_sequences: got {sequences!r}, expected 'h' or 'states'")
     if on not in ("h", "g"):
         raise ValueError(f"recurrent_dropout_on: got {on!r}, expected 'h' or 'g'")
-    if isinstance(zoneout, (tuple, list)):
-        if len(zoneout) != states:
-            raise ValueError(
-                f"zoneout: got {len(zoneout)} probabilities, expected one, or one for each of {states} states"
-            )
-        zones = tuple(_probability("zoneout", each) for each in zoneout)
-    else:
-        zones = tuple([_probability("zoneout", zoneout)] * zoned + [0.0] * (states - zoned))
+    if each and len(zoneout) != states:
+        raise ValueError(f"zoneout: got {len(zoneout)} probabilities, expected one, or one for each of {states} states")
+    zones = tuple(_probability("zoneout", zone) for zone in zoneout)
+    if not each:
+        zones = zones * zoned + (0.0,) * (states - zoned)
     if any(zones[zoned:]):
         name = next(name for name, p in zip(spec.states[zoned:], zones[zoned:], strict=True) if p)
         raise ValueError(f"zoneout: got a probability for {name!r}, expected 0: it has no meaning without the others")
@@ -88,10 +118,10 @@ def read(module: Any) -> Extras:
         name = "weight_dropout" if weight else "recurrent_dropout"
         raise ValueError(f"{name}: got {weight or drop}, expected 0: the cell has no W_hh")
     for name, value in (("recurrent_dropout", drop), ("weight_dropout", weight)):
-        if value and name in module._fused_refused:
+        if value and name in refused:
             raise ValueError(f"{name}: got {value!r}, expected 0: a gate stands before the recurrent product")
     asked = {"recurrent_dropout": drop > 0, "zoneout": any(zones), "return_gates": gates}
-    if module.proj_size and any(asked.values()):
+    if proj_size and any(asked.values()):
         name = next(name for name, there in asked.items() if there)
         raise ValueError(f"{name}: got {name}= of a module with proj_size, expected proj_size = 0")
     return Extras(drop, on, zones, weight, sequences == "states", gates)
@@ -105,11 +135,32 @@ def _probability(name: str, value: Any) -> float:
     return float(value)
 
 
-def active(module: Any) -> Extras | None:
+def active(module: Any) -> Variant | None:
     """What the module's next call has to do; None where it is that of a module without extras."""
-    now = read(module)
-    random = module.training and (now.recurrent_dropout > 0 or now.weight_dropout > 0)
-    return now if random or any(now.zoneout) or now.states or now.gates else None
+    given = (module.training, *_given(module))
+    if is_compiling():
+        return _variant(*given)
+    try:
+        return _known_variant(*given)
+    except TypeError:  # what is no probability, and no key either
+        return _variant(*given)
+
+
+def _variant(training: bool, *given: Any) -> Variant | None:
+    now, cell = _read(*given), given[0]
+    random = training and (now.recurrent_dropout > 0 or now.weight_dropout > 0)
+    if not (random or any(now.zoneout) or now.states or now.gates):
+        return None
+    dropped = now.recurrent_dropout_on if training and now.recurrent_dropout > 0 else ""
+    zones = tuple(None if training and p > 0 else p for p in now.zoneout)
+    if dropped or now.gates or any(now.zoneout):
+        cell = program(cell, dropped, zones, now.gates)
+    zoned = tuple(p for p in now.zoneout if training and p > 0)
+    masked_h = dropped == "h"
+    return Variant(now, cell, dropped, zoned, len(CELLS[cell].states), masked_h, masked_h or now.states or now.gates)
+
+
+_known_variant = lru_cache(maxsize=256, typed=True)(_variant)
 
 
 def stream_cell(module: Any) -> str:
@@ -125,7 +176,7 @@ def stream_cell(module: Any) -> str:
 
 def run(
     module: Any,
-    now: Extras,
+    variant: Variant,
     x: Tensor,
     weights: Sequence[Tensor],
     states: Sequence[Tensor],
@@ -136,26 +187,22 @@ def run(
 
     x: [T, B, D].  states: () or of [R, B, H] each.
     """
-    heads, training, units = module._fused_heads, module.training, module.hidden_size // module._fused_heads
+    now, cell, dropped, zoned, count, first, over_time = variant
+    heads, training, number = module._fused_heads, module.training, module._fused_states
     recurrences = (1 + module.bidirectional) * heads
-    dropped = now.recurrent_dropout_on if training and now.recurrent_dropout > 0 else ""
-    zones = tuple(None if training and p > 0 else p for p in now.zoneout)
-    cell, number, first = module._fused_cell, module._fused_states, int(dropped == "h")
-    if dropped or now.gates or any(p is None or p > 0 for p in zones):
-        cell = program(cell, dropped, zones, now.gates)
     masks: list[Tensor] = []  # of h or what is new, of each recurrence
-    if training:
+    if dropped or zoned or (training and now.weight_dropout > 0):
         own: list[Tensor] = []
-        draw, count = _Draw(x), len(weights) // recurrences
+        units = module.hidden_size // heads
+        draw, each = _Draw(x), len(weights) // recurrences
         for r in range(recurrences):
-            mine = list(weights[r * count : (r + 1) * count])
+            mine = list(weights[r * each : (r + 1) * each])
             if now.weight_dropout > 0:
-                mine[1] = mine[1] * draw(mine[1], now.weight_dropout)
+                mine[1] = mine[1] * draw(mine[1].detach(), now.weight_dropout)
             if dropped:
                 masks.append(draw(x.new_empty(1, x.shape[1], units), now.recurrent_dropout))
                 mine.append(masks[-1])
-            kept = [p for p, zone in zip(now.zoneout, zones, strict=True) if zone is None]
-            own += mine + [draw(x.new_empty(*x.shape[:2], units), p, 1.0, 0.0) for p in kept]
+            own += mine + [draw(x.new_empty(*x.shape[:2], units), p, 1.0, 0.0) for p in zoned]
         weights = own
     entering: list[Any] = list(states)
     if entering:
@@ -164,12 +211,12 @@ def run(
             layers.check_states(module._fused_cell, states, x, (recurrences // heads, x.shape[1]), sizes)
             by_side = [torch.cat(masks[k : k + heads], -1) for k in range(0, recurrences, heads)]
             entering.insert(0, entering[0] * torch.cat(by_side))
-        entering += [None] * (len(CELLS[cell].states) - len(entering))
+        entering += [None] * (count - len(entering))
     outputs = layers.run(
         cell, x, weights, entering, 1, module.bidirectional, 0.0, training, lengths, reset, module._fused_save,
-        module._fused_backend, heads, bool(first or now.states or now.gates),
+        module._fused_backend, heads, over_time,
     )  # fmt: skip
-    histories = (outputs[0], *outputs[1 + len(CELLS[cell].states) :])
+    histories = (outputs[0], *outputs[1 + count :])
     own_states = histories[first : first + (number if now.states else 1)]
     return (*own_states, *histories[first + number :]), outputs[1 + first : 1 + first + number]
 
@@ -178,24 +225,27 @@ class _Draw:
     """Masks by torch's generator of x's device: of a call one after the other."""
 
     def __init__(self, x: Tensor) -> None:
+        self._by_op = x.is_cpu and ops.mask is not None and not in_transform()
         self._seed: Tensor | None = None
         self._number = 0
-        if x.is_cpu and ops.mask is not None and not in_transform():
-            self._seed = torch.randint(-(2**63), 2**63 - 1, (1,), device="cpu")
 
     def __call__(self, like: Tensor, p: float, low: float = 0.0, high: float | None = None) -> Tensor:
-        """`low` with probability p, else `high`: 1 / (1 - p) if it is None. like: for shape and dtype."""
+        """`low` with probability p, else `high`: 1 / (1 - p) if it is None. like: without a gradient, for shape and
+        dtype."""
         high = 1 / (1 - p) if high is None else high
-        if self._seed is None:
+        if not self._by_op:
             # Made of no tensor of the call's: under vmap `randomness` alone says whether rows have masks of their own.
             share = torch.full(like.shape, p, dtype=like.dtype, device=like.device)
             return torch.where(torch.bernoulli(share) > 0, low, high).to(like.dtype)
+        if self._seed is None:
+            self._seed = torch.randint(-(2**63), 2**63 - 1, (1,), device="cpu")
         self._number += 1
-        return ops.mask(self._seed, like.detach(), p, low, high, self._number)  # type: ignore[misc]
+        return ops.mask(self._seed, like, p, low, high, self._number)  # type: ignore[misc]
 
 
-def returned(module: Any, now: Extras, y: Any, hx: Any) -> Any:
+def returned(module: Any, variant: Variant, y: Any, hx: Any) -> Any:
     """What a call returns. y: what `run` returned over time, in the input's layout."""
+    now = variant.now
     number = module._fused_states if now.states else 1
     states = y[:number] if now.states else y[0]
     if not now.gates:

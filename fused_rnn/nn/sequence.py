@@ -16,7 +16,7 @@ from fused_rnn.cells import CELLS
 from fused_rnn.nn import extras
 from fused_rnn.nn.base import prefers_counterpart
 from fused_rnn.nn.counterpart import check_packed, refuse, run_counterpart, state_rows
-from fused_rnn.nn.extras import Extras
+from fused_rnn.nn.extras import Variant
 from fused_rnn.nn.packed import Layout, is_unshared
 from fused_rnn.nn.plain import FAST_PATH, STEPPING, are_plain, is_plain_hx
 from fused_rnn.nn.recurrent import Recurrent, read_weights
@@ -55,7 +55,7 @@ def run(
     lengths: Any,
     reset: Any,
     weights: Sequence[Tensor] | None = None,
-    more: Extras | None = None,
+    more: Variant | None = None,
 ) -> Result:
     """forward, of any call. weights: where they are not as the module has them.  more: what its extras ask for, of
     which y over time is a tuple."""
@@ -113,7 +113,7 @@ def _run_unbatched(
     weights: Sequence[Tensor],
     lengths: Any,
     reset: Tensor | None,
-    more: Extras | None,
+    more: Variant | None,
 ) -> Result:
     """forward of [T, D]."""
     if input.dim() != 2:
@@ -134,7 +134,7 @@ def _run_packed(
     hx: Any,
     weights: Sequence[Tensor],
     reset: Tensor | None,
-    more: Extras | None,
+    more: Variant | None,
 ) -> Result:
     """forward of a packed batch, longest first. hx, given and returned, and reset are in the order before."""
     data, batch_sizes, sorted_indices, unsorted_indices = input
@@ -164,7 +164,7 @@ def _run_packed_dropout(
     weights: Sequence[Tensor],
     hx: Any,
     reset: Tensor | None,
-    more: Extras | None,
+    more: Variant | None,
 ) -> tuple[Any, Any]:
     """torch draws the masks between layers for the packed rows, and so do we."""
 
@@ -203,7 +203,7 @@ def _run_layers(
     hx: Any,
     lengths: Any,
     reset: Tensor | None,
-    more: Extras | None,
+    more: Variant | None,
     num_layers: int | None = None,
 ) -> Result:
     """x [T, B, D], hx of [L·R, B, ·] or None → y [T, B, R·P], the final hx."""

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import random
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fused_rnn import ops
 from fused_rnn.call import Kinds, LayerCall
 from fused_rnn.cells import CELLS
+from fused_rnn.cells.program import PREFIX
 from fused_rnn.reference.loop import run_layer
 
 Results = dict[str, Tensor]
@@ -135,3 +139,27 @@ def step_by_step(call: LayerCall) -> list[Tensor]:
         after.append(states)
     y, *others = zip(*sequences, strict=True)
     return [torch.cat(y, -1), *(torch.cat(s) for s in zip(*after, strict=True)), *(torch.cat(s, 2) for s in others)]
+
+
+def run_changed(texts: Sequence[str], times: int, characters: str) -> int:
+    """How many of these texts, each changed at random so often, the loops ran; the others they refused."""
+    draw, ran = random.Random(0), 0
+    for text in (*texts,) * times:
+        changed = list(text)
+        for _ in range(draw.randint(1, 3)):
+            place = draw.randrange(len(PREFIX), len(text))
+            changed[place] = draw.choice("0123456789" if text[place].isdigit() else characters)
+        other = "".join(changed)
+        if ops._C.refusal(other) is not None:
+            continue
+        try:
+            call = make_call(other, T=2, B=2, H=5)
+        except ValueError:  # what Python refuses
+            continue
+        ran += 1
+        outputs = ops.forward(*call)
+        n = len(call.spec.states)
+        dy, dstates, _ = gradients_of(call)
+        histories, saved = outputs[1 + n : 2 * n], outputs[2 * n]
+        ops.backward(dy, dstates, *call[:5], outputs[0], saved, histories, other, (1,), "gates", True, True, ())
+    return ran

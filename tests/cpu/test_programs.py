@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import random
 from typing import Any
 
 import pytest
 import torch
-from program_calls import by_ops, by_reference, by_steps, gradients_of, make_call
+from program_calls import by_ops, by_reference, by_steps, make_call, run_changed
 from programs import GRU, INDRNN, LEAKY, LSTM, PROGRAMS, program_of
 from tolerances import assert_as_good_as_torch, assert_same_formula
 
@@ -224,24 +223,7 @@ def test_what_is_not() -> None:
 
 def test_any_text_is_a_program_or_an_error() -> None:
     """What has been changed at random runs, or is refused: nothing is read or written out of place."""
-    draw = random.Random(0)
-    characters, ran = "0123456789 ,>;|.-ehcx", 0
-    for text in (LSTM, GRU, LEAKY, INDRNN) * 300:
-        changed = list(text)
-        for _ in range(draw.randint(1, 3)):
-            place = draw.randrange(len(PREFIX), len(text))
-            changed[place] = draw.choice("0123456789" if text[place].isdigit() else characters)
-        other = "".join(changed)
-        if ops._C.refusal(other) is not None:
-            continue
-        ran += 1
-        call = make_call(other, T=2, B=2, H=5)
-        outputs = ops.forward(*call)
-        n = len(call.spec.states)
-        dy, dstates, _ = gradients_of(call)
-        histories, saved = outputs[1 + n : 2 * n], outputs[2 * n]
-        ops.backward(dy, dstates, *call[:5], outputs[0], saved, histories, other, (1,), "gates", True, True, ())
-    assert ran > 100
+    assert run_changed((LSTM, GRU, LEAKY, INDRNN), 300, "0123456789 ,>;|.-ehcx") > 100
 
 
 def test_both_languages_read_the_same_of_a_program() -> None:

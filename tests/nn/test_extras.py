@@ -201,6 +201,58 @@ class _With:
         return self.weights.items()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(("B", "H"), [(1, 64), (19, 16), (3, 70)])
+@pytest.mark.parametrize("kind", ["recurrent_dropout", "on_g", "zoneout"])
+def test_masks_where_they_lie(kind: str, B: int, H: int, dtype: torch.dtype) -> None:
+    """Of whole vectors and of parts of one, of one row and of more than go together: as by the plain loop."""
+    module, x = fused_rnn.LSTM(4, H, bidirectional=True, **KINDS[kind]), torch.randn(5, B, 4)
+    found: list[list[dict[str, Tensor]]] = [[], [], []]
+    for seed in range(3):
+        for k, (backend, own) in enumerate((("cpu", dtype), ("reference", dtype), ("reference", torch.float64))):
+            torch.manual_seed(seed)
+            module.backend = backend
+            given = x.to(dtype).to(own).requires_grad_()
+            y = module.to(dtype).to(own)(given, lengths=torch.randint(0, 6, (B,)))[0]
+            leaves = {"x": given, **dict(module.named_parameters())}
+            pulled = torch.autograd.grad(y, list(leaves.values()), torch.linspace(-1, 1, y.numel()).view_as(y).to(own))
+            found[k].append({"y": y.detach(), **dict(zip(leaves, pulled, strict=True))})
+    assert_as_good_as_torch(*[{k: torch.stack([r[k] for r in each]) for k in each[0]} for each in found])
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_nothing_is_drawn_where_nothing_is_dropped(name: str) -> None:
+    """Other random numbers stay what they are."""
+    module = MODULES[name](4, 6, return_gates=True, return_sequences="states")
+    torch.manual_seed(3)
+    expected = torch.rand(2)
+    torch.manual_seed(3)
+    module(torch.zeros(2, 1, 4))
+    assert torch.equal(torch.rand(2), expected)
+
+
+@pytest.mark.parametrize("given", [(0.0, False), [0.2, True], (True, 0.1)])
+def test_a_bool_is_no_probability_though_it_equals_one(given: Any) -> None:
+    """What a call has found good is no leave for what is equal to it."""
+    module, x = fused_rnn.LSTM(4, 6, zoneout=(0.0, 0.0)), torch.randn(2, 1, 4)
+    for good in ((0.0, 0.0), (0.2, 0.9), 0.0):
+        module.zoneout = good
+        module(x)
+    module.zoneout = given
+    with pytest.raises(TypeError, match=r"zoneout: got (True|False), expected a probability"):
+        module(x)
+    module.zoneout, module.recurrent_dropout = 0.0, False
+    with pytest.raises(TypeError, match="recurrent_dropout: got False, expected a probability"):
+        module(x)
+
+
+def test_a_list_that_changes() -> None:
+    module, x = fused_rnn.LSTM(4, 6, zoneout=[0.5, 0.0]), torch.randn(5, 3, 4)
+    assert not torch.equal(module(x)[0], module(x)[0])
+    module.zoneout[0] = 0.0
+    assert torch.equal(module(x)[0], module(x)[0])
+
+
 @pytest.mark.parametrize("name", MODULES)
 def test_weight_dropout(name: str, masks: list[Tensor]) -> None:
     """One mask on W_hh, the same at all steps, of each layer and direction."""

@@ -238,6 +238,20 @@ def test_errors(name: str, option: dict[str, Any], message: str) -> None:
         getattr(fused_rnn, name)(4, 6, **option)
 
 
+@pytest.mark.parametrize("name", sorted({variant.module for variant in VARIANTS.values()}))
+def test_the_signature_names_the_regularisers(name: str) -> None:
+    """All that the module takes, and no other."""
+    kind = getattr(fused_rnn, name)
+    signature = kind.__doc__.partition("\n")[0]
+    assert "return_sequences='h'" in signature and "return_gates=False" in signature
+    for option in ("recurrent_dropout", "zoneout", "weight_dropout"):
+        if f"{option}=0.0" in signature:
+            assert f"{option}=0.5" in repr(kind(4, 8, **{option: 0.5}))
+        else:
+            with pytest.raises(ValueError, match=f"{option}: got 0.5, expected 0"):
+                kind(4, 8, **{option: 0.5})
+
+
 @pytest.mark.parametrize("name", ["SRU", "LiGRU"])
 def test_a_weight_of_another_shape(name: str) -> None:
     """Of the modules that make the cell's weights of their own."""

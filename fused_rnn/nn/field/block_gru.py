@@ -25,7 +25,7 @@ def block_gru(x: Any, r: Any, s: Any, p: Any) -> Any:
 
 
 class BlockGRU(Parted):
-    r"""__init__(input_size,hidden_size,num_layers=1,bias=True,batch_first=False,dropout=0.0,bidirectional=False,device=None,dtype=None,*,blocks=1,return_sequences='h',backend=None,save='gates')
+    r"""__init__(input_size,hidden_size,num_layers=1,bias=True,batch_first=False,dropout=0.0,bidirectional=False,device=None,dtype=None,*,blocks=1,return_sequences='h',backend=None,save='gates',recurrent_dropout=0.0,zoneout=0.0,weight_dropout=0.0,return_gates=False)
 
     DreamerV3's GRU: layer norm of all pre-activations together, a block-diagonal W_hh, an update gate that begins
     closed. ::

@@ -20,7 +20,7 @@ def coupled_lstm(x: Any, r: Any, s: Any, p: Any) -> Any:
 
 
 class CoupledLSTM(Field):
-    r"""__init__(input_size,hidden_size,num_layers=1,bias=True,batch_first=False,dropout=0.0,bidirectional=False,device=None,dtype=None,*,heads=1,return_sequences='h',backend=None,save='gates')
+    r"""__init__(input_size,hidden_size,num_layers=1,bias=True,batch_first=False,dropout=0.0,bidirectional=False,device=None,dtype=None,*,heads=1,return_sequences='h',backend=None,save='gates',recurrent_dropout=0.0,zoneout=0.0,weight_dropout=0.0,return_gates=False)
 
     An LSTM whose input gate is 1 - f: three quarters of the weights, and of the work. ::
 

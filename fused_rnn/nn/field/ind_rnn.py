@@ -34,7 +34,7 @@ _STEPS = {"relu": ind_rnn_relu, "tanh": ind_rnn_tanh, "none": ind_rnn_linear}
 
 
 class IndRNN(Field):
-    r"""__init__(input_size,hidden_size,num_layers=1,bias=True,batch_first=False,dropout=0.0,bidirectional=False,device=None,dtype=None,*,nonlinearity='relu',return_sequences='h',backend=None,save='gates')
+    r"""__init__(input_size,hidden_size,num_layers=1,bias=True,batch_first=False,dropout=0.0,bidirectional=False,device=None,dtype=None,*,nonlinearity='relu',return_sequences='h',backend=None,save='gates',zoneout=0.0,return_gates=False)
 
     An RNN of independent units: each sees of the step before itself alone. ::
 

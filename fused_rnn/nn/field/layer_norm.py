@@ -75,7 +75,7 @@ class _Haste(Parted):
 
 
 class LayerNormLSTM(_Haste):
-    r"""__init__(input_size,hidden_size,num_layers=1,bias=True,batch_first=False,dropout=0.0,bidirectional=False,device=None,dtype=None,*,forget_bias=1.0,return_sequences='h',backend=None,save='gates')
+    r"""__init__(input_size,hidden_size,num_layers=1,bias=True,batch_first=False,dropout=0.0,bidirectional=False,device=None,dtype=None,*,forget_bias=1.0,return_sequences='h',backend=None,save='gates',recurrent_dropout=0.0,zoneout=0.0,weight_dropout=0.0,return_gates=False)
 
     An LSTM with layer norm of both sides of its gates, and of the cell state on its way out. ::
 
@@ -124,7 +124,7 @@ class LayerNormLSTM(_Haste):
 
 
 class LayerNormGRU(_Haste):
-    r"""__init__(input_size,hidden_size,num_layers=1,bias=True,batch_first=False,dropout=0.0,bidirectional=False,device=None,dtype=None,*,return_sequences='h',backend=None,save='gates')
+    r"""__init__(input_size,hidden_size,num_layers=1,bias=True,batch_first=False,dropout=0.0,bidirectional=False,device=None,dtype=None,*,return_sequences='h',backend=None,save='gates',recurrent_dropout=0.0,zoneout=0.0,weight_dropout=0.0,return_gates=False)
 
     A GRU with layer norm of both sides of its gates. ::
 

@@ -7,18 +7,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
 from fused_rnn import checks
 from fused_rnn.flex import cell
 from fused_rnn.nn.field.base import Field, known, orthogonal
+from fused_rnn.nn.field.batch_norm import EPSILON, normed
 from fused_rnn.nn.recurrent import read_weights
 from fused_rnn.reference.loop import without_autocast
 from fused_rnn.reference.sequence import past_end
 
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 _NORMS = {"batch": True, "none": False}
-EPSILON, MOMENTUM = 1e-5, 0.05
+MOMENTUM = 0.05
 
 
 @cell(gates=("n", "z"))
@@ -29,7 +29,7 @@ def li_gru(x: Any, r: Any, s: Any, p: Any) -> Any:
 
 
 class LiGRU(Field):
-    r"""__init__(input_size,hidden_size,num_layers=1,bias=True,batch_first=False,dropout=0.0,bidirectional=False,device=None,dtype=None,*,norm='batch',return_sequences='h',backend=None,save='gates')
+    r"""__init__(input_size,hidden_size,num_layers=1,bias=True,batch_first=False,dropout=0.0,bidirectional=False,device=None,dtype=None,*,norm='batch',return_sequences='h',backend=None,save='gates',recurrent_dropout=0.0,zoneout=0.0,weight_dropout=0.0,return_gates=False)
 
     The light GRU: no reset gate, relu, and batch norm of the input side. ::
 
@@ -115,7 +115,13 @@ class LiGRU(Field):
                 nn.init.constant_(weight, float(name == "gamma"))
 
     def _fused_is_plain(self) -> bool:
-        return not self._fused_normed and super()._fused_is_plain()
+        return not (self._fused_normed and self.training) and super()._fused_is_plain()
+
+    def _fused_by_name(self) -> tuple[Mapping[str, Any], bool]:
+        if not self._fused_normed:
+            return super()._fused_by_name()
+        names = ("weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0")
+        return dict(zip(names, self._fused_read(), strict=True)), True
 
     @property
     def _fused_by_layer(self) -> bool:  # type: ignore[override]
@@ -164,43 +170,50 @@ class LiGRU(Field):
             or x.device != w_ih.device
         ):
             return x, [w for own in of_one for w in _folded(own[:count], *own[count : count + 2])]  # layers.run refuses
-        made: list[Tensor] = []
         with without_autocast(x):
-            rows = _rows(x, lengths)
-            center = rows.mean(0)
-            for own in of_one:
-                variance = _variance(rows - center, center, own[0], own[count:])
-                made += _folded(own[:count], torch.zeros_like(variance), variance)
-            return (x - center).to(x.dtype), made
+            wide, past, steps = _within(x, lengths)
+            pairs = [(own[0].to(wide.dtype), own[2].to(wide.dtype)) for own in of_one]
+            made = normed(wide, past, steps, pairs)
+            all_weights: list[Tensor] = []
+            for own, variance, weight in zip(of_one, made.variances, made.weights, strict=True):
+                _move(own[count:], own[0], made.mean, variance, steps)
+                bias = own[3] if self.bias else torch.zeros_like(own[2])
+                all_weights += [weight.to(w_ih.dtype), own[1], bias, torch.zeros_like(own[2])]
+            return made.x.to(x.dtype), all_weights
 
     def extra_repr(self) -> str:
         """FlexRNN's, and the norm where it is not the default."""
         return super().extra_repr() + ("" if self._fused_normed else ", norm='none'")
 
 
-def _rows(x: Tensor, lengths: Any) -> Tensor:
-    """The steps of x that belong to a sequence, [sum of lengths, D], 16-bit ones in float32. Raises as layers.run."""
-    x = x.flatten(0, 1) if lengths is None else x[~past_end(checks.check_lengths(lengths, x), x.shape[0])]
-    if len(x) < 2:
-        raise ValueError(f"input: got {len(x)} steps in all, expected two or more, of which batch norm has a variance")
-    return x if x.dtype == torch.float64 else x.float()
+def _within(x: Tensor, lengths: Any) -> tuple[Tensor, Tensor | None, int | Tensor]:
+    """x, of 16 bits in float32, zero past an end; where that is, [T, B, 1]; how many steps are not. Raises as
+    layers.run."""
+    wide = x if x.dtype == torch.float64 else x.float()
+    past, steps = None, x.shape[0] * x.shape[1]
+    if lengths is not None:
+        lengths = checks.check_lengths(lengths, x)
+        past = past_end(lengths, x.shape[0]).unsqueeze(2)
+        wide, steps = wide.masked_fill(past, 0), lengths.sum().to(wide.dtype)
+    if (lengths is None or checks.can_be_read(lengths)) and steps < 2:
+        raise ValueError(
+            f"input: got {int(steps)} steps in all, expected two or more, of which batch norm has a variance"
+        )
+    return wide, past, steps
 
 
-def _variance(rows: Tensor, center: Tensor, weight: Tensor, statistics: Sequence[Tensor]) -> Tensor:
-    """Of weight · rows, which lie about zero; the running statistics move, the mean to that of weight · center."""
-    weight = weight.to(rows.dtype)
-    variance = linear(rows, weight).square().mean(0)
+def _move(statistics: Sequence[Tensor], weight: Tensor, mean: Tensor, variance: Tensor, steps: int | Tensor) -> None:
+    """The running statistics, towards those of the batch. mean: of the input.  variance: of weight times it."""
     running_mean, running_var, batches = statistics
     with torch.no_grad():
-        running_mean.lerp_(linear(center, weight).to(running_mean.dtype), MOMENTUM)
-        running_var.lerp_((variance * (len(rows) / (len(rows) - 1))).to(running_var.dtype), MOMENTUM)
+        running_mean.lerp_(torch.mv(weight.to(mean.dtype), mean).to(running_mean.dtype), MOMENTUM)
+        running_var.lerp_((variance * (steps / (steps - 1))).to(running_var.dtype), MOMENTUM)
         batches.add_(1)
-    return variance
 
 
 def _folded(weights: Sequence[Tensor], mean: Tensor, variance: Tensor) -> list[Tensor]:
     """Weights, with gamma and beta behind them, as a cell's with bias."""
     w_ih, w_hh, gamma, *beta = weights
     scale = gamma * torch.rsqrt(variance + EPSILON)
-    bias = beta[0] - mean * scale if beta else -mean * scale
+    bias = -mean * scale if not beta else torch.addcmul(beta[0], mean, scale, value=-1)
     return [(w_ih * scale.unsqueeze(1)).to(w_ih.dtype), w_hh, bias.to(w_ih.dtype), torch.zeros_like(gamma)]

@@ -37,7 +37,7 @@ class _Min(Field):
 
 
 class MinGRU(_Min):
-    r"""__init__(input_size,hidden_size,num_layers=1,bias=True,batch_first=False,dropout=0.0,bidirectional=False,device=None,dtype=None,*,return_sequences='h',backend=None,save='gates')
+    r"""__init__(input_size,hidden_size,num_layers=1,bias=True,batch_first=False,dropout=0.0,bidirectional=False,device=None,dtype=None,*,return_sequences='h',backend=None,save='gates',zoneout=0.0,return_gates=False)
 
     A GRU whose gate and candidate see the input alone. ::
 
@@ -61,7 +61,7 @@ class MinGRU(_Min):
 
 
 class MinLSTM(_Min):
-    r"""__init__(input_size,hidden_size,num_layers=1,bias=True,batch_first=False,dropout=0.0,bidirectional=False,device=None,dtype=None,*,return_sequences='h',backend=None,save='gates')
+    r"""__init__(input_size,hidden_size,num_layers=1,bias=True,batch_first=False,dropout=0.0,bidirectional=False,device=None,dtype=None,*,return_sequences='h',backend=None,save='gates',zoneout=0.0,return_gates=False)
 
     An LSTM whose gates and candidate see the input alone. ::
 

@@ -21,7 +21,7 @@ def peephole_lstm(x: Any, r: Any, s: Any, p: Any) -> Any:
 
 
 class PeepholeLSTM(Field):
-    r"""__init__(input_size,hidden_size,num_layers=1,bias=True,batch_first=False,dropout=0.0,bidirectional=False,device=None,dtype=None,*,heads=1,return_sequences='h',backend=None,save='gates')
+    r"""__init__(input_size,hidden_size,num_layers=1,bias=True,batch_first=False,dropout=0.0,bidirectional=False,device=None,dtype=None,*,heads=1,return_sequences='h',backend=None,save='gates',recurrent_dropout=0.0,zoneout=0.0,weight_dropout=0.0,return_gates=False)
 
     An LSTM whose gates see the cell state through a weight of each unit. ::
 

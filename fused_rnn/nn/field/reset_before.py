@@ -45,7 +45,7 @@ class _Before(Made):
 
 
 class ResetBeforeGRU(_Before):
-    r"""__init__(input_size,hidden_size,num_layers=1,bias=True,batch_first=False,dropout=0.0,bidirectional=False,device=None,dtype=None,*,return_sequences='h',backend=None,save='gates')
+    r"""__init__(input_size,hidden_size,num_layers=1,bias=True,batch_first=False,dropout=0.0,bidirectional=False,device=None,dtype=None,*,return_sequences='h',backend=None,save='gates',zoneout=0.0,return_gates=False)
 
     The GRU that resets its state before the recurrent product, and not after it. ::
 
@@ -71,7 +71,7 @@ class ResetBeforeGRU(_Before):
 
 
 class MGU(_Before):
-    r"""__init__(input_size,hidden_size,num_layers=1,bias=True,batch_first=False,dropout=0.0,bidirectional=False,device=None,dtype=None,*,return_sequences='h',backend=None,save='gates')
+    r"""__init__(input_size,hidden_size,num_layers=1,bias=True,batch_first=False,dropout=0.0,bidirectional=False,device=None,dtype=None,*,return_sequences='h',backend=None,save='gates',zoneout=0.0,return_gates=False)
 
     The minimal gated unit: one gate, which forgets and resets. ::
 

@@ -26,7 +26,7 @@ def slstm(x: Any, r: Any, s: Any, p: Any) -> Any:
 
 
 class SLSTM(Field):
-    r"""__init__(input_size,hidden_size,num_layers=1,bias=True,batch_first=False,dropout=0.0,bidirectional=False,device=None,dtype=None,*,heads=1,return_sequences='h',backend=None,save='gates')
+    r"""__init__(input_size,hidden_size,num_layers=1,bias=True,batch_first=False,dropout=0.0,bidirectional=False,device=None,dtype=None,*,heads=1,return_sequences='h',backend=None,save='gates',recurrent_dropout=0.0,zoneout=0.0,weight_dropout=0.0,return_gates=False)
 
     xLSTM's sLSTM: exponential gates, their normaliser n and stabiliser m, a block-diagonal W_hh of `heads` blocks. ::
 

@@ -54,7 +54,7 @@ _SCALE = math.sqrt(3)  # α of the paper's section 3.3, for gates whose bias beg
 
 
 class SRU(Made):
-    r"""__init__(input_size,hidden_size,num_layers=1,bias=True,batch_first=False,dropout=0.0,bidirectional=False,device=None,dtype=None,*,recurrent_terms=True,skip=True,return_sequences='h',backend=None,save='gates')
+    r"""__init__(input_size,hidden_size,num_layers=1,bias=True,batch_first=False,dropout=0.0,bidirectional=False,device=None,dtype=None,*,recurrent_terms=True,skip=True,return_sequences='h',backend=None,save='gates',zoneout=0.0,return_gates=False)
 
     The simple recurrent unit: all products are the input's. ::
 
