@@ -12,7 +12,7 @@ enum class Narrow : int { none, bf16, int8 };  // what packed weights are kept i
 
 struct Weights {       // of one recurrence, row-major, in the tensors' dtype
   const void* w_ih;    // [G H, D]
-  const void* w_hh;    // [G H, P]; null where the cell is not recurrent
+  const void* w_hh;    // [G H, P], of N blocks on a diagonal [G H, H / N]; null where the cell is not recurrent
   const void* b_ih;    // [G H] or null
   const void* b_hh;    // [G H] or null
   const void* w_hr;    // [P, H] or null (no projection: P == H)
@@ -94,7 +94,7 @@ struct Products {
   const void* dprojected;  // as in Backward, or null
   const void* unprojected;
   void* const* dw_ih;  // per recurrence, accumulation dtype, added to: [G H, D rounded up to whole vectors], or null: not wanted
-  void* const* dw_hh;  // [G H, P rounded up]; null where the cell is not recurrent
+  void* const* dw_hh;  // [G H, P or H / N rounded up]; null where the cell is not recurrent
   void* const* dw_hr;  // [P, H rounded up]
   void* const* dmatrices;  // of all matrices of all recurrences: [blocks H, H rounded up]
   void* const* db_ih;  // [G H], in double

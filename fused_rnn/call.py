@@ -28,8 +28,9 @@ def known_save(save: str) -> str:
 
 
 class Weights(NamedTuple):
-    """The weights of one recurrence: w_ih [G·H, D], w_hh [G·H, P], biases [G·H] or None, w_hr [P, H] or None, params
-    [H] each, matrices [n·H, H], masks [1 or T, B, H]. w_hh and b_hh are None where the cell is not recurrent."""
+    """The weights of one recurrence: w_ih [G·H, D], w_hh [G·H, P], of N blocks on its diagonal [G·H, H/N], biases [G·H]
+    or None, w_hr [P, H] or None, params [H] each, matrices [n·H, H], masks [1 or T, B, H]. w_hh and b_hh are None where
+    the cell is not recurrent."""
 
     w_ih: Any
     w_hh: Any
@@ -77,7 +78,7 @@ class Kinds(NamedTuple):
         """The shape of every weight; a mask's as its last dimension alone."""
         rows = cell.gates * hidden
         sides = 1 + self.recurrent
-        matrices, biases = [(rows, input_size), (rows, width)][:sides], [(rows,)] * (sides * self.bias)
+        matrices, biases = [(rows, input_size), (rows, width // cell.diagonal)][:sides], [(rows,)] * (sides * self.bias)
         own = [(rows_of * hidden, hidden) for rows_of in cell.matrices]
         vectors = [(hidden,)] * (len(cell.params) + cell.masks)
         return [*matrices, *biases, *[(width, hidden)] * self.projects, *own, *vectors]
@@ -115,8 +116,9 @@ class LayerCall(NamedTuple):
 
     x: [T, B, D], or [T, B, R, D] with an input per recurrence.
     weights: per recurrence w_ih [G·H, D], w_hh [G·H, P], (b_ih, b_hh [G·H]), (w_hr [P, H]), matrices [n·H, H],
-        params [H], masks [1 or T, B, H]; no w_hh and b_hh where the cell is not recurrent. A mask gets no gradient:
-        where a backward has one for each weight, a tensor of shape [0] has its place.
+        params [H], masks [1 or T, B, H]; no w_hh and b_hh where the cell is not recurrent. A W_hh of N blocks on its
+        diagonal is [G·H, H/N]: row g·H + u holds what unit u reads of its block. A mask gets no gradient: where a
+        backward has one for each weight, a tensor of shape [0] has its place.
     states: () for zeros, or one for each of the cell's: h [R, B, P], the others [R, B, H].
     lengths: [B] int64, reset: [T, B] bool, or None.
     cell: its name.  directions: +1 or -1 each.
@@ -157,7 +159,7 @@ class LayerCall(NamedTuple):
     @property
     def width(self) -> int:
         """P: of the output of one recurrence."""
-        return self.weights[1].shape[1] if self.spec.recurrent else self.hidden_size
+        return self.weights[1].shape[1] * self.spec.diagonal if self.spec.recurrent else self.hidden_size
 
     @property
     def kinds(self) -> Kinds:

@@ -59,11 +59,12 @@ def parse(cell: str, shapes: Shapes, input_size: int, num_layers: int, recurrenc
         )
     at = int(spec.recurrent)  # w_hh, or w_ih where there is none
     rows, width = shapes[at] if len(shapes[at]) == 2 else (0, 1)
-    hidden = rows // spec.gates
+    hidden, width = rows // spec.gates, width * spec.diagonal
     if not spec.recurrent:
         width = hidden if rows else 1
     if rows != hidden * spec.gates or (width != hidden and not found.projects):
-        expected = f"w_hh [{spec.gates}·H, {'P' if found.projects else 'H'}]" if at else f"w_ih [{spec.gates}·H, D]"
+        columns = "P" if found.projects else f"H/{spec.diagonal}" if spec.diagonal > 1 else "H"
+        expected = f"w_hh [{spec.gates}·H, {columns}]" if at else f"w_ih [{spec.gates}·H, D]"
         raise ValueError(f"weights[{at}]: got {shape_text(shapes[at])}, expected {expected} of a {spec.title}")
     shapes_of_one = found.shapes(spec, input_size, hidden, width)
     for k, shape in enumerate(shapes):

@@ -130,6 +130,8 @@ def _wavefront(
     """The layers as a call of the backend's wavefront, where it can run them and it pays."""
     if backend.wavefront is None or problem.recurrences > 1 or kinds.projects or problem.sequences or kinds.masks:
         return None
+    if CELLS[problem.cell].diagonal > 1:
+        return None
     if problem.forward_ad or problem.save == "recompute" or not 0 <= dropout < 1:
         return None
     if not checks.is_plain([x, *weights, *states]) or not backend.wavefront.pays(problem, x):

@@ -82,6 +82,7 @@ struct CellDescriptor {
   int read_gates;               // the gates whose recurrent side is read: the first ones
   int masks, matrices, blocks;  // blocks of H rows in all matrices
   int blocks_of[kMostBlocks];   // each matrix
+  int diagonal;  // N: W_hh has N blocks on its diagonal and is [G H, H / N]
 };
 
 struct NoCell {};
@@ -114,7 +115,8 @@ struct NumberedCell {
                                                0, \
                                                0, \
                                                0, \
-                                               {}}; \
+                                               {}, \
+                                               1}; \
   };
 
 }  // namespace fused_rnn

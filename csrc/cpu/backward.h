@@ -3,6 +3,7 @@
 // The gradients of weights and inputs are products over all steps at once and come after the loop (ops/cpu_backward.cpp).
 #pragma once
 #include "backward_stages.h"
+#include "diagonal.h"
 
 namespace FUSED_RNN_ISA {
 
@@ -13,10 +14,12 @@ struct BackwardLoop : Counts<Cell> {
   using V = Vec<S>;
   using C = Counts<Cell>;
   using C::G, C::GH, C::PA, C::DG, C::SV, C::ST, C::NP, C::apart, C::recurrent;
+  using C::p, C::time, C::active, C::cut;
   static constexpr int L = kLanes<S>;
 
   const Backward& f;
-  const Problem& p;
+  const Diagonal<Cell, L> diagonal;  // of W_hh's columns
+  int64_t segments, depth;  // a product with W_hh in as many parts, of so many k each: with blocks one for each gate
   int64_t unit_vectors, out_vectors, panels;  // panels of kPanelVectors vectors of units
   int64_t gate_stride, out_stride, dh_stride, unit_stride;
   bool project;
@@ -31,9 +34,15 @@ struct BackwardLoop : Counts<Cell> {
     S* params;  // [NP, unit_stride]
     Workspace<S> work;  // a program's, of this thread
     StageWork<Kind> stages;  // the same, of one with stages
+    PieceWork<Kind> pieces;
   };
 
-  BackwardLoop(const Backward& backward) : C(backward.p), f(backward), p(backward.p) {
+  BackwardLoop(const Backward& backward)
+      : C(backward.p),
+        f(backward),
+        diagonal(p, p.P),
+        segments(diagonal.whole() ? 1 : GH),
+        depth(diagonal.whole() ? GH * p.H : diagonal.size) {
     unit_vectors = (p.H + L - 1) / L;
     out_vectors = (p.P + L - 1) / L;
     panels = (unit_vectors + kPanelVectors - 1) / kPanelVectors;
@@ -42,13 +51,19 @@ struct BackwardLoop : Counts<Cell> {
     dh_stride = off_pages<S>(out_vectors * L);
     unit_stride = off_pages<S>(unit_vectors * L);
     project = !kInterpreted<Cell> && p.weights[0].w_hr != nullptr;
-    far = recurrent && out_vectors * panel_size<Kind>(GH * p.H, 1) * int64_t(sizeof(A)) > kNearBytes;
+    far = recurrent && packed_size(out_vectors) * int64_t(sizeof(A)) > kNearBytes;
   }
+
+  // Elements of the packed W_hh before vector u.
+  int64_t packed_size(int64_t u) const { return diagonal.slots(u) * segments * panel_size<Kind>(depth, 1); }
 
   Memory layout(Arena& arena, int threads_in_group, int me = 0) const {
     Memory m{};
     m.barrier = arena.take<int64_t>(Barrier::words(threads_in_group));
-    if (recurrent) m.w_hh = arena.take<A>(out_vectors * panel_size<Kind>(GH * p.H, 1));
+    if (recurrent) {
+      m.w_hh = arena.take<A>(packed_size(out_vectors));
+      m.pieces = diagonal.template take<Kind>(arena, p.B, depth, threads_in_group, me);
+    }
     m.dh = arena.take<S>(p.B * dh_stride);
     for (int i = 1; i < ST; ++i) m.dstates[i] = arena.take<S>(p.B * unit_stride);
     for (auto& g : m.gates) g = arena.take<A>(p.B * gate_stride);
@@ -56,8 +71,8 @@ struct BackwardLoop : Counts<Cell> {
       m.w_hr = arena.take<A>(unit_vectors * panel_size<Kind>(p.P, 1));
       m.dm = arena.take<S>(p.B * unit_stride);
       m.out = arena.take<A>(p.B * out_stride);
-      m.zero = arena.take<S>(kPanelVectors * L);
     }
+    if (project || m.pieces.tile) m.zero = arena.take<S>(kPanelVectors * L);
     if (NP > 0) m.params = arena.take<S>(NP * unit_stride);
     if (staged()) {
       m.blocks = arena.take<A>(p.cell->blocks * unit_vectors * panel_size<Kind>(p.H, 1));
@@ -75,9 +90,6 @@ struct BackwardLoop : Counts<Cell> {
     if constexpr (!kInterpreted<Cell>) return nullptr;
     else return p.cell->program->staged_backward;
   }
-  int64_t time(const Weights& w, int64_t step) const { return w.direction > 0 ? step : p.T - 1 - step; }
-  bool active(int64_t t, int64_t b) const { return !p.lengths || t < p.lengths[b]; }
-  bool cut(int64_t t, int64_t b) const { return p.reset && p.reset[t * p.B + b] && active(t, b); }
   static int vectors_of(int64_t j, int64_t total) {
     return int(total - j * kPanelVectors < kPanelVectors ? total - j * kPanelVectors : kPanelVectors);
   }
@@ -90,6 +102,21 @@ struct BackwardLoop : Counts<Cell> {
         pack_columns<Kind, T>(packed + j * kPanelVectors * panel_size<Kind>(k, 1), vectors_of(j, vectors), v, (const T*)w + column, n,
                               lanes_left(n, column, L), k);
       }
+  }
+
+  // The same of W_hh, by pieces: of each, its vectors for one segment after the other.
+  void pack_recurrent(A* packed, const T* w, int64_t j0, int64_t j1) const {
+    const int64_t ld = diagonal.size;
+    for (int64_t j = j0; j < j1; ++j)
+      diagonal.for_pieces(j * kPanelVectors, j * kPanelVectors + vectors_of(j, out_vectors), [&](const Piece& piece) {
+        for (int64_t s = 0; s < segments; ++s)
+          for (int v = 0; v < piece.vectors; ++v) {
+            const int64_t u = piece.u + v;
+            pack_columns<Kind, T>(packed + panel_size<Kind>(depth, 1) * (piece.slot * segments + s * piece.vectors), piece.vectors, v,
+                                  w + (s * p.H + piece.block * depth) * ld + (u * L - piece.block * ld), ld, diagonal.end_lane(piece, u),
+                                  depth, 0, diagonal.first_lane(piece, u));
+          }
+      });
   }
 
   void load_state(const Memory& m, int r, int64_t b0, int64_t b1) const {
@@ -115,12 +142,28 @@ struct BackwardLoop : Counts<Cell> {
         for (int v = 0; v < nv; ++v)
           store(out + v * L, load(out + v * L) + load(dy + v * L, lanes_left(p.P, (j * kPanelVectors + v) * L, L)));
       }
-    if (gates && recurrent) {
-      const auto panel = [&](int64_t i) { return m.w_hh + i * kPanelVectors * panel_size<Kind>(GH * p.H, 1); };
-      TileArgs<Kind> tile{gates + b0 * gate_stride, gate_stride, panel(j), GH * p.H, dh, dh_stride, dh, dh_stride};
-      if (far && next >= 0) tile.ahead = (const char*)panel(next);
-      multiply_panel<Kind>(b1 - b0, nv, tile, nv * panel_size<Kind>(GH * p.H, 1) * int64_t(sizeof(A)));
+    if (gates && recurrent)
+      diagonal.for_pieces(j * kPanelVectors, j * kPanelVectors + nv, [&](const Piece& piece) __attribute__((always_inline)) {
+        multiply(m, gates + b0 * gate_stride, piece, next, dh + (piece.u - j * kPanelVectors) * L, b1 - b0);
+      });
+  }
+  // dh += dgates W_hh of a piece. next: the panel that follows.
+  ALWAYS_INLINE void multiply(const Memory& m, const A* gates, const Piece& piece, int64_t next, S* dh, int64_t rows) const {
+    const bool shares = diagonal.shares(piece);
+    for (int64_t s = 0; s < segments; ++s) {
+      const int64_t before = s * panel_size<Kind>(depth, piece.vectors);
+      int64_t stride = gate_stride;
+      const A* const a = diagonal.template operand<Kind>(m.pieces, gates + s * p.H + piece.block * depth, stride, rows, depth);
+      TileArgs<Kind> tile{a,  stride,   m.w_hh + piece.slot * segments * panel_size<Kind>(depth, 1) + before, depth, dh, dh_stride,
+                          dh, dh_stride};
+      if (shares) {
+        tile.c = m.pieces.tile, tile.ldc = PieceWork<Kind>::kLd;
+        tile.init = s == 0 ? m.zero : tile.c, tile.ldi = s == 0 ? 0 : tile.ldc;
+      }
+      if (far && next >= 0) tile.ahead = (const char*)(m.w_hh + packed_size(next * kPanelVectors) + before);
+      multiply_panel<Kind>(rows, piece.vectors, tile, panel_size<Kind>(depth, piece.vectors) * int64_t(sizeof(A)));
     }
+    if (shares) diagonal.add(m.pieces, piece, 1, 0, piece.vectors, rows, dh, dh_stride);
   }
 
   // With a projection: hands the finished dh_t on, as operand of dm = dh W_hr and for W_hr's own gradient.
@@ -334,12 +377,9 @@ struct BackwardLoop : Counts<Cell> {
     const bool every_step = split_units && (recurrent || p.lengths || project || staged());  // as in forward.h
 
     if (recurrent && (f.need_dh || p.stop - p.start > 1))
-      pack(m.w_hh, w.w_hh, GH * p.H, p.P, out_vectors, part(out_panels, s.me, s.size), part(out_panels, s.me + 1, s.size));
-    if (project) {
-      pack(m.w_hr, w.w_hr, p.P, p.H, unit_vectors, part(panels, s.me, s.size), part(panels, s.me + 1, s.size));
-      if (s.me == 0)
-        for (int v = 0; v < kPanelVectors; ++v) store(m.zero + v * L, V{});
-    }
+      pack_recurrent(m.w_hh, (const T*)w.w_hh, part(out_panels, s.me, s.size), part(out_panels, s.me + 1, s.size));
+    if (project) pack(m.w_hr, w.w_hr, p.P, p.H, unit_vectors, part(panels, s.me, s.size), part(panels, s.me + 1, s.size));
+    for (int v = 0; v < kPanelVectors && m.zero && s.me == 0; ++v) store(m.zero + v * L, V{});
     if (s.me == 0)
       for (int i = 0; i < NP; ++i) convert_row(m.params + i * unit_stride, (const T*)w.params[i], p.H, unit_stride);
     using OfStages = BackwardStages<BackwardLoop, Kind, T>;

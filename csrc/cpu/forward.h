@@ -3,6 +3,7 @@
 // Per recurrence: pack W_ih and W_hh; then per chunk of steps the input product of the whole chunk, and step by step
 //   pre-activations += h_{t-1} W_hh^T;   cell;   h_t -> y, and as the next step's operand.
 #pragma once
+#include "diagonal.h"
 #include "forward_stages.h"
 
 namespace FUSED_RNN_ISA {
@@ -21,12 +22,13 @@ struct ForwardLoop : Counts<Cell> {
   using V = Vec<S>;
   using C = Counts<Cell>;
   using C::G, C::GH, C::PA, C::SV, C::ST, C::NP, C::apart, C::recurrent;
-  using C::units, C::x_gate, C::x_column, C::h_column, C::column;
+  using C::p, C::units, C::x_gate, C::x_column, C::h_column, C::column, C::for_parts, C::time, C::active, C::cut;
   static constexpr int L = kLanes<S>;
   static constexpr bool kUnpackable = Kind::k_group == 1 && !kNarrow<Kind>;
 
   const Forward& f;
-  const Problem& p;
+  const Diagonal<Cell, L> diagonal;
+  int64_t columns;  // of h that a unit reads by W_hh
   int64_t unit_vectors, panels, row;  // row: stride of the pre-activations, [rows, unit vectors, preactivations, lanes]
   int64_t out_vectors;                // of the projection
   int64_t chunk_steps, x_stride, h_stride, m_stride, state_stride;
@@ -46,9 +48,10 @@ struct ForwardLoop : Counts<Cell> {
     S* wide;  // projection: one tile's results before they are rounded
     Workspace<S> work;  // a program's, of this thread
     StageWork<Kind> stages;  // the same, of one with stages
+    PieceWork<Kind> pieces;
   };
 
-  ForwardLoop(const Forward& forward) : C(forward.p), f(forward), p(forward.p) {
+  ForwardLoop(const Forward& forward) : C(forward.p), f(forward), diagonal(p, p.H), columns(p.P / diagonal.count) {
     unit_vectors = (p.H + L - 1) / L;
     panels = (unit_vectors + units() - 1) / units();
     row = off_pages<S>(unit_vectors * PA * L);
@@ -62,11 +65,14 @@ struct ForwardLoop : Counts<Cell> {
     m_stride = row_stride<Kind>(p.H);
     state_stride = off_pages<S>(unit_vectors * L);
     uses_h = recurrent && (!f.h_is_zero || p.stop - p.start > 1);
-    far = unit_vectors * (panel_size<Kind>(p.D, G) + panel_size<Kind>(recurrent ? p.P : 0, G)) * int64_t(sizeof(W)) > kNearBytes;
+    far = (unit_vectors * panel_size<Kind>(p.D, G) + recurrent_size()) * int64_t(sizeof(W)) > kNearBytes;
     unpacked = kUnpackable && !f.packed && (p.stop - p.start) * p.B <= (far ? kFarUnpackedRows : kUnpackedRows);
     joined_x = p.B == 1 || p.T == 1 || f.x.time == p.B * f.x.batch;
     direct_x = joined_x && sizeof(A) == sizeof(T) && p.D % Kind::k_multiple == 0;
   }
+  // Elements of the packed W_hh.
+  int64_t recurrent_size() const { return recurrent ? diagonal.slots(unit_vectors) * panel_size<Kind>(columns, G) : 0; }
+  int64_t last_vector(int64_t j) const { return j * units() < unit_vectors ? j * units() : unit_vectors; }  // of panels before j
   // Of a program with stages; else null.
   const fused_rnn::Stages* staged() const {
     if constexpr (!kInterpreted<Cell>) return nullptr;
@@ -85,13 +91,13 @@ struct ForwardLoop : Counts<Cell> {
   void layout_weights(Arena& arena, Memory& m) const {
     if (!unpacked) {
       m.w_ih = arena.take<W>(unit_vectors * panel_size<Kind>(p.D, G));
-      if (recurrent) m.w_hh = arena.take<W>(unit_vectors * panel_size<Kind>(p.P, G));
+      if (recurrent) m.w_hh = arena.take<W>(recurrent_size());
       if (projects()) m.w_hr = arena.take<W>(out_vectors * panel_size<Kind>(p.H, 1));
       if (kInterpreted<Cell> && p.cell->blocks) m.blocks = arena.take<W>(p.cell->blocks * unit_vectors * panel_size<Kind>(p.H, 1));
     }
     if constexpr (kScaled<Kind>) {
       m.scale_ih = arena.take<S>(unit_vectors * G * L);
-      m.scale_hh = arena.take<S>(unit_vectors * G * L);
+      m.scale_hh = arena.take<S>(diagonal.slots(unit_vectors) * G * L);
       if (projects()) m.scale_hr = arena.take<S>(out_vectors * L);
       if (kInterpreted<Cell> && p.cell->blocks) m.scale_blocks = arena.take<S>(p.cell->blocks * unit_vectors * L);
     }
@@ -115,6 +121,7 @@ struct ForwardLoop : Counts<Cell> {
       m.m = arena.take<A>(p.B * m_stride);
       m.wide = arena.take<S>(p.B * out_vectors * L);
     }
+    if (recurrent) m.pieces = diagonal.template take<Kind>(arena, p.B, columns, threads_in_group, me);
     if (!direct_x) m.x = arena.take<A>(threads_in_group * chunk_steps * p.B * x_stride);
     if (staged()) m.stages = StageWork<Kind>::take(arena, *staged(), p.H, p.B, threads_in_group, me);
     else if constexpr (kInterpreted<Cell>)
@@ -125,44 +132,39 @@ struct ForwardLoop : Counts<Cell> {
     return m;
   }
 
-  int64_t time(const Weights& w, int64_t step) const { return w.direction > 0 ? step : p.T - 1 - step; }
-  bool active(int64_t t, int64_t b) const { return !p.lengths || t < p.lengths[b]; }
-  // Does the state that enters time t of sequence b count as zero?
-  bool cut(int64_t t, int64_t b) const { return p.reset && p.reset[t * p.B + b] && active(t, b); }
-
-  // function(first vector of units, first vector of the product, how many) for the parts of panel j: a product of more gates than a
-  // panel of weights has vectors takes several.
+  // function(piece) for the pieces of panel j: of the input's weights it is one.
   template <class F>
-  ALWAYS_INLINE void for_parts(int64_t j, int gates, F function) const {
-    const int64_t u0 = j * units();
-    const int nv = int(unit_vectors - u0 < units() ? unit_vectors - u0 : units()) * gates;
-    if constexpr (kInterpreted<Cell>) {
-      const int parts = (nv + kPanelVectors - 1) / kPanelVectors;
-      for (int i = 0; i < parts; ++i) function(u0, nv * i / parts, nv * (i + 1) / parts - nv * i / parts);
-    } else {
-      function(u0, 0, nv);
-    }
+  ALWAYS_INLINE void for_pieces(int64_t j, bool input, F function) const {
+    diagonal.for_pieces(j * units(), last_vector(j + 1), function, input);
+  }
+  // Of vector v of a piece's product the rows of the weights, of lanes `from` to before `to`. row: of lane 0.
+  struct WeightRows {
+    int64_t row;
+    int from, to;
+  };
+  ALWAYS_INLINE WeightRows rows_of(const Piece& piece, bool input, int v) const {
+    const int gates = input ? G : GH, gate = input ? x_gate(v % gates) : v % gates;
+    const int64_t u = piece.u + v / gates, row = gate * p.H + u * L;
+    if (input) return {row, 0, lanes_left(p.H, u * L, L)};
+    return {row, diagonal.first_lane(piece, u), diagonal.end_lane(piece, u)};
   }
 
   // ---- set-up of a recurrence; each thread does its panels, or its part of them ----
   void pack(const Memory& m, const Weights& w, int64_t j0, int64_t j1) const {
     for (int64_t j = j0; j < j1; ++j) {
-      for_parts(j, G, [&](int64_t u0, int v0, int nv) {
-        for (int v = v0; v < v0 + nv; ++v) {
-          const int64_t first = (u0 + v / G) * L;
-          const auto* const rows = (const T*)w.w_ih + (x_gate(v % G) * p.H + first) * p.D;
-          pack_rows<Kind, T>(m.w_ih + panel_size<Kind>(p.D, 1) * (u0 * G + v0), nv, v - v0, rows, p.D, lanes_left(p.H, first, L), p.D);
-        }
-      });
-      if (!uses_h) continue;
-      for_parts(j, GH, [&](int64_t u0, int v0, int nv) {
-        for (int v = v0; v < v0 + nv; ++v) {
-          const int64_t first = (u0 + v / GH) * L;
-          const auto* const rows = (const T*)w.w_hh + (v % GH * p.H + first) * p.P;
-          pack_rows<Kind, T>(m.w_hh + panel_size<Kind>(p.P, 1) * (u0 * G + v0), nv, v - v0, rows, p.P, lanes_left(p.H, first, L), p.P);
-        }
-      });
+      pack(m.w_ih, (const T*)w.w_ih, p.D, true, j);
+      if (uses_h) pack(m.w_hh, (const T*)w.w_hh, columns, false, j);
     }
+  }
+  void pack(W* packed, const T* weights, int64_t k, bool input, int64_t j) const {
+    for_pieces(j, input, [&](const Piece& piece) {
+      for_parts(piece.vectors * (input ? G : GH), [&](int v0, int nv) {
+        for (int v = 0; v < nv; ++v) {
+          const auto [first, from, to] = rows_of(piece, input, v0 + v);
+          pack_rows<Kind, T>(packed + panel_size<Kind>(k, 1) * (piece.slot * G + v0), nv, v, weights + first * k, k, to, k, from);
+        }
+      });
+    });
   }
   void pack_projection(const Memory& m, const Weights& w, int64_t v0, int64_t v1) const {
     for (int64_t v = v0; v < v1; ++v)
@@ -217,29 +219,41 @@ struct ForwardLoop : Counts<Cell> {
   // init + a W^T for panel j of the input's or of the recurrent weights; panel `next` follows (-1: none).
   void product(const Memory& m, const Weights& w, const A* a, int64_t lda, int64_t rows, bool input, int64_t j, int64_t next, const S* init,
                int64_t ldi, S* c) const {
-    const int64_t k = input ? p.D : p.P;
+    const int64_t after = next < 0 ? -1 : input ? next * units() : diagonal.slots(next * units());
+    for_pieces(j, input, [&](const Piece& piece) __attribute__((always_inline)) {
+      int64_t stride = lda;
+      const A* own = a;
+      if (!input) own = diagonal.template operand<Kind>(m.pieces, a + piece.block * columns, stride, rows, columns);
+      product(m, (const T*)(input ? w.w_ih : w.w_hh), own, stride, rows, input, piece, input ? p.D : columns, after, init, ldi, c);
+    });
+  }
+  // Of a piece. after: the slot from which on the next panel lies.
+  ALWAYS_INLINE void product(const Memory& m, const T* weights, const A* a, int64_t lda, int64_t rows, bool input, const Piece& piece,
+                             int64_t k, int64_t after, const S* init, int64_t ldi, S* c) const {
     const int gates = input ? G : GH;
-    for_parts(j, gates, [&](int64_t u0, int v0, int nv) __attribute__((always_inline)) {
-      const int64_t column = (u0 * PA + (input ? 0 : apart)) * L;
+    const bool shares = !input && diagonal.shares(piece);
+    for_parts(piece.vectors * gates, [&](int v0, int nv) __attribute__((always_inline)) {
+      const int64_t from = (piece.u * PA + (input ? 0 : apart) + v0) * L, place = piece.slot * G + v0;
+      TileArgs<Kind> tile{a, lda, nullptr, k, init + from, ldi, c + from, row};
+      if (shares) tile.init = m.zero, tile.ldi = 0, tile.c = m.pieces.tile, tile.ldc = PieceWork<Kind>::kLd;
+      bool done = false;
       if constexpr (kUnpackable) {
-        if (unpacked) {
-          for (int v = v0; v < v0 + nv; ++v) {
-            const int64_t first = (u0 + v / gates) * L;
-            const int g = input ? x_gate(v % gates) : v % gates;
-            multiply_rows<T>(rows, a, lda, (const T*)(input ? w.w_ih : w.w_hh) + (g * p.H + first) * k, k, lanes_left(p.H, first, L), k,
-                             init + column + v * L, ldi, c + column + v * L, row);
-          }
-          return;
+        for (int v = 0; v < nv && unpacked; ++v) {
+          const auto [first, lane, end] = rows_of(piece, input, v0 + v);
+          multiply_rows<T>(rows, a, lda, weights + (first + lane) * k, k, end - lane, k, tile.init + v * L, tile.ldi, tile.c + v * L + lane,
+                           tile.ldc);
         }
+        done = unpacked;
       }
-      const W* packed = input ? m.w_ih : m.w_hh;
-      const int64_t from = column + v0 * L;
-      TileArgs<Kind> tile{a, lda, packed + panel_size<Kind>(k, 1) * (u0 * G + v0), k, init + from, ldi, c + from, row};
-      tile.of_many = input;  // how many steps go through the product at once must not show in the result
-      if constexpr (kScaled<Kind>) tile.scale = (input ? m.scale_ih : m.scale_hh) + (u0 * G + v0) * L;
-      const int64_t panel_bytes = panel_size<Kind>(k, nv) * int64_t(sizeof(W));
-      if (far && next >= 0) tile.ahead = (const char*)(packed + next * units() * panel_size<Kind>(k, G) + panel_size<Kind>(k, v0));
-      multiply_panel<Kind>(rows, nv, tile, panel_bytes);
+      if (!done) {
+        const W* packed = input ? m.w_ih : m.w_hh;
+        tile.w = packed + panel_size<Kind>(k, 1) * place;
+        tile.of_many = input;  // how many steps go through the product at once must not show in the result
+        if constexpr (kScaled<Kind>) tile.scale = (input ? m.scale_ih : m.scale_hh) + place * L;
+        if (far && after >= 0) tile.ahead = (const char*)(packed + after * panel_size<Kind>(k, G) + panel_size<Kind>(k, v0));
+        multiply_panel<Kind>(rows, nv, tile, panel_size<Kind>(k, nv) * int64_t(sizeof(W)));
+      }
+      if (shares) diagonal.add(m.pieces, piece, gates, v0, nv, rows, c + from, row);
     });
   }
 
@@ -489,7 +503,6 @@ struct ForwardLoop : Counts<Cell> {
       for (int v = 0; v < kPanelVectors; ++v) store(m.zero + v * L, V{});
     }
     load_state(m, r, part(p.B, s.me, s.size), part(p.B, s.me + 1, s.size));
-    const auto last_vector = [&](int64_t j) { return j * units() < unit_vectors ? j * units() : unit_vectors; };
     using OfStages = ForwardStages<ForwardLoop, Kind, T>;
     if constexpr (kInterpreted<Cell>)
       if (staged()) OfStages(*this, m, r, s, j0 * units(), last_vector(j1), b0, b1).prepare();
@@ -499,7 +512,7 @@ struct ForwardLoop : Counts<Cell> {
     // call on weights as they stand, which a stream of single steps makes.
     // Of very few rows, several panels go through the cell together, for it to have a pack of vectors. Where weights come from L2 that
     // would only part the reading from the arithmetic, which otherwise overlap.
-    const bool near = unit_vectors * panel_size<Kind>(p.P, G) * int64_t(sizeof(W)) <= kNearestBytes;
+    const bool near = recurrent_size() * int64_t(sizeof(W)) <= kNearestBytes;
     int64_t at_once = near && b1 - b0 < kPack ? kPack : 1;
     // A program costs the same for one vector as for a few.
     if (kInterpreted<Cell> && b1 - b0 < kFewVectors) at_once = (kFewVectors + units() - 1) / units();

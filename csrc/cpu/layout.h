@@ -31,7 +31,7 @@ template <class Cell>
 struct Numbers {
   static constexpr int G = Cell::gates, PA = kGradients<Cell>, SV = Cell::saved, ST = Cell::states, NP = Cell::params;
   static constexpr int apart = Cell::apart;
-  static constexpr int DG = PA, GH = G;
+  static constexpr int DG = PA, GH = G, diagonal = 1;
   static constexpr bool recurrent = Cell::recurrent;
   Numbers(const Problem&) {}
 };
@@ -39,6 +39,7 @@ template <>
 struct Numbers<Interpreted> {
   int G, PA, SV, ST, NP, apart, DG,
       GH;  // DG: vectors of gradients of a step, those of the matrices' products behind the others. GH: read_gates
+  int diagonal;
   bool recurrent;
   Numbers(const Problem& p)
       : G(p.cell->gates),
@@ -49,6 +50,7 @@ struct Numbers<Interpreted> {
         apart(p.cell->apart),
         DG(PA + p.cell->blocks),
         GH(p.cell->read_gates),
+        diagonal(p.cell->diagonal),
         recurrent(p.cell->recurrent) {}
 };
 
@@ -56,15 +58,33 @@ struct Numbers<Interpreted> {
 // gradients: the input product writes G of them from the first on, the recurrent product adds to the last G.
 template <class Cell>
 struct Counts : Numbers<Cell> {
-  using Numbers<Cell>::Numbers;
   using Numbers<Cell>::G;
   using Numbers<Cell>::apart;
+  const Problem& p;
+  Counts(const Problem& problem) : Numbers<Cell>(problem), p(problem) {}
   ALWAYS_INLINE int units() const { return apart || G > kPanelVectors ? 1 : kPanelVectors / G; }  // vectors of units a panel holds
   ALWAYS_INLINE int x_gate(int v) const { return (v + G - apart) % G; }
   ALWAYS_INLINE int x_column(int gate) const { return (gate + apart) % G; }
   ALWAYS_INLINE int h_column(int gate) const { return gate + apart; }
   // Where pre-activation i of the cell's formula is.
   ALWAYS_INLINE int column(int i) const { return i < G ? x_column(i) : h_column(i - apart); }
+
+  // function(first vector, how many) for the parts of a product of so many: of more gates than a panel of weights has vectors they take
+  // several.
+  template <class F>
+  ALWAYS_INLINE void for_parts(int vectors, F function) const {
+    if constexpr (kInterpreted<Cell>) {
+      const int parts = (vectors + kPanelVectors - 1) / kPanelVectors;
+      for (int i = 0; i < parts; ++i) function(vectors * i / parts, vectors * (i + 1) / parts - vectors * i / parts);
+    } else {
+      function(0, vectors);
+    }
+  }
+
+  int64_t time(const Weights& w, int64_t step) const { return w.direction > 0 ? step : p.T - 1 - step; }
+  bool active(int64_t t, int64_t b) const { return !p.lengths || t < p.lengths[b]; }
+  // Does the state that enters time t of sequence b count as zero?
+  bool cut(int64_t t, int64_t b) const { return p.reset && p.reset[t * p.B + b] && active(t, b); }
 };
 
 static ALWAYS_INLINE int lanes_left(int64_t n, int64_t from, int lanes) { return n - from >= lanes ? lanes : n > from ? int(n - from) : 0; }

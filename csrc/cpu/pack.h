@@ -5,10 +5,10 @@
 
 namespace FUSED_RNN_ISA {
 
-// A vector of columns taken from rows of src: column l is src[l, :], l < n <= lanes.
+// A vector of columns taken from rows of src: column l is src[l, :], first <= l < n <= lanes.
 template <class Kind, class T>
-static __attribute__((noinline)) void pack_rows(typename Kind::Operand* dst, int vectors, int v, const T* src, int64_t ld, int n,
-                                                int64_t k) {
+static __attribute__((noinline)) void pack_rows(typename Kind::Operand* dst, int vectors, int v, const T* src, int64_t ld, int n, int64_t k,
+                                                int first = 0) {
   using S = typename Kind::Accumulator;
   constexpr int L = kKindLanes<Kind>, KG = Kind::k_group;
   const int64_t k_end = round_up(k, Kind::k_multiple), step = int64_t(vectors) * L * KG;
@@ -17,7 +17,7 @@ static __attribute__((noinline)) void pack_rows(typename Kind::Operand* dst, int
     Vec<S> r[L];
     const int left = int(k - k0 < L * KG ? (k - k0 < 0 ? 0 : k - k0) : L * KG);
     for (int l = 0; l < L; ++l) {
-      if (l >= n || left == 0) {
+      if (l < first || l >= n || left == 0) {
         r[l] = Vec<S>{};
       } else if constexpr (KG == 1) {
         r[l] = load(src + l * ld + k0, left);
@@ -48,15 +48,22 @@ static ALWAYS_INLINE Vf pairs(const T* first, const T* second, int n) {
   return (Vf)(__builtin_convertvector(*(const Half16V*)low, U) | __builtin_convertvector(*(const Half16V*)high, U) << 16);
 }
 
-// A vector of columns that are columns of src already: src[:, 0..n), n <= lanes. From row `first` on, and then those before it.
+// A vector of columns that are columns of src already: src[:, lane..n), n <= lanes. From row `first` on, and then those before it.
 template <class Kind, class T>
 static __attribute__((noinline)) void pack_columns(typename Kind::Operand* dst, int vectors, int v, const T* src, int64_t ld, int n,
-                                                   int64_t k, int64_t first = 0) {
+                                                   int64_t k, int64_t first = 0, int lane = 0) {
   using S = typename Kind::Accumulator;
   constexpr int L = kKindLanes<Kind>, KG = Kind::k_group;
+  T shifted[2][L] = {};  // rows of which the first lanes are zero
   const int64_t k_end = round_up(k, Kind::k_multiple), step = int64_t(vectors) * L * KG;
   typename Kind::Operand* d = dst + int64_t(v) * L * KG;
-  const auto row = [&](int64_t i) { return i < k ? src + (i < k - first ? i + first : i + first - k) * ld : nullptr; };
+  const auto row = [&](int64_t i) -> const T* {
+    if (i >= k) return nullptr;
+    const T* const from = src + (i < k - first ? i + first : i + first - k) * ld;
+    if (lane == 0) return from;
+    memcpy((void*)(shifted[i & 1] + lane), (const void*)(from + lane), size_t(n - lane) * sizeof(T));
+    return shifted[i & 1];
+  };
   for (int64_t k0 = 0; k0 < k_end; k0 += KG, d += step) {
     if constexpr (KG == 1) *(Vec<S>*)d = k0 < k ? load(row(k0), n) : Vec<S>{};
     else *(Vec<S>*)d = pairs(row(k0), row(k0 + 1), n);

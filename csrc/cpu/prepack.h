@@ -67,16 +67,18 @@ struct PackLoop {
     const Problem& p = f.p;
     constexpr int L = Loop::L;
     // A panel of several vectors of units has them side by side in every k, the last panel as many as are left.
-    const auto side = [&](int gates, const float* source, auto* to, float* scale, int64_t k) {
+    const auto side = [&](bool input, const float* source, auto* to, float* scale, int64_t k) {
       for (int64_t j = 0; j < loop.panels; ++j)
-        loop.for_parts(j, gates, [&](int64_t u0, int v0, int nv) {
-          const int64_t before = u0 * loop.G + v0;
-          narrow_panel(source + before * panel_size<F32>(k, 1), to + before * panel_size<Kind>(k, 1), at<float>(scale, before * L), k,
-                       nv * L);
+        loop.for_pieces(j, input, [&](const Piece& piece) {
+          loop.for_parts(piece.vectors * (input ? loop.G : loop.GH), [&](int v0, int nv) {
+            const int64_t before = piece.slot * loop.G + v0;
+            narrow_panel(source + before * panel_size<F32>(k, 1), to + before * panel_size<Kind>(k, 1), at<float>(scale, before * L), k,
+                         nv * L);
+          });
         });
     };
-    side(loop.G, from.w_ih, m.w_ih, m.scale_ih, p.D);
-    if (loop.recurrent) side(loop.GH, from.w_hh, m.w_hh, m.scale_hh, p.P);
+    side(true, from.w_ih, m.w_ih, m.scale_ih, p.D);
+    if (loop.recurrent) side(false, from.w_hh, m.w_hh, m.scale_hh, loop.columns);
     if constexpr (kInterpreted<Cell>) {
       const int64_t all = p.cell->blocks * loop.block_panels();
       wide.pack_blocks(from, w, 0, all);

@@ -38,12 +38,11 @@ struct ProductsLoop : Counts<Cell> {
   using A = typename Kind::Operand;
   using S = typename Kind::Accumulator;
   using C = Counts<Cell>;
-  using C::G, C::GH, C::DG, C::apart, C::recurrent, C::x_gate;
+  using C::G, C::GH, C::DG, C::apart, C::recurrent, C::x_gate, C::diagonal, C::p, C::active;
   static constexpr int L = kKindLanes<Kind>, W = kPanelVectors * L;
   static constexpr int64_t kLd = kDepth + 64 / int64_t(sizeof(A));  // row stride of the transposed dgates: not a power of two
 
   const Products& f;
-  const Problem& p;
   int64_t first_row, rows;  // of this range, in time order
 
   struct Memory {
@@ -55,8 +54,7 @@ struct ProductsLoop : Counts<Cell> {
     int64_t* live;  // rows of this range that have a step, in order; only where some have none
   };
 
-  ProductsLoop(const Products& products)
-      : C(products.p), f(products), p(products.p), rows((products.p.stop - products.p.start) * products.p.B) {}
+  ProductsLoop(const Products& products) : C(products.p), f(products), rows((products.p.stop - products.p.start) * products.p.B) {}
 
   // Which row blocks of W_ih and of W_hh belong to gradient d, -1: none.
   ALWAYS_INLINE int input_gate(int d) const { return d < G ? x_gate(d) : -1; }
@@ -139,9 +137,9 @@ struct ProductsLoop : Counts<Cell> {
       }
   }
 
-  // dw[block(i) + 0..n) += left_i in, for the `count` row blocks of `left` that take part.
+  // dw[block(i) + 0..n) += left_i in, for the `count` row blocks of `left` that take part. from: the first column of `in`.
   void weight_gradient(const Memory& m, S* dw, int64_t columns, int64_t depth, bool first, int count, const int64_t* left_row,
-                       const int64_t* dw_row, int64_t n) const {
+                       const int64_t* dw_row, int64_t n, int64_t from = 0) const {
     const int64_t ld = round_up(columns, L);
     if (depth == 0) {  // every sequence is empty
       for (int i = 0; i < count && first; ++i) memset((void*)(dw + dw_row[i] * ld), 0, size_t(n * ld) * sizeof(S));
@@ -149,7 +147,7 @@ struct ProductsLoop : Counts<Cell> {
     }
     for (int64_t column = 0; column < columns; column += W) {
       const int nv = int((columns - column + L - 1) / L < kPanelVectors ? (columns - column + L - 1) / L : kPanelVectors);
-      pack_panel(m.panel, m.row, depth, column, columns, nv);
+      pack_panel(m.panel, m.row, depth, from + column, from + columns, nv);
       for (int i = 0; i < count; ++i) {
         S* c = dw + dw_row[i] * ld + column;
         multiply_panel<Kind>(n, nv, {m.left + left_row[i] * kLd, kLd, m.panel, depth, first ? m.zero : c, first ? 0 : ld, c, ld}, 0,
@@ -178,8 +176,6 @@ struct ProductsLoop : Counts<Cell> {
     for (int64_t i = 0; i < n; ++i) to[i] = first ? from[i] : to[i] + from[i];
   }
 
-  bool active(int64_t t, int64_t b) const { return !p.lengths || t < p.lengths[b]; }
-
   // What h_{t-1} was for row (t, b): a row of `hidden`, of h0, or null for zero.
   const T* h_before(int r, int64_t t, int64_t b) const {
     const Weights& w = p.weights[r];
@@ -193,7 +189,7 @@ struct ProductsLoop : Counts<Cell> {
     const int64_t u0 = part(p.H, me, team), units = part(p.H, me + 1, team) - u0;
     const int64_t t0 = first_time(p, r);
     const T* x = (const T*)f.x.data + t0 * f.x.time + r * f.x.recurrence;
-    const int64_t ld = p.R * DG * p.H;
+    const int64_t ld = p.R * DG * p.H, columns = p.P / diagonal, ld_hh = round_up(columns, L);
     const int64_t chosen = choose(m, r);
     for (int64_t k0 = 0; k0 == 0 || k0 < chosen; k0 += kDepth) {
       const Chosen row{m.live, k0};
@@ -209,17 +205,24 @@ struct ProductsLoop : Counts<Cell> {
       for (int64_t k = 0; k < depth; ++k) m.row[k] = x + row[k] / p.B * f.x.time + row[k] % p.B * f.x.batch;
       weight_gradient(m, (S*)f.dw_ih[r], p.D, depth, first, count_x, left_x, dw_x, units);
       for (int g = GH; g < G && recurrent && first; ++g)
-        memset((S*)f.dw_hh[r] + (g * p.H + u0) * round_up(p.P, L), 0, size_t(units * round_up(p.P, L)) * sizeof(S));
+        memset((S*)f.dw_hh[r] + (g * p.H + u0) * ld_hh, 0, size_t(units * ld_hh) * sizeof(S));
       bool from_zero = recurrent;  // the first step without an initial state
       for (int64_t k = 0; k < depth && recurrent; ++k) {
         m.row[k] = h_before(r, t0 + row[k] / p.B, row[k] % p.B);
         from_zero = from_zero && !m.row[k];
       }
-      if (recurrent && !from_zero) weight_gradient(m, (S*)f.dw_hh[r], p.P, depth, first, count_h, left_h, dw_h, units);
+      const int64_t block_units = p.H / diagonal;
+      for (int64_t block = u0 / block_units; recurrent && !from_zero && block * block_units < u0 + units; ++block) {
+        const int64_t begin = block * block_units < u0 ? u0 : block * block_units, end = (block + 1) * block_units;
+        int64_t left[kGradients<Cell>], dw[kGradients<Cell>];
+        for (int i = 0; i < count_h; ++i) left[i] = left_h[i] + begin - u0, dw[i] = dw_h[i] + begin - u0;
+        const int64_t n = (end < u0 + units ? end : u0 + units) - begin;
+        weight_gradient(m, (S*)f.dw_hh[r], columns, depth, first, count_h, left, dw, n, block * columns);
+      }
       for (int d = 0; d < G + apart && (f.db_ih || from_zero); ++d) {
         column_sums(m.sums, (const T*)f.dgates + (r * DG + d) * p.H + u0, ld, row, units, depth);
         const int64_t h_row = recurrent_gate(d) * p.H + u0;
-        if (from_zero && h_row >= 0) zero_gradient((S*)f.dw_hh[r] + h_row * round_up(p.P, L), round_up(p.P, L), first, m.sums, units);
+        if (from_zero && h_row >= 0) zero_gradient((S*)f.dw_hh[r] + h_row * ld_hh, ld_hh, first, m.sums, units);
         if (f.db_ih && input_gate(d) >= 0) accumulate((double*)f.db_ih[r] + input_gate(d) * p.H + u0, m.sums, units, first);
         if (f.db_ih && h_row >= 0) accumulate((double*)f.db_hh[r] + h_row, m.sums, units, first);
       }

@@ -16,6 +16,7 @@ namespace {
 constexpr std::string_view kPrefix = "fused_rnn.cell 1|";
 constexpr size_t kMostInstructions = 1024;  // of a graph
 constexpr size_t kMostText = 1 << 16;
+constexpr int kMostDiagonal = 1 << 16;
 
 std::vector<std::string_view> split(std::string_view text, char at) {
   std::vector<std::string_view> parts;
@@ -172,13 +173,20 @@ struct Kept {
     require(text.size() <= kMostText, "its text has more than " + std::to_string(kMostText) + " characters");
     const std::vector<std::string_view> parts = split(std::string_view(text).substr(kPrefix.size()), '|');
     require(parts.size() == 6, "its text has " + std::to_string(parts.size()) + " parts, expected 6");
-    const std::vector<std::string_view> counts = words(parts[1]);
+    std::vector<std::string_view> counts = words(parts[1]);
+    CellDescriptor& cell = program.cell;
+    cell.diagonal = 1;
+    for (; !counts.empty() && counts.back().find('=') != std::string_view::npos; counts.pop_back()) {
+      const std::string_view flag = counts.back().substr(0, counts.back().find('='));
+      require(flag == "diagonal", "its text has a flag '" + std::string(flag) + "', expected diagonal");
+      cell.diagonal = count(counts.back().substr(flag.size() + 1), 1, kMostDiagonal, "blocks of W_hh");
+    }
     require(counts.size() >= 3, "its text has no three counts");
     const bool further = counts.size() > 3;  // masks, and blocks of matrices
     const int gates = count(counts[0], 1, kMostGates, "gates"), apart = count(counts[1], 0, gates, "gates apart");
     const bool recurrent = count(counts[2], 0, 1, "matrices W_hh");
     require(recurrent || apart == 0, "it has gates apart, but no recurrent side");
-    CellDescriptor& cell = program.cell;
+    require(recurrent || cell.diagonal == 1, "it has blocks of W_hh, but no recurrent side");
     cell.masks = further ? count(counts[3], 0, kMostMasks, "masks") : 0;
     for (size_t i = 4; i < counts.size(); ++i) {
       const int blocks = count(counts[i], 1, kMostBlocks - cell.blocks, "blocks of a matrix");

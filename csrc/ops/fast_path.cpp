@@ -139,7 +139,7 @@ PyObject* fast_path_of(PyObject* const* args, Py_ssize_t count) {
   const int64_t H = weights[0].shape[0] / G;
   if (weights[0].shape[0] != G * H || H == 0 || !alike(weights[0])) Py_RETURN_NONE;
   if (recurrent && (!own[1] || !read(own[1], weights[1], 2, G * H, -1) || !alike(weights[1]))) Py_RETURN_NONE;
-  const int64_t P = recurrent ? weights[1].shape[1] : H;
+  const int64_t P = recurrent ? weights[1].shape[1] * cell->diagonal : H;
   if (!projects && P != H) Py_RETURN_NONE;
   for (int i = 2; i < 3 + recurrent && bias; ++i)
     if (!own[i] || !read(own[i], weights[i], 1, G * H) || !alike(weights[i])) Py_RETURN_NONE;

@@ -44,10 +44,13 @@ class Layer {
     STD_TORCH_CHECK(rows.dim() == 2 && rows.size(0) % G == 0, "fused_rnn: ", p.cell->recurrent ? "w_hh" : "w_ih", " has shape ",
                     text(sizes_of(rows)), ", expected [", G, " H, ", p.cell->recurrent ? "P]" : "D]");
     p.H = rows.size(0) / G;
-    p.P = p.cell->recurrent ? rows.size(1) : p.H;
+    const int diagonal = p.cell->diagonal;
+    p.P = p.cell->recurrent ? rows.size(1) * diagonal : p.H;
     STD_TORCH_CHECK(p.H > 0 && p.D > 0 && p.T > 0, "fused_rnn: T, D and H must be positive, got T=", p.T, ", D=", p.D, ", H=", p.H);
+    STD_TORCH_CHECK(p.H % diagonal == 0, "fused_rnn: w_hh has shape ", text(sizes_of(rows)), ", expected [", G, " H, H / ", diagonal,
+                    "] of an H that ", diagonal, " divides: it has as many blocks");
     STD_TORCH_CHECK(projects || p.P == p.H, "fused_rnn: w_hh has shape ", text(sizes_of(rows)), " without a projection, expected [",
-                    G * p.H, ", ", p.H, "]");
+                    G * p.H, ", ", p.H / diagonal, "]");
     held_.reserve(weights.size());
     weights_.resize(size_t(p.R));
     for (int64_t r = 0; r < p.R; ++r) {
@@ -55,7 +58,7 @@ class Layer {
       Weights& w = weights_[size_t(r)];
       w = {};
       w.w_ih = hold("w_ih", weights[i], {G * p.H, p.D});
-      if (p.cell->recurrent) w.w_hh = hold("w_hh", weights[i + 1], {G * p.H, p.P});
+      if (p.cell->recurrent) w.w_hh = hold("w_hh", weights[i + 1], {G * p.H, p.P / diagonal});
       if (bias) w.b_ih = hold("b_ih", weights[i + size_t(sides)], {G * p.H});
       if (bias && p.cell->recurrent) w.b_hh = hold("b_hh", weights[i + 3], {G * p.H});
       if (projects) w.w_hr = hold("w_hr", weights[i + size_t(matrices) - 1], {p.P, p.H});

@@ -179,6 +179,7 @@ py::object fast_path(const std::shared_ptr<Stream>& stream, const py::object& li
 std::shared_ptr<Stream> make(const std::string& cell, int dtype, int narrow, int64_t B, int64_t D, int64_t H, int64_t P, int64_t layers,
                              bool projects, const std::vector<uintptr_t>& states) {
   const Problem p{cell_of(cell), Dtype(dtype), 1, B, D, H, P, 1, 0, 1, nullptr, nullptr, nullptr, 1};
+  if (P % p.cell->diagonal) throw py::value_error("H: expected a multiple of the blocks of the cell's W_hh");
   if (p.cell->masks) throw py::value_error("cell: it has masks, which a stream has no numbers for");
   if (int(states.size()) != p.cell->states) throw py::value_error("states: expected as many addresses as the cell has states");
   return std::make_shared<Stream>(p, layers, projects, Narrow(narrow), states);

@@ -159,7 +159,7 @@ inline const CellDescriptor* cell_of(const std::string& name) {
 
 // What a forward takes on one thread, about.
 inline double microseconds_of(const Problem& p) {
-  const int64_t k = p.D + (p.cell->recurrent ? p.P : 0);
+  const int64_t k = p.D + (p.cell->recurrent ? p.P / p.cell->diagonal : 0);
   const double of_cell = p.cell->program ? 8.0 * p.cell->program->length : 0;  // an operation of a program takes as long
   const double multiplied = 2.0 * (double(p.cell->gates) * double(k) + double(p.cell->blocks) * double(p.H));
   return double(p.T) * double(p.B) * double(p.R) * double(p.H) * (multiplied + of_cell) / 100e3;

@@ -47,7 +47,7 @@ def supports(problem: Problem) -> str | None:
 
 
 def _refusal_of_stages(problem: Problem) -> str | None:
-    cell = CELLS[problem.cell]
+    cell = CELLS[problem.cell].whole
     if not cell.staged:
         return None
     device, number = module.device_index(torch.device(problem.device)), plans.precision(problem.dtype)
@@ -63,7 +63,7 @@ def describe(problem: Problem) -> str:
     if supports(problem) is not None:
         return "nothing here"
     device = module.device_index(torch.device(problem.device))
-    number, cell = plans.precision(problem.dtype), CELLS[problem.cell]
+    number, cell = plans.precision(problem.dtype), CELLS[problem.cell].whole
     if not cell.recurrent:
         units, least = (
             problem.recurrences * problem.batch * problem.hidden_size,
@@ -87,6 +87,8 @@ def describe(problem: Problem) -> str:
 
 def narrows(problem: Problem) -> str | None:
     """None if `forward_narrow` can run the problem's layers, else the reason it cannot."""
+    if CELLS[problem.cell].diagonal > 1:
+        return "narrow weights of a W_hh of blocks on its diagonal"
     if CELLS[problem.cell].staged:
         return "narrow weights of a cell that sums over its units, or has matrices of its own"
     return supports(problem) or programs.refusal()

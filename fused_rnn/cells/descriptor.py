@@ -48,6 +48,7 @@ class Cell(NamedTuple):
     matrices: of each matrix beside W_hh how many blocks of H rows it has.
     masks: how many numbers a unit of a row is given at each step, beside the input, which get no gradient.
     parts: the step in two, of a cell that has gates with names.
+    diagonal: N, how many blocks W_hh has on its diagonal, [G·H, H/N]: row g·H + u holds what unit u reads of its block.
     """
 
     name: str
@@ -64,6 +65,7 @@ class Cell(NamedTuple):
     matrices: tuple[int, ...] = ()
     masks: int = 0
     parts: Parts | None = None
+    diagonal: int = 1
 
     @property
     def title(self) -> str:
@@ -93,6 +95,11 @@ class Cell(NamedTuple):
         return self.program is not None and self.program.stages > 1
 
     @property
+    def whole(self) -> Cell:
+        """The same with a W_hh that is whole."""
+        return self if self.program is None else CELLS[self.program._replace(diagonal=1).text]
+
+    @property
     def carried(self) -> int:
         """How many states a loop carries in the accumulation dtype: all but h, and h too where the formula reads it."""
         return len(self.states) - 1 + self.reads_h
@@ -115,7 +122,7 @@ def cell_of(program: Program) -> Cell:
     return Cell(
         program.text, program.gates, program.states, program.saved, program.step, program.params, program.apart,
         program.reads_h, False, program.recurrent, program, tuple(count for _, count in program.matrices),
-        len(program.masks),
+        len(program.masks), None, program.diagonal,
     )  # fmt: skip
 
 

@@ -6,7 +6,8 @@ needs no registry. The loops of every backend are printed from it, or interpret 
     fused_rnn.cell 1|title|G apart recurrent|states|params|forward|backward
     fused_rnn.cell 1|title|G apart recurrent M n ..|states|params;matrices;masks|forward|backward
 
-The second with M masks or with matrices, of n blocks of H rows each. A graph is instructions and groups of outputs,
+The second with M masks or with matrices, of n blocks of H rows each. Flags may end the counts: `diagonal=8`, a W_hh of
+so many blocks on its diagonal. A graph is instructions and groups of outputs,
 `sigmoid 0,mul 4 1,const 2.0>4 5;6`. Values are numbered: first the inputs, then each instruction's result.
 
     forward   inputs: G + apart pre-activations, the states before, the params, the masks
@@ -190,7 +191,7 @@ class Graph(NamedTuple):
 
 class Program(NamedTuple):
     """A cell. title: its name for people.  gates, apart, states, params: as in Cell.  recurrent: there is a W_hh.
-    matrices: names, each with how many blocks of H rows it has.  masks: names."""
+    matrices: names, each with how many blocks of H rows it has.  masks: names.  diagonal: the blocks of W_hh."""
 
     title: str
     gates: int
@@ -202,6 +203,7 @@ class Program(NamedTuple):
     backward: Graph
     matrices: tuple[tuple[str, int], ...] = ()
     masks: tuple[str, ...] = ()
+    diagonal: int = 1
 
     @property
     def blocks(self) -> int:
@@ -241,6 +243,7 @@ class Program(NamedTuple):
         if self.matrices or self.masks:
             counts = " ".join([counts, str(len(self.masks)), *(str(count) for _, count in self.matrices)])
             params = ";".join([params, " ".join(name for name, _ in self.matrices), " ".join(self.masks)])
+        counts += f" diagonal={self.diagonal}" if self.diagonal > 1 else ""
         names = (" ".join(self.states), params)
         return PREFIX + "|".join((self.title, counts, *names, _written(self.forward), _written(self.backward)))
 
@@ -300,7 +303,11 @@ def parse(text: str) -> Program:
     """The program of a text; raises ValueError for a text that is none."""
     try:
         title, counts, states, params, forward, backward = text.removeprefix(PREFIX).split("|")
-        gates, apart, recurrent, *more = map(int, counts.split())
+        flags = dict(word.split("=") for word in counts.split() if "=" in word)
+        gates, apart, recurrent, *more = map(int, counts.split()[: len(counts.split()) - len(flags)])
+        diagonal = int(flags.pop("diagonal", "1"))
+        if flags or diagonal < 1 or (diagonal > 1 and not recurrent):
+            raise ValueError("a flag that there is not")
         of_matrices, of_masks = params.split(";")[1:] if more else ("", "")
         names, vectors, masks = tuple(states.split()), tuple(params.split(";")[0].split()), tuple(of_masks.split())
         matrices = tuple(zip(of_matrices.split(), more[1:], strict=True))
@@ -317,7 +324,7 @@ def parse(text: str) -> Program:
             raise ValueError("a value is read before it is made")
     except (KeyError, IndexError, ValueError) as error:
         raise ValueError(f"cell: got {text[:80]!r}, expected a cell as fused_rnn.cell writes it") from error
-    return Program(title, gates, apart, bool(recurrent), names, vectors, first, second, matrices, masks)
+    return Program(title, gates, apart, bool(recurrent), names, vectors, first, second, matrices, masks, diagonal)
 
 
 def is_program(name: Any) -> bool:

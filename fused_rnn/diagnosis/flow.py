@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fused_rnn.cells import CELLS
+from fused_rnn.cells.diagonal import dense
 from fused_rnn.diagnosis.recorder import Record
 
 # A gradient vanishes or explodes where over the whole sequence it changes by more than FAR, or at each step by more
@@ -89,10 +90,12 @@ def radii(record: Record) -> dict[int, float]:
     """Of each gate the spectral radius, the largest absolute eigenvalue, of the [H, H] matrix that takes h to its
     pre-activation: its block of W_hh, times W_hr where there is a projection, the largest of all heads."""
     found: dict[int, float] = {}
+    cell = CELLS[record.cell]
     for w in record.weights:
         if w.w_hh is None:
             continue
-        for gate, block in enumerate(w.w_hh.detach().double().chunk(CELLS[record.cell].gates)):
+        whole = w.w_hh if cell.diagonal == 1 else dense(w.w_hh, cell.gates, cell.diagonal)
+        for gate, block in enumerate(whole.detach().double().chunk(cell.gates)):
             square = block if w.w_hr is None else block @ w.w_hr.detach().double()
             value = float(torch.linalg.eigvals(square).abs().max()) if bool(square.isfinite().all()) else math.nan
             found[gate] = max(found.get(gate, 0.0), value)

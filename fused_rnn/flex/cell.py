@@ -25,8 +25,8 @@ class UserCell:
     Attributes:
         step: the function it was made of.
         name: the function's.
-        gates, states, params, recurrent, matrices: as given to :func:`cell`, gates as their number, matrices with n
-            alone.
+        gates, states, params, recurrent, matrices, diagonal: as given to :func:`cell`, gates as their number, matrices
+            with n alone.
         gate_names: the gates' names, if they have none "0", "1", and so on.
 
     Examples:
@@ -42,7 +42,8 @@ class UserCell:
         self.step, self.shape = step, shape
         self.gate_names = gate_names or tuple(map(str, range(shape.gates)))
         self.gates, self.states, self.params, self.recurrent = shape[:4]
-        self.matrices = dict(shape.matrices)
+        self.matrices, self.diagonal = dict(shape.matrices), shape.diagonal
+        self._base, self._others = self, dict[int, UserCell]()  # the cell in its module; by blocks, if it is this one
         self.__name__ = getattr(step, "__name__", type(step).__name__)
         # A program's text has its own signs, and is one line.
         self.name = "".join(c if c.isprintable() and c != "|" else "_" for c in self.__name__)
@@ -106,10 +107,22 @@ class UserCell:
         more = (self._matrices(*m),) if self.matrices else ()
         return self.step(x, r, self._states(*s), self._params(*p), *more)
 
+    def _fused_diagonal(self, blocks: int) -> UserCell:
+        """The same step with a W_hh of so many blocks."""
+        if blocks == self.diagonal:
+            return self
+        with self._lock:
+            if blocks not in self._others:
+                made = UserCell(self.step, self.shape._replace(diagonal=blocks), self.gate_names)
+                made._base = self
+                self._others[blocks] = made
+            return self._others[blocks]
+
     def __repr__(self) -> str:
         more = "" if self.recurrent else ", recurrent=False"
         params = f", params={self.params}" if self.params else ""
         more += f", matrices={self.matrices}" if self.matrices else ""
+        more += f", diagonal={self.diagonal}" if self.diagonal > 1 else ""
         return f"<cell {self.__name__}: gates={self.gates}, states={self.states}{params}{more}>"
 
     def __copy__(self) -> UserCell:
@@ -120,6 +133,8 @@ class UserCell:
 
     def __reduce__(self) -> Any:
         """By its name in its module, as functions are."""
+        if self._base is not self:
+            return _of_blocks, (self._base, self.diagonal)
         try:
             found = _find(self.__module__, self.__qualname__)
         except (AttributeError, ImportError):
@@ -152,6 +167,10 @@ def _find(module: str, name: str) -> Any:
     return found
 
 
+def _of_blocks(base: UserCell, blocks: int) -> UserCell:
+    return base._fused_diagonal(blocks)
+
+
 def _named(kind: Any, given: Any) -> Any:
     """Values with names."""
     if isinstance(given, Mapping):
@@ -171,6 +190,7 @@ def cell(
     params: Sequence[str] = (),
     recurrent: bool = True,
     matrices: Mapping[str, tuple[int, str]] | None = None,
+    diagonal: int = 1,
 ) -> Callable[[Callable[..., Any]], UserCell]:
     """Make a recurrent cell of a step written in PyTorch, for :class:`~fused_rnn.FlexRNN`. A decorator. ::
 
@@ -201,6 +221,8 @@ def cell(
         params: names of vectors of one number per unit, which are trained as the matrices are.
         recurrent: False leaves out W_hh: what a step knows of the one before are its states alone.
         matrices: matrices beside W_hh by name, each (n, "H"): n·H rows, H columns.
+        diagonal: N, how many blocks W_hh has on its diagonal, a divisor of H: a unit reads the H/N units of its own
+            block, and costs as much. Unlike `heads`, they are one recurrence: the step's sums are over all H units.
 
     Returns:
         A decorator that makes a :class:`UserCell` of a function.
@@ -229,12 +251,16 @@ def cell(
         raise ValueError(f"params: got {both[0]!r}, which is a state, expected another name")
     if not isinstance(recurrent, bool):
         raise TypeError(f"recurrent: got {recurrent!r}, expected True or False")
+    if isinstance(diagonal, bool) or not isinstance(diagonal, int) or diagonal < 1:
+        raise ValueError(f"diagonal: got {diagonal!r}, expected a positive number of blocks")
+    if diagonal > 1 and not recurrent:
+        raise ValueError(f"diagonal: got {diagonal}, expected 1: without W_hh there are no blocks of it")
     blocks = _checked_matrices(matrices, own, vectors)
 
     def decorate(step: Callable[..., Any]) -> UserCell:
         if not callable(step):
             raise TypeError(f"step: got {type(step).__name__}, expected a function of (x, r, s, p)")
-        return UserCell(step, Shape(gates, own, vectors, recurrent, blocks), names)
+        return UserCell(step, Shape(gates, own, vectors, recurrent, blocks, diagonal=diagonal), names)
 
     return decorate
 

@@ -25,7 +25,7 @@ Call = Callable[..., Any]
 
 class Shape(NamedTuple):
     """What a step gets and returns. gates: their number.  states, params, masks: names.  matrices: names, each with how
-    many blocks of H rows it has."""
+    many blocks of H rows it has.  diagonal: the blocks of W_hh."""
 
     gates: int
     states: tuple[str, ...]
@@ -33,6 +33,7 @@ class Shape(NamedTuple):
     recurrent: bool = True
     matrices: tuple[tuple[str, int], ...] = ()
     masks: tuple[str, ...] = ()
+    diagonal: int = 1
 
     @property
     def sides(self) -> int:
@@ -73,7 +74,9 @@ def program_of(title: str, step: Callable[..., Any], call: Call, shape: Shape) -
     given = {value: i for i, value in reversed(list(enumerate(inputs))) if not builder.is_number(value)}
     backward = emit(builder, given, len(inputs), outputs)
     names = (shape.states, shape.params)
-    return Program(title, gates, apart, shape.recurrent, *names, forward, backward, shape.matrices, shape.masks)
+    return Program(
+        title, gates, apart, shape.recurrent, *names, forward, backward, shape.matrices, shape.masks, shape.diagonal
+    )
 
 
 def _products(

@@ -18,7 +18,7 @@ def _shape(cell: str) -> Shape:
     if cell in KNOWN:
         return KNOWN[cell].shape
     spec = CELLS[cell]
-    return Shape(spec.gates, spec.states, spec.params, spec.recurrent)
+    return Shape(spec.gates, spec.states, spec.params, spec.recurrent, diagonal=spec.diagonal)
 
 
 def program(cell: str, dropped: str = "", zones: tuple[float | None, ...] = (), gates: bool = False) -> str:

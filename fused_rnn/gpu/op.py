@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fused_rnn.call import BackwardCall, LayerCall, Weights, is_absent
 from fused_rnn.cells import Cell
-from fused_rnn.gpu import precision, run
+from fused_rnn.gpu import dense, precision, run
 from fused_rnn.gpu.loops import Layer, Loops
 from fused_rnn.gpu.weights import aligned
 from fused_rnn.transforms import fake, flops, op_gradient, vmap
@@ -127,7 +127,7 @@ def _check_backward(call: BackwardCall) -> None:
 
 def forward(call: LayerCall, make: Make, w_hh: torch.dtype | None = None, plain: Plain | None = None) -> list[Tensor]:
     """What the forward op does. w_hh: as `layer_of` has it."""
-    x = call.x
+    x, call = call.x, dense.of(call)
     with on(x):
         if plain is not None and (outputs := plain.forward(call)):
             return outputs
@@ -147,29 +147,32 @@ def _implement(make: Make, plain: Plain | None) -> tuple[Callable[..., list[Tens
             raise RuntimeError(f"save: got {call.save!r}, expected none, gates or recompute")
         return forward(call, make, plain=plain)
 
-    def backward(*args: Any) -> list[Tensor]:
+    def checked_backward(*args: Any) -> list[Tensor]:
         call = BackwardCall(*args)
         if call.save not in ("gates", "recompute"):
             raise RuntimeError(f"save: got {call.save!r}, expected gates or recompute")
-        x = call.x
-        with on(x):
-            if plain is not None and (outputs := plain.backward(call)):
-                return outputs
-            layer, weights = layer_of(call.layer)
-            shape = (*x.shape[:2], layer.recurrences, layer.hidden)  # of a state over time
-            call = call._replace(dsequences=[x.new_zeros(shape) if is_absent(d) else d for d in call.dsequences])
-            _check_backward(call)
-            if x.shape[1] == 0:
-                return [torch.zeros_like(t) for t in fake.backward(*call)]
-            call = call._replace(
-                x=x.contiguous(), saved=aligned(call.saved), histories=[aligned(t) for t in call.histories]
-            )
-            loops, steps = make(layer, x, True), layer.steps
-            whole = run.Backward(layer, call, weights, [(0, steps)])
-            whole.run(loops, 0, steps)
-            return whole.outputs()
+        with on(call.x):
+            return dense.gradients(call, backward(dense.of(call)))
 
-    return checked_forward, backward
+    def backward(call: BackwardCall) -> list[Tensor]:
+        x = call.x
+        if plain is not None and (outputs := plain.backward(call)):
+            return outputs
+        layer, weights = layer_of(call.layer)
+        shape = (*x.shape[:2], layer.recurrences, layer.hidden)  # of a state over time
+        call = call._replace(dsequences=[x.new_zeros(shape) if is_absent(d) else d for d in call.dsequences])
+        _check_backward(call)
+        if x.shape[1] == 0:
+            return [torch.zeros_like(t) for t in fake.backward(*call)]
+        call = call._replace(
+            x=x.contiguous(), saved=aligned(call.saved), histories=[aligned(t) for t in call.histories]
+        )
+        loops, steps = make(layer, x, True), layer.steps
+        whole = run.Backward(layer, call, weights, [(0, steps)])
+        whole.run(loops, 0, steps)
+        return whole.outputs()
+
+    return checked_forward, checked_backward
 
 
 def define(name: str, make: Make, keys: Sequence[str] = ("CUDA",), plain: Plain | None = None) -> tuple[Any, Any]:

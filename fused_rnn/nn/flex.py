@@ -16,6 +16,7 @@ from torch.nn.utils.rnn import PackedSequence
 from fused_rnn.checks import kind, shape_text
 from fused_rnn.flex import UserCell
 from fused_rnn.nn import extras
+from fused_rnn.nn.heads import by_block, by_head
 from fused_rnn.nn.plain import FAST_PATH, STEPPING
 from fused_rnn.nn.recurrent import Recurrent, overrides_checks, read_weights
 from fused_rnn.nn.sequence import run
@@ -55,11 +56,12 @@ class FlexRNN(Recurrent):
         output, h_n, or output, (h_n, c_n, ...): output [T, B, R·H], laid out, and packed, as the input was; with
         return_sequences="states" a tuple of such, one for each state, of the last layer; the final states shaped as hx.
 
-    Its parameters are weight_ih_l0 [G·H, D or R·H]; weight_hh_l0 [G·H, H], with heads [N, G·H/N, H/N], rows of a head
-    gate by gate; bias_ih_l0 and bias_hh_l0 [G·H]; for each of the cell's matrices u_l0 [n·H, H], with heads [N, n·H/N,
-    H/N]; for each of its params p_l0 [H]; all with _reverse for the other direction. A cell that is not recurrent has
-    no weight_hh and bias_hh. Initial values are uniform in ±1/√H as torch.nn.LSTM's; those of weight_hh and of the
-    cell's matrices in ±1/√(H/N), for that is how many terms each of their sums has.
+    Its parameters are weight_ih_l0 [G·H, D or R·H]; weight_hh_l0 [G·H, H], with heads, or of a cell with diagonal=N,
+    [N, G·H/N, H/N], rows of a head or block gate by gate; bias_ih_l0 and bias_hh_l0 [G·H]; for each of the cell's
+    matrices u_l0 [n·H, H], with heads [N, n·H/N, H/N]; for each of its params p_l0 [H]; all with _reverse for the other
+    direction. A cell that is not recurrent has no weight_hh and bias_hh. Initial values are uniform in ±1/√H as
+    torch.nn.LSTM's; those of weight_hh and of the cell's matrices in ±1/√(H/N), for that is how many terms each of
+    their sums has.
 
     Raises:
         TypeError, ValueError: for arguments that do not fit, from the cell for a step that cannot be traced.
@@ -125,6 +127,12 @@ class FlexRNN(Recurrent):
             )
         if isinstance(heads, bool) or not isinstance(heads, int) or heads < 1 or hidden_size % heads:
             raise ValueError(f"heads: got {heads!r}, expected a positive divisor of hidden_size = {hidden_size}")
+        if hidden_size % cell.diagonal:
+            raise ValueError(
+                f"hidden_size: got {hidden_size}, expected a multiple of the cell's diagonal = {cell.diagonal}"
+            )
+        if heads > 1 and cell.diagonal > 1:
+            raise ValueError(f"heads: got {heads}, expected 1 of a cell with diagonal = {cell.diagonal}")
         if return_sequences not in ("h", "states"):
             raise ValueError(f"return_sequences: got {return_sequences!r}, expected 'h' or 'states'")
         self.mode = cell.name
@@ -168,18 +176,18 @@ class FlexRNN(Recurrent):
         rows = cell.gates * hidden
         shapes: dict[str, tuple[int, ...]] = {"weight_ih": (rows, input_size)}
         if cell.recurrent:
-            shapes["weight_hh"] = self._matrix(rows)
+            shapes["weight_hh"] = self._matrix(rows, self._fused_heads * cell.diagonal)
         if self.bias:
             shapes["bias_ih"] = (rows,)
             if cell.recurrent:
                 shapes["bias_hh"] = (rows,)
-        shapes |= {name: self._matrix(count * hidden) for name, count in cell.matrices.items()}
+        shapes |= {name: self._matrix(count * hidden, self._fused_heads) for name, count in cell.matrices.items()}
         return shapes | dict.fromkeys(cell.params, (hidden,))
 
-    def _matrix(self, rows: int) -> tuple[int, ...]:
-        """The shape of a matrix [rows, H], by heads."""
-        heads, hidden = self._fused_heads, self.hidden_size
-        return (rows, hidden) if heads == 1 else (heads, rows // heads, hidden // heads)
+    def _matrix(self, rows: int, blocks: int) -> tuple[int, ...]:
+        """The shape of a matrix [rows, H] of so many blocks."""
+        hidden = self.hidden_size
+        return (rows, hidden) if blocks == 1 else (blocks, rows // blocks, hidden // blocks)
 
     @property
     @unused
@@ -209,9 +217,10 @@ class FlexRNN(Recurrent):
             for name, param in zip(reversed(names), reversed(params), strict=False):
                 _set(getattr(self, name), self._fused_init.get(param, 0.0))
             for name in names[: len(names) - len(params)]:
+                weight = getattr(self, name)
                 square = name.rpartition("_l")[0] in ("weight_hh", *self._fused_user.matrices)
-                own = bound * math.sqrt(self._fused_heads) if square else bound
-                nn.init.uniform_(getattr(self, name), -own, own)
+                own = 1.0 / math.sqrt(weight.shape[-1]) if square else bound
+                nn.init.uniform_(weight, -own, own)
 
     def flatten_parameters(self) -> None:
         """Nothing: cuDNN, for which torch.nn's modules lay their weights out as one, knows no such cell."""
@@ -263,7 +272,7 @@ class FlexRNN(Recurrent):
     def _fused_is_plain(self) -> bool:
         """Whether the layers are one recurrence that returns h, as sequence.step runs one: past the dispatcher."""
         alone = self._fused_options == (1, False) and self.num_layers == 1 and not self.bidirectional
-        alone = alone and not self._fused_extras
+        alone = alone and not self._fused_extras and self._fused_user.diagonal == 1  # else W_hh lies otherwise
         return alone and FAST_PATH is not None and self._fused_backend in STEPPING and not self._fused_checks
 
     def _fused_weights(self) -> list[Tensor]:
@@ -276,7 +285,9 @@ class FlexRNN(Recurrent):
         rows = self._fused_user.gates * self.hidden_size
         if not self._fused_user.recurrent and weights[0].shape[:1] != (rows,):  # no W_hh says what H is
             raise ValueError(f"weight_ih_l0: got {shape_text(weights[0].shape)}, expected [{rows}, {self.input_size}]")
-        return weights if self._fused_heads == 1 else _by_head(self, weights)
+        if self._fused_user.diagonal > 1:
+            return by_block(self, weights)
+        return weights if self._fused_heads == 1 else by_head(self, weights)
 
     def extra_repr(self) -> str:
         """The cell's name, torch.nn's, and the extra arguments where they are not the default."""
@@ -291,29 +302,6 @@ class FlexRNN(Recurrent):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._fused_cell = self._fused_user.descriptor().name  # of the step as it is here, which may have changed
-
-
-def _by_head(module: FlexRNN, weights: Sequence[Tensor]) -> list[Tensor]:
-    """Weights of G·H rows as those of N recurrences of H/N units. Raises ValueError where shapes do not fit."""
-    heads, gates = module._fused_heads, module._fused_user.gates
-    units, flat = module.hidden_size // heads, []
-    sides = 1 + module.bidirectional
-    count = len(weights) // (module.num_layers * sides)
-    for first in range(0, len(weights), count):
-        shapes = module._shapes(module.input_size if first < sides * count else module.hidden_size * sides)
-        columns = []
-        for k, (name, shape) in enumerate(shapes.items(), first):
-            w = weights[k]
-            if w.shape != shape:
-                full = module._flat_weights_names[k]
-                raise ValueError(f"{full}: got {shape_text(w.shape)}, expected {shape_text(shape)}")
-            if name in module._fused_user.params:
-                w = w.unflatten(0, (heads, units))
-            elif name not in ("weight_hh", *module._fused_user.matrices):
-                w = w.unflatten(0, (gates, heads, units)).transpose(0, 1).flatten(1, 2)
-            columns.append(w.unbind(0))
-        flat += [w for member in zip(*columns, strict=True) for w in member]
-    return flat
 
 
 def _checked_init(init: Mapping[str, Init] | None, cell: UserCell, hidden: int) -> Mapping[str, Init]:

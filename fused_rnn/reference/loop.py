@@ -16,6 +16,7 @@ from torch.nn.functional import linear
 from fused_rnn.call import LayerCall, Weights
 from fused_rnn.cells import Cell
 from fused_rnn.cells.descriptor import Step
+from fused_rnn.cells.diagonal import recurrent_side
 from fused_rnn.reference.sequence import zero_past_end
 
 
@@ -90,7 +91,8 @@ def _run_recurrence(
         for gone in (over, None if reset is None else reset[t].unsqueeze(-1)):
             if gone is not None:
                 entering = [s.masked_fill(gone, 0) for s in entering]
-        sides = () if w.w_hh is None else linear(entering[0], w.w_hh, w.b_hh).chunk(spec.gates, -1)
+        side = None if w.w_hh is None else recurrent_side(entering[0], w.w_hh, w.b_hh, spec.gates, spec.diagonal)
+        sides = () if side is None else side.chunk(spec.gates, -1)
         own = (w.matrices, [mask[t if len(mask) > 1 else 0] for mask in w.masks]) if w.matrices or w.masks else ()
         new = spec.step(gates_x[t].chunk(spec.gates, -1), sides, entering, w.params, *own)
         if w.w_hr is not None:

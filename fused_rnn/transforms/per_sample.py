@@ -17,9 +17,11 @@ from fused_rnn.reference.sequence import entering, zero_past_end
 
 def supports(call: LayerCall) -> bool:
     """Not with a projection, whose gradient takes another exchange, nor where the gates' gradients do not tell all
-    (parameter vectors, matrices, gates whose sides are apart), but for a GRU's, if its gates were kept."""
+    (parameter vectors, matrices, gates whose sides are apart), but for a GRU's, if its gates were kept, nor with blocks
+    of W_hh."""
     spec = call.spec
-    tells_all = not (spec.params or spec.matrices or spec.masks) and (not call.spec.apart or call.cell == "gru")
+    whole = not (spec.params or spec.matrices or spec.masks or spec.diagonal > 1)
+    tells_all = whole and (not spec.apart or call.cell == "gru")
     return call.save == "gates" and not call.kinds.projects and tells_all
 
 

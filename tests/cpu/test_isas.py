@@ -62,6 +62,15 @@ def test_stages_by_all_of_them(isa: str) -> None:
     assert "passed" in done.stdout
 
 
+@pytest.mark.parametrize("isa", NAMES[1:])
+def test_blocks_by_all_of_them(isa: str) -> None:
+    selection = "whole_matrices or not_finite or large or padding or the_sequence"
+    arguments = ["-q", "-p", "no:cacheprovider", "tests/cpu/test_diagonal.py", "-k", selection]
+    done = run(isa, f"import sys, pytest; sys.exit(pytest.main({arguments}))")
+    assert done.returncode == 0, done.stdout
+    assert "passed" in done.stdout
+
+
 def test_an_unknown_name_is_an_error() -> None:
     require("cpu", Case("lstm"))
     done = run("sse9", "from fused_rnn import _C; print(_C.isa())")

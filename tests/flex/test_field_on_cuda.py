@@ -40,14 +40,14 @@ def printed(precision: str) -> list[Printed]:
     """What is built together."""
     made: dict[Printed, None] = {}
     for name, own in TURNS.items():
-        every = kernels(Case(name).module().cell.program.text, precision)
+        every = kernels(Case(name).module().cell.descriptor().whole.name, precision)
         if BY_TEAMS.get(name) == precision:
             made |= dict.fromkeys(every)
         elif own == precision:
             made |= dict.fromkeys(every[:2])
     for name, own in STAGED_BY_TEAMS.items():
         if own == precision:
-            every = kernels(Case(name).module().cell.program.text, precision)
+            every = kernels(Case(name).module().cell.descriptor().whole.name, precision)
             made |= dict.fromkeys(one for one in every if one.kernel.tiles)
     return list(made)
 

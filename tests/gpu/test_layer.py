@@ -21,6 +21,7 @@ from stage_cells import MASKED, STAGED
 from tolerances import assert_as_good_as_torch, assert_same_formula
 
 from fused_rnn.call import BackwardCall, LayerCall
+from fused_rnn.cells.program import parse
 from fused_rnn.gpu import precision
 from fused_rnn.transforms import fake
 
@@ -80,6 +81,26 @@ def test_stages_in_float64(cell: str, save: str, monkeypatch: pytest.MonkeyPatch
     assert ours.keys() == reference.keys()
     for key, value in ours.items():
         assert_same_formula(value, reference[key])
+
+
+@pytest.mark.parametrize("save", ["gates", "recompute"])
+@pytest.mark.parametrize("cell", ["gru", "lstm", "leaky", "deep"])
+def test_blocks_of_w_hh_in_float64(cell: str, save: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loops get a whole matrix, and its gradient is cut."""
+    monkeypatch.setattr("fused_rnn.call.CHECKPOINT_EVERY", 2)
+    program = STAGED[cell].program if cell in STAGED else parse(PROGRAMS[cell])
+    masked = {"lengths": True, "reset": True, "directions": (1, -1), "save": save}
+    name = program._replace(diagonal=3).text
+    call = program_calls.make_call(name, T=5, H=21, dtype=torch.float64, **masked)
+    ops = torch.ops.fused_rnn
+    ours = program_calls.by_ops(call, ops.plain_forward.default, ops.plain_backward.default)
+    reference = program_calls.by_reference(call)
+    assert ours.keys() == reference.keys()
+    for key, value in ours.items():
+        assert_same_formula(value, reference[key])
+    weights = [call.weights[0], call.weights[1][:, :5], *call.weights[2:]]
+    with pytest.raises(RuntimeError, match=r"weights\[1\]: got \[\d+, 5\], expected \[\d·H, H/3\]"):
+        ops.plain_forward.default(*call._replace(weights=weights))
 
 
 def test_masks_of_recurrences_differ_in_time() -> None:

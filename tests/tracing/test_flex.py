@@ -37,6 +37,9 @@ def _fresh_compiler() -> None:
     torch._dynamo.reset()
 
 
+blocks = fused_rnn.cell(gates=chain.gates, states=chain.states, params=chain.params, diagonal=2)(chain.step)
+
+
 class Model(nn.Module):
     """Everything at once, in by position as exporters take it."""
 
@@ -50,7 +53,7 @@ class Model(nn.Module):
             2,
             bidirectional=True,
             batch_first=True,
-            heads=2,
+            heads=1 if cell.diagonal > 1 else 2,
             init=init,
             return_sequences="states",
             **options,
@@ -79,7 +82,7 @@ def gradients(outputs: Any, module: nn.Module) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("save", ["gates", "recompute"])
-@pytest.mark.parametrize("cell", USER_CELLS.values(), ids=lambda cell: cell.name)
+@pytest.mark.parametrize("cell", [*USER_CELLS.values(), blocks], ids=repr)
 def test_one_graph_for_every_length(cell: Any, save: str) -> None:
     """And one that a new cell, which is traced between two calls, does not compile again."""
     model, counter = Model(cell, save=save), CompileCounterWithBackend("aot_eager")
@@ -134,7 +137,9 @@ def test_a_compiled_single_step() -> None:
     assert_close(gradients(got, module), gradients(expected, module))
 
 
-@pytest.mark.parametrize(("cell", "strict"), [(chain, True), (lstm, False), (gru, False), (indrnn, False)])
+@pytest.mark.parametrize(
+    ("cell", "strict"), [(chain, True), (lstm, False), (gru, False), (indrnn, False), (blocks, True)]
+)
 def test_an_exported_program_holds_the_cell(cell: Any, strict: bool) -> None:
     """Whole, as the op's argument; it takes any length and batch, and trains."""
     model = Model(cell)
@@ -166,9 +171,10 @@ def in_a_fresh_process(program: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_saved_programs_run_where_nobody_knows_the_step(tmp_path: Path) -> None:
+@pytest.mark.parametrize("cell", [chain, blocks], ids=repr)
+def test_saved_programs_run_where_nobody_knows_the_step(cell: Any, tmp_path: Path) -> None:
     """With the package imported, or nothing but its library of ops loaded; a package of AOTInductor's likewise."""
-    model, args = Model(chain), arguments(4, 9)
+    model, args = Model(cell), arguments(4, 9)
     numbers, saved, package = (str(tmp_path / name) for name in ("numbers.pt", "program.pt2", "package.pt2"))
     with torch.no_grad():
         torch.save((args, model(*args)), numbers)

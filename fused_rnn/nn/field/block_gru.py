@@ -9,7 +9,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from fused_rnn.flex import cell
+from fused_rnn.cells.diagonal import by_gate
+from fused_rnn.flex import UserCell, cell
 from fused_rnn.nn.field.base import Parted, normed
 
 EPSILON = 1e-3  # DreamerV3's
@@ -64,11 +65,11 @@ class BlockGRU(Parted):
         self.blocks = blocks
         super().__init__(input_size, hidden_size, *args, **kwargs)
 
+    def _fused_choose(self) -> UserCell:
+        return block_gru._fused_diagonal(self.blocks)
+
     def _shapes(self, input_size: int) -> dict[str, tuple[int, ...]]:
-        shapes, rows = super()._shapes(input_size), 3 * self.hidden_size
-        if self.blocks > 1:
-            shapes["weight_hh"] = (self.blocks, rows // self.blocks, self.hidden_size // self.blocks)
-        return shapes | ({"bias_ih": (rows,)} if self.bias else {})
+        return super()._shapes(input_size) | ({"bias_ih": (3 * self.hidden_size,)} if self.bias else {})
 
     def _fused_draw(self, weights: Mapping[str, Tensor]) -> None:
         fan = weights["weight_ih"].shape[1] + self.hidden_size // self.blocks
@@ -79,9 +80,6 @@ class BlockGRU(Parted):
             else:
                 nn.init.constant_(weight, float(name == "gamma"))
 
-    def _fused_is_plain(self) -> bool:
-        return self.blocks == 1 and super()._fused_is_plain()  # else the cell has another matrix
-
     def _fused_by_name(self) -> tuple[Mapping[str, Any], bool]:
         biases = ("bias_ih", "bias_hh") if self.bias else ()
         return self._fused_viewing(("weight_ih", "weight_hh", *biases, *self._fused_user.params), self.bias)
@@ -89,8 +87,7 @@ class BlockGRU(Parted):
     def _fused_parts(self, own: Mapping[str, Tensor]) -> list[Tensor]:
         w_ih, w_hh, *vectors = super()._fused_parts(own)
         if self.blocks > 1:
-            gates = w_hh.unflatten(1, (3, -1)).unbind(1)
-            w_hh = torch.cat([torch.block_diag(*gate) for gate in gates])
+            w_hh = by_gate(w_hh, 3)
         bias = [own["bias_ih"], torch.zeros_like(own["bias_ih"])] if self.bias else []
         return [w_ih, w_hh, *bias, *vectors]
 
