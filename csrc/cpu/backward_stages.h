@@ -95,6 +95,8 @@ struct BackwardStages {
       if (has_prev && (!masked || loop.active(t_prev, b))) return load(kept(i) + (row_prev + b * R) * H + first, lanes);
       return load(entered(i) + b * H + first, lanes);
     };
+    constexpr bool wide = sizeof(T) == sizeof(S) && sizeof(A) == sizeof(S);
+    const bool plain = wide && H % L == 0 && !masked;  // what is stored is what was computed, in whole vectors
     const auto output = [&](int number, const Strip& strip, const Place<S>& value) {
       const auto each = [&](auto function) __attribute__((always_inline)) {
         for (int e = 0; e < strip.n; ++e) {
@@ -106,6 +108,11 @@ struct BackwardStages {
       if (number < PA || (product >= 0 && number < work.graph->outputs)) {
         const int i = number < PA ? number : PA + product;
         const bool recurs = number < PA && loop.recurrent && i >= apart && i < apart + loop.GH;
+        if constexpr (wide)
+          if (plain) {
+            put<S>(strip, value, dgates + i * H, R * DG * H);
+            return put<S>(strip, value, recurs ? gates + (i - apart) * H : nullptr, loop.gate_stride);
+          }
         each([&](V v, int64_t b, int64_t first, int lanes) __attribute__((always_inline)) {
           if (!on(b)) v = V{};
           store(dgates + (b * R * DG + i) * H + first, v, lanes);
@@ -118,6 +125,17 @@ struct BackwardStages {
       } else if (number >= PA + ST) {
         const int i = number - PA - ST;
         if (!dparams) return;
+        if (plain) {
+          S* const sum = dparams + i * H + strip.first(L, NP * H);
+          if (strip.along_units) {
+            for (int e = 0; e < strip.n; ++e) store(sum + e * L, load(sum + e * L) + value[e]);
+          } else {
+            V made{};
+            for (int e = 0; e < strip.n; ++e) made += value[e];
+            store(sum, load(sum) + made);
+          }
+          return;
+        }
         const int strips = strip.along_units ? strip.n : 1, rows = strip.along_units ? 1 : strip.n;
         for (int e = 0; e < strips; ++e) {  // the rows of a strip together
           V made{};
@@ -130,6 +148,7 @@ struct BackwardStages {
         const int i = number - PA;
         S* const rows = i == 0 ? m.dh : m.dstates[i];
         const int64_t stride = i == 0 ? loop.dh_stride : loop.unit_stride;
+        if (plain) return put<S>(strip, value, rows, stride);
         each([&](V v, int64_t b, int64_t first, int) __attribute__((always_inline)) {
           if (on(b)) store(rows + b * stride + first, cut(b) ? V{} : v);
         });

@@ -1,6 +1,7 @@
 #include "bytecode.h"
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstring>
 #include <map>
@@ -10,12 +11,18 @@ namespace {
 
 using Kind = Line::Kind;
 constexpr int kNever = -1, kAlways = 1 << 30;
+// A sum or difference, what alone reads it, and both in one.
+constexpr struct {
+  Function inner, then, made;
+} kSums[] = {{Function::add_, Function::add_, Function::add_add},
+             {Function::add_, Function::mul_, Function::add_mul},
+             {Function::sub_, Function::mul_, Function::less_mul}};
 
-// How often each value is read.
-std::vector<int> uses(const Graph& graph) {
+// How often each value is read, by the lines that are alive.
+std::vector<int> uses(const Graph& graph, const std::vector<bool>& alive) {
   std::vector<int> count(size_t(graph.inputs) + graph.code.size());
-  for (const Line& line : graph.code)
-    for (int i = 0; i < line.arity; ++i) ++count[size_t(line.args[i])];
+  for (size_t k = 0; k < graph.code.size(); ++k)
+    for (int i = 0; alive[size_t(graph.inputs) + k] && i < graph.code[k].arity; ++i) ++count[size_t(graph.code[k].args[i])];
   for (const auto& group : graph.outputs)
     for (const int i : group) ++count[size_t(i)];
   return count;
@@ -29,7 +36,7 @@ std::vector<int> uses(const Graph& graph) {
 // Of two products that may cancel neither: a a - b b is 0 where a = b only if both are rounded.
 void join_products(Graph& graph) {
   const std::vector<Line> text = graph.code;
-  const std::vector<int> read = uses(graph);
+  const std::vector<int> read = uses(graph, std::vector<bool>(size_t(graph.inputs) + text.size(), true));
   const auto line_of = [&](int value) { return value < graph.inputs ? nullptr : &text[size_t(value - graph.inputs)]; };
   const auto is = [](const Line* line, Function function, int arity) {
     return line && line->kind == Kind::pointwise && line->arity == arity && line->function == function;
@@ -44,21 +51,28 @@ void join_products(Graph& graph) {
     const bool factor = is(&line, Function::mul_, 2) && (turned[size_t(line.args[0])] || turned[size_t(line.args[1])]);
     turned.push_back(factor || is(&line, Function::neg_, 1) || (line.kind == Kind::constant && std::signbit(line.value)));
   }
+  std::vector<bool> summed(turned.size());  // products that become part of a sum: what they are made of is read there, too
+  for (const Line& line : text)
+    for (int i = 0; i < 2 && (is(&line, Function::add_, 2) || is(&line, Function::sub_, 2)); ++i) summed[size_t(line.args[i])] = true;
   for (size_t k = 0; k < graph.code.size(); ++k) {
     Line& line = graph.code[k];
     if (line.kind != Kind::pointwise || line.arity != 2) continue;
-    const auto product = [&](int value) {
+    const auto near = [&](int value, Function function) {
       const Line* const made = line_of(value);
-      const bool near =
-          is(made, Function::mul_, 2) && made->stage == line.stage && graph.of_row[size_t(value)] == graph.of_row[size_t(graph.inputs) + k];
-      return near ? made : nullptr;
+      const bool joins =
+          is(made, function, 2) && made->stage == line.stage && graph.of_row[size_t(value)] == graph.of_row[size_t(graph.inputs) + k];
+      return joins ? made : nullptr;
     };
+    const auto alone = [&](int value, Function function) {
+      const Line* const made = read[size_t(value)] == 1 ? near(value, function) : nullptr;
+      return made && (function == Function::mul_ || graph.line(value)->arity == 2) ? made : nullptr;
+    };
+    const auto product = [&](int value) { return near(value, Function::mul_); };
     const int a = line.args[0], b = line.args[1];
     const Line *first = product(a), *second = product(b);
-    Function joined;
+    Function joined{};
     if (line.function == Function::mul_) {
-      if (first && read[size_t(a)] != 1) first = nullptr;
-      if (second && read[size_t(b)] != 1) second = nullptr;
+      first = alone(a, Function::mul_), second = alone(b, Function::mul_);
       joined = Function::mul_mul;
     } else if (line.function == Function::add_) {
       if (may_cancel(a) && may_cancel(b) && (turned[size_t(a)] || turned[size_t(b)])) continue;
@@ -68,6 +82,11 @@ void join_products(Graph& graph) {
       joined = second ? Function::sub_mul : Function::mul_sub;
     } else {
       continue;
+    }
+    for (const auto& [inner, then, made] : kSums) {
+      if (first || second || line.function != then || (then == Function::mul_ && summed[size_t(graph.inputs) + k])) continue;
+      first = alone(a, inner), second = alone(b, inner);
+      joined = made;
     }
     if (a == b || !(first || second)) continue;
     const Line& own = second ? *second : *first;
@@ -249,34 +268,71 @@ void Staged::make(const Graph& graph, size_t groups, const std::function<bool(in
     }
   }
 
-  // The sum of a product that nobody else reads is made of its factors, if that leaves no more in arrays. The bits are the same.
-  const std::vector<int> read = uses(graph);
-  std::vector<const Line*> factors(graph.code.size());
+  // What only a sum reads is taken apart into products and their sum, if that leaves fewer more in arrays than it saves instructions.
+  const std::vector<int> read = uses(graph, alive);
+  std::map<std::pair<int, int>, int> products;  // that lie in arrays anyway
+  for (size_t k = 0; k < graph.code.size(); ++k)
+    if (const Line& line = graph.code[k]; alive[inputs + k] && line.kind == Kind::pointwise && line.function == Function::mul_)
+      if (read[inputs + k] > 1 && until[inputs + k] != kNever) products[{line.args[0], line.args[1]}] = int(inputs + k);
+  std::map<size_t, std::vector<std::array<int, 3>>> parts;  // of a sum's line: what its terms are made of, values or -1
   for (size_t k = 0; k < graph.code.size(); ++k) {
     const Line& line = graph.code[k];
-    const Line* const product = line.arity > 0 ? graph.line(line.args[0]) : nullptr;
-    if (!alive[inputs + k] || line.kind != Kind::publishing || line.what != Publishing::What::sum || !product) continue;
-    if (product->kind != Kind::pointwise || product->function != Function::mul_ || product->arity != 2) continue;
-    const int value = line.args[0], stage = number[size_t(line.stage)];
-    if (read[size_t(value)] != 1 || from[size_t(value)] != stage) continue;
-    int more = 0;
-    bool vectors = true;
-    for (int i = 0; i < 2; ++i) {
-      const int factor = product->args[i];
-      const Line* const made = graph.line(factor);
-      vectors = vectors && !of_row(factor) && (made || !changes(factor));
-      more += pointwise(factor) && until[size_t(factor)] == kNever && (i == 0 || factor != product->args[0]);
-    }
-    if (!vectors || more > 1) continue;
-    for (int i = 0; i < 2; ++i) {
-      const size_t factor = size_t(product->args[i]);
-      if (!pointwise(int(factor))) continue;
-      until[factor] = std::max(until[factor], stage);
-      shared[factor] = true;
-    }
-    factors[k] = product;
-    until[size_t(value)] = kNever;
-    alive[size_t(value)] = false;
+    if (!alive[inputs + k] || line.kind != Kind::publishing || line.what != Publishing::What::sum) continue;
+    const int stage = number[size_t(line.stage)];
+    std::vector<std::array<int, 3>> found;
+    std::vector<int> left_out;
+    const auto known = [&](int a, int b) {
+      const auto made = products.find({a, b});
+      return made == products.end() ? kNever : made->second;
+    };
+    const auto own = [&](int value, int readers) {  // the line of a value that nobody else reads
+      return pointwise(value) && from[size_t(value)] == stage && read[size_t(value)] == readers ? graph.line(value) : nullptr;
+    };
+    const auto product = [&](int a, int b) {
+      const Line* const far = a == b ? own(a, 2) : nullptr;  // the square of a difference, the second part of which is in an array
+      int less = kNever;
+      if (far && far->function == Function::sub_) less = far->args[1];
+      if (far && far->function == Function::sub_mul) less = known(far->args[0], far->args[1]);
+      if (less != kNever && of_row(less)) less = kNever;
+      if (less != kNever) {
+        left_out.push_back(a);
+        const int value = far->args[far->arity == 2 ? 0 : 2];
+        found.push_back({value, value, less});
+      } else if (known(a, b) != kNever) {
+        found.push_back({known(a, b), kNever, kNever});
+      } else {
+        found.push_back({a, b, kNever});
+      }
+    };
+    const std::function<void(int)> take = [&](int value) {
+      const Line* const made = own(value, 1);
+      const auto is = [&](Function function) { return made && made->function == function; };
+      const bool sum = is(Function::add_) || is(Function::add_add);
+      if (!sum && !is(Function::fma_) && !is(Function::mul_)) return found.push_back({value, kNever, kNever});
+      left_out.push_back(value);
+      for (int i = 0; i < made->arity && sum; ++i) take(made->args[i]);
+      if (sum) return;
+      if (made->arity == 3) take(made->args[2]);
+      product(made->args[0], made->args[1]);
+    };
+    take(line.args[0]);
+    std::vector<int> more;
+    bool vectors = !left_out.empty();
+    for (const auto& part : found)
+      for (const int value : part) {
+        if (value < 0) continue;
+        vectors = vectors && !of_row(value) && (graph.line(value) ? graph.line(value)->kind != Kind::constant : !changes(value));
+        if (pointwise(value) && until[size_t(value)] == kNever && !std::count(more.begin(), more.end(), value)) more.push_back(value);
+      }
+    if (!vectors || more.size() > left_out.size()) continue;
+    for (const auto& part : found)
+      for (const int value : part) {
+        if (value < 0 || !pointwise(value)) continue;
+        until[size_t(value)] = std::max(until[size_t(value)], stage);
+        shared[size_t(value)] = true;
+      }
+    for (const int value : left_out) until[size_t(value)] = kNever, alive[size_t(value)] = false;
+    parts[k] = found;
   }
 
   // Arrays, and who fills them: rows and crossing values of each stage.
@@ -332,13 +388,16 @@ void Staged::make(const Graph& graph, size_t groups, const std::function<bool(in
       for (size_t k = 0; k < graph.code.size(); ++k) {
         const Line& line = graph.code[k];
         if (!alive[inputs + k] || line.kind != Kind::publishing || number[size_t(line.stage)] != s || line.what != what) continue;
-        const Line* const product = factors[k];
-        const int value = product ? product->args[0] : line.args[0], to = array_of[inputs + k];
-        const int by = product ? array_of[size_t(product->args[1])] : -1;
-        const int from_array = what == Publishing::What::product ? operands[value] : array_of[size_t(value)];
+        const int value = line.args[0], to = array_of[inputs + k];
+        std::vector<Term>& made_of = terms.emplace_back();
+        if (what != Publishing::What::product && !parts.count(k)) made_of.push_back({uint16_t(array_of[size_t(value)]), -1, -1});
+        if (parts.count(k))
+          for (const auto& [a, b, less] : parts[k])
+            made_of.push_back({uint16_t(array_of[size_t(a)]), b < 0 ? -1 : array_of[size_t(b)], less < 0 ? -1 : array_of[size_t(less)]});
         const auto sum = what == Publishing::What::variance ? sums.find(value) : sums.end();
-        published.push_back({what, uint16_t(from_array), by, uint16_t(to), uint16_t(line.block), sum == sums.end() ? -1 : sum->second});
-        if (what == Publishing::What::sum && !product) sums.emplace(value, to);
+        published.push_back({what, uint16_t(what == Publishing::What::product ? operands[value] : 0), made_of.data(), int(made_of.size()),
+                             uint16_t(to), uint16_t(line.block), sum == sums.end() ? -1 : sum->second});
+        if (what == Publishing::What::sum) sums.emplace(value, to);
       }
     };
     publish(Publishing::What::sum);
@@ -360,7 +419,7 @@ void Staged::make(const Graph& graph, size_t groups, const std::function<bool(in
     };
     for (int i = 0; i < stage.units.inputs; ++i) whole(stage.units.array[i]);
     for (const Publishing& p : published)
-      if (p.what != Publishing::What::product) whole(p.from);
+      for (int i = 0; i < p.terms; ++i) whole(p.term[i].from);
     stage.spread = spread_here.data();
     stage.spreads = int(spread_here.size());
     stage.publishing = published.data();

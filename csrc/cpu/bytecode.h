@@ -38,7 +38,8 @@ struct Graph {
   const Line* line(int value) const { return value < inputs ? nullptr : &code[size_t(value - inputs)]; }
 };
 
-// A product becomes part of the sum or difference that reads it, and of the product that alone does.
+// A product becomes part of the sum or difference that reads it, and of the product that alone does; a sum or difference of the sum or
+// product that alone does.
 void join_products(Graph& graph);
 
 // An output of a bytecode. moved: it must not be an input itself.
@@ -83,6 +84,7 @@ class Staged {
   std::vector<uint16_t> known_inputs, known_arrays;
   std::list<Compiled> codes;
   std::list<std::vector<Publishing>> publishing;
+  std::list<std::vector<Term>> terms;
   std::list<std::vector<uint16_t>> spread;
 };
 

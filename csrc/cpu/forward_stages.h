@@ -48,6 +48,8 @@ struct ForwardStages {
     const int64_t t = loop.time(w, step), t_row = t - first_time(p, r), t_next = t + w.direction;
     const int64_t H = p.H, R = p.R;
     const bool last = step + 1 == p.T, masked = p.lengths || p.reset;
+    constexpr bool wide = sizeof(T) == sizeof(S) && sizeof(A) == sizeof(S);
+    const bool whole = wide && H % L == 0;  // what is stored is what was computed, in whole vectors
     T* const y = at<T>(loop.f.y, (t * p.B * R + r) * H);
     T* const hidden = at<T>(loop.f.hidden, (t * p.B * R + r) * H);
     T* const saved = at<T>(loop.f.saved, (t_row * p.B * R + r) * SV * H);
@@ -74,6 +76,18 @@ struct ForwardStages {
         for (int e = 0; e < strip.n; ++e) function(value[e], strip.row_of(e), strip.unit_of(e) * L);
       };
       const auto on = [&](int64_t b) __attribute__((always_inline)) { return !masked || loop.active(t, b); };
+      if constexpr (wide) {
+        if (whole && number >= ST && number < work.graph->outputs) return put<S>(strip, value, saved + (number - ST) * H, R * SV * H);
+        if (whole && !masked && number < ST) {
+          if (number > 0) {
+            put<S>(strip, value, at<T>(loop.f.histories[number], (t_row * p.B * R + r) * H), R * H);
+            return put<S>(strip, value, m.states[number], loop.state_stride);
+          }
+          put<S>(strip, value, y, R * H);
+          put<S>(strip, value, hidden, R * H);
+          return put<S>(strip, value, h_out, loop.h_stride);
+        }
+      }
       if (number == 0) {
         each([&](V v, int64_t b, int64_t first) __attribute__((always_inline)) {
           const int lanes = lanes_left(H, first, L);

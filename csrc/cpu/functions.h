@@ -287,6 +287,9 @@ struct Functions {
   static ALWAYS_INLINE P mul_sub(const P& a, const P& b, const P& c) { return a * b - c; }
   static ALWAYS_INLINE P sub_mul(const P& a, const P& b, const P& c) { return c - a * b; }
   static ALWAYS_INLINE P mul_mul(const P& a, const P& b, const P& c) { return a * b * c; }
+  static ALWAYS_INLINE P add_add(const P& a, const P& b, const P& c) { return a + b + c; }
+  static ALWAYS_INLINE P add_mul(const P& a, const P& b, const P& c) { return (a + b) * c; }
+  static ALWAYS_INLINE P less_mul(const P& a, const P& b, const P& c) { return (a - b) * c; }
 };
 
 }  // namespace FUSED_RNN_ISA

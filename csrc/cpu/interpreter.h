@@ -103,6 +103,9 @@ static __attribute__((noinline)) void interpret(const Bytecode& program, const P
       FUSED_RNN_TERNARY(mul_sub, mul_sub)
       FUSED_RNN_TERNARY(sub_mul, sub_mul)
       FUSED_RNN_TERNARY(mul_mul, mul_mul)
+      FUSED_RNN_TERNARY(add_add, add_add)
+      FUSED_RNN_TERNARY(add_mul, add_mul)
+      FUSED_RNN_TERNARY(less_mul, less_mul)
     }
   }
 #undef FUSED_RNN_UNARY

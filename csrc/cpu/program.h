@@ -25,6 +25,9 @@ enum class Function : uint8_t {
   mul_sub,   // a b - c
   sub_mul,   // c - a b
   mul_mul,   // a b c
+  add_add,   // a + b + c
+  add_mul,   // (a + b) c
+  less_mul,  // (a - b) c
 };
 
 // Operands by their numbers: first the inputs, then constants, then registers.
@@ -44,11 +47,17 @@ struct Bytecode {
   const uint16_t* number;   // [outputs]: which output of the graph, or behind those which operand of the products, each is; likewise
 };
 
+// What a sum is made of: an array; the product of two; or the square of the difference of two, `by` and `from` one.
+struct Term {
+  uint16_t from;
+  int by, less;  // arrays, or -1
+};
 // What an operation makes of a value of all units: `to` is the array of it.
 struct Publishing {
   enum class What : uint8_t { sum, variance, product } what;
-  uint16_t from;  // array; of a product the operand
-  int by;         // of a sum: the array that the first is multiplied by; or -1
+  uint16_t from;  // of a product: the operand
+  const Term* term;  // [terms]: of a sum or a variance the value, which is the sum of these
+  int terms;
   uint16_t to;
   uint16_t block;  // of a product
   int sum;         // of a variance: the array of the same value's sum, made before; or -1

@@ -7,6 +7,7 @@ namespace FUSED_RNN_ISA {
 
 using fused_rnn::Publishing;
 using fused_rnn::Stage;
+using fused_rnn::Term;
 
 // Where an array lies: vector of units u of row b begins at + u unit + b row.
 template <class S>
@@ -17,30 +18,29 @@ struct Field {
   ALWAYS_INLINE Vec<S> load_of(int64_t u, int64_t b) const { return load(at + u * unit + b * row); }
 };
 
-// The parts of the sum of function(vector of units) over H units: in one order, however a team divides them.
+// The parts of the sum of function(how many vectors, the first of them) over H units: in one order, however a team divides them.
 template <class S, class F>
 static ALWAYS_INLINE Vec<S> over_units(int64_t H, F function) {
   constexpr int L = kLanes<S>, parts = 4;
   const int64_t whole = H / L;
   Vec<S> sum[parts] = {};
   int64_t u = 0;
-  for (; u + parts <= whole; u += parts)
+  for (; u + parts <= whole; u += parts) {
+    const Pack<S, parts> made = function(Count<parts>{}, u);
 #pragma GCC unroll 4
-    for (int i = 0; i < parts; ++i) sum[i] += function(u + i);
-  for (int i = 0; u < whole; ++u, ++i) sum[i] += function(u);
-  if (whole * L < H) sum[parts - 1] += first_lanes<S>(function(whole), int(H - whole * L));
+    for (int i = 0; i < parts; ++i) sum[i] += made.v[i];
+  }
+  for (int i = 0; u < whole; ++u, ++i) sum[i] += function(Count<1>{}, u).v[0];
+  if (whole * L < H) sum[parts - 1] += first_lanes<S>(function(Count<1>{}, whole).v[0], int(H - whole * L));
   return (sum[0] + sum[1]) + (sum[2] + sum[3]);
 }
-// The sum of a vector's lanes, in every lane, as sums() has it of several vectors.
+// A strip to an array of whole vectors, rows `row` apart, if there is one.
 template <class S>
-static ALWAYS_INLINE Vec<S> sum_of(Vec<S> v) {
-  typename VectorOf<S>::I other;
-#pragma GCC unroll 4
-  for (int n = 1; n < kLanes<S>; n *= 2) {
-    for (int i = 0; i < kLanes<S>; ++i) other[i] = i ^ n;
-    v += __builtin_shuffle(v, other);
-  }
-  return v;
+static ALWAYS_INLINE void put(const Strip& strip, const Place<S>& value, S* array, int64_t row) {
+  if (!array) return;
+  S* const to = array + strip.first(kLanes<S>, row);
+  const int64_t step = strip.step(kLanes<S>, row);
+  for (int e = 0; e < strip.n; ++e) store(to + e * step, value[e]);
 }
 
 // One thread's part in the stages of a graph.
@@ -55,7 +55,7 @@ struct StageWork {
   Workspace<S>*rows, *units;  // of each stage
   Field<S>* fields;           // of every array
   Field<S>* numbers;          // of every array of one number a row: where the numbers stand side by side, if there are several
-  int64_t* copied;            // of every input: the rows before this one are copied where its field is
+  int64_t* copied;            // of every input: the rows before this one are copied where its field is. Behind them: whether any is
   S *crossing, *one_a_row, *products, *how_many, *zero;
   A* operands;
   int64_t unit_vectors, operand_stride, capacity;  // capacity: rows in the arrays of all threads of a group
@@ -80,7 +80,7 @@ struct StageWork {
       own.units = arena.take<Workspace<S>>(graph.stages);
       own.fields = arena.take<Field<S>>(graph.arrays());
       own.numbers = arena.take<Field<S>>(graph.rows);
-      own.copied = arena.take<int64_t>(graph.inputs);
+      own.copied = arena.take<int64_t>(graph.inputs + 1);
       for (int s = 0; s < graph.stages; ++s) {
         const auto rows_of = Workspace<S>::take(arena, graph.stage[s].rows, false);
         const auto units_of = Workspace<S>::take(arena, graph.stage[s].units, false);
@@ -123,6 +123,7 @@ struct StageWork {
       for (int v = 0; v < kPanelVectors; ++v) store(zero + v * L, V{});
       if (operands) memset((void*)operands, 0, size_t(graph->operands * B * operand_stride) * sizeof(A));
     }
+    copied[graph->inputs] = false;
     fields[graph->inputs] = {how_many, 0, 0};
     for (int i = 0; i < graph->crossing; ++i) fields[graph->first_crossing() + i] = scratch(way, s.me, B, graph->inputs + i);
     const int64_t row_cap = way.alone ? kStrip : B;
@@ -143,6 +144,7 @@ struct StageWork {
   void to_copy(const Way& way, int me, int64_t B, int i, int64_t b0) const {
     fields[i] = scratch(way, me, B, i);
     copied[i] = b0;
+    copied[graph->inputs] = true;
   }
 
   // All stages for rows [b0, b1).
@@ -209,12 +211,15 @@ struct StageWork {
   template <class Copy, class Output>
   ALWAYS_INLINE void work(const Stage& stage, const Workspace<S>& of_rows, const Workspace<S>& of_units, const Way& way, int64_t g0,
                           int64_t g1, Copy copy, Output output) const {
-    for (int i = 0; i < stage.units.inputs; ++i) copy_input(stage.units.array[i], way, g1, copy);
-    for (int i = 0; i < stage.published; ++i) {
+    for (int i = 0; i < stage.units.inputs && copied[graph->inputs]; ++i) copy_input(stage.units.array[i], way, g1, copy);
+    for (int i = 0; i < stage.published && copied[graph->inputs]; ++i) {
       const Publishing& p = stage.publishing[i];
       if (p.what == Publishing::What::product) break;
-      copy_input(p.from, way, g1, copy);
-      if (p.by >= 0) copy_input(p.by, way, g1, copy);
+      for (int k = 0; k < p.terms; ++k) {
+        copy_input(p.term[k].from, way, g1, copy);
+        for (const int array : {p.term[k].by, p.term[k].less})
+          if (array >= 0) copy_input(array, way, g1, copy);
+      }
     }
     if (stage.rows.length) {
       const int first = graph->first_row();
@@ -250,17 +255,34 @@ struct StageWork {
     for (int i = 0; i < stage.published; ++i) {
       const Publishing& p = stage.publishing[i];
       if (p.what == Publishing::What::product) return;  // behind the others
-      const Field<S>&from = fields[p.from], &by = fields[p.by >= 0 ? p.by : p.from];
-      const auto vector = [&](int64_t b, int64_t u) __attribute__((always_inline)) { return load(from.at + b * from.row + u * from.unit); };
+      const auto read = [&](auto count, int array, int64_t b, int64_t u) __attribute__((always_inline)) {
+        const Field<S>& field = fields[array];
+        const S* const at = field.at + b * field.row + u * field.unit;
+        return each<S, decltype(count)::value>([&](int k) __attribute__((always_inline)) { return load(at + k * field.unit); });
+      };
+      const auto first_of = [&](auto count, const Term& t, int64_t b, int64_t u) __attribute__((always_inline)) {
+        const auto from = read(count, t.from, b, u);
+        return t.less < 0 ? from : from - read(count, t.less, b, u);
+      };
       const auto summed = [&](int64_t b) __attribute__((always_inline)) {
-        if (p.by < 0) return over_units<S>(H, [&](int64_t u) __attribute__((always_inline)) { return vector(b, u); });
-        const auto product = [&](int64_t u) __attribute__((always_inline)) {
-          return rounded_product(Pack<S, 1>{{vector(b, u) * load(by.at + b * by.row + u * by.unit)}}).v[0];
-        };
-        return over_units<S>(H, product);
+        return over_units<S>(H, [&](auto count, int64_t u) __attribute__((always_inline)) {
+          auto made = first_of(count, *p.term, b, u);
+          if (p.term->by >= 0) made = rounded_product(made * (p.term->less < 0 ? read(count, p.term->by, b, u) : made));
+          for (int k = 1; k < p.terms; ++k) {
+            const Term& t = p.term[k];
+            const auto factor = first_of(count, t, b, u);
+            if (t.by < 0) made = made + factor;
+            else made = factor * (t.less < 0 ? read(count, t.by, b, u) : factor) + made;
+          }
+          return made;
+        });
       };
       const auto squared = [&](int64_t b, V mean) __attribute__((always_inline)) {
-        return over_units<S>(H, [&](int64_t u) __attribute__((always_inline)) { return (vector(b, u) - mean) * (vector(b, u) - mean); });
+        return over_units<S>(H, [&](auto count, int64_t u) __attribute__((always_inline)) {
+          const auto vectors = read(count, p.term[0].from, b, u);
+          return each<S, decltype(count)::value>(
+              [&](int k) __attribute__((always_inline)) { return (vectors.v[k] - mean) * (vectors.v[k] - mean); });
+        });
       };
       const bool variance = p.what == Publishing::What::variance;
       const Field<S>&to = numbers[p.to - graph->first_row()], &sum = p.sum >= 0 ? numbers[p.sum - graph->first_row()] : to;
@@ -276,11 +298,12 @@ struct StageWork {
         const int rows_here = int(g1 - b0 < L ? g1 - b0 : L);
         V row[L];
         for (int l = 0; l < L && p.sum < 0; ++l) row[l] = l < rows_here ? summed(b0 + l) : V{};
-        V made = p.sum >= 0 ? load(sum.at + b0) : sums<S>(row);
+        const auto sums_of_rows = [&] { return rows_here <= L / 2 ? sums<S, L / 2>(row) : sums<S, L>(row); };
+        V made = p.sum >= 0 ? load(sum.at + b0) : sums_of_rows();
         if (variance) {
           const V mean = made / units_of_row;
           for (int l = 0; l < L; ++l) row[l] = l < rows_here ? squared(b0 + l, splat(S(mean[l]))) : V{};
-          made = sums<S>(row) / units_of_row;
+          made = sums_of_rows() / units_of_row;
         }
         store(to.at + b0, made);
       }

@@ -300,15 +300,28 @@ static ALWAYS_INLINE void transpose(Vec<Scalar> (&r)[kLanes<Scalar>]) {
   }
 }
 
-// The horizontal sums of L vectors, as one vector.
-template <class Scalar>
+// The horizontal sums of n vectors, of which `many` are not zero, as one vector.
+template <class Scalar, int many = kLanes<Scalar>, int n = kLanes<Scalar>>
 static ALWAYS_INLINE Vec<Scalar> sums(Vec<Scalar> (&r)[kLanes<Scalar>]) {
-  using I = typename VectorOf<Scalar>::I;
-#pragma GCC unroll 4
-  for (int n = kLanes<Scalar>; n > 1; n /= 2)
+  if constexpr (n == 1) {
+    return r[0];
+  } else {
 #pragma GCC unroll 8
-    for (int i = 0; i < n / 2; ++i) r[i] = pair_sums<Vec<Scalar>, I>(r[2 * i], r[2 * i + 1]);
-  return r[0];
+    for (int i = 0; i < (many + 1) / 2; ++i)
+      r[i] = pair_sums<Vec<Scalar>, typename VectorOf<Scalar>::I>(r[2 * i], many > 2 * i + 1 ? r[2 * i + 1] : Vec<Scalar>{});
+    return sums<Scalar, (many + 1) / 2, n / 2>(r);
+  }
+}
+// The sum of a vector's lanes, in every lane: what sums() has of it.
+template <class Scalar, int n = 1>
+static ALWAYS_INLINE Vec<Scalar> sum_of(Vec<Scalar> v) {
+  if constexpr (n == kLanes<Scalar>) {
+    return v;
+  } else {
+    typename VectorOf<Scalar>::I other;
+    for (int i = 0; i < kLanes<Scalar>; ++i) other[i] = i ^ n;
+    return sum_of<Scalar, 2 * n>(v + __builtin_shuffle(v, other));
+  }
 }
 
 }  // namespace FUSED_RNN_ISA

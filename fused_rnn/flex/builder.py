@@ -26,6 +26,8 @@ _FOLDED: dict[str, Callable[..., torch.Tensor]] = {**UNARY, **BINARY, **TERNARY}
 # its argument, past which no gradient goes.
 LOWERED = {"clamp_min": "maximum", "clamp_max": "minimum"}
 DETACH = "detach"
+# Their value is their first argument's; the others say to whom their gradient goes (gradient.py).
+STANDS = (DETACH, "normal", "entry", "centre", "spread")
 
 
 class Builder:
@@ -80,7 +82,7 @@ class Builder:
         key = node._replace(value=node.value.hex()) if node.op == "const" else node  # type: ignore[arg-type]
         if key not in self._known:
             self._known[key] = len(self.nodes)
-            others = [a for a in node.args if not self.is_number(a)]
+            others = [a for a in made_of(node) if not self.is_number(a)]
             if node.op in REDUCTIONS or (node.op not in MATRIX_PRODUCTS and others and self._rows.issuperset(others)):
                 self._rows.add(len(self.nodes))
             self.nodes.append(node)
@@ -89,6 +91,8 @@ class Builder:
     def _fold(self, op: str, args: tuple[int, ...]) -> int | None:
         if op == DETACH and self.value(args[0]) is not None:
             return args[0]
+        if op in STANDS:
+            return None
         values = [self.value(i) for i in args]
         if op == "where" and values[0] is not None:
             return args[1] if values[0] != 0 else args[2]
@@ -100,12 +104,17 @@ class Builder:
         return self.const(float(_FOLDED[LOWERED.get(op, op)](*tensors)))
 
     def _reduced(self, op: str, x: int) -> int | None:
-        """A reduction of what is the same for all units, or of nothing but its negative."""
+        """A reduction of what is the same for all units, of a negative, or a sum of what has a number of the row for a
+        factor."""
         if self.is_number(x) or self.is_row(x):
             return self.add("mul", x, self.units()) if op == "sum" else self.const(0)
         if self.nodes[x].op == "neg":
             inner = self.add(op, self.nodes[x].args[0])
             return self.add("neg", inner) if op == "sum" else inner
+        if op == "sum" and self.nodes[x].op == "mul":
+            for row, other in (self.nodes[x].args, self.nodes[x].args[::-1]):
+                if self.is_row(row):
+                    return self.add("mul", row, self.add("sum", other))
         return None
 
     def _simpler(self, op: str, args: tuple[int, ...]) -> int:
@@ -120,6 +129,8 @@ class Builder:
             return self.add("neg", args[0])
         if op == "sub" and first == 0:
             return self.add("neg", args[1])
+        if op == "sub" and self.nodes[args[0]].op == "neg":
+            return self.add("neg", self.add("add", self.nodes[args[0]].args[0], args[1]))
         if op == "neg" and self.nodes[args[0]].op == "neg":
             return self.nodes[args[0]].args[0]
         if op in ("add", "sub") and self.nodes[args[1]].op == "neg":
@@ -155,12 +166,17 @@ class Builder:
         return seen
 
 
+def made_of(node: Instruction) -> Sequence[int]:
+    """The arguments that an operation's value is made of."""
+    return node.args[:1] if node.op in STANDS else node.args
+
+
 def emit(builder: Builder, given: dict[int, int], inputs: int, outputs: list[list[int]]) -> Graph:
     """The graph that makes the outputs. given: which of its inputs is which of the builder's values."""
     nodes = builder.nodes
 
     def real(i: int) -> int:
-        while i not in given and nodes[i].op == DETACH:
+        while i not in given and nodes[i].op in STANDS:
             i = nodes[i].args[0]
         return i
 

@@ -69,6 +69,36 @@ def _variance(b: Builder, args: Sequence[int], y: int, d: int) -> Sequence[int]:
     return [b.add("mul", b.add("div", b.add("mul", d, b.const(2)), b.units()), far)]
 
 
+def normal(b: Builder, x: int, mean: int, scale: int) -> int:
+    return b.add("mul", b.add("sub", x, mean), scale)
+
+
+def _normal(b: Builder, args: Sequence[int], y: int, d: int) -> Sequence[int | None]:
+    """(x less its mean, times its scale; entry of x, centre, spread). Mean and scale depend on all that is normed
+    together: its gradient is the scale times d - mean(d) - y mean(d y)."""
+    return None, d, d, b.add("mul", d, args[0])
+
+
+def _entry(b: Builder, args: Sequence[int], y: int, d: int) -> Sequence[int | None]:
+    return b.add("mul", d, args[1]), None
+
+
+def _share(b: Builder, xs: Sequence[int], d: int) -> int:
+    """What a sum over all that is normed together takes from each of it."""
+    return b.add("div", b.add("mul", d, b.const(-1 / len(xs))), b.units())
+
+
+def _centre(b: Builder, args: Sequence[int], y: int, d: int) -> Sequence[int | None]:
+    xs = args[1:]
+    return None, *[_share(b, xs, d)] * len(xs)
+
+
+def _spread(b: Builder, args: Sequence[int], y: int, d: int) -> Sequence[int | None]:
+    scale, mean, *xs = args
+    share = _share(b, xs, d)
+    return None, None, *(b.add("mul", share, normal(b, b.nodes[x].args[0], mean, scale)) for x in xs)
+
+
 def _product(b: Builder, args: Sequence[int], y: int, d: int) -> Sequence[int]:
     return [b.product("transposed", int(b.nodes[y].value), d)]
 
@@ -77,6 +107,10 @@ RULES: dict[str, Rule] = {
     "sum": lambda b, a, y, d: [d],
     "variance": _variance,
     "product": _product,
+    "normal": _normal,
+    "entry": _entry,
+    "centre": _centre,
+    "spread": _spread,
     "neg": lambda b, a, y, d: [b.add("neg", d)],
     "abs": lambda b, a, y, d: [b.add("mul", d, b.add("sign", a[0]))],
     "exp": lambda b, a, y, d: [b.add("mul", d, y)],

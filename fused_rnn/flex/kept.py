@@ -11,7 +11,7 @@ from __future__ import annotations
 from itertools import pairwise
 
 from fused_rnn.cells.program import PUBLISHING
-from fused_rnn.flex.builder import Builder
+from fused_rnn.flex.builder import Builder, made_of
 
 
 def keep(b: Builder, needed: set[int], free: set[int], made: int) -> list[int]:
@@ -30,7 +30,7 @@ def keep(b: Builder, needed: set[int], free: set[int], made: int) -> list[int]:
     for i in between:
         edge(2 * i, 2 * i + 1, 1 if i < made else many)
         if i not in sources:
-            for a in b.nodes[i].args:
+            for a in made_of(b.nodes[i]):
                 if a in between:
                     edge(2 * a + 1, 2 * i, many)
         if i in needed:
@@ -80,7 +80,7 @@ def _between(b: Builder, needed: set[int], free: set[int], made: int) -> set[int
         if i in free or b.is_number(i):
             kept.append(False)
         else:
-            kept.append(_is_source(b, i, made) or any(kept[a] for a in node.args))
+            kept.append(_is_source(b, i, made) or any(kept[a] for a in made_of(node)))
     found: set[int] = set()
     todo = list(needed)
     while todo:
@@ -88,5 +88,5 @@ def _between(b: Builder, needed: set[int], free: set[int], made: int) -> set[int
         if i not in found and kept[i]:
             found.add(i)
             if not _is_source(b, i, made):
-                todo += b.nodes[i].args
+                todo += made_of(b.nodes[i])
     return found

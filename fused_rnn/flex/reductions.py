@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
 
 from fused_rnn.flex.aten import Refused
+from fused_rnn.flex.builder import Builder
+from fused_rnn.flex.gradient import normal
 
 
 def _over_units(t: Any, dim: Any, keepdim: bool) -> None:
@@ -26,8 +28,8 @@ def _operand(t: Any, x: Tensor) -> int:
     return int(t.value(x))
 
 
-def _mean_of(t: Any, x: int) -> int:
-    return int(t.builder.add("div", t.builder.add("sum", x), t.builder.units()))
+def _mean_of(b: Builder, x: int) -> int:
+    return b.add("div", b.add("sum", x), b.units())
 
 
 def _sum_over(t: Any, _: str, x: Tensor, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> int:
@@ -37,7 +39,7 @@ def _sum_over(t: Any, _: str, x: Tensor, dim: Any = None, keepdim: bool = False,
 
 def _mean(t: Any, _: str, x: Tensor, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> int:
     _over_units(t, dim, keepdim)
-    return _mean_of(t, _operand(t, x))
+    return _mean_of(t.builder, _operand(t, x))
 
 
 def _corrected(t: Any, x: int, correction: Any) -> int:
@@ -72,26 +74,53 @@ def _vector_norm(
     return int(b.add("where", b.add("eq", norm, b.const(0)), b.const(0), norm))
 
 
-def _affine(t: Any, y: int, weight: Any, bias: Any) -> int:
-    y = y if weight is None else t.builder.add("mul", y, t.value(weight))
-    return int(y if bias is None else t.builder.add("add", y, t.value(bias)))
+def _affine(b: Builder, ys: Sequence[int], weights: Sequence[int], biases: Sequence[int]) -> list[int]:
+    made = [b.add("mul", y, weight) for y, weight in zip(ys, weights, strict=True)] if weights else [*ys]
+    return [b.add("add", y, bias) for y, bias in zip(made, biases, strict=True)] if biases else made
 
 
-def _check_normalized(t: Any, shape: Any) -> None:
-    if list(shape) != [t.sizes[1]]:
+def _check_normalized(t: Any, shape: Any, parts: int = 1) -> None:
+    if list(shape) != [parts * t.sizes[1]]:
         raise Refused(
             f"normalized_shape: got {t._text(shape)}, expected [H] written as v.shape[-1:], and no number: a step is"
             " traced on tensors of another size"
         )
 
 
-def _layer_norm(t: Any, _: str, x: Tensor, shape: Any, weight: Any, bias: Any, eps: float) -> tuple[int, int, int]:
-    """With the mean and 1 / (the standard deviation), which ATen returns beside it."""
-    _check_normalized(t, shape)
-    b, value = t.builder, _operand(t, x)
-    mean = _mean_of(t, value)
-    scale = b.add("rsqrt", b.add("add", b.add("variance", value), b.const(eps)))
-    return _affine(t, b.add("mul", b.add("sub", value, mean), scale), weight, bias), mean, scale
+def _moments(b: Builder, xs: Sequence[int], eps: float) -> tuple[int, int]:
+    """The mean of all these values together, and 1 / (the standard deviation).
+
+    Their variance is that of the units' means over the values, and the mean of the units' variances over the values:
+    three numbers of a row, all of one stage, and no difference of squares.
+    """
+    count, own = b.const(len(xs)), xs[0]
+    for x in xs[1:]:
+        own = b.add("add", own, x)
+    own = b.add("div", own, count)
+    variance = b.add("variance", own)
+    if len(xs) > 1:
+        squares = [b.add("mul", far, far) for far in (b.add("sub", x, own) for x in xs)]
+        within = squares[0]
+        for square in squares[1:]:
+            within = b.add("add", within, square)
+        variance = b.add("add", variance, b.add("div", _mean_of(b, within), count))
+    return _mean_of(b, own), b.add("rsqrt", b.add("add", variance, b.const(eps)))
+
+
+def _layer_norm(t: Any, _: str, x: Tensor, shape: Any, weight: Any, bias: Any, eps: float) -> tuple[Any, int, int]:
+    """With the mean and 1 / (the standard deviation), which ATen returns beside it. Of several values side by side as
+    of one."""
+    b, xs = t.builder, t.parts(x) or (_operand(t, x),)
+    _check_normalized(t, shape, len(xs))
+    weights, biases = (() if v is None else t.parts(v) or (t.value(v),) for v in (weight, bias))
+    mean, scale = _moments(b, xs, eps)
+    ys = [normal(b, each, mean, scale) for each in xs]
+    if not any(b.is_row(each) or b.is_number(each) for each in xs):
+        entries = [b.add("entry", each, scale) for each in xs]
+        centre, spread = b.add("centre", scale, *entries), b.add("spread", scale, mean, *entries)
+        ys = [b.add("normal", y, entry, centre, spread) for y, entry in zip(ys, entries, strict=True)]
+    ys = _affine(b, ys, weights, biases)
+    return ys[0] if len(ys) == 1 else tuple(ys), mean, scale
 
 
 def _rms_norm(t: Any, _: str, x: Tensor, shape: Any, weight: Any = None, eps: Any = None) -> tuple[int, int]:
@@ -99,8 +128,9 @@ def _rms_norm(t: Any, _: str, x: Tensor, shape: Any, weight: Any = None, eps: An
     b, value = t.builder, _operand(t, x)
     if eps is None:
         raise Refused("eps: got None, expected a number: torch's own depends on the dtype")
-    scale = b.add("rsqrt", b.add("add", _mean_of(t, b.add("mul", value, value)), b.const(eps)))
-    return _affine(t, b.add("mul", value, scale), weight, None), scale
+    scale = b.add("rsqrt", b.add("add", _mean_of(b, b.add("mul", value, value)), b.const(eps)))
+    (y,) = _affine(b, [b.add("mul", value, scale)], () if weight is None else (t.value(weight),), ())
+    return y, scale
 
 
 # Of the units of a row one number, of some beside others.

@@ -42,6 +42,7 @@ class Trace(TorchDispatchMode):
         self.builder, self.name, self.step, self.sizes, self.fill, self.dtype = builder, name, step, sizes, fill, dtype
         self.partners: dict[int, int] = {}  # of a gate's either side the other one
         self._known: dict[int, tuple[Tensor, int]] = {}  # with the tensor, so that no other one gets its id
+        self._parts: dict[int, tuple[Tensor, tuple[int, ...]]] = {}  # likewise of several side by side
         self._inputs: set[int] = set()
         self._seen_twice: set[int] = set()  # tensors that share their memory with another one
         self._operands: dict[str, int] = {}  # of each matrix what it multiplies
@@ -93,8 +94,14 @@ class Trace(TorchDispatchMode):
             return self.builder.const(float(x))
         raise self.error(f"got {type(x).__name__} in an operation, expected a tensor or a number")
 
+    def parts(self, x: Tensor) -> tuple[int, ...]:
+        """The values of a tensor that has several side by side; of another one none."""
+        return self._parts[id(x)][1] if id(x) in self._parts else ()
+
     def _captured(self, x: Tensor) -> float:
         """A tensor from outside of the step."""
+        if parts := self.parts(x):
+            raise self.error(f"it has {len(parts)} tensors side by side, for layer norm, split and chunk alone")
         name = name_of(x, self.step)
         if x.requires_grad:
             raise self.error(
@@ -124,7 +131,7 @@ class Trace(TorchDispatchMode):
             made = self._stand_in(shape, dtype, FACTORIES[op](self, args, kwargs))
             self._fresh = (id(made), *_place())
             return made
-        if not any(id(t) in self._known for t in tensors):
+        if not any(id(t) in self._known or id(t) in self._parts for t in tensors):
             return self._outside(func, tensors, args, kwargs)
         if op in READS:
             raise self.error("it branches on, or reads, the value of a tensor; use torch.where")
@@ -152,6 +159,10 @@ class Trace(TorchDispatchMode):
             raise self.error(f"{op} changes an argument of the step, or a tensor outside, in place")
         if changes and id(args[0]) in self._seen_twice:
             raise self.error(f"{op} changes in place a tensor that the step also has under another view")
+        if name == "cat" and (joined := self._side_by_side(func, *args, **kwargs)) is not None:
+            return joined
+        if name == "split" and (self.parts(args[0]) or args[0].shape[-1] == args[1]):
+            return self._apart(func, args)
         if name in ALIASES and not changes:
             return self._alias(func, op, args, kwargs)
         if name in REDUCING and not changes:
@@ -200,13 +211,33 @@ class Trace(TorchDispatchMode):
         several = isinstance(made, tuple)
         known = []
         for tensor, number in zip(made if several else (made,), numbers if several else (numbers,), strict=True):
-            self._check(tensor.shape, op)
+            numbers = number if isinstance(number, tuple) else (number,)
+            if len(numbers) == 1:
+                self._check(tensor.shape, op)
             if not torch.is_grad_enabled():
                 self._refuse_function()
-                number = self.builder.add(DETACH, number)
+                numbers = tuple(self.builder.add(DETACH, number) for number in numbers)
             dtype = tensor.dtype if tensor.dtype.is_floating_point else torch.float32
-            known.append(self._stand_in(tensor.shape, dtype, number))
+            known.append(self._stand_in(tensor.shape, dtype, *numbers))
         return tuple(known) if several else known[0]
+
+    def _side_by_side(self, func: Any, tensors: Sequence[Tensor], dim: int = 0) -> Tensor | None:
+        """Several tensors of the units as one, for a norm over all of them; None of others."""
+        whole = all(tuple(v.shape) in (self.sizes, self.sizes[1:]) for v in tensors)
+        if not whole or dim not in (-1, tensors[0].dim() - 1):
+            return None
+        numbers = tuple(self.value(v) for v in tensors)
+        if not torch.is_grad_enabled():
+            numbers = tuple(self.builder.add(DETACH, number) for number in numbers)
+        return self._stand_in(func(tensors, dim).shape, tensors[0].dtype, *numbers)
+
+    def _apart(self, func: Any, args: Sequence[Any]) -> list[Tensor]:
+        """They again, by a split into tensors of the units."""
+        x, size, dim = (*args, 0)[:3]
+        if size != self.sizes[1] or dim not in (-1, x.dim() - 1):
+            raise self.error(f"split: got parts of {size} along {dim}, expected of H along -1")
+        numbers = self.parts(x) or (self.value(x),)
+        return [self._stand_in(v.shape, v.dtype, n) for v, n in zip(func(*args), numbers, strict=True)]
 
     def _alias(self, func: Any, op: str, args: Sequence[Any], kwargs: Any) -> Tensor:
         """The first argument by another shape, or a copy of it."""
@@ -242,10 +273,15 @@ class Trace(TorchDispatchMode):
     def _text(self, shape: Iterable[int]) -> str:
         return f"[{', '.join({self.sizes[0]: 'B', self.sizes[1]: 'H'}.get(n, str(n)) for n in shape)}]"
 
-    def _stand_in(self, shape: Sequence[int], dtype: torch.dtype, number: int) -> Tensor:
+    def _stand_in(self, shape: Sequence[int], dtype: torch.dtype, *numbers: int) -> Tensor:
+        """A new tensor for a value, or for several side by side."""
         if dtype.itemsize < 4 and not dtype.is_floating_point and dtype != torch.bool:
             raise self.error(f"it makes {dtype}, whose numbers a cell does not have")
-        return self._record(torch.full(shape, self.fill, dtype=dtype, device="cpu"), number)
+        made = torch.full(shape, self.fill, dtype=dtype, device="cpu")
+        if len(numbers) == 1:
+            return self._record(made, *numbers)
+        self._parts[id(made)] = (made, numbers)
+        return made
 
     def _record(self, made: Tensor, number: int) -> Tensor:
         self._known[id(made)] = (made, number)

@@ -117,3 +117,25 @@ def test_constants() -> None:
         x, w = torch.zeros(1, 1, 1, dtype=torch.float64), torch.zeros(3, 1, dtype=torch.float64)
         made = ops.forward(x, [w], [], None, None, text, [1], "none", False, False)[0].view(3)
         torch.testing.assert_close(made, torch.full((3,), value, dtype=torch.float64), rtol=0, atol=0, equal_nan=True)
+
+
+# Two operations that the loop runs as one: the same numbers to the last bit, for each is rounded.
+JOINED: dict[str, tuple[str, Callable[[Tensor, Tensor, Tensor], Tensor]]] = {
+    "a sum of three": ("add 2 3,add 5 4", lambda a, b, c: (a + b) + c),
+    "a sum of three from the right": ("add 2 3,add 4 5", lambda a, b, c: c + (a + b)),
+    "a sum scaled": ("add 2 3,mul 5 4", lambda a, b, c: (a + b) * c),
+    "a difference scaled": ("sub 2 3,mul 4 5", lambda a, b, c: c * (a - b)),
+    "a product of three": ("mul 2 3,mul 5 4", lambda a, b, c: (a * b) * c),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", JOINED)
+def test_two_operations_as_one(name: str, dtype: torch.dtype) -> None:
+    code, function = JOINED[name]
+    a, b, c = (draw(77, 3.0, seed).to(dtype) for seed in (1, 2, 3))
+    states = [torch.zeros(1, 1, 77, dtype=dtype), *(v.view(1, 1, 77) for v in (a, b, c))]
+    text = f"{PREFIX}joined|1 0 0|h a b c||{code}>6 2 3 4;|>0;0 0 0 0;"
+    x, weight = torch.zeros(1, 1, 1, dtype=dtype), torch.zeros(77, 1, dtype=dtype)
+    y, *_ = ops.forward(x, [weight], states, None, None, text, [1], "none", False, False)
+    assert torch.equal(y.view(77), function(a, b, c))

@@ -15,9 +15,24 @@ from fused_rnn import ops
 from fused_rnn.cells import CELLS
 from fused_rnn.cells.program import PREFIX
 from fused_rnn.gpu.narrow import narrowed, widened
+from fused_rnn.nn.field.block_gru import block_gru
 
 pytestmark = pytest.mark.skipif(ops.MISSING is not None, reason=str(ops.MISSING))
 PROGRAMS = {name: cell.program.text for name, cell in STAGED.items()} | MASKED
+
+
+@fused_rnn.cell(gates=3)
+def taken_apart(x: Any, r: Any, s: Any, p: Any) -> Any:
+    """Sums of products, of squares of differences, of what has an array anyway, and of several of these."""
+    a, b, c = (u + v for u, v in zip(x, r, strict=True))
+    d, e = torch.tanh(a), a * b
+    n = ((a - b).square() + (c - 0.5 * d).square() + d * b + e + c).mean(-1, keepdim=True)
+    m = (d * d + (d - e) * c + s.h).mean(-1, keepdim=True)
+    far = ((s.h - d).square() + e).sum(-1, keepdim=True) * 0.01
+    return torch.tanh(n * d + m * e + 0.1 * far * c + 0.2 * (0.5 * d) * s.h)
+
+
+PROGRAMS |= {cell.name: cell.program.text for cell in (taken_apart, block_gru)}
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 BOTH = (1, -1)
 VARIANTS: list[dict[str, Any]] = [

@@ -87,6 +87,30 @@ def test_few_stages() -> None:
     assert len(PROGRAMS["reset_before"].forward.stages) == 2
 
 
+@pytest.mark.parametrize("values", [1, 3])
+def test_the_gradient_of_a_norm_takes_two_sums(values: int) -> None:
+    """As its formula has it, scale (d - mean(d) - y mean(d y)), of one value or of several side by side. Forward keeps
+    what is normed, and one number of the row."""
+
+    def step(x: Any, r: Any, s: Any, p: Any) -> Any:
+        return sum(torch.tanh(y) for y in _side_by_side([a + b for a, b in zip(x, r, strict=True)]))
+
+    program = fused_rnn.cell(gates=values)(step).program
+    graph = program.backward
+    assert sum(i.op == "sum" for i in graph.code) == 2
+    assert not [i for i in graph.code if i.op == "variance"]
+    assert len(program.forward.outputs[1]) == values + 1
+    inside = sum(n not in graph.rows and i.op not in ("const", "units") for n, i in enumerate(graph.code, graph.inputs))
+    tanh, of_sums, last = 2 * values, 2 * values - 1 + values - 1, 3 * values
+    assert inside <= tanh + of_sums + last
+
+
+def _side_by_side(values: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Their layer norm together."""
+    whole = torch.cat(tuple(values), -1)
+    return F.layer_norm(whole, whole.shape[-1:]).chunk(len(values), -1)
+
+
 def test_nothing_published_is_made_again() -> None:
     """Backward has sums of its own, never those of forward again: they are kept."""
     for name in ("layer_norm", "rms_norm"):
@@ -210,7 +234,22 @@ def norm_of_a_norm(x: Any, r: Any, s: Any, p: Any) -> Any:
     return torch.tanh(v) + F.layer_norm(far, v.shape[-1:]).square().mean(-1, keepdim=True) * v.var(-1, keepdim=True)
 
 
-@pytest.mark.parametrize("step", [row_of_a_sum, norm_of_a_norm])
+def norm_of_three(x: Any, r: Any, s: Any, p: Any) -> Any:
+    """Side by side, with what is the same for all units among them, and of a norm a norm."""
+    a, b, c = _side_by_side([x[0], r[0], s.h])
+    d, e = _side_by_side([a * b, (b + c).mean(-1, keepdim=True).expand_as(a)])
+    f, g = _side_by_side([d + c, e * s.h])
+    return torch.tanh(f - 2 * g) * c
+
+
+def norm_with_vectors(x: Any, r: Any, s: Any, p: Any) -> Any:
+    """Weights and biases side by side, too."""
+    whole, weight = torch.cat([x[0], r[0]], 1), torch.cat([s.h.new_full(s.h.shape[1:], n) for n in (0.5, 2.0)])
+    a, b = F.layer_norm(whole, whole.shape[-1:], weight, weight).split(s.h.shape[1], 1)
+    return torch.sigmoid(a) * b
+
+
+@pytest.mark.parametrize("step", [row_of_a_sum, norm_of_a_norm, norm_of_three, norm_with_vectors])
 def test_gradients_through_several_numbers_of_a_row(step: Any) -> None:
     program = fused_rnn.cell(gates=1)(step).program
     pre = [torch.randn(3, 5, dtype=torch.float64, requires_grad=True) for _ in range(1 + program.apart)]
@@ -222,6 +261,15 @@ def test_gradients_through_several_numbers_of_a_row(step: Any) -> None:
         made = program.backward.run([*(t.expand(3, 5) for t in saved), h, after, grad], units=5)[0]
     for own, other in zip(made, expected, strict=True):
         torch.testing.assert_close(own.expand(3, 5), other)
+
+
+def test_a_norm_without_gradient() -> None:
+    def step(x: Any, r: Any, s: Any, p: Any) -> Any:
+        with torch.no_grad():
+            a, b = _side_by_side([x[0], s.h])
+        return torch.tanh(a + b + r[0])
+
+    assert not [i for i in fused_rnn.cell(gates=1)(step).program.backward.code if i.op in PUBLISHING]
 
 
 def test_products_without_gradient() -> None:
@@ -252,6 +300,18 @@ def other_shape(x: Any, r: Any, s: Any, p: Any) -> Any:
     return F.layer_norm(x[0], x[0].shape)
 
 
+def scaled_side_by_side(x: Any, r: Any, s: Any, p: Any) -> Any:
+    return (2 * torch.cat([x[0], r[0]], -1)).chunk(2, -1)[0]
+
+
+def other_parts(x: Any, r: Any, s: Any, p: Any) -> Any:
+    return torch.cat([x[0], r[0]], -1).split(2, -1)[0]
+
+
+def along_rows(x: Any, r: Any, s: Any, p: Any) -> Any:
+    return torch.cat([x[0], r[0]], 0)
+
+
 def third_norm(x: Any, r: Any, s: Any, p: Any) -> Any:
     return x[0] * torch.linalg.vector_norm(x[0], 3, dim=-1, keepdim=True)
 
@@ -263,6 +323,9 @@ def third_norm(x: Any, r: Any, s: Any, p: Any) -> Any:
         (without_keepdim, "mean: keepdim: got False, expected True: a number for each row, [B, 1]"),
         (of_a_row, "sum: expected a tensor of the units, [B, H], got [B, 1]"),
         (other_shape, "native_layer_norm: normalized_shape: got [B, H], expected [H]"),
+        (scaled_side_by_side, "it has 2 tensors side by side, for layer norm, split and chunk alone"),
+        (other_parts, "split: got parts of 2 along -1, expected of H along -1"),
+        (along_rows, "cat is no operation that a cell can run; it changes the shape"),
         (third_norm, "linalg_vector_norm: ord: got 3, expected 1 or 2"),
     ],
 )

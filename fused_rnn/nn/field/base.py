@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import layer_norm
 
 from fused_rnn.call import wide
 from fused_rnn.checks import shape_text
@@ -178,15 +179,7 @@ class Parted(Made):
         return parts
 
 
-def normed(gates: Sequence[Tensor], epsilon: float) -> list[Any]:
-    """Layer norm over all gates together, in a step.
-
-    Its variance is that of the units' means over the gates, and the mean of the units' variances over the gates: three
-    numbers of a row, all of one stage, and no difference of squares.
-    """
-    count, own = len(gates), sum(gates[1:], gates[0]) / len(gates)
-    within = [(g - own).square() for g in gates]
-    mean = own.mean(-1, keepdim=True)
-    variance = own.var(-1, unbiased=False, keepdim=True) + sum(within[1:], within[0]).mean(-1, keepdim=True) / count
-    scale = torch.rsqrt(variance + epsilon)
-    return [(g - mean) * scale for g in gates]
+def normed(gates: Sequence[Tensor], epsilon: float) -> Sequence[Any]:
+    """Layer norm over all gates together, in a step."""
+    whole = torch.cat(tuple(gates), -1)
+    return layer_norm(whole, whole.shape[-1:], eps=epsilon).chunk(len(gates), -1)

@@ -35,7 +35,7 @@ def _scaled(gates: Any, gains: Any) -> list[Any]:
 def layer_norm_lstm(x: Any, r: Any, s: Any, p: Any) -> Any:
     """The step of :class:`LayerNormLSTM`."""
     own, other = _scaled(x, _of(p, "gamma_ih", "ifgo")), _scaled(r, _of(p, "gamma_hh", "ifgo"))
-    i, f, g, o = (a + b + bias for a, b, bias in zip(own, other, _of(p, "bias_ih", "ifgo"), strict=True))
+    i, f, g, o = (a + bias + b for a, b, bias in zip(own, other, _of(p, "bias_ih", "ifgo"), strict=True))
     c = torch.sigmoid(f) * s.c + torch.sigmoid(i) * torch.tanh(g)
     return torch.sigmoid(o) * torch.tanh(layer_norm(c, c.shape[-1:], p.gamma_c, p.beta_c, EPSILON)), c
 
