@@ -142,15 +142,22 @@ struct BackwardLoop : Counts<Cell> {
         for (int v = 0; v < nv; ++v)
           store(out + v * L, load(out + v * L) + load(dy + v * L, lanes_left(p.P, (j * kPanelVectors + v) * L, L)));
       }
-    if (gates && recurrent)
-      diagonal.for_pieces(j * kPanelVectors, j * kPanelVectors + nv, [&](const Piece& piece) __attribute__((always_inline)) {
-        multiply(m, gates + b0 * gate_stride, piece, next, dh + (piece.u - j * kPanelVectors) * L, b1 - b0);
-      });
+    if (!gates || !recurrent) return;
+    const int64_t u0 = j * kPanelVectors;
+    if (diagonal.whole()) multiply<false>(m, gates + b0 * gate_stride, {0, u0, nv, u0}, next, dh, b1 - b0);
+    else if constexpr (kInterpreted<Cell>) by_pieces(m, gates + b0 * gate_stride, u0, u0 + nv, next, dh, b1 - b0);
+  }
+  __attribute__((noinline)) void by_pieces(const Memory& m, const A* gates, int64_t u0, int64_t u1, int64_t next, S* dh,
+                                           int64_t rows) const {
+    diagonal.for_pieces(u0, u1, [&](const Piece& piece) __attribute__((always_inline)) {
+      multiply<true>(m, gates, piece, next, dh + (piece.u - u0) * L, rows);
+    });
   }
   // dh += dgates W_hh of a piece. next: the panel that follows.
+  template <bool of_block>
   ALWAYS_INLINE void multiply(const Memory& m, const A* gates, const Piece& piece, int64_t next, S* dh, int64_t rows) const {
-    const bool shares = diagonal.shares(piece);
-    for (int64_t s = 0; s < segments; ++s) {
+    const bool shares = of_block && diagonal.shares(piece);
+    for (int64_t s = 0; s < (of_block ? segments : 1); ++s) {
       const int64_t before = s * panel_size<Kind>(depth, piece.vectors);
       int64_t stride = gate_stride;
       const A* const a = diagonal.template operand<Kind>(m.pieces, gates + s * p.H + piece.block * depth, stride, rows, depth);

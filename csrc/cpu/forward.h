@@ -3,8 +3,7 @@
 // Per recurrence: pack W_ih and W_hh; then per chunk of steps the input product of the whole chunk, and step by step
 //   pre-activations += h_{t-1} W_hh^T;   cell;   h_t -> y, and as the next step's operand.
 #pragma once
-#include "diagonal.h"
-#include "forward_stages.h"
+#include "forward_weights.h"
 
 namespace FUSED_RNN_ISA {
 
@@ -15,34 +14,29 @@ constexpr int64_t kFewVectors = 8;            // of a program at a time, where t
 constexpr int64_t kFarUnpackedRows = 32;      // and up to here where W and its packed form do not fit L2 together
 
 template <class Kind, class T, class Cell>
-struct ForwardLoop : Counts<Cell> {
+struct ForwardLoop : ForwardWeights<Kind, T, Cell> {
   using A = typename Kind::Operand;
   using W = typename Kind::Weight;
   using S = typename Kind::Accumulator;
   using V = Vec<S>;
   using C = Counts<Cell>;
   using C::G, C::GH, C::PA, C::SV, C::ST, C::NP, C::apart, C::recurrent;
-  using C::p, C::units, C::x_gate, C::x_column, C::h_column, C::column, C::for_parts, C::time, C::active, C::cut;
-  static constexpr int L = kLanes<S>;
+  using C::p, C::units, C::x_gate, C::column, C::for_parts, C::time, C::active, C::cut;
+  using Weighed = ForwardWeights<Kind, T, Cell>;
+  using Weighed::L, Weighed::diagonal, Weighed::columns, Weighed::unit_vectors, Weighed::panels, Weighed::out_vectors, Weighed::row;
+  using Weighed::rows_of, Weighed::block_panels;
+  using Weighed::state_stride, Weighed::unpacked, Weighed::uses_h, Weighed::last_vector, Weighed::recurrent_size, Weighed::projects;
   static constexpr bool kUnpackable = Kind::k_group == 1 && !kNarrow<Kind>;
 
   const Forward& f;
-  const Diagonal<Cell, L> diagonal;
-  int64_t columns;  // of h that a unit reads by W_hh
-  int64_t unit_vectors, panels, row;  // row: stride of the pre-activations, [rows, unit vectors, preactivations, lanes]
-  int64_t out_vectors;                // of the projection
-  int64_t chunk_steps, x_stride, h_stride, m_stride, state_stride;
-  bool unpacked;
+  int64_t chunk_steps, x_stride, h_stride, m_stride;
   bool joined_x, direct_x;  // x's rows are equally far apart over all steps and sequences; and it is an operand as it stands
-  bool uses_h;  // false: a single step from a zero state, for which W_hh does nothing
   bool far;  // the packed weights do not fit L2 together with the rest
 
   // Scratch of one group of threads.
-  struct Memory {
+  struct Memory : PackedWeights<Kind> {
     int64_t* barrier;
-    W *w_ih, *w_hh, *w_hr, *blocks;
-    S *scale_ih, *scale_hh, *scale_hr, *scale_blocks;
-    S *bias, *params, *zero, *pre;  // params: [NP, state_stride]
+    S *zero, *pre;
     S* states[Cell::states];  // but h
     A *h[2], *m, *x;
     S* wide;  // projection: one tile's results before they are rounded
@@ -51,11 +45,7 @@ struct ForwardLoop : Counts<Cell> {
     PieceWork<Kind> pieces;
   };
 
-  ForwardLoop(const Forward& forward) : C(forward.p), f(forward), diagonal(p, p.H), columns(p.P / diagonal.count) {
-    unit_vectors = (p.H + L - 1) / L;
-    panels = (unit_vectors + units() - 1) / units();
-    row = off_pages<S>(unit_vectors * PA * L);
-    out_vectors = (p.P + L - 1) / L;
+  ForwardLoop(const Forward& forward) : Weighed(forward.p), f(forward) {
     const int64_t rows = kChunkBytes / (row * int64_t(sizeof(S)));
     chunk_steps = (rows < kChunkRows ? rows : kChunkRows) / p.B;
     if (chunk_steps < 1) chunk_steps = 1;
@@ -63,16 +53,12 @@ struct ForwardLoop : Counts<Cell> {
     x_stride = row_stride<Kind>(p.D);
     h_stride = row_stride<Kind>(p.P);
     m_stride = row_stride<Kind>(p.H);
-    state_stride = off_pages<S>(unit_vectors * L);
     uses_h = recurrent && (!f.h_is_zero || p.stop - p.start > 1);
     far = (unit_vectors * panel_size<Kind>(p.D, G) + recurrent_size()) * int64_t(sizeof(W)) > kNearBytes;
     unpacked = kUnpackable && !f.packed && (p.stop - p.start) * p.B <= (far ? kFarUnpackedRows : kUnpackedRows);
     joined_x = p.B == 1 || p.T == 1 || f.x.time == p.B * f.x.batch;
     direct_x = joined_x && sizeof(A) == sizeof(T) && p.D % Kind::k_multiple == 0;
   }
-  // Elements of the packed W_hh.
-  int64_t recurrent_size() const { return recurrent ? diagonal.slots(unit_vectors) * panel_size<Kind>(columns, G) : 0; }
-  int64_t last_vector(int64_t j) const { return j * units() < unit_vectors ? j * units() : unit_vectors; }  // of panels before j
   // Of a program with stages; else null.
   const fused_rnn::Stages* staged() const {
     if constexpr (!kInterpreted<Cell>) return nullptr;
@@ -85,33 +71,15 @@ struct ForwardLoop : Counts<Cell> {
     const int64_t j = part(parts(), me, s.size) * grain();
     return j < panels ? j : panels;
   }
-  bool projects() const { return !kInterpreted<Cell> && (p.P != p.H || p.weights[0].w_hr); }
 
-  // What a `Packing` makes, and a call that packs for itself.
-  void layout_weights(Arena& arena, Memory& m) const {
-    if (!unpacked) {
-      m.w_ih = arena.take<W>(unit_vectors * panel_size<Kind>(p.D, G));
-      if (recurrent) m.w_hh = arena.take<W>(recurrent_size());
-      if (projects()) m.w_hr = arena.take<W>(out_vectors * panel_size<Kind>(p.H, 1));
-      if (kInterpreted<Cell> && p.cell->blocks) m.blocks = arena.take<W>(p.cell->blocks * unit_vectors * panel_size<Kind>(p.H, 1));
-    }
-    if constexpr (kScaled<Kind>) {
-      m.scale_ih = arena.take<S>(unit_vectors * G * L);
-      m.scale_hh = arena.take<S>(diagonal.slots(unit_vectors) * G * L);
-      if (projects()) m.scale_hr = arena.take<S>(out_vectors * L);
-      if (kInterpreted<Cell> && p.cell->blocks) m.scale_blocks = arena.take<S>(p.cell->blocks * unit_vectors * L);
-    }
-    m.bias = arena.take<S>(row);
-    if (NP > 0) m.params = arena.take<S>(NP * state_stride);
-  }
   Memory layout(Arena& arena, int threads_in_group, int me = 0) const {
     Memory m{};
     m.barrier = arena.take<int64_t>(Barrier::words(threads_in_group));
     if (f.packed) {
       Arena whole{(char*)f.packed};
-      layout_weights(whole, m);
+      Weighed::layout(whole, m);
     } else {
-      layout_weights(arena, m);
+      Weighed::layout(arena, m);
     }
     m.zero = arena.take<S>(kPanelVectors * L);
     m.pre = arena.take<S>(chunk_steps * p.B * row);
@@ -132,75 +100,7 @@ struct ForwardLoop : Counts<Cell> {
     return m;
   }
 
-  // function(piece) for the pieces of panel j: of the input's weights it is one.
-  template <class F>
-  ALWAYS_INLINE void for_pieces(int64_t j, bool input, F function) const {
-    diagonal.for_pieces(j * units(), last_vector(j + 1), function, input);
-  }
-  // Of vector v of a piece's product the rows of the weights, of lanes `from` to before `to`. row: of lane 0.
-  struct WeightRows {
-    int64_t row;
-    int from, to;
-  };
-  ALWAYS_INLINE WeightRows rows_of(const Piece& piece, bool input, int v) const {
-    const int gates = input ? G : GH, gate = input ? x_gate(v % gates) : v % gates;
-    const int64_t u = piece.u + v / gates, row = gate * p.H + u * L;
-    if (input) return {row, 0, lanes_left(p.H, u * L, L)};
-    return {row, diagonal.first_lane(piece, u), diagonal.end_lane(piece, u)};
-  }
-
-  // ---- set-up of a recurrence; each thread does its panels, or its part of them ----
-  void pack(const Memory& m, const Weights& w, int64_t j0, int64_t j1) const {
-    for (int64_t j = j0; j < j1; ++j) {
-      pack(m.w_ih, (const T*)w.w_ih, p.D, true, j);
-      if (uses_h) pack(m.w_hh, (const T*)w.w_hh, columns, false, j);
-    }
-  }
-  void pack(W* packed, const T* weights, int64_t k, bool input, int64_t j) const {
-    for_pieces(j, input, [&](const Piece& piece) {
-      for_parts(piece.vectors * (input ? G : GH), [&](int v0, int nv) {
-        for (int v = 0; v < nv; ++v) {
-          const auto [first, from, to] = rows_of(piece, input, v0 + v);
-          pack_rows<Kind, T>(packed + panel_size<Kind>(k, 1) * (piece.slot * G + v0), nv, v, weights + first * k, k, to, k, from);
-        }
-      });
-    });
-  }
-  void pack_projection(const Memory& m, const Weights& w, int64_t v0, int64_t v1) const {
-    for (int64_t v = v0; v < v1; ++v)
-      pack_rows<Kind, T>(m.w_hr + v * panel_size<Kind>(p.H, 1), 1, 0, (const T*)w.w_hr + v * L * p.H, p.H, lanes_left(p.P, v * L, L), p.H);
-  }
-  // Panels of the matrices, each of kPanelVectors vectors of a block.
-  int64_t block_panels() const { return (unit_vectors + kPanelVectors - 1) / kPanelVectors; }
-  template <class F>
-  ALWAYS_INLINE void for_block_panels(int64_t q0, int64_t q1, F function) const {  // function(block, first vector, vectors)
-    for (int64_t q = q0; q < q1; ++q) {
-      const int64_t u = q % block_panels() * kPanelVectors;
-      function(int(q / block_panels()), u, int(unit_vectors - u < kPanelVectors ? unit_vectors - u : kPanelVectors));
-    }
-  }
-  void pack_blocks(const Memory& m, const Weights& w, int64_t q0, int64_t q1) const {
-    for_block_panels(q0, q1, [&](int block, int64_t u, int nv) {
-      W* const panel = m.blocks + (block * unit_vectors + u) * panel_size<Kind>(p.H, 1);
-      for (int v = 0; v < nv; ++v) {
-        const int64_t first = (u + v) * L;
-        pack_rows<Kind, T>(panel, nv, v, block_of<T>(p, w, block) + first * p.H, p.H, lanes_left(p.H, first, L), p.H);
-      }
-    });
-  }
-  void fill_vectors(const Memory& m, const Weights& w) const {
-    for (int i = 0; i < NP; ++i) convert_row(m.params + i * state_stride, (const T*)w.params[i], p.H, state_stride);
-    for (int64_t u = 0; u < unit_vectors; ++u) {
-      const int n = lanes_left(p.H, u * L, L);
-      S* out = m.bias + u * PA * L;
-      for (int a = 0; a < PA; ++a) store(out + a * L, V{});
-      for (int g = 0; g < G && w.b_ih; ++g) {
-        S *const x_side = out + x_column(g) * L, *const h_side = out + h_column(g) * L;
-        store(x_side, load(x_side) + load((const T*)w.b_ih + g * p.H + u * L, n));
-        if (recurrent) store(h_side, load(h_side) + load((const T*)w.b_hh + g * p.H + u * L, n));
-      }
-    }
-  }
+  // ---- set-up of a recurrence ----
   void load_state(const Memory& m, int r, int64_t b0, int64_t b1) const {
     const Weights& w = p.weights[r];
     const int64_t t = time(w, p.start);
@@ -219,33 +119,43 @@ struct ForwardLoop : Counts<Cell> {
   // init + a W^T for panel j of the input's or of the recurrent weights; panel `next` follows (-1: none).
   void product(const Memory& m, const Weights& w, const A* a, int64_t lda, int64_t rows, bool input, int64_t j, int64_t next, const S* init,
                int64_t ldi, S* c) const {
-    const int64_t after = next < 0 ? -1 : input ? next * units() : diagonal.slots(next * units());
-    for_pieces(j, input, [&](const Piece& piece) __attribute__((always_inline)) {
+    const int64_t u0 = j * units();
+    if (input || diagonal.whole()) {
+      const Piece whole{0, u0, int(last_vector(j + 1) - u0), u0};
+      product<false>(m, w, a, lda, rows, input, whole, next < 0 ? -1 : next * units(), init, ldi, c);
+    } else if constexpr (kInterpreted<Cell>) {
+      by_pieces(m, w, a, lda, rows, j, next, c);
+    }
+  }
+  // c += a W_hh^T, by pieces.
+  __attribute__((noinline)) void by_pieces(const Memory& m, const Weights& w, const A* a, int64_t lda, int64_t rows, int64_t j,
+                                           int64_t next, S* c) const {
+    const int64_t after = next < 0 ? -1 : diagonal.slots(next * units());
+    diagonal.for_pieces(j * units(), last_vector(j + 1), [&](const Piece& piece) __attribute__((always_inline)) {
       int64_t stride = lda;
-      const A* own = a;
-      if (!input) own = diagonal.template operand<Kind>(m.pieces, a + piece.block * columns, stride, rows, columns);
-      product(m, (const T*)(input ? w.w_ih : w.w_hh), own, stride, rows, input, piece, input ? p.D : columns, after, init, ldi, c);
+      const A* const own = diagonal.template operand<Kind>(m.pieces, a + piece.block * columns, stride, rows, columns);
+      product<true>(m, w, own, stride, rows, false, piece, after, c, row, c);
     });
   }
-  // Of a piece. after: the slot from which on the next panel lies.
-  ALWAYS_INLINE void product(const Memory& m, const T* weights, const A* a, int64_t lda, int64_t rows, bool input, const Piece& piece,
-                             int64_t k, int64_t after, const S* init, int64_t ldi, S* c) const {
+  // after: the slot from which on the next panel lies.
+  template <bool of_block>
+  ALWAYS_INLINE void product(const Memory& m, const Weights& w, const A* a, int64_t lda, int64_t rows, bool input, const Piece& piece,
+                             int64_t after, const S* init, int64_t ldi, S* c) const {
     const int gates = input ? G : GH;
-    const bool shares = !input && diagonal.shares(piece);
+    const int64_t k = input ? p.D : columns;
+    const bool shares = of_block && diagonal.shares(piece);
     for_parts(piece.vectors * gates, [&](int v0, int nv) __attribute__((always_inline)) {
       const int64_t from = (piece.u * PA + (input ? 0 : apart) + v0) * L, place = piece.slot * G + v0;
       TileArgs<Kind> tile{a, lda, nullptr, k, init + from, ldi, c + from, row};
       if (shares) tile.init = m.zero, tile.ldi = 0, tile.c = m.pieces.tile, tile.ldc = PieceWork<Kind>::kLd;
-      bool done = false;
-      if constexpr (kUnpackable) {
-        for (int v = 0; v < nv && unpacked; ++v) {
-          const auto [first, lane, end] = rows_of(piece, input, v0 + v);
-          multiply_rows<T>(rows, a, lda, weights + (first + lane) * k, k, end - lane, k, tile.init + v * L, tile.ldi, tile.c + v * L + lane,
-                           tile.ldc);
-        }
-        done = unpacked;
-      }
-      if (!done) {
+      if (kUnpackable && unpacked) {
+        if constexpr (kUnpackable)
+          for (int v = 0; v < nv; ++v) {
+            const auto [first, lane, end] = rows_of(piece, input, v0 + v);
+            multiply_rows<T>(rows, a, lda, (const T*)(input ? w.w_ih : w.w_hh) + (first + lane) * k, k, end - lane, k, tile.init + v * L,
+                             tile.ldi, tile.c + v * L + lane, tile.ldc);
+          }
+      } else {
         const W* packed = input ? m.w_ih : m.w_hh;
         tile.w = packed + panel_size<Kind>(k, 1) * place;
         tile.of_many = input;  // how many steps go through the product at once must not show in the result
@@ -490,16 +400,16 @@ struct ForwardLoop : Counts<Cell> {
 
     if constexpr (!kNarrow<Kind>) {  // those come packed
       if (!unpacked && !f.packed) {
-        pack(m, w, part(panels, s.me, s.size), part(panels, s.me + 1, s.size));
-        if (project_h) pack_projection(m, w, part(out_vectors, s.me, s.size), part(out_vectors, s.me + 1, s.size));
+        Weighed::pack(m, w, part(panels, s.me, s.size), part(panels, s.me + 1, s.size));
+        if (project_h) Weighed::pack_projection(m, w, part(out_vectors, s.me, s.size), part(out_vectors, s.me + 1, s.size));
         if constexpr (kInterpreted<Cell>) {
           const int64_t all = p.cell->blocks * block_panels();
-          pack_blocks(m, w, part(all, s.me, s.size), part(all, s.me + 1, s.size));
+          Weighed::pack_blocks(m, w, part(all, s.me, s.size), part(all, s.me + 1, s.size));
         }
       }
     }
     if (s.me == 0) {
-      if (!f.packed) fill_vectors(m, w);
+      if (!f.packed) Weighed::fill_vectors(m, w);
       for (int v = 0; v < kPanelVectors; ++v) store(m.zero + v * L, V{});
     }
     load_state(m, r, part(p.B, s.me, s.size), part(p.B, s.me + 1, s.size));

@@ -1,6 +1,6 @@
 // Weights packed once for many calls (a stream of steps): what ForwardLoop would pack in every call, and narrower, if asked.
 #pragma once
-#include "forward.h"
+#include "forward_weights.h"
 
 namespace FUSED_RNN_ISA {
 
@@ -30,16 +30,13 @@ using fused_rnn::Packing;
 
 template <class Kind, class T, class Cell>
 struct PackLoop {
-  using Loop = ForwardLoop<Kind, T, Cell>;
+  using Loop = ForwardWeights<Kind, T, Cell>;
 
   static void run(const Packing& pack) {
-    Forward f{};
-    f.p = pack.p;
-    f.packed = pack.packed ? pack.packed : &pack;  // only whether there is one is asked
-    const Loop loop(f);
+    const Loop loop(pack.p);
     Arena arena{(char*)pack.packed};
-    typename Loop::Memory m{};
-    loop.layout_weights(arena, m);
+    PackedWeights<Kind> m{};
+    loop.layout(arena, m);
     *pack.bytes = int64_t(arena.used);
     if (!pack.packed) return;
     const Weights& w = pack.p.weights[0];
@@ -48,23 +45,22 @@ struct PackLoop {
       if (loop.projects()) loop.pack_projection(m, w, 0, loop.out_vectors);
       if constexpr (kInterpreted<Cell>) loop.pack_blocks(m, w, 0, pack.p.cell->blocks * loop.block_panels());
     } else {
-      narrowed(loop, f, w, m);
+      narrowed(loop, w, m);
     }
     loop.fill_vectors(m, w);
   }
 
   // Packed as float first: the order is the same.
-  static void narrowed(const Loop& loop, const Forward& f, const Weights& w, const typename Loop::Memory& m) {
-    using Wide = ForwardLoop<F32, T, Cell>;
-    const Wide wide(f);
+  static void narrowed(const Loop& loop, const Weights& w, const PackedWeights<Kind>& m) {
+    const ForwardWeights<F32, T, Cell> wide(loop.p);
     Arena measure{nullptr};
-    typename Wide::Memory from{};
-    wide.layout_weights(measure, from);
+    PackedWeights<F32> from{};
+    wide.layout(measure, from);
     Arena arena{(char*)fused_rnn::cpu::scratch(measure.used)};
-    wide.layout_weights(arena, from);
+    wide.layout(arena, from);
     wide.pack(from, w, 0, wide.panels);
     if (wide.projects()) wide.pack_projection(from, w, 0, wide.out_vectors);
-    const Problem& p = f.p;
+    const Problem& p = loop.p;
     constexpr int L = Loop::L;
     // A panel of several vectors of units has them side by side in every k, the last panel as many as are left.
     const auto side = [&](bool input, const float* source, auto* to, float* scale, int64_t k) {
