@@ -15,9 +15,10 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 # What make check leaves to make test: tests with these markers, and files that compile kernels or start processes.
 SLOW = ("slow", "compile", "gpu")
 SLOW_FILES = (
-    *("cpu/test_aarch64", "cpu/test_faults", "cpu/test_isas", "cuda/test_emulated", "docs/test_deploying"),
-    *("docs/test_examples", "docs/test_packages", "emulator/test_emulator", "fuzz/test_fuzz", "nn/test_distributed"),
-    *("package/test_first_hour", "scripts/test_gpu_rehearse", "triton/test_aot", "triton/test_mutations"),
+    *("cpu/test_aarch64", "cpu/test_faults", "cpu/test_isas", "cpu/test_scan_mistakes", "cuda/test_emulated"),
+    *("docs/test_deploying", "docs/test_examples", "docs/test_packages", "emulator/test_emulator", "fuzz/test_fuzz"),
+    *("nn/test_distributed", "package/test_first_hour", "scripts/test_gpu_rehearse", "triton/test_aot"),
+    "triton/test_mutations",
 )
 
 

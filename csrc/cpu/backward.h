@@ -2,6 +2,7 @@
 // step by step from the end:   dh_t = dy_t + carry + dgates_{t+1} W_hh;   cell backward -> dgates_t, dc, carry.
 // The gradients of weights and inputs are products over all steps at once and come after the loop (ops/cpu_backward.cpp).
 #pragma once
+#include "backward_scan.h"
 #include "backward_stages.h"
 #include "diagonal.h"
 
@@ -35,6 +36,7 @@ struct BackwardLoop : Counts<Cell> {
     Workspace<S> work;  // a program's, of this thread
     StageWork<Kind> stages;  // the same, of one with stages
     PieceWork<Kind> pieces;
+    ScanWork<S> scan;        // the same, of one that is linear in its states
   };
 
   BackwardLoop(const Backward& backward)
@@ -77,6 +79,8 @@ struct BackwardLoop : Counts<Cell> {
     if (staged()) {
       m.blocks = arena.take<A>(p.cell->blocks * unit_vectors * panel_size<Kind>(p.H, 1));
       m.stages = StageWork<Kind>::take(arena, *staged(), p.H, p.B, threads_in_group, me);
+    } else if (scan()) {
+      m.scan = ScanWork<S>::take(arena, *scan(), p, unit_vectors, ST + NP, threads_in_group, me);
     } else if constexpr (kInterpreted<Cell>)
       for (int i = 0; i < threads_in_group; ++i) {
         const auto work = Workspace<S>::take(arena, p.cell->program->backward);
@@ -90,6 +94,11 @@ struct BackwardLoop : Counts<Cell> {
     if constexpr (!kInterpreted<Cell>) return nullptr;
     else return p.cell->program->staged_backward;
   }
+  const Scan* scan() const {  // as in forward.h
+    if constexpr (!kInterpreted<Cell>) return nullptr;
+    else return scanned(p, unit_vectors, p.cell->program->scan_backward);
+  }
+  int64_t parts() const { return scan() ? p.T : panels; }
   static int vectors_of(int64_t j, int64_t total) {
     return int(total - j * kPanelVectors < kPanelVectors ? total - j * kPanelVectors : kPanelVectors);
   }
@@ -397,17 +406,18 @@ struct BackwardLoop : Counts<Cell> {
         for (int k = 0; k < p.cell->blocks; ++k)
           pack(m.blocks + k * unit_vectors * panel_size<Kind>(p.H, 1), block_of<T>(p, w, k), p.H, p.H, unit_vectors,
                part(panels, s.me, s.size), part(panels, s.me + 1, s.size));
-      } else {
+      } else if (!scan()) {
         m.work.prepare();
       }
     }
     load_state(m, r, part(p.B, s.me, s.size), part(p.B, s.me + 1, s.size));
     barrier.wait(s.me);
+    if (scan()) BackwardScan<BackwardLoop, T>(*this, m, r, s).run(barrier);
 
     const A* in = nullptr;  // dgates of the step after this one
     A* out = m.gates[0];
     int64_t after = b0;  // the rows that step had
-    for (int64_t step = p.stop - 1; step >= p.start; --step) {
+    for (int64_t step = p.stop - 1; step >= p.start && !scan(); --step) {
       const int64_t t = time(w, step), end = live_end(p, t, b0, b1), reach = after > end ? after : end;
       const bool from_end = step & 1;  // every other step from the last panel: the caches still hold its weights
       if (project) {
@@ -447,30 +457,7 @@ struct BackwardLoop : Counts<Cell> {
     barrier.wait(s.me);
   }
 
-  struct Context {
-    const BackwardLoop& loop;
-    char* base;
-    size_t group_bytes;
-  };
-  static void body(void* context, int me, int team) {
-    auto& [loop, base, group_bytes] = *(Context*)context;
-    const Share s = share(me, team, loop.p.R, loop.p.B, loop.panels);
-    if (s.idle) return;
-    FlushDenormals region;
-    Arena arena{base + s.group * group_bytes};
-    const Memory m = loop.layout(arena, team, s.me);
-    for (int r = s.group; r < loop.p.R; r += s.groups) loop.recurrence(m, r, s);
-  }
-  static void run(const Backward& backward) {
-    const BackwardLoop loop(backward);
-    const int threads = backward.p.threads;
-    Arena measure{nullptr};
-    loop.layout(measure, threads);
-    const int groups = int(backward.p.R < threads ? backward.p.R : threads);
-    Context context{loop, (char*)fused_rnn::cpu::scratch(measure.used * groups), measure.used};
-    for (int g = 0; g < groups; ++g) memset(context.base + g * measure.used, 0, Barrier::words(threads) * sizeof(int64_t));
-    fused_rnn::cpu::run_team(threads, body, &context);
-  }
+  static void run(const Backward& backward) { Team<BackwardLoop>::run(BackwardLoop(backward)); }
 };
 
 }  // namespace FUSED_RNN_ISA

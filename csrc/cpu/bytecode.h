@@ -3,6 +3,7 @@
 #include <functional>
 #include <list>
 #include <memory>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -86,6 +87,29 @@ class Staged {
   std::list<std::vector<Publishing>> publishing;
   std::list<std::vector<Term>> terms;
   std::list<std::vector<uint16_t>> spread;
+};
+
+// A graph that is linear in what a step hands on to the next, each in itself alone: it becomes a factor times what it was, plus a rest.
+// Written so, and every line that such an input goes into is of stage 1.
+struct LinearGraph {
+  Graph graph;
+  std::vector<int> handed_on;     // of each state the input that is handed on, or -1
+  std::vector<int> factor, rest;  // of each the values, or kNoField: zero
+  size_t group;                   // of the outputs that those inputs become
+};
+std::optional<LinearGraph> linear(const Graph& graph, const std::vector<int>& handed_on, size_t group);
+
+// Its two parts, and what they point to.
+class Scanned {
+ public:
+  // wanted: outputs of the second part.  known: what a step hands on is an input of it.
+  void make(const LinearGraph& of, const std::vector<int>& wanted, bool known);
+  const Scan* get() const { return ready ? &made : nullptr; }
+
+ private:
+  Scan made{};
+  Compiled before, after;
+  bool ready = false;
 };
 
 }  // namespace fused_rnn::cpu

@@ -3,6 +3,7 @@
 // Per recurrence: pack W_ih and W_hh; then per chunk of steps the input product of the whole chunk, and step by step
 //   pre-activations += h_{t-1} W_hh^T;   cell;   h_t -> y, and as the next step's operand.
 #pragma once
+#include "forward_scan.h"
 #include "forward_weights.h"
 
 namespace FUSED_RNN_ISA {
@@ -43,6 +44,7 @@ struct ForwardLoop : ForwardWeights<Kind, T, Cell> {
     Workspace<S> work;  // a program's, of this thread
     StageWork<Kind> stages;  // the same, of one with stages
     PieceWork<Kind> pieces;
+    ScanWork<S> scan;        // the same, of one that is linear in its states
   };
 
   ForwardLoop(const Forward& forward) : Weighed(forward.p), f(forward) {
@@ -64,9 +66,14 @@ struct ForwardLoop : ForwardWeights<Kind, T, Cell> {
     if constexpr (!kInterpreted<Cell>) return nullptr;
     else return f.saved ? p.cell->program->staged_forward : p.cell->program->staged_infer;
   }
+  // Of a program that is linear in its states, where many steps at once are quicker; else null.
+  const Scan* scan() const {
+    if constexpr (!kInterpreted<Cell>) return nullptr;
+    else return scanned(p, unit_vectors, f.saved ? p.cell->program->scan_forward : p.cell->program->scan_infer);
+  }
   // Panels that a thread takes together: those of the matrices are as wide as a panel may be.
   int64_t grain() const { return kInterpreted<Cell> && p.cell->blocks > 0 ? kPanelVectors / units() : 1; }
-  int64_t parts() const { return (panels + grain() - 1) / grain(); }
+  int64_t parts() const { return scan() ? p.T : (panels + grain() - 1) / grain(); }
   int64_t first_panel(const Share& s, int me) const {
     const int64_t j = part(parts(), me, s.size) * grain();
     return j < panels ? j : panels;
@@ -82,7 +89,7 @@ struct ForwardLoop : ForwardWeights<Kind, T, Cell> {
       Weighed::layout(arena, m);
     }
     m.zero = arena.take<S>(kPanelVectors * L);
-    m.pre = arena.take<S>(chunk_steps * p.B * row);
+    m.pre = arena.take<S>((scan() ? ScanWork<S>::steps(p) * threads_in_group : chunk_steps) * p.B * row);
     for (int i = 1; i < ST; ++i) m.states[i] = arena.take<S>(p.B * state_stride);
     for (auto& h : m.h) h = arena.take<A>(p.B * h_stride);
     if (projects()) {
@@ -92,6 +99,7 @@ struct ForwardLoop : ForwardWeights<Kind, T, Cell> {
     if (recurrent) m.pieces = diagonal.template take<Kind>(arena, p.B, columns, threads_in_group, me);
     if (!direct_x) m.x = arena.take<A>(threads_in_group * chunk_steps * p.B * x_stride);
     if (staged()) m.stages = StageWork<Kind>::take(arena, *staged(), p.H, p.B, threads_in_group, me);
+    else if (scan()) m.scan = ScanWork<S>::take(arena, *scan(), p, unit_vectors, 2 * ST, threads_in_group, me);
     else if constexpr (kInterpreted<Cell>)
       for (int i = 0; i < threads_in_group; ++i) {
         const auto work = Workspace<S>::take(arena, f.saved ? p.cell->program->forward : p.cell->program->infer);
@@ -417,6 +425,7 @@ struct ForwardLoop : ForwardWeights<Kind, T, Cell> {
     if constexpr (kInterpreted<Cell>)
       if (staged()) OfStages(*this, m, r, s, j0 * units(), last_vector(j1), b0, b1).prepare();
     barrier.wait(s.me);
+    if (scan()) ForwardScan<ForwardLoop, Kind, T>(*this, m, r, s).run(barrier);
 
     // Every other step runs the panels from the end: what the caches still hold of the weights comes first. So does every other
     // call on weights as they stand, which a stream of single steps makes.
@@ -428,12 +437,12 @@ struct ForwardLoop : ForwardWeights<Kind, T, Cell> {
     if (kInterpreted<Cell> && b1 - b0 < kFewVectors) at_once = (kFewVectors + units() - 1) / units();
     const int64_t blocks = (j1 - j0 + at_once - 1) / at_once;
     if constexpr (kInterpreted<Cell>)
-      if (!staged()) m.work.prepare();
+      if (!staged() && !scan()) m.work.prepare();
     static thread_local int calls = 0;
     const int64_t turn = f.packed ? f.turn : unpacked ? calls++ : 0;
     const A* h_in = m.h[0];
     A* h_out = m.h[1];
-    for (int64_t s0 = p.start; s0 < p.stop; s0 += chunk_steps) {
+    for (int64_t s0 = p.start; s0 < p.stop && !scan(); s0 += chunk_steps) {
       const int64_t s1 = s0 + chunk_steps < p.stop ? s0 + chunk_steps : p.stop;
       const int64_t chunk_end = live_end(p, w.direction > 0 ? s0 : p.T - s1, b0, b1);  // at its earliest time
       const Operand in = stage_input(m, r, s.me, s0, s1, b0, chunk_end);
@@ -479,31 +488,7 @@ struct ForwardLoop : ForwardWeights<Kind, T, Cell> {
     barrier.wait(s.me);
   }
 
-  static void body(void* context, int me, int team) {
-    auto& [loop, base, group_bytes] = *(Context*)context;
-    const Share s = share(me, team, loop.p.R, loop.p.B, loop.parts());
-    if (s.idle) return;
-    FlushDenormals region;
-    Arena arena{base + s.group * group_bytes};
-    const Memory m = loop.layout(arena, team, s.me);
-    for (int r = s.group; r < loop.p.R; r += s.groups) loop.recurrence(m, r, s);
-  }
-  struct Context {
-    const ForwardLoop& loop;
-    char* base;
-    size_t group_bytes;
-  };
-
-  static void run(const Forward& forward) {
-    const ForwardLoop loop(forward);
-    const int threads = forward.p.threads;
-    Arena measure{nullptr};
-    loop.layout(measure, threads);
-    const int groups = int(forward.p.R < threads ? forward.p.R : threads);
-    Context context{loop, (char*)fused_rnn::cpu::scratch(measure.used * groups), measure.used};
-    for (int g = 0; g < groups; ++g) memset(context.base + g * measure.used, 0, Barrier::words(threads) * sizeof(int64_t));
-    fused_rnn::cpu::run_team(threads, body, &context);
-  }
+  static void run(const Forward& forward) { Team<ForwardLoop>::run(ForwardLoop(forward)); }
 };
 
 }  // namespace FUSED_RNN_ISA

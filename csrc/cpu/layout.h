@@ -210,4 +210,30 @@ struct [[maybe_unused]] FlushDenormals {
 #endif
 };
 
+// Runs all recurrences of a loop.
+template <class Loop>
+struct Team {
+  const Loop& loop;
+  char* base;
+  size_t group_bytes;
+
+  static void body(void* context, int me, int team) {
+    auto& [loop, base, group_bytes] = *(Team*)context;
+    const Share s = share(me, team, loop.p.R, loop.p.B, loop.parts());
+    if (s.idle) return;
+    FlushDenormals region;
+    Arena arena{base + s.group * group_bytes};
+    const auto memory = loop.layout(arena, team, s.me);
+    for (int r = s.group; r < loop.p.R; r += s.groups) loop.recurrence(memory, r, s);
+  }
+  static void run(const Loop& loop) {
+    const int threads = loop.p.threads, groups = int(loop.p.R < threads ? loop.p.R : threads);
+    Arena measure{nullptr};
+    loop.layout(measure, threads);
+    Team team{loop, (char*)fused_rnn::cpu::scratch(measure.used * groups), measure.used};
+    for (int g = 0; g < groups; ++g) memset(team.base + g * measure.used, 0, Barrier::words(threads) * sizeof(int64_t));
+    fused_rnn::cpu::run_team(threads, body, &team);
+  }
+};
+
 }  // namespace FUSED_RNN_ISA

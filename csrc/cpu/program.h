@@ -86,13 +86,31 @@ struct Stages {
   int first_product() const { return first_row() + rows; }
 };
 
+// Of a cell whose states after a step are what they were, each times a factor, and a rest; neither is made of states. Of gradients
+// likewise. Its graph is cut in two: what is there before the states of all steps are, and what needs them.
+constexpr int kNoField = -1;  // zero
+struct Scan {
+  Bytecode before, after;  // inputs of both: the graph's, then the fields, which `before` writes; of `after` then states after the step
+  int fields;
+  bool handed_on[kMostStates];
+  int factor[kMostStates], rest[kMostStates];  // fields, or kNoField
+  int after_input[kMostStates];                // of `after`; or kNoField: not read
+};
+
+// When the loops find the states of many steps at once: AMD EPYC with AVX-512, 2026-11-27. No result depends on `rows`.
+struct ScanLimits {
+  int64_t steps, vectors, rows;  // from so many steps on, up to so many vectors of a state a thread; rows of T x B that one takes at once
+};
+ScanLimits& scan_limits();
+
 struct Program {
   CellDescriptor cell;
   Bytecode forward, infer, backward;  // infer: forward without what is saved. Of a cell without stages
   const Stages *staged_forward, *staged_infer, *staged_backward;  // of one that has some; else null
-  const char* const* param_names;     // [cell.params]
-  const char* const* matrix_names;    // [cell.matrices]
-  int length;                         // instructions of forward
+  const Scan *scan_forward, *scan_infer, *scan_backward;  // of one that is linear in its states; else null
+  const char* const* param_names;  // [cell.params]
+  const char* const* matrix_names;  // [cell.matrices]
+  int length;  // instructions of forward
 };
 
 }  // namespace fused_rnn

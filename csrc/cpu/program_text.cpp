@@ -148,6 +148,11 @@ bool reads(const Graph& graph, int value) {
   return found;
 }
 
+bool is_zero(const Graph& graph, int value) {
+  const Line* const line = graph.line(value);
+  return line && line->kind == Line::Kind::constant && line->value == 0;
+}
+
 using Names = std::vector<std::string>;
 Names names_of(std::string_view text, size_t least, size_t most, const char* what) {
   Names names;
@@ -167,6 +172,7 @@ struct Kept {
   std::vector<const char*> state_names, param_names, matrix_names;
   Compiled forward, infer, backward;
   Staged staged_forward, staged_infer, staged_backward;
+  Scanned scan_forward, scan_infer, scan_backward;
   Program program{};
 
   explicit Kept(std::string_view source) : text(source) {
@@ -218,14 +224,13 @@ struct Kept {
                 back.outputs[2].size() == params.size() && (!cell.matrices || int(back.outputs[3].size()) == cell.blocks),
             "its backward has another number of gradients");
     cell.read_gates = gates;
-    const auto is_zero = [&](int value) {
-      const Line* const line = back.line(value);
-      return line && line->kind == Line::Kind::constant && line->value == 0;
-    };
-    for (int unread = pre - 1; unread >= gates && !reads(there, unread) && is_zero(back.outputs[0][size_t(unread)]); --unread)
+    for (int unread = pre - 1; unread >= gates && !reads(there, unread) && is_zero(back, back.outputs[0][size_t(unread)]); --unread)
       --cell.read_gates;
+    const auto scan = !recurrent && !cell.masks && !has_stages(there) && !has_stages(back) ? linear_of(there, back, pre) : std::nullopt;
+    if (scan) there = scan->first.graph, back = scan->second.graph;
     join_products(there);
     join_products(back);
+    if (scan) make_scans(scan->first, scan->second, there, back);
     const auto state_moved = [&](size_t group, int place, int value) {
       return group == 0 && place > 0 && value != pre + place && value > pre && value < pre + number_of_states;
     };
@@ -265,6 +270,35 @@ struct Kept {
     cell.recurrent = recurrent;
     cell.state_names = state_names.data();
     cell.program = &program;
+  }
+
+  // Both graphs, if they are linear in the states: h is among them if a step reads it.
+  static std::optional<std::pair<LinearGraph, LinearGraph>> linear_of(const Graph& there, const Graph& back, int pre) {
+    std::vector<int> states, gradients;
+    const int count = int(there.outputs[0].size());
+    for (int j = 0; j < count; ++j) {
+      const bool read_out = j == 0 && !reads(there, pre) && is_zero(back, back.outputs[1][0]);
+      states.push_back(read_out ? -1 : pre + j);
+      gradients.push_back(read_out ? -1 : back.inputs - count + j);
+    }
+    if (count == 1 && states[0] < 0) return {};
+    auto first = linear(there, states, 0), second = linear(back, gradients, 1);
+    if (!first || !second) return {};
+    return std::pair(std::move(*first), std::move(*second));
+  }
+  // there, back: the same with their products joined.
+  void make_scans(LinearGraph first, LinearGraph second, const Graph& there, const Graph& back) {
+    first.graph = there, second.graph = back;
+    std::vector<int> kept, left = back.outputs[0];
+    if (first.handed_on[0] < 0) kept.push_back(there.outputs[0][0]);
+    scan_infer.make(first, kept, true);
+    kept.insert(kept.end(), there.outputs[1].begin(), there.outputs[1].end());
+    scan_forward.make(first, kept, true);
+    left.insert(left.end(), back.outputs[2].begin(), back.outputs[2].end());
+    scan_backward.make(second, left, false);
+    program.scan_forward = scan_forward.get();
+    program.scan_infer = scan_infer.get();
+    program.scan_backward = scan_backward.get();
   }
 
   // What a matrix multiplies is the value saved in its place, of which its gradient is made.

@@ -1,5 +1,9 @@
 // The Python module fused_rnn._C. Importing it registers the ops (cpu.cpp); it says itself what was built and what runs.
+#include <tuple>
+#include <utility>
+
 #include "../cpu/isa.h"
+#include "../cpu/program.h"
 #include "../cuda/bind_plan.h"
 #include "../pybind.h"
 #include "fast_path.h"
@@ -36,6 +40,22 @@ PYBIND11_MODULE(_C, m) {
         return reason;
       },
       "Why the loops cannot run a cell that is a program; None where they can.");
+  m.def(
+      "scans",
+      [](const std::string& text) {
+        std::string reason;
+        const fused_rnn::Program* const program = fused_rnn::cpu::program_of(text, reason);
+        return program && program->scan_forward;
+      },
+      "Whether a cell that is a program is linear in its states, so that the loops can run it by many steps at once.");
+  m.def(
+      "scan_limits",
+      [](int64_t steps, int64_t vectors, int64_t rows) {
+        using fused_rnn::ScanLimits;
+        const ScanLimits before = std::exchange(fused_rnn::scan_limits(), ScanLimits{steps, vectors, rows});
+        return std::make_tuple(before.steps, before.vectors, before.rows);
+      },
+      "Sets when cells that are linear in their states are run by many steps at once; what it was before. For tests.");
   m.def("available_isas", &fused_rnn::cpu::available_isas, "The instruction sets this processor can run, best first, comma-separated.");
   fused_rnn::cuda::bind_plan(m);  // plans can be asked for on any machine
   fused_rnn::ops::add_stream(m.ptr());
