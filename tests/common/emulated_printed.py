@@ -56,7 +56,8 @@ def kernels(text: str, precision: str, tiles: Iterable[int] = (1,), known: Itera
     """All of a cell in one precision. known: places of the known teams whose kernels are made, too."""
     program = parse(text)
     number = "ieee" if precision == "tf32" else precision  # pointwise, they are the same
-    made = [Printed(text, Kernel(f"pointwise_{kind}", number)) for kind in ("fwd", "bwd")]
+    alone = "stages" if CELLS[text].staged else "pointwise"
+    made = [Printed(text, Kernel(f"{alone}_{kind}", number)) for kind in ("fwd", "bwd")]
     for nt in tiles if program.recurrent and precision != "f64" else ():
         made.append(Printed(text, Kernel("persistent_fwd", precision, nt)))
         more = (False, True) if len(program.states) > 1 else (False,)
