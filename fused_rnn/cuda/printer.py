@@ -59,9 +59,14 @@ class Kernel(NamedTuple):
         return "ForwardLoop" if self.kind.endswith("fwd") else "BackwardLoop"
 
     @property
+    def by_stages(self) -> bool:
+        """Whether a launch of it may be a part of a step."""
+        return self.kind.startswith("stages")
+
+    @property
     def header(self) -> str:
         """Where it is, in csrc/cuda."""
-        return f"{self.kind}.h" if self.tiles else "by_stages.h" if self.kind.startswith("stages") else "pointwise.h"
+        return f"{self.kind}.h" if self.tiles else "by_stages.h" if self.by_stages else "pointwise.h"
 
     def name(self, cell: str) -> str:
         """Of a cell's kernel in C++."""
@@ -136,9 +141,11 @@ class Published(NamedTuple):
     result: int
 
 
-def _staged(graph: Graph, inputs: Sequence[str], targets: Sequence[Sequence[str]], own: Sequence[int]) -> _Staged:
-    """Arguments as `_body` has them. own: inputs that the first stage alone can read, as their targets are theirs. All
-    outputs are of the last stage: who runs stages in several launches keeps what crosses, and nothing else."""
+def _staged(
+    graph: Graph, inputs: Sequence[str], targets: Sequence[Sequence[str]], own: Sequence[int], late: bool
+) -> _Staged:
+    """Arguments as `_body` has them. own: inputs that the first stage alone can read, as their targets are theirs.
+    late: all outputs are written in the last stage."""
     first, rounded = graph.inputs, graph.rounded()
     stages = [number for number, stage in enumerate(graph.stages) for _ in stage]
     stage_of = dict.fromkeys(own, 0) | {first + i: stage for i, stage in enumerate(stages)}
@@ -161,7 +168,7 @@ def _staged(graph: Graph, inputs: Sequence[str], targets: Sequence[Sequence[str]
     lines: list[list[str]] = [[] for _ in graph.stages]
     last = len(lines) - 1
     for k in (k for group in graph.outputs for k in group):
-        if k in stage_of and k not in anywhere and stage_of[k] < last:
+        if late and k in stage_of and k not in anywhere and stage_of[k] < last:
             place(k)
     for stage, text in enumerate(lines):
         there: dict[int, str] = {}
@@ -191,7 +198,11 @@ def _staged(graph: Graph, inputs: Sequence[str], targets: Sequence[Sequence[str]
             if stage_of.get(value, 0) == stage and not (value >= first and graph.code[value - first].op in PUBLISHING):
                 text.append(f"c[{at}] = {named(value)};")
         for group, places in zip(graph.outputs, targets, strict=True):
-            text += [f"{to} = {named(k)};" for k, to in zip(group, places, strict=True) if stage == last]
+            text += [
+                f"{to} = {named(k)};"
+                for k, to in zip(group, places, strict=True)
+                if (last if late or k in anywhere or k not in stage_of else stage_of[k]) == stage
+            ]
     return _Staged(crossing, published, lines)
 
 
@@ -209,12 +220,12 @@ def _own_arguments(program: Program, crossing: int) -> list[str]:
     return [_array("m", len(program.masks), True), "N units", _array("c", crossing, True, const=False)]
 
 
-def stages(program: Program) -> tuple[_Staged, _Staged]:
+def stages(program: Program, late: bool) -> tuple[_Staged, _Staged]:
     """Forward and backward of a staged cell."""
     vectors, states, params = program.gates + program.apart, len(program.states), len(program.params)
     masks, saved = _each("m", len(program.masks)), program.saved
     inputs = [*_each("a", vectors), *_each("before", states), *_each("p", params), *masks]
-    forward = _staged(program.forward, inputs, [_each("after", states), _each("s", saved)], ())
+    forward = _staged(program.forward, inputs, [_each("after", states), _each("s", saved)], (), late)
     dafter = [f"dafter{i}" for i in range(states)]
     first = saved + 2 * states + params + len(masks)
     inputs = [
@@ -223,13 +234,13 @@ def stages(program: Program) -> tuple[_Staged, _Staged]:
     d = _each("d", vectors + program.blocks)
     targets = [d[:vectors], _each("dstate", states), _each("dp", params), d[vectors:]]
     own = range(first, first + states)
-    return forward, _staged(program.backward, inputs, targets[: len(program.backward.outputs)], own)
+    return forward, _staged(program.backward, inputs, targets[: len(program.backward.outputs)], own, late)
 
 
-def _in_stages(program: Program) -> list[str]:
+def _in_stages(program: Program, late: bool) -> list[str]:
     """A staged cell's constants and formulas."""
     vectors, states, params = program.gates + program.apart, len(program.states), len(program.params)
-    saved, (forward, backward) = program.saved, stages(program)
+    saved, (forward, backward) = program.saved, stages(program, late)
     used, first = program.backward.uses(), program.backward.inputs - states
     own = [f"const N dafter{i} = dstate[{i}];" for i in range(states) if first + i in used]
     lines = []
@@ -298,8 +309,10 @@ def _ranges(*counts: int) -> Iterable[tuple[int, int]]:
         first += count
 
 
-def struct(program: Program, name: str = "Printed", sequences: bool = False) -> str:
-    """The cell as a struct of this name. sequences: its backward takes gradients of the other states over time."""
+def struct(program: Program, name: str = "Printed", sequences: bool = False, late: bool = False) -> str:
+    """The cell as a struct of this name. sequences: its backward takes gradients of the other states over time.  late:
+    in stages, its outputs are written in the last one, for who keeps what crosses alone: a team's kernels have fewer
+    registers then."""
     before, after = (sum(1 << i for i, reads in enumerate(flags) if reads) for flags in program.backward_reads())
     says = {
         "const char* name": f'"{name}"',
@@ -323,14 +336,14 @@ def struct(program: Program, name: str = "Printed", sequences: bool = False) -> 
     constants = [f"  static constexpr {what} = {value};" for what, value in says.items()]
     names = ", ".join(map(_word, (*program.states, *program.params)))
     head = [f"// {_word(program.title)}: {names}", f"struct {name} : CellDefaults {{"]
-    formulas = _in_stages(program) if staged else ["", *_forward(program), "", *_backward(program)]
+    formulas = _in_stages(program, late) if staged else ["", *_forward(program), "", *_backward(program)]
     return "\n".join([*head, *constants, *formulas, "};"]) + "\n"
 
 
-def definition(cell: Cell, name: str = "Printed", sequences: bool = False) -> str:
+def definition(cell: Cell, name: str = "Printed", sequences: bool = False, late: bool = False) -> str:
     """The cell by this name: a user's as `struct` writes it, a built-in one as csrc/cells has it."""
     if cell.program is not None:
-        return struct(cell.program, name, sequences)
+        return struct(cell.program, name, sequences, late)
     return f"using {name} = {''.join(part.capitalize() for part in cell.name.split('_'))};\n"
 
 

@@ -90,7 +90,7 @@ def compiled(cell: Cell, kernel: Kernel, sequences: bool, arch: int) -> nvrtc.Co
     folder = headers()
     if folder is None:
         raise RuntimeError(refusal())
-    source = printer.source(printer.definition(cell, sequences=sequences), [kernel])
+    source = printer.source(printer.definition(cell, sequences=sequences, late=kernel.by_stages), [kernel])
     options = [*_OPTIONS, f"--gpu-architecture={nvrtc.target(arch)}"]
     key = hashlib.sha256(repr((source, options, nvrtc.version())).encode() + _content(folder)).hexdigest()
     path = cache_folder() / f"{key}.kernel"

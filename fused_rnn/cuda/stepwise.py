@@ -19,7 +19,7 @@ _Run = tuple[int, int, tuple[Published, ...]]  # stages first .. last - 1, and t
 @lru_cache(maxsize=4096)
 def runs(name: str, backward: bool) -> tuple[int, tuple[_Run, ...]]:
     """How many values cross from stage to stage, and the launches of a step."""
-    found, first = stages(parse(name))[backward], 0
+    found, first = stages(parse(name), late=True)[backward], 0
     count, made = len(found.lines), list[_Run]()
     for last in range(1, count + 1):
         products = tuple(p for p in found.published if p.stage == last - 1 and p.what in MATRIX_PRODUCTS)

@@ -81,12 +81,12 @@ def _headers() -> bytes:
 
 def _source(group: tuple[Printed, ...]) -> str:
     """One translation unit."""
-    cells = {(one.text, one.sequences): f"Cell{i}" for i, one in enumerate(group)}
-    structs = [definition(CELLS[text], name, sequences) for (text, sequences), name in cells.items()]
+    cells = {(one.text, one.sequences, one.kernel.by_stages): f"Cell{i}" for i, one in enumerate(group)}
+    structs = [definition(CELLS[text], name, *told) for (text, *told), name in cells.items()]
     parts = [source("\n".join(structs), [one.kernel for one in group], instances=False)]
     parts.append('#include "emulated/emulate.h"\n')
     for i, (text, kernel, sequences) in enumerate(group):
-        name = kernel.name(cells[text, sequences])
+        name = kernel.name(cells[text, sequences, kernel.by_stages])
         parts.append(ENTRY.format(entry=f"entry{i}", loop=kernel.loop, name=name))
     return "".join(parts)
 

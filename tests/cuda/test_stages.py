@@ -235,7 +235,7 @@ def test_the_text_of_a_cell_in_stages() -> None:
     for part in (
         "static constexpr bool staged = true;",
         "static constexpr int blocks = 1;",
-        "static constexpr int forward_stages = 2, forward_crossing = 5;",
+        "static constexpr int forward_stages = 2, forward_crossing = 4;",
         "forward_published[] = {{0, Publish::product, 0, 0, 1}};",
         "backward_published[] = {{0, Publish::transposed, 0, 0, 1}};",
         "if constexpr (stage == 1) {\n      const N v6 = a[2] + c[1];",
