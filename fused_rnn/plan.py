@@ -19,7 +19,6 @@ _FORWARD = {"scatter": "cluster", "direct": "grid"}  # where backward has an exc
 PRECISIONS = ("bf16", "f16", "tf32", "ieee", "f64")  # how products are taken; csrc/cuda/tiles.h's Precision
 # Of which dtypes the loops can keep W_hh in fewer bytes.
 NARROWED = {"bf16": (torch.float32,), "int8": (torch.float32, torch.bfloat16, torch.float16)}
-NO_PRODUCT = "the cell has no W_hh, and a unit's thread runs all of its steps"
 _KIB = 1024
 
 
@@ -207,6 +206,12 @@ def make(
     )
 
 
+def without_product(cell: Cell) -> str:
+    """How a cell without W_hh runs, which has no team."""
+    way = "a row's CTA runs its stages, a step at a time" if cell.staged else "a unit's thread runs all of its steps"
+    return f"the cell has no W_hh, and {way}"
+
+
 def fewer_blocks(cell: Cell, precision: str, backward: bool) -> int:
     """How many blocks of W_hh the kernels of a user's cell move from registers to shared memory, where it has more
     numbers a unit than an LSTM: csrc/cuda/tiles.h's kFewerBlocks. Of a built-in cell none."""
@@ -332,7 +337,7 @@ def plan(
         raise ValueError(f"weights: got {weights!r} with {dtype}, backward={backward}, expected forward in {dtypes}")
     spec = CELLS[cell]
     if not spec.recurrent:
-        return Plan("none", precision, found, reason=NO_PRODUCT)
+        return Plan("none", precision, found, reason=without_product(spec))
     sizes = (PRECISIONS.index(precision), backward, spec.gates, batch, hidden_size, recurrences)
     forced, fewer = Forced(exchange, members, rows), fewer_blocks(spec, precision, backward)
     stages = stages_of(spec, backward)

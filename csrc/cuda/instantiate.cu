@@ -2,10 +2,10 @@
 // (Lstm, ..), and FUSED_RNN_PRECISION (bf16, f16, tf32, ieee, f64), so that they compile side by side. With FUSED_RNN_NARROW (bf16, int8)
 // its kernels are those of such weights, forward alone, which the module leaves to NVRTC: for tests and scripts/cubin.py.
 #include "../cells/all.h"
+#include "by_stages.h"
 #include "kernels.h"
 #include "persistent_bwd.h"
 #include "persistent_fwd.h"
-#include "pointwise.h"
 
 namespace fused_rnn::cuda {
 namespace {
@@ -57,16 +57,16 @@ void add_known(Kernels& made, std::integer_sequence<int, shape...>) {
   (add_known<Formula, Policy, shape>(made), ...);
 }
 
-// A thread alone runs a cell in one stage.
+// Without a team.
 template <class Formula, class Storage, class Math>
 constexpr ForwardKernel pointwise_fwd() {
-  if constexpr (Formula::forward_stages == 1) return &pointwise_fwd_kernel<Formula, Storage, Math>;
-  else return nullptr;
+  if constexpr (in_stages<Formula>) return &stages_fwd_kernel<Formula, Storage, Math>;
+  else return &pointwise_fwd_kernel<Formula, Storage, Math>;
 }
 template <class Formula, class Storage, class Math>
 constexpr BackwardKernel pointwise_bwd() {
-  if constexpr (Formula::backward_stages == 1) return &pointwise_bwd_kernel<Formula, Storage, Math>;
-  else return nullptr;
+  if constexpr (in_stages<Formula>) return &stages_bwd_kernel<Formula, Storage, Math>;
+  else return &pointwise_bwd_kernel<Formula, Storage, Math>;
 }
 
 }  // namespace

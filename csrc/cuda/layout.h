@@ -7,6 +7,7 @@
 namespace fused_rnn::cuda {
 
 constexpr int kPointwiseThreads = 256;
+constexpr int kStageThreads = 256;  // of a row (by_stages.h)
 
 // A general kernel keeps this many units in each thread's registers; the planner sees to it that they suffice. Of a cell in stages one, for
 // what crosses from stage to stage needs registers, too.

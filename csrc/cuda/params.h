@@ -72,6 +72,9 @@ struct OwnOperands {
   const void* matrices;           // [R, blocks, H, H]
   Team team;            // the same, as its matrices' products are laid out
   Workspace workspace;  // as its stages meet on the grid (stages.h)
+  // Without a team (by_stages.h):
+  void* crossing;      // [crossing, R, B, H] accumulation type: what crosses from stage to stage
+  int stage0, stage1;  // run stages stage0 .. stage1 - 1
 };
 
 template <int kWidth>

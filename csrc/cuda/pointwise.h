@@ -56,6 +56,21 @@ FUSED_RNN_DEVICE decltype(auto) of_chunk(const Loop& all, int chunk) {
   }
 }
 
+// A unit's part of the product that forward is given; zero where the state does not enter, nothing without W_hh.
+template <class Cell, class Storage>
+FUSED_RNN_DEVICE void given_product(const ForwardLoop& p, const UnitIndex& at, const TimeIndex& walk, int step,
+                                    Accumulator<Storage> (&recurrent)[Cell::gates]) {
+  if constexpr (Cell::recurrent) {
+    using Acc = Accumulator<Storage>;
+    constexpr int G = Cell::gates;
+    const int t = walk.time(step), held = p.workspace.operand ? 0 : t - walk.first_time;
+    const Storage* given = static_cast<const Storage*>(p.given) + steps_size(p.steps, held, G) + at.in_step(p.steps, G);
+    const bool live = at.live(p.steps, t);
+    FUSED_RNN_UNROLL
+    for (int g = 0; g < G; ++g) recurrent[g] = live ? Acc(widen(given[g * p.steps.H])) : Acc(0);
+  }
+}
+
 // given: [window, B, R, G, H], none where the cell has no W_hh.  workspace.operand, where there is one: [R, B, H], h for the next step's
 // product; then the range is one step, and given holds it alone, [B, R, G, H]: two recurrences that run in opposite directions are at
 // different times.
@@ -64,7 +79,6 @@ FUSED_RNN_KERNEL(kPointwiseThreads)
 pointwise_fwd_kernel(const FUSED_RNN_GRID_CONSTANT ForwardLoop all) {
   static_assert(Cell::forward_stages == 1);
   using Acc = Accumulator<Storage>;
-  constexpr int G = Cell::gates;
   const Flat flat(all.steps, chunks_of<Cell>(all.steps));
   if (!flat.inside) return;
   decltype(auto) p = of_chunk<Cell, Acc>(all, flat.chunk);
@@ -77,15 +91,8 @@ pointwise_fwd_kernel(const FUSED_RNN_GRID_CONSTANT ForwardLoop all) {
   unit.enter();
   unit.fetch(p, walk, p.steps.step0);
   for (int step = p.steps.step0; step < p.steps.step1; ++step) {
-    const int t = walk.time(step);
-    const int held = p.workspace.operand ? 0 : t - walk.first_time;
-    Acc recurrent[G];
-    if constexpr (Cell::recurrent) {
-      const Storage* given = static_cast<const Storage*>(p.given) + steps_size(p.steps, held, G) + unit.at.in_step(p.steps, G);
-      const bool live = unit.at.live(p.steps, t);
-      FUSED_RNN_UNROLL
-      for (int g = 0; g < G; ++g) recurrent[g] = live ? Acc(widen(given[g * p.steps.H])) : Acc(0);
-    }
+    Acc recurrent[Cell::gates];
+    given_product<Cell, Storage>(p, unit.at, walk, step, recurrent);
     unit.run(p, walk, step, recurrent);
     unit.store(p, walk, step);
     if (p.workspace.operand) static_cast<Storage*>(p.workspace.operand)[unit.at.in_state(p.steps)] = unit.hidden();

@@ -35,7 +35,7 @@ void fill(T* (&to)[kMostStates], const Addresses& from) {
   for (size_t i = 0; i < from.size(); ++i) to[i] = at<T>(from[i]);
 }
 
-OwnOperands own_operands(const Addresses& masks, const std::vector<int>& times, Address matrices) {
+OwnOperands own_operands(const Addresses& masks, const std::vector<int>& times, Address matrices, Address crossing) {
   if (masks.size() > kMostMasks || masks.size() != times.size())
     throw py::value_error("got " + std::to_string(masks.size()) + " masks of " + std::to_string(times.size()) +
                           " numbers of times, expected as many of both, at most " + std::to_string(kMostMasks));
@@ -45,6 +45,7 @@ OwnOperands own_operands(const Addresses& masks, const std::vector<int>& times, 
     own.times[i] = times[i];
   }
   own.matrices = at(matrices);
+  own.crossing = at(crossing);
   return own;
 }
 
@@ -84,6 +85,10 @@ py::class_<Bound<Loop>> bind_loop(py::module_& m, const char* name) {
           [](const Bound<Loop>& loop, Address workspace, Address stream) { unlocked([&] { return loop.run(at(workspace), at(stream)); }); },
           "All of its steps.")
       .def("run_step", [](const Bound<Loop>& loop, int step, Address stream) { unlocked([&] { return loop.run_step(step, at(stream)); }); })
+      .def("run_stages",
+           [](const Bound<Loop>& loop, int step, int first, int last, Address stream) {
+             unlocked([&] { return loop.run_stages(step, first, last, at(stream)); });
+           })
       .def_property_readonly(
           "stepper", [](const Bound<Loop>& loop) { return std::pair{Address(&run_step_of<Loop>), Address(&loop)}; },
           "run_step as a function of C, and its first argument, while the loop is there: for the op fused_rnn::run_steps.")
@@ -151,7 +156,7 @@ PYBIND11_MODULE(FUSED_RNN_MODULE, m) {
                        const Chunks& chunks, Address gx, Address given, Address w, Address scale, Address bias, Address h0, Address hidden,
                        const Addresses& carried, Address y, Address h_n, Address saved, const Addresses& histories,
                        const Addresses& checkpoints, int every, Address entering, bool wide, Address params, const Addresses& masks,
-                       const std::vector<int>& times, Address matrices, Address loaded) {
+                       const std::vector<int>& times, Address matrices, Address crossing, Address loaded) {
              ForwardLoop loop{};
              loop.steps = within(steps, window, chunks);
              loop.gx = at(gx);
@@ -172,7 +177,7 @@ PYBIND11_MODULE(FUSED_RNN_MODULE, m) {
              loop.workspace.operand = at(entering);
              loop.histories_are_wide = wide;
              loop.params = at(params);
-             loop.own = own_operands(masks, times, matrices);
+             loop.own = own_operands(masks, times, matrices, crossing);
              return Bound<ForwardLoop>(cell, Precision(precision), plan, loop, at(loaded));
            }),
            py::arg("cell"), py::arg("precision"), py::arg("plan"), py::arg("steps"), py::kw_only(), py::arg("window") = py::none(),
@@ -180,13 +185,12 @@ PYBIND11_MODULE(FUSED_RNN_MODULE, m) {
            py::arg("h0"), py::arg("hidden") = 0, py::arg("carried") = none, py::arg("y") = 0, py::arg("h_n") = 0, py::arg("saved") = 0,
            py::arg("histories") = none, py::arg("checkpoints") = none, py::arg("every") = 1, py::arg("entering") = 0,
            py::arg("wide") = false, py::arg("params") = 0, py::arg("masks") = none, py::arg("times") = std::vector<int>{},
-           py::arg("matrices") = 0, py::arg("loaded") = 0);
+           py::arg("matrices") = 0, py::arg("crossing") = 0, py::arg("loaded") = 0);
   bind_loop<BackwardLoop>(m, "Backward")
       .def(py::init([](const std::string& cell, int precision, const Plan* plan, const Steps& steps, const Window& window,
                        const Chunks& chunks, Address dy, Address given, Address w, const Addresses& states, const Addresses& first,
                        Address saved, Address dgates, const Addresses& dstates, Address last, bool wide, Address params, Address dparams,
-                       const Addresses& dsequences, const Addresses& masks, const std::vector<int>& times, Address matrices,
-                       Address loaded) {
+                       const Addresses& dsequences, const Addresses& masks, const std::vector<int>& times, Address matrices, Address crossing, Address loaded) {
              BackwardLoop loop{};
              loop.steps = within(steps, window, chunks);
              loop.dy = at(dy);
@@ -200,7 +204,7 @@ PYBIND11_MODULE(FUSED_RNN_MODULE, m) {
              loop.last = at(last);
              loop.histories_are_wide = wide;
              loop.params = at(params);
-             loop.own = own_operands(masks, times, matrices);
+             loop.own = own_operands(masks, times, matrices, crossing);
              loop.dparams = at(dparams);
              fill(loop.dsequences, dsequences);
              return Bound<BackwardLoop>(cell, Precision(precision), plan, loop, at(loaded));
@@ -209,5 +213,5 @@ PYBIND11_MODULE(FUSED_RNN_MODULE, m) {
            py::arg("chunks") = py::none(), py::arg("dy") = 0, py::arg("given") = 0, py::arg("w") = 0, py::arg("states"), py::arg("first"),
            py::arg("saved") = 0, py::arg("dgates"), py::arg("dstates"), py::arg("last") = 0, py::arg("wide") = false, py::arg("params") = 0,
            py::arg("dparams") = 0, py::arg("dsequences") = none, py::arg("masks") = none, py::arg("times") = std::vector<int>{},
-           py::arg("matrices") = 0, py::arg("loaded") = 0);
+           py::arg("matrices") = 0, py::arg("crossing") = 0, py::arg("loaded") = 0);
 }

@@ -88,7 +88,7 @@ std::string Bound<Loop>::run_over(const Loop& arrays, void* workspace, void* str
 }
 
 template <class Loop>
-std::string Bound<Loop>::run_step(int step, void* stream) const {
+Loop Bound<Loop>::of_step(int step) const {
   constexpr bool kBackward = std::is_same_v<Loop, BackwardLoop>;
   Loop loop = loop_;
   loop.steps.step0 = std::max(step, 0);
@@ -97,7 +97,21 @@ std::string Bound<Loop>::run_step(int step, void* stream) const {
     loop.close = step < 0;
     if (step + 1 == loop.steps.T) loop.given = nullptr;
   }
-  return run_pointwise(loop, stream);
+  return loop;
+}
+
+template <class Loop>
+std::string Bound<Loop>::run_step(int step, void* stream) const {
+  return run_pointwise(of_step(step), stream);
+}
+
+template <class Loop>
+std::string Bound<Loop>::run_stages(int step, int first, int last, void* stream) const {
+  if (!pointwise_) return kNotBuilt;
+  Loop loop = of_step(step);
+  loop.own.stage0 = first;
+  loop.own.stage1 = last;
+  return launch(pointwise_, loop, {int64_t(loop.steps.R) * loop.steps.B, kStageThreads, 1, kStageThreads * 8, false}, stream);
 }
 
 template <class Loop>

@@ -27,8 +27,11 @@ class Bound {
   // One step by the pointwise kernel: `given` holds its product. Backward the last step has none, and a step -1 follows step 0: it takes
   // the product of step 0's gradients into that of h.
   std::string run_step(int step, void* stream) const;
+  // Of such a step of a cell in stages these, from the first to past the last (by_stages.h).
+  std::string run_stages(int step, int first, int last, void* stream) const;
 
  private:
+  Loop of_step(int step) const;
   std::string run_pointwise(const Loop& loop, void* stream) const;
 
   Loop loop_;

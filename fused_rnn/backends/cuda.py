@@ -13,7 +13,7 @@ from fused_rnn.cells import CELLS
 from fused_rnn.cuda import lanes, launch, limits, module, plain, plans, programs, scan
 from fused_rnn.gpu import op
 from fused_rnn.gpu.wavefront import Wavefront
-from fused_rnn.plan import NO_PRODUCT, PRECISIONS, fewer_blocks, stages_of
+from fused_rnn.plan import PRECISIONS, fewer_blocks, stages_of, without_product
 from fused_rnn.transforms.op_gradient import without_gradient
 
 if TYPE_CHECKING:
@@ -43,18 +43,6 @@ def supports(problem: Problem) -> str | None:
         return "it has no forward-mode derivative"
     if problem.functionalized:
         return "torch.func.functionalize has no rule for its gradient"
-    return _refusal_of_stages(problem)
-
-
-def _refusal_of_stages(problem: Problem) -> str | None:
-    cell = CELLS[problem.cell].whole
-    if not cell.staged:
-        return None
-    device, number = module.device_index(torch.device(problem.device)), plans.precision(problem.dtype)
-    for backward in (False, True)[: 1 + problem.needs_grad]:
-        sizes = (number, backward, cell.gates, problem.batch, problem.hidden_size, problem.recurrences)
-        if (reason := programs.refusal_of_stages(cell, device, sizes)) is not None:
-            return f"{'backward' if backward else 'forward'}: {reason}"
     return None
 
 
@@ -65,13 +53,11 @@ def describe(problem: Problem) -> str:
     device = module.device_index(torch.device(problem.device))
     number, cell = plans.precision(problem.dtype), CELLS[problem.cell].whole
     if not cell.recurrent:
-        units, least = (
-            problem.recurrences * problem.batch * problem.hidden_size,
-            scan.FEWEST_CHUNKS * scan.SHORTEST_CHUNK,
-        )
-        in_chunks = plans.chunk_of_time(cell, device, least, units) < least
-        told = f", by chunks of time side by side from T = {least} on" if in_chunks else ""
-        return f"{module.where(device)}; {NO_PRODUCT}{told}"
+        told, least = without_product(cell), scan.FEWEST_CHUNKS * scan.SHORTEST_CHUNK
+        units = problem.recurrences * problem.batch * problem.hidden_size
+        if plans.chunk_of_time(cell, device, least, units) < least:
+            told += f", by chunks of time side by side from T = {least} on"
+        return f"{module.where(device)}; {told}"
     loops = []
     for backward in (False, True)[: 1 + problem.needs_grad]:
         sizes = (number, backward, cell.gates, problem.batch, problem.hidden_size, problem.recurrences)

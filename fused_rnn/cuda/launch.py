@@ -12,10 +12,13 @@ from torch import Tensor
 from fused_rnn import ops
 from fused_rnn.call import wide
 from fused_rnn.cells import Cell
-from fused_rnn.cuda import module, plans, programs, scan
+from fused_rnn.cuda import module, plans, programs, scan, stepwise
 from fused_rnn.gpu.directions import direction_bits
 from fused_rnn.gpu.loops import Layer
 from fused_rnn.gpu.narrow import Narrow, widened
+
+# a, b and out of a product before each step, and the direction in which a is over time; 0 where it is over none.
+_Product = tuple[Tensor, Tensor, Tensor, int]
 
 
 def _at(tensor: Tensor | None) -> int:
@@ -40,8 +43,6 @@ class Loops:
         self.plan, self.loaded = programs.planned(
             layer.cell, self.device, self.sizes, narrow=None if narrow is None else narrow.kind
         )
-        if layer.cell.staged and self.plan is None:
-            raise RuntimeError(f"x: {programs.refusal_of_stages(layer.cell, self.device, self.sizes)}")
         bits, self.period = direction_bits(layer.directions)
         self.steps = self.module.Steps(
             T=layer.steps, B=layer.batch, R=layer.recurrences, H=layer.hidden, reversed=bits, period=self.period,
@@ -109,6 +110,9 @@ class Loops:
             self._run(self._bind("Forward", given, self.plan, self.loaded), y)
             return
         layer = self.layer
+        if layer.cell.staged:
+            self._forward_by_stages(given, w, h0, gx, matrices)
+            return
         if w is None:  # a unit's thread runs all of its steps
             if (chunk := self._chunk) < layer.steps:
                 self._forward_in_chunks(given, carried, chunk)
@@ -154,9 +158,13 @@ class Loops:
             return
         sizes = (self.precision, 0, *self.sizes[2:])  # forward's team, without weights
         plan, loaded = programs.planned(self.layer.cell, self.device, sizes)
-        if plan is None:
-            raise RuntimeError(f"x: {programs.refusal_of_stages(self.layer.cell, self.device, sizes)}")
-        self._run(self._bind("Forward", told, plan, loaded), gx)
+        if plan is not None:
+            self._run(self._bind("Forward", told, plan, loaded), gx)
+            return
+        steps = self._steps(False, h0, matrices)
+        loop = self._bind("Forward", told | {"crossing": steps.crossing.data_ptr()})
+        for step in range(*window):
+            steps.run(loop, step)
 
     def backward(
         self,
@@ -189,30 +197,75 @@ class Loops:
         if plan is not None:
             self._run(self._bind("Backward", given, plan, loaded), dgates)
             return
+        if layer.cell.staged:
+            self._backward_by_stages(given, w, dstates[0], dgates, window, matrices)
+            return
         if w is None:
             if window == (0, layer.steps) and (chunk := self._chunk) < layer.steps:
                 self._backward_in_chunks(given, dstates, dparams, chunk)
             else:
                 self._bind("Backward", given).run(0, self.stream)
             return
-        product = w.new_empty(layer.recurrences, layer.batch, layer.hidden)
-        weights = w.view(layer.recurrences, -1, layer.hidden)
-        # Each step's recurrent side [R, B, G·H] times W_hh; recurrences that are at the same time go together.
-        apart, gates = layer.cell.apart, layer.cell.gates
-        sides = dgates[..., apart : apart + gates, :].flatten(3).transpose(1, 2)
-        each = [slice(i, None, self.period) for i in range(self.period)]
-        products = [
-            (sides[:, own], weights[own], product[own], way) for own, way in zip(each, layer.directions, strict=False)
-        ]
+        product, products = self._gradient_products(w, dgates)
         loop = self._bind("Backward", given | {"given": product.data_ptr()})
         self._run_steps(loop, products, end - 1, begin if begin > 0 else -1)
 
-    def _run_steps(
-        self, loop: Any, products: Sequence[tuple[Tensor, Tensor, Tensor, int]], first: int, last: int
-    ) -> None:
+    def _run_steps(self, loop: Any, products: Sequence[_Product], first: int, last: int) -> None:
         """A step at a time. products: before each of them, as the op has them."""
         a, b, out, directions = zip(*products, strict=True)
         ops.run_steps(a, b, out, directions, first, last, *loop.stepper, self.stream)
+
+    def _steps(self, backward: bool, like: Tensor, matrices: Tensor | None) -> stepwise.Steps:
+        like = like.new_empty(like.shape, dtype=wide(self.dtype))
+        return stepwise.Steps(self.layer.cell.name, backward, like, matrices, self.stream)
+
+    def _forward_by_stages(
+        self, given: dict[str, Any], w: Tensor | None, h0: Tensor, gx: Tensor, matrices: Tensor | None
+    ) -> None:
+        layer, steps = self.layer, self._steps(False, h0, matrices)
+        given["crossing"] = steps.crossing.data_ptr()
+        if w is not None:
+            weights = w.view(layer.recurrences, -1, layer.hidden).transpose(1, 2)
+            entering, product = h0.clone(), gx.new_empty(layer.batch, layer.recurrences, weights.shape[2])
+            given |= {"given": product.data_ptr(), "entering": entering.data_ptr()}
+        loop = self._bind("Forward", given)
+        for step in range(layer.steps):
+            if w is not None:
+                torch.bmm(entering, weights, out=product.transpose(0, 1))
+            steps.run(loop, step)
+
+    def _backward_by_stages(
+        self,
+        given: dict[str, Any],
+        w: Tensor | None,
+        like: Tensor,
+        dgates: Tensor,
+        window: tuple[int, int],
+        matrices: Tensor | None,
+    ) -> None:
+        (begin, end), steps, products = window, self._steps(True, like, matrices), list[_Product]()
+        given["crossing"] = steps.crossing.data_ptr()
+        if w is not None:
+            product, products = self._gradient_products(w, dgates)
+            given["given"] = product.data_ptr()
+        loop = self._bind("Backward", given)
+        for step in range(end - 1, begin - 1 - (w is not None and begin == 0), -1):
+            for side, weights, out, way in products if step + 1 < self.layer.steps else ():
+                t = step + 1 if way > 0 else self.layer.steps - 2 - step
+                torch.bmm(side[t], weights, out=out)
+            steps.run(loop, step)
+
+    def _gradient_products(self, w: Tensor, dgates: Tensor) -> tuple[Tensor, list[_Product]]:
+        """Each step's recurrent side [R, B, G·H] times W_hh, and where the product goes, [R, B, H]; recurrences that
+        are at the same time go together."""
+        layer = self.layer
+        product = w.new_empty(layer.recurrences, layer.batch, layer.hidden)
+        weights, apart, gates = w.view(layer.recurrences, -1, layer.hidden), layer.cell.apart, layer.cell.gates
+        sides = dgates[..., apart : apart + gates, :].flatten(3).transpose(1, 2)
+        each = [slice(i, None, self.period) for i in range(self.period)]
+        return product, [
+            (sides[:, own], weights[own], product[own], way) for own, way in zip(each, layer.directions, strict=False)
+        ]
 
     def _forward_in_chunks(self, given: dict[str, Any], carried: list[Tensor], chunk: int) -> None:
         """The loop in chunks of so many steps: what each makes of no state, what enters each, and then the loop."""

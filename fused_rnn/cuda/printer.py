@@ -41,7 +41,7 @@ _FROM_DOUBLE = {"inf": "-M::log(N(0))", "-inf": "M::log(N(0))", "nan": "M::sqrt(
 
 
 class Kernel(NamedTuple):
-    """One kernel of csrc/cuda. kind: "persistent_fwd", "persistent_bwd", "pointwise_fwd" or "pointwise_bwd".
+    """One kernel of csrc/cuda. kind: "persistent_fwd", "persistent_bwd", "pointwise_fwd", .. or "stages_fwd", ..
     precision: one of fused_rnn.plan.PRECISIONS.  tiles: of a persistent one, rows of the batch in eights.
     fewer: csrc/cuda/tiles.h's kFewerBlocks.  shape: of a known team, its place in csrc/cuda/known_teams.h.
     narrow: of a persistent forward one, what W_hh is kept in, one of fused_rnn.call.NARROW."""
@@ -57,6 +57,16 @@ class Kernel(NamedTuple):
     def loop(self) -> str:
         """What it is told, a type of csrc/cuda/params.h."""
         return "ForwardLoop" if self.kind.endswith("fwd") else "BackwardLoop"
+
+    @property
+    def by_stages(self) -> bool:
+        """Whether a launch of it may be a part of a step."""
+        return self.kind.startswith("stages")
+
+    @property
+    def header(self) -> str:
+        """Where it is, in csrc/cuda."""
+        return f"{self.kind}.h" if self.tiles else "by_stages.h" if self.by_stages else "pointwise.h"
 
     def name(self, cell: str) -> str:
         """Of a cell's kernel in C++."""
@@ -114,21 +124,34 @@ def _function(name: str, arguments: Sequence[str], lines: Iterable[str], paramet
 
 class _Staged(NamedTuple):
     """A graph in stages. crossing: of each value that a later stage reads, or that is published, or made by that, its
-    place.  published: {stage, what, block, from, to}.  lines: those of each stage."""
+    place.  published: by stages what runs between two of them.  lines: those of each stage."""
 
     crossing: dict[int, int]
-    published: list[str]
+    published: list[Published]
     lines: list[list[str]]
 
 
-def _staged(graph: Graph, inputs: Sequence[str], targets: Sequence[Sequence[str]], own: Sequence[int]) -> _Staged:
-    """Arguments as `_body` has them. own: inputs that the first stage alone can read, as their targets are theirs."""
+class Published(NamedTuple):
+    """csrc/cells/cell.h's: what ends a stage, of which block of the cell's matrices; places of operand and result."""
+
+    stage: int
+    what: str
+    block: int
+    operand: int
+    result: int
+
+
+def _staged(
+    graph: Graph, inputs: Sequence[str], targets: Sequence[Sequence[str]], own: Sequence[int], late: bool
+) -> _Staged:
+    """Arguments as `_body` has them. own: inputs that the first stage alone can read, as their targets are theirs.
+    late: all outputs are written in the last stage."""
     first, rounded = graph.inputs, graph.rounded()
     stages = [number for number, stage in enumerate(graph.stages) for _ in stage]
     stage_of = dict.fromkeys(own, 0) | {first + i: stage for i, stage in enumerate(stages)}
     anywhere = {first + i for i, (op, *_) in enumerate(graph.code) if op in ("const", "units")}
     crossing: dict[int, int] = {}
-    published: list[str] = []
+    published: list[Published] = []
 
     def place(value: int) -> int:
         return crossing.setdefault(value, len(crossing))
@@ -136,13 +159,17 @@ def _staged(graph: Graph, inputs: Sequence[str], targets: Sequence[Sequence[str]
     for i, (op, args, value) in enumerate(graph.code):
         if op in PUBLISHING:
             block = int(value) if op in MATRIX_PRODUCTS else 0
-            published.append(f"{{{stages[i]}, Publish::{op}, {block}, {place(args[0])}, {place(first + i)}}}")
+            published.append(Published(stages[i], op, block, place(args[0]), place(first + i)))
             stage_of[first + i] += 1  # what it makes is there in the next one
         else:
             for a in args:
                 if a in stage_of and a not in anywhere and stage_of[a] < stages[i]:
                     place(a)
     lines: list[list[str]] = [[] for _ in graph.stages]
+    last = len(lines) - 1
+    for k in (k for group in graph.outputs for k in group):
+        if late and k in stage_of and k not in anywhere and stage_of[k] < last:
+            place(k)
     for stage, text in enumerate(lines):
         there: dict[int, str] = {}
 
@@ -170,12 +197,11 @@ def _staged(graph: Graph, inputs: Sequence[str], targets: Sequence[Sequence[str]
         for value, at in crossing.items():
             if stage_of.get(value, 0) == stage and not (value >= first and graph.code[value - first].op in PUBLISHING):
                 text.append(f"c[{at}] = {named(value)};")
-        last = len(lines) - 1
         for group, places in zip(graph.outputs, targets, strict=True):
             text += [
                 f"{to} = {named(k)};"
                 for k, to in zip(group, places, strict=True)
-                if (last if k in anywhere or k not in stage_of else stage_of[k]) == stage
+                if (last if late or k in anywhere or k not in stage_of else stage_of[k]) == stage
             ]
     return _Staged(crossing, published, lines)
 
@@ -194,22 +220,28 @@ def _own_arguments(program: Program, crossing: int) -> list[str]:
     return [_array("m", len(program.masks), True), "N units", _array("c", crossing, True, const=False)]
 
 
-def _in_stages(program: Program) -> list[str]:
-    """A staged cell's constants and formulas."""
+def stages(program: Program, late: bool) -> tuple[_Staged, _Staged]:
+    """Forward and backward of a staged cell."""
     vectors, states, params = program.gates + program.apart, len(program.states), len(program.params)
     masks, saved = _each("m", len(program.masks)), program.saved
-    vectors_left = vectors + program.blocks
     inputs = [*_each("a", vectors), *_each("before", states), *_each("p", params), *masks]
-    forward = _staged(program.forward, inputs, [_each("after", states), _each("s", saved)], ())
+    forward = _staged(program.forward, inputs, [_each("after", states), _each("s", saved)], (), late)
     dafter = [f"dafter{i}" for i in range(states)]
     first = saved + 2 * states + params + len(masks)
     inputs = [
         *_each("s", saved), *_each("before", states), *_each("after", states), *_each("p", params), *masks, *dafter
     ]  # fmt: skip
-    d = _each("d", vectors_left)
+    d = _each("d", vectors + program.blocks)
     targets = [d[:vectors], _each("dstate", states), _each("dp", params), d[vectors:]]
-    backward = _staged(program.backward, inputs, targets[: len(program.backward.outputs)], range(first, first + states))
-    used = program.backward.uses()
+    own = range(first, first + states)
+    return forward, _staged(program.backward, inputs, targets[: len(program.backward.outputs)], own, late)
+
+
+def _in_stages(program: Program, late: bool) -> list[str]:
+    """A staged cell's constants and formulas."""
+    vectors, states, params = program.gates + program.apart, len(program.states), len(program.params)
+    saved, (forward, backward) = program.saved, stages(program, late)
+    used, first = program.backward.uses(), program.backward.inputs - states
     own = [f"const N dafter{i} = dstate[{i}];" for i in range(states) if first + i in used]
     lines = []
     for name, staged in (("forward", forward), ("backward", backward)):
@@ -217,7 +249,8 @@ def _in_stages(program: Program) -> list[str]:
             f"  static constexpr int {name}_stages = {len(staged.lines)}, {name}_crossing = {len(staged.crossing)};"
         )
         if staged.published:
-            lines.append(f"  static constexpr Published {name}_published[] = {{{', '.join(staged.published)}}};")
+            each = (f"{{{stage}, Publish::{what}, {block}, {a}, {b}}}" for stage, what, block, a, b in staged.published)
+            lines.append(f"  static constexpr Published {name}_published[] = {{{', '.join(each)}}};")
     after = _array("after", states, True, const=False)
     arguments = [
         _array("a", vectors, True), _array("before", states, True), _array("p", params, True),
@@ -227,7 +260,7 @@ def _in_stages(program: Program) -> list[str]:
     arguments = [
         _array("s", saved, True), _array("before", states, True), _array("p", params, True),
         *_own_arguments(program, len(backward.crossing)), after, _array("dstate", states, True, const=False),
-        _array("d", vectors_left, True, const=False), _array("dp", params, True, const=False),
+        _array("d", vectors + program.blocks, True, const=False), _array("dp", params, True, const=False),
     ]  # fmt: skip
     return [*lines, "", *_staged_function("backward", backward, arguments, own)]
 
@@ -276,8 +309,10 @@ def _ranges(*counts: int) -> Iterable[tuple[int, int]]:
         first += count
 
 
-def struct(program: Program, name: str = "Printed", sequences: bool = False) -> str:
-    """The cell as a struct of this name. sequences: its backward takes gradients of the other states over time."""
+def struct(program: Program, name: str = "Printed", sequences: bool = False, late: bool = False) -> str:
+    """The cell as a struct of this name. sequences: its backward takes gradients of the other states over time.  late:
+    in stages, its outputs are written in the last one, for who keeps what crosses alone: a team's kernels have fewer
+    registers then."""
     before, after = (sum(1 << i for i, reads in enumerate(flags) if reads) for flags in program.backward_reads())
     says = {
         "const char* name": f'"{name}"',
@@ -301,14 +336,14 @@ def struct(program: Program, name: str = "Printed", sequences: bool = False) -> 
     constants = [f"  static constexpr {what} = {value};" for what, value in says.items()]
     names = ", ".join(map(_word, (*program.states, *program.params)))
     head = [f"// {_word(program.title)}: {names}", f"struct {name} : CellDefaults {{"]
-    formulas = _in_stages(program) if staged else ["", *_forward(program), "", *_backward(program)]
+    formulas = _in_stages(program, late) if staged else ["", *_forward(program), "", *_backward(program)]
     return "\n".join([*head, *constants, *formulas, "};"]) + "\n"
 
 
-def definition(cell: Cell, name: str = "Printed", sequences: bool = False) -> str:
+def definition(cell: Cell, name: str = "Printed", sequences: bool = False, late: bool = False) -> str:
     """The cell by this name: a user's as `struct` writes it, a built-in one as csrc/cells has it."""
     if cell.program is not None:
-        return struct(cell.program, name, sequences)
+        return struct(cell.program, name, sequences, late)
     return f"using {name} = {''.join(part.capitalize() for part in cell.name.split('_'))};\n"
 
 
@@ -320,7 +355,7 @@ def _word(name: str) -> str:
 def source(cells: str, kernels: Sequence[Kernel], instances: bool = True) -> str:
     """A translation unit with cells that `definition` has written, and what kernels of the same `fewer` need.
     instances: with these kernels of the struct Printed."""
-    headers = {f'#include "cuda/{k.kind if k.tiles else "pointwise"}.h"': None for k in kernels}
+    headers = {f'#include "cuda/{k.header}"': None for k in kernels}
     policies = '#include "cuda/precision.h"'
     loop = "const FUSED_RNN_GRID_CONSTANT"
     made = [f"template FUSED_RNN_INSTANCE {k.name('Printed')}({loop} fused_rnn::cuda::{k.loop});" for k in kernels]

@@ -90,7 +90,7 @@ def compiled(cell: Cell, kernel: Kernel, sequences: bool, arch: int) -> nvrtc.Co
     folder = headers()
     if folder is None:
         raise RuntimeError(refusal())
-    source = printer.source(printer.definition(cell, sequences=sequences), [kernel])
+    source = printer.source(printer.definition(cell, sequences=sequences, late=kernel.by_stages), [kernel])
     options = [*_OPTIONS, f"--gpu-architecture={nvrtc.target(arch)}"]
     key = hashlib.sha256(repr((source, options, nvrtc.version())).encode() + _content(folder)).hexdigest()
     path = cache_folder() / f"{key}.kernel"
@@ -160,19 +160,6 @@ def planned(
     return _find((module.loaded(), _emulated, plans.forced()), cell.name, device, sizes, sequences, narrow)
 
 
-def refusal_of_stages(cell: Cell, device: int, sizes: tuple[int, ...]) -> str | None:
-    """Why no team runs a loop of a cell that has several stages, which nothing else does; None where one does, or where
-    it has one stage. sizes: as fused_rnn.plan.make has them."""
-    if not cell.staged:
-        return None
-    if not cell.recurrent:
-        return "its loops have no team for a cell that sums over its units, or has matrices of its own, without a W_hh"
-    backward = bool(sizes[1])
-    fewer, stages = fewer_blocks(cell, PRECISIONS[sizes[0]], backward), stages_of(cell, backward)
-    reason = plans.ask(device, *sizes, fewer=fewer, stages=stages).reason
-    return reason and f"{reason}; only a team runs a cell that sums over its units, or has matrices of its own"
-
-
 @lru_cache(maxsize=4096)
 def _find(
     now: tuple[Any, ...], name: str, device: int, sizes: tuple[int, ...], sequences: bool, narrow: str | None
@@ -198,7 +185,7 @@ def _find(
         found = plan, Kernel(kind, precision, plan.rows // 8, fewer, plan.shape, narrow)
         with suppress(Spills):
             return plan, loaded(cell, found[1], device, sequences)
-    if cell.staged and found is not None:  # nothing else runs it
+    if cell.staged and found is not None:  # which is faster than a step at a time
         return found[0], loaded(cell, found[1], device, sequences, may_spill=True)
     return None, 0
 
@@ -207,4 +194,4 @@ def pointwise(cell: Cell, loop: str, dtype: torch.dtype, device: int) -> int:
     """Likewise the kernel that runs a step at a time. loop: "Forward" or "Backward"."""
     kind = "fwd" if loop == "Forward" else "bwd"
     number = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float64: "f64"}.get(dtype, "ieee")
-    return loaded(cell, Kernel(f"pointwise_{kind}", number), device)
+    return loaded(cell, Kernel(f"{'stages' if cell.staged else 'pointwise'}_{kind}", number), device)

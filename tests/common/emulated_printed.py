@@ -56,7 +56,8 @@ def kernels(text: str, precision: str, tiles: Iterable[int] = (1,), known: Itera
     """All of a cell in one precision. known: places of the known teams whose kernels are made, too."""
     program = parse(text)
     number = "ieee" if precision == "tf32" else precision  # pointwise, they are the same
-    made = [Printed(text, Kernel(f"pointwise_{kind}", number)) for kind in ("fwd", "bwd")]
+    alone = "stages" if CELLS[text].staged else "pointwise"
+    made = [Printed(text, Kernel(f"{alone}_{kind}", number)) for kind in ("fwd", "bwd")]
     for nt in tiles if program.recurrent and precision != "f64" else ():
         made.append(Printed(text, Kernel("persistent_fwd", precision, nt)))
         more = (False, True) if len(program.states) > 1 else (False,)
@@ -80,12 +81,12 @@ def _headers() -> bytes:
 
 def _source(group: tuple[Printed, ...]) -> str:
     """One translation unit."""
-    cells = {(one.text, one.sequences): f"Cell{i}" for i, one in enumerate(group)}
-    structs = [definition(CELLS[text], name, sequences) for (text, sequences), name in cells.items()]
+    cells = {(one.text, one.sequences, one.kernel.by_stages): f"Cell{i}" for i, one in enumerate(group)}
+    structs = [definition(CELLS[text], name, *told) for (text, *told), name in cells.items()]
     parts = [source("\n".join(structs), [one.kernel for one in group], instances=False)]
     parts.append('#include "emulated/emulate.h"\n')
     for i, (text, kernel, sequences) in enumerate(group):
-        name = kernel.name(cells[text, sequences])
+        name = kernel.name(cells[text, sequences, kernel.by_stages])
         parts.append(ENTRY.format(entry=f"entry{i}", loop=kernel.loop, name=name))
     return "".join(parts)
 

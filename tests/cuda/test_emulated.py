@@ -239,7 +239,7 @@ def test_races_of_a_cell_with_params(name: str, tmp_path: Path) -> None:
 
 
 # Stages by every exchange, options in turn; H of no whole members.
-IN_STAGES = {"cta": 29, "cluster 2": 33, "cluster 4": 50, "grid": 50}
+IN_STAGES = {"cta": 29, "cluster 2": 33, "cluster 4": 50, "grid": 50, "stepwise": 17}
 
 
 def in_stages(cell: str, precision: str, exchanges: Sequence[str], T: int, B: int) -> list[cases.Case]:
@@ -266,7 +266,7 @@ def test_address_and_undefined_behaviour_of_stages(name: str, precision: str, tm
 def test_races_of_stages(name: str, tmp_path: Path) -> None:
     instance = build.Instance(name, "bf16", smallest=True, shapes=0)
     library = build.module("races", [instance], more=more_for(instance))
-    told = in_stages(name, "bf16", ("cta", "cluster 2", "grid"), 3, 3)
+    told = in_stages(name, "bf16", ("cta", "cluster 2", "grid", "stepwise"), 3, 3)
     assert not (found := drive("races", library, told, 1, tmp_path)), found
 
 

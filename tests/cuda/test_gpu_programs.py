@@ -82,7 +82,7 @@ STAGES = {
     "deep": "tf32",
     "masked_product": "bf16",
 }
-WIDTHS = {"cta": 29, "cluster2": 50, "grid": 130, "": 512}
+WIDTHS = {"cta": 29, "cluster2": 50, "grid": 130, "stepwise": 300, "": 512}
 
 
 @pytest.mark.parametrize("save", ["gates", "recompute"])
@@ -95,6 +95,14 @@ def test_stages(cell: str, exchange: str, save: str, monkeypatch: pytest.MonkeyP
     name = stage_cells.MASKED[cell] if cell in stage_cells.MASKED else stage_cells.STAGED[cell].descriptor().name
     case = ProgramCase(name, T=7, H=WIDTHS[exchange], B=9, save=save, dtype=PRECISIONS[STAGES[cell]], **MASKED)
     check(case, STAGES[cell], **EXCHANGES.get(exchange, {}))
+
+
+@pytest.mark.parametrize("precision", ["bf16", "f64"])
+def test_stages_without_a_team(precision: str) -> None:
+    """In float64, and without W_hh."""
+    for cell in ("deep", "unit_norm")[precision == "bf16" :]:
+        name = stage_cells.STAGED[cell].descriptor().name
+        check(ProgramCase(name, T=7, H=65, B=9, dtype=PRECISIONS[precision], **MASKED), precision)
 
 
 OPTIONS: list[dict[str, Any]] = [

@@ -35,6 +35,8 @@ KERNELS = [
     ),
     (STAGED["reset_before"].descriptor().name, Kernel("persistent_fwd", "bf16", 1)),
     (STAGED["layer_norm"].descriptor().name, Kernel("persistent_bwd", "bf16", 1)),
+    (STAGED["deep"].descriptor().name, Kernel("stages_fwd", "f64")),
+    (STAGED["layer_norm_lstm"].descriptor().name, Kernel("stages_bwd", "bf16")),
     (LSTM, Kernel("persistent_fwd", "bf16", 1, shape=SHAPES.index((False, "cluster", 4, 16)))),
     (GRU, Kernel("persistent_bwd", "tf32", 1, shape=SHAPES.index((True, "scatter", 4, 16)))),
     (LSTM, Kernel("persistent_bwd", "bf16", 1, shape=SHAPES.index((True, "direct", 64, 16)))),

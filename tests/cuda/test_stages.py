@@ -55,6 +55,10 @@ HIDDEN = {"cta": 29, "cluster2": 33, "cluster4": 50, "grid": 50}  # of no whole 
 CASES = [(*team, exchange) for team in TEAMS for exchange, width in HIDDEN.items() if team[1] != "tf32" or width == 50]
 
 
+# A step at a time: sums, a variance; products; both, and masks; without W_hh.
+STEPWISE = ("layer_norm", "layer_norm_lstm", "reset_before", "deep", "masked_product", "unit_norm")
+
+
 def staged(cell: str, precision: str) -> list[Printed]:
     """The kernels of a cell in stages: it has no others than those of teams."""
     return [one for one in kernels(TEXTS[cell], precision) if one.kernel.tiles]
@@ -65,6 +69,10 @@ LOADER = Loader(
         *(staged(cell, precision) for cell, precision in TEAMS),
         *(kernels(MASKED["dropped"], precision) for precision in ("bf16", "ieee", "f64")),
         kernels(GATED, "bf16", known=shapes(4, 16)),
+        *(
+            [one for cell in STEPWISE for one in kernels(TEXTS[cell], precision) if not one.kernel.tiles]
+            for precision in ("bf16", "f16", "ieee", "f64")
+        ),
     ]
 )
 
@@ -125,6 +133,33 @@ def test_a_variance_far_from_zero() -> None:
     assert_as_good_as_torch(ours, by_loop(call), by_reference(call))
 
 
+# --- without a team
+
+
+@pytest.mark.parametrize("precision", ["bf16", "f64"])
+@pytest.mark.parametrize("cell", ["deep", "layer_norm_lstm"])
+def test_more_units_than_a_row_has_threads(cell: str, precision: str) -> None:
+    check(
+        ProgramCase(TEXTS[cell], B=2, H=300, dtype=PRECISIONS[precision], **OPTIONS[1]), precision, exchange="stepwise"
+    )
+
+
+def test_a_step_at_a_time_gives_the_same_bits_whatever_the_schedule() -> None:
+    case = ProgramCase(TEXTS["deep"], bidirectional=True, lengths=True)
+    first, second = (run(case, "ieee", seed, exchange="stepwise") for seed in (1, 2))
+    for name, tensor in first.items():
+        assert torch.equal(tensor, second[name]), name
+
+
+@pytest.mark.parametrize("options", range(len(OPTIONS)))
+@pytest.mark.parametrize("precision", ["bf16", "f16", "ieee", "f64"])
+@pytest.mark.parametrize("cell", STEPWISE)
+def test_a_step_at_a_time(cell: str, precision: str, options: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fused_rnn.call.CHECKPOINT_EVERY", 3)
+    case = ProgramCase(TEXTS[cell], dtype=PRECISIONS[precision], **OPTIONS[options])
+    check(case, precision, options, exchange="stepwise")
+
+
 # --- masks alone: every loop there is
 
 
@@ -158,35 +193,26 @@ def problem_of(cell: str, dtype: torch.dtype = torch.bfloat16, batch: int = 8, h
     return Problem(TEXTS[cell], dtype, "cpu", False, *sizes, True, True, False, "gates", False, False)
 
 
-def test_a_problem_that_no_team_runs_is_refused() -> None:
+def test_what_is_said_of_a_problem() -> None:
+    """One that no team runs takes a step at a time, and says why."""
     with on_the_emulator(0, False), programs.emulating(LOADER):
         fits = problem_of("reset_before")
         assert backend.supports(fits) is None
         assert "cluster" in backend.describe(fits)
         reasons = {
-            "float64 has no tensor-core product, and a cell with sums": fits._replace(dtype=torch.float64),
+            "float64 has no tensor-core product: it runs stepwise": fits._replace(dtype=torch.float64),
             "the cell's own matrices of 134217728 bytes": problem_of("reset_before", hidden=8192),
-            "without a W_hh": problem_of("unit_norm"),
+            "no W_hh, and a row's CTA runs its stages, a step at a time": problem_of("unit_norm"),
         }
         for reason, problem in reasons.items():
-            assert reason in str(backend.supports(problem)), problem
-        assert backend.supports(problem_of("dropped", torch.float64)) is None
+            assert backend.supports(problem) is None
+            assert reason in backend.describe(problem), problem
         assert "narrow weights" in str(backend.narrows(fits))
         assert "narrow weights" not in str(backend.narrows(problem_of("dropped")))
 
 
-def test_a_layer_that_is_run_all_the_same_raises() -> None:
-    call = call_of(ProgramCase(TEXTS["layer_norm"], dtype=torch.float64))
-    with (
-        on_the_emulator(0, False),
-        programs.emulating(LOADER),
-        pytest.raises(RuntimeError, match=r"^x: float64 has no .*; only a team runs a cell that sums over its units"),
-    ):
-        backend.forward(call)
-
-
 def test_many_waves_are_no_reason() -> None:
-    """A cell in one stage runs stepwise where a team would take too long; one in several has no other way."""
+    """A cell in one stage runs stepwise where a team would take too long; one in several takes more launches for it."""
     with on_the_emulator(0, False), programs.emulating(LOADER):
         sizes = (PLACES.index("bf16"), 0, 3, 4096, 1024, 1)
         plan, _ = programs.planned(CELLS[TEXTS["reset_before"]], 0, sizes)

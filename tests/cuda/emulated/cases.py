@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fused_rnn.call import NARROW
 from fused_rnn.cells import CELLS
+from fused_rnn.cuda.stepwise import runs
 from fused_rnn.gpu.narrow import narrowed, widened
 from fused_rnn.plan import stages_of
 
@@ -281,6 +282,7 @@ def job(case: Case) -> dict[str, Any]:
             "blocks": spec.blocks,
             "masks": spec.masks,
             "stages": [tuple(stages_of(spec, backward)) for backward in (False, True)],
+            "runs": [runs(spec.program.text, backward) for backward in (False, True)] if spec.staged else None,
             "persistent_sequences": case.cell not in BUILT_IN,
         },
         "given": arrays | kept,

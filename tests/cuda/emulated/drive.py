@@ -54,7 +54,7 @@ class Run:
         self.cell, self.kind = case["cell"], KINDS.index(case["precision"])
         self.G, self.S, self.apart, self.states = spec["gates"], spec["saved"], spec["apart"], spec["states"]
         self.first = 0 if spec["reads_h"] else 1  # state that is carried
-        self.blocks, self.stages = spec["blocks"], spec["stages"]
+        self.blocks, self.stages, self.runs = spec["blocks"], spec["stages"], spec["runs"]
         self.recurrent, self.persistent_sequences = spec["recurrent"], spec["persistent_sequences"]
         self.storage = TYPES[case["precision"]]
         self.wide = np.float64 if self.storage is np.float64 else np.float32
@@ -204,6 +204,24 @@ class Run:
         for i, rows in enumerate(self.checkpoints, 1):
             self.check(f"entered{i}", rows, self.right[f"entered{i}"][::every])
 
+    # ---- stages without a team, as fused_rnn/cuda/stepwise.py has them run
+
+    def crossing(self, backward: bool) -> Array | None:
+        if self.runs is None:
+            return None
+        return self.poisoned("crossing", max(self.runs[backward][0], 1), self.R, self.B, self.H, dtype=self.wide)
+
+    def run_step(self, bound: Any, step: int, crossing: Array | None, backward: bool) -> None:
+        if crossing is None:
+            bound.run_step(step, 0)
+            return
+        for first, last, products in self.runs[backward][1] if step >= 0 else ((0, 1, ()),):
+            bound.run_stages(step, first, last, 0)
+            for _, _, block, operand, result in products:
+                w, rounded = widen(self.own["matrices"][:, block]), narrow(crossing[operand], self.storage)
+                form = "rbk,rku->rbu" if backward else "rbk,ruk->rbu"
+                crossing[result] = np.einsum(form, np.nan_to_num(widen(rounded)), w)
+
     # ---- chunks of time side by side, as fused_rnn/cuda/launch.py has them run
 
     def chunks(self, states: int, count: int, backward: bool) -> list[Array]:
@@ -248,11 +266,12 @@ class Run:
     def forward_by_steps(self, loop: dict[str, Any]) -> None:
         entering = self.poisoned("entering", self.R, self.B, self.H)
         products = self.poisoned("given", self.B, self.R, self.G, self.H)
-        bound = self.bind("Forward", None, loop | {"given": products, "entering": entering})
+        own = self.crossing(False)
+        bound = self.bind("Forward", None, loop | {"given": products, "entering": entering, "crossing": own})
         h = widen(self.given["s0"])
         for step in range(self.T):
             products[:] = narrow(self.product(h), self.storage)
-            bound.run_step(step, 0)
+            self.run_step(bound, step, own, False)
             h = widen(entering)
 
     # ---- backward
@@ -316,13 +335,14 @@ class Run:
             self.run_planned("Backward", loop)
             return
         product = self.poisoned("product", self.R, self.B, self.H)
-        bound = self.bind("Backward", None, loop | {"given": product})
+        own = self.crossing(True)
+        bound = self.bind("Backward", None, loop | {"given": product, "crossing": own})
         for step in range(last - 1, first - 1, -1):
             self.pull(step + 1, product)
-            bound.run_step(step, 0)
+            self.run_step(bound, step, own, True)
         if first == 0:
             self.pull(0, product)
-            bound.run_step(-1, 0)
+            self.run_step(bound, -1, own, True)
 
     def pull(self, step: int, product: Array) -> None:
         """product [R, B, H]: the recurrent side's gradients of a step through W_hh."""

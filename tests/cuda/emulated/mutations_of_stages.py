@@ -5,13 +5,14 @@ from __future__ import annotations
 from .cases import Case
 from .mutation import INDEX, UNIT_FWD, WRONG, Mutation
 
-REDUCE, STAGES = "cuda/reduce.h", "cuda/stages.h"
+REDUCE, STAGES, ROWS = "cuda/reduce.h", "cuda/stages.h", "cuda/by_stages.h"
 
 NORM = Case("layer_norm", "ieee", "cta", 4, 3, 29)
 SUMS = Case("centred", "bf16", "cta", 3, 3, 29)
 SUMS_OF_CLUSTER, SUMS_OF_GRID = (SUMS._replace(exchange=name, H=33) for name in ("cluster 2", "grid"))
 DEEP = Case("deep", "bf16", "cta", 3, 3, 29)
 DEEP_ON_GRID = DEEP._replace(exchange="grid", H=33)
+ALONE, NORM_ALONE, DEEP_ALONE = (case._replace(exchange="stepwise") for case in (SUMS, NORM, DEEP))
 MASKED = Case("masked_product", "bf16", "cta", 4, 3, 29, "fr")
 
 OF_STAGES: dict[str, Mutation] = {
@@ -71,6 +72,25 @@ OF_STAGES: dict[str, Mutation] = {
     "products, grid: members of another operand are counted": Mutation(
         STAGES, "workspace.arrived + i * me.teams * 32", "workspace.arrived + 0 * i * me.teams * 32", "plain", "FAILED",
         (DEEP_ON_GRID,),
+    ),
+    # ---- without a team
+    "a row: sums before all threads have put theirs": Mutation(
+        ROWS, "partial_[thread] = sum;\n    sync_threads();", "partial_[thread] = sum;", "races", "RACE", (ALONE,)
+    ),
+    "a row: a sum of half of the threads": Mutation(
+        ROWS, "half = kStageThreads / 2; half > 0", "half = kStageThreads / 2; half > 1", "plain", WRONG, (ALONE,)
+    ),
+    "a row: the next sum before this one is read": Mutation(
+        ROWS, "sum = partial_[0];\n    sync_threads();", "sum = partial_[0];", "races", "RACE", (ALONE,)
+    ),
+    "a row: a variance of what it is not": Mutation(
+        ROWS, "(from[u] - mean) * (from[u] - mean)", "from[u] * from[u]", "plain", WRONG, (NORM_ALONE,)
+    ),
+    "a row: what crosses is that of the first row": Mutation(
+        ROWS, "int64_t(row) * s.H", "0 * int64_t(row) * s.H", "races", "RACE", (ALONE,)
+    ),
+    "a row: every launch runs the first stages": Mutation(
+        ROWS, "int(stage) >= own.stage0 &&", "", "plain", WRONG, (DEEP_ALONE,)
     ),
     # ---- masks
     "a mask of the first step": Mutation(INDEX, "(times > 1 ? t : 0)", "0 * t", "plain", WRONG, (MASKED,)),

@@ -38,6 +38,6 @@ def header() -> Path:
     lines = ["#pragma once", '#include "cells/cell.h"', "namespace fused_rnn {", ""]
     for number, (name, cell) in enumerate(STAGED_CELLS.items(), 10):
         assert cell.program is not None
-        lines += [struct(cell.program, name, len(cell.states) > 1), f"FUSED_RNN_CELL({number}, {name})", ""]
+        lines += [struct(cell.program, name, len(cell.states) > 1, late=True), f"FUSED_RNN_CELL({number}, {name})", ""]
     build.CACHE.mkdir(parents=True, exist_ok=True)
     return build._text("staged", "\n".join([*lines, "}  // namespace fused_rnn", ""]))
