@@ -1,8 +1,8 @@
 """Cells that are linear in their states on the CPU: many steps at once beside one after the other, by time and size.
 
-python benchmarks/linear_cells.py [--threads 1] writes benchmarks/results/cpu/linear-cells-1t.md. Both ways run
-in one process and take turns; what counts is how many times as fast the medians are, and the fastest runs. Of one thread
-it is the time that it had a core; of several the clock's, which other work on the machine is part of.
+python benchmarks/linear_cells.py [--threads 1] writes benchmarks/results/cpu/linear-cells-1t.md. Both ways run in one
+process and take turns; what counts is how many times as fast the medians are, and the fastest runs. Of one thread it is
+the time that it had a core; of several the clock's, which other work on the machine is part of.
 """
 
 from __future__ import annotations
