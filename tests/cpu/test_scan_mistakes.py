@@ -41,9 +41,8 @@ MISTAKES = {
     "what entered first": ("backward_scan.h", "const bool kept_one = has_before(t) &&", "const bool kept_one ="),
     "a state that a reset hides": ("backward_scan.h", "rows.cut[e] ? V{}", "false ? V{}"),
     "a window's params": ("backward_scan.h", "before = window;", ""),
+    "a rest's field": ("scan.cpp", "kNoField : field(of.rest[j]);", "kNoField : made.factor[j];"),
     "a window": ("scan.h", "done += most)", "done += most + 1)"),
-    "what reads a state": ("scan.cpp", "field(line.args[i]);", ";"),
-    "a stage": ("scan.cpp", "line.stage |= read ? read->stage :", "line.stage |= read ? 0 :"),
 }  # fmt: skip
 # Only the detector of races is sure to see these.
 RACES = {
