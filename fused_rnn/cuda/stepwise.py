@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fused_rnn.cells.program import MATRIX_PRODUCTS, parse
-from fused_rnn.cuda.printer import Published, stages
+from fused_rnn.cuda.staged import Published, stages
 
 _Run = tuple[int, int, tuple[Published, ...]]  # stages first .. last - 1, and the products that end them
 
