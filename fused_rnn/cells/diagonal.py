@@ -12,11 +12,18 @@ from torch.nn.functional import linear
 
 def recurrent_side(h: Tensor, w_hh: Tensor, b_hh: Tensor | None, gates: int, blocks: int) -> Tensor:
     """W_hh h + b_hh: [B, G·H]. h: [B, P]."""
-    if blocks == 1:
-        return linear(h, w_hh, b_hh)
-    units = w_hh.shape[1]
-    each = w_hh.view(gates, blocks, units, units).transpose(0, 1).reshape(blocks, gates * units, units)
-    made = torch.bmm(h.view(-1, blocks, units).transpose(0, 1), each.transpose(1, 2))
+    return linear(h, w_hh, b_hh) if blocks == 1 else of_blocks(h, by_block(w_hh, gates, blocks), b_hh)
+
+
+def by_block(w_hh: Tensor, gates: int, blocks: int) -> Tensor:
+    """What each block multiplies by, [N, G, H/N, H/N]."""
+    return w_hh.view(gates, blocks, -1, w_hh.shape[1]).transpose(0, 1).contiguous()
+
+
+def of_blocks(h: Tensor, each: Tensor, b_hh: Tensor | None) -> Tensor:
+    """`recurrent_side` of what `by_block` makes."""
+    blocks, gates, units = each.shape[:3]
+    made = torch.bmm(h.view(-1, blocks, units).transpose(0, 1), each.flatten(1, 2).transpose(1, 2))
     side = made.view(blocks, -1, gates, units).permute(1, 2, 0, 3).flatten(1)
     return side if b_hh is None else side + b_hh
 

@@ -22,7 +22,7 @@ from fused_rnn.nn.field import FIELD
 from .test_bench import RUN, row, some_results, two_pages
 
 needs_kernels = pytest.mark.skipif(ops.MISSING is not None, reason=str(ops.MISSING))
-NAMES = [cls.__name__ for cls in FIELD]
+NAMES = [*(cls.__name__ for cls in FIELD), *field.MORE]
 
 
 def some_field_results() -> Results:
@@ -37,7 +37,8 @@ def some_field_results() -> Results:
 
 def test_points_are_those_promised() -> None:
     found = points(NAMES)
-    assert {point.cell for point in found} == set(NAMES) == set(list_cells()) - {"LSTM", "GRU", "RNN"} == set(CLOSEST)
+    cells = {point.cell for point in found} - set(field.MORE)
+    assert cells == {cls.__name__ for cls in FIELD} == set(list_cells()) - {"LSTM", "GRU", "RNN"} == set(CLOSEST)
     assert len(found) == len(NAMES) * 2 * len(SIZES)
     assert all(point.B <= 8 and point.H <= 256 for point in found)
     regularised = points(field.REGULARISED)
@@ -98,7 +99,7 @@ def test_the_pages_have_the_table_between_lines_of_its_own(tmp_path: Path) -> No
 
 @needs_kernels
 def test_a_whole_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(field, "SIZES", ((2, 4),))
+    monkeypatch.setattr(field, "SIZES", ((2, 8),))
     monkeypatch.setattr(field, "STEPS", 2)
     before = torch.get_num_threads()
     result = CliRunner().invoke(cli, ["bench", "--field", "--minutes", "0", "--out", str(tmp_path)])

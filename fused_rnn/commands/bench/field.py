@@ -20,6 +20,7 @@ from torch.nn.functional import layer_norm, linear
 import fused_rnn
 from fused_rnn.call import kinds
 from fused_rnn.cells import CELLS
+from fused_rnn.cells.diagonal import by_block, of_blocks
 from fused_rnn.commands.bench.flex import beside, on_one_core, ratios, record, report, thread_seconds
 from fused_rnn.commands.bench.grid import SEQUENCES, Point
 from fused_rnn.commands.bench.measure import BLOCK_S, TOLERANCE, difference, interleave
@@ -35,6 +36,7 @@ BUILT_IN, OURS, LOOP = "auto", "field", "plain loop"
 TITLES = {BUILT_IN: "closest built-in", OURS: "ours", LOOP: "plain loop"}
 CLOSEST = {cls.__name__: "GRU" if "GRU" in cls.__name__ else "LSTM" for cls in FIELD} | {"IndRNN": "RNN", "MGU": "GRU"}
 # Named by the class and what it is given.
+MORE: dict[str, tuple[str, dict[str, Any]]] = {"BlockGRU, blocks=8": ("BlockGRU", {"blocks": 8})}
 REGULARISED: dict[str, tuple[str, dict[str, Any]]] = {
     f"{kind}, {name}": (kind, {name: value})
     for kind in ("LSTM", "GRU", "RNN")
@@ -46,7 +48,7 @@ STEPS = 128
 
 def closest(cell: str) -> str:
     """The built-in module that a cell stands beside."""
-    return REGULARISED[cell][0] if cell in REGULARISED else CLOSEST.get(cell, "")
+    return REGULARISED[cell][0] if cell in REGULARISED else CLOSEST.get(MORE.get(cell, (cell,))[0], "")
 
 
 def _norm(gates: Sequence[Tensor], epsilon: float) -> Tensor:
@@ -99,9 +101,13 @@ class PlainLoop(nn.Module):
         step = SHORTER.get(type(module).__name__, lambda *given: cell(*given, w.matrices))
         sides = linear(x, w.w_ih, w.b_ih)
         state: Sequence[Tensor] = (x.new_zeros(x.shape[1], module.hidden_size),) * len(cell.states)
+        each = by_block(w.w_hh, cell.gates, spec.diagonal) if spec.diagonal > 1 else None
         outputs = []
         for own in sides.unbind(0):
-            r = linear(state[0], w.w_hh, w.b_hh).chunk(cell.gates, -1) if cell.recurrent else None
+            r = None
+            if cell.recurrent:
+                side = linear(state[0], w.w_hh, w.b_hh) if each is None else of_blocks(state[0], each, w.b_hh)
+                r = side.chunk(cell.gates, -1)
             state = step(own.chunk(cell.gates, -1), r, state, w.params)
             outputs.append(state[0])
         return torch.stack(outputs)
@@ -110,7 +116,7 @@ class PlainLoop(nn.Module):
 def call_of(provider: str, point: Point) -> Call:
     """A provider's call, on numbers that all who compute the same have in common."""
     torch.manual_seed(0)
-    name, options = REGULARISED.get(point.cell, (point.cell, {}))
+    name, options = {**MORE, **REGULARISED}.get(point.cell, (point.cell, {}))
     if provider == BUILT_IN:
         name, options = closest(point.cell), {}
     module = getattr(fused_rnn, name)(point.width, point.H, **options)
@@ -146,7 +152,7 @@ def measure(point: Point, budget_s: float) -> dict[str, list[float]]:
 
 def execute(budget_s: float, out: Path, console: Console) -> Path:
     """Measure every point, write the file and print its table; returns the file's path."""
-    wanted = points([*(cls.__name__ for cls in FIELD), *REGULARISED])
+    wanted = points([*(cls.__name__ for cls in FIELD), *MORE, *REGULARISED])
     with on_one_core():
         facts = describe("cpu") | {"dtype": "fp32", "threads": 1}
         path, shown = record(PREFIX, facts, wanted, measure, budget_s, out, console)
