@@ -37,7 +37,7 @@ BUILD_STAMP := $(VENV)/.build-$(call hash,{ cat $(SOURCES); echo '$(FUSED_RNN_CU
 # extra-NAME: what pyproject.toml's extra of that name asks for is there
 EXTRA_STAMP  = $(VENV)/.extra-$(1)-$(call hash,cat pyproject.toml)
 
-.PHONY: help install dev demo check check-kernels check-rest test fuzz bench cubin cubin-triton cubin-cuda gpu gpu-build gpu-smoke gpu-test gpu-steps gpu-sanitize gpu-bench gpu-profile gpu-pack gpu-rehearse gpu-first gpu-next lint format sanitize docs wheel wheel-check first-hour uninstalled clean
+.PHONY: help install dev demo check check-kernels check-rest test fuzz bench cubin cubin-triton cubin-cuda gpu gpu-build gpu-smoke gpu-test gpu-steps gpu-sanitize gpu-bench gpu-field gpu-profile gpu-pack gpu-rehearse gpu-first gpu-next lint format sanitize docs wheel wheel-check first-hour uninstalled clean
 
 help:
 	@echo 'make demo      train a character model with torch.nn and with fused_rnn, side by side'
@@ -48,7 +48,7 @@ help:
 	@echo 'make cubin     compile every Triton and CUDA kernel, with no GPU: registers, spills, shared memory'
 	@echo '               (cubin-triton, cubin-cuda: one of them)'
 	@echo 'make gpu       on a machine with a GPU: build, first launches, tests, sanitizers, bench, profile into build/gpu'
-	@echo '               (gpu-build, -smoke, -test, -steps, -sanitize, -bench, -profile: one of them; benchmarks/GPU.md)'
+	@echo '               (gpu-build, -smoke, -test, -steps, -sanitize, -bench, -field, -profile: one of them; benchmarks/GPU.md)'
 	@echo 'make gpu-pack  what a machine with a GPU is not to spend its minutes on: PACK_ARGS="--python ..." (scripts/gpu_pack.py)'
 	@echo '               gpu-first, gpu-next: there, with it, the first visit in two commands of ten minutes'
 	@echo 'make gpu-rehearse   both of them here, against a GPU that is none; REHEARSE_ARGS="--pack build/pack --python ..."'
@@ -129,7 +129,7 @@ GPU_PYTHON = $(if $(wildcard $(BIN)/python),$(abspath $(BIN)/python),$(PYTHON))
 gpu:
 	$(GPU_PYTHON) scripts/gpu.py $(if $(OUT),--out '$(OUT)') $(GPU_ARGS)
 
-gpu-build gpu-smoke gpu-test gpu-steps gpu-sanitize gpu-bench gpu-profile gpu-first gpu-next:
+gpu-build gpu-smoke gpu-test gpu-steps gpu-sanitize gpu-bench gpu-field gpu-profile gpu-first gpu-next:
 	$(GPU_PYTHON) scripts/gpu.py $(@:gpu-%=%) $(if $(OUT),--out '$(OUT)') $(GPU_ARGS)
 
 gpu-pack:

@@ -7,8 +7,8 @@ nothing is installed and nothing is fetched. Or unpacks what scripts/gpu_pack.py
 after its seconds or --minutes, all together after --total, and leaves what it has by then. A plan is a list of stages:
 `first` for a GPU that nothing has run on yet, `next` for what comes after it, on the same machine: where kernels failed
 in the smoke, those again, with waits that end, and what works; else more of what is measured. HOST_ARGS, SMOKE_ARGS,
-AGAIN_ARGS, TEST_ARGS, STEPS_ARGS, SANITIZE_ARGS, BENCH_ARGS, VARIANTS_ARGS and TRITON_ARGS are handed on to their
-stages; without the last three the benches are quick.
+AGAIN_ARGS, TEST_ARGS, STEPS_ARGS, SANITIZE_ARGS, FIELD_ARGS, BENCH_ARGS, VARIANTS_ARGS and TRITON_ARGS are handed on to
+their stages; without the last three the benches are quick.
 
 Logs are in build/gpu-work. --out gets a few files, written anew every half minute: summary.txt, summary.json, tests.xml
 (JUnit), results.tar.gz with all logs and results, and after a build the extension modules, with which another machine
@@ -44,8 +44,9 @@ WORK = ROOT / "build" / "gpu-work"
 PACK = ROOT / "build" / "pack"  # scripts/gpu_pack.py's
 TRITON_CACHE = Path("/tmp/fused_rnn-triton")  # absolute, since paths in it are; the same on both machines
 STAGES = ("build", "unpack", "parts", "host", "smoke", "again", "test", "steps", "sanitize", "bench", "variants",
-          "triton", "profile")  # fmt: skip
-ALL = tuple(stage for stage in STAGES if stage not in ("unpack", "parts", "host", "again", "variants", "triton"))
+          "triton", "field", "profile")  # fmt: skip
+APART = ("unpack", "parts", "host", "again", "variants", "triton", "field")
+ALL = tuple(stage for stage in STAGES if stage not in APART)
 PLANS = {
     "first": [
         "unpack:45",
@@ -270,6 +271,12 @@ def variants(work: Path, seconds: float) -> list[Result]:
 def triton(work: Path, seconds: float) -> list[Result]:
     """By itself: Triton compiles each problem before it is timed."""
     return _measured("triton", work, seconds)
+
+
+def field(work: Path, seconds: float) -> list[Result]:
+    """The cells of the literature, in whole calls."""
+    command = [sys.executable, "scripts/gpu_field.py", "--out", str(work / "field")]
+    return [run("field", [*command, "--minutes", f"{seconds / 60 - 0.1:.2f}", *more("field")], work, seconds)]
 
 
 def profile(work: Path, seconds: float) -> list[Result]:

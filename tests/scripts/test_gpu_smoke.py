@@ -1,4 +1,4 @@
-"""scripts/gpu_smoke.py and gpu_steps.py without a GPU: what hangs, crashes or is wrong is named, steps are timed."""
+"""scripts/gpu_smoke.py, gpu_steps.py, gpu_field.py without a GPU: what hangs, crashes or is wrong is named; times."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from torch import Tensor
 
 import fused_rnn
 from fused_rnn import ops
+from fused_rnn.cuda import scan
 
 # --- the stage of first launches
 
@@ -165,6 +166,38 @@ def test_stacks_are_timed_in_chunks(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     assert len(rows) == len(called) == 2 * 2 * len(steps.CHUNKS)
     expected = {"kind": "GRU", "H": 16, "B": 3, "L": 3, "T": 4, "way": "training", "chunks": 16, "ms": 2.0}
     assert rows[-1] == expected
+
+
+@pytest.mark.skipif(ops.MISSING is not None, reason=str(ops.MISSING))
+def test_cells_of_the_field_are_timed_beside_torchs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """With and without chunks of time; a way that fails costs itself alone."""
+    field, chunks = script("gpu_field"), []
+
+    def milliseconds(call: Any) -> float:
+        call()
+        chunks.append(scan.FEWEST_CHUNKS)
+        return 2.0
+
+    def module_of(cell: str, backend: str, hidden: int, device: str) -> torch.nn.Module:
+        if backend == "triton":
+            raise ValueError("not here")
+        return made(cell, "cpu" if backend == "cuda" else backend, hidden, device)
+
+    made = field.module_of
+    monkeypatch.setattr(field, "SHAPES", ((5, 3, 16),))
+    monkeypatch.setattr(field, "milliseconds", milliseconds)
+    monkeypatch.setattr(field, "module_of", module_of)
+    before = scan.FEWEST_CHUNKS
+    assert field.measure(("LayerNormGRU", "MinGRU"), tmp_path, time.monotonic() + 600, device="cpu") == 3
+    rows = [json.loads(line) for line in (tmp_path / "field.json").read_text().splitlines()]
+    failed = [row["way"] for row in rows if "error" in row]
+    assert failed == ["triton", "triton", "triton, one chunk"]
+    timed = [(row["cell"], row["way"]) for row in rows if row["mode"] == "training"]
+    assert timed == [
+        ("LayerNormGRU", "torch.nn.GRU"), ("LayerNormGRU", "cuda"),
+        ("MinGRU", "torch.nn.GRU"), ("MinGRU", "cuda"), ("MinGRU", "cuda, one chunk"),
+    ]  # fmt: skip
+    assert chunks == [before] * 8 + [field.NEVER] * 2 and before == scan.FEWEST_CHUNKS
 
 
 @pytest.mark.skipif(ops.MISSING is not None, reason=str(ops.MISSING))
