@@ -9,7 +9,9 @@ import pytest
 import torch
 from tolerances import GRADCHECK, assert_as_good_as_torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn.functional import batch_norm
+from torch.utils.checkpoint import checkpoint
 
 import fused_rnn
 from fused_rnn.nn.field import batch_norm as norms
@@ -118,6 +120,38 @@ def test_input_without_a_gradient() -> None:
         found.append(torch.autograd.grad(y.square().sum(), list(gru.parameters())))
     for own, other in zip(*found, strict=True):
         assert torch.equal(own, other)
+
+
+def test_backward_within_autocast() -> None:
+    """Its products keep their dtype, as those of forward do."""
+    gru, x = fused_rnn.LiGRU(8, 12), torch.randn(20, 3, 8)
+    found = []
+    for within in (False, True):
+        leaves = [x.clone().requires_grad_(), *gru.parameters()]
+        with torch.autocast("cpu", torch.bfloat16):
+            y, _ = gru(leaves[0])
+        with torch.autocast("cpu", torch.bfloat16, enabled=within):
+            found.append(torch.autograd.grad(y, leaves, torch.ones_like(y)))
+    for own, other in zip(*found, strict=True):
+        assert torch.equal(own, other)
+
+
+def test_checkpoint() -> None:
+    """What is saved is read once."""
+    gru, x = fused_rnn.LiGRU(5, 6), torch.randn(7, 3, 5, requires_grad=True)
+    expected, found = (
+        torch.autograd.grad(y.square().sum(), x)[0]
+        for y in (gru(x)[0], checkpoint(lambda x: gru(x)[0], x, use_reentrant=False))
+    )
+    torch.testing.assert_close(found, expected)
+
+
+def test_forward_mode() -> None:
+    """Outside of torch.func, too."""
+    gru, x, dx = fused_rnn.LiGRU(3, 4, dtype=torch.float64), *torch.randn(2, 6, 2, 3, dtype=torch.float64)
+    with forward_ad.dual_level():
+        found = forward_ad.unpack_dual(gru(forward_ad.make_dual(x, dx))[0]).tangent
+    torch.testing.assert_close(found, torch.autograd.functional.jvp(lambda x: gru(x)[0], x, dx)[1])
 
 
 def test_transforms() -> None:

@@ -7,10 +7,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
+from torch.autograd import Function, forward_ad
 from torch.compiler import is_compiling
 
 from fused_rnn.checks import in_transform
+from fused_rnn.reference.loop import without_autocast
 
 EPSILON = 1e-5
 # The variance of W x by that of x has the error of a sum this many times as large, where it is taken.
@@ -35,7 +36,7 @@ def normed(x: Tensor, past: Tensor | None, count: Count, pairs: Sequence[tuple[T
 
     Twice differentiable in all of them by `x` and `weights` of what is returned.
     """
-    if is_compiling() or in_transform() or not x.is_cpu:
+    if is_compiling() or in_transform() or forward_ad._current_level >= 0 or not x.is_cpu:
         return Normed(*_plain(x, past, count, pairs))
     flat = [t for pair in pairs for t in pair]
     outputs = _Normed.apply(x, past, count, *flat)  # type: ignore[no-untyped-call]
@@ -88,7 +89,15 @@ class _Normed(Function):
 
     @staticmethod
     def backward(ctx: Any, dabout: Tensor | None, _: Any, *more: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, past, about, *rest = ctx.saved_tensors
+        saved = ctx.saved_tensors  # read once, as a checkpoint requires
+        with without_autocast(saved[0]):  # whoever calls backward within it
+            return _Normed._gradients(ctx, saved, dabout, more)
+
+    @staticmethod
+    def _gradients(
+        ctx: Any, saved: Sequence[Tensor], dabout: Tensor | None, more: Sequence[Tensor | None]
+    ) -> tuple[Tensor | None, ...]:
+        x, past, about, *rest = saved
         count, each, needs = ctx.count, len(rest) // 5, ctx.needs_input_grad
         weights, gammas = rest[: 2 * each : 2], rest[1 : 2 * each : 2]
         dweights = more[each:]
