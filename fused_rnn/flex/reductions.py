@@ -113,6 +113,9 @@ def _layer_norm(t: Any, _: str, x: Tensor, shape: Any, weight: Any, bias: Any, e
     b, xs = t.builder, t.parts(x) or (_operand(t, x),)
     _check_normalized(t, shape, len(xs))
     weights, biases = (() if v is None else t.parts(v) or (t.value(v),) for v in (weight, bias))
+    for name, vectors in (("weight", weights), ("bias", biases)):
+        if len(vectors) not in (0, len(xs)):
+            raise Refused(f"{name}: got {len(vectors)}·H numbers, expected {len(xs)}·H")
     mean, scale = _moments(b, xs, eps)
     ys = [normal(b, each, mean, scale) for each in xs]
     if not any(b.is_row(each) or b.is_number(each) for each in xs):

@@ -237,7 +237,9 @@ class Trace(TorchDispatchMode):
         if size != self.sizes[1] or dim not in (-1, x.dim() - 1):
             raise self.error(f"split: got parts of {size} along {dim}, expected of H along -1")
         numbers = self.parts(x) or (self.value(x),)
-        return [self._stand_in(v.shape, v.dtype, n) for v, n in zip(func(*args), numbers, strict=True)]
+        made = [self._stand_in(v.shape, v.dtype, n) for v, n in zip(func(*args), numbers, strict=True)]
+        self._seen_twice |= {id(x), *map(id, made)}
+        return made
 
     def _alias(self, func: Any, op: str, args: Sequence[Any], kwargs: Any) -> Tensor:
         """The first argument by another shape, or a copy of it."""

@@ -308,6 +308,27 @@ def other_parts(x: Any, r: Any, s: Any, p: Any) -> Any:
     return torch.cat([x[0], r[0]], -1).split(2, -1)[0]
 
 
+def part_in_place(x: Any, r: Any, s: Any, p: Any) -> Any:
+    whole = torch.cat([x[0], r[0]], -1)
+    whole.chunk(2, -1)[0].mul_(2)
+    return F.layer_norm(whole, whole.shape[-1:]).chunk(2, -1)[0]
+
+
+def argument_in_place(x: Any, r: Any, s: Any, p: Any) -> Any:
+    x[0].chunk(1, -1)[0].mul_(2)
+    return torch.tanh(x[0] + r[0])
+
+
+def short_weight(x: Any, r: Any, s: Any, p: Any) -> Any:
+    whole = torch.cat([x[0], r[0]], -1)
+    return F.layer_norm(whole, whole.shape[-1:], torch.ones(x[0].shape[-1:])).chunk(2, -1)[0]
+
+
+def long_bias(x: Any, r: Any, s: Any, p: Any) -> Any:
+    bias = torch.ones(x[0].shape[-1:])
+    return F.layer_norm(x[0] + r[0], x[0].shape[-1:], bias, torch.cat([bias, bias]))
+
+
 def along_rows(x: Any, r: Any, s: Any, p: Any) -> Any:
     return torch.cat([x[0], r[0]], 0)
 
@@ -325,6 +346,10 @@ def third_norm(x: Any, r: Any, s: Any, p: Any) -> Any:
         (other_shape, "native_layer_norm: normalized_shape: got [B, H], expected [H]"),
         (scaled_side_by_side, "it has 2 tensors side by side, for layer norm, split and chunk alone"),
         (other_parts, "split: got parts of 2 along -1, expected of H along -1"),
+        (part_in_place, "mul_ changes in place a tensor that the step also has under another view"),
+        (argument_in_place, "mul_ changes in place a tensor that the step also has under another view"),
+        (short_weight, "native_layer_norm: weight: got 1·H numbers, expected 2·H"),
+        (long_bias, "native_layer_norm: bias: got 2·H numbers, expected 1·H"),
         (along_rows, "cat is no operation that a cell can run; it changes the shape"),
         (third_norm, "linalg_vector_norm: ord: got 3, expected 1 or 2"),
     ],
