@@ -12,6 +12,7 @@ from fused_rnn import ops
 from fused_rnn.call import NARROW
 from fused_rnn.cells import CELLS, Cell, is_program
 from fused_rnn.cells.program import MATRIX_PRODUCTS, PUBLISHING, REDUCTIONS
+from fused_rnn.gpu.narrow import refusal_of_narrow
 from fused_rnn.gpu.precision import tf32_allowed
 
 EXCHANGES = ("cta", "cluster", "grid", "scatter", "direct")
@@ -151,7 +152,7 @@ class Plan:
 
     def __str__(self) -> str:
         if self.exchange == "none":
-            return f"a thread for each unit: {self.reason}"
+            return f"no team: {self.reason}"
         if self.reason is not None:
             return f"stepwise: {self.reason}"
         team = {
@@ -336,6 +337,10 @@ def plan(
         dtypes = ", ".join(map(str, NARROWED[weights]))
         raise ValueError(f"weights: got {weights!r} with {dtype}, backward={backward}, expected forward in {dtypes}")
     spec = CELLS[cell]
+    if hidden_size % spec.diagonal:
+        raise ValueError(f"hidden_size: got {hidden_size}, expected a multiple of diagonal = {spec.diagonal}")
+    if weights is not None and (reason := refusal_of_narrow(spec)) is not None:
+        raise ValueError(f"weights: got {weights!r}, expected None: there are no {reason}")
     if not spec.recurrent:
         return Plan("none", precision, found, reason=without_product(spec))
     sizes = (PRECISIONS.index(precision), backward, spec.gates, batch, hidden_size, recurrences)

@@ -12,6 +12,7 @@ from torch import Tensor
 from fused_rnn.cells import CELLS
 from fused_rnn.cuda import lanes, launch, limits, module, plain, plans, programs, scan
 from fused_rnn.gpu import op
+from fused_rnn.gpu.narrow import refusal_of_narrow
 from fused_rnn.gpu.wavefront import Wavefront
 from fused_rnn.plan import PRECISIONS, fewer_blocks, stages_of, without_product
 from fused_rnn.transforms.op_gradient import without_gradient
@@ -73,11 +74,7 @@ def describe(problem: Problem) -> str:
 
 def narrows(problem: Problem) -> str | None:
     """None if `forward_narrow` can run the problem's layers, else the reason it cannot."""
-    if CELLS[problem.cell].diagonal > 1:
-        return "narrow weights of a W_hh of blocks on its diagonal"
-    if CELLS[problem.cell].staged:
-        return "narrow weights of a cell that sums over its units, or has matrices of its own"
-    return supports(problem) or programs.refusal()
+    return refusal_of_narrow(CELLS[problem.cell]) or supports(problem) or programs.refusal()
 
 
 def _loops(layer: Layer, x: Tensor, backward: bool, narrow: Narrow | None = None) -> Loops:

@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fused_rnn.cells import Cell
+
 
 class Narrow(NamedTuple):
     """What the W_hh of a layer are kept in. kind: "bf16" or "int8".  scale: of int8, [R, G, H] float32, else None."""
@@ -18,6 +20,15 @@ class Narrow(NamedTuple):
     def dtype(self) -> torch.dtype:
         """Of the values."""
         return torch.int8 if self.kind == "int8" else torch.bfloat16
+
+
+def refusal_of_narrow(cell: Cell) -> str | None:
+    """Why the CUDA loops cannot keep a cell's W_hh in fewer bytes; None where they can."""
+    if cell.diagonal > 1:
+        return "narrow weights of a W_hh of blocks on its diagonal"
+    if cell.staged:
+        return "narrow weights of a cell that sums over its units, or has matrices of its own"
+    return None
 
 
 def narrowed(w: Tensor, kind: str) -> tuple[Tensor, Tensor | None]:

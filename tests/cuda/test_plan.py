@@ -19,6 +19,8 @@ from fused_rnn.cuda.chunks import paying_chunks
 from fused_rnn.plan import DEVICES, Forced, Plan, fewer_blocks, make, precision_of
 
 pytestmark = pytest.mark.skipif(ops.MISSING is not None, reason=str(ops.MISSING))
+BLOCKS = CELLS[GRU].program._replace(diagonal=4).text  # type: ignore[union-attr]
+STAGES = fused_rnn.LayerNormLSTM(1, 1).cell.program.text
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 H100 = DEVICES["sm_90"]
 
@@ -299,6 +301,9 @@ def test_what_widening_costs() -> None:
             "weights: got 'int8' with torch.float32, backward=True",
         ),
         (("lstm", 1, 1), {"weights": "bf16", "dtype": torch.float16}, "expected forward in torch.float32"),
+        ((BLOCKS, 1, 6), {}, "hidden_size: got 6, expected a multiple of diagonal = 4"),
+        ((BLOCKS, 1, 8), {"weights": "bf16"}, "there are no narrow weights of a W_hh of blocks"),
+        ((STAGES, 1, 8), {"weights": "bf16"}, "there are no narrow weights of a cell that sums over its units"),
     ],
 )
 def test_bad_questions(arguments: tuple[Any, ...], options: dict[str, Any], said: str) -> None:
@@ -351,7 +356,7 @@ def test_plans_of_users_cells() -> None:
     for cell in (INDRNN, SRU):
         plan = ask(cell)
         assert (plan.exchange, plan.members) == ("none", 0)
-        assert str(plan).startswith("a thread for each unit: the cell has no W_hh")
+        assert str(plan).startswith("no team: the cell has no W_hh, and a unit's thread")
 
 
 def test_a_cell_of_many_numbers_leaves_weights_to_shared_memory() -> None:
