@@ -184,6 +184,17 @@ def test_compile_with_lengths() -> None:
         torch.testing.assert_close(buffer, dict(other.named_buffers())[name])
 
 
+@pytest.mark.parametrize("lengths", [(1, 0), (0, 0)])
+def test_too_few_steps_where_nobody_reads_the_lengths(lengths: tuple[int, int]) -> None:
+    """A compiled call cannot refuse them; what eval mode reads later stays finite."""
+    gru = fused_rnn.LiGRU(5, 6)
+    torch._dynamo.reset()
+    y, _ = torch.compile(gru, backend="aot_eager", fullgraph=True)(torch.randn(4, 2, 5), lengths=torch.tensor(lengths))
+    y.sum().backward()
+    for tensor in (y, *gru.buffers(), *(p.grad for p in gru.parameters() if p.grad is not None)):
+        assert tensor.isfinite().all()
+
+
 @pytest.mark.parametrize("batch_first", [False, True])
 def test_eval_past_the_dispatcher(batch_first: bool) -> None:
     """By the running statistics as they are at the call."""

@@ -190,24 +190,29 @@ def _within(x: Tensor, lengths: Any) -> tuple[Tensor, Tensor | None, int | Tenso
     """x, of 16 bits in float32, zero past an end; where that is, [T, B, 1]; how many steps are not. Raises as
     layers.run."""
     wide = x if x.dtype == torch.float64 else x.float()
-    past, steps = None, x.shape[0] * x.shape[1]
+    past: Tensor | None = None
+    steps: int | Tensor = x.shape[0] * x.shape[1]
     if lengths is not None:
         lengths = checks.check_lengths(lengths, x)
         past = past_end(lengths, x.shape[0]).unsqueeze(2)
-        wide, steps = wide.masked_fill(past, 0), lengths.sum().to(wide.dtype)
+        wide, steps = wide.masked_fill(past, 0), lengths.sum()
     if (lengths is None or checks.can_be_read(lengths)) and steps < 2:
         raise ValueError(
             f"input: got {int(steps)} steps in all, expected two or more, of which batch norm has a variance"
         )
+    if isinstance(steps, Tensor):
+        steps = steps.clamp(min=1).to(wide.dtype)
     return wide, past, steps
 
 
 def _move(statistics: Sequence[Tensor], weight: Tensor, mean: Tensor, variance: Tensor, steps: int | Tensor) -> None:
     """The running statistics, towards those of the batch. mean: of the input.  variance: of weight times it."""
     running_mean, running_var, batches = statistics
+    # Of lengths that cannot be read there may be one step, or none, whose variance is zero: it leaves no NaN behind.
+    others = (steps - 1).clamp(min=1) if isinstance(steps, Tensor) else steps - 1
     with torch.no_grad():
         running_mean.lerp_(torch.mv(weight.to(mean.dtype), mean).to(running_mean.dtype), MOMENTUM)
-        running_var.lerp_((variance * (steps / (steps - 1))).to(running_var.dtype), MOMENTUM)
+        running_var.lerp_((variance * (steps / others)).to(running_var.dtype), MOMENTUM)
         batches.add_(1)
 
 
