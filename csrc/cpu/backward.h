@@ -165,7 +165,7 @@ struct BackwardLoop : Counts<Cell> {
   // dh += dgates W_hh of a piece. next: the panel that follows.
   template <bool of_block>
   ALWAYS_INLINE void multiply(const Memory& m, const A* gates, const Piece& piece, int64_t next, S* dh, int64_t rows) const {
-    const bool shares = of_block && diagonal.shares(piece);
+    const bool shares = of_block && segments > 0 && diagonal.shares(piece);  // no segments: no formula reads a gate's recurrent side
     for (int64_t s = 0; s < (of_block ? segments : 1); ++s) {
       const int64_t before = s * panel_size<Kind>(depth, piece.vectors);
       int64_t stride = gate_stride;

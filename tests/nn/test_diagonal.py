@@ -107,6 +107,27 @@ def test_gradients(backend: str) -> None:
     assert torch.autograd.gradgradcheck(run, inputs, **GRADCHECK)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_recurrent_sides_that_no_formula_reads(backend: str) -> None:
+    """They have no product, and h no gradient by one, whatever scratch holds of the blocks of another call."""
+
+    @fused_rnn.cell(gates=2, diagonal=3)
+    def unread(x: Any, r: Any, s: Any, p: Any) -> Any:
+        return torch.tanh(x[0] - x[0].mean(-1, keepdim=True) + x[1] * s.h)
+
+    read = FlexRNN(three, 4, 21, backend=backend, dtype=F64)
+    read(torch.randn(5, 3, 4, dtype=F64))[0].sum().backward()
+    module = FlexRNN(unread, 4, 21, backend=backend, dtype=F64)
+    x, h = torch.randn(5, 3, 4, dtype=F64), torch.randn(1, 3, 21, dtype=F64, requires_grad=True)
+    (made,) = torch.autograd.grad(module(x, h)[0].sum(), h)
+    now, total = h[0], torch.zeros((), dtype=F64)
+    for gates in torch.nn.functional.linear(x, module.weight_ih_l0, module.bias_ih_l0):
+        (now,) = unread(gates.chunk(2, -1), None, (now,))
+        total = total + now.sum()
+    (expected,) = torch.autograd.grad(total, h)
+    assert_same_formula(made, expected)
+
+
 @pytest.mark.parametrize("shared", [False, True])
 def test_vmap_over_weights_and_samples(shared: bool) -> None:
     module = FlexRNN(three, 4, 6, init={"a": 0.3}, dtype=F64)
