@@ -8,7 +8,7 @@ from typing import Any
 import literature
 import pytest
 import torch
-from linear_cells import SCANS
+from linear_cells import SCANS, restarts
 from program_cases import ProgramCase, by_backend, by_loop, by_reference, call_of
 from programs import PROGRAMS
 from tolerances import GRADCHECK, assert_as_good_as_torch
@@ -47,7 +47,7 @@ pytestmark = [
 
 
 def call_for(case: ProgramCase, seed: int = 0) -> LayerCall:
-    return call_of(case._replace(cell=CELLS[case.cell].program.text), seed)
+    return call_of(case._replace(cell=CELLS[case.cell].program.text) if case.cell in CELLS else case, seed)
 
 
 def check(case: ProgramCase) -> None:
@@ -141,6 +141,18 @@ def test_a_state_that_is_not_handed_on_forgets_what_is_not_finite() -> None:
     call.states[1][:] = float("inf")
     y, h, c, *_ = ops.forward(*call)
     assert all(bool(t.isfinite().all()) for t in (y, h, c))
+
+
+def test_a_step_that_chooses_forgets_what_is_not_finite() -> None:
+    """As torch.where does, forward and backward."""
+    assert not ops._C.scans(restarts.program.text)
+    call = call_of(ProgramCase(restarts.program.text, T=20, B=2, H=5))
+    call.states[1][:] = float("inf")
+    call.x[3, 0] = float("nan")
+    results, expected = by_backend(call, "cpu"), by_reference(call)
+    for name, value in results.items():
+        assert torch.equal(value.isfinite(), expected[name].isfinite()), name
+    assert results["y"][-1].isfinite().any()
 
 
 def layer(cls: type, **options: Any) -> Any:
