@@ -19,6 +19,7 @@ namespace {
 
 using Kind = Line::Kind;
 constexpr int kZero = kNoField, kNever = -1;
+constexpr int kMostFields = 128;  // each is memory for a whole window of steps
 
 // A value as a sum: of inputs that vary, each times its factor, and the rest.
 struct Linear {
@@ -238,7 +239,7 @@ void Scanned::make(const LinearGraph& of, const std::vector<int>& wanted, bool k
   std::vector<Output> outputs;
   for (const int value : wanted) outputs.push_back({value});
   made.after = after.make(graph, lines[1], given, {}, outputs);
-  ready = true;
+  ready = made.fields <= kMostFields;
 }
 
 }  // namespace fused_rnn::cpu

@@ -155,6 +155,21 @@ def test_a_step_that_chooses_forgets_what_is_not_finite() -> None:
     assert results["y"][-1].isfinite().any()
 
 
+def test_too_many_values_for_a_window_go_step_by_step() -> None:
+    """Those of a text that nobody would write take no memory for many steps; the results are the same."""
+
+    @fused_rnn.cell(recurrent=False, gates=1, states=("h", "c"))
+    def many(x: Any, r: Any, s: Any, p: Any) -> Any:
+        h, t, c = x[0], x[0], 0.5 * s.c + x[0]
+        for _ in range(140):
+            t = torch.cos(t)
+            h = h + t * c
+        return h, c
+
+    assert scan_of(many.program.text) is not None and not ops._C.scans(many.program.text)
+    check(ProgramCase(many.program.text, T=6, dtype=torch.float64, **MASKED))
+
+
 def layer(cls: type, **options: Any) -> Any:
     torch.manual_seed(0)
     return cls(3, 5, dtype=torch.float64, **options)
