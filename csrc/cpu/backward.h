@@ -74,7 +74,7 @@ struct BackwardLoop : Counts<Cell> {
       m.dm = arena.take<S>(p.B * unit_stride);
       m.out = arena.take<A>(p.B * out_stride);
     }
-    if (project || m.pieces.tile) m.zero = arena.take<S>(kPanelVectors * L);
+    if (project || diagonal.cuts_vectors()) m.zero = arena.take<S>(kPanelVectors * L);
     if (NP > 0) m.params = arena.take<S>(NP * unit_stride);
     if (staged()) {
       m.blocks = arena.take<A>(p.cell->blocks * unit_vectors * panel_size<Kind>(p.H, 1));

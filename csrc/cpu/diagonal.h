@@ -34,6 +34,8 @@ struct Diagonal {
     else return true;
   }
 
+  ALWAYS_INLINE bool cuts_vectors() const { return !whole() && size % L; }
+
   // The vectors that are packed before vector u.
   ALWAYS_INLINE int64_t slots(int64_t u) const {
     if (whole() || u <= 0) return u;
@@ -76,7 +78,7 @@ struct Diagonal {
     work.stride = row_stride<Kind>(k);
     for (int i = 0; i < threads; ++i) {
       auto* const operand = k % Kind::k_multiple ? arena.take<typename Kind::Operand>(rows * work.stride) : nullptr;
-      auto* const tile = size % L ? arena.take<typename Kind::Accumulator>(rows * PieceWork<Kind>::kLd) : nullptr;
+      auto* const tile = cuts_vectors() ? arena.take<typename Kind::Accumulator>(rows * PieceWork<Kind>::kLd) : nullptr;
       if (i == me) work.operand = operand, work.tile = tile;
     }
     return work;

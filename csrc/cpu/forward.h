@@ -89,7 +89,7 @@ struct ForwardLoop : ForwardWeights<Kind, T, Cell> {
       Weighed::layout(arena, m);
     }
     m.zero = arena.take<S>(kPanelVectors * L);
-    m.pre = arena.take<S>((scan() ? ScanWork<S>::steps(p) * threads_in_group : chunk_steps) * p.B * row);
+    m.pre = arena.take<S>((scan() ? ScanWork<S>::rows(p, threads_in_group) : chunk_steps * p.B) * row);
     for (int i = 1; i < ST; ++i) m.states[i] = arena.take<S>(p.B * state_stride);
     for (auto& h : m.h) h = arena.take<A>(p.B * h_stride);
     if (projects()) {

@@ -19,6 +19,7 @@ namespace {
 
 using Kind = Line::Kind;
 constexpr int kZero = kNoField, kNever = -1;
+constexpr int kMostFields = 128;  // each is memory for a whole window of steps
 
 // A value as a sum: of inputs that vary, each times its factor, and the rest.
 struct Linear {
@@ -55,7 +56,7 @@ class Sums {
     const Line* const line = graph.line(value);
     return line && line->kind == Kind::constant ? &line->value : nullptr;
   }
-  int made(Function function, int a, int b = 0, int c = 0) {
+  int made(Function function, int a, int b = 0) {
     const double *const x = number(a), *const y = number(b);
     if (function == Function::neg_ && x) return constant(-*x);
     if (function == Function::add_ && x && y) return constant(*x + *y);
@@ -64,8 +65,8 @@ class Sums {
     Line line;
     line.kind = Kind::pointwise;
     line.function = function;
-    line.arity = function == Function::neg_ ? 1 : function == Function::where_ ? 3 : 2;
-    line.args[0] = a, line.args[1] = b, line.args[2] = c;
+    line.arity = function == Function::neg_ ? 1 : 2;
+    line.args[0] = a, line.args[1] = b;
     return append(line);
   }
   template <class F>
@@ -113,15 +114,8 @@ class Sums {
       }
       case Function::div_:
       case Function::sigmoid_backward_:
-      case Function::tanh_backward_:
-      case Function::relu_backward_: return args[1].fixed() ? with(args[0], line.args[1]) : Linear{false};
-      case Function::where_: {
-        if (!args[0].fixed()) return {false};
-        const int zero = constant(0);
-        return sum(each(args[1], [&](int part) { return made(Function::where_, line.args[0], part, zero); }),
-                   each(args[2], [&](int part) { return made(Function::where_, line.args[0], zero, part); }));
-      }
-      default: return {false};
+      case Function::tanh_backward_: return args[1].fixed() ? with(args[0], line.args[1]) : Linear{false};
+      default: return {false};  // of a choice, too: what is not chosen may be infinite or NaN, which no factor 0 forgets
     }
   }
 
@@ -245,7 +239,7 @@ void Scanned::make(const LinearGraph& of, const std::vector<int>& wanted, bool k
   std::vector<Output> outputs;
   for (const int value : wanted) outputs.push_back({value});
   made.after = after.make(graph, lines[1], given, {}, outputs);
-  ready = true;
+  ready = made.fields <= kMostFields;
 }
 
 }  // namespace fused_rnn::cpu

@@ -35,8 +35,13 @@ struct ScanWork {
     const int64_t rows = fused_rnn::scan_limits().rows * (p.threads > 1 ? 4 : 1) / p.B;
     return rows > 0 ? rows : 1;
   }
+  // Rows of a window of so many threads: of few steps there are no more.
+  static int64_t rows(const Problem& p, int threads) {
+    const int64_t all = p.stop - p.start, most = steps(p) * threads;
+    return (most < all ? most : all) * p.B;
+  }
   static ScanWork take(Arena& arena, const Scan& scan, const Problem& p, int64_t unit_vectors, int more, int threads, int me) {
-    ScanWork w{&scan, {}, {}, nullptr, unit_vectors, off_pages<S>(steps(p) * threads * p.B * L)};
+    ScanWork w{&scan, {}, {}, nullptr, unit_vectors, off_pages<S>(round_up(rows(p, threads) * L, 64 / int(sizeof(S))))};
     w.fields = arena.take<S>((scan.fields + more) * unit_vectors * w.stride);  // more: behind the fields of the graph
     for (int i = 0; i < threads; ++i) {
       const auto before = Workspace<S>::take(arena, scan.before), after = Workspace<S>::take(arena, scan.after);

@@ -121,9 +121,7 @@ def _apply(builder: Builder, instruction: Instruction, args: list[_Linear]) -> _
         elif second is not None:
             product = args[0].each("mul", None, second)
         return product.plus(args[2]) if op == "fma" else product
-    if op in ("div", "sigmoid_backward", "tanh_backward", "relu_backward") and second is not None:
+    if op in ("div", "sigmoid_backward", "tanh_backward") and second is not None:
         return args[0].each(op, None, second)
-    if op == "where" and first is not None:
-        zero = builder.const(0.0)
-        return args[1].each("where", first, None, zero).plus(args[2].each("where", first, zero, None))
+    # Of a choice, too: what is not chosen may be infinite or NaN, which no factor 0 forgets.
     return _Linear(builder, None, None)

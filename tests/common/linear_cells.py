@@ -25,14 +25,22 @@ def linear_indrnn(x: Any, r: Any, s: Any, p: Any) -> Any:
 
 @fused_rnn.cell(recurrent=False, gates=3, states=("h", "c", "m"), params=("a",))
 def many(x: Any, r: Any, s: Any, p: Any) -> Any:
-    """h read out of two states before the step and after it; one of which is chosen, and one divided."""
-    c = torch.where(x[0] > 0, s.c, x[1] - s.c) - 0.5 * s.c
+    """h read out of two states before the step and after it; of one the factor is chosen, and one is divided."""
+    chosen = x[0] > 0
+    c = torch.where(chosen, 1.0, -1.0) * s.c + torch.where(chosen, 0.0, x[1]) - 0.5 * s.c
     return c * x[2] + s.m, c, torch.relu(x[2]) - (s.m + x[0]) / (1 + p.a * p.a)
 
 
 @fused_rnn.cell(recurrent=False, gates=1, states=("h", "c"))
 def forgets(x: Any, r: Any, s: Any, p: Any) -> Any:
     return s.h * torch.cos(x[0]), x[0]
+
+
+@fused_rnn.cell(recurrent=False, gates=2, states=("h", "c"))
+def restarts(x: Any, r: Any, s: Any, p: Any) -> Any:
+    """None: what is chosen is the state itself, and what is not is forgotten even where it is not finite."""
+    c = torch.where(x[0] > 0, x[1], s.c + x[1])
+    return torch.tanh(c), c
 
 
 SCANS = {c.name: c for c in (literature.min_gru, literature.min_lstm, sru, linear_indrnn, many, forgets)}

@@ -8,7 +8,7 @@ from typing import Any
 import literature
 import pytest
 import torch
-from linear_cells import SCANS
+from linear_cells import SCANS, restarts
 from program_cases import ProgramCase, by_backend, by_loop, by_reference, call_of
 from programs import PROGRAMS
 from tolerances import GRADCHECK, assert_as_good_as_torch
@@ -47,7 +47,7 @@ pytestmark = [
 
 
 def call_for(case: ProgramCase, seed: int = 0) -> LayerCall:
-    return call_of(case._replace(cell=CELLS[case.cell].program.text), seed)
+    return call_of(case._replace(cell=CELLS[case.cell].program.text) if case.cell in CELLS else case, seed)
 
 
 def check(case: ProgramCase) -> None:
@@ -141,6 +141,33 @@ def test_a_state_that_is_not_handed_on_forgets_what_is_not_finite() -> None:
     call.states[1][:] = float("inf")
     y, h, c, *_ = ops.forward(*call)
     assert all(bool(t.isfinite().all()) for t in (y, h, c))
+
+
+def test_a_step_that_chooses_forgets_what_is_not_finite() -> None:
+    """As torch.where does, forward and backward."""
+    assert not ops._C.scans(restarts.program.text)
+    call = call_of(ProgramCase(restarts.program.text, T=20, B=2, H=5))
+    call.states[1][:] = float("inf")
+    call.x[3, 0] = float("nan")
+    results, expected = by_backend(call, "cpu"), by_reference(call)
+    for name, value in results.items():
+        assert torch.equal(value.isfinite(), expected[name].isfinite()), name
+    assert results["y"][-1].isfinite().any()
+
+
+def test_too_many_values_for_a_window_go_step_by_step() -> None:
+    """Those of a text that nobody would write take no memory for many steps; the results are the same."""
+
+    @fused_rnn.cell(recurrent=False, gates=1, states=("h", "c"))
+    def many(x: Any, r: Any, s: Any, p: Any) -> Any:
+        h, t, c = x[0], x[0], 0.5 * s.c + x[0]
+        for _ in range(140):
+            t = torch.cos(t)
+            h = h + t * c
+        return h, c
+
+    assert scan_of(many.program.text) is not None and not ops._C.scans(many.program.text)
+    check(ProgramCase(many.program.text, T=6, dtype=torch.float64, **MASKED))
 
 
 def layer(cls: type, **options: Any) -> Any:

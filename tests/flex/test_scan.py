@@ -7,7 +7,7 @@ from typing import Any
 import literature
 import pytest
 import torch
-from linear_cells import SCANS
+from linear_cells import SCANS, restarts
 from programs import PROGRAMS
 from tolerances import assert_same_formula
 from torch import Tensor
@@ -56,7 +56,7 @@ def without_a_state(x: Any, r: Any, s: Any, p: Any) -> Any:
 
 
 OTHERS = (
-    *(crossed, squared, reciprocal, reads_what_it_reads_out, chosen_by_a_state, without_a_state),
+    *(crossed, squared, reciprocal, reads_what_it_reads_out, chosen_by_a_state, restarts, without_a_state),
     *(literature.sru, literature.indrnn, literature.lstm, literature.leaky_integrator),
 )
 

@@ -50,7 +50,7 @@ OF_CHUNKS: dict[str, Mutation] = {
         UNIT_BWD, "p.steps.step1 < walk.end(at.length) ?", "p.steps.step1 < p.steps.T ?", "plain", WRONG, (CHUNKS,)
     ),
     "join: a factor is forgotten": Mutation(
-        JOIN, "factor[k] * now + sum[k]", "now + 0 * factor[k] + sum[k]", "plain", WRONG, (CHUNKS, READ, STATES)
+        JOIN, "factor[k] * now + sum[k]", "now + 0 * factor[k] + sum[k]", "plain", WRONG, (CHUNKS,)
     ),
     "join: a chunk's own sum is forgotten": Mutation(
         JOIN, "factor[k] * now + sum[k]", "factor[k] * now", "plain", WRONG, (CHUNKS,)
