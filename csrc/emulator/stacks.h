@@ -32,7 +32,7 @@ class Stacks {
   static constexpr size_t kBytes = 64 << 10, kGuard = 4 << 10;
   // All threads run the same code; a deeper stack than the first ones' runs into its neighbour's. Each guard splits the
   // mapping, and Linux allows a process 65,530.
-  static constexpr size_t kGuarded = 512;
+  static constexpr size_t kGuarded = 32;
   // Where the frames lie from which a thread that ended never returned.
   static constexpr size_t kLastFrames = 20 << 10;
 

@@ -85,7 +85,7 @@ TEST(many_threads_take_few_mappings) {
   run({16, 512, 16}, 1, [] { cluster_rank(); });
   std::ifstream maps("/proc/self/maps");
   const auto count = std::count(std::istreambuf_iterator<char>(maps), {}, '\n');
-  REQUIRE(count < 2000, count);
+  REQUIRE(count < 400, count);
 }
 
 TEST(launches_that_no_device_takes) {

@@ -215,7 +215,7 @@ def record(
     finally:
         if results.rows:
             results.save(path)
-    return path, results.of_run(number)
+    return path, results.of_run(len(results.runs) - 1)  # saving has numbered them anew
 
 
 def report(path: Path, shown: Table, text: str, console: Console) -> Path:
