@@ -7,27 +7,27 @@ from fused_rnn.autograd import GRUFunction, LSTMFunction, RNNFunction
 from fused_rnn.convert import convert, patch, to_torch, unpatch
 from fused_rnn.flex import UserCell, cell
 from fused_rnn.nn import GRU, LSTM, RNN, FlexRNN, GRUCell, LSTMCell, RNNCell
-from fused_rnn.nn.field import (
-    MGU,
-    SLSTM,
-    SRU,
-    BlockGRU,
-    CoupledLSTM,
-    IndRNN,
-    LayerNormGRU,
-    LayerNormLSTM,
-    LiGRU,
-    MinGRU,
-    MinLSTM,
-    PeepholeLSTM,
-    ResetBeforeGRU,
-    list_cells,
-)
 from fused_rnn.plan import plan
 from fused_rnn.stream import Stream
 
 if TYPE_CHECKING:
     from fused_rnn.diagnosis import diagnose
+    from fused_rnn.nn.field import (
+        MGU,
+        SLSTM,
+        SRU,
+        BlockGRU,
+        CoupledLSTM,
+        IndRNN,
+        LayerNormGRU,
+        LayerNormLSTM,
+        LiGRU,
+        MinGRU,
+        MinLSTM,
+        PeepholeLSTM,
+        ResetBeforeGRU,
+        list_cells,
+    )
 
 __version__ = "0.1.0"
 
@@ -70,10 +70,15 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """What few programs use is imported when it is first asked for."""
+    """What not every program uses is imported when it is first asked for."""
     if name == "diagnose":
         from fused_rnn.diagnosis import diagnose
 
         globals()[name] = diagnose
         return diagnose
+    if name in __all__:
+        from fused_rnn.nn import field
+
+        globals().update({known: getattr(field, known) for known in field.__all__ if known in __all__})
+        return globals()[name]
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -14,12 +14,11 @@ from typing import Any, ClassVar, TypeVar
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from fused_rnn import nn as room
 from fused_rnn.call import known_save
 from fused_rnn.dispatch import known_backend
 from fused_rnn.nn import GRU, LSTM, RNN, FlexRNN, GRUCell, LSTMCell, RNNCell, both
 from fused_rnn.nn.base import Fused, mark_leaf, unmark_leaf
-from fused_rnn.nn.field import FIELD
-from fused_rnn.nn.field.xlstm import XLSTMCell, is_slstm_cell, why_not
 from fused_rnn.nn.recurrent import Recurrent, overrides_checks
 
 M = TypeVar("M", bound=nn.Module)
@@ -92,8 +91,8 @@ def convert(model: M, *, backend: str | None = None, save: str = "gates", keep_c
             continue
         own = [attribute for attribute in _IN_THE_WAY if attribute in vars(module)]
         why = f"has an attribute {own[0]!r} of its own" if own else None
-        if is_slstm_cell(kind):
-            why = why or why_not(module)
+        if room.field.xlstm.is_slstm_cell(kind):
+            why = why or room.field.xlstm.why_not(module)
         if why is not None:
             what = f"{name or 'the model'}, a {kind.__module__}.{kind.__qualname__}"
             warnings.warn(f"convert: {what}, {why}, and is left as it is", stacklevel=2)
@@ -139,7 +138,7 @@ def to_torch(model: M) -> M:
             module.__dict__.pop("_fused_backend", None)
             module.__dict__.pop("_fused_save", None)
         elif isinstance(module, Fused):
-            why = "which torch.nn has not" if kind in (FlexRNN, *FIELD) else "derived from fused_rnn's class"
+            why = "which torch.nn has not" if kind in (FlexRNN, *room.field.FIELD) else "derived from fused_rnn's class"
             what = f"{name or 'the model'} is a {kind.__module__}.{kind.__qualname__}"
             warnings.warn(f"to_torch: {what}, {why}, and is left as it is", stacklevel=2)
     return model
@@ -261,7 +260,7 @@ def _ours(kind: type[nn.Module], parametrized: bool, keep_class: bool) -> type[n
     if _is_reparametrized(kind, parametrized):
         return _reparametrized(kind, _ours(kind.__bases__[0], False, keep_class))
     if not issubclass(kind, Fused):
-        known = is_slstm_cell(kind) or issubclass(kind, tuple(_COUNTERPARTS))
+        known = room.field.xlstm.is_slstm_cell(kind) or issubclass(kind, tuple(_COUNTERPARTS))
         return _derived(kind) if known else None  # type: ignore[arg-type]  # is hashable
     if keep_class:
         theirs = kind._fused_counterpart
@@ -325,8 +324,8 @@ def _derived(kind: type[nn.Module]) -> type[nn.Module]:
     torch.nn's.
     """
     own = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "_fused_from": kind}
-    if is_slstm_cell(kind):
-        return _class(kind.__name__, (_Derived, XLSTMCell, kind), own)
+    if room.field.xlstm.is_slstm_cell(kind):
+        return _class(kind.__name__, (_Derived, room.field.xlstm.XLSTMCell, kind), own)
     counterpart = next(_COUNTERPARTS[cls] for cls in kind.__mro__ if cls in _COUNTERPARTS)
     root: type = kind
     while root.__base__ is not None and root.__base__.__dictoffset__:

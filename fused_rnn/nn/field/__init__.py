@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fused_rnn.nn.field import xlstm
 from fused_rnn.nn.field.block_gru import BlockGRU
 from fused_rnn.nn.field.coupled_lstm import CoupledLSTM
 from fused_rnn.nn.field.ind_rnn import IndRNN
@@ -35,6 +36,7 @@ __all__ = [
     "PeepholeLSTM",
     "ResetBeforeGRU",
     "list_cells",
+    "xlstm",
 ]
 
 
