@@ -90,6 +90,23 @@ def by_ops(call: LayerCall, forward: Any, backward: Any) -> Results:
     return named(call, outputs, backward(dy, dstates, *call[:5], *kept, dsequences))
 
 
+def assert_same_by_any_threads(call: LayerCall) -> None:
+    """The CPU's loops, whoever does their work. Of the gradients that are products over all steps each number of
+    threads has its own bits, the same from run to run."""
+    torch.set_num_threads(1)
+    first = by_ops(call, ops.forward, ops.backward)
+    for threads in (2, 3, 4, 2):
+        torch.set_num_threads(threads)
+        again, once_more = by_ops(call, ops.forward, ops.backward), by_ops(call, ops.forward, ops.backward)
+        for key, value in first.items():
+            assert torch.equal(again[key], once_more[key]), key
+            assert not value.isnan().any(), key
+            if key.startswith("dweights") or key == "dx":
+                torch.testing.assert_close(again[key], value, rtol=1e-4, atol=1e-4 * float(value.abs().max()))
+            else:
+                assert torch.equal(again[key], value), key
+
+
 def by_reference(call: LayerCall) -> Results:
     """The plain loop in float64: the judge."""
     wide = in_double(call)

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import pytest
 import torch
-from program_calls import Results, by_ops, by_reference, by_steps, gradients_of, make_call
+from program_calls import Results, assert_same_by_any_threads, by_ops, by_reference, by_steps, gradients_of, make_call
 from programs import PROGRAMS, program_of
 from stage_cells import MASKED, STAGED
 from tolerances import assert_as_good_as_torch
@@ -107,18 +107,7 @@ def test_same_bits_whoever_does_them(name: str, blocks: tuple[int, int], B: int)
     n, size = blocks
     text, options = of_blocks(TEXTS[name], n), {"directions": BOTH, "lengths": True, "reset": True}
     call = make_call(text, T=66, B=B, H=n * size, **options)
-    torch.set_num_threads(1)
-    first = by_cpu(call)
-    for threads in (2, 3, 4, 2):
-        torch.set_num_threads(threads)
-        again, once_more = by_cpu(call), by_cpu(call)
-        for key, value in first.items():
-            assert torch.equal(again[key], once_more[key]), key
-            assert not value.isnan().any(), key
-            if key.startswith("dweights") or key == "dx":
-                torch.testing.assert_close(again[key], value, rtol=1e-4, atol=1e-4 * float(value.abs().max()))
-            else:
-                assert torch.equal(again[key], value), key
+    assert_same_by_any_threads(call)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -6,7 +6,15 @@ from typing import Any, Literal
 
 import pytest
 import torch
-from program_calls import by_ops, by_reference, by_steps, gradients_of, make_call, run_changed
+from program_calls import (
+    assert_same_by_any_threads,
+    by_ops,
+    by_reference,
+    by_steps,
+    gradients_of,
+    make_call,
+    run_changed,
+)
 from stage_cells import MASKED, STAGED
 from tolerances import assert_as_good_as_torch
 
@@ -75,18 +83,7 @@ def test_same_bits_whoever_does_them(name: str, save: str, shape: tuple[int, int
     """By rows, by units and alone: a row's sums have one order. Of the gradients that are products over all steps each
     number of threads has its own, which is the same from run to run."""
     call = make_call(PROGRAMS[name], T=66, B=shape[0], H=shape[1], directions=BOTH, lengths=True, reset=True, save=save)
-    torch.set_num_threads(1)
-    first = by_ops(call, ops.forward, ops.backward)
-    for n in (2, 3, 4, 2):
-        torch.set_num_threads(n)
-        again, once_more = by_ops(call, ops.forward, ops.backward), by_ops(call, ops.forward, ops.backward)
-        for key, value in first.items():
-            assert torch.equal(again[key], once_more[key]), key
-            assert not value.isnan().any(), key
-            if key.startswith("dweights") or key == "dx":
-                torch.testing.assert_close(again[key], value, rtol=1e-4, atol=1e-4 * float(value.abs().max()))
-            else:
-                assert torch.equal(again[key], value), key
+    assert_same_by_any_threads(call)
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)

@@ -67,6 +67,16 @@ def test_programs_in_float64(cell: str, options: dict[str, Any], monkeypatch: py
         assert_same_formula(value, reference[name])
 
 
+def _assert_the_loops_agree(call: LayerCall) -> None:
+    """The loops around the kernels, with the reference."""
+    ops = torch.ops.fused_rnn
+    ours = program_calls.by_ops(call, ops.plain_forward.default, ops.plain_backward.default)
+    reference = program_calls.by_reference(call)
+    assert ours.keys() == reference.keys()
+    for key, value in ours.items():
+        assert_same_formula(value, reference[key])
+
+
 @pytest.mark.parametrize("save", ["gates", "recompute"])
 @pytest.mark.parametrize("cell", [*STAGED, *MASKED])
 def test_stages_in_float64(cell: str, save: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -75,12 +85,7 @@ def test_stages_in_float64(cell: str, save: str, monkeypatch: pytest.MonkeyPatch
     name = MASKED[cell] if cell in MASKED else STAGED[cell].program.text
     masked = {"lengths": True, "reset": True, "directions": (1, -1), "save": save}
     call = program_calls.make_call(name, T=5, H=6, dtype=torch.float64, **masked)
-    ops = torch.ops.fused_rnn
-    ours = program_calls.by_ops(call, ops.plain_forward.default, ops.plain_backward.default)
-    reference = program_calls.by_reference(call)
-    assert ours.keys() == reference.keys()
-    for key, value in ours.items():
-        assert_same_formula(value, reference[key])
+    _assert_the_loops_agree(call)
 
 
 @pytest.mark.parametrize("save", ["gates", "recompute"])
@@ -92,15 +97,10 @@ def test_blocks_of_w_hh_in_float64(cell: str, save: str, monkeypatch: pytest.Mon
     masked = {"lengths": True, "reset": True, "directions": (1, -1), "save": save}
     name = program._replace(diagonal=3).text
     call = program_calls.make_call(name, T=5, H=21, dtype=torch.float64, **masked)
-    ops = torch.ops.fused_rnn
-    ours = program_calls.by_ops(call, ops.plain_forward.default, ops.plain_backward.default)
-    reference = program_calls.by_reference(call)
-    assert ours.keys() == reference.keys()
-    for key, value in ours.items():
-        assert_same_formula(value, reference[key])
+    _assert_the_loops_agree(call)
     weights = [call.weights[0], call.weights[1][:, :5], *call.weights[2:]]
     with pytest.raises(RuntimeError, match=r"weights\[1\]: got \[\d+, 5\], expected \[\d·H, H/3\]"):
-        ops.plain_forward.default(*call._replace(weights=weights))
+        torch.ops.fused_rnn.plain_forward.default(*call._replace(weights=weights))
 
 
 def test_masks_of_recurrences_differ_in_time() -> None:
