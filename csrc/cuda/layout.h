@@ -48,10 +48,10 @@ FUSED_RNN_HD constexpr int threads_of(const Team& team, int units_per_thread = k
 
 // Arrays in the dynamic shared memory: byte offsets and numbers of elements.
 struct SharedLayout {
-  int operands, operands_count;   // the operand, [NB, stride], twice in clusters; none where the product reads it directly
-  int partial, partial_count;     // float [WK, NB, stride]; of a team that scatters what it receives, [2, C U, NB]
-  int barriers, barriers_count;   // mbarriers: one for each copy of the operand, or for each group of what is received
-  int weights, weights_count;     // uint4: fragments that the registers do not hold
+  int operands, operands_count;  // the operand, [NB, stride], twice in clusters; none where the product reads it directly
+  int partial, partial_count;  // float [WK, NB, stride]; of a team that scatters what it receives, [2, C U, NB]
+  int barriers, barriers_count;  // mbarriers: one for each copy of the operand, or for each group of what is received
+  int weights, weights_count;  // uint4: fragments that the registers do not hold
   int64_t total;
 };
 FUSED_RNN_HD constexpr SharedLayout shared_layout(const Team& team, Tile t) {
@@ -72,10 +72,10 @@ FUSED_RNN_HD constexpr SharedLayout shared_layout(const Team& team, Tile t) {
 // What a cell's stages need of a team, in one direction (stages.h); the most that a stage needs.
 struct Stages {
   int count = 1;
-  int pairs = 0;     // of numbers that a row's units are reduced to
+  int pairs = 0;  // of numbers that a row's units are reduced to
   int operands = 0;  // of products, in all stages
   int products = 0;  // likewise, one for each block of the cell's matrices
-  int at_once = 0;   // products
+  int at_once = 0;  // products
 };
 
 // The team as the product with one block of the cell's matrices is laid out: its rows are a member's units. No warps where it has not
@@ -95,11 +95,11 @@ FUSED_RNN_HD constexpr int reduced(const Team& team) { return (team.members * te
 
 // What stages take of the shared memory, behind all else.
 struct StagesLayout {
-  int slots, slots_count;        // float2 [NB, pairs, reduced], twice but on the grid
+  int slots, slots_count;  // float2 [NB, pairs, reduced], twice but on the grid
   int barriers, barriers_count;  // mbarriers: two for reductions, two for each operand
   int operands, operands_count;  // of each, [NB, stride], twice in clusters
-  int partial, partial_count;    // float, of each product of a stage [WK, NB, stride]
-  int weights, weights_count;    // uint4, of each product
+  int partial, partial_count;  // float, of each product of a stage [WK, NB, stride]
+  int weights, weights_count;  // uint4, of each product
   int64_t total;
 };
 FUSED_RNN_HD constexpr StagesLayout stages_layout(const Team& own, Tile t, const Stages& stages, int64_t from) {

@@ -174,8 +174,7 @@ void consider_units(const Request& q, const Device& device, ExchangeKind exchang
 bool insists(const Request& q) { return q.exchange >= 0 || q.members || q.rows; }
 
 std::string explain(const Request& q, const Device& device) {
-  if (q.precision == Precision::f64)
-    return "float64 has no tensor-core product: it runs stepwise";
+  if (q.precision == Precision::f64) return "float64 has no tensor-core product: it runs stepwise";
   if (device.arch < 80) return "sm_" + std::to_string(device.arch) + " is older than sm_80";
   if (q.exchange == int(ExchangeKind::scatter) || q.exchange == int(ExchangeKind::direct))
     return std::string(q.exchange == int(ExchangeKind::scatter) ? "only backward scatters" : "only backward reads its operand directly") +

@@ -85,10 +85,8 @@ py::class_<Bound<Loop>> bind_loop(py::module_& m, const char* name) {
           [](const Bound<Loop>& loop, Address workspace, Address stream) { unlocked([&] { return loop.run(at(workspace), at(stream)); }); },
           "All of its steps.")
       .def("run_step", [](const Bound<Loop>& loop, int step, Address stream) { unlocked([&] { return loop.run_step(step, at(stream)); }); })
-      .def("run_stages",
-           [](const Bound<Loop>& loop, int step, int first, int last, Address stream) {
-             unlocked([&] { return loop.run_stages(step, first, last, at(stream)); });
-           })
+      .def("run_stages", [](const Bound<Loop>& loop, int step, int first, int last,
+                            Address stream) { unlocked([&] { return loop.run_stages(step, first, last, at(stream)); }); })
       .def_property_readonly(
           "stepper", [](const Bound<Loop>& loop) { return std::pair{Address(&run_step_of<Loop>), Address(&loop)}; },
           "run_step as a function of C, and its first argument, while the loop is there: for the op fused_rnn::run_steps.")
@@ -190,7 +188,8 @@ PYBIND11_MODULE(FUSED_RNN_MODULE, m) {
       .def(py::init([](const std::string& cell, int precision, const Plan* plan, const Steps& steps, const Window& window,
                        const Chunks& chunks, Address dy, Address given, Address w, const Addresses& states, const Addresses& first,
                        Address saved, Address dgates, const Addresses& dstates, Address last, bool wide, Address params, Address dparams,
-                       const Addresses& dsequences, const Addresses& masks, const std::vector<int>& times, Address matrices, Address crossing, Address loaded) {
+                       const Addresses& dsequences, const Addresses& masks, const std::vector<int>& times, Address matrices,
+                       Address crossing, Address loaded) {
              BackwardLoop loop{};
              loop.steps = within(steps, window, chunks);
              loop.dy = at(dy);
