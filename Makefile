@@ -3,6 +3,7 @@
 #   TORCH=torch==2.12.0     another torch (any pip requirement, options included)
 #   TORCH=                  the torch that PYTHON already has
 #   TORCH= VENV=path        an environment that exists, with its torch
+#   TEST_JOBS=1             how many tests make test runs at a time; as many as there are cores, up to 8, if not told
 #   PYTEST_ARGS, BENCH_ARGS, DEMO_ARGS, CUBIN_ARGS, GPU_ARGS, PACK_ARGS, REHEARSE_ARGS, FUZZ_ARGS    handed on
 #   PYTHONS='python3.10 path/to/python'    the interpreters that make wheel makes wheels for; those that are found, if not named
 #   WHEEL_TORCH='torch==2.11.0 torch'       the torches (or pythons that have one) beside which make wheel-check tests the wheels
@@ -14,6 +15,7 @@ SHELL       := /bin/bash
 PYTHON      ?= python3
 TORCH       ?= torch==2.13.0
 VENV        ?= .venv
+TEST_JOBS   ?= $(shell cores=$$(nproc); echo $$((cores < 8 ? cores : 8)))
 PYTEST_ARGS ?=
 BENCH_ARGS  ?=
 DEMO_ARGS   ?=
@@ -104,8 +106,9 @@ check-kernels: $(BUILD_STAMP)
 check-rest: $(BUILD_STAMP)
 	$(BIN)/python -m pytest -q --fast $(addprefix --ignore=,$(KERNEL_ROOMS)) $(PYTEST_ARGS)
 
+# A file's tests stay together, for what they build once; tests/conftest.py says which files begin.
 test: $(BUILD_STAMP)
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest --numprocesses=$(TEST_JOBS) --dist=loadfile --no-loadscope-reorder --benchmark-disable $(PYTEST_ARGS)
 
 fuzz: $(BUILD_STAMP)
 	$(BIN)/python -m tests.fuzz $(FUZZ_ARGS)

@@ -25,8 +25,7 @@ from gpu_steps import milliseconds
 
 import fused_rnn
 from fused_rnn.commands.bench.field import closest
-from fused_rnn.cuda import scan
-from fused_rnn.triton import planner
+from fused_rnn.gpu import chunks
 
 # T, B, H. The last leaves most of a GPU idle without chunks of time.
 SHAPES = ((512, 8, 256), (512, 64, 512), (4096, 1, 256))
@@ -42,7 +41,7 @@ def as_planned() -> Iterator[None]:
 
 @contextmanager
 def without_chunks() -> Iterator[None]:
-    with patch.object(scan, "FEWEST_CHUNKS", NEVER), patch.object(planner, "FEWEST_CHUNKS", NEVER):
+    with patch.object(chunks, "FEWEST_CHUNKS", NEVER):
         yield
 
 

@@ -12,6 +12,9 @@ from tolerances import tf32
 
 # Deterministic mode refuses cuBLAS without it; read when cuBLAS starts.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+# Read when Triton is first imported, by whichever test.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 # What make check leaves to make test: tests with these markers, and files that compile kernels or start processes.
 SLOW = ("slow", "compile", "gpu")
 SLOW_FILES = (
@@ -20,14 +23,26 @@ SLOW_FILES = (
     *("nn/test_distributed", "package/test_first_hour", "scripts/test_gpu_rehearse", "triton/test_aot"),
     "triton/test_mutations",
 )
+# A minute and more each, on one core: they begin, so that no process is left with one while the others have none.
+LONGEST_FILES = (
+    *("cuda/test_emulated", "scripts/test_gpu_rehearse", "triton/test_stages", "flex/test_cells_on_triton"),
+    *("cpu/test_isas", "flex/test_field_on_triton", "cpu/test_scan_mistakes", "cpu/test_trial_cell"),
+)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--fast", action="store_true", help="two cases of each test, and no slow one: make check")
 
 
+def _is_in(item: pytest.Item, files: tuple[str, ...]) -> bool:
+    return str(item.path).removesuffix(".py").endswith(files)
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Of a test with many cases, --fast leaves the first and the last."""
+    """Where several processes share the tests, the longest files first. Of a test with many cases, --fast leaves the
+    first and the last."""
+    if hasattr(config, "workerinput"):
+        items.sort(key=lambda item: not _is_in(item, LONGEST_FILES))
     if not config.getoption("--fast"):
         return
     tests = [item.nodeid.partition("[")[0] for item in items]
@@ -36,7 +51,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     chosen, others = [], []
     for test, item in zip(tests, items, strict=True):
         left[test] -= 1
-        slow = any(map(item.get_closest_marker, SLOW)) or str(item.path).removesuffix(".py").endswith(SLOW_FILES)
+        slow = any(map(item.get_closest_marker, SLOW)) or _is_in(item, SLOW_FILES)
         (others if slow or (test in seen and left[test]) else chosen).append(item)
         seen.add(test)
     config.hook.pytest_deselected(items=others)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from fused_rnn.cells import CELLS
-from fused_rnn.cuda import lanes, launch, limits, module, plain, plans, programs, scan
-from fused_rnn.gpu import op
+from fused_rnn.cuda import lanes, launch, limits, module, plain, plans, programs
+from fused_rnn.gpu import chunks, op
 from fused_rnn.gpu.narrow import refusal_of_narrow
 from fused_rnn.gpu.wavefront import Wavefront
 from fused_rnn.plan import PRECISIONS, fewer_blocks, stages_of, without_product
@@ -54,7 +54,7 @@ def describe(problem: Problem) -> str:
     device = module.device_index(torch.device(problem.device))
     number, cell = plans.precision(problem.dtype), CELLS[problem.cell].whole
     if not cell.recurrent:
-        told, least = without_product(cell), scan.FEWEST_CHUNKS * scan.SHORTEST_CHUNK
+        told, least = without_product(cell), chunks.fewest_steps()
         units = problem.recurrences * problem.batch * problem.hidden_size
         if plans.chunk_of_time(cell, device, least, units) < least:
             told += f", by chunks of time side by side from T = {least} on"

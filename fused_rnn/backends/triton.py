@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fused_rnn.cells import CELLS, Cell, unknown
 from fused_rnn.cells.program import is_program
-from fused_rnn.gpu import op
+from fused_rnn.gpu import chunks, op
 from fused_rnn.transforms.op_gradient import without_gradient
 from fused_rnn.triton import device as devices
 from fused_rnn.triton import planner
@@ -74,7 +74,7 @@ def describe(problem: Problem) -> str:
         shape = shape_of(cell, kind, problem.hidden_size, way == "backward")
         schedule = planner.choose(shape, target, problem.batch, problem.recurrences)
         said.append(f"{way}: {schedule}")
-        least = planner.FEWEST_CHUNKS * planner.SHORTEST_CHUNK
+        least = chunks.fewest_steps()
         if planner.chunk_of(cell, schedule, target, least, problem.batch, problem.recurrences) < least:
             said[-1] += f", by chunks of time side by side from T = {least} on"
     return "; ".join(said)

@@ -9,20 +9,17 @@ from fused_rnn.cells import CELLS, Cell
 from fused_rnn.cells.program import MOST_STATES, Graph, Program, parse
 from fused_rnn.flex.builder import Builder, emit
 from fused_rnn.flex.scan import Scan, scan_of
+from fused_rnn.gpu import chunks
 
-# A chunk of time has this many steps at least; as many CTAs run on a multiprocessor side by side as hide each other's
-# waiting for memory; and fewer chunks than these do not make up for running the steps twice. No GPU has run one yet.
-SHORTEST_CHUNK, RESIDENT, FEWEST_CHUNKS = 64, 4, 4
 _THREADS = 256  # csrc/cuda/layout.h's kPointwiseThreads
 
 
 def chunk_of(cell: Cell, steps: int, units: int, multiprocessors: int) -> int:
     """How many steps a chunk has, where chunks of time run side by side; all of them where the cell is not linear in
-    its states, where one loop over time fills the device, or where it is too short. units: R·B·H."""
+    its states, or where they do not pay (gpu/chunks.py). units: R·B·H."""
     if cell.program is None or units == 0 or summary_of(cell.name) is None:
         return steps
-    chunks = min(RESIDENT * multiprocessors // -(-units // _THREADS), steps // SHORTEST_CHUNK)
-    return -(-steps // chunks) if chunks >= FEWEST_CHUNKS else steps
+    return chunks.chunk_of(steps, -(-units // _THREADS), multiprocessors)
 
 
 @lru_cache(maxsize=4096)

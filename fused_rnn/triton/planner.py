@@ -12,6 +12,7 @@ from typing import Any
 
 from fused_rnn.cells import Cell
 from fused_rnn.flex.scan import scan_of
+from fused_rnn.gpu import chunks
 from fused_rnn.triton import measured, tiles
 from fused_rnn.triton.schedule import LOOPS, Schedule, Shape, Tile
 from fused_rnn.triton.target import Target
@@ -142,19 +143,12 @@ def _independent(shape: Shape) -> Schedule:
     return Schedule("solo", tile, -(-shape.hidden // tile.units))
 
 
-# A chunk of time has this many steps at least; as many programs run on a multiprocessor side by side as hide each
-# other's waiting for memory; and fewer chunks than these do not make up for running the steps twice. Not measured yet.
-SHORTEST_CHUNK, RESIDENT, FEWEST_CHUNKS = 64, 4, 4
-
-
 def chunk_of(cell: Cell, schedule: Schedule, target: Target, steps: int, batch: int, recurrences: int) -> int:
     """How many steps a chunk has, where chunks of time run side by side; all of them where the cell is not linear in
-    its states, where one loop over time fills the device, or where it is too short."""
+    its states, or where they do not pay (gpu/chunks.py)."""
     if cell.program is None or scan_of(cell.name) is None:
         return steps
-    programs = max(1, schedule.programs(batch, recurrences))
-    chunks = min(RESIDENT * target.processors // programs, steps // SHORTEST_CHUNK)
-    return -(-steps // chunks) if chunks >= FEWEST_CHUNKS else steps
+    return chunks.chunk_of(steps, schedule.programs(batch, recurrences), target.processors)
 
 
 _forced: dict[str, Any] = {}

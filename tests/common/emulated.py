@@ -19,7 +19,8 @@ from fused_rnn.cuda import module, plans
 def emulated(built_in: bool = True) -> ModuleType:
     """The module with every kernel, or without those of the built-in cells; imported."""
     library = emulated_build.module("plain", None if built_in else [])
-    spec = importlib.util.spec_from_file_location("_emulated", library)
+    # pybind11 has one module of a name in a process: each library gets a name of its own.
+    spec = importlib.util.spec_from_file_location(f"{library.stem}._emulated", library)
     assert spec is not None
     assert spec.loader is not None
     loaded = importlib.util.module_from_spec(spec)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import itertools
-import os
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,9 +19,6 @@ import torch
 from cases import Case, Inputs
 from torch import Tensor
 
-# Read when fused_rnn.triton's kernels are first imported, which is when the first of them runs.
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
 pytest.importorskip("triton", reason="Triton is not installed")
 
 import fused_rnn

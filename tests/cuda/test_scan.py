@@ -22,6 +22,7 @@ from fused_rnn.backends import cuda as backend
 from fused_rnn.call import LayerCall
 from fused_rnn.cells import CELLS
 from fused_rnn.cuda import launch, programs, scan
+from fused_rnn.gpu import chunks
 from fused_rnn.problem import Problem
 
 pytestmark = [
@@ -47,8 +48,8 @@ LOADER = Loader(
 
 @pytest.fixture(autouse=True)
 def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scan, "SHORTEST_CHUNK", CHUNK)
-    monkeypatch.setattr(scan, "FEWEST_CHUNKS", 2)
+    monkeypatch.setattr(chunks, "SHORTEST_CHUNK", CHUNK)
+    monkeypatch.setattr(chunks, "FEWEST_CHUNKS", 2)
 
 
 @pytest.fixture
@@ -166,8 +167,8 @@ def test_a_factor_beyond_range_makes_nothing_of_zero() -> None:
 
 def test_when_chunks_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where one loop over time leaves most of the device idle, and time is long."""
-    monkeypatch.setattr(scan, "SHORTEST_CHUNK", 64)
-    monkeypatch.setattr(scan, "FEWEST_CHUNKS", 4)
+    monkeypatch.setattr(chunks, "SHORTEST_CHUNK", 64)
+    monkeypatch.setattr(chunks, "FEWEST_CHUNKS", 4)
     cell = CELLS[TEXTS["min_gru"]]
 
     def chunk(steps: int, units: int) -> int:
@@ -206,8 +207,8 @@ def test_which_cells_have_a_summary() -> None:
 
 
 def test_what_is_said_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scan, "SHORTEST_CHUNK", 64)
-    monkeypatch.setattr(scan, "FEWEST_CHUNKS", 4)
+    monkeypatch.setattr(chunks, "SHORTEST_CHUNK", 64)
+    monkeypatch.setattr(chunks, "FEWEST_CHUNKS", 4)
     sizes = (3, 5, 40, 40, 1, 1, True, True, False, "gates", False, False)
     with on_the_emulator(0, False), programs.emulating(LOADER):
         told = {

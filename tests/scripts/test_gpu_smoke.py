@@ -20,7 +20,7 @@ from torch import Tensor
 
 import fused_rnn
 from fused_rnn import ops
-from fused_rnn.cuda import scan
+from fused_rnn.gpu import chunks as of_time
 
 # --- the stage of first launches
 
@@ -175,7 +175,7 @@ def test_cells_of_the_field_are_timed_beside_torchs(monkeypatch: pytest.MonkeyPa
 
     def milliseconds(call: Any) -> float:
         call()
-        chunks.append(scan.FEWEST_CHUNKS)
+        chunks.append(of_time.FEWEST_CHUNKS)
         return 2.0
 
     def module_of(cell: str, backend: str, hidden: int, device: str) -> torch.nn.Module:
@@ -187,7 +187,7 @@ def test_cells_of_the_field_are_timed_beside_torchs(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(field, "SHAPES", ((5, 3, 16),))
     monkeypatch.setattr(field, "milliseconds", milliseconds)
     monkeypatch.setattr(field, "module_of", module_of)
-    before = scan.FEWEST_CHUNKS
+    before = of_time.FEWEST_CHUNKS
     assert field.measure(("LayerNormGRU", "MinGRU"), tmp_path, time.monotonic() + 600, device="cpu") == 3
     rows = [json.loads(line) for line in (tmp_path / "field.json").read_text().splitlines()]
     failed = [row["way"] for row in rows if "error" in row]
@@ -197,7 +197,7 @@ def test_cells_of_the_field_are_timed_beside_torchs(monkeypatch: pytest.MonkeyPa
         ("LayerNormGRU", "torch.nn.GRU"), ("LayerNormGRU", "cuda"),
         ("MinGRU", "torch.nn.GRU"), ("MinGRU", "cuda"), ("MinGRU", "cuda, one chunk"),
     ]  # fmt: skip
-    assert chunks == [before] * 8 + [field.NEVER] * 2 and before == scan.FEWEST_CHUNKS
+    assert chunks == [before] * 8 + [field.NEVER] * 2 and before == of_time.FEWEST_CHUNKS
 
 
 @pytest.mark.skipif(ops.MISSING is not None, reason=str(ops.MISSING))

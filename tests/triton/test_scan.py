@@ -16,6 +16,7 @@ from triton_cases import DEVICE, MARKS, planted, quicker_interpreter
 from fused_rnn.backends import triton as backend
 from fused_rnn.call import LayerCall
 from fused_rnn.cells import CELLS
+from fused_rnn.gpu import chunks
 from fused_rnn.problem import Problem
 from fused_rnn.triton import launch, planner
 from fused_rnn.triton.schedule import Schedule, Tile
@@ -28,8 +29,8 @@ CHUNK = 3
 @pytest.fixture(autouse=True)
 def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     quicker_interpreter()
-    monkeypatch.setattr(planner, "SHORTEST_CHUNK", CHUNK)
-    monkeypatch.setattr(planner, "FEWEST_CHUNKS", 2)
+    monkeypatch.setattr(chunks, "SHORTEST_CHUNK", CHUNK)
+    monkeypatch.setattr(chunks, "FEWEST_CHUNKS", 2)
 
 
 def on_device(case: ProgramCase, seed: int = 0) -> LayerCall:
@@ -174,8 +175,8 @@ def test_without_a_mistake() -> None:
 def test_when_chunks_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where one loop over time leaves most of the device idle, and time is long."""
     target, schedule = ARCHITECTURES["sm_90"], Schedule("solo", Tile(16, 32, 16, 4), 4)
-    monkeypatch.setattr(planner, "SHORTEST_CHUNK", 64)
-    monkeypatch.setattr(planner, "FEWEST_CHUNKS", 4)
+    monkeypatch.setattr(chunks, "SHORTEST_CHUNK", 64)
+    monkeypatch.setattr(chunks, "FEWEST_CHUNKS", 4)
     cell = CELLS[SCANS["min_gru"].program.text]
 
     def chunk(steps: int, batch: int) -> int:
@@ -190,8 +191,8 @@ def test_when_chunks_run(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_is_said_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(planner, "SHORTEST_CHUNK", 64)
-    monkeypatch.setattr(planner, "FEWEST_CHUNKS", 4)
+    monkeypatch.setattr(chunks, "SHORTEST_CHUNK", 64)
+    monkeypatch.setattr(chunks, "FEWEST_CHUNKS", 4)
     sizes = (3, 5, 40, 40, 1, 1, True, True, False, "gates", False, False)
     texts = {
         name: backend.describe(Problem(cell.program.text, torch.float32, DEVICE, False, *sizes))
