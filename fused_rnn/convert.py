@@ -17,7 +17,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from fused_rnn import nn as room
 from fused_rnn.call import known_save
 from fused_rnn.dispatch import known_backend
-from fused_rnn.nn import GRU, LSTM, RNN, FlexRNN, GRUCell, LSTMCell, RNNCell, both
+from fused_rnn.nn import GRU, LSTM, RNN, FlexRNN, GRUCell, LSTMCell, RNNCell, both, extras
 from fused_rnn.nn.base import Fused, mark_leaf, unmark_leaf
 from fused_rnn.nn.recurrent import Recurrent, overrides_checks
 
@@ -129,7 +129,7 @@ def to_torch(model: M) -> M:
     for name, module in _modules(model):
         kind = type(module)
         theirs = _theirs(kind, is_parametrized(module))
-        if theirs is not None and getattr(module, "_fused_extras", False):
+        if theirs is not None and module._fused_asks():  # type: ignore[operator]
             what = f"{name or 'the model'} is a {kind.__module__}.{kind.__qualname__} with {module.extra_repr()}"
             warnings.warn(f"to_torch: {what}, which torch.nn has not, and is left as it is", stacklevel=2)
         elif theirs is not None:
@@ -137,6 +137,7 @@ def to_torch(model: M) -> M:
             unmark_leaf(module)
             module.__dict__.pop("_fused_backend", None)
             module.__dict__.pop("_fused_save", None)
+            extras.forget(module)
         elif isinstance(module, Fused):
             why = "which torch.nn has not" if kind in (FlexRNN, *room.field.FIELD) else "derived from fused_rnn's class"
             what = f"{name or 'the model'} is a {kind.__module__}.{kind.__qualname__}"

@@ -139,7 +139,10 @@ def register(cell: Cell) -> Cell:
 
 def unknown(cell: str, known: Iterable[str]) -> str | None:
     """Why a backend with kernels for these cells cannot run this one; None where it can."""
-    return None if cell in known else f"it knows the cells {', '.join(known)}, not {title(cell)!r}"
+    if cell in known:
+        return None
+    name = title(cell)  # a variant's, or a user's cell's, may be one of those
+    return f"it knows the cells {', '.join(known)}, not {'this variant of ' * (name in known)}{name!r}"
 
 
 def title(cell: str) -> str:

@@ -44,6 +44,10 @@ class Fused(nn.Module):
         mark_leaf(module)
         return module
 
+    def _fused_asks(self) -> bool:
+        """Whether it asks for what torch.nn's classes have not."""
+        return False
+
     @property
     @unused  # no part of what torch.jit.script makes
     def backend(self) -> str | None:
@@ -62,7 +66,7 @@ class Fused(nn.Module):
         kind = type(self)
         if overrides_forward(kind):
             return self
-        if getattr(self, "_fused_extras", False):
+        if self._fused_asks():
             raise NotImplementedError(
                 f"{kind.__name__}: got {self.extra_repr()}; torch.jit.script compiles torch.nn's classes, which have no"
                 " such arguments"

@@ -17,7 +17,7 @@ from torch.compiler import is_compiling
 
 from fused_rnn import layers, ops
 from fused_rnn.cells import CELLS
-from fused_rnn.checks import in_transform
+from fused_rnn.checks import check_dtypes, in_transform, is_as_it_seems
 from fused_rnn.flex.variant import program
 
 DEFAULTS: dict[str, Any] = {
@@ -59,6 +59,24 @@ def complete(module: Any, values: dict[str, Any] = DEFAULTS) -> None:
         if name not in module.__dict__ and not hasattr(type(module), name):  # FlexRNN's return_sequences is a property
             module.__dict__[name] = value
     module.__dict__["_fused_extras"] = True
+
+
+def asks(module: Any) -> bool:
+    """Whether any of the module's extras is another than torch.nn's modules have."""
+    if not module._fused_extras:
+        return False
+    try:
+        now = read(module)
+    except (TypeError, ValueError):
+        return True
+    return bool(now.recurrent_dropout or any(now.zoneout) or now.weight_dropout or now.states or now.gates)
+
+
+def forget(module: Any) -> None:
+    """Leave a module that asks for none without the attributes."""
+    if module.__dict__.pop("_fused_extras", False):
+        for name in DEFAULTS:
+            module.__dict__.pop(name, None)
 
 
 class Variant(NamedTuple):
@@ -192,6 +210,8 @@ def run(
     recurrences = (1 + module.bidirectional) * heads
     masks: list[Tensor] = []  # of h or what is new, of each recurrence
     if dropped or zoned or (training and now.weight_dropout > 0):
+        if not x.is_floating_point():  # what masks are made of
+            check_dtypes(x, weights)
         own: list[Tensor] = []
         units = module.hidden_size // heads
         draw, each = _Draw(x), len(weights) // recurrences
@@ -217,7 +237,9 @@ def run(
         module._fused_backend, heads, over_time,
     )  # fmt: skip
     histories = (outputs[0], *outputs[1 + count :])
-    own_states = histories[first : first + (number if now.states else 1)]
+    own_states = list(histories[first : first + (number if now.states else 1)])
+    if first and module._fused_save == "gates" and own_states[0].requires_grad and is_as_it_seems(own_states[0]):
+        own_states[0] = own_states[0].clone()  # h, which the caller may change in place: layers.run copied m * h
     return (*own_states, *histories[first + number :]), outputs[1 + first : 1 + first + number]
 
 

@@ -150,6 +150,9 @@ class Recurrent(Fused, nn.RNNBase):
         """The input and the weights that a layer runs by, of its input x [T, B, D]."""
         raise NotImplementedError
 
+    def _fused_asks(self) -> bool:
+        return extras.asks(self)
+
     def extra_repr(self) -> str:
         """torch.nn's, and the extra arguments where they are not the default."""
         said = [f", backend={self._fused_backend!r}"] if self._fused_backend is not None else []

@@ -72,14 +72,15 @@ def run(
     plain = are_plain((input.data if packed else input, *weights))
     plain_hx = is_plain_hx(hx, module._fused_states)
     if more is not None and not (plain and plain_hx):
+        checks.check_tensor("input", input.data if packed else input)
         if plain:
-            run_counterpart(module, weights, input, hx, extra)  # for its error
+            run_counterpart(module, _as_it_reads(module, weights), input, hx, extra)  # for its error
         raise NotImplementedError(
             f"{', '.join(extras.DEFAULTS)}: tensors of other classes than torch's own are run by torch.nn's modules,"
             " which have none of these"
         )
     if not (plain and plain_hx) or (not extra and more is None and prefers_counterpart(module, weights, input)):
-        return run_counterpart(module, weights, input, hx, extra)
+        return run_counterpart(module, _as_it_reads(module, weights), input, hx, extra)
     try:
         if reset is not None:
             reset = checks.as_reset(reset, weights[0].device)
@@ -104,6 +105,11 @@ def run(
         return (y.transpose_(0, 1) if is_unshared(y, module._fused_backend) else y.transpose(0, 1)), hx
     except ValueError as error:
         return refuse(module, weights, input, hx, error)
+
+
+def _as_it_reads(module: Recurrent, weights: Sequence[Tensor]) -> Sequence[Tensor]:
+    """A call's weights as the cell has them, where each layer is to make them."""
+    return module._fused_read() if module._fused_by_layer else weights
 
 
 def _run_unbatched(

@@ -432,6 +432,15 @@ def test_attributes_set_later() -> None:
     assert torch.equal(other(x)[0], other(x)[0]) and other.zoneout == "mine"
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch.jit.script, of itself
+def test_a_schedule_that_has_ended_leaves_a_module_as_torch_has_it() -> None:
+    module, x = fused_rnn.LSTM(4, 6, zoneout=0.5), torch.randn(5, 3, 4)
+    module.zoneout = (0, 0.0)
+    y = torch.jit.script(nn.Sequential(module))(x)[0]
+    assert torch.equal(y, fused_rnn.to_torch(module)(x)[0]) and type(module) is nn.LSTM
+    assert "zoneout" not in vars(fused_rnn.convert(module)) and not module._fused_extras
+
+
 @pytest.mark.parametrize("randomness", ["same", "different"])
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "all"])
 def test_vmap(kind: str, randomness: str) -> None:
@@ -529,6 +538,25 @@ def test_errors(kind: Any, given: dict[str, Any], error: type[Exception], said: 
     with pytest.raises(error) as caught:
         kind(4, 6, **given)
     assert said in str(caught.value)
+
+
+@pytest.mark.parametrize("save", ["gates", "recompute"])
+@pytest.mark.parametrize(("name", "kind"), pairs())
+def test_output_may_be_changed_in_place(name: str, kind: str, save: str) -> None:
+    """As torch.nn's: an activation, or dropout, with inplace=True follows it. Before backward, in training."""
+    x = torch.randn(5, 3, 4)
+    for batch_first in (False, True):
+        module = MODULES[name](4, 6, 2, batch_first=batch_first, bidirectional=True, save=save, **options(name, kind))
+        grads = []
+        for in_place in (False, True):
+            torch.manual_seed(1)
+            y = module(x)[0]
+            y = y[0] if isinstance(y, tuple) else y
+            module.zero_grad()
+            (y.mul_(2) if in_place else y * 2).square().sum().backward()
+            grads.append([p.grad for p in module.parameters()])
+        for own, other in zip(*grads, strict=True):
+            torch.testing.assert_close(own, other)
 
 
 def test_a_cell_without_a_matrix_has_none_to_drop() -> None:

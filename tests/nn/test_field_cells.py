@@ -261,3 +261,16 @@ def test_a_weight_of_another_shape(name: str) -> None:
         rnn(torch.randn(5, 3, 4))
     with pytest.raises(RuntimeError, match=r"input\.size"):
         getattr(fused_rnn, name)(4, 6)(torch.randn(5, 3, 9))
+
+
+@pytest.mark.parametrize("hx", ["a", [torch.zeros(1, 3, 6)], (torch.zeros(1, 3, 6),)])
+def test_li_gru_says_what_is_wrong_with_hx_in_training_too(hx: Any) -> None:
+    for module in (fused_rnn.LiGRU(4, 6), fused_rnn.LiGRU(4, 6, 1, zoneout=0.1), fused_rnn.LiGRU(4, 6).eval()):
+        with pytest.raises(TypeError, match=r"hx: got .*, expected a tensor \[1, 3, 6\]"):
+            module(torch.randn(5, 3, 4), hx)
+
+
+@pytest.mark.parametrize("size", ["a", 8.0])
+def test_block_gru_of_a_size_that_is_no_int(size: Any) -> None:
+    with pytest.raises(TypeError, match="hidden_size should be of type int"):
+        fused_rnn.BlockGRU(4, size, blocks=2)

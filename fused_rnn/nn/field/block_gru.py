@@ -60,7 +60,8 @@ class BlockGRU(Parted):
     _fused_vectors: ClassVar = {"gamma": 3, "beta": 3}
 
     def __init__(self, input_size: int, hidden_size: int, *args: Any, blocks: int = 1, **kwargs: Any) -> None:
-        if isinstance(blocks, bool) or not isinstance(blocks, int) or blocks < 1 or hidden_size % blocks:
+        divides = isinstance(blocks, int) and blocks > 0 and not (isinstance(hidden_size, int) and hidden_size % blocks)
+        if isinstance(blocks, bool) or not divides:  # of what is no int, torch says what it is
             raise ValueError(f"blocks: got {blocks!r}, expected a positive divisor of hidden_size = {hidden_size}")
         self.blocks = blocks
         super().__init__(input_size, hidden_size, *args, **kwargs)
