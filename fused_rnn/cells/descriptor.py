@@ -110,11 +110,7 @@ class Cells(dict[str, Cell]):
     dict's subclass Dynamo guards the size."""
 
     def __missing__(self, name: str) -> Cell:
-        if name not in _PROGRAMS:
-            if not is_program(name):
-                raise KeyError(name)
-            _PROGRAMS.setdefault(name, cell_of(parse(name)))
-        return _PROGRAMS[name]
+        return _of_program(name)
 
 
 def cell_of(program: Program) -> Cell:
@@ -127,6 +123,19 @@ def cell_of(program: Program) -> Cell:
 
 
 _PROGRAMS: dict[str, Cell] = {}
+
+
+def _of_program(name: str) -> Cell:
+    """A program's cell. Raises KeyError for another name."""
+    if name not in _PROGRAMS:
+        if not is_program(name):
+            raise KeyError(name)
+        _PROGRAMS.setdefault(name, cell_of(parse(name)))
+    return _PROGRAMS[name]
+
+
+# As torch.compiler.assume_constant_result: of the dict Dynamo would see what was there when a trace first read it.
+_of_program._dynamo_marked_constant = True  # type: ignore[attr-defined]
 CELLS: Cells = Cells()
 
 
