@@ -1,19 +1,21 @@
 """Time of the cells of the literature on a GPU, beside the closest that torch.nn has: `make gpu-field`.
 
-    python scripts/gpu_field.py --out FOLDER [--cell MinGRU] [--minutes 1]
+    python scripts/gpu_field.py --out FOLDER [--cell MinGRU] [--minutes 1] [--seconds 90]
 
 Milliseconds of whole calls in bf16, inference and training, by each backend. Cells that are linear in their states also
-without chunks of time side by side. Run by scripts/gpu.py; writes field.json as it goes.
+without chunks of time side by side. Run by scripts/gpu.py; writes field.json as it goes. A process measures; after a
+way that hangs for --seconds, or takes the GPU's context with it, a new one goes on with the ways behind it.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -32,6 +34,7 @@ SHAPES = ((512, 8, 256), (512, 64, 512), (4096, 1, 256))
 CELLS = ("LayerNormLSTM", "LayerNormGRU", "BlockGRU", "ResetBeforeGRU", "SLSTM", "PeepholeLSTM", "MinGRU", "MinLSTM")
 LINEAR = ("MinGRU", "MinLSTM")
 NEVER = 1 << 30
+LOST = 3  # the exit status where the GPU takes no more calls of this process
 
 
 @contextmanager
@@ -70,28 +73,76 @@ def calls(module: torch.nn.Module, x: torch.Tensor) -> dict[str, Callable[[], ob
     return {"inference": inference, "training": lambda: torch.autograd.grad(module(leaves[0])[0], leaves, dy)}
 
 
-def measure(cells: tuple[str, ...], out: Path, end: float, device: str = "cuda") -> int:
-    """Writes a row of each cell, shape, way and mode; how many were refused or failed."""
-    rows: list[dict[str, Any]] = []
+def cases(cells: tuple[str, ...]) -> list[tuple[dict[str, Any], str, Callable[[], Any]]]:
+    """What is measured, in order: of each its row's beginning, by which backend, planned how."""
+    return [
+        ({"cell": cell, "T": steps, "B": batch, "H": hidden, "way": title}, backend, planned)
+        for steps, batch, hidden in SHAPES
+        for cell in cells
+        for backend, title, planned in ways(cell)
+    ]
+
+
+def told(out: Path, row: dict[str, Any]) -> None:
+    print(*row.values(), flush=True)
+    with (out / "field.json").open("a") as rows:
+        rows.write(json.dumps(row) + "\n")
+
+
+def measure(cells: tuple[str, ...], out: Path, end: float, device: str = "cuda", first: int = 0) -> int:
+    """Writes a row of each case and mode from the first of these cases on, and in `at` the number of the case under
+    way; how many were refused or failed."""
     failed = 0
-    for (steps, batch, hidden), cell in ((shape, cell) for shape in SHAPES for cell in cells):
-        x = torch.randn(steps, batch, hidden, device=device, dtype=torch.bfloat16)
-        for backend, title, planned in ways(cell):
-            case = {"cell": cell, "T": steps, "B": batch, "H": hidden, "way": title}
-            if time.monotonic() > end:
-                print("time is up")
-                return failed
-            try:
-                with planned():
-                    for mode, call in calls(module_of(cell, backend, hidden, device), x).items():
-                        call()  # compiles
-                        rows.append({**case, "mode": mode, "ms": round(milliseconds(call), 4)})
-                        print(*rows[-1].values(), flush=True)
-            except Exception as error:  # of this way; the others go on
-                failed += 1
-                rows.append({**case, "mode": "failed", "error": str(error)[:300]})
-                print(*rows[-1].values(), flush=True)
-            (out / "field.json").write_text("\n".join(json.dumps(row) for row in rows) + "\n")
+    for number, (case, backend, planned) in list(enumerate(cases(cells)))[first:]:
+        if time.monotonic() > end:
+            print("time is up")
+            break
+        (out / "at").write_text(str(number))
+        try:
+            x = torch.randn(case["T"], case["B"], case["H"], device=device, dtype=torch.bfloat16)
+            with planned():
+                for mode, call in calls(module_of(case["cell"], backend, case["H"], device), x).items():
+                    call()  # compiles
+                    told(out, {**case, "mode": mode, "ms": round(milliseconds(call), 4)})
+                    (out / "at").touch()
+        except Exception as error:  # of this way; the others go on
+            failed += 1
+            told(out, {**case, "mode": "failed", "error": str(error)[:300]})
+            if device == "cuda" and lost():
+                sys.exit(LOST)
+    (out / "at").write_text(str(len(cases(cells))))  # to the end, or as far as there was time
+    return failed
+
+
+def lost() -> bool:
+    """Whether an error of the GPU stands in the way of all other calls."""
+    try:
+        torch.ones(1, device="cuda").item()
+    except Exception:
+        return True
+    return False
+
+
+def in_processes(command: list[str], cells: tuple[str, ...], out: Path, end: float, seconds: float) -> int:
+    """One process after the other, each from the case behind that which ended the one before. command: less the number
+    of the first case."""
+    at, failed, first = out / "at", 0, 0
+    while first < len(cases(cells)) and time.monotonic() < end:
+        at.write_text(str(first))
+        child = subprocess.Popen([*command, str(first), "--minutes", f"{(end - time.monotonic()) / 60:.3f}"])
+        while (status := child.poll()) is None and time.time() - at.stat().st_mtime < seconds:
+            time.sleep(0.1)
+        number = int(at.read_text())
+        if status is not None and number == len(cases(cells)):
+            return failed + status
+        failed += 1
+        if status != LOST:  # which has told of it
+            child.kill()
+            with suppress(subprocess.TimeoutExpired):  # a driver may take its time over a kernel that hangs
+                child.wait(10)
+            why = f"hung for {seconds:.0f} s" if status is None else f"exit status {status}"
+            told(out, {**cases(cells)[number][0], "mode": "failed", "error": why})
+        first = number + 1
     return failed
 
 
@@ -100,11 +151,21 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--cell", choices=CELLS, action="append")
     parser.add_argument("--minutes", type=float, default=1.0)
+    parser.add_argument(
+        "--seconds", type=float, default=90.0, help="for a way, and once more for its training, at most"
+    )
+    parser.add_argument("--first", type=int, help="measure in this process, from this case on")
     chosen = parser.parse_args()
     chosen.out.mkdir(parents=True, exist_ok=True)
-    failed = measure(tuple(chosen.cell or CELLS), chosen.out, time.monotonic() + 60 * chosen.minutes)
+    cells, end = tuple(chosen.cell or CELLS), time.monotonic() + 60 * chosen.minutes
+    if chosen.first is not None:
+        return int(measure(cells, chosen.out, end, first=chosen.first) > 0)
+    (chosen.out / "field.json").unlink(missing_ok=True)
+    command = [sys.executable, __file__, "--out", str(chosen.out)]
+    command += [part for cell in cells for part in ("--cell", cell)]
+    failed = in_processes([*command, "--first"], cells, chosen.out, end, chosen.seconds)
     if failed:
-        print(f"{failed} ways failed")
+        print("not all ways were measured")
     return int(failed > 0)
 
 

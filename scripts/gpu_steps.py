@@ -3,8 +3,9 @@
     python scripts/gpu_steps.py --out FOLDER [--cell lstm] [--number bf16] [--hidden 512] [--every] [--minutes 3]
 
 Kernels alone, by torch's profiler, at T = 512. --every: not the planner's choice alone, but every team that fits. For a
-quarter of the time before it whole stacks: layer by layer, and as wavefronts in the number of chunks that is estimated
-to pay and in others. Run by scripts/gpu.py; writes stacks.json and steps.json as it goes.
+quarter of the time behind it whole stacks: layer by layer, and as wavefronts in the number of chunks that is estimated
+to pay and in others; last, for no GPU has run one. What fails is said, and the others go on. Run by scripts/gpu.py;
+writes steps.json and stacks.json as it goes.
 """
 
 from __future__ import annotations
@@ -93,9 +94,10 @@ def times(events: Any) -> dict[str, float]:
     return found
 
 
-def stacks(out: Path, end: float, device: str = "cuda") -> None:
-    """Milliseconds of whole stacks in bf16, by the number of chunks: inference and training."""
+def stacks(out: Path, end: float, device: str = "cuda") -> int:
+    """Milliseconds of whole stacks in bf16, by the number of chunks: inference and training. How many failed."""
     rows: list[dict[str, Any]] = []
+    failed = 0
     for kind, hidden, batch, layers, steps in STACKS:
         model = getattr(fused_rnn, kind)(hidden, hidden, layers, device=device, dtype=torch.bfloat16, backend="cuda")
         x = torch.randn(steps, batch, hidden, device=device, dtype=torch.bfloat16)
@@ -106,13 +108,19 @@ def stacks(out: Path, end: float, device: str = "cuda") -> None:
         }
         for (way, call), chunks in product(calls.items(), CHUNKS):
             if time.monotonic() > end:
-                return
-            with plans.override(chunks=chunks):
-                taken = round(milliseconds(call), 4)
+                return failed
             case = {"kind": kind, "H": hidden, "B": batch, "L": layers, "T": steps, "way": way}
+            try:
+                with plans.override(chunks=chunks):
+                    taken = round(milliseconds(call), 4)
+            except Exception as error:
+                failed += 1
+                print("stack", *case.values(), f"{chunks or 'as planned'}: failed: {error}", flush=True)
+                continue
             rows.append({**case, "chunks": chunks, "ms": taken})
             print("stack", *case.values(), f"{chunks or 'as planned'}: {taken:.3f} ms", flush=True)
             (out / "stacks.json").write_text("\n".join(json.dumps(row) for row in rows) + "\n")
+    return failed
 
 
 def milliseconds(call: Callable[[], object]) -> float:
@@ -129,6 +137,45 @@ def milliseconds(call: Callable[[], object]) -> float:
     return min(taken)
 
 
+def single(chosen: argparse.Namespace, end: float) -> int:
+    """The steps of single layers. How many cases failed."""
+    rows: list[dict[str, Any]] = []
+    failed = 0
+    gigahertz = getattr(torch.cuda.get_device_properties(0), "clock_rate", 0) / 1e6
+    print(f"cell number H B way: microseconds a step, estimated cycles (at {gigahertz:.2f} GHz), team")
+    numbers, cells = chosen.number or ("bf16", "tf32"), chosen.cell or ("lstm", "gru")
+    for number, cell, hidden, batch in product(numbers, cells, chosen.hidden or HIDDEN, BATCH):
+        for forced in teams(chosen.every):
+            if time.monotonic() > end:
+                print("time is up")
+                return failed
+            wanted = {way: plan_of(cell, number, hidden, batch, way, forced) for way in KERNELS.values()}
+            if any(plan.reason for plan in wanted.values()):
+                continue  # autograd runs both: a team that fits one alone is not measured
+            try:
+                with plans.override(**forced):
+                    found = measure(cell, number, hidden, batch)
+            except Exception as error:
+                failed += 1
+                print(cell, number, hidden, batch, *forced.values(), f"failed: {error}", flush=True)
+                continue
+            for way, micros in found.items():
+                plan = wanted[way]
+                case = {"cell": cell, "number": number, "H": hidden, "B": batch, "way": way}
+                team = {
+                    "exchange": plan.exchange,
+                    "members": plan.members,
+                    "known": plan.known,
+                    "rows": plan.rows,
+                    "waves": plan.waves,
+                }
+                measured = {"micros": round(micros, 3), "gigahertz": gigahertz}
+                rows.append({**case, **team, **measured, "cycles": plan.cycles._asdict()})
+                print(*case.values(), f"{micros:.2f} {sum(plan.cycles):.0f}", *team.values(), flush=True)
+            (chosen.out / "steps.json").write_text("\n".join(json.dumps(row) for row in rows) + "\n")
+    return failed
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="gpu_steps", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
@@ -139,38 +186,11 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=3.0)
     chosen = parser.parse_args()
     chosen.out.mkdir(parents=True, exist_ok=True)
-    begun, rows = time.monotonic(), []
-    end = begun + 60 * chosen.minutes
-    stacks(chosen.out, begun + 15 * chosen.minutes)
-    gigahertz = getattr(torch.cuda.get_device_properties(0), "clock_rate", 0) / 1e6
-    print(f"cell number H B way: microseconds a step, estimated cycles (at {gigahertz:.2f} GHz), team")
-    for number in chosen.number or ("bf16", "tf32"):
-        for cell in chosen.cell or ("lstm", "gru"):
-            for hidden, batch in ((h, b) for h in chosen.hidden or HIDDEN for b in BATCH):
-                for forced in teams(chosen.every):
-                    if time.monotonic() > end:
-                        print("time is up")
-                        return 0
-                    wanted = {way: plan_of(cell, number, hidden, batch, way, forced) for way in KERNELS.values()}
-                    if any(plan.reason for plan in wanted.values()):
-                        continue  # autograd runs both: a team that fits one alone is not measured
-                    with plans.override(**forced):
-                        found = measure(cell, number, hidden, batch)
-                    for way, micros in found.items():
-                        plan = wanted[way]
-                        case = {"cell": cell, "number": number, "H": hidden, "B": batch, "way": way}
-                        team = {
-                            "exchange": plan.exchange,
-                            "members": plan.members,
-                            "known": plan.known,
-                            "rows": plan.rows,
-                            "waves": plan.waves,
-                        }
-                        measured = {"micros": round(micros, 3), "gigahertz": gigahertz}
-                        rows.append({**case, **team, **measured, "cycles": plan.cycles._asdict()})
-                        print(*case.values(), f"{micros:.2f} {sum(plan.cycles):.0f}", *team.values(), flush=True)
-                    (chosen.out / "steps.json").write_text("\n".join(json.dumps(row) for row in rows) + "\n")
-    return 0
+    begun = time.monotonic()
+    failed = single(chosen, begun + 45 * chosen.minutes) + stacks(chosen.out, begun + 60 * chosen.minutes)
+    if failed:
+        print(f"{failed} failed")
+    return int(failed > 0)
 
 
 if __name__ == "__main__":

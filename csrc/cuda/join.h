@@ -18,6 +18,7 @@ join_kernel(const FUSED_RNN_GRID_CONSTANT Join p) {
   const int64_t i = flat - state * p.size;
   Acc* sums = static_cast<Acc*>(p.sums[state]) + i;
   const Acc *factors = static_cast<const Acc*>(p.factors[state]) + i, *uncuts = static_cast<const Acc*>(p.uncut) + i;
+  const bool forgets = p.forgets >> state & 1;
   Acc now = static_cast<const Acc*>(p.initial[state])[i];
   for (int first = 0; first < p.chunks; first += kJoinedAtOnce) {
     Acc sum[kJoinedAtOnce] = {}, factor[kJoinedAtOnce] = {}, uncut[kJoinedAtOnce] = {};
@@ -31,8 +32,9 @@ join_kernel(const FUSED_RNN_GRID_CONSTANT Join p) {
     for (int k = 0; k < kJoinedAtOnce; ++k) {
       if (first + k >= p.chunks) break;
       sums[at(k)] = now;
-      // Nothing of a zero, whatever the factors have grown to; and nothing past a reset.
-      now = uncut[k] == 0 || now == 0 ? sum[k] : factor[k] * now + sum[k];
+      // Nothing of a zero, whatever the factors have grown to; nothing past a reset; and of infinity nothing by what is known to be zero.
+      const bool alone = uncut[k] == 0 || now == 0 || (forgets && factor[k] == 0);
+      now = alone ? sum[k] : factor[k] * now + sum[k];
     }
   }
 }

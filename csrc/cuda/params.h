@@ -137,6 +137,7 @@ struct Join {
   int64_t size;  // R B H
   int chunks, states;
   bool backward;  // the last one runs first
+  unsigned forgets;  // bit i: a step's factor of state i is known to be zero; that of a chunk, too, where it has a step
   void* sums[kMostStates];           // what a chunk makes of zero; out: what enters it
   const void* factors[kMostStates];  // by what it multiplies what enters it
   const void* initial[kMostStates];  // [size]: what enters the one that runs first

@@ -138,15 +138,16 @@ PYBIND11_MODULE(FUSED_RNN_MODULE, m) {
   m.def(
       "join",
       [](const Addresses& sums, const Addresses& factors, const Addresses& initial, Address uncut, int64_t size, int chunks, bool backward,
-         bool is_double, Address stream) {
-        Join join{size, chunks, int(sums.size()), backward, {}, {}, {}, at(uncut)};
+         unsigned forgets, bool is_double, Address stream) {
+        Join join{size, chunks, int(sums.size()), backward, forgets, {}, {}, {}, at(uncut)};
         fill(join.sums, sums);
         fill(join.factors, factors);
         fill(join.initial, initial);
         unlocked([&] { return fused_rnn::cuda::join(join, is_double, at(stream)); });
       },
       py::kw_only(), py::arg("sums"), py::arg("factors"), py::arg("initial"), py::arg("uncut"), py::arg("size"), py::arg("chunks"),
-      py::arg("backward"), py::arg("is_double"), py::arg("stream"), "What enters each chunk of time, in the place of its sums.");
+      py::arg("backward"), py::arg("forgets"), py::arg("is_double"), py::arg("stream"),
+      "What enters each chunk of time, in the place of its sums.");
 
   const Addresses none;
   bind_loop<ForwardLoop>(m, "Forward")

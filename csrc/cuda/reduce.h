@@ -16,7 +16,8 @@
 //            that
 //              phase needs the pairs of every warp with units of every member, which each of them sent behind its loads of turn n.
 //              sync_warp orders these before the store, for all lanes.
-//            - No phase is missed: that of turn n + 2 needs what each warp sends when it has seen turn n. So its parity is enough.
+//            - No phase is missed: that of turn n + 2 needs what each warp with units sends when it has seen turn n. So its parity is
+//            enough for those; a warp without units, which no phase waits for, waits for none.
 //            - Which proxies and scopes: as in exchange.h. No CTA exits while pairs are on their way to it, since it waits for all of them.
 //   grid     To one of two copies in global memory; members are counted in and waited for as in exchange.h, and the pairs copied to shared
 //            memory by cp.async, which reads L2. Nothing is overwritten that is still read: a member writes for turn n + 2 when it has
@@ -81,9 +82,12 @@ class Reduction {
     }
   }
 
-  // All pairs of the turn are there; called by all threads, those without units included.
-  FUSED_RNN_DEVICE void wait(int pairs) const {
-    if (team_.exchange == ExchangeKind::cluster) return barrier_wait(&barriers_[turn_ & 1], turn_ / 2 & 1);
+  // All pairs of the turn are there; called by all threads, those without units included. reads: whether the warp has units.
+  FUSED_RNN_DEVICE void wait(int pairs, bool reads) const {
+    if (team_.exchange == ExchangeKind::cluster) {
+      if (reads) barrier_wait(&barriers_[turn_ & 1], turn_ / 2 & 1);
+      return;
+    }
     sync_threads();
     if (team_.exchange != ExchangeKind::grid) return;
     count_in(arrived_);

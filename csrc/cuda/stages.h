@@ -171,7 +171,7 @@ class Publisher {
       FUSED_RNN_UNROLL
       for (int i = 0; i < kPairs; ++i) reduction_.send(index[j], i, kPairs, pairs[i]);
     }
-    reduction_.wait(kPairs);
+    reduction_.wait(kPairs, index[0].inside);
     FUSED_RNN_UNROLL
     for (int j = 0; j < kUnits; ++j) {
       if (!index[j].inside) break;

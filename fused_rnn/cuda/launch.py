@@ -13,6 +13,7 @@ from fused_rnn import ops
 from fused_rnn.call import wide
 from fused_rnn.cells import Cell
 from fused_rnn.cuda import module, plans, programs, scan, stepwise
+from fused_rnn.flex.scan import scan_of
 from fused_rnn.gpu.directions import direction_bits
 from fused_rnn.gpu.loops import Layer
 from fused_rnn.gpu.narrow import Narrow, widened
@@ -274,7 +275,7 @@ class Loops:
         told = {name: given[name] for name in ("gx", "params", "h0")}
         told |= {"carried": _each(made), "chunks": (0, (made.shape[1] - 1) * chunk, chunk)}
         self._bind("Forward", told, cell=summary).run(0, self.stream)
-        self._join(made, count, carried, False)
+        self._join(made, carried, False)
         told = {"carried": _each(made[:count]), "chunks": (0, steps, chunk)}
         self._bind("Forward", given | told).run(0, self.stream)
         torch._foreach_copy_(carried, list(made[:count, -1]))
@@ -289,7 +290,7 @@ class Loops:
         given["last"] = dstates[0].data_ptr()
         told = {"dgates": 0, "dparams": 0, "dstates": _each(made[:, 1:]), "chunks": (chunk, layer.steps, chunk)}
         self._bind("Backward", given | told, cell=summary).run(0, self.stream)
-        self._join(made[count - own :], own, dstates[count - own :], True)
+        self._join(made[count - own :], dstates[count - own :], True)
         parts = None if dparams is None else dparams.new_zeros(made.shape[1], *dparams.shape)
         told = {"dparams": _at(parts), "dstates": _each(made[:count]), "chunks": (0, layer.steps, chunk)}
         self._bind("Backward", given | told).run(0, self.stream)
@@ -297,12 +298,15 @@ class Loops:
         if dparams is not None and parts is not None:
             dparams += parts.sum(0)
 
-    def _join(self, made: Tensor, count: int, initial: list[Tensor], backward: bool) -> None:
-        """What enters each chunk, in the place of what it made of no state. made: of so many states that, then their
-        factors, then what no reset has cut."""
+    def _join(self, made: Tensor, initial: list[Tensor], backward: bool) -> None:
+        """What enters each chunk, in the place of what it made of no state. made: of the states that are handed on
+        that, then their factors, then what no reset has cut."""
+        count, found = len(initial), scan_of(self.layer.cell.name)
+        assert found is not None
+        forgets = sum(1 << i for i, known in enumerate(found.forgets(backward)[-count:]) if known)
         self.module.join(
             sums=_each(made[:count]), factors=_each(made[count : 2 * count]), uncut=made[-1].data_ptr(),
-            initial=_each(initial), size=initial[0].numel(), chunks=made.shape[1], backward=backward,
+            initial=_each(initial), size=initial[0].numel(), chunks=made.shape[1], backward=backward, forgets=forgets,
             is_double=made.dtype == torch.float64, stream=self.stream,
         )  # fmt: skip
 

@@ -28,6 +28,12 @@ class Scan(NamedTuple):
     forward: Graph
     backward: Graph
 
+    def forgets(self, backward: bool) -> tuple[bool, ...]:
+        """Of which factors it is known that they are zero: nothing is multiplied by those, not infinity either."""
+        graph = self.backward if backward else self.forward
+        made = (graph.code[i - graph.inputs] if i >= graph.inputs else None for i in graph.outputs[0])
+        return tuple(one is not None and one.op == "const" and one.value == 0 for one in made)
+
 
 @lru_cache(maxsize=4096)
 def scan_of(cell: str) -> Scan | None:

@@ -16,10 +16,10 @@ from triton.compiler import ASTSource
 
 from fused_rnn.cells import Cell
 from fused_rnn.triton.backward import bwd_kernel
-from fused_rnn.triton.cells import kernels
 from fused_rnn.triton.compile import (
     constants_backward,
     constants_forward,
+    constants_scan,
     constants_schedule,
     constants_stages,
     last_stage,
@@ -123,7 +123,7 @@ def compile_kernel(
     constants |= constants_stages(cell, hidden, constants["ALIGN"], *how)
     constants["CHUNKED"] = "chunked" in variant
     if scan:
-        constants["SCAN"] = getattr(kernels(cell.name), "scan_bwd" if backward else "scan_fwd")
+        constants |= constants_scan(cell, backward)
     asked = {"REPLAY": "replay" in variant, "SEQUENCES": "sequences" in variant}
     pointers = _pointers(kernel, cell, dtype, asked | constants)
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}

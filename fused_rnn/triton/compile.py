@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 from fused_rnn.cells import Cell
+from fused_rnn.flex.scan import scan_of
 from fused_rnn.triton.cells import kernels
 from fused_rnn.triton.published import published
 from fused_rnn.triton.schedule import CROWDED, Schedule, shape_of
@@ -54,6 +55,13 @@ def constants_backward(
         "DP": len(cell.params) if has_dp else 0,
         "KEEP": not (shape.staged and shape.heavier > CROWDED),
     }
+
+
+def constants_scan(cell: Cell, backward: bool) -> dict[str, Any]:
+    """What the kernels of scan.py are compiled for besides: the cell is linear in its states."""
+    module, scan = kernels(cell.name), scan_of(cell.name)
+    assert scan is not None
+    return {"SCAN": module.scan_bwd if backward else module.scan_fwd, "FORGETS": scan.forgets(backward)}
 
 
 def last_stage(cell: Cell, backward: bool) -> int:

@@ -13,8 +13,7 @@ from torch import Tensor
 from fused_rnn.gpu.loops import Layer
 from fused_rnn.triton import planner
 from fused_rnn.triton.backward import bwd_kernel
-from fused_rnn.triton.cells import kernels
-from fused_rnn.triton.compile import constants_backward, constants_forward
+from fused_rnn.triton.compile import constants_backward, constants_forward, constants_scan
 from fused_rnn.triton.forward import fwd_kernel
 from fused_rnn.triton.launches import LaunchConfig, Launches, new_counters, new_shared, no_warnings
 from fused_rnn.triton.scan import join_kernel, scan_bwd_kernel, scan_fwd_kernel
@@ -149,10 +148,10 @@ def _forward_in_chunks(
     count, chunk = chunks
     sums, products = _each_chunk(carried, count), _each_chunk(carried, count)
     window, counters = (0, layer.steps), new_counters(layer, config.schedule, gx.device)
-    scan = constants | {"SCAN": kernels(layer.cell.name).scan_fwd}
-    launches = Launches(scan_fwd_kernel, layer, config, scan, False, (count - 1, chunk))
+    scan = constants_scan(layer.cell, False)
+    launches = Launches(scan_fwd_kernel, layer, config, constants | scan, False, (count - 1, chunk))
     launches.run((gx, params, sums, products), counters, window, [(*window, every)])
-    _join(sums, products, carried, False, config)
+    _join(sums, products, carried, False, config, scan["FORGETS"])
     launches = Launches(fwd_kernel, layer, config, constants | {"CHUNKED": True}, False, chunks)
     told = (gx, given, w, bias, params, masks, shared, h0, sums, *made)
     launches.run(told, counters, window, [(*window, every)])
@@ -171,11 +170,11 @@ def _backward_in_chunks(
     entering = sums[0]
     if not layer.cell.reads_h:
         entering = _at_the_end(layer, dstates[0], chunk, count)
-    scan = constants | {"SCAN": kernels(layer.cell.name).scan_bwd}
-    launches = Launches(scan_bwd_kernel, layer, config, scan, True, (count - 1, chunk))
+    scan = constants_scan(layer.cell, True)
+    launches = Launches(scan_bwd_kernel, layer, config, constants | scan, True, (count - 1, chunk))
     given = (dy, dsequences, params, states, first, saved, entering, sums, products)
     launches.run(given, counters, window, [(*window, 0)])
-    _join(sums, products, dstates, True, config)
+    _join(sums, products, dstates, True, config, scan["FORGETS"])
     if not layer.cell.reads_h:
         sums[0] = entering
     parts = None if dparams is None else dparams.new_zeros(count, *dparams.shape)
@@ -207,11 +206,26 @@ def _at_the_end(layer: Layer, dh: Tensor, chunk: int, chunks: int) -> Tensor:
 
 
 def _join(
-    sums: list[Tensor], products: list[Tensor], initial: list[Tensor], backward: bool, config: LaunchConfig
+    sums: list[Tensor],
+    products: list[Tensor],
+    initial: list[Tensor],
+    backward: bool,
+    config: LaunchConfig,
+    forgets: tuple[bool, ...],
 ) -> None:
     """What enters each chunk, in the place of sums."""
     size, chunks, block = initial[0].numel(), sums[0].shape[0], 512
-    with no_warnings() if config.target.arch == "interpreter" else nullcontext():
+    interpreted = config.target.arch == "interpreter"
+    options = {} if interpreted else {"enable_fp_fusion": True}  # Triton 3.9 warns of who does not say it
+    with no_warnings() if interpreted else nullcontext():
         join_kernel[(-(-size // block),)](
-            tuple(sums), tuple(products), tuple(initial), size, chunks, BACKWARD=backward, BLOCK=block
+            tuple(sums),
+            tuple(products),
+            tuple(initial),
+            size,
+            chunks,
+            FORGETS=forgets,
+            BACKWARD=backward,
+            BLOCK=block,
+            **options,
         )

@@ -36,11 +36,14 @@ def ones(COUNT: tl.constexpr, BB: tl.constexpr, BH: tl.constexpr):
 
 
 @triton.jit
-def apply(factors, rests, states):
-    """factor * state + rest, of each state."""
+def apply(factors, rests, states, FORGETS: tl.constexpr):
+    """factor * state + rest, of each state. FORGETS: of each whether the factor is known to be zero."""
     made = ()
     for j in tl.static_range(len(states)):
-        made = made + (factors[j] * states[j] + rests[j],)
+        if FORGETS[j]:
+            made = made + (rests[j],)
+        else:
+            made = made + (factors[j] * states[j] + rests[j],)
     return made
 
 
@@ -76,6 +79,7 @@ def scan_fwd_kernel(
     reversed_,
     period,
     SCAN: tl.constexpr,
+    FORGETS: tl.constexpr,  # of `apply`
     G: tl.constexpr,
     H: tl.constexpr,
     NP: tl.constexpr,
@@ -115,7 +119,7 @@ def scan_fwd_kernel(
         x = load_gates(gx + t * (width * G), row, n, own, G, H)
         factors, rests = SCAN(to_float32(x), p, ACTIVATION)
         entering = where_each(live, s, zero) if HAS_RESET else s
-        s_new = apply(factors, rests, entering)
+        s_new = apply(factors, rests, entering, FORGETS)
         f_new = follow(factors, f, live)
         s = where_each(valid, s_new, s) if HAS_LENGTHS else s_new
         f = where_each(valid, f_new, f) if HAS_LENGTHS else f_new
@@ -151,6 +155,7 @@ def scan_bwd_kernel(
     reversed_,
     period,
     SCAN: tl.constexpr,
+    FORGETS: tl.constexpr,
     S: tl.constexpr,
     NP: tl.constexpr,
     READS_H: tl.constexpr,
@@ -206,7 +211,7 @@ def scan_bwd_kernel(
             ds = add_to_first(ds, dy_t.to(tl.float32))
         ds = add_to_rest(ds, to_float32(more))
         factors, rests = SCAN(ds, to_float32(kept), to_float32(after), to_float32(before), p, ACTIVATION)
-        ds_before = apply(factors, rests, ds)
+        ds_before = apply(factors, rests, ds, FORGETS)
         if HAS_RESET:
             ds_before = where_each(live, ds_before, zero)
         ds = where_each(valid, ds_before, ds)
@@ -216,7 +221,9 @@ def scan_bwd_kernel(
 
 
 @triton.jit(do_not_specialize=("size", "chunks"))
-def join_kernel(sums, products, initial, size, chunks, BACKWARD: tl.constexpr, BLOCK: tl.constexpr):
+def join_kernel(
+    sums, products, initial, size, chunks, FORGETS: tl.constexpr, BACKWARD: tl.constexpr, BLOCK: tl.constexpr
+):
     """What enters each chunk, in the place of `sums`; initial: [R, B, H] each, what enters the first that runs."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = at < size
@@ -232,5 +239,7 @@ def join_kernel(sums, products, initial, size, chunks, BACKWARD: tl.constexpr, B
         for j in tl.static_range(len(s)):
             # Nothing of a zero, whatever the factors have grown to; and nothing past a reset.
             alone = (factors[j] != factors[j]) | (s[j] == 0.0)
+            if FORGETS[j]:  # and of infinity nothing, of a chunk that has a step
+                alone = alone | (factors[j] == 0.0)
             made = made + (tl.where(alone, rests[j], factors[j] * s[j] + rests[j]),)
         s = made

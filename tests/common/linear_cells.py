@@ -43,4 +43,11 @@ def restarts(x: Any, r: Any, s: Any, p: Any) -> Any:
     return torch.tanh(c), c
 
 
+@fused_rnn.cell(recurrent=False, gates=2, states=("h", "c", "d"))
+def delays(x: Any, r: Any, s: Any, p: Any) -> Any:
+    """h read out of a state of the step before, of which the step after this one knows nothing."""
+    d = s.d * torch.cos(x[0])
+    return d + s.c, x[1], d
+
+
 SCANS = {c.name: c for c in (literature.min_gru, literature.min_lstm, sru, linear_indrnn, many, forgets)}

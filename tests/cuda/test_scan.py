@@ -11,7 +11,7 @@ import torch
 from cuda_cases import PRECISIONS
 from emulated import on_the_emulator
 from emulated_printed import Loader, kernels
-from linear_cells import SCANS
+from linear_cells import SCANS, delays
 from literature import indrnn, sru
 from program_cases import ProgramCase, Results, by_backend, by_loop, by_reference, call_of
 from tolerances import assert_as_good_as_torch
@@ -32,6 +32,7 @@ pytestmark = [
 ]
 CHUNK = 3
 TEXTS = {name: cell.descriptor().name for name, cell in SCANS.items()}
+DELAYS = delays.descriptor().name
 
 
 def summary(text: str) -> str:
@@ -41,8 +42,13 @@ def summary(text: str) -> str:
 
 
 LOADER = Loader(
-    [one for text in TEXTS.values() for name in (text, summary(text)) for one in kernels(name, precision)]
-    for precision in ("bf16", "f16", "ieee", "f64")
+    [
+        *(
+            [one for text in TEXTS.values() for name in (text, summary(text)) for one in kernels(name, precision)]
+            for precision in ("bf16", "f16", "ieee", "f64")
+        ),
+        [one for name in (DELAYS, summary(DELAYS)) for one in kernels(name, "ieee")],
+    ]
 )
 
 
@@ -150,6 +156,15 @@ def test_a_reset_keeps_what_is_not_finite_from_the_next_chunks() -> None:
     assert bool(y[7:].isfinite().all())
     assert torch.equal(y.isfinite(), expected.isfinite())
     torch.testing.assert_close(y[7:].double(), expected[7:])
+
+
+def test_what_is_not_finite_is_forgotten() -> None:
+    """By a factor that is zero whatever comes, as in the loop."""
+    call = call_of(ProgramCase(DELAYS, T=12, B=3, H=5))
+    call.states[1][0, 0] = float("inf")
+    y, expected = run(call)["y"], by_reference(call)["y"]
+    assert torch.equal(y.isfinite(), expected.isfinite())
+    assert y[1:].isfinite().all()
 
 
 def test_a_factor_beyond_range_makes_nothing_of_zero() -> None:

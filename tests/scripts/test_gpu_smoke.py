@@ -200,6 +200,30 @@ def test_cells_of_the_field_are_timed_beside_torchs(monkeypatch: pytest.MonkeyPa
     assert chunks == [before] * 8 + [field.NEVER] * 2 and before == of_time.FEWEST_CHUNKS
 
 
+FIELD = """
+import os, pathlib, sys, time
+out, first = pathlib.Path(sys.argv[1]), int(sys.argv[2])
+for number in range(first, 5):
+    (out / "at").write_text(str(number))
+    if number == 1:
+        time.sleep(60)
+    if number in (2, 3):
+        os._exit(3 if number == 2 else 7)
+    with (out / "done").open("a") as done:
+        print(number, file=done)
+(out / "at").write_text("18")
+"""
+
+
+def test_a_cell_of_the_field_that_hangs_or_crashes_costs_itself_alone(tmp_path: Path) -> None:
+    field = script("gpu_field")
+    command, end = [sys.executable, "-c", FIELD, str(tmp_path)], time.monotonic() + 60
+    assert field.in_processes(command, ("SLSTM", "MGU"), tmp_path, end, 2) == 3
+    assert (tmp_path / "done").read_text().split() == ["0", "4"]
+    errors = [json.loads(line)["error"] for line in (tmp_path / "field.json").read_text().splitlines()]
+    assert errors == ["hung for 2 s", "exit status 7"]
+
+
 @pytest.mark.skipif(ops.MISSING is not None, reason=str(ops.MISSING))
 @pytest.mark.skipif(shutil.which("g++") is None, reason="the emulator is compiled by g++")
 @pytest.mark.timeout(1200)  # as above

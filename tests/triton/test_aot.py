@@ -250,7 +250,7 @@ each = ("*fp32",) * 2
 signature = {"sums": each, "products": each, "initial": each, "size": "i32", "chunks": "i32"}
 for arch in ("sm_90", "gfx942"):
     for backward in (False, True):
-        constants = {"BACKWARD": backward, "BLOCK": 512}
+        constants = {"FORGETS": (True, False), "BACKWARD": backward, "BLOCK": 512}
         kinds = signature | dict.fromkeys(constants, "constexpr")
         source = ASTSource(fn=join_kernel, signature=kinds, constexprs=constants)
         made = aot.report(triton.compile(source, target=aot.target(arch)), arch, False)

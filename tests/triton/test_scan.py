@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from linear_cells import SCANS
+from linear_cells import SCANS, delays
 from literature import indrnn
 from program_cases import ProgramCase, Results, by_backend, by_loop, by_reference, call_of, mapped
 from tolerances import assert_as_good_as_torch
@@ -34,7 +34,8 @@ def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def on_device(case: ProgramCase, seed: int = 0) -> LayerCall:
-    call = call_of(case._replace(cell=SCANS[case.cell].program.text), seed)
+    cell = delays if case.cell == "delays" else SCANS[case.cell]
+    call = call_of(case._replace(cell=cell.program.text), seed)
     masks = [None if t is None else t.to(DEVICE) for t in (call.lengths, call.reset)]
     return mapped(call, lambda t: t.to(DEVICE))._replace(lengths=masks[0], reset=masks[1])
 
@@ -118,6 +119,15 @@ def test_a_reset_keeps_what_is_not_finite_from_the_next_chunks() -> None:
     assert bool(y[7:].isfinite().all())
     assert torch.equal(y.isfinite(), expected.isfinite())
     torch.testing.assert_close(y[7:].double(), expected[7:])
+
+
+def test_what_is_not_finite_is_forgotten() -> None:
+    """By a factor that is zero whatever comes, as in the loop."""
+    call = on_device(ProgramCase("delays", T=12, B=3, H=5))
+    call.states[1][0, 0] = float("inf")
+    y, expected = backend.forward(call)[0], by_reference(call)["y"]
+    assert torch.equal(y.isfinite(), expected.isfinite())
+    assert y[1:].isfinite().all()
 
 
 def test_a_factor_beyond_range_makes_nothing_of_zero() -> None:
