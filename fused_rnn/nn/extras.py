@@ -58,6 +58,9 @@ def complete(module: Any, values: dict[str, Any] = DEFAULTS) -> None:
     for name, value in values.items():
         if name not in module.__dict__ and not hasattr(type(module), name):  # FlexRNN's return_sequences is a property
             module.__dict__[name] = value
+    zoneout = module.zoneout
+    # A tuple is a constant to Dynamo; of a number that has changed it makes a symbol, and none is in a cell's program.
+    module.__dict__["_fused_zones"] = tuple(zoneout) if isinstance(zoneout, (tuple, list)) else (zoneout,)
     module.__dict__["_fused_extras"] = True
 
 
@@ -75,7 +78,7 @@ def asks(module: Any) -> bool:
 def forget(module: Any) -> None:
     """Leave a module that asks for none without the attributes."""
     if module.__dict__.pop("_fused_extras", False):
-        for name in DEFAULTS:
+        for name in (*DEFAULTS, "_fused_zones"):
             module.__dict__.pop(name, None)
 
 
@@ -103,10 +106,11 @@ def read(module: Any) -> Extras:
 
 def _given(module: Any) -> tuple[Any, ...]:
     dropped, on, zoneout, weights, sequences, gates = [getattr(module, name) for name in DEFAULTS]
-    zones = zoneout if isinstance(zoneout, (tuple, list)) else (zoneout,)
+    each = isinstance(zoneout, (tuple, list))
+    zones = module._fused_zones if is_compiling() else zoneout if each else (zoneout,)
     return (
         module._fused_cell, module._fused_states, module._fused_zoned, module._fused_refused, module.proj_size,
-        dropped, on, weights, sequences, gates, zones is zoneout, *zones,
+        dropped, on, weights, sequences, gates, each, *zones,
     )  # fmt: skip
 
 

@@ -61,6 +61,8 @@ def test_hastes_state_dict_loads(name: str, gates: int) -> None:
     del given["1.kernel"]
     with pytest.raises(RuntimeError, match=r"Missing key.*weight_ih_l0"):
         model.load_state_dict(given)
+    with pytest.raises(RuntimeError, match="size mismatch for gamma_ih_l0"):
+        again.load_state_dict(theirs | {"gamma": torch.ones(3, gates * 6)})
     with pytest.raises(RuntimeError, match=r"Unexpected key.*recurrent_kernel"):
         getattr(fused_rnn, name)(5, 6, 2).load_state_dict(theirs)
 

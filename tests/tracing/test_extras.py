@@ -46,3 +46,12 @@ def test_of_two_modules_in_one_graph() -> None:
 
     x = torch.randn(5, 3, 4)
     torch.testing.assert_close(torch.compile(run, backend="aot_eager", fullgraph=True)(x), run(x))
+
+
+def test_zoneout_that_changes() -> None:
+    """In eval it is a number of the cell's program."""
+    module = fused_rnn.LSTM(4, 6, zoneout=0.3).eval()
+    compiled, x = torch.compile(module, backend="aot_eager", fullgraph=True), torch.randn(5, 3, 4)
+    for rate in (0.3, random.random(), (0.1, random.random()), random.random(), 0.0, random.random()):
+        module.zoneout = rate
+        torch.testing.assert_close(compiled(x)[0], module(x)[0])

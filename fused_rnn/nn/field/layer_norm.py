@@ -64,12 +64,13 @@ class _Haste(Parted):
             for theirs, ours in self._fused_haste.items():
                 if f"{prefix}{theirs}" not in state_dict:
                     continue
-                value = state_dict.pop(f"{prefix}{theirs}")
-                for name, part in zip(ours, value.unbind(0) if len(ours) == 2 else [value], strict=True):
-                    part = part.t()
-                    if len(part) != self.hidden_size:
-                        gates = part.chunk(len(self._fused_order))
-                        part = torch.cat([gates[k] for k in self._fused_order])
+                value, order = state_dict.pop(f"{prefix}{theirs}"), self._fused_order
+                parts = value.unbind(0) if len(ours) == len(value) == 2 else [value]
+                for name, part in zip(ours, parts, strict=False):  # of another shape, which torch.nn then names
+                    part = part.t() if part.dim() <= 2 else part
+                    if len(part) == len(order) * self.hidden_size:
+                        gates = part.chunk(len(order))
+                        part = torch.cat([gates[k] for k in order])
                     state_dict[f"{prefix}{name}_l0"] = part
         super()._load_from_state_dict(state_dict, prefix, *args)
 

@@ -211,8 +211,11 @@ def _move(statistics: Sequence[Tensor], weight: Tensor, mean: Tensor, variance: 
     # Of lengths that cannot be read there may be one step, or none, whose variance is zero: it leaves no NaN behind.
     others = (steps - 1).clamp(min=1) if isinstance(steps, Tensor) else steps - 1
     with torch.no_grad():
-        running_mean.lerp_(torch.mv(weight.to(mean.dtype), mean).to(running_mean.dtype), MOMENTUM)
-        running_var.lerp_((variance * (steps / others)).to(running_var.dtype), MOMENTUM)
+        for running, now in (
+            (running_mean, torch.mv(weight.to(mean.dtype), mean)),
+            (running_var, variance * (steps / others)),
+        ):
+            running.mul_(1 - MOMENTUM).add_(now.to(running.dtype), alpha=MOMENTUM)  # lerp_ has no rule under vmap
         batches.add_(1)
 
 
