@@ -100,6 +100,8 @@ def _spread(b: Builder, args: Sequence[int], y: int, d: int) -> Sequence[int | N
 
 
 def _product(b: Builder, args: Sequence[int], y: int, d: int) -> Sequence[int]:
+    if b.is_row(d) or b.is_number(d):  # of a product that is summed over its units; a product takes a vector of them
+        d = b.add("where", b.add("ne", args[0], args[0]), args[0], d)
     return [b.product("transposed", int(b.nodes[y].value), d)]
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import fused_rnn
+from fused_rnn import ops
 from fused_rnn.cells import CELLS
 from fused_rnn.cells.program import PREFIX, PUBLISHING, Program, parse
 from fused_rnn.flex.source import StepError
@@ -282,6 +283,22 @@ def test_products_without_gradient() -> None:
 
     program = fused_rnn.cell(gates=1, matrices={"u": (1, "H")})(step).program
     assert not [i for i in program.backward.code if i.op == "transposed"]
+
+
+def test_a_product_that_is_summed_over_its_units() -> None:
+    """Its gradient is one number a row, of which the product with the matrix needs a vector."""
+
+    @fused_rnn.cell(gates=1, matrices={"u": (1, "H")})
+    def pooled(x: Any, r: Any, s: Any, p: Any, m: Any) -> Any:
+        return torch.tanh(x[0] + r[0]) * m.u(s.h).mean(-1, keepdim=True)
+
+    assert not any(
+        set(i.args) & pooled.program.backward.rows for i in pooled.program.backward.code if i.op == "transposed"
+    )
+    rnn = fused_rnn.FlexRNN(pooled, 3, 5, dtype=torch.float64, backend=None if ops.MISSING else "cpu")
+    x = torch.randn(4, 2, 3, dtype=torch.float64, requires_grad=True)
+    h = torch.randn(1, 2, 5, dtype=torch.float64, requires_grad=True)
+    torch.autograd.gradcheck(lambda *args: rnn(*args[:2])[0], (x, h, *rnn.parameters()), **GRADCHECK)
 
 
 def no_such_dim(x: Any, r: Any, s: Any, p: Any) -> Any:

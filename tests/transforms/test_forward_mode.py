@@ -53,3 +53,10 @@ def test_a_backend_that_cannot_says_so(name: str) -> None:
     ours, _, x, _ = problem(name, extras={"backend": "cpu"})
     with pytest.raises(NotImplementedError, match=r"cpu: (it has no forward-mode derivative|the compiled extension)"):
         jvp(lambda x: flatten(ours(x))[0], (x,), (x,))
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if name not in CELLS])
+def test_what_would_keep_little_for_backward(name: str) -> None:
+    ours, counterpart, x, _ = problem(name, extras={"save": "recompute"})
+    tangents = [jvp(lambda x, module=each: flatten(module(x))[0], (x,), (x,))[1] for each in (ours, counterpart)]
+    assert_same_formula(*tangents)
