@@ -28,7 +28,7 @@ struct BackwardStages {
         m(memory),
         r(recurrence),
         share(s),
-        way(m.stages.way(s, u0, u1, b0, b1)),
+        way(m.stages.way(s, of.p.B, u0, u1, b0, b1)),
         p(of.p),
         w(p.weights[r]),
         work(m.stages),

@@ -31,7 +31,14 @@ struct ForwardStages {
 
   ForwardStages(const Loop& of, const typename Loop::Memory& memory, int recurrence, const Share& s, int64_t u0, int64_t u1, int64_t b0,
                 int64_t b1)
-      : loop(of), m(memory), r(recurrence), share(s), way(m.stages.way(s, u0, u1, b0, b1)), p(of.p), w(p.weights[r]), work(m.stages) {}
+      : loop(of),
+        m(memory),
+        r(recurrence),
+        share(s),
+        way(m.stages.way(s, of.p.B, u0, u1, b0, b1)),
+        p(of.p),
+        w(p.weights[r]),
+        work(m.stages) {}
 
   // Once a recurrence.
   void prepare() const {

@@ -100,9 +100,11 @@ struct StageWork {
     int64_t u0, u1, group, b0;       // group: rows that go from one stage to the next together.  b0: the first row
     bool along_units, split, alone;  // alone: a group goes through all stages by itself
   };
-  Way way(const Share& s, int64_t u0, int64_t u1, int64_t b0, int64_t b1) const {
-    Way way{u0, u1, b1 - b0 < kStrip ? b1 - b0 : kStrip, b0, false, !s.by_rows && s.size > 1, false};
-    way.along_units = unit_vectors >= way.group * (way.split ? s.size : 1);  // the same of all threads
+  Way way(const Share& s, int64_t B, int64_t u0, int64_t u1, int64_t b0, int64_t b1) const {
+    const auto grouped = [](int64_t rows) { return rows < kStrip ? rows : kStrip; };
+    Way way{u0, u1, grouped(b1 - b0), b0, false, !s.by_rows && s.size > 1, false};
+    // The same of all threads, for they share arrays that lie by it: by the most rows that one of them has.
+    way.along_units = unit_vectors >= (way.split ? grouped(B) * s.size : grouped((B + s.size - 1) / s.size));
     if (way.along_units) way.group = 1;
     way.alone = !way.split && graph->products == 0;
     return way;

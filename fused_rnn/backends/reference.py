@@ -25,7 +25,7 @@ def supports(problem: Problem) -> str | None:
     if not is_program(problem.cell) and (reason := unknown(problem.cell, CELLS)) is not None:
         return reason
     if problem.needs_grad and problem.save == "recompute" and not problem.forward_ad:  # which nothing else has
-        return "it keeps what autograd keeps; save='recompute' needs the cpu backend"
+        return "it keeps what autograd keeps; save='recompute' goes with cpu, cuda and triton"
     return None
 
 

@@ -42,7 +42,7 @@ def supports(problem: Problem) -> str | None:
     if problem.reset:
         return "torch's kernels know no reset"
     if problem.needs_grad and problem.save == "recompute":
-        return "torch's kernels keep all their gates; save='recompute' needs the cpu backend"
+        return "torch's kernels keep all their gates; save='recompute' goes with cpu, cuda and triton"
     if problem.forward_ad:
         return "oneDNN's and cuDNN's kernels have no forward-mode derivative"
     return None

@@ -86,6 +86,14 @@ def test_same_bits_whoever_does_them(name: str, save: str, shape: tuple[int, int
     assert_same_by_any_threads(call)
 
 
+@pytest.mark.parametrize("lanes", [4, 8, 16])
+@pytest.mark.parametrize("name", ["reset_before", "deep", "masked_product"])
+def test_threads_of_which_one_has_more_rows(name: str, lanes: int) -> None:
+    """14 of 40 rows, more than the 13 vectors of its units; the other two have as many."""
+    call = make_call(PROGRAMS[name], T=20, B=40, H=13 * lanes, directions=BOTH)
+    assert_same_by_any_threads(call)
+
+
 @pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_threads_that_divide_the_units(name: str, dtype: torch.dtype) -> None:
