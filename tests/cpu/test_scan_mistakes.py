@@ -44,7 +44,7 @@ MISTAKES = {
     "a rest's field": ("scan.cpp", "kNoField : field(of.rest[j]);", "kNoField : made.factor[j];"),
     "a window": ("scan.h", "done += most)", "done += most + 1)"),
 }  # fmt: skip
-# Only the detector of races is sure to see these.
+# The detector of races sees these, too.
 RACES = {
     "no wait before the states": ("forward_scan.h", "barrier.wait(share.me);\n      states(", "states("),
     "no wait after them": ("backward_scan.h", "barrier.wait(share.me);\n      after_gradients(", "after_gradients("),
@@ -122,4 +122,5 @@ def test_a_mistake_is_found(name: str, sources: dict[bool, dict[str, Path]], tmp
     changed = [mistake[0].removesuffix(".cpp")] if mistake[0].endswith(".cpp") else ["main"]
     objects = sources[watched] | dict(zip(changed, build(csrc, changed, tmp_path, flags), strict=True))
     done = run(list(objects.values()), tmp_path, flags)
-    assert done.returncode == (66 if watched else 1), done.stdout + done.stderr[:2000]
+    # On a busy machine a race may have spoiled the numbers before the detector sees one.
+    assert done.returncode in ((1, 66) if watched else (1,)), done.stdout + done.stderr[:2000]

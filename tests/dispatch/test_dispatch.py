@@ -76,7 +76,7 @@ def test_forced_backend_refuses_through_functional() -> None:
     case = Case("gru", save="recompute")
     given = inputs(case)
     given.x.requires_grad_()
-    with pytest.raises(NotImplementedError, match="save='recompute' needs the cpu backend"):
+    with pytest.raises(NotImplementedError, match="save='recompute' goes with cpu, cuda and triton"):
         forward(case, given, "reference")
     with torch.no_grad():  # where nothing is kept, there is nothing to refuse
         forward(case, given, "reference")
