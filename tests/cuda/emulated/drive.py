@@ -236,7 +236,7 @@ class Run:
     def join(self, sums: list[Array], factors: list[Array], initial: list[Array], uncut: Array, backward: bool) -> None:
         told = self.told({"sums": sums, "factors": factors, "initial": initial, "uncut": uncut})
         sizes = {"size": initial[0].size, "chunks": len(uncut), "is_double": self.wide is np.float64}
-        self.module.join(**told, **sizes, backward=backward, stream=0)
+        self.module.join(**told, **sizes, backward=backward, forgets=0, stream=0)  # nothing here is infinite
 
     def forward_by_chunks(self, loop: dict[str, Any], carried: list[Array]) -> None:
         count, chunk = len(carried), self.case["chunk"]
