@@ -5,38 +5,14 @@
 namespace FUSED_RNN_ISA {
 
 template <class Loop, class Kind, class T>
-struct BackwardStages {
-  using A = typename Kind::Operand;
-  using S = typename Kind::Accumulator;
-  using V = Vec<S>;
-  static constexpr int L = kLanes<S>;
-  using Way = typename StageWork<Kind>::Way;
+struct BackwardStages : LoopStages<Loop, Kind> {
+  using Base = LoopStages<Loop, Kind>;
+  using Base::Base, Base::L, Base::loop, Base::m, Base::r, Base::share, Base::way, Base::p, Base::w, Base::work;
+  using typename Base::A, typename Base::S, typename Base::V;
 
-  const Loop& loop;
-  const typename Loop::Memory& m;
-  const int r;
-  const Share& share;
-  const Way way;
-  const Problem& p;
-  const Weights& w;
-  const StageWork<Kind>& work;
-  const int first_before, first_after, first_param, first_mask, first_gradient;  // of the inputs
-
-  BackwardStages(const Loop& of, const typename Loop::Memory& memory, int recurrence, const Share& s, int64_t u0, int64_t u1, int64_t b0,
-                 int64_t b1)
-      : loop(of),
-        m(memory),
-        r(recurrence),
-        share(s),
-        way(m.stages.way(s, of.p.B, u0, u1, b0, b1)),
-        p(of.p),
-        w(p.weights[r]),
-        work(m.stages),
-        first_before(of.SV),
-        first_after(first_before + of.ST),
-        first_param(first_after + of.ST),
-        first_mask(first_param + of.NP),
-        first_gradient(first_mask + p.cell->masks) {}
+  // Of the inputs.
+  const int first_before = loop.SV, first_after = first_before + loop.ST, first_param = first_after + loop.ST,
+            first_mask = first_param + loop.NP, first_gradient = first_mask + p.cell->masks;
 
   // Once a recurrence.
   void prepare() const {
@@ -64,7 +40,7 @@ struct BackwardStages {
 
     const auto lies = [&](int i, const auto* base, int64_t stride) {
       if constexpr (sizeof(*base) == sizeof(S)) {
-        if (H % L == 0) return work.lies(i, (const S*)base, L, stride);
+        if (H % Base::L == 0) return this->work.lies(i, (const S*)base, Base::L, stride);
       }
       work.to_copy(way, share.me, B, i, b0);
     };

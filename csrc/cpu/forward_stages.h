@@ -13,32 +13,10 @@ static ALWAYS_INLINE const T* block_of(const Problem& p, const Weights& w, int k
 }
 
 template <class Loop, class Kind, class T>
-struct ForwardStages {
-  using A = typename Kind::Operand;
-  using S = typename Kind::Accumulator;
-  using V = Vec<S>;
-  static constexpr int L = kLanes<S>;
-  using Way = typename StageWork<Kind>::Way;
-
-  const Loop& loop;
-  const typename Loop::Memory& m;
-  const int r;
-  const Share& share;
-  const Way way;
-  const Problem& p;
-  const Weights& w;
-  const StageWork<Kind>& work;
-
-  ForwardStages(const Loop& of, const typename Loop::Memory& memory, int recurrence, const Share& s, int64_t u0, int64_t u1, int64_t b0,
-                int64_t b1)
-      : loop(of),
-        m(memory),
-        r(recurrence),
-        share(s),
-        way(m.stages.way(s, of.p.B, u0, u1, b0, b1)),
-        p(of.p),
-        w(p.weights[r]),
-        work(m.stages) {}
+struct ForwardStages : LoopStages<Loop, Kind> {
+  using Base = LoopStages<Loop, Kind>;
+  using Base::Base, Base::L, Base::loop, Base::m, Base::r, Base::share, Base::way, Base::p, Base::w, Base::work;
+  using typename Base::A, typename Base::S, typename Base::V;
 
   // Once a recurrence.
   void prepare() const {

@@ -316,4 +316,26 @@ struct StageWork {
   A* operand(int i, int64_t B) const { return operands + i * B * operand_stride; }
 };
 
+// A thread's part in the stages of a recurrence, as one of the two loops over time has it: their common beginning.
+template <class Loop, class Kind>
+struct LoopStages {
+  using A = typename Kind::Operand;
+  using S = typename Kind::Accumulator;
+  using V = Vec<S>;
+  static constexpr int L = kLanes<S>;
+
+  const Loop& loop;
+  const typename Loop::Memory& m;
+  const int r;
+  const Share& share;
+  const Problem& p;
+  const Weights& w;
+  const StageWork<Kind>& work;
+  const typename StageWork<Kind>::Way way;
+
+  LoopStages(const Loop& of, const typename Loop::Memory& memory, int recurrence, const Share& s, int64_t u0, int64_t u1, int64_t b0,
+             int64_t b1)
+      : loop(of), m(memory), r(recurrence), share(s), p(of.p), w(p.weights[r]), work(m.stages), way(work.way(s, p.B, u0, u1, b0, b1)) {}
+};
+
 }  // namespace FUSED_RNN_ISA

@@ -58,9 +58,8 @@ def complete(module: Any, values: dict[str, Any] = DEFAULTS) -> None:
     for name, value in values.items():
         if name not in module.__dict__ and not hasattr(type(module), name):  # FlexRNN's return_sequences is a property
             module.__dict__[name] = value
-    zoneout = module.zoneout
     # A tuple is a constant to Dynamo; of a number that has changed it makes a symbol, and none is in a cell's program.
-    module.__dict__["_fused_zones"] = tuple(zoneout) if isinstance(zoneout, (tuple, list)) else (zoneout,)
+    module.__dict__["_fused_zones"] = _zones(module.zoneout)
     module.__dict__["_fused_extras"] = True
 
 
@@ -104,13 +103,21 @@ def read(module: Any) -> Extras:
     return _read(*_given(module))
 
 
+def _is_each(zoneout: Any) -> bool:
+    """Whether it has a probability for each state."""
+    return isinstance(zoneout, (tuple, list))
+
+
+def _zones(zoneout: Any) -> tuple[Any, ...]:
+    return tuple(zoneout) if _is_each(zoneout) else (zoneout,)
+
+
 def _given(module: Any) -> tuple[Any, ...]:
     dropped, on, zoneout, weights, sequences, gates = [getattr(module, name) for name in DEFAULTS]
-    each = isinstance(zoneout, (tuple, list))
-    zones = module._fused_zones if is_compiling() else zoneout if each else (zoneout,)
+    zones = module._fused_zones if is_compiling() else _zones(zoneout)
     return (
         module._fused_cell, module._fused_states, module._fused_zoned, module._fused_refused, module.proj_size,
-        dropped, on, weights, sequences, gates, each, *zones,
+        dropped, on, weights, sequences, gates, _is_each(zoneout), *zones,
     )  # fmt: skip
 
 
