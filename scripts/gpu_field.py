@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # a checkout built in pla
 
 import torch
 from gpu_steps import milliseconds
+from gpu_tests import wait
 
 import fused_rnn
 from fused_rnn.commands.bench.field import closest
@@ -130,17 +131,13 @@ def in_processes(command: list[str], cells: tuple[str, ...], out: Path, end: flo
     while first < len(cases(cells)) and time.monotonic() < end:
         at.write_text(str(first))
         child = subprocess.Popen([*command, str(first), "--minutes", f"{(end - time.monotonic()) / 60:.3f}"])
-        while (status := child.poll()) is None and time.time() - at.stat().st_mtime < seconds:
-            time.sleep(0.1)
+        ended = wait(child, at, seconds)
         number = int(at.read_text())
-        if status is not None and number == len(cases(cells)):
-            return failed + status
+        if ended and number == len(cases(cells)):
+            return failed + child.returncode
         failed += 1
-        if status != LOST:  # which has told of it
-            child.kill()
-            with suppress(subprocess.TimeoutExpired):  # a driver may take its time over a kernel that hangs
-                child.wait(10)
-            why = f"hung for {seconds:.0f} s" if status is None else f"exit status {status}"
+        if child.returncode != LOST:  # which has told of it
+            why = f"exit status {child.returncode}" if ended else f"hung for {seconds:.0f} s"
             told(out, {**cases(cells)[number][0], "mode": "failed", "error": why})
         first = number + 1
     return failed

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
@@ -108,19 +109,20 @@ def run(name: str, files: tuple[str, ...], share: str, out: Path, end: float, ar
     while time.monotonic() < end and name in unfinished(out) and began != begun:
         with log.open("a") as stream:
             child = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=stream, stderr=subprocess.STDOUT)
-            _wait(child, results, end)
+            wait(child, results, SECONDS + SILENT, end)
         began, begun = begun, results.read_text().count('"test"')
 
 
-def _wait(child: subprocess.Popen[bytes], results: Path, end: float) -> None:
-    """Until it ends, time is up, or it is silent for longer than the time limit of its tests allows."""
+def wait(child: subprocess.Popen[bytes], written: Path, silent: float, end: float = math.inf) -> bool:
+    """Until it ends; or ends it, and is False, when time is up or it has written nothing there for so many seconds."""
     while child.poll() is None:
         time.sleep(0.5)
-        if time.monotonic() > end or time.time() - results.stat().st_mtime > SECONDS + SILENT:
+        if time.monotonic() > end or time.time() - written.stat().st_mtime > silent:
             child.kill()
             with suppress(subprocess.TimeoutExpired):  # a driver may take its time over a kernel that hangs
                 child.wait(10)
-            return
+            return False
+    return True
 
 
 def main() -> int:
