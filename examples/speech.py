@@ -18,6 +18,7 @@ import tarfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from random import Random
 from statistics import median
@@ -27,6 +28,8 @@ from typing import Any
 import torch
 from side_by_side import (
     BACK,
+    COLOURS,
+    FAINT,
     FRONT,
     IN_TORCH,
     Options,
@@ -57,6 +60,14 @@ BATCH, RATE = 32, 3e-3
 # --------------------------------------------------------------------------------------------------------- features
 
 
+def _mel(hertz: Tensor | list[float] | float) -> Tensor:
+    return 2595 * torch.log10(1 + torch.as_tensor(hertz, dtype=torch.float64) / 700)
+
+
+def _hertz(mel: Tensor) -> Tensor:
+    return 700 * (10 ** (mel / 2595) - 1)
+
+
 @dataclass(frozen=True)
 class FrontEnd:
     """Sphinx's front end, with the parameters that PocketSphinx has for TIDIGITS."""
@@ -73,8 +84,8 @@ class FrontEnd:
 
     def filter_bank(self) -> Tensor:
         """Triangles of unit area, equally wide on the mel scale: [filters, fft / 2 + 1]."""
-        ends = 2595 * torch.log10(1 + torch.tensor([self.low, self.high], dtype=torch.float64) / 700)
-        edges = 700 * (10 ** (torch.linspace(*ends.tolist(), self.filters + 2, dtype=torch.float64) / 2595) - 1)
+        ends = _mel([self.low, self.high]).tolist()
+        edges = _hertz(torch.linspace(*ends, self.filters + 2, dtype=torch.float64))
         spacing = self.rate / self.fft
         if self.round_filters:
             edges = (edges / spacing + 0.5).floor() * spacing
@@ -220,11 +231,9 @@ def synthetic(synthesiser: Synthesiser, names: Sequence[str], count: int, seed: 
             pitch=random.randint(5, 95),
             range=random.randint(10, 90),
         )
-        sound = torch.from_numpy(
-            resample_poly(sound.float().numpy(), front.rate // common, synthesiser.rate // common).copy()
-        )
+        sound = resample_poly(sound.float().numpy(), front.rate // common, synthesiser.rate // common)
         silence = [torch.zeros(random.randint(800, 8000)) for _ in range(2)]
-        energies = front.log_mel(torch.cat([silence[0], sound, silence[1]]))
+        energies = front.log_mel(torch.cat([silence[0], torch.from_numpy(sound), silence[1]]))
         made.append(Utterance(voice, "".join(SYMBOLS[digit + 1] for digit in digits), energies))
     return made
 
@@ -256,14 +265,7 @@ def real() -> list[Utterance]:
 # ----------------------------------------------------------------------------------------------------- distortions
 
 
-def smooth(knots: Tensor, length: int) -> Tensor:
-    """Values at a few places [B, K] → at `length` places, linear in between."""
-    return F.interpolate(knots[:, None], length, mode="linear", align_corners=True)[:, 0]
-
-
-def distorted(
-    energies: Tensor, lengths: Tensor, noise: Tensor, generator: torch.Generator, strength: float = 1.0
-) -> tuple[Tensor, Tensor]:
+def distorted(energies: Tensor, lengths: Tensor, noise: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Log energies [B, T, filters] as other speakers, rooms and microphones might have made them: cepstra, lengths.
 
     Changed at random are the pace, the length of the vocal tract, the spectrum's tilt and the contrast of its bands,
@@ -272,36 +274,38 @@ def distorted(
     """
     batch, frames, filters = energies.shape
 
-    def uniform(*shape: int, reach: float = 1.0) -> Tensor:
-        return strength * reach * (2 * torch.rand(shape, generator=generator) - 1)
+    def uniform(*shape: int, reach: float) -> Tensor:
+        return reach * (2 * torch.rand(shape, generator=generator) - 1)
 
-    pace = (uniform(batch, 1, reach=0.25) + uniform(batch, 2 + frames // 40, reach=0.3)).exp()
-    place = smooth(pace, 2 * frames).cumsum(1) - pace[:, :1]
-    lengths = (place <= lengths[:, None] - 1).sum(1).clamp(min=1)
+    # The pace of each utterance and of each of its stretches: from which place every frame comes.
+    pace = (uniform(batch, 1, 1, reach=0.25) + uniform(batch, 1, 2 + frames // 40, reach=0.3)).exp()
+    pace = F.interpolate(pace, 2 * frames, mode="linear", align_corners=True)[:, 0]
+    place = pace.cumsum(1) - pace[:, :1]
+    lengths = (place <= lengths[:, None] - 1).sum(1)
     place = place[:, : int(lengths.max())]
-    frequency = 700 * (10 ** (torch.linspace(0, 2146, filters) / 2595) - 1)  # of the filters' centres, nearly
-    warped = 2595 / 2146 * torch.log10(1 + frequency * uniform(batch, 1, reach=0.22).exp() / 700)
-    grid = torch.stack(
-        torch.broadcast_tensors(2 * warped[:, None, :] - 1, (2 * place / (frames - 1) - 1)[:, :, None]), dim=-1
-    )
+    # A vocal tract of another length: from which frequency every band comes.
+    top = _mel(FrontEnd.high)
+    frequency = _hertz(torch.linspace(0, float(top), filters)) * uniform(batch, 1, reach=0.22).exp()
+    where = torch.broadcast_tensors((_mel(frequency) / top).float()[:, None, :], place[:, :, None] / (frames - 1))
+    grid = 2 * torch.stack(where, dim=-1) - 1
     energies = F.grid_sample(energies[:, None], grid, padding_mode="border", align_corners=True)[:, 0]
 
     basis = cosines(filters, filters)
     cepstra = energies @ basis.t()
     cepstra = cepstra * uniform(batch, 1, filters, reach=0.25).exp()
-    tilt = uniform(batch, 1, filters) * torch.tensor([16.0, 6.0, 3.0] + [1.5] * (filters - 3))
-    energies = (cepstra + tilt) @ basis
+    reach = torch.tensor([16.0, 6.0, 3.0] + [1.5] * (filters - 3))
+    energies = (cepstra + reach * uniform(batch, 1, filters, reach=1.0)) @ basis
 
     start = torch.randint(len(noise) - energies.shape[1], (batch, 1), generator=generator)
-    behind = noise[start + torch.arange(energies.shape[1])]
-    level = 8.0 * torch.rand(batch, 1, 1, generator=generator) ** 2 * strength
-    slope = uniform(batch, 1, 1, reach=2.0) * torch.linspace(-1, 1, filters)
-    cepstra = torch.logaddexp(energies, behind + level + level.clamp(max=1) * slope) @ cosines(filters).t()
+    level = 8 * torch.rand(batch, 1, 1, generator=generator).square()
+    level = level + level.clamp(max=1) * uniform(batch, 1, 1, reach=2.0) * torch.linspace(-1, 1, filters)
+    energies = torch.logaddexp(energies, noise[start + torch.arange(energies.shape[1])] + level)
+    cepstra = energies @ cosines(filters).t()
 
-    at = torch.rand(batch, 2, 1, generator=generator) * lengths[:, None, None]
-    wide = 8 * torch.rand(batch, 2, 1, generator=generator) * strength
-    time_ = torch.arange(cepstra.shape[1])
-    silent = ((time_ >= at) & (time_ < at + wide)).any(1)
+    begin = torch.rand(batch, 2, 1, generator=generator) * lengths[:, None, None]
+    end = begin + 8 * torch.rand(batch, 2, 1, generator=generator)
+    frame = torch.arange(cepstra.shape[1])
+    silent = ((frame >= begin) & (frame < end)).any(1)
     return torch.where(silent[..., None], cepstra.mean(1, keepdim=True), cepstra), lengths
 
 
@@ -439,7 +443,7 @@ def listen(model: Recogniser, x: Tensor, step: Steps) -> tuple[Tensor, list[int]
 
 
 def padding_cost(rnn: nn.Module, x: Tensor, lengths: Tensor, cell: str, rounds: int) -> dict[str, float]:
-    """Milliseconds that a layer takes for a ragged batch and for as many frames without padding, backward included."""
+    """Milliseconds of a ragged batch and of as many frames without padding, backward included: the least of all rounds."""
     mixed = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
     even = x[:, : int(lengths.sum()) // len(x)].contiguous()
     ours, theirs = (copy.deepcopy(rnn) for _ in range(2))
@@ -458,43 +462,44 @@ def padding_cost(rnn: nn.Module, x: Tensor, lengths: Tensor, cell: str, rounds: 
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(rounds):
         for name, run in runs.items():
-            start = time.perf_counter()
-            run()[0].sum().backward()
-            if x.is_cuda:
-                torch.cuda.synchronize()
+            for _ in range(2):  # the first fills the caches, after another run's
+                start = time.perf_counter()
+                run()[0].sum().backward()
+                if x.is_cuda:
+                    torch.cuda.synchronize()
             seconds[name].append(time.perf_counter() - start)
-    return {name: 1e3 * median(each) for name, each in seconds.items()}
+    return {name: 1e3 * min(each) for name, each in seconds.items()}
 
 
 # ------------------------------------------------------------------------------------------------------ the picture
 
 
-def draw_utterance(axes: Sequence[Any], utterance: Utterance, curves: dict[str, Tensor]) -> None:
-    """Cepstra of a real utterance, and under them what each network hears: a curve a digit, named at its peak."""
+def draw_utterance(axes: Sequence[Any], test: Utterance, curves: dict[str, Tensor]) -> None:
+    """The energies of a real utterance, and under them what each network hears: a curve a digit, named at its peak."""
     spectrum, *below = axes
-    energies = utterance.features @ cosines(FrontEnd.filters)
+    energies = test.features @ cosines(FrontEnd.filters)
     seconds = len(energies) / FrontEnd.frames
     low = energies.quantile(0.1).item()
     spectrum.imshow(energies.t(), origin="lower", aspect="auto", cmap="Blues", extent=(0, seconds, 0, 4), vmin=low)
-    spectrum.set(title=f"{utterance.speaker} says {' '.join(utterance.text)}: energies", ylabel="mel bands")
-    spectrum.set_yticks([])
-    spectrum.grid(visible=False)
+    words = " ".join(WORDS[SYMBOLS.index(letter) - 1] for letter in test.text)
+    spectrum.set(title=f"A real voice, {test.speaker}, says: {words}", ylabel="mel bands", yticks=[])
+    colours = {letter: COLOURS[i % len(COLOURS)] for i, letter in enumerate(dict.fromkeys(test.text))}
     for axis, (label, rows) in zip(below, curves.items(), strict=True):
-        chances, best = rows.exp(), rows.argmax(1).tolist()
-        time_ = torch.arange(len(rows)) * TOGETHER / FrontEnd.frames
+        chances, best = rows.exp(), [0, *rows.argmax(1).tolist(), 0]
+        time_ = (torch.arange(len(rows)) + 0.5) * TOGETHER / FrontEnd.frames
         axis.fill_between(time_, chances[:, 0], color="#ececf2", linewidth=0)
         for symbol in sorted(set(best) - {0}):
-            axis.plot(time_, chances[:, symbol], linewidth=1.3)
-        runs = [t for t in range(len(best)) if best[t] and (t == 0 or best[t] != best[t - 1])]
-        for start in runs:
-            end = next((t for t in range(start, len(best)) if best[t] != best[start]), len(best))
-            peak = start + int(chances[start:end, best[start]].argmax())
-            axis.text(peak * TOGETHER / FrontEnd.frames, 1.04, SYMBOLS[best[start]], ha="center", weight="bold")
-        axis.set(ylim=(0, 1.25), xlim=(0, seconds), yticks=(0, 1), title=f"{label}: chance of each digit")
+            axis.plot(time_, chances[:, symbol], color=colours.get(SYMBOLS[symbol], FAINT))
+        changes = [i for i in range(len(rows) + 1) if best[i] != best[i + 1]]
+        for start, end in pairwise(changes):
+            if symbol := best[start + 1]:
+                peak = start + int(chances[start:end, symbol].argmax())
+                axis.text(time_[peak], 1.05, SYMBOLS[symbol], ha="center", weight="bold")
+        axis.set(ylim=(0, 1.3), xlim=(0, seconds), yticks=(0, 1), title=f"{label}: chance of each digit; grey: of none")
+    for axis in axes:
         axis.grid(visible=False)
-    for axis in axes[:-1]:
-        axis.tick_params(labelbottom=False)
-    below[-1].set_xlabel("seconds")
+        axis.tick_params(labelbottom=axis is axes[-1])
+    axes[-1].set_xlabel("seconds")
 
 
 def draw_bars(axis: Any, title: str, values: dict[str, float], form: str) -> None:
@@ -558,7 +563,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         quality[f"word errors, %, {label}: real voices of TIDIGITS"] = errors[f"real, {label}"]
         for speaker in sorted({test.speaker for test in tests}):
             pairs = [(t.text, h) for t, h in zip(tests, heard[label], strict=True) if t.speaker == speaker]
-            quality[f"word errors, %, {label}: {speaker}, {len(pairs)} utterances"] = error_rate(pairs)
+            quality[f"word errors, %, {label}: {speaker} ({len(pairs)})"] = error_rate(pairs)
     sphinx = error_rate([(tests[i].text, tests[i].sphinx) for i in tidigits])
     quality["word errors, %, PocketSphinx, trained on real voices: real voices"] = sphinx
     errors["real, PocketSphinx,\ntrained on real ones"] = sphinx
@@ -571,17 +576,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{test.speaker:8} said {test.text:8} heard {'  '.join(each)}")
 
     def draw(figure: Any) -> None:
-        figure.set_size_inches(11, 6.6)
+        figure.set_size_inches(12, 6.6)
         shown = next(i for i, test in enumerate(tests) if len(test.text) == 5)
-        left, right = figure.subfigures(1, 2, width_ratios=(1.6, 1))
+        left, right = figure.subfigures(1, 2, width_ratios=(1.5, 1))
         with torch.no_grad():
             offline = whole.model(x[shown : shown + 1], lengths[shown : shown + 1])[0, : lengths[shown]]
         curves = {"bidirectional": offline.cpu(), "streaming": streamed[shown][0].cpu()}
         draw_utterance(left.subplots(3, 1), tests[shown], curves)
         bars = right.subplots(3, 1, height_ratios=(len(errors), len(costs), len(micros) + 1))
         draw_bars(bars[0], "Word errors, %", errors, " %.1f")
-        draw_bars(bars[1], "32 real utterances, forward and backward, ms", costs, " %.1f")
-        draw_bars(bars[2], f"Listening: µs for {milliseconds} ms of speech", micros, " %.0f")
+        draw_bars(bars[1], f"The layers on {len(tests)} utterances, ms", costs, " %.1f")
+        draw_bars(bars[2], f"Listening to {milliseconds} ms of speech, µs", micros, " %.0f")
 
     data = {
         "synthetic voices, training": len(names),
