@@ -25,6 +25,7 @@ from statistics import median
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import torch
 from side_by_side import (
     BACK,
@@ -114,10 +115,10 @@ def cosines(filters: int, coefficients: int = 13) -> Tensor:
 
 def read_mfc(content: bytes) -> Tensor:
     """A feature file of Sphinx, of either byte order → cepstra [T, 13]."""
-    for order, kind in ((sys.byteorder, 1), ("little" if sys.byteorder == "big" else "big", -1)):
-        if int.from_bytes(content[:4], order) * 4 + 4 == len(content):
-            words = torch.frombuffer(bytearray(content[4:]), dtype=torch.uint8).view(-1, 4)
-            return (words if kind == 1 else words.flip(1)).contiguous().view(torch.float32).view(-1, 13)
+    for order in "<>":
+        count, values = np.frombuffer(content[:4], order + "i4"), content[4:]
+        if len(count) and 4 * int(count[0]) == len(values):
+            return torch.from_numpy(np.frombuffer(values, order + "f4").astype(np.float32).reshape(-1, 13))
     raise ValueError(f"no feature file of Sphinx: {len(content)} bytes do not fit the count at their head")
 
 
@@ -342,9 +343,8 @@ class Material:
         self.noise = FrontEnd().log_mel((torch.rand(3_000_000, generator=generator) < 0.25).float())
         self.order = Shuffled(len(training), BATCH, given.seed, [len(each.features) for each in training])
         cepstra, lengths = self.distorted(training[:BATCH], generator)
-        frames = torch.cat([c[:length] for c, length in zip(cepstra, lengths, strict=True)])
-        centred = torch.cat([c[:length] - c[:length].mean(0) for c, length in zip(cepstra, lengths, strict=True)])
-        self.normaliser = Normaliser(frames.mean(0), centred.std(0))
+        each = [c[:length] for c, length in zip(cepstra, lengths, strict=True)]
+        self.normaliser = Normaliser(torch.cat(each).mean(0), torch.cat([c - c.mean(0) for c in each]).std(0))
 
     def distorted(self, utterances: list[Utterance], generator: torch.Generator) -> tuple[Tensor, Tensor]:
         energies, lengths = padded([each.features for each in utterances])
@@ -379,14 +379,14 @@ def ctc(model: nn.Module, x: Tensor, lengths: Tensor, texts: list[str]) -> Tenso
     return total / lengths.sum()
 
 
-def digits(best: Sequence[int]) -> str:
-    """The best symbol of each frame → the digits: what repeats counts once, blanks not at all."""
+def digits(rows: Tensor) -> str:
+    """Log-probabilities [T, symbols] → the best symbol of each step; what repeats counts once, blanks not at all."""
+    best = rows.argmax(1).tolist()
     return "".join(SYMBOLS[b] for a, b in zip([0, *best], best, strict=False) if b != a and b)
 
 
 def recognised(model: nn.Module, x: Tensor, lengths: Tensor) -> list[str]:
-    best = model(x, lengths).argmax(2).cpu()
-    return [digits(row[:length].tolist()) for row, length in zip(best, lengths, strict=True)]
+    return [digits(rows[:length]) for rows, length in zip(model(x, lengths).cpu(), lengths, strict=True)]
 
 
 def edits(said: str, heard: str) -> int:
@@ -431,19 +431,21 @@ def by_cells(rnn: nn.Module, cell: str) -> Steps:
 
 
 @torch.no_grad()
-def listen(model: Recogniser, x: Tensor, step: Steps) -> tuple[Tensor, list[int], list[float]]:
-    """Frame by frame over x [T, 39]: log-probabilities [T, symbols], the best symbols, seconds of each frame."""
-    rows, best, seconds = [], [], []
-    for frame in x[:, None]:
-        start = time.perf_counter()
-        rows.append(model.head(step(frame)).log_softmax(1))
-        best.append(int(rows[-1].argmax()))
-        seconds.append(time.perf_counter() - start)
-    return torch.cat(rows), best, seconds
+def listen(model: Recogniser, inputs: Sequence[Tensor], steps: Callable[[], Steps]) -> tuple[list[Tensor], float]:
+    """Step by step over each of the inputs [T, 39]: log-probabilities [T, symbols], and the median of µs a step."""
+    results, seconds = [], []
+    for x in inputs:
+        step, rows = steps(), []
+        for frame in x[:, None]:
+            start = time.perf_counter()
+            rows.append(model.head(step(frame)).log_softmax(1).cpu())
+            seconds.append(time.perf_counter() - start)
+        results.append(torch.cat(rows))
+    return results, 1e6 * median(seconds)
 
 
 def padding_cost(rnn: nn.Module, x: Tensor, lengths: Tensor, cell: str, rounds: int) -> dict[str, float]:
-    """Milliseconds of a ragged batch and of as many frames without padding, backward included: the least of all rounds."""
+    """Milliseconds of a ragged batch, and of as many frames without padding, backward included: of the best round."""
     mixed = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
     even = x[:, : int(lengths.sum()) // len(x)].contiguous()
     ours, theirs = (copy.deepcopy(rnn) for _ in range(2))
@@ -514,7 +516,7 @@ def draw_bars(axis: Any, title: str, values: dict[str, float], form: str) -> Non
 
 def main(arguments: Sequence[str] | None = None) -> int:
     given = options(parser(__doc__, cell="gru", steps=2400, quick_steps=20), arguments)
-    hidden, layers, count, held_out = (32, 1, 256, 32) if given.quick else (128, 2, 6000, 400)
+    hidden, layers, count, held_out = (32, 1, 256, 32) if given.quick else (128, 2, 5000, 400)
     tests = real()
     synthesiser = Synthesiser()
     names, others = voices(synthesiser.variants)
@@ -539,49 +541,49 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return train(given, build, loss, rate=RATE, label=label, score=score, score_every=200)
 
     whole, online = trained("bidirectional", causal=False), trained("streaming", causal=True)
-    padded_tests = padded([test.features for test in tests])
-    x, lengths, _ = material.read(*padded_tests, tests, causal=False)
-    with torch.no_grad():
-        heard = {"bidirectional": recognised(whole.model, x, lengths)}
-    x_causal = material.read(*padded_tests, tests, causal=True)[0]
-    inputs = [each[:length] for each, length in zip(x_causal, lengths, strict=True)]
-    streamed = [listen(online.model, each, online.model.rnn.stream(batch_size=1).step) for each in inputs]
-    heard["streaming"] = [digits(best) for _, best, _ in streamed]
-    micros = {"ours, a stream": 1e6 * median(s for *_, seconds in streamed for s in seconds)}
+    cepstra = padded([test.features for test in tests])
+    x, lengths, _ = material.read(*cepstra, tests, causal=False)
+    inputs = [x[:n] for x, n in zip(material.read(*cepstra, tests, causal=True)[0], lengths, strict=True)]
+    micros = {}
+    streamed, micros["ours, a stream"] = listen(
+        online.model, inputs, lambda: online.model.rnn.stream(batch_size=1).step
+    )
     if given.cell in IN_TORCH:
-        looped = [listen(online.model, each, by_cells(online.model.rnn, IN_TORCH[given.cell])) for each in inputs]
-        micros["torch.nn, its cells"] = 1e6 * median(s for *_, seconds in looped for s in seconds)
-    costs = padding_cost(whole.model.rnn, x, lengths, given.cell, rounds=3 if given.quick else 15)
+        _, micros["torch.nn, its cells"] = listen(
+            online.model, inputs, lambda: by_cells(online.model.rnn, IN_TORCH[given.cell])
+        )
+    with torch.no_grad():
+        rows = {"bidirectional": [*whole.model(x, lengths).cpu()], "streaming": streamed}
+    heard = {label: [digits(r[:n]) for r, n in zip(each, lengths, strict=True)] for label, each in rows.items()}
+    for i, test in enumerate(tests):
+        print(f"{test.speaker:8} said {test.text:8} heard {'  '.join(each[i] for each in heard.values())}")
 
     quality: dict[str, float | int | str] = {}
     errors: dict[str, float] = {}
-    tidigits = [i for i, test in enumerate(tests) if test.sphinx is not None]
     for label, each in (("bidirectional", whole), ("streaming", online)):
+        pairs = [(test, text) for test, text in zip(tests, heard[label], strict=True)]
         errors[f"synthetic, {label}"] = min(value for _, value in each.scores)
-        errors[f"real, {label}"] = error_rate([(tests[i].text, heard[label][i]) for i in tidigits])
-        quality[f"word errors, %, {label}: synthetic voices held out"] = errors[f"synthetic, {label}"]
+        errors[f"real, {label}"] = error_rate([(test.text, text) for test, text in pairs if test.sphinx is not None])
+        quality[f"word errors, %, {label}: synthetic voices held out, distorted"] = errors[f"synthetic, {label}"]
         quality[f"word errors, %, {label}: real voices of TIDIGITS"] = errors[f"real, {label}"]
         for speaker in sorted({test.speaker for test in tests}):
-            pairs = [(t.text, h) for t, h in zip(tests, heard[label], strict=True) if t.speaker == speaker]
-            quality[f"word errors, %, {label}: {speaker} ({len(pairs)})"] = error_rate(pairs)
-    sphinx = error_rate([(tests[i].text, tests[i].sphinx) for i in tidigits])
-    quality["word errors, %, PocketSphinx, trained on real voices: real voices"] = sphinx
+            own = [(test.text, text) for test, text in pairs if test.speaker == speaker]
+            quality[f"word errors, %, {label}: {speaker} ({len(own)})"] = error_rate(own)
+    sphinx = error_rate([(test.text, test.sphinx) for test in tests if test.sphinx is not None])
+    quality["word errors, %, PocketSphinx's model, trained on TIDIGITS: real voices of TIDIGITS"] = sphinx
     errors["real, PocketSphinx,\ntrained on real ones"] = sphinx
     milliseconds = 1000 * TOGETHER // FrontEnd.frames
     for name, value in micros.items():
         quality[f"µs a step of {milliseconds} ms of speech, {name}"] = value
         quality[f"times as fast as speech, {name}"] = round(1e3 * milliseconds / value)
+    costs = padding_cost(whole.model.rnn, x, lengths, given.cell, rounds=3 if given.quick else 15)
     quality |= {f"ms a ragged batch, forward and backward, {name}": value for name, value in costs.items()}
-    for test, *each in zip(tests, *heard.values(), strict=True):
-        print(f"{test.speaker:8} said {test.text:8} heard {'  '.join(each)}")
 
     def draw(figure: Any) -> None:
         figure.set_size_inches(12, 6.6)
         shown = next(i for i, test in enumerate(tests) if len(test.text) == 5)
         left, right = figure.subfigures(1, 2, width_ratios=(1.5, 1))
-        with torch.no_grad():
-            offline = whole.model(x[shown : shown + 1], lengths[shown : shown + 1])[0, : lengths[shown]]
-        curves = {"bidirectional": offline.cpu(), "streaming": streamed[shown][0].cpu()}
+        curves = {label: each[shown][: lengths[shown]] for label, each in rows.items()}
         draw_utterance(left.subplots(3, 1), tests[shown], curves)
         bars = right.subplots(3, 1, height_ratios=(len(errors), len(costs), len(micros) + 1))
         draw_bars(bars[0], "Word errors, %", errors, " %.1f")
@@ -594,8 +596,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "utterances, training": count,
         "utterances held out": held_out,
         "frames of 10 ms, training": sum(len(each.features) for each in material.training),
-        "real utterances, TIDIGITS": len(tidigits),
-        "real utterances, others": len(tests) - len(tidigits),
+        "real utterances": len(tests),
     }
     return finish(given, [whole, online], quality, data, draw)
 
