@@ -3,9 +3,10 @@
     python examples/speech.py [--quick] [--cell gru]
 
 Training: utterances of one to seven digits by the voices of eSpeak NG (GPL-3.0, in the package espeakng_loader), made
-on the spot; a fifth of its voices and one accent are held out for validation. Test: 31 utterances of TIDIGITS and one
-more, of three real speakers, in the source archive of PocketSphinx (BSD licence), evaluated once, at the end.
-A bidirectional network reads whole utterances; another one listens frame by frame, by a stream.
+on the spot, and distorted at random as other speakers and rooms would; a fifth of its voices and one accent are held
+out for validation. Test: 31 utterances of TIDIGITS by two real speakers and one by a third, in the source archive of
+PocketSphinx (BSD licence), evaluated once, at the end.
+A bidirectional network reads whole utterances; another one listens step by step, by a stream.
 """
 
 from __future__ import annotations
@@ -168,7 +169,7 @@ class Synthesiser:
     """eSpeak NG by its C interface: `say` gives samples."""
 
     SSML, UTF8, SYNCHRONOUS, DONT_EXIT = 0x10, 1, 2, 0x8000
-    PARAMETERS = ("rate", "volume", "pitch", "range")
+    RATE, PITCH, RANGE = 1, 3, 4
 
     def __init__(self) -> None:
         (package,) = needed("espeakng_loader")
@@ -191,12 +192,12 @@ class Synthesiser:
             self._parts.append(ctypes.string_at(samples, 2 * count))
         return 0
 
-    def say(self, voice: str, text: str, **parameters: int) -> Tensor:
+    def say(self, voice: str, text: str, parameters: dict[int, int]) -> Tensor:
         """Samples [N], int16, of a text in SSML."""
         if self.library.espeak_SetVoiceByName(voice.encode()):
             stop(f"eSpeak NG has no voice {voice}")
-        for name, value in parameters.items():
-            self.library.espeak_SetParameter(self.PARAMETERS.index(name) + 1, value, 0)
+        for number, value in parameters.items():
+            self.library.espeak_SetParameter(number, value, 0)
         self._parts.clear()
         content = text.encode() + b"\0"
         if self.library.espeak_Synth(content, len(content), 0, 1, 0, self.SSML | self.UTF8, None, None):
@@ -224,14 +225,9 @@ def synthetic(synthesiser: Synthesiser, names: Sequence[str], count: int, seed: 
             + (f'<break time="{random.randint(0, pause)}ms"/>' if pause else "")
             for digit in digits
         ]
-        sound = synthesiser.say(
-            voice := random.choice(names),
-            f"<speak>{' '.join(spoken)}{random.choice('.,?')}</speak>",
-            rate=random.randint(100, 240),
-            volume=100,
-            pitch=random.randint(5, 95),
-            range=random.randint(10, 90),
-        )
+        voice, text = random.choice(names), f"<speak>{' '.join(spoken)}{random.choice('.,?')}</speak>"
+        manner = {Synthesiser.RATE: random.randint(100, 240), Synthesiser.PITCH: random.randint(5, 95)}
+        sound = synthesiser.say(voice, text, manner | {Synthesiser.RANGE: random.randint(10, 90)})
         sound = resample_poly(sound.float().numpy(), front.rate // common, synthesiser.rate // common)
         silence = [torch.zeros(random.randint(800, 8000)) for _ in range(2)]
         energies = front.log_mel(torch.cat([silence[0], torch.from_numpy(sound), silence[1]]))
@@ -269,40 +265,46 @@ def real() -> list[Utterance]:
 def distorted(energies: Tensor, lengths: Tensor, noise: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Log energies [B, T, filters] as other speakers, rooms and microphones might have made them: cepstra, lengths.
 
-    Changed at random are the pace, the length of the vocal tract, the spectrum's tilt and the contrast of its bands,
-    the loudness, the noise behind it; and short stretches are silenced. noise: log energies of the faintest noise
-    [N, filters].
+    noise: log energies of the faintest noise [N, filters].
     """
     batch, frames, filters = energies.shape
 
     def uniform(*shape: int, reach: float) -> Tensor:
         return reach * (2 * torch.rand(shape, generator=generator) - 1)
 
+    def field(time_: int, bands: int, size: Sequence[int], reach: float) -> Tensor:
+        """Random numbers at some places of the spectrogram, smooth in between: [B, *size]."""
+        knots = uniform(batch, 1, time_, bands, reach=reach)
+        return F.interpolate(knots, tuple(size), mode="bilinear", align_corners=True)[:, 0]
+
     # The pace of each utterance and of each of its stretches: from which place every frame comes.
-    pace = (uniform(batch, 1, 1, reach=0.25) + uniform(batch, 1, 2 + frames // 40, reach=0.3)).exp()
-    pace = F.interpolate(pace, 2 * frames, mode="linear", align_corners=True)[:, 0]
+    pace = (uniform(batch, 1, reach=0.33) + field(2 + frames // 20, 1, (2 * frames, 1), 0.33)[..., 0]).exp()
     place = pace.cumsum(1) - pace[:, :1]
     lengths = (place <= lengths[:, None] - 1).sum(1)
     place = place[:, : int(lengths.max())]
-    # A vocal tract of another length: from which frequency every band comes.
+    size = place.shape[1], filters
+    # A vocal tract of another length, and vowels of other places: from which frequency every band comes.
+    stretch = (uniform(batch, 1, 1, reach=0.2) + field(2 + frames // 20, 4, size, 0.15)).exp()
     top = _mel(FrontEnd.high)
-    frequency = _hertz(torch.linspace(0, float(top), filters)) * uniform(batch, 1, reach=0.22).exp()
-    where = torch.broadcast_tensors((_mel(frequency) / top).float()[:, None, :], place[:, :, None] / (frames - 1))
+    frequency = _mel(_hertz(torch.linspace(0, float(top), filters)) * stretch) / top
+    where = torch.broadcast_tensors(frequency.float(), place[:, :, None] / (frames - 1))
     grid = 2 * torch.stack(where, dim=-1) - 1
     energies = F.grid_sample(energies[:, None], grid, padding_mode="border", align_corners=True)[:, 0]
 
+    # The microphone and the loudness, the sharpness of the spectrum, the stress of sounds.
     basis = cosines(filters, filters)
-    cepstra = energies @ basis.t()
-    cepstra = cepstra * uniform(batch, 1, filters, reach=0.25).exp()
-    reach = torch.tensor([16.0, 6.0, 3.0] + [1.5] * (filters - 3))
-    energies = (cepstra + reach * uniform(batch, 1, filters, reach=1.0)) @ basis
-
+    order = torch.arange(filters)
+    contrast = (uniform(batch, 1, filters, reach=0.35) * (order > 0)).exp()
+    offset = uniform(batch, 1, filters, reach=1.0) * (1.5 + 14.5 / (1 + order) ** 1.5)
+    energies = (energies @ basis.t() * contrast + offset) @ basis + field(2 + frames // 10, 5, size, 2.0)
+    # The noise of a room, which falls with frequency.
     start = torch.randint(len(noise) - energies.shape[1], (batch, 1), generator=generator)
-    level = 8 * torch.rand(batch, 1, 1, generator=generator).square()
-    level = level + level.clamp(max=1) * uniform(batch, 1, 1, reach=2.0) * torch.linspace(-1, 1, filters)
+    slope = uniform(batch, 1, 1, reach=2.0) - 2.5
+    level = 5 + uniform(batch, 1, 1, reach=4.0) + slope * torch.linspace(-1, 1, filters)
     energies = torch.logaddexp(energies, noise[start + torch.arange(energies.shape[1])] + level)
     cepstra = energies @ cosines(filters).t()
 
+    # What another sound covers.
     begin = torch.rand(batch, 2, 1, generator=generator) * lengths[:, None, None]
     end = begin + 8 * torch.rand(batch, 2, 1, generator=generator)
     frame = torch.arange(cepstra.shape[1])
@@ -407,7 +409,6 @@ def error_rate(pairs: Sequence[tuple[str, str]]) -> float:
 
 # -------------------------------------------------------------------------------------------------------- listening
 
-
 Steps = Callable[[Tensor], Tensor]  # a frame [1, 39] → what the layer makes of it, [1, H]
 
 
@@ -511,11 +512,10 @@ def draw_bars(axis: Any, title: str, values: dict[str, float], form: str) -> Non
     axis.set(title=title, xlim=(0, 1.25 * max(1e-9, *values.values())))
     axis.invert_yaxis()
     axis.grid(visible=False)
-    axis.tick_params(axis="y", length=0)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    given = options(parser(__doc__, cell="gru", steps=2400, quick_steps=20), arguments)
+    given = options(parser(__doc__, cell="gru", steps=3000, quick_steps=20), arguments)
     hidden, layers, count, held_out = (32, 1, 256, 32) if given.quick else (128, 2, 5000, 400)
     tests = real()
     synthesiser = Synthesiser()
@@ -543,15 +543,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     whole, online = trained("bidirectional", causal=False), trained("streaming", causal=True)
     cepstra = padded([test.features for test in tests])
     x, lengths, _ = material.read(*cepstra, tests, causal=False)
-    inputs = [x[:n] for x, n in zip(material.read(*cepstra, tests, causal=True)[0], lengths, strict=True)]
-    micros = {}
-    streamed, micros["ours, a stream"] = listen(
-        online.model, inputs, lambda: online.model.rnn.stream(batch_size=1).step
-    )
-    if given.cell in IN_TORCH:
-        _, micros["torch.nn, its cells"] = listen(
-            online.model, inputs, lambda: by_cells(online.model.rnn, IN_TORCH[given.cell])
-        )
+    inputs = [each[:n] for each, n in zip(material.read(*cepstra, tests, causal=True)[0], lengths, strict=True)]
+    micros, listener = {}, online.model
+    streamed, micros["ours, a stream"] = listen(listener, inputs, lambda: listener.rnn.stream(batch_size=1).step)
+    if cell := IN_TORCH.get(given.cell):
+        _, micros["torch.nn, its cells"] = listen(listener, inputs, lambda: by_cells(listener.rnn, cell))
     with torch.no_grad():
         rows = {"bidirectional": [*whole.model(x, lengths).cpu()], "streaming": streamed}
     heard = {label: [digits(r[:n]) for r, n in zip(each, lengths, strict=True)] for label, each in rows.items()}
@@ -561,7 +557,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     quality: dict[str, float | int | str] = {}
     errors: dict[str, float] = {}
     for label, each in (("bidirectional", whole), ("streaming", online)):
-        pairs = [(test, text) for test, text in zip(tests, heard[label], strict=True)]
+        pairs = [*zip(tests, heard[label], strict=True)]
         errors[f"synthetic, {label}"] = min(value for _, value in each.scores)
         errors[f"real, {label}"] = error_rate([(test.text, text) for test, text in pairs if test.sphinx is not None])
         quality[f"word errors, %, {label}: synthetic voices held out, distorted"] = errors[f"synthetic, {label}"]
@@ -572,7 +568,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     sphinx = error_rate([(test.text, test.sphinx) for test in tests if test.sphinx is not None])
     quality["word errors, %, PocketSphinx's model, trained on TIDIGITS: real voices of TIDIGITS"] = sphinx
     errors["real, PocketSphinx,\ntrained on real ones"] = sphinx
-    milliseconds = 1000 * TOGETHER // FrontEnd.frames
+    milliseconds = 1000 * TOGETHER // FrontEnd.frames  # of speech a step
     for name, value in micros.items():
         quality[f"µs a step of {milliseconds} ms of speech, {name}"] = value
         quality[f"times as fast as speech, {name}"] = round(1e3 * milliseconds / value)
@@ -595,7 +591,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "synthetic voices held out": len(others),
         "utterances, training": count,
         "utterances held out": held_out,
-        "frames of 10 ms, training": sum(len(each.features) for each in material.training),
         "real utterances": len(tests),
     }
     return finish(given, [whole, online], quality, data, draw)
