@@ -169,13 +169,14 @@ def padded(sequences: Sequence[Tensor], device: str = "cpu") -> tuple[Tensor, Te
 def ragged(rnn: nn.Module, x: Tensor, lengths: Tensor, state: Any = None) -> tuple[Tensor, Any]:
     """Run a layer with batch_first on sequences of different lengths: y [B, T, …] with zeros at the ends, the states.
 
-    torch.nn wants them packed. Ours takes the lengths, and spends nothing on padding either.
+    torch.nn wants them packed. Ours takes the lengths, and spends nothing on padding either. Both leave y in memory as
+    [T, B, …], in whose order a dropout draws its mask.
     """
     if type(rnn).__module__.startswith("fused_rnn"):
         return rnn(x, state, lengths=lengths.to(x.device))
     packed = nn.utils.rnn.pack_padded_sequence(x, lengths.cpu(), batch_first=True, enforce_sorted=False)
     y, state = rnn(packed, state)
-    return nn.utils.rnn.pad_packed_sequence(y, batch_first=True, total_length=x.shape[1])[0], state
+    return nn.utils.rnn.pad_packed_sequence(y, total_length=x.shape[1])[0].transpose(0, 1), state
 
 
 class Shuffled:
