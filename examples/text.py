@@ -167,7 +167,7 @@ def write(step: Steps, prompt: str, length: int, seed: int = 0, device: str = "c
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    given = options(parser(__doc__, cell="lstm", steps=1500, quick_steps=40), arguments)
+    given = options(parser("text", __doc__, cell="lstm", steps=1500, quick_steps=40), arguments)
     length, hidden = (64, 64) if given.quick else (LENGTH, 256)
     read, held_out = corpus()
     if given.quick:
