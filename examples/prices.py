@@ -144,8 +144,8 @@ class Forecaster(nn.Module):
 def loss_of(said: tuple[Tensor, Tensor], up: Tensor, swing: Tensor) -> Tensor:
     """Cross-entropy of the direction in nats, and the squared error of the volatility; where a target is known."""
     rises, swings = ~up.isnan(), ~swing.isnan()
-    cross = F.binary_cross_entropy_with_logits(said[0][rises], up[rises])
-    return cross + F.mse_loss(said[1][swings], swing[swings])
+    cross = F.binary_cross_entropy_with_logits(said[0][rises], up[rises].to(said[0].dtype))
+    return cross + (said[1][swings] - swing[swings]).square().mean()
 
 
 def forecast(model: nn.Module, year: Year, begin: int, end: int, device: str) -> tuple[Tensor, Tensor]:
@@ -161,7 +161,7 @@ def har(series: Any, test: int, end: int) -> Any:
     """One-day forecasts by means of 1, 5 and 22 days; fitted on the days before `test`."""
     (models,) = needed("sklearn.linear_model")
     means = [series.rolling(days).mean().shift(1).to_numpy() for days in (1, 5, 22)]
-    inputs = torch.tensor(means).T[22:].numpy()
+    inputs = torch.stack([*map(torch.from_numpy, means)], dim=1)[22:].numpy()
     fitted = models.LinearRegression().fit(inputs[: test - 22], series.to_numpy()[22:test])
     return fitted.predict(inputs[test - 22 : end - 22])
 
@@ -274,6 +274,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     quality |= {"direction": direction, "volatility": swings}
 
     def draw(figure: Any) -> None:
+        from matplotlib import dates, ticker
+
         story, bars, points = figure.subplots(1, 3, width_ratios=(1.7, 1, 0.8))
         share, begin, end = DRAWN
         when = table.index[table.index.year.isin(years)]
@@ -282,7 +284,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for name, (key, colour, width) in lines.items():
             daily = 100 * math.sqrt(252) * said[key][SHARES.index(share)].exp()
             story.plot(when[shown], daily[torch.from_numpy(shown)], color=colour, linewidth=width, label=name)
-        story.set(yscale="log", title=f"{share}: the day before, the network said …", ylabel="volatility, % a year")
+        story.set(yscale="log", title=f"{share}'s volatility, as foretold a day before", ylabel="% a year")
+        story.yaxis.set_major_formatter("{x:g}")
+        story.yaxis.set_minor_formatter(ticker.NullFormatter())
+        story.set_yticks([10, 20, 50, 100, 200])
+        story.xaxis.set_major_formatter(dates.ConciseDateFormatter(story.xaxis.get_major_locator()))
         story.legend(ncols=3, loc="upper right")
         names = [*relative]
         bars.barh(
@@ -290,14 +296,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         bars.bar_label(bars.containers[0], fmt=" %.2f")
         bars.invert_yaxis()
-        bars.set(title="Volatility: squared error, HAR's = 1", xlim=(0, 1.2 * max(r[0] for r in relative.values())))
+        bars.set(title="Squared error of volatility", xlim=(0, 1.2 * max(r[0] for r in relative.values())))
         bars.grid(visible=False)
         for x, (name, (mean, low, high, _)) in enumerate(accuracy.items()):
             bounds = [[100 * (mean - low)], [100 * (high - mean)]]
             points.errorbar(x, 100 * mean, bounds, marker="o", capsize=4, color=COLOURS[0] if name == this else FAINT)
         points.axhline(50, color=INK, linewidth=0.8, linestyle=":")
         points.set_xticks(range(len(accuracy)), [name.replace(" ", "\n") for name in accuracy])
-        points.set(title="Right direction, %, 95 % intervals", xlim=(-0.5, len(accuracy) - 0.5))
+        points.set(title="Right direction, %", xlim=(-0.5, len(accuracy) - 0.5))
         points.grid(visible=False, axis="x")
 
     data = {"shares": ", ".join(SHARES), "days": len(table), "test years": f"{years[0]} to {years[-1]}"}

@@ -202,13 +202,16 @@ def by_rules(texts: Sequence[str]) -> Tensor:
 
 
 def telling(parts: Sequence[Tensor], ratings: Tensor) -> list[int]:
-    """Two texts of 8 to 16 words, rated right: of those below zero and those above, whose sum turns the most."""
+    """Of the texts of 8 to 16 words, one that people rate below zero and one above: those whose sum turns the most.
+
+    Ones whose sign is right come first.
+    """
     chosen = []
     for sign in (-1, 1):
         turns = {
-            i: (-sign * share.cumsum(0)).max().item()
+            i: (bool(sign * share.sum() > 0), (-sign * share.cumsum(0)).max().item())
             for i, share in enumerate(parts)
-            if 8 <= len(share) <= 16 and sign * share.sum() > 0.5 and sign * ratings[i] > 0.5
+            if 8 <= len(share) <= 16 and sign * ratings[i] > 0.5
         }
         chosen += [max(turns, key=turns.__getitem__)] if turns else []
     return chosen
@@ -249,8 +252,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     order = torch.randperm(len(rated), generator=torch.Generator().manual_seed(0)).tolist()[
         : 2000 if given.quick else None
     ]
-    ends = [round(0.75 * len(order)), round(0.85 * len(order))]
-    parts = [[rated[i] for i in part] for part in (order[: ends[0]], order[ends[0] : ends[1]], order[ends[1] :])]
+    a, b = round(0.75 * len(order)), round(0.85 * len(order))
+    parts = [[rated[i] for i in part] for part in (order[:a], order[a:b], order[b:])]
     texts = [[text for _, _, text in part] for part in parts]
     ratings = [torch.tensor([rating for _, rating, _ in part]) for part in parts]
     vocabulary = Vocabulary(texts[0])
@@ -263,7 +266,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     def loss(model: nn.Module, step: int, _: Any) -> tuple[Tensor, Any]:
         chosen = sorted(batches(step), key=lambda i: -len(codes[0][i]))
         text, lengths = padded([codes[0][i] for i in chosen], given.device)
-        return F.mse_loss(model(text, lengths).sum(dim=1), ratings[0][chosen].to(given.device)), None
+        return (model(text, lengths).sum(dim=1) - ratings[0][chosen].to(given.device)).square().mean(), None
 
     def score(model: nn.Module) -> float:
         return F.mse_loss(rate(model, codes[1], given.device), ratings[1]).item()
@@ -275,7 +278,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ours = torch.stack([each.sum() for each in share])
     by_sign, by_rating = bag_of_words(texts, ratings)
     rules = by_rules(texts[2])
-    this = f"bidirectional {given.cell.upper()}"
+    this = f"this {given.cell.upper()}"
     signs = {"VADER's rules": right_sign(rules, known), "bag of words": right_sign(by_sign, known)}
     signs[this] = right_sign(ours, known)
     correlations = {"VADER's rules": correlation(rules, known), "bag of words": correlation(by_rating, known)}
@@ -286,8 +289,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     intervals = {
         key: proportion_confint(right.sum().item(), len(right), method="wilson") for key, right in signs.items()
     }
-    a, b = signs[this] > 0.5, signs["bag of words"] > 0.5
-    table = [[(a & b).sum().item(), (a & ~b).sum().item()], [(~a & b).sum().item(), (~a & ~b).sum().item()]]
+    x, y = signs[this] > 0.5, signs["bag of words"] > 0.5
+    table = [[(x & y).sum().item(), (x & ~y).sum().item()], [(~x & y).sum().item(), (~x & ~y).sum().item()]]
     chance = mcnemar(table).pvalue
     ahead = 100 * (signs[this].mean() - signs["bag of words"].mean()).item()
     verdict = "no clear difference" if chance > 0.05 else "better" if ahead > 0 else "worse"
@@ -316,7 +319,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         for x, height in enumerate(heights):
             bars.text(x, 51.5, f"{height:.1f}", ha="center", color="white" if colours[x] != GREY else INK)
-        bars.set(ylim=(50, 100), ylabel="right sign, %", title="Favourable or not? Test snippets, 95 % intervals")
+        bars.set(ylim=(50, 100), ylabel="right sign, % of test snippets", title="Favourable or not? (95 % intervals)")
         bars.grid(visible=False, axis="x")
         for row, i in enumerate(telling(share, known)):
             draw_shares(figure.add_subplot(grid[row, 1]), texts[2][i], share[i], known[i].item())
