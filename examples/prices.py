@@ -9,7 +9,8 @@ Walk-forward: each test year has a network of its own, which has seen only the y
 the weights, all earlier ones train. It reads day by day and says two things of the next: up or down, and the logarithm
 of the volatility (Garman and Klass, of the day's open, high, low and close). Beside it: always up and the day's own
 sign; the day's own volatility, the mean so far, an autoregression, and HAR (Corsi 2009), a linear regression on the
-means of 1, 5 and 22 days. Days are what is counted: four shares that fall together are one observation.
+means of 1, 5 and 22 days, both fitted on all days before the test year. An interval counts days: four shares that fall
+together are one observation.
 """
 
 from __future__ import annotations
@@ -99,15 +100,16 @@ class Year:
     def __init__(self, table: Any, year: int) -> None:
         self.validation, self.test, self.end = (int((table.index.year < year + i).sum()) for i in (-1, 0, 1))
         check_no_leakage(table, self.validation)
-        self.x = standardised(features(table), self.validation)
+        known = features(table)
+        self.first = (~known.isnan().any(dim=-1)).int().argmax(dim=1)  # of each share the first day with all features
+        self.x = standardised(known, self.validation)
         after = torch.tensor(returns(table).shift(-1).to_numpy().T, dtype=torch.float32)
-        self.up = torch.where(after == 0, torch.nan, (after > 0).float()).where(~after.isnan(), torch.nan)
+        self.up = torch.where(after == 0, torch.nan, after.sign() / 2 + 0.5)
         swing = torch.tensor(volatility(table).shift(-1).to_numpy().T, dtype=torch.float32)
-        known = swing[:, : self.validation - 1]
-        self.mean = known.nanmean()
-        self.deviation = (known - self.mean).square().nanmean().sqrt()
+        training = swing[:, : self.validation - 1]
+        self.mean = training.nanmean()
+        self.deviation = (training - self.mean).square().nanmean().sqrt()
         self.swing = (swing - self.mean) / self.deviation
-        self.first = self.x.ne(0).any(dim=-1).int().argmax(dim=1)  # a share's first day with features
 
     def batch(self, step: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
         """Sequences of the training days, at places of (seed, step) alone: x [B, T, D], up [B, T], swing [B, T]."""
@@ -136,7 +138,7 @@ class Forecaster(nn.Module):
         self.head = nn.Linear(hidden, 2)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        y, _ = self.rnn(self.dropout(x))
+        y, _ = self.rnn(x)
         up, swing = self.head(self.dropout(y)).unbind(-1)
         return up, swing
 
@@ -159,9 +161,9 @@ def forecast(model: nn.Module, year: Year, begin: int, end: int, device: str) ->
 
 def har(series: Any, test: int, end: int) -> Any:
     """One-day forecasts by means of 1, 5 and 22 days; fitted on the days before `test`."""
-    (models,) = needed("sklearn.linear_model")
+    numpy, models = needed("numpy", "sklearn.linear_model")
     means = [series.rolling(days).mean().shift(1).to_numpy() for days in (1, 5, 22)]
-    inputs = torch.stack([*map(torch.from_numpy, means)], dim=1)[22:].numpy()
+    inputs = numpy.stack(means, axis=1)[22:]
     fitted = models.LinearRegression().fit(inputs[: test - 22], series.to_numpy()[22:test])
     return fitted.predict(inputs[test - 22 : end - 22])
 
@@ -177,16 +179,17 @@ def autoregression(series: Any, test: int, end: int) -> Any:
 
 def baselines(table: Any, test: int, end: int) -> dict[str, Tensor]:
     """Forecasts of the log volatility on the days test to end, [shares, days] each."""
-    made: dict[str, list[Any]] = {"mean so far": [], "yesterday's": [], "autoregression": [], "HAR": []}
+    (numpy,) = needed("numpy")
+    made: dict[str, list[Any]] = {"mean so far": [], "today's": [], "autoregression": [], "HAR": []}
     for share in SHARES:
         series = volatility(table)[share]
         begin = int(series.isna().sum())
         values, at, to = series.iloc[begin:], test - begin, end - begin
         made["mean so far"].append(values.expanding().mean().shift(1).to_numpy()[at:to])
-        made["yesterday's"].append(values.shift(1).to_numpy()[at:to])
+        made["today's"].append(values.shift(1).to_numpy()[at:to])
         made["autoregression"].append(autoregression(values, at, to))
         made["HAR"].append(har(values, at, to))
-    return {name: torch.tensor(each, dtype=torch.float32) for name, each in made.items()}
+    return {name: torch.from_numpy(numpy.stack(each)).float() for name, each in made.items()}
 
 
 def over_days(values: Tensor) -> tuple[float, float, float, float]:
@@ -246,7 +249,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     accuracy = {name: over_days(each[days]) for name, each in right.items()}
     error = {
         name: (said[name] - said["swing"]).square().mean(0)
-        for name in ("mean so far", "yesterday's", "autoregression", "HAR")
+        for name in ("mean so far", "today's", "autoregression", "HAR")
     }
     error[this] = (said["network"] - said["swing"]).square().mean(0)
     relative = {name: over_days(each / error["HAR"].mean()) for name, each in error.items()}
@@ -256,7 +259,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     found = "no better than" if chance > 0.05 or ahead <= 0 else f"{100 * ahead:.1f} points better than"
     direction = f"{found} {best} (p = {chance:.2g})"
     less, *_, chance = over_days((error["HAR"] - error[this]) / error["HAR"].mean())
-    found = "no better than HAR" if chance > 0.05 or less <= 0 else f"squared error {100 * less:.1f} % below HAR's"
+    found = "no better than HAR" if chance > 0.05 or less <= 0 else f"error {100 * less:.1f} % below HAR's"
     swings = f"{found} (p = {chance:.2g})"
     print(f"\nDirection: {direction}.\nVolatility: {swings}.\n")
 
@@ -276,7 +279,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     def draw(figure: Any) -> None:
         from matplotlib import dates, ticker
 
-        story, bars, points = figure.subplots(1, 3, width_ratios=(1.7, 1, 0.8))
+        story, bars, points = figure.subplots(1, 3, width_ratios=(1.6, 1, 0.9))
         share, begin, end = DRAWN
         when = table.index[table.index.year.isin(years)]
         shown = (when >= begin) & (when <= end)
@@ -289,6 +292,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         story.yaxis.set_minor_formatter(ticker.NullFormatter())
         story.set_yticks([10, 20, 50, 100, 200])
         story.xaxis.set_major_formatter(dates.ConciseDateFormatter(story.xaxis.get_major_locator()))
+        story.set_ylim(top=300)
         story.legend(ncols=3, loc="upper right")
         names = [*relative]
         bars.barh(
@@ -296,14 +300,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         bars.bar_label(bars.containers[0], fmt=" %.2f")
         bars.invert_yaxis()
-        bars.set(title="Squared error of volatility", xlim=(0, 1.2 * max(r[0] for r in relative.values())))
+        bars.set(
+            title=f"Volatility:\n{swings.partition(' (')[0]}",
+            xlabel="squared error, HAR's = 1",
+            xlim=(0, 1.2 * max(r[0] for r in relative.values())),
+        )
         bars.grid(visible=False)
         for x, (name, (mean, low, high, _)) in enumerate(accuracy.items()):
             bounds = [[100 * (mean - low)], [100 * (high - mean)]]
             points.errorbar(x, 100 * mean, bounds, marker="o", capsize=4, color=COLOURS[0] if name == this else FAINT)
         points.axhline(50, color=INK, linewidth=0.8, linestyle=":")
         points.set_xticks(range(len(accuracy)), [name.replace(" ", "\n") for name in accuracy])
-        points.set(title="Right direction, %", xlim=(-0.5, len(accuracy) - 0.5))
+        points.set(
+            title=f"Direction:\n{direction.partition(' (')[0]}",
+            ylabel="right, %, with 95 % interval",
+            xlim=(-0.5, len(accuracy) - 0.5),
+        )
         points.grid(visible=False, axis="x")
 
     data = {"shares": ", ".join(SHARES), "days": len(table), "test years": f"{years[0]} to {years[-1]}"}

@@ -234,7 +234,7 @@ def draw_shares(axis: Any, text: str, share: Tensor, rating: float) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    made = parser("sentiment", __doc__, cell="lstm", steps=4000, quick_steps=60)
+    made = parser("sentiment", __doc__, cell="lstm", steps=3000, quick_steps=60)
     made.add_argument(
         "--file", type=Path, help="other snippets: lines of number, rating from -4 to 4, text, between tabs"
     )
