@@ -5,8 +5,8 @@
 Three tasks whose answer lies in the past. The adding problem (Hochreiter and Schmidhuber 1997): of T numbers two are
 marked, what is their sum? Saying 1 always errs by 0.167 in the mean square. The copying problem (same source, as in
 Arjovsky et al. 2016): eight symbols are to be said again after T steps of nothing. Both are made here, batch by batch.
-Sequential digits: scikit-learn's handwritten digits (UCI, CC BY 4.0), read pixel by pixel: a fifth is for tests, a tenth
-for validation.
+Sequential digits: scikit-learn's handwritten digits (UCI, CC BY 4.0), read pixel by pixel: a fifth is for tests, a
+tenth for validation.
 By `fused_rnn.diagnose` each cell's gradient is followed back in time, before training and after it.
 """
 

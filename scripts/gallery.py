@@ -1,9 +1,11 @@
-"""Take in what the programs of examples/ have written, and fill docs/gallery.md with it.
+"""Take in what the programs of examples/ have written, and fill docs/gallery.md and the README with it.
 
     python scripts/gallery.py [FOLDER]
 
 NAME.json goes to benchmarks/results/examples, NAME.png to docs/gallery. Then, without a folder only this, the tables
-between `<!-- NAME:begin -->` and `<!-- NAME:end -->` are made of benchmarks/results/examples. Quick runs are refused.
+between `<!-- NAME:begin -->` and `<!-- NAME:end -->` are made of benchmarks/results/examples; in the README those of
+`gallery`, a line a program: the first number that it reached, and the slowest and fastest of its trainings. Quick runs
+are refused.
 """
 
 from __future__ import annotations
@@ -14,10 +16,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from fused_rnn.commands.demo import PROGRAMS
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks/results/examples"
 PICTURES = ROOT / "docs/gallery"
 PAGE = ROOT / "docs/gallery.md"
+README = ROOT / "README.md"
 
 
 def take(folder: Path) -> None:
@@ -67,23 +72,44 @@ def tables(record: dict[str, Any]) -> str:
     return "\n".join([*lines, "", f"<sub>{setting}, {told}</sub>"])
 
 
-def fill(page: Path = PAGE, results: Path = RESULTS) -> bool:
-    """Write the tables into the page; whether it changed. Raises ValueError where a program has no place in it."""
+def summary(records: list[dict[str, Any]]) -> str:
+    lines = ["| | reached | a step of training, times as fast as by `torch.nn` |", "|---|---|---|"]
+    for record in records:
+        name, value = next(iter(record["quality"].items()))
+        times = [training["step_ms"] for training in record["trainings"].values()]
+        ratios = sorted(each["torch"] / each["ours"] for each in times if each["torch"] is not None)
+        span = " to ".join(f"{ratio:.2f}×" for ratio in dict.fromkeys((ratios[0], ratios[-1]))) if ratios else "–"
+        lines.append(
+            f"| [{record['program']}](docs/gallery.md#{record['program']}) | {name}: {number(value)} | {span} |"
+        )
+    machines = dict.fromkeys(f"{r['machine']['device_name']}, {r['machine']['threads']} threads" for r in records)
+    return "\n".join([*lines, "", f"<sub>{'; '.join(machines)}; `make gallery`</sub>"])
+
+
+def fill(page: Path, blocks: dict[str, str]) -> bool:
+    """Write each text between the marks of its name; whether the page changed. ValueError: it has no such marks."""
     text = before = page.read_text(encoding="utf-8")
-    for path in sorted(results.glob("*.json")):
-        record = json.loads(path.read_text(encoding="utf-8"))
-        begin, end = (f"<!-- {record['program']}:{which} -->" for which in ("begin", "end"))
+    for name, block in blocks.items():
+        begin, end = (f"<!-- {name}:{which} -->" for which in ("begin", "end"))
         head, found, rest = text.partition(begin)
         _, closed, tail = rest.partition(end)
         if not found or not closed:
             raise ValueError(f"{page}: expected {begin} and {end}")
-        text = f"{head}{begin}\n{tables(record)}\n{end}{tail}"
+        text = f"{head}{begin}\n{block}\n{end}{tail}"
     if text != before:
         page.write_text(text, encoding="utf-8")
     return text != before
 
 
+def write(page: Path = PAGE, readme: Path = README, results: Path = RESULTS) -> list[str]:
+    """Fill both; what changed."""
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in results.glob("*.json")]
+    records = sorted(found, key=lambda record: [*PROGRAMS].index(record["program"]))
+    blocks = {page: {record["program"]: tables(record) for record in records}, readme: {"gallery": summary(records)}}
+    return [path.name for path, texts in blocks.items() if fill(path, texts)]
+
+
 if __name__ == "__main__":
     if len(sys.argv) > 1:
         take(Path(sys.argv[1]))
-    print(f"{PAGE.relative_to(ROOT)}: {'tables written' if fill() else 'already up to date'}")
+    print(f"written: {', '.join(write()) or 'nothing, all is up to date'}")
