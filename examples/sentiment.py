@@ -85,6 +85,8 @@ def snippets(raw: bytes, name: str) -> dict[str, tuple[float, str]]:
             found[number] = value, text
     if len(found) < 200:
         stop(f"{name}: got {len(found)} snippets, expected at least 200")
+    if not min(found.values())[0] < 0 < max(found.values())[0]:
+        stop(f"{name}: expected ratings below and above zero")
     return found
 
 
@@ -204,12 +206,12 @@ def by_rules(texts: Sequence[str]) -> Tensor:
 def telling(parts: Sequence[Tensor], ratings: Tensor) -> list[int]:
     """Of the texts of 8 to 16 words, one that people rate below zero and one above: those whose sum turns the most.
 
-    Ones whose sign is right come first.
+    Ones that the model is sure of, and rightly, come first.
     """
     chosen = []
     for sign in (-1, 1):
         turns = {
-            i: (bool(sign * share.sum() > 0), (-sign * share.cumsum(0)).max().item())
+            i: (bool(sign * share.sum() > 0.75), (-sign * share.cumsum(0)).max().item())
             for i, share in enumerate(parts)
             if 8 <= len(share) <= 16 and sign * ratings[i] > 0.5
         }
@@ -220,14 +222,14 @@ def telling(parts: Sequence[Tensor], ratings: Tensor) -> list[int]:
 # ------------------------------------------------------------------------------------------------------------- main
 
 
-def draw_shares(axis: Any, text: str, share: Tensor, rating: float) -> None:
+def draw_shares(axis: Any, text: str, share: Tensor, rating: float, head: str) -> None:
     """Words from left to right, each with its share, and over them the sum so far."""
     told, sums = share.tolist(), share.cumsum(0).tolist()
     axis.bar(range(len(told)), told, color=[POSITIVE if each > 0 else NEGATIVE for each in told], width=0.7)
     axis.plot(sums, color=INK, marker=".", linewidth=1.2)
     axis.axhline(0, color=FAINT, linewidth=0.7)
     axis.axhline(rating, color=FAINT, linewidth=0.9, linestyle=":")
-    axis.set_title(f"{sums[-1]:+.1f} for this one; people gave {rating:+.1f} (dotted)", fontsize=9)
+    axis.set_title(f"{head}rated {sums[-1]:+.1f}, by people {rating:+.1f} (dotted)")
     axis.set_xticks(range(len(told)), words(text), rotation=55, ha="right", rotation_mode="anchor", fontsize=8)
     axis.margins(y=0.15)
     axis.grid(visible=False, axis="x")
@@ -319,14 +321,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         for x, height in enumerate(heights):
             bars.text(x, 51.5, f"{height:.1f}", ha="center", color="white" if colours[x] != GREY else INK)
-        bars.set(ylim=(50, 100), ylabel="right sign, % of test snippets", title="Favourable or not? (95 % intervals)")
+        bars.set(
+            ylim=(50, 100),
+            ylabel="right sign, %, with 95 % interval (a coin: 50)",
+            title=f"Favourable or not?\nAgainst the bag of words: {verdict}",
+        )
         bars.grid(visible=False, axis="x")
         for row, i in enumerate(telling(share, known)):
-            draw_shares(figure.add_subplot(grid[row, 1]), texts[2][i], share[i], known[i].item())
+            axis = figure.add_subplot(grid[row, 1])
+            draw_shares(
+                axis, texts[2][i], share[i], known[i].item(), "" if row else "Each word's share, and the sum so far\n"
+            )
         draw_losses(curve, [trained], "squared error of the rating")
         curve.plot(*zip(*trained.scores, strict=True), color=COLOURS[3], marker=".", label="validation")
         curve.legend()
-        curve.set_title(f"Largest difference {trained.difference:.0e}" if trained.theirs else "Training")
+        curve.set_title(
+            f"The same training:\nlargest difference {trained.difference:.0e}" if trained.theirs else "Training"
+        )
 
     data: dict[str, Any] = {
         f"{part}, snippets": len(each) for part, each in zip(("training", "validation", "test"), texts, strict=True)
