@@ -251,9 +251,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         stop(f"argument --file: {error}")
     rated = [(number, *each) for number, each in snippets(raw, name).items()]
-    order = torch.randperm(len(rated), generator=torch.Generator().manual_seed(0)).tolist()[
-        : 2000 if given.quick else None
-    ]
+    order = torch.randperm(len(rated), generator=torch.Generator().manual_seed(0)).tolist()
+    order = order[:2000] if given.quick else order
     a, b = round(0.75 * len(order)), round(0.85 * len(order))
     parts = [[rated[i] for i in part] for part in (order[:a], order[a:b], order[b:])]
     texts = [[text for _, _, text in part] for part in parts]
@@ -288,8 +287,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not given.more["file"]:
         own, others = people([number for number, _, _ in parts[2]])
         signs["one person"], correlations["one person"] = right_sign(own, others), correlation(own, others)
+    count = len(signs[this])  # snippets, for one person, too
     intervals = {
-        key: proportion_confint(right.sum().item(), len(right), method="wilson") for key, right in signs.items()
+        key: proportion_confint(right.mean().item() * count, count, method="wilson") for key, right in signs.items()
     }
     x, y = signs[this] > 0.5, signs["bag of words"] > 0.5
     table = [[(x & y).sum().item(), (x & ~y).sum().item()], [(~x & y).sum().item(), (~x & ~y).sum().item()]]
@@ -316,11 +316,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for ends in zip(*intervals.values(), strict=True)
         ]
         colours = [COLOURS[0] if key == this else GREY for key in signs]
-        bars.bar(
-            [key.replace(" ", "\n", 1) for key in signs], heights, color=colours, yerr=errors, capsize=3, ecolor=FAINT
-        )
-        for x, height in enumerate(heights):
-            bars.text(x, 51.5, f"{height:.1f}", ha="center", color="white" if colours[x] != GREY else INK)
+        names = [f"{key.replace(' ', chr(10), 1)}\n{height:.1f}" for key, height in zip(signs, heights, strict=True)]
+        bars.bar(names, heights, color=colours, yerr=errors, capsize=3, ecolor=FAINT)
         bars.set(
             ylim=(50, 100),
             ylabel="right sign, %, with 95 % interval (a coin: 50)",
