@@ -316,7 +316,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for ends in zip(*intervals.values(), strict=True)
         ]
         colours = [COLOURS[0] if key == this else GREY for key in signs]
-        names = [f"{key.replace(' ', chr(10), 1)}\n{height:.1f}" for key, height in zip(signs, heights, strict=True)]
+        names = [key.replace(" ", "\n", 1) + f"\n{height:.1f}" for key, height in zip(signs, heights, strict=True)]
         bars.bar(names, heights, color=colours, yerr=errors, capsize=3, ecolor=FAINT)
         bars.set(
             ylim=(50, 100),
