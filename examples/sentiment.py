@@ -295,7 +295,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     table = [[(x & y).sum().item(), (x & ~y).sum().item()], [(~x & y).sum().item(), (~x & ~y).sum().item()]]
     chance = mcnemar(table).pvalue
     ahead = 100 * (signs[this].mean() - signs["bag of words"].mean()).item()
-    verdict = "no clear difference" if chance > 0.05 else "better" if ahead > 0 else "worse"
+    verdict = "no better" if chance > 0.05 else "better" if ahead > 0 else "worse"
 
     quality: dict[str, Any] = {
         "right signs, %": 100 * signs[this].mean().item(),
@@ -305,7 +305,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         low, high = (100 * end for end in intervals[key])
         told = f"{100 * right.mean().item():.1f} % right signs ({low:.1f} to {high:.1f})"
         quality[key] = f"{told}, correlation {correlations[key]:.3f}"
-    quality["against the bag of words"] = f"{verdict}: {ahead:+.1f} points of right signs, p = {chance:.2g} (McNemar)"
+    quality["than the bag of words"] = f"{verdict}: {ahead:+.1f} points of right signs, p = {chance:.2g} (McNemar)"
 
     def draw(figure: Any) -> None:
         grid = figure.add_gridspec(2, 3, width_ratios=(1, 1.35, 0.9))
@@ -318,11 +318,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         colours = [COLOURS[0] if key == this else GREY for key in signs]
         names = [key.replace(" ", "\n", 1) + f"\n{height:.1f}" for key, height in zip(signs, heights, strict=True)]
         bars.bar(names, heights, color=colours, yerr=errors, capsize=3, ecolor=FAINT)
-        bars.set(
-            ylim=(50, 100),
-            ylabel="right sign, %, with 95 % interval (a coin: 50)",
-            title=f"Favourable or not?\nAgainst the bag of words: {verdict}",
-        )
+        bars.set(ylim=(50, 100), ylabel="right sign, %, with 95 % interval (a coin: 50)")
+        bars.set_title(f"Favourable or not?\n{this}: {verdict} than a bag of words", fontsize=9.5)
         bars.grid(visible=False, axis="x")
         for row, i in enumerate(telling(share, known)):
             axis = figure.add_subplot(grid[row, 1])
