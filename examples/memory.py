@@ -39,7 +39,9 @@ from torch.nn import functional as F
 import fused_rnn
 
 BATCH, HIDDEN = 50, 64
-RATE, WARMUP = 8e-3, 400
+WARMUP = 400
+# Of 1e-3, 3e-3 and 8e-3, by validation. With 8e-3 the third task is chaotic: rounding in float64 reaches 3e-3 by step 200.
+RATE, RATE_OF_RNN, RATE_OF_DIGITS = 8e-3, 3e-3, 3e-3
 SYMBOLS, REPEATED = 8, 8  # of the copying problem: how many there are, how many are to be said again
 
 
@@ -162,7 +164,7 @@ def trained_on(task: Task, given: Options) -> tuple[Trained, float]:
         given,
         build,
         loss,
-        rate=RATE,
+        rate=RATE_OF_DIGITS if task.name == "digits" else RATE_OF_RNN if given.cell == "rnn" else RATE,
         warmup=WARMUP,
         label=f"{task.label}-{given.cell}",
         steps=task.steps,
@@ -191,11 +193,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     made.set_defaults(cell=None)  # all three
     given = options(made, arguments)
     cells = [given.cell] if given.cell else ["rnn", "lstm", "gru"]
-    lengths = (20, 40) if given.quick else (25, 50, 100, 200)
+    lengths = (20, 40) if given.quick else (10, 25, 50, 100, 200)
     delays = (5, 10) if given.quick else (10, 20, 40)
     tasks = [adding(length, given.steps, given.seed) for length in lengths]
     tasks += [copying(delay, given.steps, given.seed) for delay in delays]
-    tasks += [digits(max(1, given.steps // 2), given.seed)]
+    tasks += [digits(given.steps, given.seed)]
     ways = [replace(given, cell=cell) for cell in cells]
     trained, scores, norms = [], {}, {}
     for way in ways:
@@ -220,12 +222,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             axis.axhline(task.guess, color=FAINT, linestyle="--", linewidth=1)
             axis.text(axis.get_xlim()[0], task.guess, " remembers nothing", va="bottom", fontsize=8, color=FAINT)
             axis.set_ylim(0, 1.25 * task.guess)
-        errors.set(title="Adding problem: mean square error", xlabel="length, steps", xticks=lengths)
+        errors.set_xscale("log")
+        errors.minorticks_off()
+        errors.set(title="Adding problem: mean square error", xlabel="length, steps")
+        errors.set_xticks(lengths, map(str, lengths))
         wrong.set(title="Copying problem: share of wrong symbols", xlabel="steps to wait", xticks=delays)
-        wrong.legend(loc="lower right")
+        errors.legend(loc="center right")
         back.set(title=f"Gradient by h, over that of the last step, T = {lengths[-1]}", xlabel="steps back")
         back.set_ylim(1e-9, None)
-        back.legend(loc="lower right", fontsize=8)
+        back.legend(loc="lower left", fontsize=8)
 
     kinds = {
         "adding": "mean square error, {} steps",
