@@ -40,7 +40,7 @@ import fused_rnn
 
 BATCH, HIDDEN = 50, 64
 WARMUP = 400
-# Of 1e-3, 3e-3 and 8e-3, by validation. With 8e-3 the third task is chaotic: rounding in float64 reaches 3e-3 by step 200.
+# Of 1e-3, 3e-3 and 8e-3, by validation. With 8e-3 digits are chaotic: rounding in float64 reaches 3e-3 by step 200.
 RATE, RATE_OF_RNN, RATE_OF_DIGITS = 8e-3, 3e-3, 3e-3
 SYMBOLS, REPEATED = 8, 8  # of the copying problem: how many there are, how many are to be said again
 

@@ -9,7 +9,9 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import prices
 import pytest
+import sentiment
 import side_by_side
 import text
 import torch
@@ -269,3 +271,54 @@ def test_stream_and_cells_write_the_same(cell: str) -> None:
 def test_xz_needs_less_where_it_has_read_before() -> None:
     alone, primed = text.xz_bits("a quick brown fox" * 100, "a quick brown fox")
     assert primed < alone
+
+
+# -------------------------------------------------------------------------------------------------- sentiment, prices
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (b"1\t0.5\tfine\n2\t\xff\tbad", "FILE, line 2: not UTF-8: invalid start byte at byte 3"),
+        (b"1 0.5 fine", "FILE, line 1: got 1 columns, expected 3 between tabs: number, rating, text"),
+        (b"1\tgood\tfine", "FILE, line 1: got the rating 'good', expected a number from -4 to 4"),
+        (b"1\tnan\tfine", "FILE, line 1: got the rating 'nan', expected a number from -4 to 4"),
+        (b"1\t4.5\tfine", "FILE, line 1: got the rating '4.5', expected a number from -4 to 4"),
+        (b"", "FILE, line 1: got 1 columns"),
+        (b"1\t1\tfine", "FILE: got 1 snippets, expected at least 200"),
+    ],
+)
+def test_bad_snippets_are_named(lines: bytes, message: str) -> None:
+    with pytest.raises(SystemExit) as caught:
+        sentiment.snippets(lines, "FILE")
+    assert message in str(caught.value)
+
+
+@pytest.fixture(scope="module")
+def table() -> Any:
+    pytest.importorskip("bokeh_sampledata", reason="pip install 'fused_rnn[examples]'")
+    pytest.importorskip("pandas", reason="pip install 'fused_rnn[examples]'")
+    return prices.prices()
+
+
+@pytest.mark.parametrize("day", [300, 1200, 2000])
+def test_what_is_read_of_a_day_knows_no_later_price(table: Any, day: int) -> None:
+    prices.check_no_leakage(table, day)
+
+
+def test_a_leak_of_the_future_is_found(table: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    of_today = prices.features
+    monkeypatch.setattr(prices, "features", lambda table: of_today(table.shift(-1)))
+    with pytest.raises(AssertionError, match="depend on later prices"):
+        prices.check_no_leakage(table, 1200)
+
+
+def test_targets_are_the_next_days(table: Any) -> None:
+    year = prices.Year(table, 2008)
+    day = year.test + 7
+    apple = table["adj_close"]["AAPL"]
+    assert year.up[0, day] == float(apple.iloc[day + 1] > apple.iloc[day])
+    assert table.index[year.test].year == 2008 > table.index[year.test - 1].year
+    x, up, swing = year.batch(3, seed=0)
+    assert x.shape[:2] == up.shape == swing.shape == (prices.BATCH, prices.LENGTH)
+    assert not x.isnan().any()
