@@ -213,8 +213,7 @@ def voices(variants: Sequence[str]) -> tuple[list[str], list[str]]:
 
 def synthetic(synthesiser: Synthesiser, names: Sequence[str], count: int, seed: int) -> list[Utterance]:
     """Utterances of one to seven digits: every one in another voice, at another pace and pitch, with other pauses."""
-    from scipy.signal import resample_poly
-
+    (signal,) = needed("scipy.signal")
     front, random, made = FrontEnd(), Random(seed), []
     common = math.gcd(front.rate, synthesiser.rate)
     for _ in range(count):
@@ -228,7 +227,7 @@ def synthetic(synthesiser: Synthesiser, names: Sequence[str], count: int, seed: 
         voice, text = random.choice(names), f"<speak>{' '.join(spoken)}{random.choice('.,?')}</speak>"
         manner = {Synthesiser.RATE: random.randint(100, 240), Synthesiser.PITCH: random.randint(5, 95)}
         sound = synthesiser.say(voice, text, manner | {Synthesiser.RANGE: random.randint(10, 90)})
-        sound = resample_poly(sound.float().numpy(), front.rate // common, synthesiser.rate // common)
+        sound = signal.resample_poly(sound.float().numpy(), front.rate // common, synthesiser.rate // common)
         silence = [torch.zeros(random.randint(800, 8000)) for _ in range(2)]
         energies = front.log_mel(torch.cat([silence[0], torch.from_numpy(sound), silence[1]]))
         made.append(Utterance(voice, "".join(SYMBOLS[digit + 1] for digit in digits), energies))
@@ -515,10 +514,10 @@ def draw_bars(axis: Any, title: str, values: dict[str, float], form: str) -> Non
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    given = options(parser(__doc__, cell="gru", steps=3000, quick_steps=20), arguments)
+    given = options(parser("speech", __doc__, cell="gru", steps=3000, quick_steps=20), arguments)
     hidden, layers, count, held_out = (32, 1, 256, 32) if given.quick else (128, 2, 5000, 400)
-    tests = real()
     synthesiser = Synthesiser()
+    tests = real()
     names, others = voices(synthesiser.variants)
     start = time.perf_counter()
     made = synthetic(synthesiser, names, count, given.seed), synthetic(synthesiser, others, held_out, given.seed + 1)
