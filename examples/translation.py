@@ -17,19 +17,19 @@ from __future__ import annotations
 
 import copy
 import io
+import math
 import re
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from side_by_side import (
+    CELLS,
     COLOURS,
     IN_TORCH,
-    Options,
     Shuffled,
     draw_losses,
     evaluated,
@@ -50,8 +50,10 @@ BATCH, RATE, DROPOUT = 64, 2e-3, 0.2
 PIECES = 3000  # subwords, of both sides together
 LONGEST = 80  # pieces of either side; longer pairs are left out of training alone
 HELD_OUT = 800  # verses for the test, and as many for validation
+WORD_BY_WORD, COPIED = "word by word", "the source itself"
 WAYS = ("none", "luong", "bahdanau")
-BUCKETS = ((1, 10), (11, 20), (21, 30), (31, 40), (41, None))  # words of the source
+BUCKETS = (range(1, 11), range(11, 21), range(21, 31), range(31, 41), range(41, 1000))  # words of the source
+WORD = r"\w+"
 PAD, BEGIN, END, UNKNOWN = range(4)
 
 # --------------------------------------------------------------------------------------------------------------- data
@@ -114,7 +116,10 @@ def subwords(pairs: Sequence[Pair], pieces: int) -> Any:
         vocab_size=pieces,
         character_coverage=1.0,
         minloglevel=2,
-        **{"pad_id": PAD, "bos_id": BEGIN, "eos_id": END, "unk_id": UNKNOWN},
+        pad_id=PAD,
+        bos_id=BEGIN,
+        eos_id=END,
+        unk_id=UNKNOWN,
     )
     return sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
 
@@ -294,65 +299,92 @@ def translate(model: Translator, source: Tensor, lengths: Tensor) -> tuple[list[
     return [[p for p in row if p not in (PAD, END)] for row in rows], None if seen[0] is None else torch.cat(seen, 1)
 
 
-def translations(model: Translator, pairs: Pairs, pieces: Any, size: int = BATCH, most: int | None = None) -> list[str]:
-    """All in batches of `size`, or the first `most` of them, in the order of `pairs`."""
+def translations(model: Translator, pairs: Pairs, pieces: Any, size: int = BATCH) -> list[str]:
+    """All, in batches of `size`, in the order of `pairs`."""
     found: dict[int, str] = {}
     for indices in pairs.batches(size):
-        kept = [i for i in indices if most is None or i < most]
-        if kept:
-            batch = pairs[kept]
-            found |= zip(kept, pieces.decode(translate(model, batch.source, batch.lengths)[0]), strict=True)
-    return [found[i] for i in sorted(found)]
+        batch = pairs[indices]
+        found |= zip(indices, pieces.decode(translate(model, batch.source, batch.lengths)[0]), strict=True)
+    return [found[i] for i in range(len(pairs))]
 
 
-def word_table(pairs: Sequence[Pair]) -> dict[str, str]:
-    """For every word of the source the target's word that is found in the same verses, by Dice's coefficient."""
-    (text,) = needed("sklearn.feature_extraction.text")
-    counters = [text.CountVectorizer(token_pattern=WORD, lowercase=False, binary=True, min_df=3) for _ in range(2)]
-    old, new = (each.fit_transform(side) for each, side in zip(counters, zip(*pairs, strict=True), strict=True))
-    together, of_old, of_new = (old.T @ new).tocsr(), old.sum(0).A1, new.sum(0).A1
-    targets, table = counters[1].get_feature_names_out(), {}
-    for word, row in zip(counters[0].get_feature_names_out(), range(len(of_old)), strict=True):
-        found = together[row]
-        if found.nnz:
-            dice = found.data / (of_old[row] + of_new[found.indices])
-            table[word] = targets[found.indices[dice.argmax()]]
-    return table
-
-
-WORD = r"\w+"
-
-
-def word_by_word(table: dict[str, str], text: str) -> str:
-    return re.sub(WORD, lambda found: table.get(found[0], found[0]), text)
-
-
-def scores(translated: Sequence[str], pairs: Sequence[Pair]) -> dict[str, Any]:
-    """BLEU and chrF of the whole, BLEU by length of the source; None where there are fewer than 10 verses."""
-    (bleu,) = needed("sacrebleu")
-    references = [pair.target for pair in pairs]
-    by_length = []
-    for low, high in BUCKETS:
-        kept = [i for i, pair in enumerate(pairs) if low <= len(pair.source.split()) <= (high or 10**9)]
-        some = [[side[i] for i in kept] for side in (translated, references)]
-        by_length.append(bleu.corpus_bleu(some[0], [some[1]]).score if len(kept) >= 10 else None)
-    return {
-        "BLEU": bleu.corpus_bleu(translated, [references]).score,
-        "chrF": bleu.corpus_chrf(translated, [references]).score,
-        "by length": by_length,
-    }
-
-
-def speeds(model: Translator, pairs: Pairs, pieces: Any) -> dict[str, tuple[float, bool]]:
-    """Verses a second by ours and by torch.nn's layers with the same weights, and whether they wrote the same."""
+def speeds(model: Translator, pairs: Pairs, pieces: Any) -> dict[str, float]:
+    """Verses a second, one by one, by torch.nn's layers and by ours with the same weights."""
     sides = {"torch.nn": fused_rnn.to_torch(copy.deepcopy(model)), "fused_rnn": model}
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(3):
         for name, side in sides.items():
             start = time.perf_counter()
-            translations(side, pairs, pieces, size=1, most=VERSES_TIMED)
+            translations(side, pairs, pieces, size=1)
             seconds[name].append(time.perf_counter() - start)
-    return {name: min(VERSES_TIMED, len(pairs)) / min(each) for name, each in seconds.items()}
+    return {name: len(pairs) / min(each) for name, each in seconds.items()}
+
+
+# ------------------------------------------------------------------------------------------------------------ scoring
+
+
+def word_by_word(known: Sequence[Pair], pairs: Sequence[Pair]) -> list[str]:
+    """Each word becomes the one found most in the same verses as itself, by Dice's coefficient; a rare one stays."""
+    (text,) = needed("sklearn.feature_extraction.text")
+    counters = [text.CountVectorizer(token_pattern=WORD, lowercase=False, binary=True, min_df=3) for _ in range(2)]
+    old, new = (each.fit_transform(side) for each, side in zip(counters, zip(*known, strict=True), strict=True))
+    together, in_old, in_new = (old.T @ new).tocsr(), old.sum(0).A1, new.sum(0).A1
+    targets, table = counters[1].get_feature_names_out(), {}
+    for number, word in enumerate(counters[0].get_feature_names_out()):
+        found = together[number]
+        if found.nnz:
+            dice = found.data / (in_old[number] + in_new[found.indices])
+            table[word] = targets[found.indices[dice.argmax()]]
+    return [re.sub(WORD, lambda word: table.get(word[0], word[0]), pair.source) for pair in pairs]
+
+
+def scores(translated: Sequence[str], pairs: Sequence[Pair]) -> dict[str, Any]:
+    """BLEU and chrF of all; BLEU by length of the source, None where there are fewer than 10 verses."""
+    (sacrebleu,) = needed("sacrebleu")
+
+    def bleu(some: Sequence[int]) -> float:
+        return sacrebleu.corpus_bleu([translated[i] for i in some], [[pairs[i].target for i in some]]).score
+
+    buckets = [[i for i, pair in enumerate(pairs) if len(pair.source.split()) in bucket] for bucket in BUCKETS]
+    return {
+        "BLEU": bleu(range(len(pairs))),
+        "chrF": sacrebleu.corpus_chrf(translated, [[pair.target for pair in pairs]]).score,
+        "by length": [bleu(some) if len(some) >= 10 else None for some in buckets],
+    }
+
+
+# ------------------------------------------------------------------------------------------------------------ picture
+
+
+def draw_attention(axis: Any, model: Translator, pairs: Pairs, pieces: Any) -> None:
+    """The first verse of 12 to 16 pieces: what each new piece looks at."""
+    index = next((i for i in range(len(pairs)) if 12 <= len(pairs.source[i]) <= 16), 0)
+    batch = pairs[[index]]
+    (written,), weights = translate(model, batch.source, batch.lengths)
+    rows, columns = (
+        [pieces.id_to_piece(p).replace("▁", "·") for p in each] for each in (written, pairs.source[index].tolist())
+    )
+    rows = rows[:24]
+    axis.imshow(weights[0, : len(rows)].cpu(), cmap="Blues", vmin=0, aspect="auto")
+    axis.set_xticks(range(len(columns)), columns, rotation=90, fontsize=7.5)
+    axis.set_yticks(range(len(rows)), rows, fontsize=7.5)
+    axis.set_title(f"What each new piece looks at ({model.attention})")
+    axis.grid(visible=False)
+
+
+def draw_lengths(axis: Any, reached: dict[str, dict[str, Any]]) -> None:
+    """BLEU over the length of the source."""
+    for number, (name, each) in enumerate(reached.items()):
+        if name in WAYS:
+            look = {"marker": "o", "color": COLOURS[0 if number == 0 else number + 1]}  # as draw_losses has it
+        else:
+            look = {"linestyle": "--" if name == WORD_BY_WORD else ":", "color": COLOURS[4]}
+        axis.plot([math.nan if value is None else value for value in each["by length"]], label=name, **look)
+    named = [f"{bucket.start}–{bucket.stop - 1}" for bucket in BUCKETS[:-1]] + [f"over {BUCKETS[-1].start - 1}"]
+    axis.set_xticks(range(len(named)), named)
+    axis.set(xlabel="words in the source", ylabel="BLEU, test", title="Long verses need attention")
+    axis.set_ylim(bottom=0)
+    axis.legend()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -363,45 +395,59 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given.cell not in IN_TORCH and "bahdanau" in ways:
         print(f"{given.cell} has no class for a single step, which the attention of Bahdanau needs: left out")
         ways = tuple(way for way in ways if way != "bahdanau")
-    hidden, count = (64, 800) if given.quick else (256, PIECES)
+    hidden, size, batch = (64, 800, 16) if given.quick else (256, PIECES, BATCH)
     parts = split(given.quick)
-    pieces = subwords(parts[0], count)
+    pieces = subwords(parts[0], size)
     learned, validation, test = (
         Pairs(part, pieces, given.device, longest) for part, longest in zip(parts, (LONGEST, None, None), strict=True)
     )
-    batches = Shuffled(len(learned), BATCH, given.seed, learned.lengths)
+    batches = Shuffled(len(learned), batch, given.seed, learned.lengths)
 
     def loss(model: nn.Module, step: int, _: Any) -> tuple[Tensor, None]:
         return model.loss(learned[batches(step)]), None
 
     def score(model: nn.Module) -> float:
-        losses = [(model.loss(validation[indices]).item(), len(indices)) for indices in validation.batches()]
-        return sum(each * size for each, size in losses) / len(validation)
+        """Nats a piece of the validation verses."""
+        losses = [
+            (model.loss(batch), int((batch.written != PAD).sum()))
+            for batch in map(validation.__getitem__, validation.batches())
+        ]
+        return sum(loss.item() * count for loss, count in losses) / sum(count for _, count in losses)
 
-    trained, found, quality = [], {}, {}
+    trained, found, speed = [], {}, {}
     for way in ways:
 
         def build(library: ModuleType, way: str = way) -> Translator:  # library: torch.nn or fused_rnn, the swap
-            return Translator(library, given.layer(library).__name__, way, count, hidden)
+            return Translator(library, CELLS[given.cell], way, size, hidden)
 
         each = train(given, build, loss, rate=RATE, label=way, score=score, score_every=max(10, given.steps // 15))
         trained.append(each)
         found[way] = evaluated(lambda model: translations(model, test, pieces), each.model)
         if given.cell in IN_TORCH:
-            fast = speeds(each.model, test, pieces)
-            quality[f"one by one, verses a second, {way}: torch.nn → fused_rnn"] = " → ".join(
-                f"{speed:.0f}" for speed in fast.values()
-            )
-    table = word_table(parts[0])
-    found["word by word"] = [word_by_word(table, pair.source) for pair in parts[2]]
-    found["the source"] = [pair.source for pair in parts[2]]
+            both = speeds(each.model, Pairs(parts[2][: 10 if given.quick else 50], pieces, given.device), pieces)
+            speed[f"verses a second, one by one, {way}"] = " → ".join(f"{value:.0f}" for value in both.values())
+    found |= {WORD_BY_WORD: word_by_word(parts[0], parts[2]), COPIED: [pair.source for pair in parts[2]]}
     reached = {name: scores(texts, parts[2]) for name, texts in found.items()}
-    quality = {f"{name}, {measure}": r[measure] for measure in ("BLEU", "chrF") for name, r in reached.items()} | quality
-    print(reached)
-    return finish(given, trained, quality, {}, lambda figure: draw_losses(figure.subplots(), trained, "nats"))
+    quality = {f"{kind}, {name}": each[kind] for kind in ("BLEU", "chrF") for name, each in reached.items()} | speed
+    for i in (len(test) * k // 6 for k in (1, 3, 5)):
+        print("", f"1395: {parts[2][i].source}", f"today: {parts[2][i].target}", sep="\n")
+        print(*(f"{way}: {found[way][i]}" for way in ways), sep="\n")
+    print()
 
+    def draw(figure: Any) -> None:
+        looking = [each for each in trained if each.label != "none"]
+        axes = [*figure.subplots(1, 2 + bool(looking))]
+        draw_losses(axes[0], trained, "nats a piece")
+        apart = max(each.difference for each in trained)
+        axes[0].set_title(f"The same training: largest difference {apart:.0e}" if trained[0].theirs else "Training")
+        draw_lengths(axes[1], reached)
+        if looking:
+            draw_attention(axes[2], looking[0].model, test, pieces)
 
-VERSES_TIMED = 50
+    data = {"training, verses": len(learned), "validation, verses": len(validation), "test, verses": len(test)}
+    data |= {"pieces": size, "BLEU by words of the source": {name: each["by length"] for name, each in reached.items()}}
+    return finish(given, trained, quality, data, draw)
+
 
 if __name__ == "__main__":
     sys.exit(main())
