@@ -46,7 +46,7 @@ from torch.nn import functional as F
 
 import fused_rnn
 
-BATCH, RATE, DROPOUT = 64, 2e-3, 0.2
+BATCH, RATE, DROPOUT = 32, 3e-3, 0.2
 PIECES = 3000  # subwords, of both sides together
 LONGEST = 80  # pieces of either side; longer pairs are left out of training alone
 HELD_OUT = 800  # verses for the test, and as many for validation
@@ -199,14 +199,18 @@ class Translator(nn.Module):
         self.bias = nn.Parameter(torch.zeros(pieces))
         self.dropout = nn.Dropout(DROPOUT)
 
+    def embedded(self, pieces: Tensor) -> Tensor:
+        """[…, H], as large as the inputs of the layers should be; the output's weights are smaller."""
+        return self.dropout(self.embed(pieces) * self.embed.embedding_dim**0.5)
+
     def encode(self, source: Tensor, lengths: Tensor) -> Memory:
-        states, final = ragged(self.encoder, self.dropout(self.embed(source)), lengths)
+        states, final = ragged(self.encoder, self.embedded(source), lengths)
         last = hidden_of(final).transpose(0, 1).flatten(1)
         return Memory(states, self.keys(states), source == PAD, self.last(last))
 
     def inputs(self, pieces: Tensor, memory: Memory) -> Tensor:
         """Pieces [B, T] → the decoder's inputs [B, T, H]."""
-        return self.dropout(self.embed(pieces)) + memory.last[:, None]
+        return self.embedded(pieces) + memory.last[:, None]
 
     def look(self, h: Tensor, memory: Memory) -> tuple[Tensor, Tensor | None]:
         """Decoder states [B, T, H] → contexts [B, T, H], weights [B, T, S]."""
