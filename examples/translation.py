@@ -202,8 +202,8 @@ class Translator(nn.Module):
         self.dropout = nn.Dropout(DROPOUT)
 
     def embedded(self, pieces: Tensor) -> Tensor:
-        """[…, H], as large as the inputs of the layers should be; the output's weights are smaller."""
-        return self.dropout(self.embed(pieces) * self.embed.embedding_dim**0.5)
+        """[…, H]: larger than the same numbers as the output's weights, which should be small."""
+        return self.dropout(self.embed(pieces) * 4)
 
     def encode(self, source: Tensor, lengths: Tensor) -> Memory:
         states, final = ragged(self.encoder, self.embedded(source), lengths)
@@ -219,7 +219,7 @@ class Translator(nn.Module):
         if self.attention == "none":
             return memory.last[:, None].expand_as(h), None
         if self.attention == "luong":
-            scores = h @ memory.keys.mT
+            scores = h @ memory.keys.mT * h.shape[-1] ** -0.5  # flat at first, or it learns late
         else:
             scores = self.energy(torch.tanh(self.query(h)[:, :, None] + memory.keys[:, None])).squeeze(-1)
         weights = scores.masked_fill(memory.padding[:, None], -torch.inf).softmax(-1)
