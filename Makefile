@@ -10,6 +10,7 @@
 #   CUBIN_PYTHON=python     make cubin-triton by another interpreter, with its torch and Triton, where it is; the sources suffice
 #   FUSED_RNN_CUDA=1, FUSED_RNN_CUDA_DEBUG, TORCH_CUDA_ARCH_LIST, MAX_JOBS    the CUDA kernels: see setup.py
 #   OUT=build/gpu           where make gpu, gpu-first and gpu-next write
+#   USES='text memory'      what make gallery runs; all, if not told
 
 SHELL       := /bin/bash
 PYTHON      ?= python3
@@ -19,6 +20,7 @@ TEST_JOBS   ?= $(shell cores=$$(nproc); echo $$((cores < 8 ? cores : 8)))
 PYTEST_ARGS ?=
 BENCH_ARGS  ?=
 DEMO_ARGS   ?=
+USES        ?= text speech translation sentiment prices memory
 CUBIN_ARGS  ?=
 CUBIN_PYTHON ?=
 FUZZ_ARGS   ?=
@@ -39,10 +41,11 @@ BUILD_STAMP := $(VENV)/.build-$(call hash,{ cat $(SOURCES); echo '$(FUSED_RNN_CU
 # extra-NAME: what pyproject.toml's extra of that name asks for is there
 EXTRA_STAMP  = $(VENV)/.extra-$(1)-$(call hash,cat pyproject.toml)
 
-.PHONY: help install dev demo check check-kernels check-rest test fuzz bench cubin cubin-triton cubin-cuda gpu gpu-build gpu-smoke gpu-test gpu-steps gpu-sanitize gpu-bench gpu-field gpu-profile gpu-pack gpu-rehearse gpu-first gpu-next lint format sanitize docs wheel wheel-check first-hour uninstalled clean
+.PHONY: help install dev demo gallery check check-kernels check-rest test fuzz bench cubin cubin-triton cubin-cuda gpu gpu-build gpu-smoke gpu-test gpu-steps gpu-sanitize gpu-bench gpu-field gpu-profile gpu-pack gpu-rehearse gpu-first gpu-next lint format sanitize docs wheel wheel-check first-hour uninstalled clean
 
 help:
 	@echo 'make demo      train a character model with torch.nn and with fused_rnn, side by side'
+	@echo 'make gallery   the six programs of examples/ in full, an hour, and docs/gallery.md from what they reached'
 	@echo 'make check     what to run before a commit, three minutes: lint, and of every room its quick tests, two cases of each'
 	@echo 'make test      run all tests'
 	@echo 'make fuzz      random calls, valid and broken, beside torch.nn; FUZZ_ARGS="--seconds 3600 --seed 1"'
@@ -93,7 +96,11 @@ install: $(BUILD_STAMP)
 dev: $(call EXTRA_STAMP,dev)
 
 demo: $(BUILD_STAMP)
-	$(BIN)/python -m fused_rnn demo $(DEMO_ARGS)
+	$(BIN)/python -m fused_rnn demo text --steps 300 $(DEMO_ARGS)
+
+gallery: $(call EXTRA_STAMP,examples)
+	for name in $(USES); do $(BIN)/python -m fused_rnn demo $$name --out build/gallery || exit 1; done
+	$(BIN)/python scripts/gallery.py build/gallery
 
 # --fast: tests/conftest.py says what it leaves out. Two jobs at a time, as many as most machines have cores.
 KERNEL_ROOMS := $(addprefix tests/,cpu cuda emulator gpu ops triton)

@@ -93,6 +93,7 @@ NVCC_FLAGS = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", "-Xcompiler", "-f
 NVCC_FLAGS += ["-Xfatbin", "-compress-all"]  # a fourth of the size
 if os.environ.get("FUSED_RNN_CUDA_DEBUG") == "1":
     NVCC_FLAGS.append("-DFUSED_RNN_BOUNDED_SPINS")
+DEMOS = ("text", "speech", "translation", "sentiment", "prices", "memory", "side_by_side")
 JOBS = os.environ.get("MAX_JOBS") or str(len(os.sched_getaffinity(0)))
 if not re.fullmatch("[1-9][0-9]*", JOBS):
     raise SystemExit(f"MAX_JOBS: got {JOBS!r}, expected a positive number")
@@ -145,15 +146,17 @@ class Fresh(build):
 
 
 class Sources(build_py):
-    """With the headers that NVRTC compiles users' cells from; in place they lie beside the package."""
+    """With the headers that NVRTC compiles users' cells from, and the demos; in place they lie beside the package."""
 
     def run(self) -> None:
         super().run()
-        for path in [] if self.editable_mode else files("*", "cells", "cuda", "cuda/primitives", "nvrtc"):
-            if Path(path).suffix in ("", ".h") and Path(path).is_file():
-                made = Path(self.build_lib, "fused_rnn", path)
-                self.mkpath(str(made.parent))
-                self.copy_file(path, str(made))
+        headers = [path for path in files("*", "cells", "cuda", "cuda/primitives", "nvrtc") if Path(path).is_file()]
+        copied = [path for path in headers if Path(path).suffix in ("", ".h")]
+        copied += [f"examples/{name}.py" for name in DEMOS]
+        for path in [] if self.editable_mode else copied:
+            made = Path(self.build_lib, "fused_rnn", path)
+            self.mkpath(str(made.parent))
+            self.copy_file(path, str(made))
 
 
 class Build(build_ext):

@@ -1,4 +1,4 @@
-"""Train the character model in several processes: DistributedDataParallel, or FSDP2 with --fsdp.
+"""Train the character model of text.py in several processes: DistributedDataParallel, or FSDP2 with --fsdp.
 
     python -m torch.distributed.run --standalone --nproc-per-node 2 examples/distributed.py [--fsdp]
 
@@ -10,11 +10,11 @@ loads into a model in one process.
 import argparse
 import os
 import sys
-from itertools import islice
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from text import RATE, Characters, CharLM, Windows, corpus
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -23,7 +23,6 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 
 import fused_rnn
-from fused_rnn.commands.demo.char_lm import RATE, Characters, CharLM, corpus, windows
 
 
 def parallel(model: CharLM, fsdp: bool) -> torch.nn.Module:
@@ -39,7 +38,9 @@ def train(model: torch.nn.Module, codes: torch.Tensor, steps: int) -> None:
     optimiser = torch.optim.Adam(model.parameters(), lr=RATE)
     rank, world = dist.get_rank(), dist.get_world_size()
     state = None
-    for number, (text, target) in enumerate(islice(windows(codes), steps)):
+    windows = Windows(codes)
+    for number in range(steps):
+        text, target = windows[number]
         logits, state = model(text[:, rank::world], state)
         loss = cross_entropy(logits.flatten(0, 1), target[:, rank::world].flatten())
         optimiser.zero_grad()
@@ -70,11 +71,10 @@ def main() -> None:
     arguments.add_argument("--out", default="demo-out/checkpoint", help="the folder of the checkpoint")
     options = arguments.parse_args()
     dist.init_process_group("gloo")
-    text = corpus()
-    characters = Characters(text)
+    characters = Characters()
     torch.manual_seed(0)
     model = CharLM(fused_rnn.LSTM, len(characters))
-    train(parallel(model, options.fsdp), characters.encode(text), options.steps)
+    train(parallel(model, options.fsdp), characters.encode(corpus()[0]), options.steps)
 
     dcp.save(get_model_state_dict(model), checkpoint_id=options.out)
     if dist.get_rank() == 0:

@@ -10,11 +10,11 @@ from itertools import islice
 from typing import Any
 
 import torch
+from text import Characters, corpus
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fused_rnn
-from fused_rnn.commands.demo.char_lm import Characters, corpus
 
 HIDDEN, BATCH, LENGTH = 96, 8, 64
 
@@ -78,9 +78,8 @@ def train(fused: bool, codes: Tensor, symbols: int, steps: int) -> tuple[list[fl
 
 def main(steps: int = 150) -> None:
     torch.set_num_threads(1)  # what the loop does a step is too little for more
-    text = corpus(400_000)
-    characters = Characters(text)
-    codes = characters.encode(text)
+    characters = Characters()
+    codes = characters.encode(corpus()[0][:400_000])
     found = {}
     for name, fused in (("loop", False), ("FlexRNN", True)):
         losses, seconds = found[name] = train(fused, codes, len(characters), steps)

@@ -14,6 +14,7 @@ import gc
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -30,9 +31,10 @@ import torch
 from torch import Tensor, nn
 
 import fused_rnn
+from fused_rnn.commands.bench.memory import forget_peak, resident
 
-# Two trainings from one seed differ by rounding alone: by 1e-7 in the first step, and every later one amplifies it. A
-# wrong gradient shows up as far more than this within a few steps.
+# Two trainings from one seed differ by rounding alone: by 1e-7 in the first step, and every later one amplifies it.
+# Some do so that torch.nn in float32 ends as far from torch.nn in float64: these are trained in float64, too.
 TOLERANCE = 1e-3
 MEASURED = 4  # the step whose memory is measured, and not its time
 SAVE_EVERY = 60  # seconds between two checkpoints
@@ -40,9 +42,6 @@ INK, FAINT, BACK, FRONT = "#22223b", "#6b6b7b", "#e9a03b", "#1b6ca8"
 COLOURS = ["#1b6ca8", "#e9a03b", "#2a9d8f", "#b5446e", "#6b6b7b", "#7b5ea7"]
 IN_TORCH = {"lstm": "LSTM", "gru": "GRU", "rnn": "RNN"}
 CELLS = IN_TORCH | {name.lower(): name for name in fused_rnn.list_cells()}
-
-
-# ---------------------------------------------------------------------------------------------------------- options
 
 
 @dataclass
@@ -70,9 +69,9 @@ class Options:
         return getattr(library, CELLS[self.cell])
 
 
-def parser(document: str, *, cell: str, steps: int, quick_steps: int) -> argparse.ArgumentParser:
+def parser(program: str, document: str, *, cell: str, steps: int, quick_steps: int) -> argparse.ArgumentParser:
     """The options that all programs have; a program may add some of its own."""
-    made = argparse.ArgumentParser(description=document, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made = argparse.ArgumentParser(program, description=document, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--quick", action="store_true", help=f"{quick_steps} steps on little data: under a minute")
     made.add_argument("--cell", default=cell, type=str.lower, choices=CELLS, metavar="CELL", help=_cells(cell))
     made.add_argument("--steps", type=_positive, help=f"of training (default: {steps}, quick {quick_steps})")
@@ -98,7 +97,7 @@ def options(made: argparse.ArgumentParser, arguments: Sequence[str] | None = Non
     except (RuntimeError, AssertionError) as error:
         made.error(f"argument --device: got {given['device']!r}: {str(error).splitlines()[0]}")
     own = {name: given.pop(name) for name in [*given] if name not in Options.__dataclass_fields__}
-    return Options(program=Path(sys.argv[0]).stem if arguments is None else made.prog, **given, more=own)
+    return Options(program=made.prog, **given, more=own)
 
 
 def _cells(default: str) -> str:
@@ -116,9 +115,6 @@ def _positive(text: str) -> int:
     if not _natural(text):
         raise argparse.ArgumentTypeError(f"got {text!r}, expected a whole number of at least 1")
     return int(text)
-
-
-# ------------------------------------------------------------------------------------------------------------- data
 
 
 def stop(message: str) -> NoReturn:
@@ -169,13 +165,14 @@ def padded(sequences: Sequence[Tensor], device: str = "cpu") -> tuple[Tensor, Te
 def ragged(rnn: nn.Module, x: Tensor, lengths: Tensor, state: Any = None) -> tuple[Tensor, Any]:
     """Run a layer with batch_first on sequences of different lengths: y [B, T, …] with zeros at the ends, the states.
 
-    torch.nn wants them packed. Ours takes the lengths, and spends nothing on padding either.
+    torch.nn wants them packed. Ours takes the lengths, and spends nothing on padding either. Both leave y in memory as
+    [T, B, …], in whose order a dropout draws its mask.
     """
     if type(rnn).__module__.startswith("fused_rnn"):
         return rnn(x, state, lengths=lengths.to(x.device))
     packed = nn.utils.rnn.pack_padded_sequence(x, lengths.cpu(), batch_first=True, enforce_sorted=False)
     y, state = rnn(packed, state)
-    return nn.utils.rnn.pad_packed_sequence(y, batch_first=True, total_length=x.shape[1])[0], state
+    return nn.utils.rnn.pad_packed_sequence(y, total_length=x.shape[1])[0].transpose(0, 1), state
 
 
 class Shuffled:
@@ -203,9 +200,6 @@ class Shuffled:
         return self._order[number * self.batch : (number + 1) * self.batch].tolist()
 
 
-# --------------------------------------------------------------------------------------------------------- training
-
-
 @dataclass
 class Side:
     """One of the two trainings. seconds: of a step each; memory: what a step adds to the process at most, in bytes."""
@@ -221,7 +215,9 @@ class Side:
     def __post_init__(self) -> None:
         self.optimiser = torch.optim.AdamW(self.model.parameters(), lr=self.rate, weight_decay=self.decay)
 
-    def step(self, loss_of: Loss, step: int, rate: float, clip: float, seed: int, device: str) -> None:
+    def step(
+        self, loss_of: Loss, step: int, rate: float, clip: float = 1.0, seed: int = 0, device: str = "cpu"
+    ) -> None:
         """One step of the optimiser. What the loss hands on reaches the next step without its gradient."""
         torch.manual_seed(seed * 1_000_003 + step)  # for dropout: both sides draw the same
         self.optimiser.param_groups[0]["lr"] = rate
@@ -255,19 +251,23 @@ Loss = Callable[[nn.Module, int, Any], tuple[Tensor, Any]]
 
 @dataclass
 class Trained:
-    """What came out. theirs is None for a cell that torch.nn has not, and with --beside 0."""
+    """What came out. theirs is None for a cell that torch.nn has not, and with --beside 0.
+
+    difference: the largest between the two loss curves, as far as both go; in_float64: likewise, where it was asked.
+    """
 
     label: str
     model: nn.Module
     ours: Side
     theirs: Side | None
     scores: list[tuple[int, float]]
+    difference: float = 0.0
+    in_float64: float | None = None
 
     @property
-    def difference(self) -> float:
-        """The largest between the two loss curves, as far as both go."""
-        pairs = zip(self.theirs.losses, self.ours.losses, strict=False) if self.theirs else ()
-        return max((abs(a - b) if math.isfinite(a - b) else math.inf for a, b in pairs), default=0.0)
+    def apart(self) -> bool:
+        """Whether the loss curves differ by more than rounding explains."""
+        return (self.difference if self.in_float64 is None else self.in_float64) > TOLERANCE
 
     @property
     def parameters(self) -> int:
@@ -281,7 +281,7 @@ class Trained:
 
     def as_json(self) -> dict[str, Any]:
         theirs, ours = self.step_seconds()
-        every = max(1, len(self.ours.losses) // 200)
+        every = max(1, len(self.ours.losses) // 100)
         return {
             "parameters": self.parameters,
             "steps": len(self.ours.losses),
@@ -292,6 +292,7 @@ class Trained:
                 "ours": _mib(self.ours.memory),
             },
             "largest_difference": self.difference if self.theirs else None,
+            "largest_difference_in_float64": self.in_float64,
             "losses": {"every": every, "ours": [round(loss, 5) for loss in self.ours.losses[::every]]},
             "scores": [[step, round(score, 5)] for step, score in self.scores],
         }
@@ -305,6 +306,7 @@ def train(
     rate: float,
     label: str = "",
     steps: int | None = None,
+    warmup: int = 0,
     clip: float = 1.0,
     decay: float = 0.0,
     score: Callable[[nn.Module], float] | None = None,
@@ -313,18 +315,11 @@ def train(
     """Train `build(torch.nn)` and `build(fused_rnn)` side by side, then ours alone to the end.
 
     loss_of: (model, number of the step, what it handed on) → loss, what it hands on. It must depend on nothing else.
-    rate: of AdamW, falling to a tenth over the last third. label: tells several trainings of a program apart.
+    rate: of AdamW, rising over `warmup` steps, falling to a tenth over the last third. label: of several trainings.
     score: of the model in eval mode on validation data, less is better, every `score_every` steps and at the end: the
     weights that had the least are those of the model that is returned. Never the test data's.
     """
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
+    from rich.progress import MofNCompleteColumn, Progress, TextColumn
 
     steps = given.steps if steps is None else steps
     sides = {}
@@ -335,26 +330,54 @@ def train(
     checkpoint = _Checkpoint(given, label, steps)
     scores, best = checkpoint.load(sides) if given.resume else ([], None)
 
-    columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn())
-    columns += (TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[status]}"))
+    def rate_at(step: int) -> float:
+        return rate * min(1.0, 0.1 + 0.9 * 3 * (steps - step) / steps, (step + 1) / max(1, warmup))
+
+    columns = (*Progress.get_default_columns(), MofNCompleteColumn(), TextColumn("{task.fields[status]}"))
     with Progress(*columns) as progress, checkpoint.kept(sides, lambda: (scores, best)):
         first = len(ours.losses)
         task = progress.add_task(label or given.program, total=steps, completed=first, status="")
         for step in range(first, steps):
-            now = rate * min(1.0, 0.1 + 0.9 * 3 * (steps - step) / steps)
             turns = [ours] if theirs is None or step >= given.beside else [theirs, ours]
             # Who goes first changes, so that neither always finds what the other left in the caches.
             for side in turns if step % 2 else reversed(turns):
-                side.step(loss_of, step, now, clip, given.seed, given.device)
+                side.step(loss_of, step, rate_at(step), clip, given.seed, given.device)
             if score and (step + 1 == steps or (score_every and (step + 1) % score_every == 0)):
                 scores.append((step + 1, evaluated(score, ours.model)))
                 if best is None or scores[-1][1] <= min(value for _, value in scores):
                     best = {name: value.detach().clone() for name, value in ours.model.state_dict().items()}
             progress.update(task, advance=1, status=_status(ours, theirs, scores))
-            checkpoint.save_now_and_then(sides, scores, best)
+            if time.monotonic() > checkpoint.saved + SAVE_EVERY:
+                checkpoint.save(sides, scores, best)
     if best is not None:
         ours.model.load_state_dict(best)
-    return Trained(label, ours.model.eval(), ours, theirs, scores)
+    trained = Trained(label, ours.model.eval(), ours, theirs, scores)
+    if theirs:
+        trained.difference = _difference(theirs, ours)
+        if trained.difference > TOLERANCE:
+            exact = [Side(_in_float64(build, library, given), rate, decay) for library in given.libraries]
+            for step in range(min(steps, given.beside)):
+                for side in exact:
+                    side.step(loss_of, step, rate_at(step), clip, given.seed, given.device)
+            trained.in_float64 = _difference(*exact)
+    return trained
+
+
+def _difference(theirs: Side, ours: Side) -> float:
+    pairs = zip(theirs.losses, ours.losses, strict=False)
+    return max((abs(a - b) if math.isfinite(a - b) else math.inf for a, b in pairs), default=0.0)
+
+
+def _in_float64(build: Callable[[ModuleType], nn.Module], library: ModuleType, given: Options) -> nn.Module:
+    """The model as it begins, in float64, and casting what it is given."""
+    torch.manual_seed(given.seed)
+    model = build(library).to(given.device, torch.float64)
+
+    def cast(x: Any) -> Any:
+        return x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
+
+    model.register_forward_pre_hook(lambda _, given: tuple(map(cast, given)))
+    return model
 
 
 @torch.no_grad()
@@ -409,10 +432,6 @@ class _Checkpoint:
         part.replace(self.path)
         self.saved = time.monotonic()
 
-    def save_now_and_then(self, sides: dict[str, Side], scores: list[tuple[int, float]], best: Any) -> None:
-        if time.monotonic() > self.saved + SAVE_EVERY:
-            self.save(sides, scores, best)
-
     @contextlib.contextmanager
     def kept(self, sides: dict[str, Side], others: Callable[[], tuple[Any, Any]]) -> Iterator[None]:
         """Saved at the end; likewise when it is interrupted, if between two steps."""
@@ -448,31 +467,17 @@ class _Peak:
         gc.collect()
         with contextlib.suppress(OSError, AttributeError):
             ctypes.CDLL(None).malloc_trim(0)  # what is free would hide what is needed
-        with contextlib.suppress(OSError):
-            Path("/proc/self/clear_refs").write_text("5")  # the present size is the peak now
-        self.before = _resident("VmRSS")
+        forget_peak()
+        self.before = resident("VmRSS")
 
-    def bytes(self) -> int | None:
+    def bytes(self) -> int:
         if self.cuda:
             return torch.cuda.max_memory_allocated() - self.before
-        peak = _resident("VmHWM")
-        return None if peak is None or self.before is None else max(0, peak - self.before)
-
-
-def _resident(what: str) -> int | None:
-    """VmRSS, VmHWM: bytes resident now, at most; None where there is no /proc."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith(what + ":"):
-                return int(line.split()[1]) * 1024
-    return None
+        return max(0, resident("VmHWM") - self.before)
 
 
 def _mib(size: int | None) -> float | None:
     return None if size is None else round(size / 2**20, 1)
-
-
-# ---------------------------------------------------------------------------------------------------------- results
 
 
 def finish(
@@ -506,10 +511,11 @@ def finish(
     }
     given.out.mkdir(parents=True, exist_ok=True)
     path = given.out / f"{given.program}.json"
-    path.write_text(json.dumps(record, indent=1, default=str, ensure_ascii=False) + "\n", encoding="utf-8")
+    text = json.dumps(record, indent=1, default=str, ensure_ascii=False)
+    path.write_text(re.sub(r"(?<=[\[\d,.])\n +(?=[-\d\[\]])", "", text) + "\n", encoding="utf-8")  # lists in lines
     _picture(given, facts, draw)
     console.print(f"Results: {path}   picture: {path.with_suffix('.png')}", highlight=False)
-    apart = [each for each in trained if each.difference > TOLERANCE]
+    apart = [each for each in trained if each.apart]
     for each in apart:
         told = f"{each.label or given.program}: the losses of torch.nn and fused_rnn differ by {each.difference:.1e}"
         print(f"{told}, more than rounding explains ({TOLERANCE})", file=sys.stderr)
@@ -545,7 +551,8 @@ def _print(console: Any, trained: Sequence[Trained], quality: dict[str, Any]) ->
             f"{theirs * 1e3:.1f} → {ours * 1e3:.1f}",
             f"[bold {'green' if theirs >= ours else 'red'}]{'~' * noisy}{theirs / ours:.2f}×[/]",
             memory,
-            f"[{'green' if each.difference <= TOLERANCE else 'bold red'}]{each.difference:.1e}[/]",
+            f"[{'bold red' if each.apart else 'green'}]{each.difference:.1e}[/]"
+            + (f"; {each.in_float64:.0e} in float64" if each.in_float64 is not None else ""),
         )
     console.print(table)
     if disturbed:

@@ -166,8 +166,13 @@ def write(step: Steps, prompt: str, length: int, seed: int = 0, device: str = "c
     return prompt + characters.decode(torch.cat(codes)), length / (time.perf_counter() - start)
 
 
+def _shown(text: str) -> str:
+    """Without the control characters that an untrained model writes."""
+    return "".join(character for character in text.expandtabs(4) if character == "\n" or character.isprintable())
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    given = options(parser(__doc__, cell="lstm", steps=1500, quick_steps=40), arguments)
+    given = options(parser("text", __doc__, cell="lstm", steps=1500, quick_steps=40), arguments)
     length, hidden = (64, 64) if given.quick else (LENGTH, 256)
     read, held_out = corpus()
     if given.quick:
@@ -201,7 +206,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             same, by_theirs = write(by_cells(model, IN_TORCH[given.cell]), "def ", count, given.seed, given.device)
             quality["written by a loop over torch.nn's cells, characters a second"] = round(by_theirs)
             quality["both wrote the same"] = "yes" if same == text else "until rounding tipped a choice"
-    print(f"\n{text[:600]}\n")
+    print(f"\n{_shown(text[:600])}\n")
 
     def draw(figure: Any) -> None:
         curves, bars, sample = figure.subplots(1, 3, width_ratios=(1.2, 0.9, 1.3))
@@ -218,7 +223,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         faster = f", {by_ours / by_theirs:.1f}× a loop over torch.nn's cells" if by_theirs else ""
         sample.set_title(f"Written, {by_ours:,.0f} characters a second{faster}", fontsize=9.5)
         sample.axis("off")
-        lines = [line[:52] for line in text[:900].splitlines()][:22]
+        lines = [line[:52] for line in _shown(text[:900]).splitlines()][:22]
         sample.text(0, 0.97, "\n".join(lines).replace("$", r"\$"), family="monospace", fontsize=7, va="top", color=INK)
 
     data = {"training, characters": len(read), "held out, characters": len(held_out), "symbols": len(characters)}

@@ -107,7 +107,7 @@ check "  it works in the clone, in its parent folder, and in /" everywhere "$mad
 check "  the second make install does nothing" eval 'in_folder "$a" make -q install PYTHON="$(command -v "$python")" TORCH="$torch"'
 check "  pip uninstall, then make install: there again" eval \
   '"$made/pip" uninstall -q -y fused_rnn && in_folder "$a" make install PYTHON="$(command -v "$python")" TORCH="$torch" && everywhere "$made/python" "$a"'
-check "make demo" in_folder "$a" make demo DEMO_ARGS="--steps 5" PYTHON="$(command -v "$python")" TORCH="$torch"
+check "make demo" in_folder "$a" make demo DEMO_ARGS="--quick --steps 5" PYTHON="$(command -v "$python")" TORCH="$torch"
 
 # --- wheels
 check "make wheel" in_folder "$a" make wheel PYTHON="$(command -v "$python")" TORCH="$torch"

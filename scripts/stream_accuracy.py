@@ -1,32 +1,35 @@
 """What bf16 and int8 weights cost in accuracy, on a real sequence: the table of docs/streaming.md, as Markdown.
 
-Trains the demo's character model (two layers of 256) for some steps, then streams held-out text through it: the error
-of the last layer's output against the stream of float32 weights, as the root of its mean square over that of the
-output and at its largest, and the loss of the model on that text.
+Trains the character model of examples/text.py (two layers of 256) for some steps, then streams held-out text through
+it: the error of the last layer's output against the stream of float32 weights, as the root of its mean square over that
+of the output and at its largest, and the loss of the model on that text.
 
     python scripts/stream_accuracy.py [--steps 150] [--characters 20000]
 """
 
 import argparse
-from itertools import islice
+import sys
+from pathlib import Path
 
 import torch
 from torch.nn import functional as F
 
 import fused_rnn
-from fused_rnn.commands.demo.char_lm import Characters, CharLM, Trainee, corpus, windows
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+from side_by_side import Side
+from text import RATE, Characters, CharLM, Windows, corpus, loss_of
 
 
 def rows(cell: str, steps: int, length: int) -> list[str]:
-    text = corpus()
-    characters = Characters(text)
-    codes = characters.encode(text)
-    held_out = codes[-length - 1 :]
+    characters = Characters()
+    read, held_out = (characters.encode(text) for text in corpus())
+    windows, held_out = Windows(read), held_out[: length + 1]
     torch.manual_seed(0)
-    trainee = Trainee(CharLM(getattr(fused_rnn, cell), len(characters)))
-    for window in islice(windows(codes[: -length - 1]), steps):
-        trainee.step(*window)
-    model = trainee.model.eval()
+    side = Side(CharLM(getattr(fused_rnn, cell), len(characters)), RATE)
+    for step in range(steps):
+        side.step(lambda model, step, state: loss_of(model, *windows[step], state), step, RATE)
+    model = side.model.eval()
     found = []
     with torch.no_grad():
         x = model.embed(held_out[:-1, None])

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import copy
-from itertools import islice
 from typing import Any
 
 import pytest
 import torch
 import torch._dynamo
 from counterparts import CELLS, MODULES, SEQUENCES, cast, flatten, make, states
+from text import Characters, Windows, corpus
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import fused_rnn
 from fused_rnn import ops
-from fused_rnn.commands.demo import char_lm
 
 DTYPES = [torch.bfloat16, torch.float16]
 BACKENDS = [None, "cpu", "torch", "reference"]
@@ -124,16 +123,17 @@ class Small(nn.Module):
 
 def trained(kind: str, dtype: torch.dtype, steps: int = 200) -> list[float]:
     """Losses of the demo's task in float32, or under autocast, with a GradScaler where float16 needs one."""
-    text = char_lm.corpus(60_000)
-    characters = char_lm.Characters(text)
+    characters = Characters()
+    windows = Windows(characters.encode(corpus()[0][:60_000]), 16, 32)
     torch.manual_seed(0)
     model = Small(kind, len(characters))
     optimiser = torch.optim.Adam(model.parameters(), lr=5e-3)
     scaler = torch.amp.GradScaler("cpu", enabled=dtype == torch.float16)
     losses = []
-    for given, target in islice(char_lm.windows(characters.encode(text)), steps):
+    for step in range(steps):
+        given, target = windows[step]
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-            loss = F.cross_entropy(model(given[:32, :16]).flatten(0, 1).float(), target[:32, :16].flatten())
+            loss = F.cross_entropy(model(given).flatten(0, 1).float(), target.flatten())
         optimiser.zero_grad()
         scaler.scale(loss).backward()
         scaler.unscale_(optimiser)

@@ -18,7 +18,6 @@ from fused_rnn import ops
 from fused_rnn.commands.bench.grid import CELLS, DTYPES, GRIDS, MODES, SEQUENCES, VARIANTS, Point, Shape
 
 THREADS = (1, 2)
-DEMO_CELLS = ("LSTM", "GRU")
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
@@ -327,21 +326,22 @@ def _fill_readme(readme: Path, out: Path, device: str) -> None:
     click.echo(f"{readme}: {'tables written' if changed else 'already up to date'}")
 
 
-@cli.command()
-@click.option(
-    "--cell", "cells", type=click.Choice(DEMO_CELLS, case_sensitive=False), multiple=True, help="Default: both."
-)
-@click.option("--steps", type=click.IntRange(1), default=200, help="Optimiser steps for each cell.")
-@click.option("--minutes", type=click.FloatRange(0, min_open=True), default=2.5, help="Stop when this is used up.")
-@click.option("--threads", type=click.IntRange(1), help="Default: what torch uses.")
-@click.option("--seed", type=int, default=0)
-@click.option("--out", type=click.Path(path_type=Path), default=Path("demo-out"), help="Folder for the plot.")
-def demo(cells: tuple[str, ...], steps: int, minutes: float, threads: int | None, seed: int, out: Path) -> None:
-    """Train a character model on Python's own source with torch.nn and with fused_rnn, and compare."""
-    from fused_rnn.commands.demo.show import run
+@cli.command(context_settings={"ignore_unknown_options": True}, add_help_option=False, options_metavar="")
+@click.argument("name", required=False, metavar="[NAME]")
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED, metavar="[OPTIONS]")
+def demo(name: str | None, arguments: tuple[str, ...]) -> None:
+    """Train a model with torch.nn and with fused_rnn, side by side, on real data. Without a name: which there are."""
+    from fused_rnn.commands.demo import PROGRAMS, run
 
-    if threads is not None:
-        torch.set_num_threads(threads)
-    ok = run(cells or DEMO_CELLS, steps=steps, seconds=60 * minutes, seed=seed, out=out, console=Console())
-    if not ok:
-        raise click.ClickException("the two loss curves differ by more than rounding explains")
+    if name in (None, "-h", "--help"):
+        table = Table(title="python -m fused_rnn demo NAME [--quick] [--help]", title_justify="left", show_header=False)
+        for program, what in PROGRAMS.items():
+            table.add_row(program, what)
+        Console().print(table)
+        return
+    if name not in PROGRAMS:
+        raise click.BadParameter(f"got {name!r}, expected one of {', '.join(PROGRAMS)}", param_hint="NAME")
+    try:
+        run(name, arguments)
+    except FileNotFoundError as error:
+        raise click.ClickException(str(error)) from error

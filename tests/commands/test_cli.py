@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import re
 import runpy
 import subprocess
 import sys
-from itertools import islice
 from pathlib import Path
 
 import click
@@ -17,25 +15,17 @@ from click.testing import CliRunner
 
 import fused_rnn
 from fused_rnn import ops
-from fused_rnn.commands import info
+from fused_rnn.commands import demo, info
 from fused_rnn.commands.bench.grid import GRIDS, Grid
 from fused_rnn.commands.bench.limits import Limits
 from fused_rnn.commands.bench.measure import Timing
 from fused_rnn.commands.bench.results import Results
 from fused_rnn.commands.cli import cli
-from fused_rnn.commands.demo import char_lm, show
 from fused_rnn.dispatch import BACKENDS
 
 from .test_bench import two_pages
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-
-
-@pytest.fixture
-def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A model and windows of a size for tests."""
-    for name, value in {"HIDDEN": 16, "BATCH": 4, "LENGTH": 8}.items():
-        monkeypatch.setattr(char_lm, name, value)
 
 
 def run(*arguments: str, code: int = 0) -> str:
@@ -211,8 +201,10 @@ def test_an_option_that_would_have_no_effect_is_refused(
         (["bench", "--shape", "1,2,3,4", "--mode", "step"], "give a shape with T=1"),
         (["bench", "--shape", "1,2,3,4", "--quick"], "does not go with --shape"),
         (["bench", "--shape", "1,2,3,4", "--layers", "2", "--variant", "layers"], "'layers', which has three"),
-        (["demo", "--steps", "0"], "Invalid value"),
-        (["demo", "--cell", "Transformer"], "Invalid value"),
+        (["demo", "prose"], "got 'prose', expected one of text, speech"),
+        (["demo", "--steps", "5"], "got '--steps', expected one of text, speech"),
+        (["demo", "text", "--steps", "0"], "argument --steps: got '0', expected a whole number of at least 1"),
+        (["demo", "text", "--cell", "Transformer"], "argument --cell: invalid choice: 'transformer'"),
     ],
 )
 def test_bad_arguments_are_refused_in_words(arguments: list[str], message: str) -> None:
@@ -229,78 +221,29 @@ def test_bench_on_a_missing_gpu_says_so() -> None:
     assert "no GPU" in run("bench", "--device", "cuda", code=1)
 
 
-@pytest.mark.usefixtures("small")
-def test_demo_trains_both_alike_and_draws(tmp_path: Path) -> None:
-    text = run("demo", "--steps", "4", "--out", str(tmp_path))
-    assert "LSTM" in text
-    assert "GRU" in text
-    assert (tmp_path / "char_lm.png").read_bytes().startswith(b"\x89PNG")
+def test_demo_without_a_name_says_which_there_are() -> None:
+    for text in (run("demo"), run("demo", "--help")):
+        assert all(program in text for program in demo.PROGRAMS)
 
 
-@pytest.mark.usefixtures("small")
-def test_demo_stops_when_the_time_is_up(tmp_path: Path) -> None:
-    text = run("demo", "--steps", "1000000", "--minutes", "0.001", "--cell", "GRU", "--out", str(tmp_path))
-    assert "time is up" in text
+def test_demo_hands_on_its_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    monkeypatch.setattr(demo, "run", lambda *given: calls.append(given))
+    run("demo", "memory", "--quick", "--help", "--cell", "gru")
+    assert calls == [("memory", ("--quick", "--help", "--cell", "gru"))]
 
 
-@pytest.mark.usefixtures("small")
-def test_demo_fails_if_the_curves_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(show, "TOLERANCE", -1.0)
-    text = run("demo", "--steps", "2", "--cell", "LSTM", "--out", str(tmp_path), code=1)
-    assert "differ by more than rounding explains" in text
+def test_a_wheel_has_the_programs_of_the_demo() -> None:
+    """setup.py cannot ask the package which these are: it would import torch."""
+    listed = re.search(r"^DEMOS = \((.*)\)$", (EXAMPLES.parent / "setup.py").read_text(), re.MULTILINE)
+    assert listed is not None
+    assert set(re.findall(r'"(\w+)"', listed[1])) == {*demo.PROGRAMS, Path(demo.SHARED).stem}
+    assert all((demo.folder() / f"{program}.py").is_file() for program in demo.PROGRAMS)
 
 
-@pytest.mark.usefixtures("small")
-@pytest.mark.parametrize("cell", ["LSTM", "GRU"])
-def test_both_trainings_have_the_same_losses(cell: str) -> None:
-    *_, (theirs, ours) = char_lm.train_both(cell, char_lm.corpus(50_000), steps=8)
-    assert len(ours.losses) == 8
-    assert max(abs(a - b) for a, b in zip(theirs.losses, ours.losses, strict=True)) < 1e-4
-    assert ours.losses[-1] < ours.losses[0]
-    assert type(ours.model.rnn).__module__.startswith("fused_rnn")
-    assert type(theirs.model.rnn).__module__.startswith("torch")
-
-
-def test_corpus_is_real_source_and_repeatable() -> None:
-    text = char_lm.corpus(100_000)
-    assert len(text) == 100_000
-    assert text == char_lm.corpus(100_000)
-    assert "import " in text
-    assert text.isascii()
-
-
-def test_characters_round_trip() -> None:
-    characters = char_lm.Characters("hello")
-    assert len(characters) == 4
-    assert characters.decode(characters.encode("hole")) == "hole"
-
-
-@pytest.mark.usefixtures("small")
-def test_windows_read_on_where_the_last_one_ended() -> None:
-    codes = torch.arange(4 * 40)
-    (x0, y0), (x1, _) = islice(char_lm.windows(codes), 2)
-    assert x0.shape == y0.shape == (8, 4)
-    assert torch.equal(x0 + 1, y0)
-    assert torch.equal(x1[0], y0[-1])
-    assert math.isclose(float(x0[0, 1] - x0[0, 0]), 40)
-
-
-@pytest.mark.usefixtures("small")
-def test_generation_is_repeatable() -> None:
-    characters = char_lm.Characters("abc ")
-    torch.manual_seed(0)
-    model = char_lm.CharLM(fused_rnn.GRU, len(characters))
-    first = char_lm.generate(model, characters, "ab", 20, seed=1)
-    assert len(first) == 22
-    assert first == char_lm.generate(model, characters, "ab", 20, seed=1)
-
-
-@pytest.mark.usefixtures("small")
-def test_the_example_trains_and_prints(capsys: pytest.CaptureFixture[str]) -> None:
-    runpy.run_path(str(EXAMPLES / "char_lm.py"))["main"](steps=2)
-    printed = capsys.readouterr().out
-    assert "torch.LSTM" in printed
-    assert "fused_rnn.LSTM" in printed
+def test_demo_without_its_programs_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused_rnn, "__file__", str(tmp_path / "fused_rnn" / "__init__.py"))
+    assert "the demos' programs are not with this installation" in run("demo", "text", code=1)
 
 
 @pytest.mark.skipif(ops.MISSING is not None, reason=str(ops.MISSING))

@@ -8,16 +8,16 @@ import re
 import signal
 import subprocess
 import sys
-from itertools import islice
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
+from side_by_side import Side
+from text import RATE, Characters, CharLM, Windows, corpus, loss_of
 from tolerances import assert_same_formula
 
 import fused_rnn
-from fused_rnn.commands.demo.char_lm import Characters, CharLM, Trainee, corpus, windows
 
 ROOT = Path(__file__).parents[2]
 
@@ -51,13 +51,13 @@ def outcome(*command: str, seconds: int = 120) -> tuple[int, str, str]:
 
 @pytest.fixture(scope="module")
 def losses_of_one_process() -> list[float]:
-    text = corpus()
-    characters = Characters(text)
+    characters = Characters()
+    windows = Windows(characters.encode(corpus()[0]))
     torch.manual_seed(0)
-    trainee = Trainee(CharLM(fused_rnn.LSTM, len(characters)))
-    for window in islice(windows(characters.encode(text)), 2):
-        trainee.step(*window)
-    return trainee.losses
+    side = Side(CharLM(fused_rnn.LSTM, len(characters)), RATE)
+    for step in range(2):
+        side.step(lambda model, step, state: loss_of(model, *windows[step], state), step, RATE)
+    return side.losses
 
 
 @pytest.mark.skipif(
@@ -131,6 +131,7 @@ def test_what_counts_as_solved(ppo: ModuleType) -> None:
 WITHOUT = """
 import runpy, sys
 absent, script, *sys.argv[1:] = sys.argv[1:]
+sys.path.insert(0, script.rpartition("/")[0])
 absent = absent.split(",")
 sys.modules.update(dict.fromkeys(absent))
 import importlib.util

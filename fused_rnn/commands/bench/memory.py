@@ -54,13 +54,13 @@ def _serve(request: dict[str, Any]) -> int:
         before = torch.cuda.memory_allocated()
         call.run()
         return torch.cuda.max_memory_allocated() - before
-    _forget_peak()
-    before = _resident("VmRSS")
+    forget_peak()
+    before = resident("VmRSS")
     call.run()
-    return max(0, _resident("VmHWM") - before)
+    return max(0, resident("VmHWM") - before)
 
 
-def _resident(field: str) -> int:
+def resident(field: str) -> int:
     """Bytes resident now (VmRSS) or at most so far (VmHWM); without /proc both are the latter, over the process's life.
 
     Where there is /proc, getrusage is not asked: there a process starts with the peak of the one it was forked from.
@@ -72,7 +72,7 @@ def _resident(field: str) -> int:
     return int(line.split()[1]) * 1024
 
 
-def _forget_peak() -> None:
+def forget_peak() -> None:
     """Make the present size the high-water mark, where the kernel allows it."""
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")

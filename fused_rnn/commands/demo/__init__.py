@@ -1,1 +1,0 @@
-"""The demonstration: a character model trained twice, with torch.nn and, by the one-line swap, with fused_rnn."""
