@@ -154,10 +154,10 @@ class Pairs:
         written, _ = padded([self.target[i][1:] for i in indices], self.device)
         return Batch(*padded([self.source[i] for i in indices], self.device), read, written)
 
-    def batches(self, size: int = BATCH) -> Iterator[list[int]]:
+    def batches(self) -> Iterator[list[int]]:
         """All of them, those of similar length together."""
         order = sorted(range(len(self)), key=lambda i: len(self.source[i]))
-        return (order[i : i + size] for i in range(0, len(order), size))
+        return (order[i : i + BATCH] for i in range(0, len(order), BATCH))
 
 
 # -------------------------------------------------------------------------------------------------------------- model
@@ -438,9 +438,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         found[way] = evaluated(lambda model: translations(model, test, pieces), each.model)
         if given.cell in IN_TORCH:
             both = speeds(each.model, Pairs(parts[2][: 10 if given.quick else 50], pieces, given.device))
-            speed[f"pieces a second, verse after verse, torch.nn → fused_rnn, {way}"] = " → ".join(
-                f"{value:.0f}" for value in both.values()
-            )
+            speed[f"pieces a second, torch.nn → ours, {way}"] = " → ".join(f"{value:.0f}" for value in both.values())
     found |= {WORD_BY_WORD: word_by_word(parts[0], parts[2]), COPIED: [pair.source for pair in parts[2]]}
     reached = {name: scores(texts, parts[2]) for name, texts in found.items()}
     quality = {f"{kind}, {name}": each[kind] for kind in ("BLEU", "chrF") for name, each in reached.items()}
