@@ -399,7 +399,7 @@ def draw_lengths(axis: Any, reached: dict[str, dict[str, Any]]) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    made = parser("translation", __doc__, cell="gru", steps=1500, quick_steps=20)
+    made = parser("translation", __doc__, cell="gru", steps=2000, quick_steps=20)
     made.add_argument("--attention", default="all", choices=(*WAYS, "all"), help="default: all, one after another")
     given = options(made, arguments)
     ways = WAYS if given.more["attention"] == "all" else (given.more["attention"],)
