@@ -47,6 +47,7 @@ from side_by_side import (
     stop,
     train,
 )
+from text import Steps, looped
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -409,31 +410,10 @@ def error_rate(pairs: Sequence[tuple[str, str]]) -> float:
 
 # -------------------------------------------------------------------------------------------------------- listening
 
-Steps = Callable[[Tensor], Tensor]  # a frame [1, 39] → what the layer makes of it, [1, H]
-
-
-def by_cells(rnn: nn.Module, cell: str) -> Steps:
-    """A loop over torch.nn's cells, a cell a layer, with the same weights."""
-    cells = []
-    for number in range(rnn.num_layers):
-        made = getattr(nn, cell + "Cell")(rnn.hidden_size if number else rnn.input_size, rnn.hidden_size)
-        names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
-        made.load_state_dict({name: getattr(rnn, f"{name}_l{number}") for name in names})
-        cells.append(made.to(rnn.weight_hh_l0.device))
-    states: list[Any] = [None] * len(cells)
-
-    def step(x: Tensor) -> Tensor:
-        for number, each in enumerate(cells):
-            states[number] = each(x, states[number])
-            x = states[number][0] if isinstance(states[number], tuple) else states[number]
-        return x
-
-    return step
-
 
 @torch.no_grad()
 def listen(model: Recogniser, inputs: Sequence[Tensor], steps: Callable[[], Steps]) -> tuple[list[Tensor], float]:
-    """Step by step over each of the inputs [T, 39]: log-probabilities [T, symbols], and the median of µs a step."""
+    """Over the inputs [T, 39] by steps of [1, 39] → [1, H]: log-probabilities [T, symbols]; the median of µs a step."""
     results, seconds = [], []
     for x in inputs:
         step, rows = steps(), []
@@ -547,7 +527,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     micros, listener = {}, online.model
     streamed, micros["ours, a stream"] = listen(listener, inputs, lambda: listener.rnn.stream(batch_size=1).step)
     if cell := IN_TORCH.get(given.cell):
-        _, micros["torch.nn, its cells"] = listen(listener, inputs, lambda: by_cells(listener.rnn, cell))
+        _, micros["torch.nn, its cells"] = listen(listener, inputs, lambda: looped(listener.rnn, cell))
     with torch.no_grad():
         rows = {"bidirectional": [*whole.model(x, lengths).cpu()], "streaming": streamed}
     heard = {label: [digits(r[:n]) for r, n in zip(each, lengths, strict=True)] for label, each in rows.items()}

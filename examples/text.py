@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 BATCH, LENGTH = 32, 128
-RATE = 3e-3
+RATE, WARMUP = 3e-3, 500
 
 
 def corpus() -> tuple[str, str]:
@@ -123,7 +123,7 @@ def xz_bits(train: str, held_out: str) -> tuple[float, float]:
 
 # ---------------------------------------------------------------------------------------------------------- writing
 
-Steps = Callable[[Tensor], Tensor]  # a character int64 [1] → the logits of the next, [1, symbols]
+Steps = Callable[[Tensor], Tensor]  # here: a character int64 [1] → the logits of the next, [1, symbols]
 
 
 def by_stream(model: CharLM) -> Steps:
@@ -132,24 +132,28 @@ def by_stream(model: CharLM) -> Steps:
     return lambda character: model.head(stream.step(model.embed(character)))
 
 
-def by_cells(model: CharLM, cell: str) -> Steps:
-    """A loop over torch.nn's cells, a cell a layer, with the same weights."""
+def looped(rnn: nn.Module, cell: str) -> Steps:
+    """A loop over torch.nn's cells, a cell a layer, with the weights of a layer of ours: x [B, D] → y [B, H]."""
     cells = []
-    for number in range(model.rnn.num_layers):
-        made = getattr(nn, cell + "Cell")(model.rnn.hidden_size, model.rnn.hidden_size).to(model.head.weight.device)
+    for number in range(rnn.num_layers):
+        made = getattr(nn, cell + "Cell")(rnn.hidden_size if number else rnn.input_size, rnn.hidden_size)
         names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
-        made.load_state_dict({name: getattr(model.rnn, f"{name}_l{number}") for name in names})
-        cells.append(made)
+        made.load_state_dict({name: getattr(rnn, f"{name}_l{number}") for name in names})
+        cells.append(made.to(rnn.weight_hh_l0.device))
     states: list[Any] = [None] * len(cells)
 
-    def step(character: Tensor) -> Tensor:
-        x = model.embed(character)
+    def step(x: Tensor) -> Tensor:
         for number, each in enumerate(cells):
             states[number] = each(x, states[number])
             x = states[number][0] if isinstance(states[number], tuple) else states[number]
-        return model.head(x)
+        return x
 
     return step
+
+
+def by_cells(model: CharLM, cell: str) -> Steps:
+    step = looped(model.rnn, cell)
+    return lambda character: model.head(step(model.embed(character)))
 
 
 @torch.no_grad()
@@ -172,7 +176,7 @@ def _shown(text: str) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    given = options(parser("text", __doc__, cell="lstm", steps=1500, quick_steps=40), arguments)
+    given = options(parser("text", __doc__, cell="lstm", steps=2000, quick_steps=40), arguments)
     length, hidden = (64, 64) if given.quick else (LENGTH, 256)
     read, held_out = corpus()
     if given.quick:
@@ -188,7 +192,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         text, target = (each.to(given.device) for each in windows[step])
         return loss_of(model, text, target, None if step % len(windows) == 0 else state)
 
-    trained = train(given, build, loss, rate=RATE)
+    trained = train(given, build, loss, rate=RATE, warmup=WARMUP)
     model = trained.model
     reached = evaluated(lambda model: bits(model, tests), model)
     alone, primed = xz_bits(read, held_out)
