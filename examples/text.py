@@ -224,10 +224,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         bars.set(title="Bits per character, held out", xlim=(0, 1.25 * max(named.values())))
         bars.invert_yaxis()
         bars.grid(visible=False)
-        faster = f", {by_ours / by_theirs:.1f}× a loop over torch.nn's cells" if by_theirs else ""
+        faster = f",\n{by_ours / by_theirs:.1f}× a loop over torch.nn's cells" if by_theirs else ""
         sample.set_title(f"Written, {by_ours:,.0f} characters a second{faster}", fontsize=9.5)
         sample.axis("off")
-        lines = [line[:52] for line in _shown(text[:900]).splitlines()][:22]
+        lines = [line[:52] for line in _shown(text[:1800]).splitlines()][:24]
         sample.text(0, 0.97, "\n".join(lines).replace("$", r"\$"), family="monospace", fontsize=7, va="top", color=INK)
 
     data = {"training, characters": len(read), "held out, characters": len(held_out), "symbols": len(characters)}
