@@ -247,7 +247,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "copying": "wrong symbols, {} steps to wait",
         "digits": "wrong digits",
     }
-    quality: dict[str, Any] = {}
+    far = tasks[len(lengths) - 1]
+    told = ", ".join(f"{CELLS[cell]} {scores[far.label, cell]:.2g}" for cell in cells)
+    short = f"adding over {far.length} steps, mean square error: {told}; who remembers nothing {far.guess:.2g}"
+    quality: dict[str, Any] = {"in short": short}
     for task in tasks:
         what = f"{task.name}: {kinds[task.name].format(task.length)}"
         quality |= {f"{what}, {CELLS[cell]}": scores[task.label, cell] for cell in cells}

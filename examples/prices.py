@@ -264,6 +264,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"\nDirection: {direction}.\nVolatility: {swings}.\n")
 
     quality: dict[str, Any] = {
+        "in short": f"direction: {direction.partition(' (')[0]}; volatility: {swings.partition(' (')[0]}",
         "right direction, %": 100 * accuracy[this][0],
         "squared error, HAR's = 1": relative[this][0],
     }

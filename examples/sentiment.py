@@ -297,7 +297,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ahead = 100 * (signs[this].mean() - signs["bag of words"].mean()).item()
     verdict = "no better" if chance > 0.05 else "better" if ahead > 0 else "worse"
 
+    told = ", ".join(f"{key} {100 * right.mean().item():.1f}" for key, right in signs.items())
     quality: dict[str, Any] = {
+        "in short": f"right signs, %: {told}",
         "right signs, %": 100 * signs[this].mean().item(),
         "correlation of the rating": correlations[this],
     }

@@ -490,7 +490,8 @@ def finish(
 ) -> int:
     """Print the tables, write NAME.json and NAME.png into --out; the exit code: 1 if two loss curves part.
 
-    quality: what was reached, with its unit in the name. data: what it was reached on, sizes of the splits included.
+    quality: what was reached, with its unit in the name, and before all "in short".
+    data: what it was reached on, sizes of the splits included.
     draw: gets an empty figure of matplotlib.
     """
     from rich.console import Console

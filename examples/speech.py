@@ -534,7 +534,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for i, test in enumerate(tests):
         print(f"{test.speaker:8} said {test.text:8} heard {'  '.join(each[i] for each in heard.values())}")
 
-    quality: dict[str, float | int | str] = {}
+    quality: dict[str, float | int | str] = {"in short": ""}
     errors: dict[str, float] = {}
     for label, each in (("bidirectional", whole), ("streaming", online)):
         pairs = [*zip(tests, heard[label], strict=True)]
@@ -545,6 +545,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for speaker in sorted({test.speaker for test in tests}):
             own = [(test.text, text) for test, text in pairs if test.speaker == speaker]
             quality[f"word errors, %, {label}: {speaker} ({len(own)})"] = error_rate(own)
+    real_whole, synthetic_whole, real_online = (
+        f"{errors[name]:.0f} %" for name in ("real, bidirectional", "synthetic, bidirectional", "real, streaming")
+    )
+    quality["in short"] = (
+        f"word errors: real voices {real_whole}, synthetic ones {synthetic_whole}; streaming {real_online}"
+    )
     sphinx = error_rate([(test.text, test.sphinx) for test in tests if test.sphinx is not None])
     quality["word errors, %, PocketSphinx, trained on TIDIGITS: real voices of TIDIGITS"] = sphinx
     errors["real, PocketSphinx,\ntrained on real ones"] = sphinx

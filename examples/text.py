@@ -196,7 +196,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     model = trained.model
     reached = evaluated(lambda model: bits(model, tests), model)
     alone, primed = xz_bits(read, held_out)
+    beside_it = f"xz, with the training text at hand, {primed:.2f}"
     quality: dict[str, Any] = {
+        "in short": f"{reached:.2f} bits per character of held-out modules; {beside_it}",
         "bits per character, held-out modules": reached,
         "bits per character, xz": alone,
         "bits per character, xz that has read the training text": primed,

@@ -441,7 +441,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             speed[f"pieces a second, torch.nn → ours, {way}"] = " → ".join(f"{value:.0f}" for value in both.values())
     found |= {WORD_BY_WORD: word_by_word(parts[0], parts[2]), COPIED: [pair.source for pair in parts[2]]}
     reached = {name: scores(texts, parts[2]) for name, texts in found.items()}
-    quality = {f"{kind}, {name}": each[kind] for kind in ("BLEU", "chrF") for name, each in reached.items()}
+    short = ", ".join(f"{each['BLEU']:.1f} ({name})" for name, each in reached.items())
+    quality: dict[str, Any] = {"in short": f"BLEU {short}"}
+    quality |= {f"{kind}, {name}": each[kind] for kind in ("BLEU", "chrF") for name, each in reached.items()}
     for name, each in reached.items():
         pairs = zip(map(named, BUCKETS), each["by length"], strict=True)
         quality[f"BLEU by words of the source, {name}"] = ", ".join(f"{k}: {v:.1f}" for k, v in pairs if v is not None)

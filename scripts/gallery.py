@@ -4,8 +4,8 @@
 
 NAME.json goes to benchmarks/results/examples, NAME.png to docs/gallery. Then, without a folder only this, the tables
 between `<!-- NAME:begin -->` and `<!-- NAME:end -->` are made of benchmarks/results/examples; in the README those of
-`gallery`, a line a program: the first number that it reached, and the slowest and fastest of its trainings. Quick runs
-are refused.
+`gallery`, a line a program: what it reached in short, and the slowest and fastest of its trainings. Quick runs are
+refused.
 """
 
 from __future__ import annotations
@@ -73,14 +73,13 @@ def tables(record: dict[str, Any]) -> str:
 
 
 def summary(records: list[dict[str, Any]]) -> str:
-    lines = ["| | reached | a step of training, times as fast as by `torch.nn` |", "|---|---|---|"]
+    lines = ["| | in short | a step of training, times as fast as by `torch.nn` |", "|---|---|---|"]
     for record in records:
-        name, value = next(iter(record["quality"].items()))
         times = [training["step_ms"] for training in record["trainings"].values()]
         ratios = sorted(each["torch"] / each["ours"] for each in times if each["torch"] is not None)
         span = " to ".join(f"{ratio:.2f}×" for ratio in dict.fromkeys((ratios[0], ratios[-1]))) if ratios else "–"
         lines.append(
-            f"| [{record['program']}](docs/gallery.md#{record['program']}) | {name}: {number(value)} | {span} |"
+            f"| [{record['program']}](docs/gallery.md#{record['program']}) | {record['quality']['in short']} | {span} |"
         )
     machines = dict.fromkeys(f"{r['machine']['device_name']}, {r['machine']['threads']} threads" for r in records)
     return "\n".join([*lines, "", f"<sub>{'; '.join(machines)}; `make gallery`</sub>"])
@@ -103,8 +102,8 @@ def fill(page: Path, blocks: dict[str, str]) -> bool:
 
 def write(page: Path = PAGE, readme: Path = README, results: Path = RESULTS) -> list[str]:
     """Fill both; what changed."""
-    found = [json.loads(path.read_text(encoding="utf-8")) for path in results.glob("*.json")]
-    records = sorted(found, key=lambda record: [*PROGRAMS].index(record["program"]))
+    paths = [path for program in PROGRAMS if (path := results / f"{program}.json").exists()]
+    records = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
     blocks = {page: {record["program"]: tables(record) for record in records}, readme: {"gallery": summary(records)}}
     return [path.name for path, texts in blocks.items() if fill(path, texts)]
 
