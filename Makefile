@@ -45,7 +45,7 @@ EXTRA_STAMP  = $(VENV)/.extra-$(1)-$(call hash,cat pyproject.toml)
 
 help:
 	@echo 'make demo      train a character model with torch.nn and with fused_rnn, side by side'
-	@echo 'make gallery   the six programs of examples/ in full, an hour, and docs/gallery.md from what they reached'
+	@echo 'make gallery   the six programs of examples/ in full, half an hour, and docs/gallery.md from what they reached'
 	@echo 'make check     what to run before a commit, three minutes: lint, and of every room its quick tests, two cases of each'
 	@echo 'make test      run all tests'
 	@echo 'make fuzz      random calls, valid and broken, beside torch.nn; FUZZ_ARGS="--seconds 3600 --seed 1"'

@@ -43,6 +43,7 @@ INK, FAINT, BACK, FRONT = "#22223b", "#6b6b7b", "#e9a03b", "#1b6ca8"
 COLOURS = ["#1b6ca8", "#e9a03b", "#2a9d8f", "#b5446e", "#6b6b7b", "#7b5ea7"]
 IN_TORCH = {"lstm": "LSTM", "gru": "GRU", "rnn": "RNN"}
 CELLS = IN_TORCH | {name.lower(): name for name in fused_rnn.list_cells()}
+_CELLS_HELP = f"{', '.join(IN_TORCH)}; or, with no counterpart in torch.nn, {', '.join([*CELLS][len(IN_TORCH) :])}"
 
 
 @dataclass
@@ -74,7 +75,7 @@ def parser(program: str, document: str, *, cell: str, steps: int, quick_steps: i
     """The options that all programs have; a program may add some of its own."""
     made = argparse.ArgumentParser(program, description=document, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--quick", action="store_true", help=f"{quick_steps} steps on little data: under a minute")
-    made.add_argument("--cell", default=cell, type=str.lower, choices=CELLS, metavar="CELL", help=_cells(cell))
+    made.add_argument("--cell", default=cell, type=str.lower, choices=CELLS, metavar="CELL", help=_CELLS_HELP)
     made.add_argument("--steps", type=_positive, help=f"of training (default: {steps}, quick {quick_steps})")
     made.add_argument("--beside", type=_natural, default=200, help="steps with torch.nn side by side (default: 200)")
     made.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, …")
@@ -89,6 +90,7 @@ def parser(program: str, document: str, *, cell: str, steps: int, quick_steps: i
 def options(made: argparse.ArgumentParser, arguments: Sequence[str] | None = None) -> Options:
     """Parse, check the device, set the threads. Options that a program added are in `more`."""
     given = vars(made.parse_args(arguments))
+    needed("matplotlib", "numpy", "rich")
     full, quick, steps = given.pop("full_steps"), given.pop("quick_steps"), given.pop("steps")
     given["steps"] = steps if steps is not None else quick if given["quick"] else full
     if threads := given.pop("threads"):
@@ -99,11 +101,6 @@ def options(made: argparse.ArgumentParser, arguments: Sequence[str] | None = Non
         made.error(f"argument --device: got {given['device']!r}: {str(error).splitlines()[0]}")
     own = {name: given.pop(name) for name in [*given] if name not in Options.__dataclass_fields__}
     return Options(program=made.prog, **given, more=own)
-
-
-def _cells(default: str) -> str:
-    ours = [name for name in CELLS if name not in IN_TORCH]
-    return f"lstm, gru or rnn, compared with torch.nn's; or one that torch.nn has not: {', '.join(ours)} ({default})"
 
 
 def _natural(text: str) -> int:
@@ -356,6 +353,7 @@ def train(
     if theirs:
         trained.difference = _difference(theirs, ours)
         if trained.difference > TOLERANCE:
+            print(f"{label or given.program}: losses differ by {trained.difference:.1e}: again, in float64", flush=True)
             exact = [Side(_in_float64(build, library, given), rate, decay) for library in given.libraries]
             for step in range(min(steps, given.beside)):
                 for side in exact:
@@ -490,8 +488,7 @@ def finish(
 ) -> int:
     """Print the tables, write NAME.json and NAME.png into --out; the exit code: 1 if two loss curves part.
 
-    quality: what was reached, with its unit in the name, and before all "in short".
-    data: what it was reached on, sizes of the splits included.
+    quality: what was reached, units in the names, "in short" first. data: what it was reached on, the splits' sizes.
     draw: gets an empty figure of matplotlib.
     """
     from rich.console import Console
