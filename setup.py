@@ -93,7 +93,7 @@ NVCC_FLAGS = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", "-Xcompiler", "-f
 NVCC_FLAGS += ["-Xfatbin", "-compress-all"]  # a fourth of the size
 if os.environ.get("FUSED_RNN_CUDA_DEBUG") == "1":
     NVCC_FLAGS.append("-DFUSED_RNN_BOUNDED_SPINS")
-DEMOS = ("text", "speech", "translation", "sentiment", "prices", "memory", "side_by_side")
+DEMOS = ("text", "speech", "translation", "sentiment", "prices", "memory", "material", "side_by_side")
 JOBS = os.environ.get("MAX_JOBS") or str(len(os.sched_getaffinity(0)))
 if not re.fullmatch("[1-9][0-9]*", JOBS):
     raise SystemExit(f"MAX_JOBS: got {JOBS!r}, expected a positive number")

@@ -19,20 +19,8 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from side_by_side import (
-    CELLS,
-    COLOURS,
-    FAINT,
-    Options,
-    Shuffled,
-    Trained,
-    evaluated,
-    finish,
-    needed,
-    options,
-    parser,
-    train,
-)
+from material import Shuffled, needed
+from side_by_side import CELLS, COLOURS, FAINT, Options, Trained, evaluated, finish, options, parser, train
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -181,7 +169,7 @@ def gradients(task: Task, given: Options, model: nn.Module) -> Tensor:
     x, target = (each.to(given.device) for each in task.batch(0))
     with fused_rnn.diagnose(model) as report:
         task.loss(model(x), target).backward()
-    norms = report.gradients["rnn.h_l0"]
+    norms = report.gradients["rnn.h_l0"].cpu()
     return norms / norms[-1]
 
 

@@ -9,8 +9,8 @@ Walk-forward: each test year has a network of its own, which has seen only the y
 the weights, all earlier ones train. It reads day by day and says two things of the next: up or down, and the logarithm
 of the volatility (Garman and Klass, of the day's open, high, low and close). Beside it: always up and the day's own
 sign; the day's own volatility, the mean so far, an autoregression, and HAR (Corsi 2009), a linear regression on the
-means of 1, 5 and 22 days, both fitted on all days before the test year. An interval counts days: four shares that fall
-together are one observation.
+means of 1, 5 and 22 days, and a linear regression on all that the network reads of a day, these three fitted on all
+days before the test year. An interval counts days: four shares that fall together are one observation.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from side_by_side import BACK, COLOURS, FAINT, INK, Options, Trained, evaluated, finish, needed, options, parser, train
+from material import needed
+from side_by_side import BACK, COLOURS, FAINT, INK, Options, Trained, evaluated, finish, options, parser, train
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -177,6 +178,16 @@ def autoregression(series: Any, test: int, end: int) -> Any:
     return fitted.apply(values[:end]).predict(test, end - 1)
 
 
+def linear(year: Year) -> Tensor:
+    """The network's own inputs of a day by one linear regression for all shares, fitted on the days before the test."""
+    (models,) = needed("sklearn.linear_model")
+    day = torch.arange(year.swing.shape[1])
+    known = (day >= year.first[:, None]) & (day < year.test - 1) & ~year.swing.isnan()
+    fitted = models.LinearRegression().fit(year.x[known].numpy(), year.swing[known].numpy())
+    x = year.x[:, year.test - 1 : year.end - 1]
+    return torch.from_numpy(fitted.predict(x.flatten(0, 1).numpy())).view(x.shape[:2]) * year.deviation + year.mean
+
+
 def baselines(table: Any, test: int, end: int) -> dict[str, Tensor]:
     """Forecasts of the log volatility on the days test to end, [shares, days] each."""
     (numpy,) = needed("numpy")
@@ -224,6 +235,7 @@ def walk(given: Options, table: Any, year: int) -> tuple[Trained, dict[str, Tens
     logit, swing = evaluated(lambda model: forecast(model, data, data.test, data.end, given.device), trained.model)
     days = slice(data.test - 1, data.end - 1)
     said = baselines(table, data.test, data.end) | {"network": swing * data.deviation + data.mean}
+    said["linear, same inputs"] = linear(data)
     said["swing"] = data.swing[:, days] * data.deviation + data.mean
     moved = torch.tensor(returns(table).iloc[data.test - 1 : data.end - 1].to_numpy().T, dtype=torch.float32)
     said |= {"up": data.up[:, days], "says up": (logit > 0).float(), "rose": (moved > 0).float()}
@@ -249,8 +261,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     accuracy = {name: over_days(each[days]) for name, each in right.items()}
     error = {
         name: (said[name] - said["swing"]).square().mean(0)
-        for name in ("mean so far", "today's", "autoregression", "HAR")
+        for name in ("mean so far", "today's", "autoregression", "HAR", "linear, same inputs")
     }
+    rival = min(error, key=lambda name: error[name].mean())
     error[this] = (said["network"] - said["swing"]).square().mean(0)
     relative = {name: over_days(each / error["HAR"].mean()) for name, each in error.items()}
 
@@ -258,8 +271,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ahead, *_, chance = over_days(right[this][days] - right[best][days])
     found = "no better than" if chance > 0.05 or ahead <= 0 else f"{100 * ahead:.1f} points better than"
     direction = f"{found} {best} (p = {chance:.2g})"
-    less, *_, chance = over_days((error["HAR"] - error[this]) / error["HAR"].mean())
-    found = "no better than HAR" if chance > 0.05 or less <= 0 else f"error {100 * less:.1f} % below HAR's"
+    less, *_, chance = over_days((error[rival] - error[this]) / error[rival].mean())
+    found = f"no better than {rival}" if chance > 0.05 or less <= 0 else f"error {100 * less:.1f} % below {rival}"
     swings = f"{found} (p = {chance:.2g})"
     print(f"\nDirection: {direction}.\nVolatility: {swings}.\n")
 

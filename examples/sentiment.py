@@ -25,23 +25,8 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from side_by_side import (
-    COLOURS,
-    FAINT,
-    INK,
-    Shuffled,
-    draw_losses,
-    evaluated,
-    finish,
-    needed,
-    options,
-    padded,
-    parser,
-    ragged,
-    source_archive,
-    stop,
-    train,
-)
+from material import Shuffled, needed, padded, ragged, source_archive, stop
+from side_by_side import COLOURS, FAINT, INK, draw_losses, evaluated, finish, options, parser, train
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -80,6 +65,8 @@ def snippets(raw: bytes, name: str) -> dict[str, tuple[float, str]]:
             value = math.nan
         if not -4 <= value <= 4:
             stop(f"{name}, line {row}: got the rating {rating!r}, expected a number from -4 to 4")
+        if number in found:
+            stop(f"{name}, line {row}: the number {number} comes twice")
         if text not in seen:
             seen.add(text)
             found[number] = value, text

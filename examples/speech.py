@@ -28,25 +28,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from side_by_side import (
-    BACK,
-    COLOURS,
-    FAINT,
-    FRONT,
-    IN_TORCH,
-    Options,
-    Shuffled,
-    Trained,
-    finish,
-    needed,
-    options,
-    padded,
-    parser,
-    ragged,
-    source_archive,
-    stop,
-    train,
-)
+from material import Shuffled, needed, padded, ragged, source_archive, stop
+from side_by_side import BACK, COLOURS, FAINT, FRONT, IN_TORCH, Options, Trained, finish, options, parser, train
 from text import Steps, looped
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -429,7 +412,7 @@ def padding_cost(rnn: nn.Module, x: Tensor, lengths: Tensor, cell: str, rounds: 
     """Milliseconds of a ragged batch, and of as many frames without padding, backward included: of the best round."""
     mixed = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
     even = x[:, : int(lengths.sum()) // len(x)].contiguous()
-    ours, theirs = (copy.deepcopy(rnn) for _ in range(2))
+    ours, theirs = (copy.deepcopy(rnn).train() for _ in range(2))
     runs: dict[str, Callable[[], Any]] = {
         "ours, no padding": lambda: ours(even),
         "ours, longest first": lambda: ragged(ours, x, lengths),
@@ -540,7 +523,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         pairs = [*zip(tests, heard[label], strict=True)]
         errors[f"synthetic, {label}"] = min(value for _, value in each.scores)
         errors[f"real, {label}"] = error_rate([(test.text, text) for test, text in pairs if test.sphinx is not None])
-        quality[f"word errors, %, {label}: synthetic voices held out, distorted"] = errors[f"synthetic, {label}"]
+        quality[f"word errors, %, {label}: voices that chose the weights, synthetic"] = errors[f"synthetic, {label}"]
         quality[f"word errors, %, {label}: real voices of TIDIGITS"] = errors[f"real, {label}"]
         for speaker in sorted({test.speaker for test in tests}):
             own = [(test.text, text) for test, text in pairs if test.speaker == speaker]

@@ -21,6 +21,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from material import stop
 from side_by_side import COLOURS, IN_TORCH, INK, draw_losses, evaluated, finish, options, parser, train
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -178,7 +179,10 @@ def _shown(text: str) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     given = options(parser("text", __doc__, cell="lstm", steps=2000, quick_steps=40), arguments)
     length, hidden = (64, 64) if given.quick else (LENGTH, 256)
-    read, held_out = corpus()
+    try:
+        read, held_out = corpus()
+    except FileNotFoundError as error:
+        stop(str(error))
     if given.quick:
         read, held_out = read[:300_000], held_out[:20_000]
     characters = Characters()

@@ -28,21 +28,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from side_by_side import (
-    CELLS,
-    COLOURS,
-    IN_TORCH,
-    Shuffled,
-    draw_losses,
-    evaluated,
-    finish,
-    needed,
-    options,
-    padded,
-    parser,
-    ragged,
-    train,
-)
+from material import Shuffled, needed, padded, ragged
+from side_by_side import CELLS, COLOURS, IN_TORCH, draw_losses, evaluated, finish, options, parser, train
+from text import looped
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -269,17 +257,11 @@ class Translator(nn.Module):
 
 
 def one_by_one(rnn: nn.Module, batch: int) -> Callable[[Tensor], Tensor]:
-    """A layer as a function of its next input [B, 1, D] → [B, 1, H]: ours by a stream, torch.nn's by calls."""
+    """A layer as a function of its next input [B, 1, D] → [B, 1, H]: ours by a stream, torch.nn's by its cells."""
     if type(rnn).__module__.startswith("fused_rnn"):
         return rnn.stream(batch_size=batch).steps
-    state: Any = None
-
-    def move(x: Tensor) -> Tensor:
-        nonlocal state
-        y, state = rnn(x, state)
-        return y
-
-    return move
+    step = looped(rnn, type(rnn).__name__)
+    return lambda x: step(x[:, 0])[:, None]
 
 
 # -------------------------------------------------------------------------------------------------------- translating

@@ -7,7 +7,7 @@ import sys
 USAGE = """\
 python -m fused_rnn info     what was built, which backends can run here, and why the others cannot
 python -m fused_rnn bench    measure against torch.nn      } with pip install click rich matplotlib numpy,
-python -m fused_rnn demo     train models on real data     } and --help after each"""
+python -m fused_rnn demo     train six whole models        } and --help after each"""
 
 
 def main() -> None:

@@ -4,8 +4,8 @@
 
 NAME.json goes to benchmarks/results/examples, NAME.png to docs/gallery. Then, without a folder only this, the tables
 between `<!-- NAME:begin -->` and `<!-- NAME:end -->` are made of benchmarks/results/examples; in the README those of
-`gallery`, a line a program: what it reached in short, and the slowest and fastest of its trainings. Quick runs are
-refused.
+`gallery`, a line a program: what it reached in short, and the slowest and fastest of its trainings. Runs of
+other options than the standard ones are refused.
 """
 
 from __future__ import annotations
@@ -26,13 +26,16 @@ README = ROOT / "README.md"
 
 
 def take(folder: Path) -> None:
-    """Move the results of full runs into the repository. A picture goes with its results, or not at all."""
+    """Copy the results of full runs into the repository: all of them with their pictures, or none."""
     found = sorted(folder.glob("*.json"))
     if not found:
         raise SystemExit(f"gallery.py: {folder} has no results: run examples/NAME.py --out {folder} first")
     for path in found:
-        if json.loads(path.read_text(encoding="utf-8"))["options"]["quick"]:
-            raise SystemExit(f"gallery.py: {path} is of a quick run")
+        if not json.loads(path.read_text(encoding="utf-8"))["standard"]:
+            raise SystemExit(f"gallery.py: {path} is of a quick run, or of other options than the standard ones")
+        if not path.with_suffix(".png").exists():
+            raise SystemExit(f"gallery.py: {path} has no picture beside it")
+    for path in found:
         for source, target in ((path, RESULTS), (path.with_suffix(".png"), PICTURES)):
             target.mkdir(parents=True, exist_ok=True)
             shutil.copy(source, target)
@@ -59,8 +62,10 @@ def tables(record: dict[str, Any]) -> str:
         if times["torch"] is None:
             lines.append(f"| {name} | {number(times['ours'])} | – | {number(memory['ours'] or '–')} | – |")
             continue
-        apart, exact = training["largest_difference"], training["largest_difference_in_float64"]
-        differ = f"{apart:.0e}" + ("" if exact is None else f", in float64 {exact:.0e}")
+        exact = training["largest_difference_in_float64"]
+        differ = f"{training['largest_difference']:.0e}"
+        if exact is not None:
+            differ += f" (in float64 {exact:.0e}; torch.nn's own {training['torch_in_float32_from_float64']:.0e})"
         both = [number(memory[side]) if memory[side] is not None else "–" for side in ("torch", "ours")]
         lines.append(
             f"| {name}, {training['steps']:,} steps | {number(times['torch'])} → {number(times['ours'])}"

@@ -124,7 +124,7 @@ class Small(nn.Module):
 def trained(kind: str, dtype: torch.dtype, steps: int = 200) -> list[float]:
     """Losses of the demo's task in float32, or under autocast, with a GradScaler where float16 needs one."""
     characters = Characters()
-    windows = Windows(characters.encode(corpus()[0][:60_000]), 16, 32)
+    windows = Windows(characters.encode(corpus()[0][:60_000]), 32, 16)
     torch.manual_seed(0)
     model = Small(kind, len(characters))
     optimiser = torch.optim.Adam(model.parameters(), lr=5e-3)

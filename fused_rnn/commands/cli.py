@@ -330,8 +330,8 @@ def _fill_readme(readme: Path, out: Path, device: str) -> None:
 @click.argument("name", required=False, metavar="[NAME]")
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED, metavar="[OPTIONS]")
 def demo(name: str | None, arguments: tuple[str, ...]) -> None:
-    """Train a model with torch.nn and with fused_rnn, side by side, on real data. Without a name: which there are."""
-    from fused_rnn.commands.demo import PROGRAMS, run
+    """Train a model with torch.nn and with fused_rnn, side by side. Without a name: which there are."""
+    from fused_rnn.commands.demo import PROGRAMS, folder, run
 
     if name in (None, "-h", "--help"):
         table = Table(title="python -m fused_rnn demo NAME [--quick] [--help]", title_justify="left", show_header=False)
@@ -342,6 +342,7 @@ def demo(name: str | None, arguments: tuple[str, ...]) -> None:
     if name not in PROGRAMS:
         raise click.BadParameter(f"got {name!r}, expected one of {', '.join(PROGRAMS)}", param_hint="NAME")
     try:
-        run(name, arguments)
+        place = folder()
     except FileNotFoundError as error:
         raise click.ClickException(str(error)) from error
+    run(place / f"{name}.py", arguments)

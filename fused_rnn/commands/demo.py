@@ -17,22 +17,20 @@ PROGRAMS = {
     "prices": "tomorrow's share prices: their direction and volatility",
     "memory": "how far back each cell remembers, and where gradients vanish",
 }
-SHARED = "side_by_side.py"
+SHARED = ("material", "side_by_side")
 
 
 def folder() -> Path:
     """Where the programs are. Raises FileNotFoundError where they are not."""
     package = Path(fused_rnn.__file__).parent
     for place in (package / "examples", package.parent / "examples"):
-        if (place / SHARED).is_file():
+        if all((place / f"{name}.py").is_file() for name in (*PROGRAMS, *SHARED)):
             return place
     raise FileNotFoundError(f"the demos' programs are not with this installation: {package / 'examples'} is missing")
 
 
-def run(name: str, arguments: Sequence[str]) -> None:
-    """Run a program as `python examples/NAME.py ARGUMENTS` does. Ends by SystemExit, with its exit code."""
-    place = folder()
-    path = str(place / f"{name}.py")
-    sys.argv = [path, *arguments]
-    sys.path.insert(0, str(place))
-    runpy.run_path(path, run_name="__main__")
+def run(program: Path, arguments: Sequence[str]) -> None:
+    """Run a program as `python PROGRAM ARGUMENTS` does. Ends by SystemExit, with its exit code."""
+    sys.argv = [str(program), *arguments]
+    sys.path.insert(0, str(program.parent))
+    runpy.run_path(str(program), run_name="__main__")

@@ -72,10 +72,12 @@ def resident(field: str) -> int:
     return int(line.split()[1]) * 1024
 
 
-def forget_peak() -> None:
-    """Make the present size the high-water mark, where the kernel allows it."""
+def forget_peak() -> bool:
+    """Make the present size the high-water mark; whether the kernel allows it."""
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
+        return True
+    return False
 
 
 if __name__ == "__main__":
