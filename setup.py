@@ -150,10 +150,10 @@ class Sources(build_py):
 
     def run(self) -> None:
         super().run()
-        headers = [path for path in files("*", "cells", "cuda", "cuda/primitives", "nvrtc") if Path(path).is_file()]
+        headers = files("*", "cells", "cuda", "cuda/primitives", "nvrtc")
         copied = [path for path in headers if Path(path).suffix in ("", ".h")]
         copied += [f"examples/{name}.py" for name in DEMOS]
-        for path in [] if self.editable_mode else copied:
+        for path in [] if self.editable_mode else filter(os.path.isfile, copied):
             made = Path(self.build_lib, "fused_rnn", path)
             self.mkpath(str(made.parent))
             self.copy_file(path, str(made))

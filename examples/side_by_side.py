@@ -395,7 +395,8 @@ class _Checkpoint:
 
 def _facts(given: Options) -> dict[str, Any]:
     """Which machine and versions, when, and with how many threads."""
-    return describe("cuda" if given.device.startswith("cuda") else "cpu") | {"threads": torch.get_num_threads()}
+    facts = describe("cuda" if given.device.startswith("cuda") else "cpu") | {"threads": torch.get_num_threads()}
+    return facts | {"torch": str(facts["torch"])}
 
 
 def _detached(carry: Any) -> Any:
