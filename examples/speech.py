@@ -4,8 +4,9 @@
 
 Training: utterances of one to seven digits by the voices of eSpeak NG (GPL-3.0, in the package espeakng_loader), made
 on the spot, and distorted at random as other speakers and rooms would; a fifth of its voices and one accent are held
-out for validation. It does not make every sound alike at each run, so --seed does not repeat a run to the last digit. Test: 31 utterances of TIDIGITS by two real speakers and one by a third, in the source archive of
-PocketSphinx (BSD licence), evaluated at the end of a run; weights are chosen by the voices held out.
+out for validation. It does not make every sound alike at each run, so --seed does not repeat a run to the last digit.
+Test: 31 utterances of TIDIGITS by two real speakers and one by a third, in the source archive of PocketSphinx (BSD
+licence), evaluated at the end of a run; weights are chosen by the voices held out.
 A bidirectional network reads whole utterances; another one listens step by step, by a stream.
 """
 
