@@ -23,8 +23,9 @@ napoleon_custom_sections = [("Inputs", "params_style")]
 # Every reference of ours must lead somewhere. Those into torch and Python cannot be looked up without a network.
 nitpicky = True
 nitpick_ignore_regex = [
-    ("py:.*", r"(torch|collections|typing|types)(\..*)?"),
+    ("py:.*", r"(torch|collections|pathlib|typing|types)(\..*)?"),
     ("py:class", r"fused_rnn\.convert\.(M|Patch)"),
+    ("py:class", r"fused_rnn\.flex\.compile\.Shape"),
     ("py:class", r"fused_rnn\.cells\.(descriptor\.Cell|program\.Program)"),
 ]
 

@@ -23,10 +23,11 @@ MOST_ROWS, MOST_POINTS = 32, 128  # of which lines are drawn through every pair
 class Flow(NamedTuple):
     """How a layer's recurrence hands gradients on, in one direction.
 
-    factor: by which a step back in time multiplies the norm of a gradient, of all states together, when no other one
-        enters; None where there are too few steps.
-    span: how many steps that is at most.
-    overflows: some gradient was inf or NaN.
+    Attributes:
+        factor: by which a step back in time multiplies the norm of a gradient, of all states together, when no other
+            one enters; None where there are too few steps.
+        span: how many steps that is at most.
+        overflows: some gradient was inf or NaN.
     """
 
     factor: float | None

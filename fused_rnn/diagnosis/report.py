@@ -16,7 +16,7 @@ from fused_rnn.diagnosis.tables import as_text
 
 
 class Report:
-    """How gradients flowed. It is filled when the context of :func:`diagnose` ends.
+    """How gradients flowed. It is filled when the context of :func:`fused_rnn.diagnose` ends.
 
     Names are made as torch.nn's weights': the module's path, what it is, the layer and the direction, as in
     `encoder.c_l0_reverse`. Gates are i, f, g, o of an LSTM, r, z, n of a GRU, h of an RNN, and of any other

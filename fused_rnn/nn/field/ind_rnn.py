@@ -46,7 +46,7 @@ class IndRNN(Field):
         nonlinearity: "relu", "tanh" or "none".
 
     Its parameters are weight_ih_l0 [H, D], bias_ih_l0 [H] and u_l0 [H]. u begins uniform in [0, 1], the others in
-    ±1/√D. The paper keeps |u| at most 2^(1/T): clamp `u_l0` after an optimizer's step.
+    ±1/√D. The paper keeps `|u|` at most 2^(1/T): clamp `u_l0` after an optimizer's step.
 
     Source: Li et al. 2018, "Independently recurrent neural network (IndRNN)".
 
