@@ -107,10 +107,11 @@ def options(made: argparse.ArgumentParser, arguments: Sequence[str] | None = Non
     except (RuntimeError, AssertionError) as error:
         made.error(f"argument --device: got {given['device']!r}: {str(error).splitlines()[0]}")
     try:
-        (make_ignored if given["out"] == DEMO_OUT else Path.mkdir)(given["out"])
+        given["out"].mkdir(parents=True, exist_ok=True)
+        if given["out"] == DEMO_OUT:
+            make_ignored(DEMO_OUT)
     except FileExistsError:
-        if not given["out"].is_dir():
-            made.error(f"argument --out: got {given['out']}, which is no folder")
+        made.error(f"argument --out: got {given['out']}, which is no folder")
     except OSError as error:
         made.error(f"argument --out: got {given['out']}: {error.strerror}")
     own = {name: given.pop(name) for name in [*given] if name not in Options.__dataclass_fields__}
@@ -202,13 +203,13 @@ class Trained:
     scores: list[tuple[int, float]]
     difference: float = 0.0
     in_float64: float | None = None
-    by_rounding: float = 0.0
+    by_rounding: float | None = None
     began: dict[str, Any] = field(default_factory=dict)
 
     @property
     def apart(self) -> bool:
         """Whether the loss curves differ by more than rounding explains."""
-        if self.in_float64 is None:
+        if self.in_float64 is None or self.by_rounding is None:
             return self.difference > TOLERANCE
         return self.in_float64 > TOLERANCE or self.difference > 3 * self.by_rounding
 
@@ -233,7 +234,7 @@ class Trained:
             "step_memory_mib": {"torch": self.theirs and self.theirs.mib, "ours": self.ours.mib},
             "largest_difference": self.difference if self.theirs else None,
             "largest_difference_in_float64": self.in_float64,
-            "torch_in_float32_from_float64": self.in_float64 and self.by_rounding,
+            "torch_in_float32_from_float64": self.by_rounding,
             "losses": {"every": every, "ours": [round(loss, 5) for loss in self.ours.losses[::every]]},
             "scores": [[step, round(score, 5)] for step, score in self.scores],
         }
@@ -457,7 +458,6 @@ def finish(
         "quality": quality,
         "trainings": {each.label or given.program: each.as_json() for each in trained},
     }
-    given.out.mkdir(parents=True, exist_ok=True)
     path = given.out / f"{given.program}.json"
     text = json.dumps(record, indent=1, default=str, ensure_ascii=False)
     path.write_text(re.sub(r"(?<=[\[\d,.])\n +(?=[-\d\[\]])", "", text) + "\n", encoding="utf-8")  # lists in lines

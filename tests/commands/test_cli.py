@@ -239,6 +239,8 @@ def test_a_wheel_has_the_programs_of_the_demo() -> None:
     assert listed is not None
     assert set(re.findall(r'"(\w+)"', listed[1])) == {*demo.PROGRAMS, *demo.SHARED}
     assert demo.folder() == EXAMPLES
+    run_by_make = re.search(r"^USES +\?= (.*)$", (EXAMPLES.parent / "Makefile").read_text(), re.MULTILINE)
+    assert run_by_make is not None and run_by_make[1].split() == [*demo.PROGRAMS]
 
 
 def test_demo_without_its_programs_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

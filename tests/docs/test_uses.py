@@ -263,6 +263,17 @@ def test_bad_options_are_refused_in_words(
     assert message in " ".join(capsys.readouterr().err.split())
 
 
+def test_the_folder_of_the_results_is_made_with_those_above_it(tmp_path: Path) -> None:
+    asked = options(parser("tagger", "", cell="lstm", steps=5, quick_steps=2), ["--out", str(tmp_path / "a" / "b")])
+    assert asked.out.is_dir() and asked.standard
+
+
+def test_a_difference_of_zero_in_float64_is_not_taken_for_none(tmp_path: Path) -> None:
+    result = trained(given(tmp_path))
+    result.in_float64, result.by_rounding = 0.0, 0.5
+    assert result.as_json()["torch_in_float32_from_float64"] == 0.5
+
+
 def test_an_archive_that_cannot_be_had_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     failed = subprocess.CompletedProcess([], 1, "", "ERROR: no network\n")
