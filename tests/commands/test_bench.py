@@ -66,12 +66,15 @@ def test_regions_are_the_ones_promised() -> None:
 
 @pytest.mark.parametrize("cell", CELLS)
 def test_flops_are_those_of_the_matrix_products(cell: str) -> None:
+    """A sequence's first step has none with W_hh, for it enters from zeros."""
     T, B, H = 3, 2, 5
-    forward = T * B * 2 * (2 * H * GATES[cell] * H)
+    forward = (T * B + (T - 1) * B) * (2 * H * GATES[cell] * H)
     assert Point(cell, "inference", "fp32", T, B, H).flops == forward
     assert Point(cell, "training", "fp32", T, B, H).flops == 3 * forward
     assert Point(cell, "inference", "fp32", T, B, H, "bidirectional").flops == 2 * forward
     layered = forward * 3
+    assert Point(cell, "step", "fp32", 1, B, H).flops == 2 * Point(cell, "inference", "fp32", 1, B, H).flops
+    assert Point(cell, "inference", "fp32", T, B, H, "ragged").flops == (3 + 2 + 2 + 1) * (2 * H * GATES[cell] * H)
     assert Point(cell, "inference", "fp32", T, B, H, "layers").flops == layered
     assert Point(cell, "inference", "bf16", T, B, H).recurrent_bytes == GATES[cell] * H * H * 2
 

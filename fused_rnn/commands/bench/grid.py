@@ -84,10 +84,15 @@ class Point:
 
     @property
     def flops(self) -> float:
-        """Floating-point operations of the matrix products alone; backward costs twice the forward."""
+        """Floating-point operations that the matrix products need; backward costs twice the forward.
+
+        A sequence enters from a state of zeros, whose product with W_hh nobody needs; a step is given its state.
+        """
         steps = sum(self.lengths) if self.lengths else self.T * self.B
+        recurrent = steps - self.B if self.mode in SEQUENCES else steps
         inputs = [self.width] + [self.H * self.directions] * (self.layers - 1)
-        forward = sum(2 * steps * GATES[self.cell] * self.H * (d + self.H) * self.directions for d in inputs)
+        each = (2 * GATES[self.cell] * self.H * (steps * width + recurrent * self.H) for width in inputs)
+        forward = sum(each) * self.directions
         return float(forward * (3 if self.mode == "training" else 1))
 
     @property
