@@ -159,7 +159,7 @@ def test_an_option_that_would_have_no_effect_is_refused(
     kind: str, takes: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every one that is not taken; those that are taken get past the check."""
-    from fused_rnn.commands import cli as module
+    from fused_rnn.commands.bench import command as module
 
     assert {option for param in module.bench.params for option in param.opts if option != "--help"} == {*ANYTHING}
     monkeypatch.chdir(tmp_path)

@@ -21,10 +21,10 @@ import fused_rnn
 from fused_rnn.call import kinds
 from fused_rnn.cells import CELLS
 from fused_rnn.cells.diagonal import by_block, of_blocks
+from fused_rnn.commands.bench.calls import Call
 from fused_rnn.commands.bench.flex import beside, on_one_core, ratios, record, report, thread_seconds
 from fused_rnn.commands.bench.grid import SEQUENCES, Point
 from fused_rnn.commands.bench.measure import BLOCK_S, TOLERANCE, difference, interleave
-from fused_rnn.commands.bench.providers import Call
 from fused_rnn.commands.bench.results import Results, geometric_mean, setting
 from fused_rnn.commands.bench.tables import ratio
 from fused_rnn.commands.machine import describe

@@ -21,9 +21,10 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import fused_rnn
+from fused_rnn.commands.bench.calls import Call
 from fused_rnn.commands.bench.grid import CELLS, GRIDS, SEQUENCES, Point
 from fused_rnn.commands.bench.measure import BLOCK_S, TOLERANCE, Runs, difference, interleave, percentiles
-from fused_rnn.commands.bench.providers import BASELINE, Call, build
+from fused_rnn.commands.bench.providers import BASELINE, build
 from fused_rnn.commands.bench.results import Results, continued, geometric_mean, setting, time_row
 from fused_rnn.commands.bench.scan import NoJax, Scan, ScanCall
 from fused_rnn.commands.bench.tables import duration, grid, ratio

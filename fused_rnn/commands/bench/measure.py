@@ -21,8 +21,9 @@ from typing import Protocol
 
 import torch
 
+from fused_rnn.commands.bench.calls import Call
 from fused_rnn.commands.bench.grid import Point
-from fused_rnn.commands.bench.providers import Call, baseline, build, supports
+from fused_rnn.commands.bench.providers import baseline, build, supports
 
 # A guard against timing something wrong, by ‖a - b‖ / ‖b‖; accuracy itself is judged by the tests.
 TOLERANCE = {"fp64": 1e-9, "fp32": 1e-3, "tf32": 2e-2, "fp16": 2e-2, "bf16": 5e-2}

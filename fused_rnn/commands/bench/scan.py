@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_rnn.commands.bench.providers import Call
+from fused_rnn.commands.bench.calls import Call
 
 
 class NoJax(Exception):
