@@ -23,8 +23,9 @@ from fused_rnn.commands.bench.memory import peak_memory
 from fused_rnn.commands.bench.plot import plot
 from fused_rnn.commands.bench.providers import baseline, build, supports
 from fused_rnn.commands.bench.results import FLOOR, TIME, Results, Row, continued, geometric_mean, setting, time_row
-from fused_rnn.commands.bench.run import Workload, execute
+from fused_rnn.commands.bench.run import execute
 from fused_rnn.commands.bench.tables import losses, region_table, regions, report
+from fused_rnn.commands.bench.workload import Workload
 
 RUN = {
     "device": "cpu", "device_name": "a CPU", "cores": 2, "isa": "AVX2", "kernels": "avx2",
@@ -458,7 +459,7 @@ def test_what_was_measured_before_an_error_is_kept(
     answer = {"torch": Timing(1e-6, 1e-6, 1e-6, 5)} if where == "times" else 2**20
     monkeypatch.setattr(f"fused_rnn.commands.bench.run.{name}", lambda *_: third(answer))
     if where == "memory":
-        monkeypatch.setattr("fused_rnn.commands.bench.run.SIZES", (1, 2, 4))
+        monkeypatch.setattr("fused_rnn.commands.bench.workload.SIZES", (1, 2, 4))
         monkeypatch.setattr("fused_rnn.commands.bench.run._ours", lambda plan: ["cpu", "auto"])
     with pytest.raises(stop):
         execute(workload, Console(file=io.StringIO()))

@@ -136,11 +136,13 @@ def test_an_error_leaves_the_streams_measured_before_it(tmp_path: Path, monkeypa
 ANYTHING = {
     "--cell": "GRU", "--dtype": "bf16", "--threads": "1", "--shape": "8,2,8,8", "--layers": "2",
     "--bidirectional": None, "--mode": "training", "--variant": "layers", "--provider": "loop", "--device": "cuda",
-    "--quick": None, "--minutes": "0", "--memory": None, "--stream": None, "--model": "a:b", "--scaling": None,
+    "--grid": "quick", "--quick": None, "--minutes": "0", "--memory": None, "--stream": None, "--model": "a:b",
+    "--scaling": None,
     "--flex": None, "--field": None, "--jax-python": "python", "--out": "nowhere",
     "--choose": None, "--readme": "README.md",
 }  # fmt: skip
 GRID = {"--cell", "--dtype", "--threads", "--mode", "--variant", "--provider", "--device", "--minutes", "--memory"}
+GRID |= {"--jax-python"}
 KINDS = {
     "--readme": {"--device", "--out"},
     "--choose": {"--device", "--out"},
@@ -190,6 +192,13 @@ def test_an_option_that_would_have_no_effect_is_refused(
     ("arguments", "message"),
     [
         (["bench", "--provider", "nobody"], "got 'nobody', expected one of"),
+        (
+            ["bench", "--provider", "scan", "--jax-python", "/nowhere"],
+            "scan is not measured, it needs: pip install jax",
+        ),
+        (["bench", "--jax-python", "python"], "goes with --flex and --provider scan"),
+        (["bench", "--grid", "deepbench", "--quick"], "got 'deepbench' with --quick, expected one of the two"),
+        (["bench", "--grid", "deepbench", "--shape", "1,2,3,4"], "does not go with --shape"),
         (["bench", "--dtype", "int8"], "Invalid value"),
         (["bench", "--dtype", "tf32"], "which is a GPU's"),
         (["bench", "--threads", "0"], "Invalid value"),

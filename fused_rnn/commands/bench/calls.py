@@ -16,7 +16,10 @@ class Call:
 
     results: after `run()`, the tensors by which two providers are compared: outputs, then in training the
     gradients of the input and of every parameter.
+    compile_s: what it took once, before the first result, for those who compile.
     """
+
+    compile_s: float | None = None
 
     def __init__(self, point: Point, module: nn.Module, forward: Callable[[], Tensor], x: Tensor, dy: Tensor) -> None:
         self.point, self.training = point, point.mode == "training"

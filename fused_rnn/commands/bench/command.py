@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from rich.console import Console
 from fused_rnn import ops
 from fused_rnn.commands.bench.grid import CELLS, DTYPES, GRIDS, MODES, SEQUENCES, VARIANTS, Point, Shape
 
-THREADS = (1, 2)
+GRID_NAMES = ("full", *(name for name in GRIDS if name not in ("cpu", "cuda", "quick-cuda")))
 
 
 class ShapeType(click.ParamType):  # type: ignore[type-arg]  # generic in newer versions alone
@@ -33,6 +34,7 @@ class ShapeType(click.ParamType):  # type: ignore[type-arg]  # generic in newer 
 # What goes with what: the first of these that is given says what kind of run it is. Then why that is no place for most
 # options, for the error, and which have a meaning there. None: no such option, the grid.
 EVERY_GRID = {"cells", "dtypes", "threads", "modes", "variants", "providers", "device", "minutes", "memory", "out"}
+EVERY_GRID |= {"jax_python"}
 CPU_SCALING = {"cells", "dtypes", "threads", "shapes", "layers", "bidirectional", "modes", "minutes", "out"}
 KINDS: dict[str | None, tuple[str, set[str]]] = {
     "readme": ("which measures nothing", {"device", "out"}),
@@ -43,7 +45,10 @@ KINDS: dict[str | None, tuple[str, set[str]]] = {
     "field": ("which has sizes of its own, float32 by one thread", {"minutes", "out"}),
     "scaling": ("which goes by the CPU's threads and processes, ours by torch.nn's", CPU_SCALING),
     "shapes": ("which is in the place of a grid", EVERY_GRID | {"layers", "bidirectional"}),
-    None: ("and with --scaling; of the grid --variant layers or bidirectional can be measured", EVERY_GRID | {"quick"}),
+    None: (
+        "and with --scaling; of the grid --variant layers or bidirectional can be measured",
+        EVERY_GRID | {"quick", "grid"},
+    ),
 }
 
 
@@ -86,14 +91,26 @@ def _check_kind() -> None:
 @click.option("--bidirectional", is_flag=True, help="Of --shape and --scaling.")
 @click.option("--mode", "modes", type=click.Choice(MODES), multiple=True, help="Default: all.")
 @click.option("--variant", "variants", type=click.Choice(VARIANTS), multiple=True, help="Default: plain.")
-@click.option("--provider", "providers", multiple=True, help="torch, loop, cell, auto or a backend's name.")
+@click.option(
+    "--provider",
+    "providers",
+    multiple=True,
+    help="torch, loop, cell, auto or a backend's name; on a CPU onnxruntime, scan (JAX's lax.scan), compile-loop, "
+    "compile-scan.",
+)
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu")
-@click.option("--quick", is_flag=True, help="A small grid, in about a minute for each dtype and thread count.")
+@click.option(
+    "--grid",
+    type=click.Choice(GRID_NAMES),
+    help="full; quick: in a minute; rivals, compiled: beside those that can be installed; deepbench: DeepBench's "
+    "sizes up to H=1024. [default: full]",
+)
+@click.option("--quick", is_flag=True, help="The same as --grid quick.")
 @click.option(
     "--minutes",
     type=click.FloatRange(0),
     help="For each dtype and thread count. "
-    "[default: 9; 1 of --quick, --shape, --model; 3 of --scaling, --flex, --field]",
+    "[default: 9; 1 of --quick, --shape, --model; 3 of --scaling, --flex, --field; 4 to 5 of other grids]",
 )
 @click.option("--memory/--no-memory", default=None, help="Measure peak memory as well. [default: yes, of --shape no]")
 @click.option("--stream", is_flag=True, help="Measure module.stream() alone, against torch's cells and T=1 calls.")
@@ -114,7 +131,7 @@ def _check_kind() -> None:
 @click.option(
     "--field", is_flag=True, help="Measure the cells of the literature against the closest built-in and a plain loop."
 )
-@click.option("--jax-python", metavar="PATH", help="Of --flex: a Python that has jax. [default: this one]")
+@click.option("--jax-python", metavar="PATH", help="A Python that has jax, for lax.scan. [default: this one]")
 @click.option(
     "--out",
     type=click.Path(path_type=Path),
@@ -138,6 +155,7 @@ def bench(
     variants: tuple[str, ...],
     providers: tuple[str, ...],
     device: str,
+    grid: str | None,
     quick: bool,
     minutes: float | None,
     memory: bool | None,
@@ -151,7 +169,7 @@ def bench(
     choose: bool,
     readme: Path | None,
 ) -> None:
-    """Measure fused_rnn against torch.nn and a loop over cells, interleaved in one process.
+    """Measure fused_rnn against torch.nn, a loop over cells and rivals, interleaved in one process.
 
     Your own layer, in a minute: bench --shape 128,32,80,256 --cell LSTM --layers 2 --bidirectional
 
@@ -159,7 +177,8 @@ def bench(
     measured again replace the old ones; nothing else in a file is touched, and a file from another machine or torch is
     left alone. An option that would have no effect is refused.
     """
-    from fused_rnn.commands.bench.run import DEFAULT_DTYPES, PROVIDERS, Workload, execute
+    from fused_rnn.commands.bench.run import execute
+    from fused_rnn.commands.bench.workload import asked, check_providers
     from fused_rnn.commands.machine import OUT, folder, make_ignored
 
     _check_kind()
@@ -178,7 +197,9 @@ def bench(
     if model is not None:
         _model(model, threads, modes, device, minutes)
         return
-    _check_providers(providers)
+    if quick and grid not in (None, "quick"):
+        raise click.BadParameter(f"got {grid!r} with --quick, expected one of the two", param_hint="--grid")
+    check_providers(providers, device, jax_python or sys.executable)
     if out is None:
         make_ignored(OUT)
         out = folder(device, OUT)
@@ -207,24 +228,20 @@ def bench(
         raise click.BadParameter("got 'step' with --shape: give a shape with T=1", param_hint="--mode")
     if layers and "layers" in variants:
         raise click.BadParameter("got 'layers', which has three, with --layers", param_hint="--variant")
-    short = quick or bool(shapes)
-    workload = Workload(
-        device=device,
-        grid=device if not quick else "quick" if device == "cpu" else f"quick-{device}",
+    jax = jax_python or sys.executable
+    workload = asked(shapes, "quick" if quick else grid or "full", device, providers, dtypes, threads, modes, jax)
+    workload = replace(
+        workload,
         cells=cells or CELLS,
-        dtypes=dtypes or DEFAULT_DTYPES[device][: 1 if shapes else None],
-        threads=threads or ((torch.get_num_threads(),) if shapes else _default_threads(device)),
-        modes=modes or (SEQUENCES if shapes else MODES),
         variants=variants or ("plain",),
-        providers=providers or (("torch", "auto") if shapes else PROVIDERS[device]),
-        budget_s=60 * (minutes if minutes is not None else 1 if short else 9),
-        memory=not shapes if memory is None else memory,
-        shapes=shapes,
         layers=layers or 1,
         bidirectional=bidirectional,
+        memory=workload.memory if memory is None else memory,
+        budget_s=workload.budget_s if minutes is None else 60 * minutes,
         out=out,
     )
-    assert workload.grid in GRIDS
+    if jax_python is not None and "scan" not in workload.providers:
+        raise click.BadParameter("goes with --flex and --provider scan", param_hint="--jax-python")
     execute(workload, Console())
 
 
@@ -264,22 +281,6 @@ def _model(model: str, threads: tuple[int, ...], modes: tuple[str, ...], device:
         execute(model, modes or SEQUENCES, threads or (torch.get_num_threads(),), budget, moved, Console())
     except ModelError as error:
         raise click.BadParameter(str(error), param_hint="--model") from error
-
-
-def _default_threads(device: str) -> tuple[int, ...]:
-    if device != "cpu":
-        return (torch.get_num_threads(),)
-    return tuple(count for count in THREADS if count <= torch.get_num_threads())
-
-
-def _check_providers(providers: tuple[str, ...]) -> None:
-    from fused_rnn.commands.bench.providers import TITLES
-    from fused_rnn.dispatch import BACKENDS
-
-    known = dict.fromkeys((*TITLES, *BACKENDS))
-    for provider in providers:
-        if provider not in known:
-            raise click.BadParameter(f"got {provider!r}, expected one of {', '.join(known)}", param_hint="--provider")
 
 
 def _choose(out: Path) -> None:

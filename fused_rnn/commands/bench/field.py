@@ -22,7 +22,7 @@ from fused_rnn.call import kinds
 from fused_rnn.cells import CELLS
 from fused_rnn.cells.diagonal import by_block, of_blocks
 from fused_rnn.commands.bench.calls import Call
-from fused_rnn.commands.bench.flex import beside, on_one_core, ratios, record, report, thread_seconds
+from fused_rnn.commands.bench.flex import beside, on_one_core, record, report, thread_seconds
 from fused_rnn.commands.bench.grid import SEQUENCES, Point
 from fused_rnn.commands.bench.measure import BLOCK_S, TOLERANCE, difference, interleave
 from fused_rnn.commands.bench.results import Results, geometric_mean, setting
@@ -176,8 +176,8 @@ def table(results: Results) -> str:
         f"{what}, {mode}" for what in ("times as fast as a plain loop", "time, × the built-in's") for mode in SEQUENCES
     ]
     lines = [f"| {setting(run)} | built-in | " + " | ".join(heads) + " |", "|---" * 6 + "|"]
-    faster = ratios(results, LOOP, OURS)
-    slower = {point: 1 / value for point, value in ratios(results, BUILT_IN, OURS).items()}
+    faster = results.ratios(LOOP, OURS)
+    slower = {point: 1 / value for point, value in results.ratios(BUILT_IN, OURS).items()}
     cells = dict.fromkeys(point.cell for point, _, _ in results.rows)
     for cell in sorted(cells, key=lambda cell: cell in REGULARISED):
         entries = []

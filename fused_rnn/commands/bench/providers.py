@@ -1,4 +1,4 @@
-"""Who runs a point: torch.nn, a loop over torch's cell, or fused_rnn with one of its backends.
+"""Who runs a point: torch.nn, a loop over torch's cell, fused_rnn with one of its backends, or a rival (rivals/).
 
 Every provider of a point computes the same thing from the same weights, input, state and output gradient. For bf16 on a
 GPU torch.nn in float16 is one more: cuDNN has kernels for it that it lacks for bf16, and torch copies the weights of a
@@ -12,11 +12,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fused_rnn
 from fused_rnn.commands.bench import variants
 from fused_rnn.commands.bench.calls import Call, CellLoop, GraphCall
-from fused_rnn.commands.bench.grid import DTYPES, SEQUENCES, Point
+from fused_rnn.commands.bench.grid import CELLS, DTYPES, SEQUENCES, Point
+from fused_rnn.commands.bench.rivals import RIVALS
 
 BASELINE = "torch"
 STEP_BASELINE = "cell"
@@ -28,7 +30,7 @@ TITLES = {
     "loop": "loop over torch cell",
     "cell": "torch.nn cell",
     "auto": "fused_rnn, auto",
-}
+} | {name: rival.title for name, rival in RIVALS.items()}
 OTHERS = tuple(TITLES)  # every other provider is one of our backends, run alone
 
 
@@ -44,6 +46,8 @@ def ways_in_torch(point: Point) -> tuple[str, ...]:
 
 def supports(provider: str, point: Point) -> str | None:
     """None, or why this provider does not run this point."""
+    if provider in RIVALS:
+        return RIVALS[provider].supports(point)
     plain = point.variant in ("plain", "graph") and point.layers == point.directions == 1
     if provider in ("loop", "cell") and not plain:
         return "the loop over a cell has one layer, one direction, no lengths and no resets"
@@ -103,3 +107,25 @@ def _step(cell: nn.Module, x: Tensor, hx: Any) -> Callable[[], Tensor]:
         return lambda: cell(x_0, state)[0]
     h_0 = hx[0]
     return lambda: cell(x_0, h_0)
+
+
+class _Operations(TorchDispatchMode):
+    """The names of the operations that torch runs."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+def kernels_of_torch(dtype: str) -> dict[str, str]:
+    """Whose kernels torch.nn runs for each cell on a CPU, by what it does: oneDNN's for a whole layer, or its own."""
+    found = {}
+    for cell in CELLS:
+        with _Operations() as seen:
+            build(BASELINE, Point(cell, "inference", dtype, 2, 1, 8)).run()
+        found[cell] = "oneDNN" if any("mkldnn_rnn_layer" in name for name in seen.names) else "ATen"
+    return found

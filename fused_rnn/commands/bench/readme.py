@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fused_rnn.commands.bench import condensed, field, flex, scaling, stream
+from fused_rnn.commands.bench import beside_rivals, condensed, field, flex, scaling, stream
 from fused_rnn.commands.bench.goals import judged
 from fused_rnn.commands.bench.grid import CELLS, Point
 from fused_rnn.commands.bench.providers import BASELINE, STEP_BASELINE
@@ -14,7 +14,10 @@ from fused_rnn.commands.bench.tables import EVEN, regions
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"  # of the CPU's tables
 FULL = Path("docs/measurements.md")  # beside the README: every table, of which the README has the sums
 # Of files that are no grid's.
-PREFIXES = ("quick-", "shapes-", stream.PREFIX, scaling.PREFIX, flex.PREFIX, field.PREFIX)
+PREFIXES = (
+    *("quick-", "deepbench-", "compiled-", "shapes-", "isa-", beside_rivals.PREFIX),
+    *(stream.PREFIX, scaling.PREFIX, flex.PREFIX, field.PREFIX),
+)
 
 
 def markers(provider: str) -> tuple[str, str]:
@@ -47,9 +50,11 @@ def pages(readme: Path, directory: Path, provider: str) -> dict[Path, str]:
     short = condensed.table(loaded, streams, provider, FULL.as_posix())
     texts = {readme: _put(readme, markers(provider), short), full: _put(full, markers(provider), _joined(parts))}
     others = {"threads": scaling.tables, "flex": flex.tables, "field": field.tables}
-    for name, more in ((name, tables(directory)) for name, tables in others.items()):
-        if more:
-            texts = {page: _put(page, markers(name), more, text) for page, text in texts.items()}
+    more = {name: dict.fromkeys(texts, tables(directory)) for name, tables in others.items()}
+    more["rivals"] = dict(zip(texts, beside_rivals.tables(directory), strict=True))
+    for name, by_page in more.items():
+        for page, found in by_page.items():
+            texts[page] = _put(page, markers(name), found, texts[page]) if found else texts[page]
     return texts
 
 
