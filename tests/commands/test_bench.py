@@ -301,14 +301,14 @@ def test_a_file_of_another_machine_stays(change: dict[str, str] | None, tmp_path
 
 def test_a_run_beside_another_machines_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(GRIDS, "tiny", Grid(T=(2,), B=(2,), H=(4,), steps=()))
-    some_results().save(tmp_path / "fp32-1t.json")
-    before = (tmp_path / "fp32-1t.json").read_bytes()
+    some_results().save(tmp_path / "tiny-fp32-1t.json")
+    before = (tmp_path / "tiny-fp32-1t.json").read_bytes()
     workload = small(tmp_path, cells=("GRU",), providers=("torch", "auto"))
     console = Console(file=io.StringIO(), width=400)
-    assert execute(workload, console) == [tmp_path / "fp32-1t-2.json"]
+    assert execute(workload, console) == [tmp_path / "tiny-fp32-1t-2.json"]
     assert isinstance(console.file, io.StringIO)
-    assert f"{tmp_path / 'fp32-1t.json'} holds results of a CPU with torch 2" in console.file.getvalue()
-    assert (tmp_path / "fp32-1t.json").read_bytes() == before
+    assert f"{tmp_path / 'tiny-fp32-1t.json'} holds results of a CPU with torch 2" in console.file.getvalue()
+    assert (tmp_path / "tiny-fp32-1t.json").read_bytes() == before
 
 
 def test_runs_without_rows_are_dropped(tmp_path: Path) -> None:
@@ -463,7 +463,7 @@ def test_what_was_measured_before_an_error_is_kept(
         monkeypatch.setattr("fused_rnn.commands.bench.run._ours", lambda plan: ["cpu", "auto"])
     with pytest.raises(stop):
         execute(workload, Console(file=io.StringIO()))
-    results = Results.load(tmp_path / "fp32-1t.json")
+    results = Results.load(tmp_path / "tiny-fp32-1t.json")
     points = {point.T for point, name, metric in results.rows if metric == TIME and name == "torch"}
     assert points == ({2, 3} if where == "times" else {1, 2, 3}), "the dearest first"
     assert {point.T for point, name, _ in results.rows if name == FLOOR} == points

@@ -19,6 +19,7 @@ from fused_rnn.commands import demo, info
 from fused_rnn.commands.bench.grid import GRIDS, Grid
 from fused_rnn.commands.bench.limits import Limits
 from fused_rnn.commands.bench.measure import Timing
+from fused_rnn.commands.bench.readme import markers
 from fused_rnn.commands.bench.results import Results
 from fused_rnn.commands.cli import cli
 from fused_rnn.dispatch import BACKENDS
@@ -119,6 +120,8 @@ def test_bench_of_streams(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert {point.cell for point, _, _ in both.rows} == {"GRU", "RNN"}, "the rows of the first run stay"
     results.save(tmp_path / "fp32-1t.json")
     page, full = two_pages(tmp_path)
+    for one in (page, full):
+        one.write_text(one.read_text() + "\n".join(markers("rivals")))
     run("bench", "--readme", str(page), *out)
     assert f"| GRU, int8 weights | {results.value(point, 'stream int8'):.3g} (" in full.read_text()
 

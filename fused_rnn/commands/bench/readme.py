@@ -6,7 +6,7 @@ from pathlib import Path
 
 from fused_rnn.commands.bench import beside_rivals, condensed, field, flex, scaling, stream
 from fused_rnn.commands.bench.goals import judged
-from fused_rnn.commands.bench.grid import CELLS, Point
+from fused_rnn.commands.bench.grid import CELLS, GRIDS, Point
 from fused_rnn.commands.bench.providers import BASELINE, STEP_BASELINE
 from fused_rnn.commands.bench.results import MEMORY, Results, geometric_mean, setting
 from fused_rnn.commands.bench.tables import EVEN, regions
@@ -15,8 +15,8 @@ BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"  # of the CPU's ta
 FULL = Path("docs/measurements.md")  # beside the README: every table, of which the README has the sums
 # Of files that are no grid's.
 PREFIXES = (
-    *("quick-", "deepbench-", "compiled-", "shapes-", "isa-", beside_rivals.PREFIX),
-    *(stream.PREFIX, scaling.PREFIX, flex.PREFIX, field.PREFIX),
+    *(f"{name}-" for name in GRIDS),
+    *("shapes-", "isa-", stream.PREFIX, scaling.PREFIX, flex.PREFIX, field.PREFIX),
 )
 
 
