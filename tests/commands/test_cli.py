@@ -141,7 +141,7 @@ ANYTHING = {
     "--bidirectional": None, "--mode": "training", "--variant": "layers", "--provider": "loop", "--device": "cuda",
     "--grid": "quick", "--quick": None, "--minutes": "0", "--memory": None, "--stream": None, "--model": "a:b",
     "--scaling": None,
-    "--flex": None, "--field": None, "--jax-python": "python", "--out": "nowhere",
+    "--flex": None, "--field": None, "--isas": None, "--jax-python": "python", "--out": "nowhere",
     "--choose": None, "--readme": "README.md",
 }  # fmt: skip
 GRID = {"--cell", "--dtype", "--threads", "--mode", "--variant", "--provider", "--device", "--minutes", "--memory"}
@@ -153,6 +153,7 @@ KINDS = {
     "--stream": {"--cell", "--threads", "--minutes", "--out"},
     "--flex": {"--cell", "--jax-python", "--minutes", "--out"},
     "--field": {"--minutes", "--out"},
+    "--isas": {"--cell", "--dtype", "--mode", "--minutes", "--out"},
     "--scaling": {"--cell", "--dtype", "--threads", "--shape", "--layers", "--bidirectional"}
     | {"--mode", "--minutes", "--out"},
     "--shape": GRID | {"--layers", "--bidirectional", "--out"},

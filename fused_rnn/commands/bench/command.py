@@ -43,6 +43,7 @@ KINDS: dict[str | None, tuple[str, set[str]]] = {
     "stream": ("which has sizes of its own, float32 on the CPU", {"cells", "threads", "minutes", "out"}),
     "flex": ("which has sizes of its own, float32 by one thread", {"cells", "jax_python", "minutes", "out"}),
     "field": ("which has sizes of its own, float32 by one thread", {"minutes", "out"}),
+    "isas": ("which has sizes of its own, by one thread", {"cells", "dtypes", "modes", "minutes", "out"}),
     "scaling": ("which goes by the CPU's threads and processes, ours by torch.nn's", CPU_SCALING),
     "shapes": ("which is in the place of a grid", EVERY_GRID | {"layers", "bidirectional"}),
     None: (
@@ -110,7 +111,7 @@ def _check_kind() -> None:
     "--minutes",
     type=click.FloatRange(0),
     help="For each dtype and thread count. "
-    "[default: 9; 1 of --quick, --shape, --model; 3 of --scaling, --flex, --field; 4 to 5 of other grids]",
+    "[default: 9; 1 of --quick, --shape, --model; 3 of --scaling, --flex, --field; 4 of --isas; 4 or 5 of other grids]",
 )
 @click.option("--memory/--no-memory", default=None, help="Measure peak memory as well. [default: yes, of --shape no]")
 @click.option("--stream", is_flag=True, help="Measure module.stream() alone, against torch's cells and T=1 calls.")
@@ -130,6 +131,9 @@ def _check_kind() -> None:
 )
 @click.option(
     "--field", is_flag=True, help="Measure the cells of the literature against the closest built-in and a plain loop."
+)
+@click.option(
+    "--isas", is_flag=True, help="Measure every instruction set of this CPU in a process of its own: % of the limit."
 )
 @click.option("--jax-python", metavar="PATH", help="A Python that has jax, for lax.scan. [default: this one]")
 @click.option(
@@ -164,6 +168,7 @@ def bench(
     scaling: bool,
     flex: bool,
     field: bool,
+    isas: bool,
     jax_python: str | None,
     out: Path | None,
     choose: bool,
@@ -219,6 +224,14 @@ def bench(
         from fused_rnn.commands.bench.field import execute as execute_field
 
         execute_field(60 * (minutes if minutes is not None else 3), out, Console())
+        return
+    if isas:
+        if len(dtypes) > 1 or "step" in modes:
+            raise click.BadParameter("goes with one --dtype, and with inference and training", param_hint="--isas")
+        from fused_rnn.commands.bench.isas import execute as execute_isas
+
+        budget = 60 * (minutes if minutes is not None else 4)
+        execute_isas(cells or CELLS, modes or SEQUENCES, (dtypes or ("fp32",))[0], budget, out, Console())
         return
     if scaling:
         points = partial(_scaling_points, cells, modes, shapes, layers or 1, bidirectional)

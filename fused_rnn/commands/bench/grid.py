@@ -168,6 +168,7 @@ GRIDS = {
     "rivals": Grid(T=(1, 64), B=(1, 8, 32), H=(64, 128, 256, 512), rivals=("onnxruntime", "scan"), minutes=5),
     "deepbench": Grid(listed=DEEPBENCH, rivals=("onnxruntime", "scan"), minutes=4),
     "compiled": Grid(listed=dict.fromkeys(SEQUENCES, COMPILED), rivals=("compile-loop", "compile-scan"), minutes=4),
+    "machine": Grid(T=(32,), B=(1, 8, 64), H=(64, 256, 512), minutes=1),
     "quick-cuda": Grid(T=(32, 256), B=(8, 64), H=(128, 256, 512, 1024), steps=(512,), minutes=1),
     "cuda": Grid(
         T=(1, 32, 128, 1024),

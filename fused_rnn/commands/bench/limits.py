@@ -23,8 +23,10 @@ from fused_rnn import ops
 from fused_rnn.commands.bench.exchange import Exchanges, measure_exchanges
 from fused_rnn.commands.bench.grid import DTYPES, Point
 from fused_rnn.commands.bench.providers import build
+from fused_rnn.commands.machine import caches
 
 BUFFER_BYTES = tuple(1 << power for power in range(12, 27, 2))  # 4 KiB, in the first cache, to 64 MiB
+BEYOND = (1 << 28,)  # where a cache is so large that 64 MiB may lie in it
 OUR_PRODUCTS = (("RNN", 128, 256), ("LSTM", 512, 256), ("LSTM", 256, 512), ("RNN", 1024, 512))  # cell, B, H
 MULTIPROCESSOR_BYTES = (228 + 256) << 10  # where W_hh may stay: shared memory and registers, a Hopper's
 
@@ -132,7 +134,8 @@ def best_rate(work: float, call: Callable[[], object], device: str, seconds: flo
 def measure_limits(dtype: str, device: str) -> Limits:
     """Measure the ceilings with the threads that are set: products, reads of ever larger buffers, exchanges."""
     flops, by = max(_products(dtype, device))
-    reads = tuple((size, read_rate(size, device)) for size in BUFFER_BYTES)
+    sizes = (*BUFFER_BYTES, *BEYOND) if max(caches().values(), default=0) > BUFFER_BYTES[-1] // 2 else BUFFER_BYTES
+    reads = tuple((size, read_rate(size, device)) for size in sizes)
     return Limits(flops, reads, _exchanges() if device == "cuda" else (), by)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fused_rnn.commands.bench import beside_rivals, condensed, field, flex, scaling, stream
+from fused_rnn.commands.bench import beside_rivals, condensed, field, flex, isas, scaling, stream
 from fused_rnn.commands.bench.goals import judged
 from fused_rnn.commands.bench.grid import CELLS, GRIDS, Point
 from fused_rnn.commands.bench.providers import BASELINE, STEP_BASELINE
@@ -16,7 +16,7 @@ FULL = Path("docs/measurements.md")  # beside the README: every table, of which 
 # Of files that are no grid's.
 PREFIXES = (
     *(f"{name}-" for name in GRIDS),
-    *("shapes-", "isa-", stream.PREFIX, scaling.PREFIX, flex.PREFIX, field.PREFIX),
+    *("shapes-", isas.PREFIX, stream.PREFIX, scaling.PREFIX, flex.PREFIX, field.PREFIX),
 )
 
 
@@ -52,6 +52,7 @@ def pages(readme: Path, directory: Path, provider: str) -> dict[Path, str]:
     others = {"threads": scaling.tables, "flex": flex.tables, "field": field.tables}
     more = {name: dict.fromkeys(texts, tables(directory)) for name, tables in others.items()}
     more["rivals"] = dict(zip(texts, beside_rivals.tables(directory), strict=True))
+    more["isas"] = {full: isas.tables(directory)}
     for name, by_page in more.items():
         for page, found in by_page.items():
             texts[page] = _put(page, markers(name), found, texts[page]) if found else texts[page]
