@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from fused_rnn.commands.bench import measure as measure_module
 from fused_rnn.commands.bench import readme
 from fused_rnn.commands.bench.grid import CELLS, GATES, GRIDS, MODES, REGIONS, SEQUENCES, Grid, Point
 from fused_rnn.commands.bench.limits import Ceilings, Limits, measure_limits
-from fused_rnn.commands.bench.measure import Timing, clock, float32_as, measure, percentiles
+from fused_rnn.commands.bench.measure import Timing, clock, counts_core_time, float32_as, measure, percentiles
 from fused_rnn.commands.bench.memory import peak_memory
 from fused_rnn.commands.bench.plot import plot
 from fused_rnn.commands.bench.providers import baseline, build, supports
@@ -188,6 +189,21 @@ def test_a_step_is_compared_with_the_cell(cell: str) -> None:
     assert set(timings) == {"cell", "torch", "auto"}
     assert not any(timing.refused for timing in timings.values())
     assert supports("loop", point) is not None
+
+
+def test_by_one_thread_the_time_without_a_core_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Sleeps:
+        def prepare(self) -> None:
+            pass
+
+        def run(self) -> None:
+            time.sleep(0.02)
+
+    assert min(clock("cpu")(Sleeps(), 2)) >= 0.02
+    assert max(clock("cpu", core_time=True)(Sleeps(), 2)) < 0.02
+    for threads, counts in ((1, True), (2, False)):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        assert counts_core_time("cpu") is counts and not counts_core_time("cuda")
 
 
 def test_a_wrong_result_gets_no_time(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -189,7 +189,9 @@ def _below(loaded: list[Results], streams: list[Results]) -> Iterator[str]:
             f"{run['device_name']}, {', '.join(versions)}, commit {run['commit'] or 'unknown'}, {run['date'][:10]}"
         )
     command = "`python -m fused_rnn bench --grid rivals`, `deepbench`, `compiled`, and `--stream`"
-    yield f"<sub>{'; '.join(dict.fromkeys(facts))}; {command}</sub>"
+    core_time = any(run.get("clock") == "core" for results in loaded for run in results.runs)
+    clock = ", the clock runs while the one thread has its core" if core_time else ""
+    yield f"<sub>{'; '.join(dict.fromkeys(facts))}; {command}{clock}</sub>"
 
 
 def _range(values: list[int]) -> str:

@@ -9,7 +9,6 @@ from here. Gradients are those of the input and of all weights, as everywhere in
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -23,7 +22,7 @@ from torch import Tensor, nn
 import fused_rnn
 from fused_rnn.commands.bench.calls import Call
 from fused_rnn.commands.bench.grid import CELLS, GRIDS, SEQUENCES, Point
-from fused_rnn.commands.bench.measure import BLOCK_S, TOLERANCE, Runs, difference, interleave, percentiles
+from fused_rnn.commands.bench.measure import BLOCK_S, TOLERANCE, clock, difference, interleave, percentiles
 from fused_rnn.commands.bench.providers import BASELINE, build
 from fused_rnn.commands.bench.results import Results, continued, geometric_mean, setting, time_row
 from fused_rnn.commands.bench.rivals.scan import Scan, ScanCall, missing, version
@@ -130,22 +129,9 @@ def measure(point: Point, providers: Sequence[str], scan: Scan | None, budget_s:
         if not (off := difference(calls[provider], theirs.results())) <= TOLERANCE[point.dtype]:
             raise RuntimeError(f"{point}: {TITLES[provider]} differs from torch.nn by {off:.1e}")
 
-    def run(call: Runs, times: int) -> list[float]:
-        return call.seconds(times) if isinstance(call, ScanCall) else thread_seconds(call, times)
-
+    run = clock("cpu", core_time=True)
     cost = {provider: run(call, 2)[1] for provider, call in calls.items()}
     return interleave(calls, cost, run, BLOCK_S, budget_s)
-
-
-def thread_seconds(call: Runs, times: int) -> list[float]:
-    """measure.clock by the time that this thread has had a core."""
-    seconds = []
-    for _ in range(times):
-        call.prepare()
-        start = time.thread_time_ns()
-        call.run()
-        seconds.append((time.thread_time_ns() - start) * 1e-9)
-    return seconds
 
 
 @contextmanager

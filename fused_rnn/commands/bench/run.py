@@ -17,7 +17,7 @@ from fused_rnn.commands.bench.goals import goal_table
 from fused_rnn.commands.bench.grid import Point
 from fused_rnn.commands.bench.heat import heat_map, step_plot
 from fused_rnn.commands.bench.limits import Ceilings, measure_limits
-from fused_rnn.commands.bench.measure import Timing, float32_as, measure
+from fused_rnn.commands.bench.measure import Timing, counts_core_time, float32_as, measure
 from fused_rnn.commands.bench.memory import peak_memory
 from fused_rnn.commands.bench.plot import plot
 from fused_rnn.commands.bench.providers import BASELINE, OTHERS, kernels_of_torch
@@ -56,7 +56,10 @@ def _execute_one(workload: Workload, dtype: str, threads: int, console: Console)
     if workload.device == "cuda":
         facts |= {"cudnn_dtypes": accepted_dtypes()}
     else:
-        facts |= {"torch_runs": kernels_of_torch(dtype)} | versions(workload.providers, workload.jax_python)
+        facts |= {
+            "clock": "core" if counts_core_time("cpu") else "wall",
+            "torch_runs": kernels_of_torch(dtype),
+        } | versions(workload.providers, workload.jax_python)
     limits = measure_limits(dtype, workload.device)
     facts["limits"] = asdict(limits)
     console.rule(f"{facts['device_name']}, {setting(facts)}")

@@ -112,7 +112,7 @@ def versions(python: str) -> dict[str, str]:
 
 @contextmanager
 def _opened(python: str) -> Iterator[Build]:
-    with Scan(python) as scan:
+    with Scan(python, core_time=torch.get_num_threads() == 1) as scan:
         yield partial(ScanCall, scan)
 
 
