@@ -74,7 +74,7 @@ def some_flex_results() -> Results:
 def test_points_are_those_promised() -> None:
     found = dict(points(CELLS, True))
     quick = [*GRIDS["quick"].points("fp32", CELLS, SEQUENCES)]
-    assert set(found) == {*quick, *flex.SCANNED} and len(flex.SCANNED) == 16
+    assert set(found) == {*quick, *flex.SCANNED} and len(flex.SCANNED) == 24
     assert all({BUILT_IN, FLEX} <= set(providers) for providers in found.values())
     assert {p for p, providers in found.items() if LOOP in providers} == {p for p in quick if p.B <= 8 and p.T > 1}
     assert {p for p, providers in found.items() if SCAN in providers} == set(flex.SCANNED)

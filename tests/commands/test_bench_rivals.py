@@ -16,7 +16,7 @@ from fused_rnn.commands.bench.beside_rivals import OURS, STREAM, tables, termina
 from fused_rnn.commands.bench.grid import CELLS, GRIDS, SEQUENCES, Grid, Point
 from fused_rnn.commands.bench.measure import Timing, measure
 from fused_rnn.commands.bench.providers import BASELINE, build, kernels_of_torch, supports
-from fused_rnn.commands.bench.results import TIME, Results, Row, time_row
+from fused_rnn.commands.bench.results import TIME, Results, Row, time_row, torch_of
 from fused_rnn.commands.bench.rivals import RIVALS, compiled, missing, opened, ort, versions
 from fused_rnn.commands.bench.workload import Workload
 from fused_rnn.commands.cli import cli
@@ -107,6 +107,9 @@ def test_what_torch_runs_has_a_name() -> None:
     expected = "oneDNN" if torch.backends.mkldnn.is_available() else "ATen"
     assert kernels_of_torch("fp32") == {"LSTM": expected, "GRU": "ATen", "RNN": "ATen"}
     assert set(kernels_of_torch("fp64").values()) == {"ATen"}
+    assert torch_of(RUN) == "torch 2"
+    runs = {"LSTM": "oneDNN", "GRU": "ATen", "RNN": "ATen"}
+    assert torch_of({**RUN, "torch_runs": runs}) == "torch 2 (oneDNN: LSTM; ATen: GRU, RNN)"
 
 
 # --- what is missing
@@ -230,8 +233,10 @@ def test_tables_have_every_rival_and_losses_like_wins(tmp_path: Path) -> None:
     assert line.count("(0.90)") == 1 and line.count("**1.30×** (1.30)") == 2
     assert "| lax.scan of JAX, training | **4.00×** (4.00) | **4.00×** (4.00) | **4.00×** (4.00) |" in short
     assert "onnxruntime, training" not in short
-    assert "packed once and for all" in short and "torch 2, onnxruntime 1.2, jax 0.1, commit abc" in short
+    assert "packed once and for all" in short and "a CPU, torch 2, onnxruntime 1.2, jax 0.1, commit abc" in short
     assert "T 1 to 64, B 1 to 32, H 64 to 512" in short
+    assert "slower at 1 of 72 points, the worst 0.90× at LSTM inference fp32 T=64 B=1 H=512." in full
+    assert "slower at 0 of 144 points." in full
     assert "| inference, B=1, T≥32 |" in full and "compile" not in full.split("<sub>")[0]
     console = Console(width=120, record=True, file=io.StringIO())
     console.print(*terminal(some_rivals("onnxruntime")))

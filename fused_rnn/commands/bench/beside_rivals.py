@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.table import Table
 
 from fused_rnn.commands.bench.grid import CELLS, GRIDS, REGIONS, SEQUENCES, Point
 from fused_rnn.commands.bench.providers import BASELINE, TITLES
-from fused_rnn.commands.bench.results import TIME, Results, geometric_mean, setting
+from fused_rnn.commands.bench.results import TIME, Results, geometric_mean, setting, torch_of
 from fused_rnn.commands.bench.rivals import RIVALS
 from fused_rnn.commands.bench.tables import duration, grid, ratio
 
@@ -108,7 +109,7 @@ def _full(loaded: list[Results], streams: list[Results]) -> str:
         for name in present(results):
             lines = [f"**× {TITLES[name]}'s speed, {setting(results.runs[-1])}**", "", *_head("")]
             lines += [_row(f"{mode}, {region}", entries) for mode, region, entries in _regions(results, name)]
-            parts.append("\n".join([*lines, *_compiled(results, name)]))
+            parts.append("\n".join([*lines, "", " ".join([_lost(results, name), *_compiled(results, name)])]))
         parts += _deepbench(results)
     for results in streams:
         parts.append("\n".join(_streams(results)))
@@ -123,12 +124,19 @@ def _row(title: str, entries: Sequence[str]) -> str:
     return f"| {title} | " + " | ".join(entries) + " |"
 
 
+def _lost(results: Results, rival: str) -> str:
+    """How many points are slower than the rival's, and the worst of them."""
+    found = results.ratios(rival, OURS)
+    slower = sorted((value, str(point)) for point, value in found.items() if value < 1)
+    worst = f", the worst {slower[0][0]:.2f}× at {slower[0][1]}" if slower else ""
+    return f"Ours are slower at {len(slower)} of {len(found)} points{worst}."
+
+
 def _compiled(results: Results, rival: str) -> Iterator[str]:
     """What it took to compile, from the least to the most."""
     rows = [row for (_, name, _), row in results.rows.items() if name == rival]
     seconds = sorted(row.compile_s for row in rows if row.compile_s is not None)
     if seconds:
-        yield ""
         yield f"Before that, it takes {seconds[0]:.2g} to {seconds[-1]:.2g} s to compile each of {len(seconds)} points."
 
 
@@ -137,8 +145,8 @@ def _deepbench(results: Results) -> Iterator[str]:
     wanted = [*GRIDS["deepbench"].points(results.runs[-1]["dtype"])]
     rivals = [name for name in (BASELINE, *RIVALS) if results.ratios(name, OURS)]
     points = [point for point in wanted if results.value(point, OURS)]
-    if not points:
-        return
+    if not {*points} - {*GRIDS["rivals"].points(results.runs[-1]["dtype"])}:
+        return  # these two have some in common
     lines = ["**DeepBench's sizes up to H=1024** (ms; × theirs)", ""]
     lines += ["| | ours | " + " | ".join(TITLES[name] for name in rivals) + " |", "|---" * (2 + len(rivals)) + "|"]
     for point in points:
@@ -182,16 +190,24 @@ def _below(loaded: list[Results], streams: list[Results]) -> Iterator[str]:
         said.append(KEPT)
     yield " ".join(said)
     yield ""
-    facts = []
-    for run in (run for results in (*loaded, *streams) for run in results.runs):
-        versions = [f"{name} {run[name]}" for name in ("torch", "onnxruntime", "jax") if run.get(name)]
-        facts.append(
-            f"{run['device_name']}, {', '.join(versions)}, commit {run['commit'] or 'unknown'}, {run['date'][:10]}"
-        )
+    runs = [run for results in (*loaded, *streams) for run in results.runs]
+    core_time = any(run.get("clock") == "core" for run in runs)
     command = "`python -m fused_rnn bench --grid rivals`, `deepbench`, `compiled`, and `--stream`"
-    core_time = any(run.get("clock") == "core" for results in loaded for run in results.runs)
     clock = ", the clock runs while the one thread has its core" if core_time else ""
-    yield f"<sub>{'; '.join(dict.fromkeys(facts))}; {command}{clock}</sub>"
+    yield f"<sub>{'; '.join(_facts(runs))}; {command}{clock}</sub>"
+
+
+def _facts(runs: list[dict[str, Any]]) -> Iterator[str]:
+    """Of each machine the versions of all that ran there, with commits and days."""
+    for device in dict.fromkeys(run["device_name"] for run in runs):
+        of_device = sorted(
+            (run for run in runs if run["device_name"] == device), key=lambda run: "torch_runs" not in run
+        )
+        versions = dict.fromkeys(
+            f"{name} {run[name]}" for name in ("onnxruntime", "jax") for run in of_device if run.get(name)
+        )
+        commits = dict.fromkeys(f"commit {run['commit'] or 'unknown'}, {run['date'][:10]}" for run in of_device)
+        yield f"{device}, {', '.join([torch_of(of_device[0]), *versions])}, {'; '.join(commits)}"
 
 
 def _range(values: list[int]) -> str:

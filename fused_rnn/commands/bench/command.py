@@ -79,7 +79,7 @@ def _check_kind() -> None:
     "--threads",
     type=click.IntRange(1),
     multiple=True,
-    help="Default: 1 and 2, as far as there are cores; of --shape what torch uses.",
+    help="Default: 1 and 2, as far as there are cores; of --shape what torch uses; beside rivals 1.",
 )
 @click.option(
     "--shape",
@@ -113,7 +113,11 @@ def _check_kind() -> None:
     help="For each dtype and thread count. "
     "[default: 9; 1 of --quick, --shape, --model; 3 of --scaling, --flex, --field; 4 of --isas; 4 or 5 of other grids]",
 )
-@click.option("--memory/--no-memory", default=None, help="Measure peak memory as well. [default: yes, of --shape no]")
+@click.option(
+    "--memory/--no-memory",
+    default=None,
+    help="Measure peak memory as well. [default: yes; no of --shape and beside rivals]",
+)
 @click.option("--stream", is_flag=True, help="Measure module.stream() alone, against torch's cells and T=1 calls.")
 @click.option(
     "--model",

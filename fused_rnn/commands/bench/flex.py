@@ -33,11 +33,7 @@ PREFIX = "flex-"  # of the result files' names
 BUILT_IN, FLEX, LOOP, SCAN = "auto", "flex", "step loop", "lax.scan"
 TITLES = {BUILT_IN: "built-in", FLEX: "FlexRNN", LOOP: "loop over the step", SCAN: "JAX's lax.scan"}
 SCANNED = tuple(
-    Point(cell, mode, "fp32", 128, B, H)
-    for cell in ("LSTM", "GRU")
-    for mode in SEQUENCES
-    for B in (1, 32)
-    for H in (64, 256)
+    Point(cell, mode, "fp32", 128, B, H) for cell in CELLS for mode in SEQUENCES for B in (1, 32) for H in (64, 256)
 )
 
 

@@ -77,6 +77,15 @@ def setting(run: dict[str, Any]) -> str:
     return f"{run['dtype']}, {run['threads']} thread{'s' * (run['threads'] > 1)}"
 
 
+def torch_of(run: dict[str, Any]) -> str:
+    """torch's version and, where a run says so, whose kernels it runs for which cell."""
+    cells: dict[str, list[str]] = {}
+    for cell, kernels in run.get("torch_runs", {}).items():
+        cells.setdefault(kernels, []).append(cell)
+    said = "; ".join(f"{kernels}: {', '.join(names)}" for kernels, names in cells.items())
+    return f"torch {run['torch']}{f' ({said})' if said else ''}"
+
+
 def time_row(point: Point, provider: str, timing: Timing, run: int) -> Row:
     """A row of microseconds, to four digits, from a timing in seconds."""
     if timing.refused is not None:

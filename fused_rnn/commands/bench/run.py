@@ -21,7 +21,7 @@ from fused_rnn.commands.bench.measure import Timing, counts_core_time, float32_a
 from fused_rnn.commands.bench.memory import peak_memory
 from fused_rnn.commands.bench.plot import plot
 from fused_rnn.commands.bench.providers import BASELINE, OTHERS, kernels_of_torch
-from fused_rnn.commands.bench.results import FLOOR, MEMORY, Results, Row, continued, setting, time_row
+from fused_rnn.commands.bench.results import FLOOR, MEMORY, Results, Row, continued, setting, time_row, torch_of
 from fused_rnn.commands.bench.rivals import opened, versions
 from fused_rnn.commands.bench.tables import report
 from fused_rnn.commands.bench.verdict import verdict
@@ -67,7 +67,7 @@ def _execute_one(workload: Workload, dtype: str, threads: int, console: Console)
     console.print(
         f"Limits: {limits.flops / 1e9:.0f} GFLOP/s ({limits.by}); reads {small / 1e9:.0f} GB/s from the first cache, "
         f"{large / 1e9:.0f} GB/s from memory.\n"
-        f"Our kernels: {facts['kernels']}. torch {facts['torch']}, commit {facts['commit'] or 'unknown'}."
+        f"Our kernels: {facts['kernels']}. {torch_of(facts)}, commit {facts['commit'] or 'unknown'}."
     )
     path, results, said = continued(path, facts)
     if said is not None:

@@ -26,7 +26,15 @@ from torch import Tensor, nn
 import fused_rnn
 from fused_rnn.commands.bench.grid import CELLS, GATES, Point
 from fused_rnn.commands.bench.limits import measure_limits, read_rate
-from fused_rnn.commands.bench.measure import BLOCK_S, MAX_ROUNDS, MIN_ROUNDS, TOLERANCE, Timing, percentiles
+from fused_rnn.commands.bench.measure import (
+    BLOCK_S,
+    MAX_ROUNDS,
+    MIN_ROUNDS,
+    TOLERANCE,
+    Timing,
+    counts_core_time,
+    percentiles,
+)
 from fused_rnn.commands.bench.providers import BASELINE, STEP_BASELINE
 from fused_rnn.commands.bench.results import FLOOR, Results, continued, setting, time_row
 from fused_rnn.commands.bench.rivals import missing, ort, versions
@@ -96,11 +104,12 @@ def measure(cell: str, H: int, budget_s: float) -> dict[str, Timing]:
 
 def _block(call: Call, times: int) -> float:
     """Seconds a call, after one that brings its weights back into the caches."""
+    now = time.thread_time_ns if counts_core_time("cpu") else time.perf_counter_ns
     call()
-    start = time.perf_counter_ns()
+    start = now()
     for _ in range(times):
         call()
-    return (time.perf_counter_ns() - start) * 1e-9 / times
+    return (now() - start) * 1e-9 / times
 
 
 def execute(cells: Sequence[str], threads: int, budget_s: float, out: Path, console: Console) -> Path:
@@ -109,7 +118,7 @@ def execute(cells: Sequence[str], threads: int, budget_s: float, out: Path, cons
     torch.set_num_threads(threads)
     try:
         facts = describe("cpu") | {"dtype": "fp32", "threads": threads, "limits": asdict(measure_limits("fp32", "cpu"))}
-        facts |= versions([ORT])
+        facts |= versions([ORT]) | {"clock": "core" if counts_core_time("cpu") else "wall"}
         if lacking := missing(ORT):
             console.print(lacking)
         path, results, said = continued(out / f"{PREFIX}fp32-{threads}t.json", facts)
