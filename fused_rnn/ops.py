@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.nn.utils.rnn import PackedSequence
 
 from fused_rnn import missing
 from fused_rnn.transforms import fake, flops, op_gradient, vmap
@@ -68,7 +69,7 @@ def _lends_tensors() -> bool:
     exchange = getattr(Tensor, "__dlpack_c_exchange_api__", None)
     if exchange is None or not _C.use_exchange(exchange, Tensor, nn.Parameter, torch.empty_like):
         return False
-    _C.watch_steps(_WATCHERS, vars(forward_ad))
+    _C.watch_steps(_WATCHERS, vars(forward_ad), PackedSequence)
     return True
 
 

@@ -28,7 +28,7 @@ Result = Any  # (y, hx)
 
 
 def step(module: Recurrent, input: Any, hx: Any, lengths: Any, reset: Any) -> Sequence[Tensor] | None:
-    """y, h_n (and c_n) of a single layer without gradient, run as directly as can be; None where the call is another.
+    """y, h_n (and c_n) of a call without gradient, run as directly as can be; None where the call is another.
 
     Python is most of the time of a step or a short sequence: what the op checks is not checked here, and the weights
     are read from where nn.Module keeps them, for its __getattr__ takes 0.4 µs.
@@ -37,15 +37,16 @@ def step(module: Recurrent, input: Any, hx: Any, lengths: Any, reset: Any) -> Se
         is_grad_enabled()
         or is_compiling()  # before any size, on which nothing traced may specialise
         or FAST_PATH is None
-        or module.num_layers != 1
-        or module.bidirectional
         or module._fused_checks
         or module._fused_extras
         or module._fused_backend not in STEPPING
     ):
         return None
-    time = 1 if module.batch_first else 0
-    return FAST_PATH(module._parameters, module.bias, input, hx, _CELLS[module.mode], time, lengths, reset)
+    layers, time = module.num_layers, 1 if module.batch_first else 0
+    if layers > 1 and module.training and module.dropout:
+        return None
+    cell, both = _CELLS[module.mode], module.bidirectional
+    return FAST_PATH(module._parameters, module.bias, input, hx, cell, time, lengths, reset, layers, both)
 
 
 def run(
