@@ -2,7 +2,7 @@
 
 One process for each runs the grid "machine" with FUSED_RNN_ISA set. torch and its libraries are asked to keep to the
 same instructions: their products are part of the limit, which is then that of a machine that has no wider ones. MKL
-asks no less of an AMD processor than AVX2.
+asks no less of an AMD processor than AVX2. What can be read is the machine's: the most that any of them read.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from rich.table import Table
 from fused_rnn import ops
 from fused_rnn.commands.bench.grid import CELLS, SEQUENCES, Point
 from fused_rnn.commands.bench.limits import Limits
-from fused_rnn.commands.bench.results import FLOOR, Results, geometric_mean, setting
+from fused_rnn.commands.bench.results import Results, geometric_mean, setting
 from fused_rnn.commands.bench.tables import grid, ratio
 
 PREFIX = "isa-"  # of the result files' names
@@ -70,39 +70,45 @@ def _loaded(directory: Path) -> Iterator[list[Results]]:
         yield sorted(group, key=lambda results: [*TORCH].index(results.runs[-1]["kernels"]))
 
 
-def shares(results: Results) -> dict[Point, float]:
+def shares(results: Results, limits: Limits) -> dict[Point, float]:
     """The limit over our time, at every point."""
-    return {point: 1 / value for point, value in results.ratios(OURS, FLOOR).items()}
+    points = dict.fromkeys(point for point, name, _ in results.rows if name == OURS)
+    times = {point: micros * 1e-6 for point in points if (micros := results.value(point, OURS))}
+    return {point: limits.floor(point) / seconds for point, seconds in times.items()}
+
+
+def limits_of(loaded: list[Results]) -> list[Limits]:
+    """Each file's products, and the most that was read in any."""
+    read: dict[int, float] = {}
+    for results in loaded:
+        for size, rate in results.runs[-1]["limits"]["read"]:
+            read[size] = max(rate, read.get(size, 0.0))
+    known = (results.runs[-1]["limits"] for results in loaded)
+    return [Limits(one["flops"], tuple(sorted(read.items())), by=one["by"]) for one in known]
 
 
 def _rows(loaded: list[Results]) -> Iterator[tuple[str, list[str]]]:
     """(what, an entry for each instruction set): shares of the limit by mode, B and H, and what the limits are."""
-    points = {point for results in loaded for point in shares(results)}
-    for mode, B, H in sorted({(p.mode, p.B, p.H) for p in points}, key=lambda key: (SEQUENCES.index(key[0]), *key[1:])):
-        yield f"{mode}, B={B}, H={H}", [_share(results, mode, B, H) for results in loaded]
+    limits = limits_of(loaded)
+    found = [shares(results, known) for results, known in zip(loaded, limits, strict=True)]
+    sizes = {(point.mode, point.B, point.H) for of_isa in found for point in of_isa}
+    for mode, B, H in sorted(sizes, key=lambda size: (SEQUENCES.index(size[0]), *size[1:])):
+        inside = [{p: v for p, v in of_isa.items() if (p.mode, p.B, p.H) == (mode, B, H)} for of_isa in found]
+        yield f"{mode}, B={B}, H={H}", [_share(points) for points in inside]
     for mode in SEQUENCES:
         speedups = [[v for p, v in results.speedups(OURS).items() if p.mode == mode] for results in loaded]
         if any(speedups):
             entries = [f"{ratio(geometric_mean(v))}× ({ratio(min(v))})" if v else "–" for v in speedups]
             yield f"× torch.nn's speed, {mode}", entries
-    limits = [_limits(results.runs[-1]) for results in loaded]
     yield "GFLOP/s, and whose", [f"{known.flops / 1e9:.0f} ({_whose(known.by)})" for known in limits]
-    for place, size in places(loaded[0].runs[-1], limits[0]).items():
-        yield f"GB/s from {place}", [f"{known.bandwidth(size) / 1e9:.0f}" for known in limits]
 
 
 def _whose(by: str) -> str:
     return "torch" if by == "torch.mm" else "ours"
 
 
-def _limits(run: dict[str, Any]) -> Limits:
-    known = run["limits"]
-    return Limits(known["flops"], tuple((size, rate) for size, rate in known["read"]), by=known["by"])
-
-
-def _share(results: Results, mode: str, B: int, H: int) -> str:
+def _share(found: dict[Point, float]) -> str:
     """Geometric mean of the cells, and the one that is farthest off."""
-    found = {p: share for p, share in shares(results).items() if (p.mode, p.B, p.H) == (mode, B, H)}
     if not found:
         return "–"
     least = min(found, key=lambda point: found[point])
@@ -144,10 +150,14 @@ def _markdown(loaded: list[Results]) -> str:
 
 def caption(loaded: list[Results]) -> str:
     run = loaded[0].runs[-1]
-    caches = ", ".join(f"{name} {size >> 10} KiB" for name, size in run.get("caches", {}).items())
-    points = [point for results in loaded for point in shares(results)]
+    (known, *_), caches = limits_of(loaded), run.get("caches", {})
+    sizes = {place: f" of {size >> 10} KiB" for place, size in caches.items()}
+    found = places(run, known).items()
+    read = [f"{known.bandwidth(size) / 1e9:.0f} GB/s from {place}{sizes.get(place, '')}" for place, size in found]
+    points = [point for results in loaded for point, name, _ in results.rows if name == OURS]
     steps = ", ".join(f"T={T}" for T in sorted({point.T for point in points}))
     cells = ", ".join(cell for cell in CELLS if any(point.cell == cell for point in points))
     dates = dict.fromkeys(f"commit {r['commit'] or 'unknown'}, {r['date']}" for results in loaded for r in results.runs)
-    where = f"{run['device_name']} ({caches}), torch {run['torch']}, {'; '.join(dates)}"
+    what = f" ({', '.join(read)})" if read else ""
+    where = f"{run['device_name']}{what}, torch {run['torch']}, {'; '.join(dates)}"
     return f"{cells}, {steps}; {where}; `python -m fused_rnn bench --isas`"
