@@ -229,8 +229,9 @@ def test_what_it_took_to_compile_survives_the_file(tmp_path: Path) -> None:
 def test_tables_have_every_rival_and_losses_like_wins(tmp_path: Path) -> None:
     some_rivals("onnxruntime", "scan").save(tmp_path / "rivals-fp32-1t.json")
     short, full = tables(tmp_path)
-    (line,) = (line for line in short.splitlines() if line.startswith("| onnxruntime, inference"))
+    (line,) = (line for line in short.splitlines() if line.startswith("| onnxruntime, inference |"))
     assert line.count("(0.90)") == 1 and line.count("**1.30×** (1.30)") == 2
+    assert "| onnxruntime, inference, T=1 | **1.30×** (1.30) | **1.30×** (1.30) | **1.30×** (1.30) |" in short
     assert "| lax.scan of JAX, training | **4.00×** (4.00) | **4.00×** (4.00) | **4.00×** (4.00) |" in short
     assert "onnxruntime, training" not in short
     assert "packed once and for all" in short and "a CPU, torch 2, onnxruntime 1.2, jax 0.1, commit abc" in short
@@ -252,7 +253,8 @@ def test_tables_of_files_in_part(tmp_path: Path) -> None:
     assert "it takes 12 to 12 s to compile each of 9 points" in full
     some_rivals("scan", grid="deepbench").save(tmp_path / "rivals-fp32-1t.json")
     short, full = tables(tmp_path)
-    assert "| lax.scan of JAX, training | **4.00×** (4.00) | **4.00×** (4.00) | – |" in short
+    assert "| lax.scan of JAX, training | **4.00×** (4.00) | – | – |" in short
+    assert "| lax.scan of JAX, training, T=1 | – | **4.00×** (4.00) | – |" in short
     assert "| GRU, inference, T=1500 B=1 H=1024 | 0.01 | 0.03 (3.00×) | 0.04 (4.00×) |" in full
     (tmp_path / "rivals-fp32-1t.json").unlink()
     streams = Results([{**RUN, "onnxruntime": "1.2"}])
@@ -270,7 +272,7 @@ def test_refused_points_are_left_out(tmp_path: Path) -> None:
     results.replace([Row(point, "scan", TIME, 0, refused="no")])
     results.save(tmp_path / "rivals-fp32-1t.json")
     assert point not in results.ratios("scan", OURS)
-    assert all(tables(tmp_path)) and terminal(results)
+    assert f"No time of theirs for {point}: no." in tables(tmp_path)[1] and terminal(results)
 
 
 def test_the_pages_have_tables_of_their_own(tmp_path: Path) -> None:

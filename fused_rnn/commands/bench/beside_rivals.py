@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ KEPT = (
     "in each call."
 )
 Inside = Callable[[Point], bool]
+PARTS: dict[str, Inside] = {"": lambda p: p.T > 1, ", T=1": lambda p: p.T == 1}  # of the README's lines
 
 
 def anywhere(_: Point) -> bool:
@@ -95,9 +97,9 @@ def _short(loaded: list[Results], streams: list[Results]) -> str:
     lines = _head("times as fast as, mean (worst)")
     for results in loaded:
         for name in present(results):
-            for mode in SEQUENCES:
-                if entries := _by_cell(results.ratios(name, OURS), mode, anywhere):
-                    lines.append(_row(f"{TITLES[name]}, {mode}", entries))
+            for mode, (part, inside) in product(SEQUENCES, PARTS.items()):
+                if entries := _by_cell(results.ratios(name, OURS), mode, inside):
+                    lines.append(_row(f"{TITLES[name]}, {mode}{part}", entries))
     for results in streams:
         lines.append(_row("onnxruntime, a step of a stream, B=1", _stream(results)))
     return "\n".join([*lines, "", *_below(loaded, streams)])
@@ -129,7 +131,9 @@ def _lost(results: Results, rival: str) -> str:
     found = results.ratios(rival, OURS)
     slower = sorted((value, str(point)) for point, value in found.items() if value < 1)
     worst = f", the worst {slower[0][0]:.2f}× at {slower[0][1]}" if slower else ""
-    return f"Ours are slower at {len(slower)} of {len(found)} points{worst}."
+    said = f"Ours are slower at {len(slower)} of {len(found)} points{worst}."
+    refused = [row for (_, name, _), row in results.rows.items() if name == rival and row.refused is not None]
+    return " ".join([said, *(f"No time of theirs for {row.point}: {row.refused}." for row in refused)])
 
 
 def _compiled(results: Results, rival: str) -> Iterator[str]:
@@ -143,10 +147,10 @@ def _compiled(results: Results, rival: str) -> Iterator[str]:
 def _deepbench(results: Results) -> Iterator[str]:
     """DeepBench's sizes, one a row: milliseconds, and how many times as fast ours are."""
     wanted = [*GRIDS["deepbench"].points(results.runs[-1]["dtype"])]
-    rivals = [name for name in (BASELINE, *RIVALS) if results.ratios(name, OURS)]
     points = [point for point in wanted if results.value(point, OURS)]
     if not {*points} - {*GRIDS["rivals"].points(results.runs[-1]["dtype"])}:
         return  # these two have some in common
+    rivals = [name for name in (BASELINE, *RIVALS) if {*points} & results.ratios(name, OURS).keys()]
     lines = ["**DeepBench's sizes up to H=1024** (ms; × theirs)", ""]
     lines += ["| | ours | " + " | ".join(TITLES[name] for name in rivals) + " |", "|---" * (2 + len(rivals)) + "|"]
     for point in points:
