@@ -143,7 +143,7 @@ struct BackwardLoop : Counts<Cell> {
     if (b0 == b1) return;
     const int nv = vectors_of(j, out_vectors);
     S* dh = m.dh + b0 * dh_stride + j * kPanelVectors * L;
-    if (f.dy && t >= 0)
+    if (f.dy && t >= 0 && (project || kInterpreted<Cell>))  // else the cell adds it
       for (int64_t b = b0; b < b1; ++b) {
         if (!active(t, b)) continue;
         const T* dy = (const T*)f.dy + ((t * p.B + b) * p.R + r) * p.P + j * kPanelVectors * L;
@@ -210,6 +210,7 @@ struct BackwardLoop : Counts<Cell> {
     const int64_t row = t * B * R + r, row_prev = (has_prev ? t_prev : t) * B * R + r, kept_shift = shift * B * R;
     const T* const saved = at<const T>(f.saved, (row - kept_shift) * SV * H);
     const T* const hidden = at<const T>(f.hidden, row * width);
+    const T* const dy = projects ? nullptr : at<const T>(f.dy, row * width);
     const T* const hidden_prev = at<const T>(f.hidden, row_prev * width);
     const S* const h0 = at<const S>(f.first[0], r * B * width);
     T* const dgates = at<T>(f.dgates, (t_row * B * R + r) * DG * H);
@@ -256,6 +257,7 @@ struct BackwardLoop : Counts<Cell> {
         if ((Cell::backward_before & 1) && !zero[e])
           before[0].v[e] = from_memory ? load(hidden_prev + b * R * width + first, n) : load(h0 + b * width + first, n);
         dstate[0].v[e] = load(dh_rows + b * dh_row + first);
+        if (dy && on[e]) dstate[0].v[e] += load(dy + b * R * width + first, n);
 #pragma GCC unroll 4
         for (int i = 0; i < NP; ++i) params[i].v[e] = load(own_params + i * state_stride + first);
       }

@@ -34,17 +34,10 @@ constexpr auto instance() {
 template <class Args, class Cell>
 using Instance = std::remove_pointer_t<decltype(instance<Args, Cell>())>;
 
-template <template <class, class, class> class Loop, class Args, class Cell>
-static void run_bf16(const Args& args) {
-  if constexpr (std::is_same_v<Args, Forward>)  // a few rows in all leave the weights as they stand, which the float kinds can
-    if (!args.packed && (args.p.stop - args.p.start) * args.p.B <= kUnpackedRows) return Loop<F32, bf16, Cell>::run(args);
-  Loop<FUSED_RNN_BF16_KIND, bf16, Cell>::run(args);
-}
-
 #if defined(FUSED_RNN_FOR_BF16)
 template <template <class, class, class> class Loop, class Args, class Cell>
 static void run_cell(const Args& args) {
-  run_bf16<Loop, Args, Cell>(args);
+  Loop<FUSED_RNN_BF16_KIND, bf16, Cell>::run(args);
 }
 #else
 template <template <class, class, class> class Loop, class Args, class Cell>
@@ -56,7 +49,7 @@ static void run_cell(const Args& args) {
   switch (args.p.dtype) {
     case fused_rnn::Dtype::f32: return Loop<F32, float, Cell>::run(args);
     case fused_rnn::Dtype::f64: return Loop<F64, double, Cell>::run(args);
-    case fused_rnn::Dtype::bf16: return run_bf16<Loop, Args, Cell>(args);
+    case fused_rnn::Dtype::bf16: return Loop<FUSED_RNN_BF16_KIND, bf16, Cell>::run(args);
     case fused_rnn::Dtype::f16: return Loop<F32, f16, Cell>::run(args);
   }
 }
