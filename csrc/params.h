@@ -52,7 +52,7 @@ struct Forward {
   void* histories[kMostStates];    // of each state but h: [stop-start, B, R, H] or null; zero past a sequence's end
   void* checkpoints[kMostStates];  // likewise: [T / every rounded up, R, B, H] accumulation dtype, or null: entering every `every`-th step
   int64_t every;  // 0 without checkpoints
-  const void* packed;  // the weights of the one recurrence as Packing made them, or null
+  const void* const* packed;  // the weights of each recurrence as Packing made them, or null
   Narrow narrow;  // what they are kept in
   int64_t turn;  // packed: calls before this one; every other one starts from the end of the weights
 };

@@ -82,12 +82,7 @@ struct ForwardLoop : ForwardWeights<Kind, T, Cell> {
   Memory layout(Arena& arena, int threads_in_group, int me = 0) const {
     Memory m{};
     m.barrier = arena.take<int64_t>(Barrier::words(threads_in_group));
-    if (f.packed) {
-      Arena whole{(char*)f.packed};
-      Weighed::layout(whole, m);
-    } else {
-      Weighed::layout(arena, m);
-    }
+    if (!f.packed) Weighed::layout(arena, m);
     m.zero = arena.take<S>(kPanelVectors * L);
     m.pre = arena.take<S>((scan() ? ScanWork<S>::rows(p, threads_in_group) : chunk_steps * p.B) * row);
     for (int i = 1; i < ST; ++i) m.states[i] = arena.take<S>(p.B * state_stride);
@@ -396,8 +391,12 @@ struct ForwardLoop : ForwardWeights<Kind, T, Cell> {
       }
   }
 
-  void recurrence(const Memory& m, int r, const Share& s) const {
+  void recurrence(Memory m, int r, const Share& s) const {
     const Weights& w = p.weights[r];
+    if (f.packed) {
+      Arena whole{(char*)f.packed[r]};
+      Weighed::layout(whole, m);
+    }
     Barrier barrier(m.barrier, s.size);
     const int64_t b0 = s.by_rows ? part(p.B, s.me, s.size) : 0, b1 = s.by_rows ? part(p.B, s.me + 1, s.size) : p.B;
     const int64_t j0 = s.by_rows ? 0 : first_panel(s, s.me), j1 = s.by_rows ? panels : first_panel(s, s.me + 1);
