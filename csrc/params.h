@@ -8,7 +8,9 @@
 namespace fused_rnn {
 
 enum class Dtype : int { f32, f64, bf16, f16 };
-enum class Narrow : int { none, bf16, int8 };  // what packed weights are kept in: the kind's own type, or fewer bits
+// What packed weights are kept in: the kind's own type, or fewer bits. bytes: int8, against operands of int8 where the processor multiplies
+// such, and the cell is one of those compiled in; else as int8.
+enum class Narrow : int { none, bf16, int8, bytes };
 
 struct Weights {       // of one recurrence, row-major, in the tensors' dtype
   const void* w_ih;    // [G H, D]
