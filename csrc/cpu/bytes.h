@@ -11,7 +11,7 @@ namespace FUSED_RNN_ISA {
 struct ByteRow {
   float scale;
   int32_t offset;
-  int8_t at[56];
+  int8_t at[];
 };
 constexpr int64_t kByteRow = offsetof(ByteRow, at);
 static ALWAYS_INLINE int64_t byte_stride(int64_t k) { return round_up(kByteRow + round_up(k, 4), 64) / int64_t(sizeof(float)); }
@@ -21,6 +21,20 @@ struct Bytes : F32 {             // of four k one sum, by one instruction
   using Weight = uint8_t;        // 128 more than they are, times a scale for each column
   static constexpr int k_group = 4, k_multiple = 4;
 };
+
+using Integers = VectorOf<float>::I;
+
+// All lanes of a vector by a function of two. (The compiler's own names for it warn.)
+template <int n = 1, class V, class F>
+static ALWAYS_INLINE V folded(V v, F function) {
+  if constexpr (n == kLanes<float>) {
+    return v;
+  } else {
+    Integers other;
+    for (int i = 0; i < kLanes<float>; ++i) other[i] = i ^ n;
+    return folded<2 * n>(function(v, __builtin_shuffle(v, other)), function);
+  }
+}
 
 // As 127ths of the largest magnitude, to nearest. A row with what is not finite in it stands for nothing finite.
 static __attribute__((noinline)) void row_to_bytes(const float* x, int64_t k, float* out) {
@@ -33,7 +47,7 @@ static __attribute__((noinline)) void row_to_bytes(const float* x, int64_t k, fl
     poison = _mm512_fmadd_ps(v, _mm512_setzero_ps(), poison);
   }
   auto* const row = (ByteRow*)out;
-  const float scale = _mm512_reduce_max_ps(most) / 127;
+  const float scale = folded((Vf)most, [](Vf a, Vf b) { return a > b ? a : b; })[0] / 127;
   const __m512 inverse = _mm512_set1_ps(scale > 0 ? 1 / scale : 0);
   __m512i sum = _mm512_setzero_si512();
   for (int64_t i = 0; i < k; i += L) {
@@ -43,8 +57,8 @@ static __attribute__((noinline)) void row_to_bytes(const float* x, int64_t k, fl
     _mm512_mask_cvtepi32_storeu_epi8(row->at + i, part(i), bounded);
   }
   memset(row->at + k, 0, size_t(round_up(k, 4) - k));
-  row->scale = scale + _mm512_reduce_add_ps(poison);
-  row->offset = -128 * _mm512_reduce_add_epi32(sum);
+  row->scale = scale + sum_of<float>((Vf)poison)[0];
+  row->offset = -128 * folded((Integers)sum, [](Integers a, Integers b) { return a + b; })[0];
 }
 
 constexpr int kByteRows = 48;     // of tiles that go through the same part of a panel one after the other

@@ -21,6 +21,16 @@ int64_t version_of(PyObject* tensor) {
   return kNone;
 }
 
+// Whether a weak reference is to this object.
+bool refers_to(PyObject* reference, PyObject* object) {
+#if PY_VERSION_HEX >= 0x030D0000
+  Owned now;
+  return PyWeakref_GetRef(reference, &now.object) == 1 && now.object == object;
+#else
+  return PyWeakref_GetObject(reference) == object;
+#endif
+}
+
 bool same_memory(const dlpack::Tensor& a, const dlpack::Tensor& b, const int64_t* shape, const int64_t* strides) {
   if (static_cast<char*>(a.data) + a.byte_offset != b.data || a.ndim != b.ndim || a.code != b.code || a.bits != b.bits ||
       a.device_type != b.device_type)
@@ -59,7 +69,7 @@ bool Frozen::same(const Kept& kept, PyObject* tensors) const {
     const Stamp& stamp = kept.stamps[at++];
     PyObject* const object = PyDict_GetItemWithError(tensors, key);
     dlpack::Tensor now;
-    return object && PyWeakref_GetObject(stamp.reference.object) == object && exchange->tensor_from_object(object, &now) == 0 &&
+    return object && refers_to(stamp.reference.object, object) && exchange->tensor_from_object(object, &now) == 0 &&
            same_memory(now, stamp.tensor, stamp.shape, stamp.strides) && version_of(object) == stamp.version;
   };
   for (size_t i = 0; i < keys_.size(); ++i) {

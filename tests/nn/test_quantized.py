@@ -23,6 +23,7 @@ from fused_rnn.gpu.narrow import narrowed, widened
 from fused_rnn.nn.quantized import Quantized, QuantizedGRU, QuantizedLSTM, QuantizedRNN
 
 pytestmark = pytest.mark.skipif(ops.fast_path is None, reason="there is no way past the dispatcher")
+needs_bytes = pytest.mark.skipif(ops.ISA not in ("avx512bf16", "amx"), reason=f"{ops.ISA} multiplies no bytes")
 KINDS: dict[str, Callable[..., Any]] = {
     "LSTM": lambda **more: fused_rnn.LSTM(9, 21, **more),
     "LSTM-proj": lambda **more: fused_rnn.LSTM(9, 21, proj_size=5, **more),
@@ -84,12 +85,11 @@ def by_bytes(x: Tensor) -> Tensor:
     return widened(*narrowed(flat_x, "int8"), torch.float64).reshape(x.shape)
 
 
+@needs_bytes
 @pytest.mark.parametrize("batch", [1, 3, 8])
 @pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN", "relu"])
 def test_a_step_of_int8_activations_is_that_of_what_they_stand_for(kind: str, batch: int) -> None:
     """A single step, whose bytes are those of float32 numbers: there is nothing to add up."""
-    if ops._C.isa() not in ("avx512bf16", "amx"):
-        pytest.skip(f"{ops._C.isa()} multiplies no bytes")
     module = make(kind)
     x, exact, plain = (
         steps(module, batch, 1),
@@ -169,6 +169,7 @@ def test_threads_and_runs_make_no_difference(kind: str, activations: str) -> Non
         assert all(torch.equal(a, b) for a, b in zip(made[0], other, strict=True))
 
 
+@needs_bytes
 @pytest.mark.parametrize("kind", BUILT_IN)
 def test_a_row_is_the_same_among_any_others(kind: str) -> None:
     quantized = fused_rnn.quantize(make(kind))
