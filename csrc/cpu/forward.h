@@ -3,6 +3,7 @@
 // Per recurrence: pack W_ih and W_hh; then per chunk of steps the input product of the whole chunk, and step by step
 //   pre-activations += h_{t-1} W_hh^T;   cell;   h_t -> y, and as the next step's operand.
 #pragma once
+#include "bytes.h"
 #include "forward_scan.h"
 #include "forward_weights.h"
 
@@ -41,7 +42,7 @@ struct ForwardLoop : ForwardWeights<Kind, T, Cell> {
     int64_t* barrier;
     S *zero, *pre;
     S* states[Cell::states];  // but h
-    A *h[2], *m, *x;
+    A *h[2], *m, *x, *x_bytes, *h_bytes;  // bytes: of this thread, where products are
     S* wide;  // projection: one tile's results before they are rounded
     Workspace<S> work;  // a program's, of this thread
     StageWork<Kind> stages;  // the same, of one with stages
@@ -85,12 +86,7 @@ struct ForwardLoop : ForwardWeights<Kind, T, Cell> {
   Memory layout(Arena& arena, int threads_in_group, int me = 0) const {
     Memory m{};
     m.barrier = arena.take<int64_t>(Barrier::words(threads_in_group));
-    if (f.packed) {
-      Arena whole{(char*)f.packed};
-      Weighed::layout(whole, m);
-    } else {
-      Weighed::layout(arena, m);
-    }
+    if (!f.packed) Weighed::layout(arena, m);
     m.zero = arena.take<S>(kPanelVectors * L);
     m.pre = arena.take<S>((scan() ? ScanWork<S>::rows(p, threads_in_group) : chunk_steps * p.B) * row);
     for (int i = 1; i < ST; ++i) m.states[i] = arena.take<S>(p.B * state_stride);
@@ -100,6 +96,10 @@ struct ForwardLoop : ForwardWeights<Kind, T, Cell> {
       m.wide = arena.take<S>(p.B * out_vectors * L);
     }
     if (recurrent) m.pieces = diagonal.template take<Kind>(arena, p.B, columns, threads_in_group, me);
+    if constexpr (kByBytes<Kind>) {
+      m.x_bytes = arena.take<A>(threads_in_group * chunk_steps * p.B * byte_stride(p.D)) + me * chunk_steps * p.B * byte_stride(p.D);
+      m.h_bytes = arena.take<A>(threads_in_group * p.B * byte_stride(p.P)) + me * p.B * byte_stride(p.P);
+    }
     if (!direct_x) m.x = arena.take<A>(threads_in_group * chunk_steps * p.B * x_stride);
     if (staged()) m.stages = StageWork<Kind>::take(arena, *staged(), p.H, p.B, threads_in_group, me);
     else if (scan()) m.scan = ScanWork<S>::take(arena, *scan(), p, unit_vectors, 2 * ST, threads_in_group, me);
@@ -172,7 +172,8 @@ struct ForwardLoop : ForwardWeights<Kind, T, Cell> {
         tile.of_many = input;  // how many steps go through the product at once must not show in the result
         if constexpr (kScaled<Kind>) tile.scale = (input ? m.scale_ih : m.scale_hh) + place * L;
         if (far && after >= 0) tile.ahead = (const char*)(packed + after * panel_size<Kind>(k, G) + panel_size<Kind>(k, v0));
-        multiply_panel<Kind>(rows, nv, tile, panel_size<Kind>(k, nv) * int64_t(sizeof(W)));
+        if constexpr (kByBytes<Kind>) multiply_bytes(rows, nv, tile);
+        else multiply_panel<Kind>(rows, nv, tile, panel_size<Kind>(k, nv) * int64_t(sizeof(W)));
       }
       if (shares) diagonal.add(m.pieces, piece, gates, v0, nv, rows, c + from, row);
     });
@@ -193,6 +194,13 @@ struct ForwardLoop : ForwardWeights<Kind, T, Cell> {
     for (int64_t q = 0; q < steps; ++q)
       for (int64_t b = b0; b < b1; ++b) convert_row(copy + (q * p.B + b) * x_stride, x + q * f.x.time + b * f.x.batch, p.D, x_stride);
     return {copy, x_stride, in.blocks, in.rows};
+  }
+  // The same as bytes.
+  Operand bytes_of(const Memory& m, const Operand& in, int64_t b0) const {
+    const int64_t stride = byte_stride(p.D);
+    for (int64_t q = 0; q < in.blocks; ++q)
+      for (int64_t i = q * p.B + b0; i < q * p.B + b0 + in.rows; ++i) row_to_bytes(in.a + i * in.lda, p.D, m.x_bytes + i * stride);
+    return {m.x_bytes, stride, in.blocks, in.rows};
   }
   // Its product, for panel j; panel `next` follows (-1: none).
   void input(const Memory& m, int r, const Operand& in, int64_t b0, int64_t j, int64_t next) const {
@@ -360,7 +368,7 @@ struct ForwardLoop : ForwardWeights<Kind, T, Cell> {
       if (!done) {
         TileArgs<Kind> tile{a, m_stride, m.w_hr + v * panel_size<Kind>(p.H, 1), p.H, m.zero, 0, c, out_vectors * L};
         if constexpr (kScaled<Kind>) tile.scale = m.scale_hr + v * L;
-        multiply_panel<Kind>(b1 - b0, 1, tile);
+        if constexpr (!kByBytes<Kind>) multiply_panel<Kind>(b1 - b0, 1, tile);  // of bytes there are none with a projection
       }
       for (int64_t b = b0; b < b1; ++b) {
         V h = rounded<T>(load(m.wide + (b * out_vectors + v) * L)), keep = h;
@@ -400,8 +408,12 @@ struct ForwardLoop : ForwardWeights<Kind, T, Cell> {
       }
   }
 
-  void recurrence(const Memory& m, int r, const Share& s) const {
+  void recurrence(Memory m, int r, const Share& s) const {
     const Weights& w = p.weights[r];
+    if (f.packed) {
+      Arena whole{(char*)f.packed[r]};
+      Weighed::layout(whole, m);
+    }
     Barrier barrier(m.barrier, s.size);
     const int64_t b0 = s.by_rows ? part(p.B, s.me, s.size) : 0, b1 = s.by_rows ? part(p.B, s.me + 1, s.size) : p.B;
     const int64_t j0 = s.by_rows ? 0 : first_panel(s, s.me), j1 = s.by_rows ? panels : first_panel(s, s.me + 1);
@@ -449,7 +461,8 @@ struct ForwardLoop : ForwardWeights<Kind, T, Cell> {
     for (int64_t s0 = p.start; s0 < p.stop && !scan(); s0 += chunk_steps) {
       const int64_t s1 = s0 + chunk_steps < p.stop ? s0 + chunk_steps : p.stop;
       const int64_t chunk_end = live_end(p, w.direction > 0 ? s0 : p.T - s1, b0, b1);  // at its earliest time
-      const Operand in = stage_input(m, r, s.me, s0, s1, b0, chunk_end);
+      Operand in = stage_input(m, r, s.me, s0, s1, b0, chunk_end);
+      if constexpr (kByBytes<Kind>) in = bytes_of(m, in, b0);
       const bool by_panel = s1 - s0 == 1;  // both products of a panel and its cells at once
       for (int64_t j = j0; j < j1 && !by_panel && in.rows; ++j) input(m, r, in, b0, j, j + 1 < j1 ? j + 1 : -1);
       for (int64_t step = s0; step < s1; ++step) {
@@ -460,13 +473,19 @@ struct ForwardLoop : ForwardWeights<Kind, T, Cell> {
         }
         const bool skip = !recurrent || (step == p.start && f.h_is_zero), from_end = (step + turn) & 1;
         const int64_t end = live_end(p, time(w, step), b0, chunk_end);
+        const A* h = h_in + b0 * h_stride;
+        int64_t h_row = h_stride;
+        if constexpr (kByBytes<Kind>) {
+          h = m.h_bytes, h_row = byte_stride(p.P);
+          for (int64_t b = b0; b < end && !skip; ++b) row_to_bytes(h_in + b * h_stride, p.P, m.h_bytes + (b - b0) * h_row);
+        }
         for (int64_t i = 0; i < blocks && end > b0; ++i) {
           const int64_t ja = j0 + (from_end ? blocks - 1 - i : i) * at_once, jb = ja + at_once < j1 ? ja + at_once : j1;
           const int64_t after = from_end ? ja - 1 : jb, next = after >= j0 && after < j1 ? after : -1;
           S* c = pre + b0 * row;
           for (int64_t j = ja; j < jb; ++j) {
             if (by_panel) input(m, r, in, b0, j, next);
-            if (!skip) product(m, w, h_in + b0 * h_stride, h_stride, end - b0, false, j, next, c, row, c);
+            if (!skip) product(m, w, h, h_row, end - b0, false, j, next, c, row, c);
           }
           if (!staged()) cell(m, r, step, pre, h_in, h_out, ja * units(), last_vector(jb), b0, end);
         }

@@ -99,6 +99,8 @@ template <class Kind>
 constexpr bool kNarrow = sizeof(typename Kind::Weight) < sizeof(typename Kind::Operand);
 template <class Kind>
 constexpr bool kScaled = sizeof(typename Kind::Weight) == 1;
+template <class Kind>
+constexpr bool kByBytes = kScaled<Kind> && Kind::k_group == 4;  // operands are brought to bytes, too (bytes.h)
 
 // ---- vector units ----
 // PV: how many vectors the panel has, of which NV are multiplied.

@@ -11,6 +11,7 @@
 
 #include "fast_batch.h"
 #include "fast_weights.h"
+#include "frozen.h"
 #include "tensors.h"
 
 namespace fused_rnn::ops {
@@ -81,15 +82,6 @@ bool make_new(PyObject* x, std::initializer_list<int64_t> sizes, Owned& made, dl
   return locate(made, t);
 }
 
-bool dtype_of(const dlpack::Tensor& t, Dtype& dtype) {
-  if (t.code == dlpack::kBfloat) dtype = Dtype::bf16;
-  else if (t.bits == 16) dtype = Dtype::f16;
-  else if (t.bits == 32) dtype = Dtype::f32;
-  else if (t.bits == 64) dtype = Dtype::f64;
-  else return false;
-  return true;
-}
-
 // A state of all layers, as the caller has it and as the loops do.
 struct State {
   int64_t width = 0;
@@ -102,14 +94,15 @@ struct State {
 // fast_path(parameters, bias, x, hx, cell, axis, [lengths, reset, [layers, both directions]]): as the op fused_rnn::step on a cell's x of
 // two dimensions, and as fused_rnn::forward layer by layer on x of three, of two without a batch, or packed. parameters: a module's own,
 // by name; bias: whether it has biases. hx: None, the state, or a tuple of states. axis: the one that is time in an x of three
-// dimensions, -1 in a cell. reset is laid out as x; of packed sequences in the order before. A tuple, or None: here null without an
-// exception.
+// dimensions, -1 in a cell. reset is laid out as x; of packed sequences in the order before. A Frozen, if there is one, comes last. A
+// tuple, or None: here null without an exception.
 PyObject* fast_path_of(PyObject* const* args, Py_ssize_t count) {
-  if ((count != 6 && count != 8 && count != 10) || !exchange || !PyDict_Check(args[0]) || aoti_torch_grad_mode_is_enabled()) return nullptr;
+  if ((count != 6 && count != 8 && count != 10 && count != 11) || !exchange || !PyDict_Check(args[0]) || aoti_torch_grad_mode_is_enabled())
+    return nullptr;
   PyObject* const hx = args[3];
   const char* const name = PyUnicode_AsUTF8(args[4]);
   const int axis = int(PyLong_AsLong(args[5])), layers = count < 10 ? 1 : int(PyLong_AsLong(args[8]));
-  const int R = count == 10 && PyObject_IsTrue(args[9]) == 1 ? 2 : 1;
+  const int R = count >= 10 && PyObject_IsTrue(args[9]) == 1 ? 2 : 1;
   if (PyErr_Occurred()) return nullptr;
   const CellDescriptor* cell = find_cell(name);
   if (std::string reason; !cell)
@@ -129,7 +122,9 @@ PyObject* fast_path_of(PyObject* const* args, Py_ssize_t count) {
   if (!batch.read(args[2], axis, memory) || !dtype_of(batch.x, dtype)) return nullptr;
   if (has_lengths && !batch.read_lengths(args[6])) return nullptr;
   ModuleWeights weights(args[0], *cell, PyObject_IsTrue(args[1]) == 1, batch.x);
-  if (!weights.read(sequence ? layers : 0, R, batch.D)) return nullptr;
+  Frozen* const frozen = count > 10 ? frozen_of(args[10], name, layers, R) : nullptr;
+  const std::shared_ptr<const Packed> packed = frozen ? frozen->of(args[0]) : nullptr;
+  if (packed ? !weights.are(*packed, dtype, batch.D) : !weights.read(sequence ? layers : 0, R, batch.D)) return nullptr;
   const int64_t T = batch.T, B = batch.B, H = weights.H, P = weights.P, rows = layers * R;
   const size_t element = batch.x.bits / 8, y_row = size_t(R * P) * element;
   State states[kMostStates];
@@ -188,11 +183,15 @@ PyObject* fast_path_of(PyObject* const* args, Py_ssize_t count) {
       batch.to_loop(x_copy, size_t(batch.D) * element);
       in = {x_copy, B * batch.D, batch.D, 0};
     }
+    const int64_t turn = frozen ? frozen->turn(T) : 0;
+    Weights own[2];
     for (int l = 0; l < layers; ++l) {
       Forward f{};
+      f.turn = turn;
       f.p = p;
       f.p.D = l ? R * P : batch.D;
       f.p.weights = weights.of_layer(l);
+      if (packed) packed->give(l, own, f);
       f.p.threads = threads_for(f.p);
       f.x = in;
       f.h_is_zero = zero;

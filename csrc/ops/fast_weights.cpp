@@ -36,6 +36,12 @@ bool ModuleWeights::read(int layers, int directions, int64_t D) {
   return true;
 }
 
+bool ModuleWeights::are(const Packed& packed, Dtype dtype, int64_t D) {
+  const Problem& p = packed.problem();
+  H = p.H, P = p.P;
+  return p.dtype == dtype && p.D == D;
+}
+
 bool ModuleWeights::read_one(int place, int64_t D, Weights& w) {
   w = {};
   w.direction = 1;

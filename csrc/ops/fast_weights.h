@@ -4,6 +4,7 @@
 
 #include "../params.h"
 #include "dlpack_view.h"
+#include "packed.h"
 
 namespace fused_rnn::ops {
 
@@ -27,6 +28,8 @@ class ModuleWeights {
 
   // Those of a single step (layers = 0), or of each layer in each direction. False where one is missing or out of the ordinary.
   bool read(int layers, int directions, int64_t D);
+  // Those are packed already. False where they are not for such a call.
+  bool are(const Packed& packed, Dtype dtype, int64_t D);
   const Weights* of_layer(int layer) const { return weights_ + layer * directions_; }
 
  private:

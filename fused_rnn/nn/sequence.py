@@ -46,7 +46,9 @@ def step(module: Recurrent, input: Any, hx: Any, lengths: Any, reset: Any) -> Se
     if layers > 1 and module.training and module.dropout:
         return None
     cell, both = _CELLS[module.mode], module.bidirectional
-    return FAST_PATH(module._parameters, module.bias, input, hx, cell, time, lengths, reset, layers, both)
+    return FAST_PATH(
+        module._parameters, module.bias, input, hx, cell, time, lengths, reset, layers, both, module._fused_frozen
+    )
 
 
 def run(
