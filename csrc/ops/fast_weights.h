@@ -25,8 +25,9 @@ class ModuleWeights {
   }
   ModuleWeights(const ModuleWeights&) = delete;
 
-  // Those of a single step (layers = 0), or of each layer in each direction. False where one is missing or out of the ordinary.
-  bool read(int layers, int directions, int64_t D);
+  // Those of a single step (layers = 0), or of each layer in each direction, from the first of them on. False where one is missing or out
+  // of the ordinary.
+  bool read(int layers, int directions, int64_t D, int first);
   const Weights* of_layer(int layer) const { return weights_ + layer * directions_; }
 
  private:
