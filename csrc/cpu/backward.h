@@ -98,6 +98,7 @@ struct BackwardLoop : Counts<Cell> {
     if constexpr (!kInterpreted<Cell>) return nullptr;
     else return scanned(p, unit_vectors, p.cell->program->scan_backward);
   }
+  bool any_team() const { return !staged(); }  // with the same bits: in stages, gradients of params are summed over the rows of a strip
   int64_t parts() const { return scan() ? p.T : panels; }
   static int vectors_of(int64_t j, int64_t total) {
     return int(total - j * kPanelVectors < kPanelVectors ? total - j * kPanelVectors : kPanelVectors);
@@ -176,6 +177,7 @@ struct BackwardLoop : Counts<Cell> {
         tile.c = m.pieces.tile, tile.ldc = PieceWork<Kind>::kLd;
         tile.init = s == 0 ? m.zero : tile.c, tile.ldi = s == 0 ? 0 : tile.ldc;
       }
+      tile.lone = p.B == 1;
       if (far && next >= 0) tile.ahead = (const char*)(m.w_hh + packed_size(next * kPanelVectors) + before);
       multiply_panel<Kind>(rows, piece.vectors, tile, panel_size<Kind>(depth, piece.vectors) * int64_t(sizeof(A)));
     }
@@ -433,9 +435,10 @@ struct BackwardLoop : Counts<Cell> {
         const int64_t j = from_end ? j0 + j1 - 1 - i : i;
         if (project && end > b0) {
           S* dm = m.dm + b0 * unit_stride + j * kPanelVectors * L;
-          multiply_panel<Kind>(end - b0, vectors_of(j, unit_vectors),
-                               {m.out + b0 * out_stride, out_stride, m.w_hr + j * kPanelVectors * panel_size<Kind>(p.P, 1), p.P, m.zero, 0,
-                                dm, unit_stride});
+          TileArgs<Kind> tile{
+              m.out + b0 * out_stride, out_stride, m.w_hr + j * kPanelVectors * panel_size<Kind>(p.P, 1), p.P, m.zero, 0, dm, unit_stride};
+          tile.lone = p.B == 1;
+          multiply_panel<Kind>(end - b0, vectors_of(j, unit_vectors), tile);
         } else if (!project) {
           const int64_t next = from_end ? j - 1 : j + 1;
           hidden_gradient(m, r, t, in, j, next >= j0 && next < j1 ? next : -1, b0, reach);

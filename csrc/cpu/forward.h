@@ -77,6 +77,7 @@ struct ForwardLoop : ForwardWeights<Kind, T, Cell> {
   }
   // Panels that a thread takes together: those of the matrices are as wide as a panel may be.
   int64_t grain() const { return kInterpreted<Cell> && p.cell->blocks > 0 ? kPanelVectors / units() : 1; }
+  bool any_team() const { return true; }  // with the same bits
   int64_t parts() const { return scan() ? p.T : (panels + grain() - 1) / grain(); }
   int64_t first_panel(const Share& s, int me) const {
     const int64_t j = part(parts(), me, s.size) * grain();
@@ -169,7 +170,7 @@ struct ForwardLoop : ForwardWeights<Kind, T, Cell> {
       } else {
         const W* packed = input ? m.w_ih : m.w_hh;
         tile.w = packed + panel_size<Kind>(k, 1) * place;
-        tile.of_many = input;  // how many steps go through the product at once must not show in the result
+        tile.lone = !input && p.B == 1;  // how many steps go through the product at once must not show in the result
         if constexpr (kScaled<Kind>) tile.scale = (input ? m.scale_ih : m.scale_hh) + place * L;
         if (far && after >= 0) tile.ahead = (const char*)(packed + after * panel_size<Kind>(k, G) + panel_size<Kind>(k, v0));
         if constexpr (kByBytes<Kind>) multiply_bytes(rows, nv, tile);
@@ -368,6 +369,7 @@ struct ForwardLoop : ForwardWeights<Kind, T, Cell> {
       if (!done) {
         TileArgs<Kind> tile{a, m_stride, m.w_hr + v * panel_size<Kind>(p.H, 1), p.H, m.zero, 0, c, out_vectors * L};
         if constexpr (kScaled<Kind>) tile.scale = m.scale_hr + v * L;
+        tile.lone = p.B == 1;
         if constexpr (!kByBytes<Kind>) multiply_panel<Kind>(b1 - b0, 1, tile);  // of bytes there are none with a projection
       }
       for (int64_t b = b0; b < b1; ++b) {

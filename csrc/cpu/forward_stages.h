@@ -122,6 +122,7 @@ struct ForwardStages : LoopStages<Loop, Kind> {
       const int64_t panel = made.block * loop.unit_vectors + u;
       TileArgs<Kind> tile{a, work.operand_stride, m.blocks + panel * panel_size<Kind>(p.H, 1), p.H, work.zero, 0, c + u * L, row};
       if constexpr (kScaled<Kind>) tile.scale = m.scale_blocks + panel * L;
+      tile.lone = p.B == 1;
       multiply_panel<Kind>(b1 - b0, nv, tile);
     }
   }

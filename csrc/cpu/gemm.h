@@ -91,8 +91,8 @@ struct TileArgs {
   // The panel that comes next, to be brought from L3 into L2 meanwhile: `ahead_lines` cache lines for every k. Null: leave it.
   const char* ahead = nullptr;
   int ahead_lines = 0;
-  // A lone row is summed as it would be among others. Otherwise in twice as many parts, to keep the arithmetic busy.
-  bool of_many = false;
+  // The row of a batch of one: summed in twice as many parts, to keep the arithmetic busy. Others have the same sums wherever they are.
+  bool lone = false;
   const typename Kind::Accumulator* scale = nullptr;  // [vectors * lanes] of F32FromInt8
 };
 template <class Kind>
@@ -171,7 +171,7 @@ static ALWAYS_INLINE void fetch_ahead(const void* w) {
 }
 
 // KU: how many parts every sum is split into. An FMA takes four cycles and two start in each: few accumulators are split over several k to
-// keep eight in flight. By NV alone, so that a row has the same sums among any number of others; but for a lone row, if it may.
+// keep eight in flight. By NV alone, so that a row has the same sums among any number of others; but for a batch of one.
 template <class Kind, int MR, int NV, int kAhead, int KU = 4 / NV>
 static __attribute__((noinline)) void vector_tile(const TileArgs<Kind>& t) {
   using S = typename Kind::Accumulator;
@@ -226,7 +226,7 @@ static __attribute__((noinline)) void vector_tile(const TileArgs<Kind>& t) {
 template <class Kind, int MR, int NV>
 static ALWAYS_INLINE void vector_tile(const TileArgs<Kind>& t) {
   if constexpr (MR == 1) {
-    if (!t.of_many) return vector_tile<Kind, MR, NV, 0, 8 / NV>(t);
+    if (t.lone) return vector_tile<Kind, MR, NV, 0, 8 / NV>(t);
   }
   if constexpr (MR >= 3 && NV >= 3) {
     if (t.ahead_lines == 1) return vector_tile<Kind, MR, NV, 1>(t);
