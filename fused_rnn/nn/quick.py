@@ -81,7 +81,8 @@ def _keeping(module: Recurrent, input: Any, hx: Any, lengths: Any, reset: Any) -
             entering = tuple([s[k * len(directions) : (k + 1) * len(directions)] for s in states])
             given = None if hx is None else entering if several else entering[0]
         outputs = FAST_PATH(  # type: ignore[misc]
-            module._parameters, module.bias, input if packed else x, given, cell, 0, lengths, reset, layers, both, None, k
+            module._parameters, module.bias, input if packed else x, given, cell, 0, lengths, reset, layers, both, None,
+            k,
         )  # fmt: skip
         if outputs is None:
             return None
