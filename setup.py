@@ -76,8 +76,8 @@ ISA_FLAGS = {
     "isa_avx512.cpp": AVX512,
     "isa_baseline.cpp": [],
     "isa_avx2.cpp": AVX2,
-    "isa_avx512bf16.cpp": [*AVX512, "-mavx512bf16"],
-    "isa_amx.cpp": [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
+    "isa_avx512bf16.cpp": [*AVX512, "-mavx512bf16", "-mavx512vnni"],
+    "isa_amx.cpp": [*AVX512, "-mavx512bf16", "-mavx512vnni", "-mamx-tile", "-mamx-bf16"],
 }
 X86 = platform.machine() in ("x86_64", "AMD64")
 WANTED_ISAS = os.environ.get("FUSED_RNN_ISAS", "").split()

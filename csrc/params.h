@@ -8,7 +8,9 @@
 namespace fused_rnn {
 
 enum class Dtype : int { f32, f64, bf16, f16 };
-enum class Narrow : int { none, bf16, int8 };  // what packed weights are kept in: the kind's own type, or fewer bits
+// What packed weights are kept in: the kind's own type, or fewer bits. bytes: int8, against operands of int8 where the processor multiplies
+// such, and the cell is one of those compiled in; else as int8.
+enum class Narrow : int { none, bf16, int8, bytes };
 
 struct Weights {       // of one recurrence, row-major, in the tensors' dtype
   const void* w_ih;    // [G H, D]
@@ -52,7 +54,7 @@ struct Forward {
   void* histories[kMostStates];    // of each state but h: [stop-start, B, R, H] or null; zero past a sequence's end
   void* checkpoints[kMostStates];  // likewise: [T / every rounded up, R, B, H] accumulation dtype, or null: entering every `every`-th step
   int64_t every;  // 0 without checkpoints
-  const void* packed;  // the weights of the one recurrence as Packing made them, or null
+  const void* const* packed;  // the weights of each recurrence as Packing made them, or null
   Narrow narrow;  // what they are kept in
   int64_t turn;  // packed: calls before this one; every other one starts from the end of the weights
 };

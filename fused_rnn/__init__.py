@@ -3,11 +3,12 @@
 from typing import TYPE_CHECKING, Any
 
 from fused_rnn import functional
-from fused_rnn.autograd import GRUFunction, LSTMFunction, RNNFunction
+from fused_rnn.autograd.functions import GRUFunction, LSTMFunction, RNNFunction
 from fused_rnn.convert import convert, patch, to_torch, unpatch
 from fused_rnn.flex import UserCell, cell
 from fused_rnn.nn import GRU, LSTM, RNN, FlexRNN, GRUCell, LSTMCell, RNNCell
 from fused_rnn.plan import plan
+from fused_rnn.quantize import quantize
 from fused_rnn.stream import Stream
 
 if TYPE_CHECKING:
@@ -64,6 +65,7 @@ __all__ = [
     "list_cells",
     "patch",
     "plan",
+    "quantize",
     "to_torch",
     "unpatch",
 ]

@@ -137,6 +137,7 @@ def to_torch(model: M) -> M:
             unmark_leaf(module)
             module.__dict__.pop("_fused_backend", None)
             module.__dict__.pop("_fused_save", None)
+            module.__dict__.pop("_fused_frozen", None)
             extras.forget(module)
         elif isinstance(module, Fused):
             why = "which torch.nn has not" if kind in (FlexRNN, *room.field.FIELD) else "derived from fused_rnn's class"

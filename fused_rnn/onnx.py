@@ -57,6 +57,13 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
     return {getattr(there, name).default: function for name, function in ours.items() if hasattr(there, name)}
 
 
+def dequantized(weight: Tensor, scale: Tensor) -> Tensor:
+    """A matrix of int8 with a scale for each row, as ONNX's node for it makes float32 of it."""
+    return torch.onnx.ops.symbolic(
+        "DequantizeLinear", [weight, scale], {"axis": 0}, dtype=torch.float32, shape=weight.shape
+    )
+
+
 def step(x: Tensor, weights: Sequence[Tensor], states: Sequence[Tensor], cell: str) -> list[Tensor]:
     """fused_rnn::step by ONNX's node."""
     entering = [s.unsqueeze(0) for s in states]

@@ -1,4 +1,5 @@
-"""Every case of tests/common/cases.py by the CPU kernels on one thread and three, with gradients and without, streamed.
+"""Every case of tests/common/cases.py by the CPU kernels on one thread and three, with gradients and without, streamed,
+by weights that stay packed and by those of int8.
 
 Nothing is compared, the sanitizers alone judge (scripts/sanitize.sh): the tests compare, with code compiled as it is
 installed, and spend nearly all their time on the reference loop.
@@ -19,7 +20,7 @@ from fused_rnn import _C
 
 
 def streamed(case: Case) -> list[torch.Tensor]:
-    """A stream of the case's sizes, with weights of every width it may have."""
+    """A stream of the case's sizes, with weights of every width it may have, and calls on kept and int8 weights."""
     kind = {"lstm": "LSTM", "gru": "GRU"}.get(case.cell, "RNN")
     options: dict[str, Any] = {"num_layers": case.layers, "bias": case.bias, "dtype": case.dtype}
     options |= {"proj_size": case.proj} if case.proj else {}
@@ -30,6 +31,10 @@ def streamed(case: Case) -> list[torch.Tensor]:
     for weights in (None, "bf16", "int8") if case.dtype == torch.float32 else (None,):
         stream = module.stream(case.B, weights=weights)
         results += [stream.step(x[0], out=stream.step(x[0])), stream.steps(x)]
+    with torch.no_grad():
+        results.append(module.freeze()(x)[0])
+        for activations in ("int8", "float32") if case.dtype == torch.float32 else ():
+            results.append(fused_rnn.quantize(module, activations=activations)(x)[0])
     return results
 
 

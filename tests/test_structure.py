@@ -21,6 +21,7 @@ FLOORS: tuple[set[str], ...] = (
     {"__main__"},
     {"commands"},
     {"__init__"},
+    {"quantize"},
     {"convert", "diagnosis"},
     {"nn"},
     {"stream", "functional"},

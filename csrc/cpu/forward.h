@@ -3,6 +3,7 @@
 // Per recurrence: pack W_ih and W_hh; then per chunk of steps the input product of the whole chunk, and step by step
 //   pre-activations += h_{t-1} W_hh^T;   cell;   h_t -> y, and as the next step's operand.
 #pragma once
+#include "bytes.h"
 #include "forward_scan.h"
 #include "forward_weights.h"
 
@@ -11,8 +12,10 @@ namespace FUSED_RNN_ISA {
 constexpr int64_t kChunkRows = 64;            // rows of one input product: enough to reuse every panel of W_ih
 constexpr int64_t kChunkBytes = 512 * 1024;   // of pre-activations at the most: they must stay in L2 beside the weights
 constexpr int64_t kUnpackedRows = 16;         // T B up to here: packing W costs more than it saves
+constexpr int kKeepingPack = 2;               // of a cell that keeps its gates: they are held until they are stored
 constexpr int64_t kFewVectors = 8;            // of a program at a time, where there are as many
 constexpr int64_t kFarUnpackedRows = 32;      // and up to here where W and its packed form do not fit L2 together
+constexpr int64_t kFarUnpackedSteps = 48;     // of one sequence, whose every step reads them once
 
 template <class Kind, class T, class Cell>
 struct ForwardLoop : ForwardWeights<Kind, T, Cell> {
@@ -27,7 +30,7 @@ struct ForwardLoop : ForwardWeights<Kind, T, Cell> {
   using Weighed::L, Weighed::diagonal, Weighed::columns, Weighed::unit_vectors, Weighed::panels, Weighed::out_vectors, Weighed::row;
   using Weighed::rows_of, Weighed::block_panels;
   using Weighed::state_stride, Weighed::unpacked, Weighed::uses_h, Weighed::last_vector, Weighed::recurrent_size, Weighed::projects;
-  static constexpr bool kUnpackable = Kind::k_group == 1 && !kNarrow<Kind>;
+  static constexpr bool kUnpackable = !kNarrow<Kind>;
 
   const Forward& f;
   int64_t chunk_steps, x_stride, h_stride, m_stride;
@@ -39,7 +42,7 @@ struct ForwardLoop : ForwardWeights<Kind, T, Cell> {
     int64_t* barrier;
     S *zero, *pre;
     S* states[Cell::states];  // but h
-    A *h[2], *m, *x;
+    A *h[2], *m, *x, *x_bytes, *h_bytes;  // bytes: of this thread, where products are
     S* wide;  // projection: one tile's results before they are rounded
     Workspace<S> work;  // a program's, of this thread
     StageWork<Kind> stages;  // the same, of one with stages
@@ -57,7 +60,8 @@ struct ForwardLoop : ForwardWeights<Kind, T, Cell> {
     m_stride = row_stride<Kind>(p.H);
     uses_h = recurrent && (!f.h_is_zero || p.stop - p.start > 1);
     far = (unit_vectors * panel_size<Kind>(p.D, G) + recurrent_size()) * int64_t(sizeof(W)) > kNearBytes;
-    unpacked = kUnpackable && !f.packed && (p.stop - p.start) * p.B <= (far ? kFarUnpackedRows : kUnpackedRows);
+    const int64_t most = !far ? kUnpackedRows : p.B == 1 ? kFarUnpackedSteps : kFarUnpackedRows;
+    unpacked = kUnpackable && !f.packed && (p.stop - p.start) * p.B <= most;
     joined_x = p.B == 1 || p.T == 1 || f.x.time == p.B * f.x.batch;
     direct_x = joined_x && sizeof(A) == sizeof(T) && p.D % Kind::k_multiple == 0;
   }
@@ -73,6 +77,7 @@ struct ForwardLoop : ForwardWeights<Kind, T, Cell> {
   }
   // Panels that a thread takes together: those of the matrices are as wide as a panel may be.
   int64_t grain() const { return kInterpreted<Cell> && p.cell->blocks > 0 ? kPanelVectors / units() : 1; }
+  bool any_team() const { return true; }  // with the same bits
   int64_t parts() const { return scan() ? p.T : (panels + grain() - 1) / grain(); }
   int64_t first_panel(const Share& s, int me) const {
     const int64_t j = part(parts(), me, s.size) * grain();
@@ -82,12 +87,7 @@ struct ForwardLoop : ForwardWeights<Kind, T, Cell> {
   Memory layout(Arena& arena, int threads_in_group, int me = 0) const {
     Memory m{};
     m.barrier = arena.take<int64_t>(Barrier::words(threads_in_group));
-    if (f.packed) {
-      Arena whole{(char*)f.packed};
-      Weighed::layout(whole, m);
-    } else {
-      Weighed::layout(arena, m);
-    }
+    if (!f.packed) Weighed::layout(arena, m);
     m.zero = arena.take<S>(kPanelVectors * L);
     m.pre = arena.take<S>((scan() ? ScanWork<S>::rows(p, threads_in_group) : chunk_steps * p.B) * row);
     for (int i = 1; i < ST; ++i) m.states[i] = arena.take<S>(p.B * state_stride);
@@ -97,6 +97,10 @@ struct ForwardLoop : ForwardWeights<Kind, T, Cell> {
       m.wide = arena.take<S>(p.B * out_vectors * L);
     }
     if (recurrent) m.pieces = diagonal.template take<Kind>(arena, p.B, columns, threads_in_group, me);
+    if constexpr (kByBytes<Kind>) {
+      m.x_bytes = arena.take<A>(threads_in_group * chunk_steps * p.B * byte_stride(p.D)) + me * chunk_steps * p.B * byte_stride(p.D);
+      m.h_bytes = arena.take<A>(threads_in_group * p.B * byte_stride(p.P)) + me * p.B * byte_stride(p.P);
+    }
     if (!direct_x) m.x = arena.take<A>(threads_in_group * chunk_steps * p.B * x_stride);
     if (staged()) m.stages = StageWork<Kind>::take(arena, *staged(), p.H, p.B, threads_in_group, me);
     else if (scan()) m.scan = ScanWork<S>::take(arena, *scan(), p, unit_vectors, 2 * ST, threads_in_group, me);
@@ -160,16 +164,17 @@ struct ForwardLoop : ForwardWeights<Kind, T, Cell> {
         if constexpr (kUnpackable)
           for (int v = 0; v < nv; ++v) {
             const auto [first, lane, end] = rows_of(piece, input, v0 + v);
-            multiply_rows<T>(rows, a, lda, (const T*)(input ? w.w_ih : w.w_hh) + (first + lane) * k, k, end - lane, k, tile.init + v * L,
-                             tile.ldi, tile.c + v * L + lane, tile.ldc);
+            multiply_rows<Kind, T>(rows, a, lda, (const T*)(input ? w.w_ih : w.w_hh) + (first + lane) * k, k, end - lane, k,
+                                   tile.init + v * L, tile.ldi, tile.c + v * L + lane, tile.ldc);
           }
       } else {
         const W* packed = input ? m.w_ih : m.w_hh;
         tile.w = packed + panel_size<Kind>(k, 1) * place;
-        tile.of_many = input;  // how many steps go through the product at once must not show in the result
+        tile.lone = !input && p.B == 1;  // how many steps go through the product at once must not show in the result
         if constexpr (kScaled<Kind>) tile.scale = (input ? m.scale_ih : m.scale_hh) + place * L;
         if (far && after >= 0) tile.ahead = (const char*)(packed + after * panel_size<Kind>(k, G) + panel_size<Kind>(k, v0));
-        multiply_panel<Kind>(rows, nv, tile, panel_size<Kind>(k, nv) * int64_t(sizeof(W)));
+        if constexpr (kByBytes<Kind>) multiply_bytes(rows, nv, tile);
+        else multiply_panel<Kind>(rows, nv, tile, panel_size<Kind>(k, nv) * int64_t(sizeof(W)));
       }
       if (shares) diagonal.add(m.pieces, piece, gates, v0, nv, rows, c + from, row);
     });
@@ -190,6 +195,13 @@ struct ForwardLoop : ForwardWeights<Kind, T, Cell> {
     for (int64_t q = 0; q < steps; ++q)
       for (int64_t b = b0; b < b1; ++b) convert_row(copy + (q * p.B + b) * x_stride, x + q * f.x.time + b * f.x.batch, p.D, x_stride);
     return {copy, x_stride, in.blocks, in.rows};
+  }
+  // The same as bytes.
+  Operand bytes_of(const Memory& m, const Operand& in, int64_t b0) const {
+    const int64_t stride = byte_stride(p.D);
+    for (int64_t q = 0; q < in.blocks; ++q)
+      for (int64_t i = q * p.B + b0; i < q * p.B + b0 + in.rows; ++i) row_to_bytes(in.a + i * in.lda, p.D, m.x_bytes + i * stride);
+    return {m.x_bytes, stride, in.blocks, in.rows};
   }
   // Its product, for panel j; panel `next` follows (-1: none).
   void input(const Memory& m, int r, const Operand& in, int64_t b0, int64_t j, int64_t next) const {
@@ -223,7 +235,7 @@ struct ForwardLoop : ForwardWeights<Kind, T, Cell> {
     S* states[ST];
     T* histories[ST];
     for (int i = 1; i < ST; ++i) states[i] = m.states[i], histories[i] = at<T>(f.histories[i], (t_row * p.B * R + r) * H);
-    const auto body = [&](auto size, const int64_t (&units)[kPack], const int64_t (&rows)[kPack]) __attribute__((always_inline)) {
+    const auto body = [&](auto size, const auto& units, const auto& rows) __attribute__((always_inline)) {
       constexpr int N = decltype(size)::value;
       using P = Pack<S, N>;
       bool on[N], zero[N], zero_next[N];
@@ -272,7 +284,8 @@ struct ForwardLoop : ForwardWeights<Kind, T, Cell> {
           if (histories[i]) store(histories[i] + out, on[e] ? after[i].v[e] : V{}, n);
       }
     };
-    for_packs<kPack>(u0, u1, b0, b1, body);
+    if (saved) for_packs<kKeepingPack>(u0, u1, b0, b1, body);
+    else for_packs<kPack>(u0, u1, b0, b1, body);
   }
 
   // The same by a program.
@@ -349,14 +362,15 @@ struct ForwardLoop : ForwardWeights<Kind, T, Cell> {
       bool done = false;
       if constexpr (kUnpackable) {
         if (unpacked) {
-          multiply_rows<T>(b1 - b0, a, m_stride, (const T*)w.w_hr + v * L * p.H, p.H, n, p.H, m.zero, 0, c, out_vectors * L);
+          multiply_rows<Kind, T>(b1 - b0, a, m_stride, (const T*)w.w_hr + v * L * p.H, p.H, n, p.H, m.zero, 0, c, out_vectors * L);
           done = true;
         }
       }
       if (!done) {
         TileArgs<Kind> tile{a, m_stride, m.w_hr + v * panel_size<Kind>(p.H, 1), p.H, m.zero, 0, c, out_vectors * L};
         if constexpr (kScaled<Kind>) tile.scale = m.scale_hr + v * L;
-        multiply_panel<Kind>(b1 - b0, 1, tile);
+        tile.lone = p.B == 1;
+        if constexpr (!kByBytes<Kind>) multiply_panel<Kind>(b1 - b0, 1, tile);  // of bytes there are none with a projection
       }
       for (int64_t b = b0; b < b1; ++b) {
         V h = rounded<T>(load(m.wide + (b * out_vectors + v) * L)), keep = h;
@@ -396,8 +410,12 @@ struct ForwardLoop : ForwardWeights<Kind, T, Cell> {
       }
   }
 
-  void recurrence(const Memory& m, int r, const Share& s) const {
+  void recurrence(Memory m, int r, const Share& s) const {
     const Weights& w = p.weights[r];
+    if (f.packed) {
+      Arena whole{(char*)f.packed[r]};
+      Weighed::layout(whole, m);
+    }
     Barrier barrier(m.barrier, s.size);
     const int64_t b0 = s.by_rows ? part(p.B, s.me, s.size) : 0, b1 = s.by_rows ? part(p.B, s.me + 1, s.size) : p.B;
     const int64_t j0 = s.by_rows ? 0 : first_panel(s, s.me), j1 = s.by_rows ? panels : first_panel(s, s.me + 1);
@@ -445,7 +463,8 @@ struct ForwardLoop : ForwardWeights<Kind, T, Cell> {
     for (int64_t s0 = p.start; s0 < p.stop && !scan(); s0 += chunk_steps) {
       const int64_t s1 = s0 + chunk_steps < p.stop ? s0 + chunk_steps : p.stop;
       const int64_t chunk_end = live_end(p, w.direction > 0 ? s0 : p.T - s1, b0, b1);  // at its earliest time
-      const Operand in = stage_input(m, r, s.me, s0, s1, b0, chunk_end);
+      Operand in = stage_input(m, r, s.me, s0, s1, b0, chunk_end);
+      if constexpr (kByBytes<Kind>) in = bytes_of(m, in, b0);
       const bool by_panel = s1 - s0 == 1;  // both products of a panel and its cells at once
       for (int64_t j = j0; j < j1 && !by_panel && in.rows; ++j) input(m, r, in, b0, j, j + 1 < j1 ? j + 1 : -1);
       for (int64_t step = s0; step < s1; ++step) {
@@ -456,13 +475,19 @@ struct ForwardLoop : ForwardWeights<Kind, T, Cell> {
         }
         const bool skip = !recurrent || (step == p.start && f.h_is_zero), from_end = (step + turn) & 1;
         const int64_t end = live_end(p, time(w, step), b0, chunk_end);
+        const A* h = h_in + b0 * h_stride;
+        int64_t h_row = h_stride;
+        if constexpr (kByBytes<Kind>) {
+          h = m.h_bytes, h_row = byte_stride(p.P);
+          for (int64_t b = b0; b < end && !skip; ++b) row_to_bytes(h_in + b * h_stride, p.P, m.h_bytes + (b - b0) * h_row);
+        }
         for (int64_t i = 0; i < blocks && end > b0; ++i) {
           const int64_t ja = j0 + (from_end ? blocks - 1 - i : i) * at_once, jb = ja + at_once < j1 ? ja + at_once : j1;
           const int64_t after = from_end ? ja - 1 : jb, next = after >= j0 && after < j1 ? after : -1;
           S* c = pre + b0 * row;
           for (int64_t j = ja; j < jb; ++j) {
             if (by_panel) input(m, r, in, b0, j, next);
-            if (!skip) product(m, w, h_in + b0 * h_stride, h_stride, end - b0, false, j, next, c, row, c);
+            if (!skip) product(m, w, h, h_row, end - b0, false, j, next, c, row, c);
           }
           if (!staged()) cell(m, r, step, pre, h_in, h_out, ja * units(), last_vector(jb), b0, end);
         }

@@ -34,29 +34,33 @@ constexpr auto instance() {
 template <class Args, class Cell>
 using Instance = std::remove_pointer_t<decltype(instance<Args, Cell>())>;
 
-template <template <class, class, class> class Loop, class Args, class Cell>
-static void run_bf16(const Args& args) {
-  if constexpr (std::is_same_v<Args, Forward>)  // a few rows in all leave the weights as they stand, which the float kinds can
-    if (!args.packed && (args.p.stop - args.p.start) * args.p.B <= kUnpackedRows) return Loop<F32, bf16, Cell>::run(args);
-  Loop<FUSED_RNN_BF16_KIND, bf16, Cell>::run(args);
-}
-
 #if defined(FUSED_RNN_FOR_BF16)
 template <template <class, class, class> class Loop, class Args, class Cell>
 static void run_cell(const Args& args) {
-  run_bf16<Loop, Args, Cell>(args);
+  if constexpr (kMayBeNarrow<Args> && !kInterpreted<Cell>)
+    if (args.narrow == fused_rnn::Narrow::bytes) return Loop<Bytes, float, Cell>::run(args);
+  Loop<FUSED_RNN_BF16_KIND, bf16, Cell>::run(args);
+}
+// Whether bytes are multiplied here. A sum of four billion, a sixteenth of a million products, would be none of 32 bits.
+template <class Args>
+static bool by_bytes(const Args& args) {
+  constexpr int64_t kMostTerms = 1 << 16;
+  if constexpr (kMayBeNarrow<Args>)
+    return args.narrow == fused_rnn::Narrow::bytes && !args.p.cell->program && !args.p.weights[0].w_hr && args.p.D < kMostTerms &&
+           args.p.P < kMostTerms;
+  else return false;
 }
 #else
 template <template <class, class, class> class Loop, class Args, class Cell>
 static void run_cell(const Args& args) {
   if constexpr (kMayBeNarrow<Args>) {
     if (args.narrow == fused_rnn::Narrow::bf16) return Loop<F32FromBf16, float, Cell>::run(args);
-    if (args.narrow == fused_rnn::Narrow::int8) return Loop<F32FromInt8, float, Cell>::run(args);
+    if (args.narrow == fused_rnn::Narrow::int8 || args.narrow == fused_rnn::Narrow::bytes) return Loop<F32FromInt8, float, Cell>::run(args);
   }
   switch (args.p.dtype) {
     case fused_rnn::Dtype::f32: return Loop<F32, float, Cell>::run(args);
     case fused_rnn::Dtype::f64: return Loop<F64, double, Cell>::run(args);
-    case fused_rnn::Dtype::bf16: return run_bf16<Loop, Args, Cell>(args);
+    case fused_rnn::Dtype::bf16: return Loop<FUSED_RNN_BF16_KIND, bf16, Cell>::run(args);
     case fused_rnn::Dtype::f16: return Loop<F32, f16, Cell>::run(args);
   }
 }
@@ -84,7 +88,7 @@ static void run(const Args& args) {
 #if defined(FUSED_RNN_FOR_BF16)  // another file's loops for all other dtypes: they are not compiled again
 template <template <class, class, class> class Loop, class Args, void (*fused_rnn::cpu::Kernels::*entry)(const Args&)>
 static void run_here_or_there(const Args& args) {
-  if (args.p.dtype != fused_rnn::Dtype::bf16) return (fused_rnn::cpu::FUSED_RNN_FOR_BF16.*entry)(args);
+  if (args.p.dtype != fused_rnn::Dtype::bf16 && !by_bytes(args)) return (fused_rnn::cpu::FUSED_RNN_FOR_BF16.*entry)(args);
   run<Loop>(args);
 }
 #define FUSED_RNN_ENTRY(Loop, Args, entry) ::FUSED_RNN_ISA::run_here_or_there<::FUSED_RNN_ISA::Loop, Args, &Kernels::entry>

@@ -82,12 +82,25 @@ bool read(PyObject* object, dlpack::Tensor& t, int dims, int64_t s0, int64_t s1,
   return lent(object, t, dims, s0, s1, s2) > 0 && (t.code == dlpack::kFloat || t.code == dlpack::kBfloat);
 }
 
+bool dtype_of(const dlpack::Tensor& t, Dtype& dtype) {
+  if (t.code == dlpack::kBfloat) dtype = Dtype::bf16;
+  else if (t.bits == 16) dtype = Dtype::f16;
+  else if (t.bits == 32) dtype = Dtype::f32;
+  else if (t.bits == 64) dtype = Dtype::f64;
+  else return false;
+  return true;
+}
+
 bool read_integers(PyObject* object, dlpack::Tensor& t, int64_t s0) {
   return lent(object, t, 1, s0, 0, 0) > 0 && t.code == dlpack::kInt && t.bits == 64;
 }
 
 bool read_bools(PyObject* object, dlpack::Tensor& t, int64_t s0, int64_t s1) {
   return lent(object, t, 2, s0, s1, 0) > 0 && t.code == dlpack::kBool && t.bits == 8;
+}
+
+bool read_bytes(PyObject* object, dlpack::Tensor& t, int64_t s0, int64_t s1) {
+  return lent(object, t, 2, s0, s1, 0) > 0 && t.code == dlpack::kInt && t.bits == 8;
 }
 
 }  // namespace fused_rnn::ops

@@ -7,6 +7,7 @@
 #include "../cuda/bind_plan.h"
 #include "../pybind.h"
 #include "fast_path.h"
+#include "frozen.h"
 #include "layer.h"
 #include "stream.h"
 
@@ -59,5 +60,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("available_isas", &fused_rnn::cpu::available_isas, "The instruction sets this processor can run, best first, comma-separated.");
   fused_rnn::cuda::bind_plan(m);  // plans can be asked for on any machine
   fused_rnn::ops::add_stream(m.ptr());
+  fused_rnn::ops::add_frozen(m.ptr());
   if (fused_rnn::ops::add_fast_path(m.ptr()) != 0) throw pybind11::error_already_set();
 }

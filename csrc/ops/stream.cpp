@@ -2,12 +2,10 @@
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 
-#include <cstdlib>
 #include <cstring>
 #include <new>
 
 #include "../cpu/isa.h"
-#include "../cpu/team.h"
 #include "../pybind.h"
 #include "dlpack_view.h"
 #include "tensors.h"
@@ -21,44 +19,12 @@ constexpr int64_t kRowsAtOnce = 64;     // that go through all layers together: 
 
 }  // namespace
 
-void Stream::Free::operator()(void* memory) const { std::free(memory); }
-
 Stream::Stream(const Problem& problem, int64_t layers, bool projects, Narrow narrow, std::vector<uintptr_t> states)
-    : problem_(problem), projects_(projects), narrow_(narrow), states_(std::move(states)) {
+    : problem_(problem), packed_(problem, layers, 1, projects, narrow), states_(std::move(states)) {
   element_ = problem.dtype == Dtype::f64 ? 8 : problem.dtype == Dtype::f32 ? 4 : 2;
   wide_ = problem.dtype == Dtype::f64 ? 8 : 4;
-  packed_.resize(size_t(layers));
   const int64_t rows = problem.B > kRowsAtOnce ? problem.B : kRowsAtOnce;
   for (auto& buffer : between_) buffer.resize(layers > 1 ? size_t(rows * problem.P) * element_ : 0);
-}
-
-Problem Stream::layer(int64_t l, const Weights& w) const {
-  Problem p = problem_;
-  if (l > 0) p.D = p.P;
-  p.R = 1;
-  p.weights = &w;
-  p.threads = 1;
-  return p;
-}
-
-void Stream::pack(const std::vector<WeightAddresses>& layers) {
-  bytes_ = 0;
-  for (size_t l = 0; l < packed_.size(); ++l) {
-    const size_t matrices = size_t(problem_.cell->matrices), params = size_t(problem_.cell->params);
-    const WeightAddresses& given = layers.at(l);
-    if (given.size() != 5 + matrices + params) throw py::value_error("layers: expected five addresses and one of each matrix and param");
-    const auto w = [&](size_t i) { return reinterpret_cast<const void*>(given[i]); };
-    Weights weights{w(0), w(1), w(2), w(3), w(4), 1, {}, {}, {}, {}};
-    for (size_t i = 0; i < matrices; ++i) weights.matrices[i] = w(5 + i);
-    for (size_t i = 0; i < params; ++i) weights.params[i] = w(5 + matrices + i);
-    int64_t bytes = 0;
-    Packing packing{layer(int64_t(l), weights), narrow_, nullptr, &bytes};
-    cpu::kernels().pack(packing);
-    if (!packed_[l]) packed_[l].reset(cpu::pages(size_t(bytes)));
-    packing.packed = packed_[l].get();
-    cpu::kernels().pack(packing);
-    bytes_ += bytes;
-  }
 }
 
 void Stream::run(const void* x, int64_t T, void* y) {
@@ -67,7 +33,7 @@ void Stream::run(const void* x, int64_t T, void* y) {
     std::atomic<bool>& busy;
     ~Leaving() { busy = false; }
   } leaving{busy_};
-  const int64_t B = problem_.B, D = problem_.D, H = problem_.H, P = problem_.P, layers = int64_t(packed_.size());
+  const int64_t B = problem_.B, D = problem_.D, H = problem_.H, P = problem_.P, layers = packed_.layers();
   const char* in = static_cast<const char*>(x);
   char* const out = static_cast<char*>(y);
   const size_t in_bytes = size_t(T * B * D) * element_, out_bytes = size_t(T * B * P) * element_;
@@ -80,19 +46,16 @@ void Stream::run(const void* x, int64_t T, void* y) {
     const int64_t steps = T - t < most ? T - t : most;
     const void* from = in + size_t(t * B * D) * element_;
     for (int64_t l = 0; l < layers; ++l) {
-      Weights w{};  // all packed; the loop asks whether there is a projection
-      w.w_hr = projects_ ? packed_[size_t(l)].get() : nullptr;
-      w.direction = 1;
+      Weights w;
       Forward f{};
-      f.p = layer(l, w);
+      packed_.give(l, &w, f);
+      f.p.B = B;
       f.p.T = f.p.stop = steps;
       f.p.threads = threads_for(f.p);
       f.x = {from, B * f.p.D, f.p.D, 0};
       for (size_t i = 0; i < states_.size(); ++i)
         f.states[i] = reinterpret_cast<char*>(states_[i]) + size_t(l * B * (i == 0 ? P : H)) * wide_;
       f.y = l + 1 == layers ? out + size_t(t * B * P) * element_ : between_[l & 1].data();
-      f.packed = packed_[size_t(l)].get();
-      f.narrow = narrow_;
       f.turn = turn_;
       cpu::kernels().forward(f);
       from = f.y;

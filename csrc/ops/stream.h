@@ -6,13 +6,9 @@
 #include <memory>
 #include <vector>
 
-#include "../params.h"
+#include "packed.h"
 
 namespace fused_rnn::ops {
-
-// Addresses of w_ih, w_hh, b_ih, b_hh, w_hr, and of the cell's own matrices and params, of a layer, as in fused_rnn::Weights; 0 where there
-// is none.
-using WeightAddresses = std::vector<uintptr_t>;
 
 class Stream {
  public:
@@ -21,28 +17,21 @@ class Stream {
   Stream(const Problem& problem, int64_t layers, bool projects, Narrow narrow, std::vector<uintptr_t> states);
 
   // Takes the weights of every layer as they are now; nothing of them is referred to later.
-  void pack(const std::vector<WeightAddresses>& layers);
+  void pack(const std::vector<WeightAddresses>& layers) { packed_.pack(layers); }
   // x: [T, B, D], y: [T, B, P], which may be x's memory. Throws std::runtime_error while another thread is in here.
   void run(const void* x, int64_t T, void* y);
 
   const Problem& problem() const { return problem_; }
-  int64_t step_bytes() const { return bytes_; }  // of weights that every step reads
+  int64_t step_bytes() const { return packed_.bytes(); }  // of weights that every step reads
 
  private:
-  struct Free {
-    void operator()(void* memory) const;
-  };
   Problem problem_;
-  bool projects_;
-  Narrow narrow_;
+  Packed packed_;
   std::vector<uintptr_t> states_;
   size_t element_, wide_;  // bytes of the dtype, of the accumulation dtype
-  int64_t bytes_ = 0, turn_ = 0;
-  std::vector<std::unique_ptr<void, Free>> packed_;  // by layer
+  int64_t turn_ = 0;
   std::atomic<bool> busy_{false};
   std::vector<char> between_[2], copy_;              // outputs of the layers but the last; x where y overlaps it
-
-  Problem layer(int64_t l, const Weights& w) const;
 };
 
 // Adds the class Stream to the module. Its fast_path(like) makes a function step(x, out) that returns None for whatever is not an

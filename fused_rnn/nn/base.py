@@ -27,8 +27,8 @@ class Fused(nn.Module):
     """A module that takes the place of its counterpart, torch.nn's class of the same name.
 
     A call out of the ordinary goes to the counterpart's own forward, which raises torch's error for it, in the words of
-    the torch installed, or computes what only torch's operators can. All attributes but `backend`, `save` and `stream`
-    begin with _fused, for users' subclasses have names of their own.
+    the torch installed, or computes what only torch's operators can. All attributes but `backend`, `save`, `stream`,
+    `freeze` and `unfreeze` begin with _fused, for users' subclasses have names of their own.
     """
 
     _fused_counterpart: ClassVar[Any]  # None where torch.nn has none

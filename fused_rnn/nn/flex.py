@@ -259,7 +259,8 @@ class FlexRNN(Recurrent):
         if not is_grad_enabled() and not is_compiling() and self._fused_is_plain():
             time = 1 if self.batch_first else 0
             cell, (parameters, bias) = self._fused_cell, self._fused_by_name()
-            stepped = FAST_PATH(parameters, bias, input, hx, cell, time, lengths, reset)  # type: ignore[misc]
+            kept = self._fused_frozen
+            stepped = FAST_PATH(parameters, bias, input, hx, cell, time, lengths, reset, 1, False, kept)  # type: ignore[misc]
             if stepped is not None:
                 return stepped[0], stepped[1] if len(stepped) == 2 else tuple(stepped[1:])
         result: tuple[Any, Any] = run(self, input, hx, lengths, reset, self._fused_weights())
@@ -270,10 +271,14 @@ class FlexRNN(Recurrent):
         return self._parameters, self.bias
 
     def _fused_is_plain(self) -> bool:
-        """Whether the layers are one recurrence that returns h, as sequence.step runs one: past the dispatcher."""
+        """Whether the layers are one recurrence that returns h, as quick.call runs one: past the dispatcher."""
         alone = self._fused_options == (1, False) and self.num_layers == 1 and not self.bidirectional
         alone = alone and not self._fused_extras and self._fused_user.diagonal == 1  # else W_hh lies otherwise
         return alone and FAST_PATH is not None and self._fused_backend in STEPPING and not self._fused_checks
+
+    def _fused_names(self) -> list[str] | None:
+        weights = self._fused_by_name()[0] if self._fused_is_plain() else {}
+        return (self._flat_weights_names if weights is self._parameters else list(weights)) or None
 
     def _fused_weights(self) -> list[Tensor]:
         """The weights of a call."""
@@ -302,6 +307,8 @@ class FlexRNN(Recurrent):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._fused_cell = self._fused_user.descriptor().name  # of the step as it is here, which may have changed
+        if self._fused_frozen is not None:
+            self.freeze()
 
 
 def _checked_init(init: Mapping[str, Init] | None, cell: UserCell, hidden: int) -> Mapping[str, Init]:

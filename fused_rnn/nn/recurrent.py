@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar, Protocol, TypeVar, overload
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar, overload
 
 from torch import Tensor, nn
 from torch._jit_internal import unused
@@ -15,7 +15,11 @@ from fused_rnn.cells import CELLS
 from fused_rnn.dispatch import known_backend
 from fused_rnn.nn import extras
 from fused_rnn.nn.base import Fused, overrides_forward
+from fused_rnn.nn.frozen import keeper_of
 from fused_rnn.stream import Stream
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 # Methods of torch.nn's modules that a subclass may override to check its input otherwise.
 _CHECKS = (
@@ -66,6 +70,7 @@ class Recurrent(Fused, nn.RNNBase):
     _fused_zoned: ClassVar[int | None] = None  # how many states, the first ones, may zone out; None for all
     _fused_refused: ClassVar[tuple[str, ...]] = ()  # regularisers that the cell cannot have
     _fused_extras: bool = False  # whether the module has the attributes of extras.DEFAULTS
+    _fused_frozen: Any = None  # what keeps its packed weights, since `freeze`
 
     def __init__(self, mode: str, *args: Any, backend: str | None = None, save: str = "gates", **kwargs: Any) -> None:
         counterpart = self._fused_counterpart
@@ -141,6 +146,40 @@ class Recurrent(Fused, nn.RNNBase):
             cell, self._fused_read, batch_size=batch_size, num_layers=self.num_layers,
             batch_first=self.batch_first, weights=weights, backend=self._fused_backend, heads=self._fused_heads,
         )  # fmt: skip
+
+    def freeze(self) -> Self:
+        """Keep the packed weights from call to call, for serving: no call packs them again until they change.
+
+        It speeds up calls without gradient (no_grad, inference_mode) on the CPU, most of all short ones of large
+        layers; all others go as ever. The panels take as much memory again as the weights. Each call asks whether the
+        weights are the tensors they were, at their addresses, in their versions (`_version`), and packs them anew
+        where they are not: after an optimizer's step, load_state_dict, to(), half(), and all that torch's operators
+        do. What torch does not count it cannot see: writes through `.data`, a numpy or DLPack alias, or by another
+        process to shared memory. After these call `freeze` again.
+
+        Returns:
+            The module itself.
+
+        Raises:
+            NotImplementedError: for a module whose weights are made anew in each call, with regularisers or heads.
+            RuntimeError: for parameters made under inference_mode, which have no version.
+        """
+        self._fused_frozen = keeper_of(self)
+        return self
+
+    def unfreeze(self) -> Self:
+        """Undo `freeze`, and give back the panels' memory. Returns the module itself."""
+        self.__dict__.pop("_fused_frozen", None)
+        return self
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        if self._fused_frozen is not None:
+            self._fused_frozen.forget()  # torch lets no tensors change places that are referred to
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+
+    def _fused_names(self) -> list[str] | None:
+        """The names of the weights that may be kept packed, as the cell has them; None of a module that cannot."""
+        return None if self._fused_checks or self._fused_extras else self._flat_weights_names
 
     def _fused_read(self) -> list[Tensor]:
         """The weights as a stream reads them."""

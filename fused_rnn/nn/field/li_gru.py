@@ -123,6 +123,9 @@ class LiGRU(Field):
         names = ("weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0")
         return dict(zip(names, self._fused_read(), strict=True)), True
 
+    def _fused_names(self) -> list[str] | None:
+        return None if self._fused_normed else super()._fused_names()
+
     @property
     def _fused_by_layer(self) -> bool:  # type: ignore[override]
         return self._fused_normed and self.training
