@@ -15,7 +15,7 @@ from fused_rnn.commands.bench import readme
 from fused_rnn.commands.bench.beside_rivals import OURS, STREAM, tables, terminal
 from fused_rnn.commands.bench.grid import CELLS, GRIDS, SEQUENCES, Grid, Point
 from fused_rnn.commands.bench.measure import Timing, measure
-from fused_rnn.commands.bench.providers import BASELINE, build, kernels_of_torch, supports
+from fused_rnn.commands.bench.providers import BASELINE, FROZEN, build, kernels_of_torch, supports
 from fused_rnn.commands.bench.results import TIME, Results, Row, time_row, torch_of
 from fused_rnn.commands.bench.rivals import RIVALS, compiled, missing, opened, ort, versions
 from fused_rnn.commands.bench.workload import Workload
@@ -163,7 +163,8 @@ def test_a_grid_beside_a_rival(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert results.runs[0]["torch_runs"]["GRU"] == "ATen"
     assert len(results.ratios("onnxruntime", OURS)) == 2
     short, full = tables(tmp_path)
-    assert "| onnxruntime, inference | – | **" in short
+    assert "| onnxruntime, inference | – | **" in short and "| onnxruntime, inference, ours frozen | – | **" in short
+    assert "packed weights are kept" in str(supports(FROZEN, Point("GRU", "training", "fp32", 4, 2, 8)))
     assert "| inference, all | – | **" in full and "| training" not in full
 
 

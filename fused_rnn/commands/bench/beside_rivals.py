@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 from rich.table import Table
 
 from fused_rnn.commands.bench.grid import CELLS, GRIDS, REGIONS, SEQUENCES, Point
-from fused_rnn.commands.bench.providers import BASELINE, TITLES
+from fused_rnn.commands.bench.providers import BASELINE, FROZEN, TITLES
 from fused_rnn.commands.bench.results import TIME, Results, geometric_mean, setting, torch_of
 from fused_rnn.commands.bench.rivals import RIVALS
 from fused_rnn.commands.bench.tables import duration, grid, ratio
@@ -19,10 +19,15 @@ PREFIX = "rivals-"  # of the result files' names
 OURS, STREAM = "auto", "stream"
 KEPT = (
     "onnxruntime's weights are constants of its model, packed once and for all; a module's may change, and are packed "
-    "in each call."
+    "in each call, or after `freeze()` when they have."
 )
 Inside = Callable[[Point], bool]
 PARTS: dict[str, Inside] = {"": lambda p: p.T > 1, ", T=1": lambda p: p.T == 1}  # of the README's lines
+
+
+# Ours beside each rival, and what is said of them behind its name.
+WAYS: dict[str, dict[str, str]] = {"onnxruntime": {OURS: "", FROZEN: ", ours frozen"}}
+PLAIN = {OURS: ""}
 
 
 def anywhere(_: Point) -> bool:
@@ -73,9 +78,9 @@ def _by_cell(found: dict[Point, float], mode: str, inside: Inside) -> list[str]:
     return [_entry(of_cell) for of_cell in values] if any(values) else []
 
 
-def _regions(results: Results, rival: str) -> Iterator[tuple[str, str, list[str]]]:
+def _regions(results: Results, rival: str, ours: str = OURS) -> Iterator[tuple[str, str, list[str]]]:
     """(mode, region, entries by cell): the benchmark's regions, then all that was measured."""
-    found = results.ratios(rival, OURS)
+    found = results.ratios(rival, ours)
     for mode in SEQUENCES:
         for region, inside in (REGIONS["cpu"] | {"all": anywhere}).items():
             if entries := _by_cell(found, mode, inside):
@@ -97,12 +102,16 @@ def _short(loaded: list[Results], streams: list[Results]) -> str:
     lines = _head("times as fast as, mean (worst)")
     for results in loaded:
         for name in present(results):
-            for mode, (part, inside) in product(SEQUENCES, PARTS.items()):
-                if entries := _by_cell(results.ratios(name, OURS), mode, inside):
-                    lines.append(_row(f"{TITLES[name]}, {mode}{part}", entries))
+            for mode, (ours, said), (part, inside) in product(SEQUENCES, _ways(name), PARTS.items()):
+                if entries := _by_cell(results.ratios(name, ours), mode, inside):
+                    lines.append(_row(f"{TITLES[name]}, {mode}{part}{said}", entries))
     for results in streams:
         lines.append(_row("onnxruntime, a step of a stream, B=1", _stream(results)))
     return "\n".join([*lines, "", *_below(loaded, streams)])
+
+
+def _ways(rival: str) -> Iterable[tuple[str, str]]:
+    return WAYS.get(rival, PLAIN).items()
 
 
 def _full(loaded: list[Results], streams: list[Results]) -> str:
@@ -110,8 +119,13 @@ def _full(loaded: list[Results], streams: list[Results]) -> str:
     for results in loaded:
         for name in present(results):
             lines = [f"**× {TITLES[name]}'s speed, {setting(results.runs[-1])}**", "", *_head("")]
-            lines += [_row(f"{mode}, {region}", entries) for mode, region, entries in _regions(results, name)]
-            parts.append("\n".join([*lines, "", " ".join([_lost(results, name), *_compiled(results, name)])]))
+            for ours, said in _ways(name):
+                regions = _regions(results, name, ours)
+                lines += [_row(f"{mode}, {region}{said}", entries) for mode, region, entries in regions]
+            lost = [_lost(results, name, ours, said) for ours, said in _ways(name) if results.ratios(name, ours)]
+            parts.append(
+                "\n".join([*lines, "", " ".join([*lost, *_refused(results, name), *_compiled(results, name)])])
+            )
         parts += _deepbench(results)
     for results in streams:
         parts.append("\n".join(_streams(results)))
@@ -126,14 +140,19 @@ def _row(title: str, entries: Sequence[str]) -> str:
     return f"| {title} | " + " | ".join(entries) + " |"
 
 
-def _lost(results: Results, rival: str) -> str:
+def _lost(results: Results, rival: str, ours: str, said: str) -> str:
     """How many points are slower than the rival's, and the worst of them."""
-    found = results.ratios(rival, OURS)
+    found = results.ratios(rival, ours)
     slower = sorted((value, str(point)) for point, value in found.items() if value < 1)
     worst = f", the worst {slower[0][0]:.2f}× at {slower[0][1]}" if slower else ""
-    said = f"Ours are slower at {len(slower)} of {len(found)} points{worst}."
-    refused = [row for (_, name, _), row in results.rows.items() if name == rival and row.refused is not None]
-    return " ".join([said, *(f"No time of theirs for {row.point}: {row.refused}." for row in refused)])
+    return f"Ours{said.removeprefix(', ours')} are slower at {len(slower)} of {len(found)} points{worst}."
+
+
+def _refused(results: Results, rival: str) -> Iterator[str]:
+    """The rival's points without a time."""
+    for (_, name, _), row in results.rows.items():
+        if name == rival and row.refused is not None:
+            yield f"No time of theirs for {row.point}: {row.refused}."
 
 
 def _compiled(results: Results, rival: str) -> Iterator[str]:

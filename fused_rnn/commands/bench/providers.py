@@ -23,6 +23,7 @@ from fused_rnn.commands.bench.rivals import RIVALS
 BASELINE = "torch"
 STEP_BASELINE = "cell"
 HALF = "torch-fp16"
+FROZEN = "frozen"
 # name → what the tables call it; any other name is a backend of fused_rnn, run alone
 TITLES = {
     "torch": "torch.nn",
@@ -30,6 +31,7 @@ TITLES = {
     "loop": "loop over torch cell",
     "cell": "torch.nn cell",
     "auto": "fused_rnn, auto",
+    FROZEN: "fused_rnn, frozen",
 } | {name: rival.title for name, rival in RIVALS.items()}
 OTHERS = tuple(TITLES)  # every other provider is one of our backends, run alone
 
@@ -51,6 +53,8 @@ def supports(provider: str, point: Point) -> str | None:
     plain = point.variant in ("plain", "graph") and point.layers == point.directions == 1
     if provider in ("loop", "cell") and not plain:
         return "the loop over a cell has one layer, one direction, no lengths and no resets"
+    if provider == FROZEN and point.mode == "training":
+        return "packed weights are kept for calls without gradient"
     if provider == HALF and HALF not in ways_in_torch(point):
         return "it stands beside bf16 sequences alone"
     if (provider == "cell") != (point.mode == "step") and provider in ("cell", "loop"):
@@ -92,9 +96,11 @@ def _call(provider: str, point: Point, device: str, options: dict[str, str]) -> 
     if provider in (BASELINE, HALF):
         module = reference
     else:
-        backend = None if provider == "auto" else provider
+        backend = None if provider in ("auto", FROZEN) else provider
         module = getattr(fused_rnn, point.cell)(point.width, point.H, backend=backend, **options, **kwargs, **factory)
         module.load_state_dict(reference.state_dict())
+        if provider == FROZEN:
+            module.freeze()
     forward = variants.forward(point, module, x, hx, ours=provider not in (BASELINE, HALF))
     return Call(point, module, forward, x, variants.rows(point, dy))
 

@@ -14,7 +14,7 @@ import torch
 
 from fused_rnn.commands.bench.grid import CELLS, GRIDS, MODES, SEQUENCES, Point, Shape
 from fused_rnn.commands.bench.memory import SIZES
-from fused_rnn.commands.bench.providers import HALF, TITLES
+from fused_rnn.commands.bench.providers import FROZEN, HALF, TITLES
 from fused_rnn.commands.bench.rivals import RIVALS, missing
 from fused_rnn.commands.machine import OUT, kernels_isa
 from fused_rnn.dispatch import BACKENDS
@@ -97,7 +97,7 @@ def asked(
     if device != "cpu" and rivals:
         raise click.BadParameter(f"got {name!r} with --device {device}, expected cpu", param_hint="--grid")
     short = bool(shapes or rivals)
-    usual = ("torch", "auto") if short else PROVIDERS[device]
+    usual = ("torch", "auto", *([FROZEN] if "onnxruntime" in rivals else [])) if short else PROVIDERS[device]
     return Workload(
         device=device,
         grid=grid,
