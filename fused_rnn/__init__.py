@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from fused_rnn import functional
-from fused_rnn.autograd import GRUFunction, LSTMFunction, RNNFunction
+from fused_rnn.autograd.functions import GRUFunction, LSTMFunction, RNNFunction
 from fused_rnn.convert import convert, patch, to_torch, unpatch
 from fused_rnn.flex import UserCell, cell
 from fused_rnn.nn import GRU, LSTM, RNN, FlexRNN, GRUCell, LSTMCell, RNNCell

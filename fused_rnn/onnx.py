@@ -24,7 +24,7 @@ from fused_rnn.call import LayerCall, Weights, all_or_none
 from fused_rnn.cells import Cell
 
 # ONNX's node for a cell, which of our gates stands in each of its places, and its other attributes.
-_NODES: dict[str, tuple[str, tuple[int, ...], dict[str, Any]]] = {
+NODES: dict[str, tuple[str, tuple[int, ...], dict[str, Any]]] = {
     "lstm": ("LSTM", (0, 3, 1, 2), {}),  # i, o, f, g
     "gru": ("GRU", (1, 0, 2), {"linear_before_reset": 1}),  # z, r, n
     "rnn_tanh": ("RNN", (0,), {"activations": ["Tanh"]}),
@@ -79,10 +79,10 @@ def _forward_op(*args: Any) -> list[Tensor]:
 def forward(call: LayerCall) -> list[Tensor]:
     """One layer by ONNX's node; result as of the op fused_rnn::forward."""
     x, _, states, lengths, reset, cell, directions, save, _, sequences = call
-    if cell not in _NODES or sequences:
-        what = "return_sequences: got 'states'" if cell in _NODES else f"cell: got {call.spec.title!r}"
+    if cell not in NODES or sequences:
+        what = "return_sequences: got 'states'" if cell in NODES else f"cell: got {call.spec.title!r}"
         raise NotImplementedError(f"{what}, for which ONNX has no node; its nodes are LSTM, GRU and RNN")
-    name, recurrences = _NODES[cell][0], len(directions)
+    name, recurrences = NODES[cell][0], len(directions)
     if reset is not None:
         raise NotImplementedError(f"reset: got a tensor, expected None: ONNX's {name} forgets nothing in a sequence")
     if tuple(directions) not in _DIRECTIONS or x.dim() != 3:
@@ -132,7 +132,7 @@ def _node(
     directions: Sequence[int],
 ) -> list[Tensor]:
     """One layer without a projection: [y [T, B, R·H], h_n] and of an LSTM c_n."""
-    name, order, attributes = _NODES[spec.name]
+    name, order, attributes = NODES[spec.name]
     (steps, batch), recurrences, count = x.shape[:2], len(directions), len(spec.states)
     hidden = weights[0].w_hh.shape[1]
 

@@ -1,5 +1,5 @@
-"""Every case of tests/common/cases.py by the CPU kernels on one thread and three, with gradients and without,
-streamed, and on weights that stay packed and that are int8.
+"""Every case of tests/common/cases.py by the CPU kernels on one thread and three, with gradients and without, streamed,
+by weights that stay packed and by those of int8.
 
 Nothing is compared, the sanitizers alone judge (scripts/sanitize.sh): the tests compare, with code compiled as it is
 installed, and spend nearly all their time on the reference loop.

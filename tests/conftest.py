@@ -12,6 +12,8 @@ from tolerances import tf32
 
 # Deterministic mode refuses cuBLAS without it; read when cuBLAS starts.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+# Tests share the cores, and mean the numbers of threads that they set; read when a team first starts.
+os.environ.setdefault("FUSED_RNN_FIXED_TEAMS", "1")
 # Read when Triton is first imported, by whichever test.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"

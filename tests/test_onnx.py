@@ -215,4 +215,4 @@ def test_an_ensemble_is_refused() -> None:
 
 
 def test_every_cell_has_a_node() -> None:
-    assert set(fused_rnn.onnx._NODES) == set(fused_rnn.cells.CELLS)
+    assert set(fused_rnn.onnx.NODES) == set(fused_rnn.cells.CELLS)

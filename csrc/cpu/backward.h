@@ -98,6 +98,7 @@ struct BackwardLoop : Counts<Cell> {
     if constexpr (!kInterpreted<Cell>) return nullptr;
     else return scanned(p, unit_vectors, p.cell->program->scan_backward);
   }
+  bool any_team() const { return !staged(); }  // with the same bits: in stages, gradients of params are summed over the rows of a strip
   int64_t parts() const { return scan() ? p.T : panels; }
   static int vectors_of(int64_t j, int64_t total) {
     return int(total - j * kPanelVectors < kPanelVectors ? total - j * kPanelVectors : kPanelVectors);
@@ -143,7 +144,7 @@ struct BackwardLoop : Counts<Cell> {
     if (b0 == b1) return;
     const int nv = vectors_of(j, out_vectors);
     S* dh = m.dh + b0 * dh_stride + j * kPanelVectors * L;
-    if (f.dy && t >= 0)
+    if (f.dy && t >= 0 && (project || kInterpreted<Cell>))  // else the cell adds it
       for (int64_t b = b0; b < b1; ++b) {
         if (!active(t, b)) continue;
         const T* dy = (const T*)f.dy + ((t * p.B + b) * p.R + r) * p.P + j * kPanelVectors * L;
@@ -176,6 +177,7 @@ struct BackwardLoop : Counts<Cell> {
         tile.c = m.pieces.tile, tile.ldc = PieceWork<Kind>::kLd;
         tile.init = s == 0 ? m.zero : tile.c, tile.ldi = s == 0 ? 0 : tile.ldc;
       }
+      tile.lone = p.B == 1;
       if (far && next >= 0) tile.ahead = (const char*)(m.w_hh + packed_size(next * kPanelVectors) + before);
       multiply_panel<Kind>(rows, piece.vectors, tile, panel_size<Kind>(depth, piece.vectors) * int64_t(sizeof(A)));
     }
@@ -210,6 +212,7 @@ struct BackwardLoop : Counts<Cell> {
     const int64_t row = t * B * R + r, row_prev = (has_prev ? t_prev : t) * B * R + r, kept_shift = shift * B * R;
     const T* const saved = at<const T>(f.saved, (row - kept_shift) * SV * H);
     const T* const hidden = at<const T>(f.hidden, row * width);
+    const T* const dy = projects ? nullptr : at<const T>(f.dy, row * width);
     const T* const hidden_prev = at<const T>(f.hidden, row_prev * width);
     const S* const h0 = at<const S>(f.first[0], r * B * width);
     T* const dgates = at<T>(f.dgates, (t_row * B * R + r) * DG * H);
@@ -256,6 +259,7 @@ struct BackwardLoop : Counts<Cell> {
         if ((Cell::backward_before & 1) && !zero[e])
           before[0].v[e] = from_memory ? load(hidden_prev + b * R * width + first, n) : load(h0 + b * width + first, n);
         dstate[0].v[e] = load(dh_rows + b * dh_row + first);
+        if (dy && on[e]) dstate[0].v[e] += load(dy + b * R * width + first, n);
 #pragma GCC unroll 4
         for (int i = 0; i < NP; ++i) params[i].v[e] = load(own_params + i * state_stride + first);
       }
@@ -431,9 +435,10 @@ struct BackwardLoop : Counts<Cell> {
         const int64_t j = from_end ? j0 + j1 - 1 - i : i;
         if (project && end > b0) {
           S* dm = m.dm + b0 * unit_stride + j * kPanelVectors * L;
-          multiply_panel<Kind>(end - b0, vectors_of(j, unit_vectors),
-                               {m.out + b0 * out_stride, out_stride, m.w_hr + j * kPanelVectors * panel_size<Kind>(p.P, 1), p.P, m.zero, 0,
-                                dm, unit_stride});
+          TileArgs<Kind> tile{
+              m.out + b0 * out_stride, out_stride, m.w_hr + j * kPanelVectors * panel_size<Kind>(p.P, 1), p.P, m.zero, 0, dm, unit_stride};
+          tile.lone = p.B == 1;
+          multiply_panel<Kind>(end - b0, vectors_of(j, unit_vectors), tile);
         } else if (!project) {
           const int64_t next = from_end ? j - 1 : j + 1;
           hidden_gradient(m, r, t, in, j, next >= j0 && next < j1 ? next : -1, b0, reach);

@@ -135,9 +135,11 @@ struct BackwardStages : LoopStages<Loop, Kind> {
       const A* const a = work.operand(made.from, B) + b0 * work.operand_stride;
       for (int64_t u = way.u0; u < way.u1; u += kPanelVectors) {
         const int nv = int(way.u1 - u < kPanelVectors ? way.u1 - u : kPanelVectors);
-        multiply_panel<Kind>(b1 - b0, nv,
-                             {a, work.operand_stride, m.blocks + (made.block * loop.unit_vectors + u) * panel_size<Kind>(H, 1), H,
-                              work.zero, 0, work.fields[made.to].at + b0 * product_row + u * L, product_row});
+        const A* const w = m.blocks + (made.block * loop.unit_vectors + u) * panel_size<Kind>(H, 1);
+        S* const c = work.fields[made.to].at + b0 * product_row + u * L;
+        TileArgs<Kind> tile{a, work.operand_stride, w, H, work.zero, 0, c, product_row};
+        tile.lone = B == 1;
+        multiply_panel<Kind>(b1 - b0, nv, tile);
       }
     });
   }

@@ -12,8 +12,10 @@ namespace FUSED_RNN_ISA {
 constexpr int64_t kChunkRows = 64;            // rows of one input product: enough to reuse every panel of W_ih
 constexpr int64_t kChunkBytes = 512 * 1024;   // of pre-activations at the most: they must stay in L2 beside the weights
 constexpr int64_t kUnpackedRows = 16;         // T B up to here: packing W costs more than it saves
+constexpr int kKeepingPack = 2;               // of a cell that keeps its gates: they are held until they are stored
 constexpr int64_t kFewVectors = 8;            // of a program at a time, where there are as many
 constexpr int64_t kFarUnpackedRows = 32;      // and up to here where W and its packed form do not fit L2 together
+constexpr int64_t kFarUnpackedSteps = 48;     // of one sequence, whose every step reads them once
 
 template <class Kind, class T, class Cell>
 struct ForwardLoop : ForwardWeights<Kind, T, Cell> {
@@ -28,7 +30,7 @@ struct ForwardLoop : ForwardWeights<Kind, T, Cell> {
   using Weighed::L, Weighed::diagonal, Weighed::columns, Weighed::unit_vectors, Weighed::panels, Weighed::out_vectors, Weighed::row;
   using Weighed::rows_of, Weighed::block_panels;
   using Weighed::state_stride, Weighed::unpacked, Weighed::uses_h, Weighed::last_vector, Weighed::recurrent_size, Weighed::projects;
-  static constexpr bool kUnpackable = Kind::k_group == 1 && !kNarrow<Kind>;
+  static constexpr bool kUnpackable = !kNarrow<Kind>;
 
   const Forward& f;
   int64_t chunk_steps, x_stride, h_stride, m_stride;
@@ -58,7 +60,8 @@ struct ForwardLoop : ForwardWeights<Kind, T, Cell> {
     m_stride = row_stride<Kind>(p.H);
     uses_h = recurrent && (!f.h_is_zero || p.stop - p.start > 1);
     far = (unit_vectors * panel_size<Kind>(p.D, G) + recurrent_size()) * int64_t(sizeof(W)) > kNearBytes;
-    unpacked = kUnpackable && !f.packed && (p.stop - p.start) * p.B <= (far ? kFarUnpackedRows : kUnpackedRows);
+    const int64_t most = !far ? kUnpackedRows : p.B == 1 ? kFarUnpackedSteps : kFarUnpackedRows;
+    unpacked = kUnpackable && !f.packed && (p.stop - p.start) * p.B <= most;
     joined_x = p.B == 1 || p.T == 1 || f.x.time == p.B * f.x.batch;
     direct_x = joined_x && sizeof(A) == sizeof(T) && p.D % Kind::k_multiple == 0;
   }
@@ -74,6 +77,7 @@ struct ForwardLoop : ForwardWeights<Kind, T, Cell> {
   }
   // Panels that a thread takes together: those of the matrices are as wide as a panel may be.
   int64_t grain() const { return kInterpreted<Cell> && p.cell->blocks > 0 ? kPanelVectors / units() : 1; }
+  bool any_team() const { return true; }  // with the same bits
   int64_t parts() const { return scan() ? p.T : (panels + grain() - 1) / grain(); }
   int64_t first_panel(const Share& s, int me) const {
     const int64_t j = part(parts(), me, s.size) * grain();
@@ -160,13 +164,13 @@ struct ForwardLoop : ForwardWeights<Kind, T, Cell> {
         if constexpr (kUnpackable)
           for (int v = 0; v < nv; ++v) {
             const auto [first, lane, end] = rows_of(piece, input, v0 + v);
-            multiply_rows<T>(rows, a, lda, (const T*)(input ? w.w_ih : w.w_hh) + (first + lane) * k, k, end - lane, k, tile.init + v * L,
-                             tile.ldi, tile.c + v * L + lane, tile.ldc);
+            multiply_rows<Kind, T>(rows, a, lda, (const T*)(input ? w.w_ih : w.w_hh) + (first + lane) * k, k, end - lane, k,
+                                   tile.init + v * L, tile.ldi, tile.c + v * L + lane, tile.ldc);
           }
       } else {
         const W* packed = input ? m.w_ih : m.w_hh;
         tile.w = packed + panel_size<Kind>(k, 1) * place;
-        tile.of_many = input;  // how many steps go through the product at once must not show in the result
+        tile.lone = !input && p.B == 1;  // how many steps go through the product at once must not show in the result
         if constexpr (kScaled<Kind>) tile.scale = (input ? m.scale_ih : m.scale_hh) + place * L;
         if (far && after >= 0) tile.ahead = (const char*)(packed + after * panel_size<Kind>(k, G) + panel_size<Kind>(k, v0));
         if constexpr (kByBytes<Kind>) multiply_bytes(rows, nv, tile);
@@ -231,7 +235,7 @@ struct ForwardLoop : ForwardWeights<Kind, T, Cell> {
     S* states[ST];
     T* histories[ST];
     for (int i = 1; i < ST; ++i) states[i] = m.states[i], histories[i] = at<T>(f.histories[i], (t_row * p.B * R + r) * H);
-    const auto body = [&](auto size, const int64_t (&units)[kPack], const int64_t (&rows)[kPack]) __attribute__((always_inline)) {
+    const auto body = [&](auto size, const auto& units, const auto& rows) __attribute__((always_inline)) {
       constexpr int N = decltype(size)::value;
       using P = Pack<S, N>;
       bool on[N], zero[N], zero_next[N];
@@ -280,7 +284,8 @@ struct ForwardLoop : ForwardWeights<Kind, T, Cell> {
           if (histories[i]) store(histories[i] + out, on[e] ? after[i].v[e] : V{}, n);
       }
     };
-    for_packs<kPack>(u0, u1, b0, b1, body);
+    if (saved) for_packs<kKeepingPack>(u0, u1, b0, b1, body);
+    else for_packs<kPack>(u0, u1, b0, b1, body);
   }
 
   // The same by a program.
@@ -357,13 +362,14 @@ struct ForwardLoop : ForwardWeights<Kind, T, Cell> {
       bool done = false;
       if constexpr (kUnpackable) {
         if (unpacked) {
-          multiply_rows<T>(b1 - b0, a, m_stride, (const T*)w.w_hr + v * L * p.H, p.H, n, p.H, m.zero, 0, c, out_vectors * L);
+          multiply_rows<Kind, T>(b1 - b0, a, m_stride, (const T*)w.w_hr + v * L * p.H, p.H, n, p.H, m.zero, 0, c, out_vectors * L);
           done = true;
         }
       }
       if (!done) {
         TileArgs<Kind> tile{a, m_stride, m.w_hr + v * panel_size<Kind>(p.H, 1), p.H, m.zero, 0, c, out_vectors * L};
         if constexpr (kScaled<Kind>) tile.scale = m.scale_hr + v * L;
+        tile.lone = p.B == 1;
         if constexpr (!kByBytes<Kind>) multiply_panel<Kind>(b1 - b0, 1, tile);  // of bytes there are none with a projection
       }
       for (int64_t b = b0; b < b1; ++b) {

@@ -112,8 +112,8 @@ struct ForwardStages : LoopStages<Loop, Kind> {
       if (loop.unpacked) {
         const T* const matrix = block_of<T>(p, w, made.block);
         for (int64_t u = way.u0; u < way.u1; ++u)
-          multiply_rows<T>(b1 - b0, a, work.operand_stride, matrix + u * L * p.H, p.H, lanes_left(p.H, u * L, L), p.H, work.zero, 0,
-                           c + u * L, row);
+          multiply_rows<Kind, T>(b1 - b0, a, work.operand_stride, matrix + u * L * p.H, p.H, lanes_left(p.H, u * L, L), p.H, work.zero, 0,
+                                 c + u * L, row);
         return;
       }
     }
@@ -122,6 +122,7 @@ struct ForwardStages : LoopStages<Loop, Kind> {
       const int64_t panel = made.block * loop.unit_vectors + u;
       TileArgs<Kind> tile{a, work.operand_stride, m.blocks + panel * panel_size<Kind>(p.H, 1), p.H, work.zero, 0, c + u * L, row};
       if constexpr (kScaled<Kind>) tile.scale = m.scale_blocks + panel * L;
+      tile.lone = p.B == 1;
       multiply_panel<Kind>(b1 - b0, nv, tile);
     }
   }

@@ -91,8 +91,8 @@ struct TileArgs {
   // The panel that comes next, to be brought from L3 into L2 meanwhile: `ahead_lines` cache lines for every k. Null: leave it.
   const char* ahead = nullptr;
   int ahead_lines = 0;
-  // A lone row is summed as it would be among others. Otherwise in twice as many parts, to keep the arithmetic busy.
-  bool of_many = false;
+  // The row of a batch of one: summed in twice as many parts, to keep the arithmetic busy. Others have the same sums wherever they are.
+  bool lone = false;
   const typename Kind::Accumulator* scale = nullptr;  // [vectors * lanes] of F32FromInt8
 };
 template <class Kind>
@@ -103,7 +103,8 @@ template <class Kind>
 constexpr bool kByBytes = kScaled<Kind> && Kind::k_group == 4;  // operands are brought to bytes, too (bytes.h)
 
 // ---- vector units ----
-template <class Kind, int MR, int NV, int KU>
+// PV: how many vectors the panel has, of which NV are multiplied.
+template <class Kind, int MR, int NV, int KU, int PV = NV>
 static ALWAYS_INLINE void multiply(Vec<typename Kind::Accumulator> (&acc)[KU][MR][NV], const typename Kind::Operand* a, int64_t lda,
                                    const typename Kind::Weight* w) {
   using S = typename Kind::Accumulator;
@@ -113,11 +114,11 @@ static ALWAYS_INLINE void multiply(Vec<typename Kind::Accumulator> (&acc)[KU][MR
     Vec<S> wv[NV];
 #pragma GCC unroll 4
     for (int v = 0; v < NV; ++v) {
-      const auto* at = w + int64_t(u * NV + v) * L * Kind::k_group;
+      const auto* at = w + int64_t(u * PV + v) * L * Kind::k_group;
       if constexpr (kScaled<Kind>) wv[v] = load(at);
       else wv[v] = *(const Vec<S>*)at;
     }
-#pragma GCC unroll 6
+#pragma GCC unroll 8
     for (int m = 0; m < MR; ++m) {
       if constexpr (Kind::k_group == 1) {
         const Vec<S> b = splat(a[m * lda + u]);
@@ -170,7 +171,7 @@ static ALWAYS_INLINE void fetch_ahead(const void* w) {
 }
 
 // KU: how many parts every sum is split into. An FMA takes four cycles and two start in each: few accumulators are split over several k to
-// keep eight in flight. By NV alone, so that a row has the same sums among any number of others; but for a lone row, if it may.
+// keep eight in flight. By NV alone, so that a row has the same sums among any number of others; but for a batch of one.
 template <class Kind, int MR, int NV, int kAhead, int KU = 4 / NV>
 static __attribute__((noinline)) void vector_tile(const TileArgs<Kind>& t) {
   using S = typename Kind::Accumulator;
@@ -225,7 +226,7 @@ static __attribute__((noinline)) void vector_tile(const TileArgs<Kind>& t) {
 template <class Kind, int MR, int NV>
 static ALWAYS_INLINE void vector_tile(const TileArgs<Kind>& t) {
   if constexpr (MR == 1) {
-    if (!t.of_many) return vector_tile<Kind, MR, NV, 0, 8 / NV>(t);
+    if (t.lone) return vector_tile<Kind, MR, NV, 0, 8 / NV>(t);
   }
   if constexpr (MR >= 3 && NV >= 3) {
     if (t.ahead_lines == 1) return vector_tile<Kind, MR, NV, 1>(t);
@@ -245,6 +246,38 @@ static ALWAYS_INLINE void vector_rows(int rows, const TileArgs<Kind>& t) {
     case 5: return vector_tile<Kind, 5, NV>(t);
     case 6: return vector_tile<Kind, 6, NV>(t);
 #endif
+  }
+}
+
+// Seven or eight rows, which are more than a tile has: half of the panel's vectors at a time, so that of a panel that comes from L3 every
+// byte is read once. The sums are vector_tile's.
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int kTallRows = 8;
+#else
+constexpr int kTallRows = 0;  // 16 vector registers
+#endif
+template <class Kind>
+constexpr bool kTall = kTallRows > 0 && Kind::k_multiple < 32 && !kNarrow<Kind>;
+template <class Kind, int MR>
+static __attribute__((noinline)) void tall_tile(const TileArgs<Kind>& t) {
+  using S = typename Kind::Accumulator;
+  constexpr int L = kKindLanes<Kind>, KG = Kind::k_group, NV = kPanelVectors / 2;
+  const char* ahead = t.ahead;
+  for (int v0 = 0; v0 < kPanelVectors; v0 += NV) {
+    Vec<S> acc[1][MR][NV] = {};
+    const auto* a = t.a;
+    const auto* w = t.w + v0 * L * KG;
+    for (int64_t k = (t.k + KG - 1) / KG; k > 0; --k, a += KG, w += kPanelVectors * L * KG, ahead += t.ahead_lines * 64) {
+      multiply<Kind, MR, NV, 1, kPanelVectors>(acc, a, t.lda, w);
+      for (int i = 0; i < t.ahead_lines; ++i) __builtin_prefetch(ahead + i * 64, 0, 2);
+    }
+#pragma GCC unroll 8
+    for (int m = 0; m < MR; ++m)
+#pragma GCC unroll 2
+      for (int v = 0; v < NV; ++v) {
+        const int64_t column = (v0 + v) * L;
+        store(t.c + m * t.ldc + column, load(t.init + m * t.ldi + column) + acc[0][m][v]);
+      }
   }
 }
 
@@ -353,16 +386,20 @@ static ALWAYS_INLINE void multiply_tile(int rows, int vectors, const TileArgs<Ki
   }
 }
 
-// Any number of rows: split evenly into tiles, so that none is much smaller than the others. Long sums are cut into blocks of k,
-// each summed by itself. `ahead_bytes`: size of the panel that follows this one and would have to come from L3; with two tiles or
-// more there is time to fetch it while this one is used.
+// Any number of rows: split evenly into tiles, so that none is much smaller than the others. Long sums are cut into blocks of k, each
+// summed by itself. `ahead_bytes`: size of the panel that follows this one and would have to come from L3; where this one is gone through
+// twice or more there is time to fetch it meanwhile.
 constexpr int64_t kSumBlock = 256;
 template <class Kind>
-static ALWAYS_INLINE void multiply_panel(int64_t rows, int vectors, TileArgs<Kind> t, int64_t ahead_bytes = 0, int64_t block = kSumBlock) {
-  const int64_t tiles = (rows + Kind::tile_rows - 1) / Kind::tile_rows;
+constexpr int64_t kBlock = sizeof(typename Kind::Operand) == 2 ? 2 * kSumBlock : kSumBlock;  // such operands are coarser than sums
+template <class Kind>
+static ALWAYS_INLINE void multiply_panel(int64_t rows, int vectors, TileArgs<Kind> t, int64_t ahead_bytes = 0,
+                                         int64_t block = kBlock<Kind>) {
   const TileArgs<Kind> all = t;
-  const int64_t steps = (t.k + Kind::k_group - 1) / Kind::k_group;
-  const int lines = !all.ahead || tiles < 2 ? 0 : tiles * steps * 64 >= ahead_bytes ? 1 : 2;
+  const bool tall = kTall<Kind> && all.ahead && vectors == kPanelVectors && rows > Kind::tile_rows && rows <= kTallRows;
+  const int64_t tiles = tall ? 1 : (rows + Kind::tile_rows - 1) / Kind::tile_rows;
+  const int64_t passes = tall ? 2 : 1, groups = (t.k + Kind::k_group - 1) / Kind::k_group;  // of a tile through its k
+  const int lines = !all.ahead || tiles * passes < 2 ? 0 : tiles * passes * groups * 64 >= ahead_bytes ? 1 : 2;
   for (int64_t q = 0; q < tiles; ++q) {
     const int64_t first = rows * q / tiles, last = rows * (q + 1) / tiles;
     t.init = all.init + first * all.ldi;
@@ -372,10 +409,14 @@ static ALWAYS_INLINE void multiply_panel(int64_t rows, int vectors, TileArgs<Kin
       t.a = all.a + first * all.lda + k;
       t.w = all.w + k * vectors * kKindLanes<Kind>;
       t.k = all.k - k < block ? all.k - k : block;
-      const int64_t offset = (q * steps + k / Kind::k_group) * lines * 64, amount = (t.k + Kind::k_group - 1) / Kind::k_group * lines * 64;
-      t.ahead_lines = lines && offset + amount <= ahead_bytes ? lines : 0;
+      const int64_t fetch = passes * lines * 64, here = (t.k + Kind::k_group - 1) / Kind::k_group;
+      const int64_t offset = (q * groups + k / Kind::k_group) * fetch;
+      t.ahead_lines = lines && offset + here * fetch <= ahead_bytes ? lines : 0;
       t.ahead = all.ahead + offset;
-      multiply_tile<Kind>(int(last - first), vectors, t);
+      if constexpr (kTall<Kind>) {
+        if (tall) rows == kTallRows ? tall_tile<Kind, kTallRows>(t) : tall_tile<Kind, kTallRows - 1>(t);
+      }
+      if (!tall) multiply_tile<Kind>(int(last - first), vectors, t);
       t.init = t.c;
       t.ldi = all.ldc;
     }
@@ -383,36 +424,59 @@ static ALWAYS_INLINE void multiply_panel(int64_t rows, int vectors, TileArgs<Kin
 }
 
 // ---- W as it stands in memory, for a handful of rows, where packing would cost more than it saves ----
+// A vector of so many operands, or of weights as operands, and sum += its products.
+template <class Kind>
+constexpr int kRowLanes = kKindLanes<Kind> * Kind::k_group;
+template <class Kind, class T>
+static ALWAYS_INLINE Vec<typename Kind::Accumulator> load_row(const T* p, int n) {
+  using V = Vec<typename Kind::Accumulator>;
+  if constexpr (Kind::k_group == 1) {
+    return load(p, n);
+  } else {
+    V v{};
+    if (__builtin_expect(n >= kRowLanes<Kind>, 1)) memcpy(&v, (const void*)p, sizeof(v));
+    else memcpy(&v, (const void*)p, size_t(n) * sizeof(T));
+    return v;
+  }
+}
+template <class Kind>
+static ALWAYS_INLINE void add_products(Vec<typename Kind::Accumulator>& sum, Vec<typename Kind::Accumulator> a,
+                                       Vec<typename Kind::Accumulator> w) {
+  if constexpr (Kind::k_group == 1) sum += a * w;
+#if defined(__AVX512BF16__)
+  else sum = (Vec<typename Kind::Accumulator>)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)w);
+#endif
+}
+
 // C[m, 0..n) = init + sum_k A[m, k] W[i, k] for n <= lanes rows i of W. One vector of C; lanes past n come out as init.
-template <class T>
-static __attribute__((noinline)) void multiply_rows(int64_t rows, const Acc<T>* a, int64_t lda, const T* w, int64_t ldw, int n, int64_t k,
-                                                    const Acc<T>* init, int64_t ldi, Acc<T>* c, int64_t ldc) {
+template <class Kind, class T>
+static __attribute__((noinline)) void multiply_rows(int64_t rows, const typename Kind::Operand* a, int64_t lda, const T* w, int64_t ldw,
+                                                    int n, int64_t k, const Acc<T>* init, int64_t ldi, Acc<T>* c, int64_t ldc) {
   using S = Acc<T>;
-  constexpr int L = kLanes<S>;
+  constexpr int L = kLanes<S>, step = kRowLanes<Kind>;
   for (int64_t m = 0; m < rows; ++m) {
     Vec<S> acc[L];
-    const S* am = a + m * lda;
+    const auto* am = a + m * lda;
+#pragma GCC unroll 16
+    for (int i = 0; i < L; ++i) acc[i] = Vec<S>{};
     if (n == L) {
-#pragma GCC unroll 16
-      for (int i = 0; i < L; ++i) acc[i] = Vec<S>{};
       int64_t j = 0;
-      for (; j + L <= k; j += L) {
-        const Vec<S> b = load(am + j);
+      for (; j + step <= k; j += step) {
+        const Vec<S> b = load_row<Kind>(am + j, step);
 #pragma GCC unroll 16
-        for (int i = 0; i < L; ++i) acc[i] += b * load(w + i * ldw + j);
+        for (int i = 0; i < L; ++i) add_products<Kind>(acc[i], b, load_row<Kind>(w + i * ldw + j, step));
       }
       if (j < k) {
-        const Vec<S> b = load(am + j, int(k - j));
+        const Vec<S> b = load_row<Kind>(am + j, int(k - j));
 #pragma GCC unroll 16
-        for (int i = 0; i < L; ++i) acc[i] += b * load(w + i * ldw + j, int(k - j));
+        for (int i = 0; i < L; ++i) add_products<Kind>(acc[i], b, load_row<Kind>(w + i * ldw + j, int(k - j)));
       }
     } else {
-      for (int i = 0; i < L; ++i) {
-        acc[i] = Vec<S>{};
-        if (i < n)
-          for (int64_t j = 0; j < k; j += L)
-            acc[i] += load(am + j, int(k - j < L ? k - j : L)) * load(w + i * ldw + j, int(k - j < L ? k - j : L));
-      }
+      for (int i = 0; i < n; ++i)
+        for (int64_t j = 0; j < k; j += step) {
+          const int left = int(k - j < step ? k - j : step);
+          add_products<Kind>(acc[i], load_row<Kind>(am + j, left), load_row<Kind>(w + i * ldw + j, left));
+        }
     }
     store(c + m * ldc, load(init + m * ldi) + sums<S>(acc));
   }

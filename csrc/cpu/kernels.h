@@ -34,19 +34,12 @@ constexpr auto instance() {
 template <class Args, class Cell>
 using Instance = std::remove_pointer_t<decltype(instance<Args, Cell>())>;
 
-template <template <class, class, class> class Loop, class Args, class Cell>
-static void run_bf16(const Args& args) {
-  if constexpr (std::is_same_v<Args, Forward>)  // a few rows in all leave the weights as they stand, which the float kinds can
-    if (!args.packed && (args.p.stop - args.p.start) * args.p.B <= kUnpackedRows) return Loop<F32, bf16, Cell>::run(args);
-  Loop<FUSED_RNN_BF16_KIND, bf16, Cell>::run(args);
-}
-
 #if defined(FUSED_RNN_FOR_BF16)
 template <template <class, class, class> class Loop, class Args, class Cell>
 static void run_cell(const Args& args) {
   if constexpr (kMayBeNarrow<Args> && !kInterpreted<Cell>)
     if (args.narrow == fused_rnn::Narrow::bytes) return Loop<Bytes, float, Cell>::run(args);
-  run_bf16<Loop, Args, Cell>(args);
+  Loop<FUSED_RNN_BF16_KIND, bf16, Cell>::run(args);
 }
 // Whether bytes are multiplied here. A sum of four billion, a sixteenth of a million products, would be none of 32 bits.
 template <class Args>
@@ -67,7 +60,7 @@ static void run_cell(const Args& args) {
   switch (args.p.dtype) {
     case fused_rnn::Dtype::f32: return Loop<F32, float, Cell>::run(args);
     case fused_rnn::Dtype::f64: return Loop<F64, double, Cell>::run(args);
-    case fused_rnn::Dtype::bf16: return run_bf16<Loop, Args, Cell>(args);
+    case fused_rnn::Dtype::bf16: return Loop<FUSED_RNN_BF16_KIND, bf16, Cell>::run(args);
     case fused_rnn::Dtype::f16: return Loop<F32, f16, Cell>::run(args);
   }
 }

@@ -161,6 +161,11 @@ static inline Share share(int me, int team, int64_t R, int64_t B, int64_t panels
   s.idle = s.me >= s.size;
   return s;
 }
+// The threads of a team that have anything to do.
+static inline int useful(int threads, int64_t R, int64_t B, int64_t panels) {
+  const Share s = share(0, threads, R, B, panels);
+  return s.groups * s.size;
+}
 // base + n elements; null where there is no array.
 template <class T, class Base>
 static ALWAYS_INLINE T* at(Base* base, int64_t n) {
@@ -227,12 +232,13 @@ struct Team {
     for (int r = s.group; r < loop.p.R; r += s.groups) loop.recurrence(memory, r, s);
   }
   static void run(const Loop& loop) {
-    const int threads = loop.p.threads, groups = int(loop.p.R < threads ? loop.p.R : threads);
+    const int threads = useful(loop.p.threads, loop.p.R, loop.p.B, loop.parts());
+    const int groups = int(loop.p.R < threads ? loop.p.R : threads);
     Arena measure{nullptr};
     loop.layout(measure, threads);
     Team team{loop, (char*)fused_rnn::cpu::scratch(measure.used * groups), measure.used};
     for (int g = 0; g < groups; ++g) memset(team.base + g * measure.used, 0, Barrier::words(threads) * sizeof(int64_t));
-    fused_rnn::cpu::run_team(threads, body, &team);
+    fused_rnn::cpu::run_team(threads, body, &team, loop.any_team());
   }
 };
 

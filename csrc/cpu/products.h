@@ -251,9 +251,10 @@ struct ProductsLoop : Counts<Cell> {
   int64_t dx_stride() const { return f.x.recurrence ? p.R * p.D : p.D; }
   T* dx_of(int r) const { return (T*)f.dx + first_time(p, r) * p.B * dx_stride() + (f.x.recurrence ? r * p.D : 0); }
 
-  // dx of a few rows, from W_ih as it stands: reading it is most of the work.
-  void input_of_few(int r) const {
-    for (int64_t column = 0; column < p.D; column += W) {
+  // dx of a few rows, from W_ih as it stands: reading it is most of the work. Threads divide the columns.
+  void input_of_few(int r, int me, int team) const {
+    const int64_t panels = (p.D + W - 1) / W;
+    for (int64_t column = part(panels, me, team) * W; column < p.D && column < part(panels, me + 1, team) * W; column += W) {
       int64_t k = 0;
       for (; k + kRowsAtOnce <= rows; k += kRowsAtOnce) input_rows<kRowsAtOnce>(r, column, k);
       for (; k < rows; ++k) input_rows<1>(r, column, k);
@@ -302,7 +303,7 @@ struct ProductsLoop : Counts<Cell> {
   }
 
   void input_of(const Memory& m, int r, int me, int team, Barrier& barrier) const {
-    if (rows <= kFewRows && team == 1) return input_of_few(r);
+    if (rows <= kFewRows) return input_of_few(r, me, team);
     const Weights& w = p.weights[r];
     const int64_t vectors = (p.D + L - 1) / L, panels = (vectors + kPanelVectors - 1) / kPanelVectors;
     const auto vectors_of = [&](int64_t j) {

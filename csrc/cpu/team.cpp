@@ -1,9 +1,17 @@
 #include "team.h"
 
-#include <sched.h>
+#include <linux/futex.h>
+#include <pthread.h>
+#include <sys/mman.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
+#include <atomic>
+#include <climits>
 #include <condition_variable>
 #include <cstdlib>
+#include <cstring>
+#include <ctime>
 #include <exception>
 #include <memory>
 #include <mutex>
@@ -12,8 +20,6 @@
 #if defined(_OPENMP)
 #include <omp.h>
 #endif
-#include <pthread.h>
-#include <sys/mman.h>
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -28,6 +34,9 @@ const bool watching_forks = [] {
   pthread_atfork(nullptr, nullptr, [] { forked = true; });
   return true;
 }();
+
+// Looks at a peer's line: without a pause between them; that count as work; before sleep, for about as long as that and waking take.
+constexpr int kNearby = 64, kBrief = 200, kPatient = 1000;
 
 struct Scratch {
   void* memory = nullptr;
@@ -81,19 +90,79 @@ void run_plain_threads(int threads, void (*body)(void*, int, int), void* context
   for (auto& t : others) t.join();
 }
 
+int64_t now(clockid_t clock = CLOCK_MONOTONIC) {  // nanoseconds
+  timespec t;
+  clock_gettime(clock, &t);
+  return int64_t(t.tv_sec) * 1000000000 + t.tv_nsec;
+}
+
+thread_local int64_t spun = 0;  // nanoseconds that this thread was awake in a barrier, beyond brief waits
+
+// How many threads a team gets. Where other programs keep the cores busy, all members wait for the one that has no core, and a team takes
+// longer than one thread would. A team whose members together worked for less than half of their time did no more than half of them can:
+// after two of those in a row teams are half as large, for many times as long as the last one took, which bounds what trying again costs.
+class Limit {
+ public:
+  int of(int threads) {
+    static const bool fixed = std::getenv("FUSED_RNN_FIXED_TEAMS") != nullptr;
+    if (fixed) return threads;
+    if (halved_ > 0 && now() > until_) halved_ = 0;
+    const int fewer = threads >> halved_;
+    return fewer > 1 ? fewer : 1;
+  }
+  void learn(int64_t took, int64_t worked, int team_size) {
+    const bool late = 2 * worked < took * team_size;
+    if (late && late_.exchange(true)) {
+      until_ = now() + 32 * took;
+      if (halved_ < 8) ++halved_;
+    }
+    if (!late && halved_ == 0) late_ = false;
+  }
+
+ private:
+  std::atomic<int> halved_{0};
+  std::atomic<int64_t> until_{0};
+  std::atomic<bool> late_{false};  // the last team of full size
+} limit;
+
+// A body between two looks at the clock, and a barrier behind it where who is early sleeps: OpenMP's spins for milliseconds.
+struct Watched {
+  void (*body)(void*, int, int);
+  void* context;
+  alignas(2 * kCacheLine) int64_t lines[Barrier::words(kMaxThreads)];  // a barrier's; each thread's second word is what it worked
+
+  static void run(void* watched, int me, int team_size) {
+    Watched& self = *static_cast<Watched*>(watched);
+    const int64_t start = now(CLOCK_THREAD_CPUTIME_ID);
+    spun = 0;
+    self.body(self.context, me, team_size);
+    Barrier(self.lines, team_size).wait(me);
+    self.lines[me * Barrier::stride + 1] = now(CLOCK_THREAD_CPUTIME_ID) - start - spun;
+  }
+};
+
 }  // namespace
 
-void run_team(int threads, void (*body)(void*, int, int), void* context) {
+void run_team(int threads, void (*body)(void*, int, int), void* context, bool may_shrink) {
   if (threads > kMaxThreads) threads = kMaxThreads;
+  if (may_shrink) threads = limit.of(threads);
   if (threads <= 1) return body(context, 0, 1);
+  Watched watched;
+  watched.body = body, watched.context = context;
+  memset(watched.lines, 0, Barrier::words(threads) * sizeof(int64_t));
+  const int64_t start = now();
+  bool done = false;
 #if defined(_OPENMP)
   if (!forked) {
 #pragma omp parallel num_threads(threads)
-    body(context, omp_get_thread_num(), omp_get_num_threads());
-    return;
+    Watched::run(&watched, omp_get_thread_num(), omp_get_num_threads());
+    done = true;
   }
 #endif
-  run_plain_threads(threads, body, context);
+  if (!done) run_plain_threads(threads, Watched::run, &watched);
+  int64_t worked = 0;
+  for (int i = 0; i < threads; ++i) worked += watched.lines[i * Barrier::stride + 1];
+  limit.learn(now() - start, worked, threads);
 }
 
 void* pages(size_t bytes) { return allocate(bytes, kHugePage / 2); }
@@ -111,19 +180,25 @@ void* scratch(size_t bytes) {
   return kept.memory;
 }
 
+// A line's count of barriers is twice what it says; the last bit is set by who sleeps until the line changes.
 void Barrier::wait_for_all(int me) {
-  const int64_t turn = __atomic_load_n(&lines_[me * stride], __ATOMIC_RELAXED) + 1;
-  __atomic_store_n(&lines_[me * stride], turn, __ATOMIC_RELEASE);
+  const auto line = [this](int i) { return reinterpret_cast<unsigned*>(lines_ + i * stride); };
+  const unsigned turn = (__atomic_load_n(line(me), __ATOMIC_RELAXED) | 1u) + 1;
+  if (__atomic_exchange_n(line(me), turn, __ATOMIC_ACQ_REL) & 1u) syscall(SYS_futex, line(me), FUTEX_WAKE_PRIVATE, INT_MAX);
   for (int i = 0; i < size_; ++i) {
-    // Spin briefly, then give the core away: a peer that is not running would otherwise cost a whole time slice.
-    for (int spins = 0; __atomic_load_n(&lines_[i * stride], __ATOMIC_ACQUIRE) < turn;) {
-      if (++spins < 4000) {
-        if (spins > 64) pause();
-      } else {
-        sched_yield();
-        spins = 64;
-      }
+    int64_t since = 0;
+    for (int looks = 0;;) {
+      unsigned found = __atomic_load_n(line(i), __ATOMIC_ACQUIRE);
+      if (int(found - turn) >= 0) break;
+      if (++looks > kNearby) pause();
+      if (looks == kBrief) since = now();
+      if (looks <= kPatient) continue;
+      if (since) spun += now() - since;
+      since = 0;
+      if (found & 1u || __atomic_compare_exchange_n(line(i), &found, found | 1u, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED))
+        syscall(SYS_futex, line(i), FUTEX_WAIT_PRIVATE, found | 1u, nullptr);
     }
+    if (since) spun += now() - since;
   }
 }
 

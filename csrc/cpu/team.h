@@ -11,16 +11,18 @@ constexpr int kMaxThreads = 256;
 // Memory for weights that are read at every step, to be given back by free(). From a MiB on in large pages, where the system has some.
 void* pages(size_t bytes);
 
-// Runs body(context, me, team_size) on `threads` threads at once, the caller among them, and returns when all have.
-// The team may come out smaller than asked (inside another parallel region); body must go by team_size.
-void run_team(int threads, void (*body)(void* context, int me, int team_size), void* context);
+// Runs body(context, me, team_size) on up to `threads` threads at once, the caller among them, and returns when all have.
+// The team may come out smaller than asked: inside another parallel region, or, where it `may_shrink`, for a while after larger ones have
+// mostly waited for threads that had no core. body must go by team_size.
+void run_team(int threads, void (*body)(void* context, int me, int team_size), void* context, bool may_shrink = true);
 
 // Scratch memory of the calling thread, 64-byte aligned, valid until its next call. Kept between calls (fresh pages cost more
 // than the work of a short sequence), except when very large.
 void* scratch(size_t bytes);
 
-// Every thread owns a cache line holding the number of barriers it has reached; waiting is reading the others' lines. The release
-// store after a thread's writes and the acquire load before its reads order the state that the team exchanges.
+// Every thread owns a cache line with the number of barriers it has reached; waiting is reading the others' lines. The store after a
+// thread's writes and the load before its reads order the state that the team exchanges. Who waits long sleeps, and leaves word of it
+// in the line it waits for, so that a thread whose peers are there makes no system call.
 class Barrier {
  public:
   // Two cache lines a thread: the adjacent-line prefetcher fetches pairs.

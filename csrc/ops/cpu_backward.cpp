@@ -10,7 +10,13 @@
 namespace fused_rnn::ops {
 namespace {
 
-constexpr int64_t kRangeRows = 1024;  // rows of T x B in one range: enough to fill the weight gradients' products
+// Rows of T x B in one range: of gradients of gates what L2 holds; but enough to fill the weight gradients' products, since each range
+// packs the weights anew.
+constexpr int64_t kFewestRows = 256, kMostRows = 1024, kRangeBytes = 512 * 1024;
+int64_t range_rows(const Problem& p, int64_t gradients, int64_t element_size) {
+  const int64_t near = kRangeBytes / (gradients * p.H * element_size);
+  return near < kFewestRows ? kMostRows : std::min(near, kMostRows);
+}
 
 // A weight gradient in the accumulation dtype, its rows padded to whole vectors, or a bias's in double; itself the result where nothing
 // differs.
@@ -149,7 +155,8 @@ std::vector<Tensor> cpu_backward(MaybeTensor dy, std::vector<Tensor> dstates, Te
   const Tensor dx = !need_dx ? empty(x, {0}) : share_dx || p.B == 0 ? zeros(sizes_of(x), type) : empty(x, sizes_of(x));
 
   if (p.B > 0) {
-    const int64_t range = recompute ? kCheckpointEvery : std::min(p.T, std::max<int64_t>(1, (kRangeRows + p.B - 1) / p.B));
+    const int64_t rows = range_rows(p, DG, int64_t(x.element_size()));
+    const int64_t range = recompute ? kCheckpointEvery : std::min(p.T, (rows + p.B - 1) / p.B);
     const int64_t last = (p.T - 1) / range * range;
     const Tensor dgates = empty(x, {range, p.B, p.R, DG, p.H});
     MaybeTensor dprojected, unprojected;

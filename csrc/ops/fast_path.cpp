@@ -8,6 +8,7 @@
 #include <cstring>
 #include <exception>
 #include <initializer_list>
+#include <utility>
 
 #include "fast_batch.h"
 #include "fast_weights.h"
@@ -69,8 +70,8 @@ bool make_like(PyObject* like, Owned& made, dlpack::Tensor& t) {
 }
 // A new tensor of x's dtype.
 bool make_new(PyObject* x, std::initializer_list<int64_t> sizes, Owned& made, dlpack::Tensor& t) {
-  Owned numbers[3];
-  PyObject* args[4] = {x};
+  Owned numbers[5];
+  PyObject* args[6] = {x};
   size_t count = 0;
   for (const int64_t size : sizes) {
     numbers[count].object = PyLong_FromLongLong(size);
@@ -91,23 +92,53 @@ struct State {
   char* wide = nullptr;  // [L R, B, width] in the accumulation dtype, in the loops' order
 };
 
-// fast_path(parameters, bias, x, hx, cell, axis, [lengths, reset, [layers, both directions]]): as the op fused_rnn::step on a cell's x of
-// two dimensions, and as fused_rnn::forward layer by layer on x of three, of two without a batch, or packed. parameters: a module's own,
-// by name; bias: whether it has biases. hx: None, the state, or a tuple of states. axis: the one that is time in an x of three
-// dimensions, -1 in a cell. reset is laid out as x; of packed sequences in the order before. A Frozen, if there is one, comes last. A
-// tuple, or None: here null without an exception.
+// What a layer keeps for backward with save="gates".
+struct Kept {
+  Owned saved, hidden, histories[kMostStates];
+  void *saved_at = nullptr, *hidden_at = nullptr, *histories_at[kMostStates] = {};
+  bool copies_y = false;  // hidden is a second copy of y; else y itself, before it is packed, or nothing
+
+  bool make(const Batch& batch, const Problem& p, bool last) {
+    const auto lies = [&](std::initializer_list<int64_t> sizes, Owned& made, void*& at) {
+      dlpack::Tensor t;
+      if (!make_new(batch.data, sizes, made, t)) return false;
+      at = t.data;
+      return true;
+    };
+    if (!lies({p.T, p.B, p.R, p.cell->saved, p.H}, saved, saved_at)) return false;
+    for (int i = 1; i < p.cell->states; ++i)
+      if (!lies({p.T, p.B, p.R, p.H}, histories[i], histories_at[i])) return false;
+    copies_y = last && !batch.copies();
+    return copies_y || batch.copies() ? lies({p.T, p.B, p.R * p.P}, hidden, hidden_at) : lies({0}, hidden, hidden_at);
+  }
+  void give(Forward& f) const {
+    f.saved = saved_at;
+    if (copies_y) f.hidden = hidden_at;
+    for (int i = 1; i < kMostStates; ++i) f.histories[i] = histories_at[i];
+  }
+};
+
+// fast_path(parameters, bias, x, hx, cell, axis, [lengths, reset, [layers, both directions, [frozen, [layer]]]]): as the op fused_rnn::step
+// on a cell's x of two dimensions, and as fused_rnn::forward layer by layer on x of three, of two without a batch, or packed. parameters: a
+// module's own, by name; bias: whether it has biases. hx: None, the state, or a tuple of states. axis: the one that is time in an x of
+// three dimensions, -1 in a cell. reset is laid out as x; of packed sequences in the order before. frozen: a Frozen, or None. A tuple, or
+// None: here null without an exception.
+// With `layer` that one alone, where a gradient is asked for: with what is kept for backward behind its results, a copy of y of the last
+// layer alone. Packed rows then come and go as they are, states in their order.
 PyObject* fast_path_of(PyObject* const* args, Py_ssize_t count) {
-  if ((count != 6 && count != 8 && count != 10 && count != 11) || !exchange || !PyDict_Check(args[0]) || aoti_torch_grad_mode_is_enabled())
-    return nullptr;
+  const bool keep = count == 12;
+  if ((count != 6 && count != 8 && count != 10 && count != 11 && !keep) || !exchange || !PyDict_Check(args[0])) return nullptr;
+  if (aoti_torch_grad_mode_is_enabled() != keep) return nullptr;
   PyObject* const hx = args[3];
   const char* const name = PyUnicode_AsUTF8(args[4]);
-  const int axis = int(PyLong_AsLong(args[5])), layers = count < 10 ? 1 : int(PyLong_AsLong(args[8]));
-  const int R = count >= 10 && PyObject_IsTrue(args[9]) == 1 ? 2 : 1;
+  const int axis = int(PyLong_AsLong(args[5])), most = count < 10 ? 1 : int(PyLong_AsLong(args[8]));
+  const int R = count >= 10 && PyObject_IsTrue(args[9]) == 1 ? 2 : 1, layer = keep ? int(PyLong_AsLong(args[11])) : 0;
   if (PyErr_Occurred()) return nullptr;
   const CellDescriptor* cell = find_cell(name);
   if (std::string reason; !cell)
     if (const Program* const program = cpu::program_of(name, reason)) cell = &program->cell;
-  if (!cell || axis > 1 || cell->masks || layers < 1 || layers > kMostLayers) return nullptr;
+  if (!cell || axis > 1 || cell->masks || most < 1 || most > kMostLayers || layer < 0 || layer >= most) return nullptr;
+  const int layers = keep ? 1 : most;
   const int ST = cell->states;
   const bool sequence = axis >= 0, zero = hx == Py_None, several = ST > 1 && !zero;
   if (several && (!PyTuple_CheckExact(hx) || PyTuple_GET_SIZE(hx) != ST)) return nullptr;
@@ -119,12 +150,13 @@ PyObject* fast_path_of(PyObject* const* args, Py_ssize_t count) {
   Batch batch;
   const uint8_t* reset = nullptr;
   Dtype dtype;
-  if (!batch.read(args[2], axis, memory) || !dtype_of(batch.x, dtype)) return nullptr;
+  if (!batch.read(args[2], axis, memory) || !dtype_of(batch.x, dtype) || (keep && (axis != 0 || batch.unbatched))) return nullptr;
+  if (keep) batch.order = nullptr;
   if (has_lengths && !batch.read_lengths(args[6])) return nullptr;
   ModuleWeights weights(args[0], *cell, PyObject_IsTrue(args[1]) == 1, batch.x);
-  Frozen* const frozen = count > 10 ? frozen_of(args[10], name, layers, R) : nullptr;
+  Frozen* const frozen = count > 10 && !keep ? frozen_of(args[10], name, layers, R) : nullptr;
   const std::shared_ptr<const Packed> packed = frozen ? frozen->of(args[0]) : nullptr;
-  if (packed ? !weights.are(*packed, dtype, batch.D) : !weights.read(sequence ? layers : 0, R, batch.D)) return nullptr;
+  if (packed ? !weights.are(*packed, dtype, batch.D) : !weights.read(sequence ? layers : 0, R, batch.D, layer)) return nullptr;
   const int64_t T = batch.T, B = batch.B, H = weights.H, P = weights.P, rows = layers * R;
   const size_t element = batch.x.bits / 8, y_row = size_t(R * P) * element;
   State states[kMostStates];
@@ -142,7 +174,7 @@ PyObject* fast_path_of(PyObject* const* args, Py_ssize_t count) {
   Problem p{cell, dtype, T, B, batch.D, H, P, R, 0, T, weights.of_layer(0), nullptr, nullptr, 1};
   p.threads = threads_for(p);
   double microseconds = microseconds_of(p);
-  if (p.threads == 1 && !batch.sort(microseconds / double(T * B), size_t(batch.D) * element + y_row, memory)) return nullptr;
+  if (p.threads == 1 && !keep && !batch.sort(microseconds / double(T * B), size_t(batch.D) * element + y_row, memory)) return nullptr;
   p.lengths = batch.lengths;
   if (has_reset && !batch.read_reset(args[7], axis, memory, reset)) return nullptr;
   p.reset = reset;
@@ -170,10 +202,14 @@ PyObject* fast_path_of(PyObject* const* args, Py_ssize_t count) {
                     : batch.batch_first || axis == 0               ? make_new(batch.data, {T, B, R * P}, y, y_out)
                                                                    : make_new(batch.data, {B, T, R * P}, y, y_out)))
     return nullptr;
+  Kept kept;
+  if (keep && !kept.make(batch, p, layer + 1 == most)) return nullptr;
   char *x_copy = nullptr, *y_copy = static_cast<char*>(y_out.data), *between[2] = {};
-  if (batch.copies() &&
-      (!(x_copy = memory.take<char>(T * B * batch.D * int64_t(element))) || !(y_copy = memory.take<char>(T * B * int64_t(y_row)))))
-    return nullptr;
+  if (batch.copies()) {
+    x_copy = memory.take<char>(T * B * batch.D * int64_t(element));
+    y_copy = keep ? static_cast<char*>(kept.hidden_at) : memory.take<char>(T * B * int64_t(y_row));
+    if (!x_copy || !y_copy) return nullptr;
+  }
   for (int i = 0; i < 2 && i < layers - 1; ++i)
     if (!(between[i] = memory.take<char>(T * B * int64_t(y_row)))) return nullptr;
 
@@ -197,6 +233,7 @@ PyObject* fast_path_of(PyObject* const* args, Py_ssize_t count) {
       f.h_is_zero = zero;
       for (int i = 0; i < ST; ++i) f.states[i] = states[i].wide + size_t(l * R * B * states[i].width) * wide_element;
       f.y = l + 1 == layers ? y_copy : between[l & 1];
+      if (keep) kept.give(f);
       cpu::kernels().forward(f);
       in = {f.y, B * R * P, R * P, 0};
     }
@@ -227,17 +264,21 @@ PyObject* fast_path_of(PyObject* const* args, Py_ssize_t count) {
     const Owned same{PyObject_VectorcallMethod(transpose, turn, 3, nullptr)};
     if (!same.object) return nullptr;
   }
-  if (batch.packed) {
+  if (batch.packed && !keep) {
     PyObject* const flat = y.object;
     y.object = packed_as(batch.packed, flat);
     if (!y.object) return nullptr;
   }
-  PyObject* const results = PyTuple_New(sequence + ST);
+  PyObject* const results = PyTuple_New(sequence + ST + (keep ? 1 + ST : 0));
   if (!results) return nullptr;
-  for (int i = 0; i < sequence + ST; ++i) {
-    Owned& one = i < sequence ? y : states[i - sequence].after;
-    PyTuple_SET_ITEM(results, i, one.object);
-    one.object = nullptr;
+  Py_ssize_t place = 0;
+  const auto put = [&](Owned& one) { PyTuple_SET_ITEM(results, place++, std::exchange(one.object, nullptr)); };
+  if (sequence) put(y);
+  for (int i = 0; i < ST; ++i) put(states[i].after);
+  if (keep) {
+    put(kept.saved);
+    for (int i = 1; i < ST; ++i) put(kept.histories[i]);
+    put(kept.hidden);
   }
   return results;
 }
@@ -259,7 +300,7 @@ PyMethodDef methods[] = {
     {"use_exchange", as_method(use_exchange), METH_FASTCALL,
      "Hand over torch.Tensor's DLPack exchange API; False if it is of another version."},
     {"watch_steps", as_method(watch_steps), METH_FASTCALL, "Hand over what says that a step has to be seen as an op."},
-    {"fast_path", as_method(fast_path), METH_FASTCALL, "A layer without gradient, or a single step, past the dispatcher; or None."},
+    {"fast_path", as_method(fast_path), METH_FASTCALL, "Layers, or a single step, past the dispatcher; or None."},
     {nullptr, nullptr, 0, nullptr},
 };
 

@@ -25,12 +25,12 @@ PyObject* ModuleWeights::named(PyObject* name) {
   return found;
 }
 
-bool ModuleWeights::read(int layers, int directions, int64_t D) {
+bool ModuleWeights::read(int layers, int directions, int64_t D, int first) {
   directions_ = directions;
   if (layers == 0) return read_one(0, D, weights_[0]);
   for (int i = 0; i < layers * directions; ++i) {
     const int layer = i / directions, way = i % directions;
-    if (!read_one(1 + 2 * layer + way, layer ? directions * P : D, weights_[i])) return false;
+    if (!read_one(1 + 2 * (first + layer) + way, layer ? directions * P : D, weights_[i])) return false;
     weights_[i].direction = way ? -1 : 1;
   }
   return true;

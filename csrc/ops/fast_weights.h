@@ -26,8 +26,9 @@ class ModuleWeights {
   }
   ModuleWeights(const ModuleWeights&) = delete;
 
-  // Those of a single step (layers = 0), or of each layer in each direction. False where one is missing or out of the ordinary.
-  bool read(int layers, int directions, int64_t D);
+  // Those of a single step (layers = 0), or of each layer in each direction, from the first of them on. False where one is missing or out
+  // of the ordinary.
+  bool read(int layers, int directions, int64_t D, int first);
   // Those are packed already. False where they are not for such a call.
   bool are(const Packed& packed, Dtype dtype, int64_t D);
   const Weights* of_layer(int layer) const { return weights_ + layer * directions_; }

@@ -15,6 +15,7 @@
 #include "../cells/all.h"
 #include "../cpu/isa.h"
 #include "../cpu/program_text.h"
+#include "../cpu/quota.h"
 #include "../params.h"
 
 namespace fused_rnn::ops {
@@ -164,12 +165,15 @@ inline double microseconds_of(const Problem& p) {
   const double multiplied = 2.0 * (double(p.cell->gates) * double(k) + double(p.cell->blocks) * double(p.H));
   return double(p.T) * double(p.B) * double(p.R) * double(p.H) * (multiplied + of_cell) / 100e3;
 }
-// One thread for what takes less than about 200 us there: waking the others and their barriers would cost as much.
+// One thread for what takes less than about 200 us there: waking the others and their barriers would cost as much. Never more than torch's
+// number, nor than a container's quota, which torch does not ask for.
 inline int threads_for(const Problem& p) {
   const double microseconds = microseconds_of(p);
   if (microseconds < 200) return 1;
+  static const int quota = cpu::quota();
   const int most = int(torch::stable::get_num_threads());
-  return microseconds / 100 < most ? int(microseconds / 100) : most;
+  const int allowed = most < quota ? most : quota;
+  return microseconds / 100 < allowed ? int(microseconds / 100) : allowed;
 }
 
 }  // namespace fused_rnn::ops

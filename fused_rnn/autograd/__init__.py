@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from fused_rnn.call import BackwardCall, LayerCall, known_save
+from fused_rnn.call import BackwardCall, LayerCall
 from fused_rnn.cells import CELLS
 from fused_rnn.checks import in_transform
 from fused_rnn.dispatch import BACKENDS
@@ -37,10 +37,21 @@ def layer(backend: ModuleType, call: LayerCall) -> Sequence[Tensor]:
     return function(backend.NAME, call)[: 1 + count + call.sequences * (count - 1)]
 
 
+def made(outputs: Outputs, layout: Any, call: LayerCall) -> Outputs:
+    """As `layer`, of an eager call that the `cpu` backend has run already, past the dispatcher: outputs are its op's.
+
+    layout: if given, x and y are packed, by its `pad` and `pack`, and it has the `lengths`.
+    """
+    x, weights, states, lengths, reset, *options = call
+    args = (outputs, layout, "cpu", len(states), *options, x, lengths, reset, *states, *weights)
+    results: Outputs = super(Function, LayerFunction).apply(*args)  # type: ignore[no-untyped-call]
+    return results
+
+
 def function(backend: str, call: LayerCall) -> Outputs:
     """All outputs of the layer's forward op, by the Function."""
     x, weights, states, lengths, reset, *options = call
-    args = (backend, len(states), *options, x, lengths, reset, *states, *weights)
+    args = (None, None, backend, len(states), *options, x, lengths, reset, *states, *weights)
     outputs: Outputs
     if torch.compiler.is_compiling():
         if in_transform():
@@ -69,22 +80,23 @@ def _keep_from_dynamo() -> None:
 
 _keep_from_dynamo._dynamo_marked_constant = True  # type: ignore[attr-defined]  # called while Dynamo traces
 
-_PLAIN = 7  # arguments of LayerFunction before its tensors: backend, number of states, and a LayerCall's options
+# Arguments of LayerFunction before its tensors: those of `made`, backend, number of states, and a LayerCall's options.
+_PLAIN = 9
 
 
 def _call_of(args: Sequence[Any]) -> LayerCall:
     """A LayerCall of LayerFunction's arguments, or of what stands for each of them."""
-    first = _PLAIN + 3 + args[1]
+    first = _PLAIN + 3 + args[3]
     x, lengths, reset = args[_PLAIN : _PLAIN + 3]
-    return LayerCall(x, args[first:], args[_PLAIN + 3 : first], lengths, reset, *args[2:_PLAIN])
+    return LayerCall(x, args[first:], args[_PLAIN + 3 : first], lengths, reset, *args[4:_PLAIN])
 
 
 class LayerFunction(Function):
     """One layer of any cell. ::
 
-        apply(backend, number of states, cell, directions, save, keep_hidden, sequences, x, lengths, reset, *states,
-              *weights)
-            → (y, *states after, *sequences, saved, *histories, hidden)
+        apply(outputs or None, layout or None, backend, number of states, cell, directions, save, keep_hidden,
+              sequences, x, lengths, reset, *states, *weights)
+            → (y, *states after, *sequences, saved, *histories, hidden), of `made` without what is kept
 
     Inputs and outputs as in LayerCall. Twice differentiable in x, states and weights; works under torch.func.vmap; has
     no forward-mode derivative.
@@ -92,27 +104,33 @@ class LayerFunction(Function):
 
     @staticmethod
     def forward(*args: Any) -> Outputs:
-        return tuple(BACKENDS[args[0]].forward(_call_of(args)))
+        outputs: Outputs | None = args[0]
+        if outputs is None:
+            return tuple(BACKENDS[args[2]].forward(_call_of(args)))
+        return outputs[: 1 + len(CELLS[args[4]].states)]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        backend, given, cell, directions, save, keep_hidden, sequences, x, lengths, reset, *rest = inputs
+        made, layout, backend, given, cell, directions, save, keep_hidden, sequences, x, lengths, reset, *rest = inputs
         first = 1 + len(CELLS[cell].states)
         last = first + sequences * (first - 2)
-        kept = output[last:]
+        kept = output[last:] if made is None else made[last:]
         saved, *histories, hidden = kept
         if sequences and save == "gates":
             histories = output[first:last]
-        ctx.mark_non_differentiable(*kept)
+        if made is None:
+            ctx.mark_non_differentiable(*kept)
         ctx.set_materialize_grads(False)
         # All go through save_for_backward: a weight (or y, where there is no copy of it) changed in place must raise.
         ctx.save_for_backward(x, lengths, reset, hidden if keep_hidden else output[0], saved, *histories, *rest)
-        ctx.call = (backend, given, cell, tuple(directions), save, sequences)
+        ctx.call = (layout, backend, given, cell, tuple(directions), save, sequences)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, *douts: Tensor | None) -> tuple[Any, ...]:
-        backend, given, cell, directions, save, sequences = ctx.call
+        layout, backend, given, cell, directions, save, sequences = ctx.call
         x, lengths, reset, hidden, saved, *rest = ctx.saved_tensors
+        if layout is not None:
+            x, dy, lengths = layout.pad(x), None if dy is None else layout.pad(dy), layout.lengths
         spec = CELLS[cell]
         count = len(spec.states)
         last = count - 1 + given
@@ -137,16 +155,18 @@ class LayerFunction(Function):
             each = len(weights) // len(directions)
             for end in range(given + each, len(grads) + 1, each):
                 grads[end - spec.masks : end] = [None] * spec.masks
+        if layout is not None and need_dx:
+            dx = layout.pack(dx, not torch.is_grad_enabled())
         return (*[None] * _PLAIN, dx if need_dx else None, None, None, *grads)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Outputs, tuple[int | None, ...]]:
         """Itself, on a larger batch or with more recurrences. Made by torch (generate_vmap_rule), it would compute the
         weights' gradients sample by sample where their sum is asked for."""
-        call, dims = _call_of(args), _call_of((args[0], args[1], *in_dims[2:]))
+        call, dims = _call_of(args), _call_of((*args[:4], *in_dims[4:]))
 
         def op(*call: Any) -> list[Tensor]:
-            return list(function(args[0], LayerCall(*call)))
+            return list(function(args[2], LayerCall(*call)))
 
         outputs, out_dims = vmap.rule(op, vmap.forward)(info, dims, *call)
         return tuple(outputs), tuple(out_dims)
@@ -237,85 +257,3 @@ class LayerBackward(Function):
         for i, g in zip(present, grads, strict=True):
             full[i] = g
         return (*[None] * 9, full[0], full[1], *[None] * (4 + more), *full[2:])
-
-
-def _function(cell: str, states: Sequence[Tensor | None], x: Tensor, *rest: Any) -> Outputs:
-    """The layer's Function, as LSTMFunction and its like call it. rest: lengths … backend, *weights."""
-    lengths, reset, directions, save, keep_hidden, backend, *weights = rest
-    call = LayerCall(x, weights, (), lengths, reset, cell, directions, known_save(save), keep_hidden)
-    return function(backend, call._replace(states=together(call.state_shapes(), x, states)))
-
-
-class LSTMFunction:
-    """One LSTM layer. ::
-
-        apply(x, h0, c0, lengths, reset, directions, save, keep_hidden, backend, *weights)
-            → (y, h_n, c_n, saved, cells, hidden)
-
-    Inputs:
-        x: [T, B, D] or [T, B, R, D] with an input per recurrence.
-        h0, c0: [R, B, P] and [R, B, H], None for zeros.
-        lengths, reset: [B] int64 and [T, B] bool, or None.
-        directions: R of +1 or -1.  save: "gates" or "recompute".
-        keep_hidden: keep a copy of y for backward, so that y may be changed in place.
-        backend: one whose ops have no autograd of their own: "cpu", "cuda" or "triton".
-        weights: per recurrence w_ih [4H, D], w_hh [4H, P], (b_ih, b_hh [4H]), (w_hr [P, H]), gate order i, f, g, o.
-
-    Returns:
-        y [T, B, R·P], h_n [R, B, P], c_n [R, B, H] in x's dtype; saved, cells and hidden are what backward reads, and
-        not differentiable.
-
-    Raises:
-        RuntimeError: from the op on inputs that do not fit together, which fused_rnn.functional would name.
-
-    Twice differentiable in x, h0, c0 and the weights; works under torch.func.vmap; has no forward-mode derivative.
-    Source: Hochreiter & Schmidhuber 1997; gates as in torch.nn.LSTM.
-
-    Examples:
-        >>> x, weights = torch.randn(5, 3, 10), [torch.randn(80, 10), torch.randn(80, 20)]
-        >>> call = (x, None, None, None, None, (1,), "gates", False, "cpu", *weights)
-        >>> y, h_n, c_n, *_ = fused_rnn.LSTMFunction.apply(*call)
-    """
-
-    @staticmethod
-    def apply(x: Tensor, h0: Tensor | None, c0: Tensor | None, *rest: Any) -> Outputs:
-        return _function("lstm", (h0, c0), x, *rest)
-
-
-class GRUFunction:
-    """One GRU layer (the reset gate after the recurrent product). ::
-
-        apply(x, h0, lengths, reset, directions, save, keep_hidden, backend, *weights) → (y, h_n, saved, hidden)
-
-    Weights of 3H rows, gate order r, z, n; all else as in :class:`LSTMFunction`.
-    Source: Cho et al. 2014; gates as in torch.nn.GRU.
-
-    Examples:
-        >>> x, weights = torch.randn(5, 3, 10), [torch.randn(60, 10), torch.randn(60, 20)]
-        >>> y, h_n, *_ = fused_rnn.GRUFunction.apply(x, None, None, None, (1,), "gates", False, "cpu", *weights)
-    """
-
-    @staticmethod
-    def apply(x: Tensor, h0: Tensor | None, *rest: Any) -> Outputs:
-        return _function("gru", (h0,), x, *rest)
-
-
-class RNNFunction:
-    """One plain recurrent layer. ::
-
-        apply(x, h0, lengths, reset, nonlinearity, directions, save, keep_hidden, backend, *weights)
-            → (y, h_n, saved, hidden)
-
-    nonlinearity: "tanh" or "relu".  Weights of H rows; all else as in :class:`LSTMFunction`.
-    Source: Elman 1990; as in torch.nn.RNN.
-
-    Examples:
-        >>> x, weights = torch.randn(5, 3, 10), [torch.randn(20, 10), torch.randn(20, 20)]
-        >>> y, h_n, *_ = fused_rnn.RNNFunction.apply(x, None, None, None, "tanh", (1,), "gates", False, "cpu", *weights)
-    """
-
-    @staticmethod
-    def apply(
-        x: Tensor, h0: Tensor | None, lengths: Tensor | None, reset: Tensor | None, nonlinearity: str, *rest: Any
-    ) -> Outputs:
-        return _function(f"rnn_{nonlinearity}", (h0,), x, lengths, reset, *rest)

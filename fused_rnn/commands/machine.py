@@ -33,6 +33,16 @@ def cpu_isa() -> str:
     return torch.backends.cpu.get_cpu_capability()
 
 
+def caches() -> dict[str, int]:
+    """Bytes of the first core's caches for data, {"L1": …, "L2": …}, the nearest first; {} where nothing says so."""
+    found = {}
+    for index in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
+        kind, level, size = ((index / name).read_text().strip() for name in ("type", "level", "size"))
+        if kind != "Instruction" and (known := re.fullmatch(r"(\d+)([KM]?)", size)):
+            found[f"L{level}"] = int(known[1]) << {"": 0, "K": 10, "M": 20}[known[2]]
+    return found
+
+
 def crowded(threads: int, seconds: float = 0.5) -> str | None:
     """Why several threads cannot be measured now, in words: other processes use their cores. None where none is told.
 
@@ -110,6 +120,7 @@ def describe(device: str) -> dict[str, Any]:
         "device_name": cpu_model() if device == "cpu" else torch.cuda.get_device_name(),
         "cpu": cpu_model(),
         "cores": os.cpu_count(),
+        "caches": caches(),
         "isa": cpu_isa(),
         "kernels": kernels_isa(),
         "fused_rnn": fused_rnn.__version__,

@@ -40,7 +40,7 @@ class Cell(Fused, nn.RNNCellBase):
 
 
 def _step(module: Cell, input: Any, hx: Any, cell: str) -> Sequence[Tensor] | None:
-    """The new states without gradient, by the op alone; None where the call is another one. As sequence.step."""
+    """The new states without gradient, by the op alone; None where the call is another one. As quick.call."""
     if is_grad_enabled() or is_compiling() or FAST_PATH is None or module._fused_backend not in STEPPING:
         return None
     return FAST_PATH(module._parameters, module.bias, input, hx, cell, -1)

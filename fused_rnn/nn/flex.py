@@ -271,7 +271,7 @@ class FlexRNN(Recurrent):
         return self._parameters, self.bias
 
     def _fused_is_plain(self) -> bool:
-        """Whether the layers are one recurrence that returns h, as sequence.step runs one: past the dispatcher."""
+        """Whether the layers are one recurrence that returns h, as quick.call runs one: past the dispatcher."""
         alone = self._fused_options == (1, False) and self.num_layers == 1 and not self.bidirectional
         alone = alone and not self._fused_extras and self._fused_user.diagonal == 1  # else W_hh lies otherwise
         return alone and FAST_PATH is not None and self._fused_backend in STEPPING and not self._fused_checks

@@ -14,8 +14,9 @@ from torch.nn import LSTM as TorchLSTM
 from torch.nn import RNN as TorchRNN
 from torch.nn.utils.rnn import PackedSequence
 
+from fused_rnn.nn import quick
 from fused_rnn.nn.recurrent import Recurrent, SequenceCall
-from fused_rnn.nn.sequence import run, step
+from fused_rnn.nn.sequence import run
 
 
 class LSTM(Recurrent):
@@ -141,9 +142,9 @@ class LSTM(Recurrent):
         reset: Tensor | Sequence[Any] | None = None,
     ) -> tuple[Any, tuple[Tensor, Tensor]]:
         """Run the layers: output, (h_n, c_n). Shapes and errors stand in the class's docstring."""
-        stepped = step(self, input, hx, lengths, reset)
-        if stepped is not None:
-            return stepped[0], (stepped[1], stepped[2])
+        made = quick.call(self, input, hx, lengths, reset)
+        if made is not None:
+            return made[0], (made[1], made[2])
         result: tuple[Any, tuple[Tensor, Tensor]] = run(self, input, hx, lengths, reset)
         return result
 
@@ -241,9 +242,9 @@ class GRU(Recurrent):
         reset: Tensor | Sequence[Any] | None = None,
     ) -> tuple[Any, Tensor]:
         """Run the layers: output, h_n. Shapes and errors stand in the class's docstring."""
-        stepped = step(self, input, hx, lengths, reset)
-        if stepped is not None:
-            return stepped[0], stepped[1]
+        made = quick.call(self, input, hx, lengths, reset)
+        if made is not None:
+            return made[0], made[1]
         result: tuple[Any, Tensor] = run(self, input, hx, lengths, reset)
         return result
 
@@ -343,8 +344,8 @@ class RNN(Recurrent):
         reset: Tensor | Sequence[Any] | None = None,
     ) -> tuple[Any, Tensor]:
         """Run the layers: output, h_n. Shapes and errors stand in the class's docstring."""
-        stepped = step(self, input, hx, lengths, reset)
-        if stepped is not None:
-            return stepped[0], stepped[1]
+        made = quick.call(self, input, hx, lengths, reset)
+        if made is not None:
+            return made[0], made[1]
         result: tuple[Any, Tensor] = run(self, input, hx, lengths, reset)
         return result

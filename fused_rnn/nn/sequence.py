@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, is_grad_enabled
 from torch._C import _is_tracing as is_tracing  # torch.jit.trace
-from torch.compiler import is_compiling
 from torch.nn.utils.rnn import PackedSequence
 
 from fused_rnn import checks, layers
@@ -18,37 +17,10 @@ from fused_rnn.nn.base import prefers_counterpart
 from fused_rnn.nn.counterpart import check_packed, refuse, run_counterpart, state_rows
 from fused_rnn.nn.extras import Variant
 from fused_rnn.nn.packed import Layout, is_unshared
-from fused_rnn.nn.plain import FAST_PATH, STEPPING, are_plain, is_plain_hx
+from fused_rnn.nn.plain import are_plain, is_plain_hx
 from fused_rnn.nn.recurrent import Recurrent, read_weights
 
-# torch.nn's forward goes by the mode too, and not by RNN's `nonlinearity`.
-_CELLS = {cell.upper(): cell for cell in CELLS}
-
 Result = Any  # (y, hx)
-
-
-def step(module: Recurrent, input: Any, hx: Any, lengths: Any, reset: Any) -> Sequence[Tensor] | None:
-    """y, h_n (and c_n) of a call without gradient, run as directly as can be; None where the call is another.
-
-    Python is most of the time of a step or a short sequence: what the op checks is not checked here, and the weights
-    are read from where nn.Module keeps them, for its __getattr__ takes 0.4 µs.
-    """
-    if (
-        is_grad_enabled()
-        or is_compiling()  # before any size, on which nothing traced may specialise
-        or FAST_PATH is None
-        or module._fused_checks
-        or module._fused_extras
-        or module._fused_backend not in STEPPING
-    ):
-        return None
-    layers, time = module.num_layers, 1 if module.batch_first else 0
-    if layers > 1 and module.training and module.dropout:
-        return None
-    cell, both = _CELLS[module.mode], module.bidirectional
-    return FAST_PATH(
-        module._parameters, module.bias, input, hx, cell, time, lengths, reset, layers, both, module._fused_frozen
-    )
 
 
 def run(
@@ -153,7 +125,7 @@ def _run_packed(
         hx = module.permute_hidden(hx, sorted_indices)
     if module._fused_checks:
         _check(module, data, hx, batch_sizes)
-    layout = Layout(batch_sizes, data.device)
+    layout = Layout(data, batch_sizes)
     if reset is not None:
         reset = _time_first(module, reset, (layout.batch, layout.steps)[:: 1 if module.batch_first else -1])
         reset = reset if sorted_indices is None else reset.index_select(1, sorted_indices)
@@ -161,7 +133,7 @@ def _run_packed(
         data, hx = _run_packed_dropout(module, data, layout, weights, hx, reset, more)
     else:
         y, hx = _run_layers(module, layout.pad(data), weights, hx, layout.lengths, reset, more)
-        data = _each(lambda s: layout.pack(s, module._fused_backend), y)
+        data = _each(lambda s: layout.pack(s, is_unshared(s, module._fused_backend)), y)
     packed = _each(lambda s: PackedSequence(s, batch_sizes, sorted_indices, unsorted_indices), data)
     return packed, module.permute_hidden(hx, unsorted_indices)
 
@@ -179,7 +151,7 @@ def _run_packed_dropout(
 
     def layer(data: Tensor, own: Sequence[Tensor], entering: Any) -> Result:
         y, final = _run_layers(module, layout.pad(data), own, entering, layout.lengths, reset, more, num_layers=1)
-        return _each(lambda s: layout.pack(s, module._fused_backend), y), final
+        return _each(lambda s: layout.pack(s, is_unshared(s, module._fused_backend)), y), final
 
     return _one_by_one(module, data, weights, hx, layer)
 

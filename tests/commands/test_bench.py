@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,14 @@ from fused_rnn.commands.bench import measure as measure_module
 from fused_rnn.commands.bench import readme
 from fused_rnn.commands.bench.grid import CELLS, GATES, GRIDS, MODES, REGIONS, SEQUENCES, Grid, Point
 from fused_rnn.commands.bench.limits import Ceilings, Limits, measure_limits
-from fused_rnn.commands.bench.measure import Timing, clock, float32_as, measure, percentiles
+from fused_rnn.commands.bench.measure import Timing, clock, counts_core_time, float32_as, measure, percentiles
 from fused_rnn.commands.bench.memory import peak_memory
 from fused_rnn.commands.bench.plot import plot
 from fused_rnn.commands.bench.providers import baseline, build, supports
 from fused_rnn.commands.bench.results import FLOOR, TIME, Results, Row, continued, geometric_mean, setting, time_row
-from fused_rnn.commands.bench.run import Workload, execute
+from fused_rnn.commands.bench.run import execute
 from fused_rnn.commands.bench.tables import losses, region_table, regions, report
+from fused_rnn.commands.bench.workload import Workload
 
 RUN = {
     "device": "cpu", "device_name": "a CPU", "cores": 2, "isa": "AVX2", "kernels": "avx2",
@@ -66,12 +68,15 @@ def test_regions_are_the_ones_promised() -> None:
 
 @pytest.mark.parametrize("cell", CELLS)
 def test_flops_are_those_of_the_matrix_products(cell: str) -> None:
+    """A sequence's first step has none with W_hh, for it enters from zeros."""
     T, B, H = 3, 2, 5
-    forward = T * B * 2 * (2 * H * GATES[cell] * H)
+    forward = (T * B + (T - 1) * B) * (2 * H * GATES[cell] * H)
     assert Point(cell, "inference", "fp32", T, B, H).flops == forward
     assert Point(cell, "training", "fp32", T, B, H).flops == 3 * forward
     assert Point(cell, "inference", "fp32", T, B, H, "bidirectional").flops == 2 * forward
     layered = forward * 3
+    assert Point(cell, "step", "fp32", 1, B, H).flops == 2 * Point(cell, "inference", "fp32", 1, B, H).flops
+    assert Point(cell, "inference", "fp32", T, B, H, "ragged").flops == (3 + 2 + 2 + 1) * (2 * H * GATES[cell] * H)
     assert Point(cell, "inference", "fp32", T, B, H, "layers").flops == layered
     assert Point(cell, "inference", "bf16", T, B, H).recurrent_bytes == GATES[cell] * H * H * 2
 
@@ -186,6 +191,21 @@ def test_a_step_is_compared_with_the_cell(cell: str) -> None:
     assert supports("loop", point) is not None
 
 
+def test_by_one_thread_the_time_without_a_core_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Sleeps:
+        def prepare(self) -> None:
+            pass
+
+        def run(self) -> None:
+            time.sleep(0.02)
+
+    assert min(clock("cpu")(Sleeps(), 2)) >= 0.02
+    assert max(clock("cpu", core_time=True)(Sleeps(), 2)) < 0.02
+    for threads, counts in ((1, True), (2, False)):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        assert counts_core_time("cpu") is counts and not counts_core_time("cuda")
+
+
 def test_a_wrong_result_gets_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
     honest = build
 
@@ -297,14 +317,14 @@ def test_a_file_of_another_machine_stays(change: dict[str, str] | None, tmp_path
 
 def test_a_run_beside_another_machines_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(GRIDS, "tiny", Grid(T=(2,), B=(2,), H=(4,), steps=()))
-    some_results().save(tmp_path / "fp32-1t.json")
-    before = (tmp_path / "fp32-1t.json").read_bytes()
+    some_results().save(tmp_path / "tiny-fp32-1t.json")
+    before = (tmp_path / "tiny-fp32-1t.json").read_bytes()
     workload = small(tmp_path, cells=("GRU",), providers=("torch", "auto"))
     console = Console(file=io.StringIO(), width=400)
-    assert execute(workload, console) == [tmp_path / "fp32-1t-2.json"]
+    assert execute(workload, console) == [tmp_path / "tiny-fp32-1t-2.json"]
     assert isinstance(console.file, io.StringIO)
-    assert f"{tmp_path / 'fp32-1t.json'} holds results of a CPU with torch 2" in console.file.getvalue()
-    assert (tmp_path / "fp32-1t.json").read_bytes() == before
+    assert f"{tmp_path / 'tiny-fp32-1t.json'} holds results of a CPU with torch 2" in console.file.getvalue()
+    assert (tmp_path / "tiny-fp32-1t.json").read_bytes() == before
 
 
 def test_runs_without_rows_are_dropped(tmp_path: Path) -> None:
@@ -455,11 +475,11 @@ def test_what_was_measured_before_an_error_is_kept(
     answer = {"torch": Timing(1e-6, 1e-6, 1e-6, 5)} if where == "times" else 2**20
     monkeypatch.setattr(f"fused_rnn.commands.bench.run.{name}", lambda *_: third(answer))
     if where == "memory":
-        monkeypatch.setattr("fused_rnn.commands.bench.run.SIZES", (1, 2, 4))
+        monkeypatch.setattr("fused_rnn.commands.bench.workload.SIZES", (1, 2, 4))
         monkeypatch.setattr("fused_rnn.commands.bench.run._ours", lambda plan: ["cpu", "auto"])
     with pytest.raises(stop):
         execute(workload, Console(file=io.StringIO()))
-    results = Results.load(tmp_path / "fp32-1t.json")
+    results = Results.load(tmp_path / "tiny-fp32-1t.json")
     points = {point.T for point, name, metric in results.rows if metric == TIME and name == "torch"}
     assert points == ({2, 3} if where == "times" else {1, 2, 3}), "the dearest first"
     assert {point.T for point, name, _ in results.rows if name == FLOOR} == points

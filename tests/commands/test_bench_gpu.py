@@ -19,13 +19,14 @@ from rich.console import Console
 
 from fused_rnn import dispatch
 from fused_rnn.commands.bench import choose, exchange, limits, readme
+from fused_rnn.commands.bench.calls import GraphCall
 from fused_rnn.commands.bench.cudnn import NATIVE, PERSISTENT, SMALL, STANDARD, Gpu, accepted_dtypes, algorithm
 from fused_rnn.commands.bench.goals import GOALS, goal_table, judged
 from fused_rnn.commands.bench.grid import CELLS, DTYPES, GRIDS, REGIONS, SEQUENCES, VARIANTS, Grid, Point
 from fused_rnn.commands.bench.heat import heat_map, step_plot
 from fused_rnn.commands.bench.limits import Limits
 from fused_rnn.commands.bench.measure import Timing, measure
-from fused_rnn.commands.bench.providers import HALF, GraphCall, baseline, build, supports
+from fused_rnn.commands.bench.providers import HALF, baseline, build, supports
 from fused_rnn.commands.bench.results import FLOOR, Results, Row, time_row
 from fused_rnn.commands.bench.tables import against_plain, report
 from fused_rnn.commands.bench.variants import resets

@@ -67,7 +67,8 @@ def test_points_of_shapes_survive_the_file(tmp_path: Path) -> None:
     results.save(tmp_path / "a.json")
     assert Results.load(tmp_path / "a.json").rows == results.rows
     point = next(iter(results.rows))[0]
-    assert point.flops == 2 * 8 * 2 * 4 * 64 * 2 * ((80 + 64) + (128 + 64)) * (3 if point.mode == "training" else 1)
+    of_layers = (8 * 80 + 7 * 64) + (8 * 128 + 7 * 64)
+    assert point.flops == 2 * 2 * 4 * 64 * 2 * of_layers * (3 if point.mode == "training" else 1)
 
 
 @pytest.mark.parametrize("mode", SEQUENCES)

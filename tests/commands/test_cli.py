@@ -19,6 +19,7 @@ from fused_rnn.commands import demo, info
 from fused_rnn.commands.bench.grid import GRIDS, Grid
 from fused_rnn.commands.bench.limits import Limits
 from fused_rnn.commands.bench.measure import Timing
+from fused_rnn.commands.bench.readme import markers
 from fused_rnn.commands.bench.results import Results
 from fused_rnn.commands.cli import cli
 from fused_rnn.dispatch import BACKENDS
@@ -119,6 +120,8 @@ def test_bench_of_streams(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert {point.cell for point, _, _ in both.rows} == {"GRU", "RNN"}, "the rows of the first run stay"
     results.save(tmp_path / "fp32-1t.json")
     page, full = two_pages(tmp_path)
+    for one in (page, full):
+        one.write_text(one.read_text() + "\n".join(markers("rivals")))
     run("bench", "--readme", str(page), *out)
     assert f"| GRU, int8 weights | {results.value(point, 'stream int8'):.3g} (" in full.read_text()
 
@@ -136,11 +139,13 @@ def test_an_error_leaves_the_streams_measured_before_it(tmp_path: Path, monkeypa
 ANYTHING = {
     "--cell": "GRU", "--dtype": "bf16", "--threads": "1", "--shape": "8,2,8,8", "--layers": "2",
     "--bidirectional": None, "--mode": "training", "--variant": "layers", "--provider": "loop", "--device": "cuda",
-    "--quick": None, "--minutes": "0", "--memory": None, "--stream": None, "--model": "a:b", "--scaling": None,
-    "--flex": None, "--field": None, "--jax-python": "python", "--out": "nowhere",
+    "--grid": "quick", "--quick": None, "--minutes": "0", "--memory": None, "--stream": None, "--model": "a:b",
+    "--scaling": None,
+    "--flex": None, "--field": None, "--isas": None, "--jax-python": "python", "--out": "nowhere",
     "--choose": None, "--readme": "README.md",
 }  # fmt: skip
 GRID = {"--cell", "--dtype", "--threads", "--mode", "--variant", "--provider", "--device", "--minutes", "--memory"}
+GRID |= {"--jax-python"}
 KINDS = {
     "--readme": {"--device", "--out"},
     "--choose": {"--device", "--out"},
@@ -148,6 +153,7 @@ KINDS = {
     "--stream": {"--cell", "--threads", "--minutes", "--out"},
     "--flex": {"--cell", "--jax-python", "--minutes", "--out"},
     "--field": {"--minutes", "--out"},
+    "--isas": {"--cell", "--dtype", "--mode", "--minutes", "--out"},
     "--scaling": {"--cell", "--dtype", "--threads", "--shape", "--layers", "--bidirectional"}
     | {"--mode", "--minutes", "--out"},
     "--shape": GRID | {"--layers", "--bidirectional", "--out"},
@@ -159,7 +165,7 @@ def test_an_option_that_would_have_no_effect_is_refused(
     kind: str, takes: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every one that is not taken; those that are taken get past the check."""
-    from fused_rnn.commands import cli as module
+    from fused_rnn.commands.bench import command as module
 
     assert {option for param in module.bench.params for option in param.opts if option != "--help"} == {*ANYTHING}
     monkeypatch.chdir(tmp_path)
@@ -190,6 +196,13 @@ def test_an_option_that_would_have_no_effect_is_refused(
     ("arguments", "message"),
     [
         (["bench", "--provider", "nobody"], "got 'nobody', expected one of"),
+        (
+            ["bench", "--provider", "scan", "--jax-python", "/nowhere"],
+            "scan is not measured, it needs: pip install jax",
+        ),
+        (["bench", "--jax-python", "python"], "goes with --flex and --provider scan"),
+        (["bench", "--grid", "deepbench", "--quick"], "got 'deepbench' with --quick, expected one of the two"),
+        (["bench", "--grid", "deepbench", "--shape", "1,2,3,4"], "does not go with --shape"),
         (["bench", "--dtype", "int8"], "Invalid value"),
         (["bench", "--dtype", "tf32"], "which is a GPU's"),
         (["bench", "--threads", "0"], "Invalid value"),

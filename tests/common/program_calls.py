@@ -91,20 +91,21 @@ def by_ops(call: LayerCall, forward: Any, backward: Any) -> Results:
 
 
 def assert_same_by_any_threads(call: LayerCall) -> None:
-    """The CPU's loops, whoever does their work. Of the gradients that are products over all steps each number of
-    threads has its own bits, the same from run to run."""
+    """The CPU's loops, whoever does their work. Of a program in stages the gradients of its params are summed over the
+    rows of a strip, and strips are others with other threads: they are the same from run to run."""
     torch.set_num_threads(1)
     first = by_ops(call, ops.forward, ops.backward)
+    of_params = [name for name, value in first.items() if name.startswith("dweights") and value.shape == (call.width,)]
+    apart = of_params if CELLS[call.cell].program.stages > 1 else []
     for threads in (2, 3, 4, 2):
         torch.set_num_threads(threads)
-        again, once_more = by_ops(call, ops.forward, ops.backward), by_ops(call, ops.forward, ops.backward)
-        for key, value in first.items():
-            assert torch.equal(again[key], once_more[key]), key
+        for key, value in by_ops(call, ops.forward, ops.backward).items():
             assert not value.isnan().any(), key
-            if key.startswith("dweights") or key == "dx":
-                torch.testing.assert_close(again[key], value, rtol=1e-4, atol=1e-4 * float(value.abs().max()))
+            if key in apart:
+                torch.testing.assert_close(value, first[key], rtol=1e-4, atol=1e-4 * float(first[key].abs().max()))
+                assert torch.equal(value, by_ops(call, ops.forward, ops.backward)[key]), key
             else:
-                assert torch.equal(again[key], value), key
+                assert torch.equal(value, first[key]), key
 
 
 def by_reference(call: LayerCall) -> Results:

@@ -34,6 +34,7 @@ def test_from_module_to_op_in_training(name: str, batch_first: bool, monkeypatch
 
     real = ops.forward
     monkeypatch.setattr(ops, "forward", forward)
+    monkeypatch.setattr("fused_rnn.nn.quick.FAST_PATH", None)
     cell = (leaky,) if name == "FlexRNN" else ()
     module = getattr(fused_rnn, name)(*cell, 4, 5, batch_first=batch_first)
     output, _ = module(torch.randn(3, 3, 4))

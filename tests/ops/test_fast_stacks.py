@@ -85,7 +85,7 @@ def both_ways(monkeypatch: pytest.MonkeyPatch) -> Any:
                 patch.setattr("fused_rnn.nn.rnn.run", fail)
                 quick = module(*args, **extras)
             with monkeypatch.context() as patch:
-                patch.setattr("fused_rnn.nn.sequence.FAST_PATH", None)
+                patch.setattr("fused_rnn.nn.quick.FAST_PATH", None)
                 return quick, module(*args, **extras)
 
     return results

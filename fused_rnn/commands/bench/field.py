@@ -21,10 +21,10 @@ import fused_rnn
 from fused_rnn.call import kinds
 from fused_rnn.cells import CELLS
 from fused_rnn.cells.diagonal import by_block, of_blocks
-from fused_rnn.commands.bench.flex import beside, on_one_core, ratios, record, report, thread_seconds
+from fused_rnn.commands.bench.calls import Call
+from fused_rnn.commands.bench.flex import beside, on_one_core, record, report
 from fused_rnn.commands.bench.grid import SEQUENCES, Point
-from fused_rnn.commands.bench.measure import BLOCK_S, TOLERANCE, difference, interleave
-from fused_rnn.commands.bench.providers import Call
+from fused_rnn.commands.bench.measure import BLOCK_S, TOLERANCE, clock, difference, interleave
 from fused_rnn.commands.bench.results import Results, geometric_mean, setting
 from fused_rnn.commands.bench.tables import ratio
 from fused_rnn.commands.machine import describe
@@ -146,8 +146,9 @@ def measure(point: Point, budget_s: float) -> dict[str, list[float]]:
     allowed = TOLERANCE[point.dtype] * (10 if point.mode == "training" else 1)
     if LOOP in calls and not (off := difference(calls[OURS], calls[LOOP].results())) <= allowed:
         raise RuntimeError(f"{point}: the module differs from the loop over its step by {off:.1e}")
-    cost = {provider: thread_seconds(call, 2)[1] for provider, call in calls.items()}
-    return interleave(calls, cost, thread_seconds, BLOCK_S, budget_s)
+    run = clock("cpu", core_time=True)
+    cost = {provider: run(call, 2)[1] for provider, call in calls.items()}
+    return interleave(calls, cost, run, BLOCK_S, budget_s)
 
 
 def execute(budget_s: float, out: Path, console: Console) -> Path:
@@ -176,8 +177,8 @@ def table(results: Results) -> str:
         f"{what}, {mode}" for what in ("times as fast as a plain loop", "time, × the built-in's") for mode in SEQUENCES
     ]
     lines = [f"| {setting(run)} | built-in | " + " | ".join(heads) + " |", "|---" * 6 + "|"]
-    faster = ratios(results, LOOP, OURS)
-    slower = {point: 1 / value for point, value in ratios(results, BUILT_IN, OURS).items()}
+    faster = results.ratios(LOOP, OURS)
+    slower = {point: 1 / value for point, value in results.ratios(BUILT_IN, OURS).items()}
     cells = dict.fromkeys(point.cell for point, _, _ in results.rows)
     for cell in sorted(cells, key=lambda cell: cell in REGULARISED):
         entries = []

@@ -9,9 +9,8 @@ from here. Gradients are those of the input and of all weights, as everywhere in
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +20,12 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import fused_rnn
+from fused_rnn.commands.bench.calls import Call
 from fused_rnn.commands.bench.grid import CELLS, GRIDS, SEQUENCES, Point
-from fused_rnn.commands.bench.measure import BLOCK_S, TOLERANCE, Runs, difference, interleave, percentiles
-from fused_rnn.commands.bench.providers import BASELINE, Call, build
+from fused_rnn.commands.bench.measure import BLOCK_S, TOLERANCE, clock, difference, interleave, percentiles
+from fused_rnn.commands.bench.providers import BASELINE, build
 from fused_rnn.commands.bench.results import Results, continued, geometric_mean, setting, time_row
-from fused_rnn.commands.bench.scan import NoJax, Scan, ScanCall
+from fused_rnn.commands.bench.rivals.scan import Scan, ScanCall, missing, version
 from fused_rnn.commands.bench.tables import duration, grid, ratio
 from fused_rnn.commands.machine import describe
 
@@ -33,11 +33,7 @@ PREFIX = "flex-"  # of the result files' names
 BUILT_IN, FLEX, LOOP, SCAN = "auto", "flex", "step loop", "lax.scan"
 TITLES = {BUILT_IN: "built-in", FLEX: "FlexRNN", LOOP: "loop over the step", SCAN: "JAX's lax.scan"}
 SCANNED = tuple(
-    Point(cell, mode, "fp32", 128, B, H)
-    for cell in ("LSTM", "GRU")
-    for mode in SEQUENCES
-    for B in (1, 32)
-    for H in (64, 256)
+    Point(cell, mode, "fp32", 128, B, H) for cell in CELLS for mode in SEQUENCES for B in (1, 32) for H in (64, 256)
 )
 
 
@@ -129,22 +125,9 @@ def measure(point: Point, providers: Sequence[str], scan: Scan | None, budget_s:
         if not (off := difference(calls[provider], theirs.results())) <= TOLERANCE[point.dtype]:
             raise RuntimeError(f"{point}: {TITLES[provider]} differs from torch.nn by {off:.1e}")
 
-    def run(call: Runs, times: int) -> list[float]:
-        return call.seconds(times) if isinstance(call, ScanCall) else thread_seconds(call, times)
-
+    run = clock("cpu", core_time=True)
     cost = {provider: run(call, 2)[1] for provider, call in calls.items()}
     return interleave(calls, cost, run, BLOCK_S, budget_s)
-
-
-def thread_seconds(call: Runs, times: int) -> list[float]:
-    """measure.clock by the time that this thread has had a core."""
-    seconds = []
-    for _ in range(times):
-        call.prepare()
-        start = time.thread_time_ns()
-        call.run()
-        seconds.append((time.thread_time_ns() - start) * 1e-9)
-    return seconds
 
 
 @contextmanager
@@ -164,25 +147,17 @@ def on_one_core() -> Iterator[None]:
 
 def execute(cells: Sequence[str], jax_python: str, budget_s: float, out: Path, console: Console) -> Path:
     """Measure every point, write the file and print its tables; returns the file's path."""
-    with on_one_core():
-        try:
-            scan: Scan | None = Scan(jax_python)
-        except (NoJax, OSError) as error:
-            scan = None
-            console.print(f"Without lax.scan: {error}", soft_wrap=True)
-        facts = describe("cpu") | {"dtype": "fp32", "threads": 1}
-        wanted = dict(points(cells, scan is not None))
+    if lacking := missing(jax_python):
+        console.print(f"Without lax.scan, which needs: {lacking}", soft_wrap=True)
+    facts = describe("cpu") | {"dtype": "fp32", "threads": 1, "jax": version(jax_python) or ""}
+    wanted = dict(points(cells, not lacking))
+    with on_one_core(), ExitStack() as stack:
+        scan = None if lacking else stack.enter_context(Scan(jax_python, core_time=True))
 
         def run(point: Point, seconds: float) -> dict[str, list[float]]:
-            found = measure(point, wanted[point], scan, seconds)
-            facts["jax"] = scan.version if scan is not None else ""
-            return found
+            return measure(point, wanted[point], scan, seconds)
 
-        try:
-            path, shown = record(PREFIX, facts, list(wanted), run, budget_s, out, console)
-        finally:
-            if scan is not None:
-                scan.__exit__()
+        path, shown = record(PREFIX, facts, list(wanted), run, budget_s, out, console)
     return report(path, terminal(shown), table(shown), console)
 
 
@@ -226,17 +201,6 @@ def report(path: Path, shown: Table, text: str, console: Console) -> Path:
     return path
 
 
-def ratios(results: Results, over: str, provider: str = FLEX) -> dict[Point, float]:
-    """The time of one over another's, at every point that has both in one run."""
-    found = {}
-    for point in dict.fromkeys(point for point, name, _ in results.rows if name == over):
-        run = results.common_run(point, over, provider)
-        a, b = (results.value(point, name, run=run) for name in (over, provider))
-        if run is not None and a and b:
-            found[point] = a / b
-    return found
-
-
 def terminal(results: Results) -> Table:
     """Every point, with FlexRNN's time over the built-in module's, and the others' over FlexRNN's."""
     return beside(results, "FlexRNN: medians, × FlexRNN's", TITLES, FLEX)
@@ -265,19 +229,19 @@ def table(results: Results) -> str:
     """The README's tables: beside the built-in modules and the loop by cell, beside lax.scan by size."""
     run = results.runs[-1]
     lines = [f"| {setting(run)} | " + " | ".join(CELLS) + " |", "|---" * (1 + len(CELLS)) + "|"]
-    slower = {point: 1 / value for point, value in ratios(results, BUILT_IN).items() if point not in SCANNED}
+    slower = {point: 1 / value for point, value in results.ratios(BUILT_IN, FLEX).items() if point not in SCANNED}
     for mode in SEQUENCES:
         lines.append(_by_cell(f"time, × the built-in module's, {mode}", slower, mode, max))
     for mode in SEQUENCES:
         lines.append(
-            _by_cell(f"times as fast as a Python loop over the step, {mode}", ratios(results, LOOP), mode, min)
+            _by_cell(f"times as fast as a Python loop over the step, {mode}", results.ratios(LOOP, FLEX), mode, min)
         )
     if slower:
         worst = max(slower, key=lambda point: slower[point])
         lines += ["", f"Geometric mean (worst) of {_sizes(slower)}; the loop's of batches up to 8, T > 1. In all "]
         lines[-1] += f"{geometric_mean(slower.values()):.2f}× the built-in modules' time; the worst point, "
         lines[-1] += f"{slower[worst]:.2f}×, is {worst.cell} {worst.mode} {worst.shape}."
-    if scanned := ratios(results, SCAN):
+    if scanned := results.ratios(SCAN, FLEX):
         lines += ["", *_scanned(results, list(scanned))]
     dates = "; ".join(f"commit {run['commit'] or 'unknown'}, {run['date']}" for run in results.runs)
     jax = f", JAX {run['jax']}" if run.get("jax") else ""

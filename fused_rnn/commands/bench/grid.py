@@ -5,8 +5,8 @@ Letters: T time steps, B batch, D input size, H hidden size. In the grids the in
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import product
 
 import torch
@@ -84,10 +84,15 @@ class Point:
 
     @property
     def flops(self) -> float:
-        """Floating-point operations of the matrix products alone; backward costs twice the forward."""
+        """Floating-point operations that the matrix products need; backward costs twice the forward.
+
+        A sequence enters from a state of zeros, whose product with W_hh nobody needs; a step is given its state.
+        """
         steps = sum(self.lengths) if self.lengths else self.T * self.B
+        recurrent = steps - self.B if self.mode in SEQUENCES else steps
         inputs = [self.width] + [self.H * self.directions] * (self.layers - 1)
-        forward = sum(2 * steps * GATES[self.cell] * self.H * (d + self.H) * self.directions for d in inputs)
+        each = (2 * GATES[self.cell] * self.H * (steps * width + recurrent * self.H) for width in inputs)
+        forward = sum(each) * self.directions
         return float(forward * (3 if self.mode == "training" else 1))
 
     @property
@@ -104,12 +109,19 @@ class Point:
 
 @dataclass(frozen=True)
 class Grid:
-    """Sizes to combine. `steps` are the H of the single-step comparison against the cells of torch.nn."""
+    """Sizes to combine. `steps` are the H of the single-step comparison against the cells of torch.nn.
 
-    T: tuple[int, ...]
-    B: tuple[int, ...]
-    H: tuple[int, ...]
+    listed: sizes (T, B, H) as they are, by mode and cell.  rivals: who is measured too where it is installed.
+    minutes: what a run takes, at each dtype and number of threads.
+    """
+
+    T: tuple[int, ...] = ()
+    B: tuple[int, ...] = ()
+    H: tuple[int, ...] = ()
     steps: tuple[int, ...] = ()
+    listed: Mapping[str, Mapping[str, tuple[tuple[int, int, int], ...]]] = field(default_factory=dict)
+    rivals: tuple[str, ...] = ()
+    minutes: float = 9
 
     def points(
         self,
@@ -122,17 +134,42 @@ class Grid:
         for cell, mode, variant in product(cells, sequences, variants):
             if variant == "graph" and mode == "training":
                 continue
-            for T, B, H in product(self.T, self.B, self.H):
+            for T, B, H in (*product(self.T, self.B, self.H), *self.listed.get(mode, {}).get(cell, ())):
                 yield Point(cell, mode, dtype, T, B, H, variant)
         for cell, variant, H in product(cells, ("plain", "graph"), self.steps if "step" in modes else ()):
             if variant in variants:
                 yield Point(cell, "step", dtype, 1, 1, H, variant)
 
 
+def _sizes(H: int, T: int, *batches: int) -> tuple[tuple[int, int, int], ...]:
+    return tuple((T, B, H) for B in batches)
+
+
+# baidu-research/DeepBench, code/kernels/rnn_problems.h, H ≤ 1024: in training what is in its training_set, in inference
+# that and what is in its inference_server_set and inference_device_set. The GRU of 1024 units, T=1500, with 32 and 64
+# sequences is left out: 0.6 and 1.2 TFLOP forward, on one core of a CPU.
+_TRAINING = {
+    "LSTM": _sizes(512, 25, 16, 32, 64, 128) + _sizes(1024, 25, 16, 32, 64, 128) + _sizes(256, 150, 16, 32, 64),
+    "GRU": _sizes(512, 1, 32),
+}
+DEEPBENCH = {
+    "training": _TRAINING,
+    "inference": {
+        "LSTM": _sizes(512, 25, 1, 2, 4) + _sizes(1024, 25, 1, 2, 4) + _sizes(256, 150, 1, 2, 4) + _TRAINING["LSTM"],
+        "GRU": _sizes(512, 1, 1, 2, 4) + _sizes(1024, 1500, 1, 2, 4) + _TRAINING["GRU"],
+        "RNN": _sizes(32, 672, 1) + _sizes(64, 96, 1),
+    },
+}
+COMPILED = dict.fromkeys(CELLS, _sizes(64, 32, 1) + _sizes(256, 32, 32))  # each takes up to half a minute to compile
+
 GRIDS = {
     "cpu": Grid(T=(1, 32, 128), B=(1, 8, 32, 128), H=(32, 128, 256, 512), steps=(32, 64, 128, 256, 512)),
-    "quick": Grid(T=(1, 32), B=(1, 8, 32), H=(32, 128, 256), steps=(128,)),
-    "quick-cuda": Grid(T=(32, 256), B=(8, 64), H=(128, 256, 512, 1024), steps=(512,)),
+    "quick": Grid(T=(1, 32), B=(1, 8, 32), H=(32, 128, 256), steps=(128,), minutes=1),
+    "rivals": Grid(T=(1, 64), B=(1, 8, 32), H=(64, 128, 256, 512), rivals=("onnxruntime", "scan"), minutes=5),
+    "deepbench": Grid(listed=DEEPBENCH, rivals=("onnxruntime", "scan"), minutes=4),
+    "compiled": Grid(listed=dict.fromkeys(SEQUENCES, COMPILED), rivals=("compile-loop", "compile-scan"), minutes=4),
+    "machine": Grid(T=(32,), B=(1, 8, 64), H=(64, 256, 512), minutes=1),
+    "quick-cuda": Grid(T=(32, 256), B=(8, 64), H=(128, 256, 512, 1024), steps=(512,), minutes=1),
     "cuda": Grid(
         T=(1, 32, 128, 1024),
         B=(1, 8, 16, 32, 64, 128, 256),

@@ -23,8 +23,11 @@ from fused_rnn import ops
 from fused_rnn.commands.bench.exchange import Exchanges, measure_exchanges
 from fused_rnn.commands.bench.grid import DTYPES, Point
 from fused_rnn.commands.bench.providers import build
+from fused_rnn.commands.machine import caches
 
 BUFFER_BYTES = tuple(1 << power for power in range(12, 27, 2))  # 4 KiB, in the first cache, to 64 MiB
+BEYOND = (1 << 28,)  # where a cache is so large that 64 MiB may lie in it
+OUR_PRODUCTS = (("RNN", 128, 256), ("LSTM", 512, 256), ("LSTM", 256, 512), ("RNN", 1024, 512))  # cell, B, H
 MULTIPROCESSOR_BYTES = (228 + 256) << 10  # where W_hh may stay: shared memory and registers, a Hopper's
 
 
@@ -131,18 +134,20 @@ def best_rate(work: float, call: Callable[[], object], device: str, seconds: flo
 def measure_limits(dtype: str, device: str) -> Limits:
     """Measure the ceilings with the threads that are set: products, reads of ever larger buffers, exchanges."""
     flops, by = max(_products(dtype, device))
-    reads = tuple((size, read_rate(size, device)) for size in BUFFER_BYTES)
+    sizes = (*BUFFER_BYTES, *BEYOND) if max(caches().values(), default=0) > BUFFER_BYTES[-1] // 2 else BUFFER_BYTES
+    reads = tuple((size, read_rate(size, device)) for size in sizes)
     return Limits(flops, reads, _exchanges() if device == "cuda" else (), by)
 
 
 def _products(dtype: str, device: str) -> Iterator[tuple[float, str]]:
-    """FLOP rates of the products there are: square ones by torch.mm, and on a CPU one step of a wide batch by us."""
+    """FLOP rates of the products there are: square ones by torch.mm, and on a CPU one step of wide batches by us."""
     for n in (512, 1024) if device == "cpu" else (8192,):
         a, b, out = (torch.randn(n, n, device=device, dtype=DTYPES[dtype]) for _ in range(3))
         yield best_rate(2.0 * n**3, partial(torch.mm, a, b, out=out), device, seconds=0.3), "torch.mm"
     if device == "cpu" and ops._C is not None:
-        for point in (Point("RNN", "inference", dtype, 1, 1024, 512), Point("LSTM", "inference", dtype, 1, 512, 256)):
-            yield best_rate(point.flops, build("cpu", point).run, device, seconds=0.3), "our own product"
+        for cell, B, H in OUR_PRODUCTS:
+            point = Point(cell, "inference", dtype, 1, B, H)
+            yield best_rate(point.flops, build("cpu", point).run, device, seconds=0.2), "our own product"
 
 
 def _exchanges() -> Exchanges:

@@ -1,6 +1,7 @@
 """The clock: interleaved A/B timing in one process, and the check that what is timed is right.
 
-All providers of a point are built first, checked against the baseline, warmed up, and then take turns: in each
+By one thread on a CPU what counts is the time that it had a core, so that other work on the machine does not come into
+it. All providers of a point are built first, checked against the baseline, warmed up, and then take turns: in each
 round each provider runs a short block, in random order. A slow phase of the machine thus falls on everyone, and
 the medians are compared. Nothing is averaged away: the 20th and 80th percentile are kept.
 
@@ -16,13 +17,15 @@ import random
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, replace
+from typing import Protocol, runtime_checkable
 
 import torch
 
+from fused_rnn.commands.bench.calls import Call
 from fused_rnn.commands.bench.grid import Point
-from fused_rnn.commands.bench.providers import Call, baseline, build, supports
+from fused_rnn.commands.bench.providers import BASELINE, baseline, build, supports
+from fused_rnn.commands.bench.rivals.rival import Build
 
 # A guard against timing something wrong, by ‖a - b‖ / ‖b‖; accuracy itself is judged by the tests.
 TOLERANCE = {"fp64": 1e-9, "fp32": 1e-3, "tf32": 2e-2, "fp16": 2e-2, "bf16": 5e-2}
@@ -38,13 +41,14 @@ DISTURBED = 1.5  # the 80th percentile over the 20th
 
 @dataclass(frozen=True)
 class Timing:
-    """Percentiles in seconds over n runs, or the reason why nothing is reported."""
+    """Percentiles in seconds over n runs, or the reason why nothing is reported. compile_s: see Call."""
 
     p20: float = 0.0
     p50: float = 0.0
     p80: float = 0.0
     n: int = 0
     refused: str | None = None
+    compile_s: float | None = None
 
     @property
     def disturbed(self) -> bool:
@@ -67,16 +71,29 @@ class Runs(Protocol):
     def run(self) -> None: ...
 
 
-def clock(device: str) -> Callable[[Runs, int], list[float]]:
-    """A function that runs a call so many times and returns the seconds of each: on a GPU by events."""
+@runtime_checkable
+class TimesItself(Protocol):
+    """What runs in a process of its own, with a clock there: the seconds of each of so many runs."""
+
+    def seconds(self, times: int) -> list[float]: ...
+
+
+def clock(device: str, core_time: bool = False) -> Callable[[Runs, int], list[float]]:
+    """A function that runs a call so many times and returns the seconds of each: on a GPU by events.
+
+    core_time: those that this thread had a core, which is right where there is no other.
+    """
+    now = time.thread_time_ns if core_time else time.perf_counter_ns
 
     def on_cpu(call: Runs, times: int) -> list[float]:
+        if isinstance(call, TimesItself):
+            return call.seconds(times)
         seconds = []
         for _ in range(times):
             call.prepare()
-            start = time.perf_counter_ns()
+            start = now()
             call.run()
-            seconds.append((time.perf_counter_ns() - start) * 1e-9)
+            seconds.append((now() - start) * 1e-9)
         return seconds
 
     def on_gpu(call: Runs, times: int) -> list[float]:
@@ -93,6 +110,11 @@ def clock(device: str) -> Callable[[Runs, int], list[float]]:
         return [float(start.elapsed_time(end)) * 1e-3 for start, end in marks[1:]]
 
     return on_gpu if device == "cuda" else on_cpu
+
+
+def counts_core_time(device: str) -> bool:
+    """Whether what counts is the time that a thread had a core: on a CPU, if there is one thread."""
+    return device == "cpu" and torch.get_num_threads() == 1
 
 
 @contextmanager
@@ -123,23 +145,27 @@ def difference(call: Call, expected: list[torch.Tensor]) -> float:
     return worst
 
 
-def measure(point: Point, providers: list[str], device: str, budget_s: float) -> dict[str, Timing]:
+def measure(
+    point: Point, providers: list[str], device: str, budget_s: float, rivals: Mapping[str, Build] | None = None
+) -> dict[str, Timing]:
     """Time every provider at one point, in about budget_s seconds, or what the fewest rounds take if that is longer.
 
-    A provider that does not support the point is left out; one that raises, or whose results differ from the
-    baseline's, is in the answer with the reason and without a time.
+    rivals: what builds the calls of those among the providers, of torch.nn's. A provider that does not support the
+    point is left out; one that raises, or whose results differ from the baseline's, is in the answer with the reason
+    and without a time.
     """
     timings: dict[str, Timing] = {}
     calls: dict[str, Call] = {}
     cost: dict[str, float] = {}
-    run = clock(device)
+    run = clock(device, core_time=counts_core_time(device))
     first = baseline(point)
     expected: list[torch.Tensor] = []
     for provider in [first, *(p for p in providers if p != first)]:
         if supports(provider, point) is not None:
             continue
         try:
-            call = build(provider, point, device)
+            rival = (rivals or {}).get(provider)
+            call = build(provider, point, device) if rival is None else rival(build(BASELINE, point))
             run(call, 1)
         except Exception as error:  # a compiler's own errors, too: the other providers are to be timed
             if provider == first:
@@ -154,7 +180,9 @@ def measure(point: Point, providers: list[str], device: str, budget_s: float) ->
         calls[provider], cost[provider] = call, run(call, 1)[0]
 
     seconds = interleave(calls, cost, run, GPU_BLOCK_S if device == "cuda" else BLOCK_S, budget_s)
-    return timings | {provider: percentiles(samples) for provider, samples in seconds.items()}
+    for provider, samples in seconds.items():
+        timings[provider] = replace(percentiles(samples), compile_s=calls[provider].compile_s)
+    return timings
 
 
 def interleave(

@@ -1,4 +1,4 @@
-"""Who runs a point: torch.nn, a loop over torch's cell, or fused_rnn with one of its backends.
+"""Who runs a point: torch.nn, a loop over torch's cell, fused_rnn with one of its backends, or a rival (rivals/).
 
 Every provider of a point computes the same thing from the same weights, input, state and output gradient. For bf16 on a
 GPU torch.nn in float16 is one more: cuDNN has kernels for it that it lacks for bf16, and torch copies the weights of a
@@ -12,10 +12,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fused_rnn
 from fused_rnn.commands.bench import variants
-from fused_rnn.commands.bench.grid import DTYPES, SEQUENCES, Point
+from fused_rnn.commands.bench.calls import Call, CellLoop, GraphCall
+from fused_rnn.commands.bench.grid import CELLS, DTYPES, SEQUENCES, Point
+from fused_rnn.commands.bench.rivals import RIVALS
 
 BASELINE = "torch"
 STEP_BASELINE = "cell"
@@ -27,7 +30,7 @@ TITLES = {
     "loop": "loop over torch cell",
     "cell": "torch.nn cell",
     "auto": "fused_rnn, auto",
-}
+} | {name: rival.title for name, rival in RIVALS.items()}
 OTHERS = tuple(TITLES)  # every other provider is one of our backends, run alone
 
 
@@ -41,95 +44,10 @@ def ways_in_torch(point: Point) -> tuple[str, ...]:
     return (baseline(point), HALF) if point.dtype == "bf16" and point.mode in SEQUENCES else (baseline(point),)
 
 
-class Call:
-    """One provider at one point: `prepare()` is outside the clock, `run()` inside it.
-
-    results: after `run()`, the tensors by which two providers are compared: outputs, then in training the
-    gradients of the input and of every parameter.
-    """
-
-    def __init__(self, point: Point, module: nn.Module, forward: Callable[[], Tensor], x: Tensor, dy: Tensor) -> None:
-        self.point, self.training = point, point.mode == "training"
-        self.module, self.forward, self.x, self.dy = module, forward, x, dy
-        self.module.train(self.training)  # else cuDNN keeps what a backward would want
-        self.parameters = list(module.parameters())
-        self.y: Tensor | None = None
-
-    def prepare(self) -> None:
-        """Drop the last results and, in training, write the weights as an optimiser would.
-
-        Without the write a backend could keep weights packed from one iteration to the next, which no training run
-        allows. The factor is one, so every provider keeps computing the same thing.
-        """
-        self.y = None
-        if self.training:
-            self.x.grad = None
-            for parameter in self.parameters:
-                parameter.grad = None
-            with torch.no_grad():
-                for parameter in self.parameters:
-                    parameter.mul_(1)
-
-    def run(self) -> None:
-        if self.training:
-            self.y = self.forward()
-            self.y.backward(self.dy)
-        else:
-            with torch.no_grad():
-                self.y = self.forward()
-
-    def results(self) -> list[Tensor]:
-        assert self.y is not None
-        gradients = [self.x.grad, *(parameter.grad for parameter in self.parameters)] if self.training else []
-        return [self.y.detach(), *(gradient for gradient in gradients if gradient is not None)]
-
-
-class GraphCall(Call):
-    """A call without gradient as a CUDA graph: captured when it first runs, replayed from then on."""
-
-    def __init__(self, call: Call) -> None:
-        super().__init__(call.point, call.module, call.forward, call.x, call.dy)
-        self.graph: torch.cuda.CUDAGraph | None = None
-
-    def prepare(self) -> None:
-        """Nothing: the outputs are the graph's own."""
-
-    def run(self) -> None:
-        if self.graph is None:
-            self._capture()
-        assert self.graph is not None
-        self.graph.replay()
-
-    @torch.no_grad()
-    def _capture(self) -> None:
-        aside = torch.cuda.Stream()
-        aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):
-            for _ in range(3):  # what is done once, by us and by cuDNN, is done before
-                self.forward()
-        torch.cuda.current_stream().wait_stream(aside)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.y = self.forward()
-
-
-class CellLoop(nn.Module):
-    """What people write when a fused layer will not do: a Python loop over `torch.nn.<Kind>Cell`."""
-
-    def __init__(self, kind: str, width: int, size: int, **factory: Any) -> None:
-        super().__init__()
-        self.cell = getattr(nn, kind + "Cell")(width, size, **factory)
-
-    def forward(self, x: Tensor) -> Tensor:
-        outputs, hx = [], None
-        for x_t in x.unbind(0):
-            hx = self.cell(x_t, hx)
-            outputs.append(hx[0] if isinstance(hx, tuple) else hx)
-        return torch.stack(outputs)
-
-
 def supports(provider: str, point: Point) -> str | None:
     """None, or why this provider does not run this point."""
+    if provider in RIVALS:
+        return RIVALS[provider].supports(point)
     plain = point.variant in ("plain", "graph") and point.layers == point.directions == 1
     if provider in ("loop", "cell") and not plain:
         return "the loop over a cell has one layer, one direction, no lengths and no resets"
@@ -189,3 +107,25 @@ def _step(cell: nn.Module, x: Tensor, hx: Any) -> Callable[[], Tensor]:
         return lambda: cell(x_0, state)[0]
     h_0 = hx[0]
     return lambda: cell(x_0, h_0)
+
+
+class _Operations(TorchDispatchMode):
+    """The names of the operations that torch runs."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+def kernels_of_torch(dtype: str) -> dict[str, str]:
+    """Whose kernels torch.nn runs for each cell on a CPU, by what it does: oneDNN's for a whole layer, or its own."""
+    found = {}
+    for cell in CELLS:
+        with _Operations() as seen:
+            build(BASELINE, Point(cell, "inference", dtype, 2, 1, 8)).run()
+        found[cell] = "oneDNN" if any("mkldnn_rnn_layer" in name for name in seen.names) else "ATen"
+    return found

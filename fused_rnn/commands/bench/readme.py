@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fused_rnn.commands.bench import condensed, field, flex, scaling, stream
+from fused_rnn.commands.bench import beside_rivals, condensed, field, flex, isas, scaling, stream
 from fused_rnn.commands.bench.goals import judged
-from fused_rnn.commands.bench.grid import CELLS, Point
+from fused_rnn.commands.bench.grid import CELLS, GRIDS, Point
 from fused_rnn.commands.bench.providers import BASELINE, STEP_BASELINE
-from fused_rnn.commands.bench.results import MEMORY, Results, geometric_mean, setting
+from fused_rnn.commands.bench.results import MEMORY, Results, geometric_mean, setting, torch_of
 from fused_rnn.commands.bench.tables import EVEN, regions
 
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"  # of the CPU's tables
 FULL = Path("docs/measurements.md")  # beside the README: every table, of which the README has the sums
 # Of files that are no grid's.
-PREFIXES = ("quick-", "shapes-", stream.PREFIX, scaling.PREFIX, flex.PREFIX, field.PREFIX)
+PREFIXES = (
+    *(f"{name}-" for name in GRIDS),
+    *("shapes-", isas.PREFIX, stream.PREFIX, scaling.PREFIX, flex.PREFIX, field.PREFIX),
+)
 
 
 def markers(provider: str) -> tuple[str, str]:
@@ -39,6 +42,7 @@ def pages(readme: Path, directory: Path, provider: str) -> dict[Path, str]:
     """What `update` makes of the two pages."""
     loaded = _load(directory)
     streams = [Results.load(path) for path in sorted(directory.glob(f"{stream.PREFIX}*.json"))]
+    streams = [results for results in streams if _machine(results) == _machine(loaded[0])]
     parts = [section(results, provider) for results in loaded]
     parts += [steps(loaded[0], provider)]
     parts += [stream.table(results) for results in streams]
@@ -47,10 +51,17 @@ def pages(readme: Path, directory: Path, provider: str) -> dict[Path, str]:
     short = condensed.table(loaded, streams, provider, FULL.as_posix())
     texts = {readme: _put(readme, markers(provider), short), full: _put(full, markers(provider), _joined(parts))}
     others = {"threads": scaling.tables, "flex": flex.tables, "field": field.tables}
-    for name, more in ((name, tables(directory)) for name, tables in others.items()):
-        if more:
-            texts = {page: _put(page, markers(name), more, text) for page, text in texts.items()}
+    more = {name: dict.fromkeys(texts, tables(directory)) for name, tables in others.items()}
+    more["rivals"] = dict(zip(texts, beside_rivals.tables(directory), strict=True))
+    more["isas"] = {full: isas.tables(directory)}
+    for name, by_page in more.items():
+        for page, found in by_page.items():
+            texts[page] = _put(page, markers(name), found, texts[page]) if found else texts[page]
     return texts
+
+
+def _machine(results: Results) -> str:
+    return str(results.runs[-1]["device_name"])
 
 
 def _load(directory: Path) -> list[Results]:
@@ -104,7 +115,7 @@ def caption(results: Results) -> str:
     dates = "; ".join(f"commit {run['commit'] or 'unknown'}, {run['date']}" for run in results.runs)
     kernels = f"{run['cores']} cores; our kernels: {run['kernels']}; " if run["device"] == "cpu" else ""
     device = f"{run['device_name']} ({kernels}{run['limits'].get('by', 'torch.mm')}: {limit:.0f} GFLOP/s)"
-    return f"{device}, torch {run['torch']}, {dates}"
+    return f"{device}, {torch_of(run)}, {dates}"
 
 
 def _losses(results: Results, provider: str) -> str:

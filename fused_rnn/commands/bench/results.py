@@ -26,7 +26,10 @@ FLOOR = "limit"  # the provider name of the rows that hold Limits.floor
 
 @dataclass(frozen=True)
 class Row:
-    """One provider at one point. p20, p50, p80 are in the metric's unit; refused says why there are none."""
+    """One provider at one point. p20, p50, p80 are in the metric's unit; refused says why there are none.
+
+    compile_s: seconds that it took to compile, of those who do.
+    """
 
     point: Point
     provider: str
@@ -37,6 +40,7 @@ class Row:
     p80: float | None = None
     n: int = 0
     refused: str | None = None
+    compile_s: float | None = None
 
     @property
     def disturbed(self) -> bool:
@@ -55,12 +59,14 @@ class Row:
             entry |= {"p20": self.p20, "p50": self.p50, "p80": self.p80, "n": self.n}
         else:
             entry |= {"refused": self.refused}
+        if self.compile_s is not None:
+            entry |= {"compile_s": self.compile_s}
         return entry | {"run": self.run}
 
     @staticmethod
     def from_json(entry: dict[str, Any]) -> Row:
         point = Point(entry["kernel"], entry["mode"], entry["dtype"], **entry["size"], variant=entry["variant"])
-        values = {name: entry.get(name) for name in ("p20", "p50", "p80", "refused")}
+        values = {name: entry.get(name) for name in ("p20", "p50", "p80", "refused", "compile_s")}
         return Row(point, entry["provider"], entry["metric"], entry["run"], n=entry.get("n", 0), **values)
 
 
@@ -71,12 +77,22 @@ def setting(run: dict[str, Any]) -> str:
     return f"{run['dtype']}, {run['threads']} thread{'s' * (run['threads'] > 1)}"
 
 
+def torch_of(run: dict[str, Any]) -> str:
+    """torch's version and, where a run says so, whose kernels it runs for which cell."""
+    cells: dict[str, list[str]] = {}
+    for cell, kernels in run.get("torch_runs", {}).items():
+        cells.setdefault(kernels, []).append(cell)
+    said = "; ".join(f"{kernels}: {', '.join(names)}" for kernels, names in cells.items())
+    return f"torch {run['torch']}{f' ({said})' if said else ''}"
+
+
 def time_row(point: Point, provider: str, timing: Timing, run: int) -> Row:
     """A row of microseconds, to four digits, from a timing in seconds."""
     if timing.refused is not None:
         return Row(point, provider, TIME, run, refused=timing.refused)
     p20, p50, p80 = (float(f"{seconds * 1e6:.4g}") for seconds in (timing.p20, timing.p50, timing.p80))
-    return Row(point, provider, TIME, run, p20, p50, p80, timing.n)
+    compile_s = None if timing.compile_s is None else float(f"{timing.compile_s:.3g}")
+    return Row(point, provider, TIME, run, p20, p50, p80, timing.n, compile_s=compile_s)
 
 
 Key = tuple[Point, str, str]  # point, provider, metric
@@ -164,6 +180,16 @@ class Results:
         """The latest run in which all of these have a median at this point: the one to compare them in."""
         runs = [{row.run for row in self.of((point, name, metric)) if row.p50} for name in providers]
         return max(set.intersection(*runs), default=None)
+
+    def ratios(self, over: str, provider: str) -> dict[Point, float]:
+        """The time of one over another's, at every point that has both in one run."""
+        found = {}
+        for point in dict.fromkeys(point for point, name, _ in self.rows if name == over):
+            run = self.common_run(point, over, provider)
+            a, b = (self.value(point, name, run=run) for name in (over, provider))
+            if run is not None and a and b:
+                found[point] = a / b
+        return found
 
     def speedups(self, provider: str, where: Callable[[Point], bool] = lambda point: True) -> dict[Point, float]:
         """torch's median / provider's median at every point that has both in one run, where `where` holds."""

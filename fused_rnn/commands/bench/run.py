@@ -4,83 +4,31 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from itertools import product
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from fused_rnn.commands.bench.beside_rivals import terminal
 from fused_rnn.commands.bench.cudnn import accepted_dtypes
 from fused_rnn.commands.bench.goals import goal_table
-from fused_rnn.commands.bench.grid import CELLS, GRIDS, MODES, Point, Shape
+from fused_rnn.commands.bench.grid import Point
 from fused_rnn.commands.bench.heat import heat_map, step_plot
 from fused_rnn.commands.bench.limits import Ceilings, measure_limits
-from fused_rnn.commands.bench.measure import Timing, float32_as, measure
-from fused_rnn.commands.bench.memory import SIZES, peak_memory
+from fused_rnn.commands.bench.measure import Timing, counts_core_time, float32_as, measure
+from fused_rnn.commands.bench.memory import peak_memory
 from fused_rnn.commands.bench.plot import plot
-from fused_rnn.commands.bench.providers import BASELINE, HALF, OTHERS
-from fused_rnn.commands.bench.results import FLOOR, MEMORY, Results, Row, continued, setting, time_row
+from fused_rnn.commands.bench.providers import BASELINE, OTHERS, kernels_of_torch
+from fused_rnn.commands.bench.results import FLOOR, MEMORY, Results, Row, continued, setting, time_row, torch_of
+from fused_rnn.commands.bench.rivals import opened, versions
 from fused_rnn.commands.bench.tables import report
 from fused_rnn.commands.bench.verdict import verdict
-from fused_rnn.commands.machine import OUT, crowded, describe
-from fused_rnn.dispatch import BACKENDS
+from fused_rnn.commands.bench.workload import Workload
+from fused_rnn.commands.machine import crowded, describe
 
-PROVIDERS = {
-    "cpu": ("torch", "cell", "loop", "cpu", "auto"),
-    "cuda": ("torch", HALF, "cell", *(name for name in ("cuda", "triton") if name in BACKENDS), "auto"),
-}
-DEFAULT_DTYPES = {"cpu": ("fp32", "bf16"), "cuda": ("tf32", "bf16")}
 SAVE_EVERY = 30.0  # seconds: who is killed, by a kernel that hangs for one, has lost no more than that
-
-
-@dataclass(frozen=True)
-class Workload:
-    """What to measure: a grid or, where some are given, shapes (T, B, D, H), with layers and bidirectional.
-
-    budget_s is for each pair of dtype and thread count.
-    """
-
-    device: str = "cpu"
-    grid: str = "cpu"
-    cells: tuple[str, ...] = CELLS
-    dtypes: tuple[str, ...] = ("fp32", "bf16")
-    threads: tuple[int, ...] = (1, 2)
-    modes: tuple[str, ...] = MODES
-    variants: tuple[str, ...] = ("plain",)
-    providers: tuple[str, ...] = PROVIDERS["cpu"]
-    budget_s: float = 600.0
-    memory: bool = True
-    shapes: tuple[Shape, ...] = ()
-    layers: int = 1
-    bidirectional: bool = False
-    out: Path = OUT / "cpu"
-
-    def path(self, dtype: str, threads: int) -> Path:
-        """The result file; a quick run and shapes have one of their own and leave the careful one alone."""
-        prefix = "shapes-" if self.shapes else "quick-" if self.grid.startswith("quick") else ""
-        suffix = f"-{threads}t" if self.device == "cpu" else ""
-        return self.out / f"{prefix}{dtype}{suffix}.json"
-
-    def points(self, dtype: str) -> list[Point]:
-        """Every point, the dearest first: they take what they must, and the others share evenly what is left."""
-        if self.shapes:
-            kinds = product(self.cells, self.modes, self.variants, self.shapes)
-            points = [
-                Point(cell, mode, dtype, T, B, H, variant, D, self.layers, self.bidirectional)
-                for cell, mode, variant, (T, B, D, H) in kinds
-            ]
-        else:
-            points = list(GRIDS[self.grid].points(dtype, self.cells, self.modes, self.variants))
-        return sorted(points, key=lambda point: -point.flops)
-
-    def memory_points(self, dtype: str) -> list[Point]:
-        """Where peak memory is measured: the shapes, or one long point of each cell and mode."""
-        if self.shapes:
-            return self.points(dtype)
-        modes = [mode for mode in self.modes if mode != "step"]
-        return [Point(cell, mode, dtype, *SIZES) for cell, mode in product(self.cells, modes)]
 
 
 def execute(workload: Workload, console: Console) -> list[Path]:
@@ -105,7 +53,13 @@ def _execute_one(workload: Workload, dtype: str, threads: int, console: Console)
     path = workload.path(dtype, threads)
     before = crowded(threads)
     facts = describe(workload.device) | {"dtype": dtype, "threads": threads}
-    facts |= {"cudnn_dtypes": accepted_dtypes()} if workload.device == "cuda" else {}
+    if workload.device == "cuda":
+        facts |= {"cudnn_dtypes": accepted_dtypes()}
+    else:
+        facts |= {
+            "clock": "core" if counts_core_time("cpu") else "wall",
+            "torch_runs": kernels_of_torch(dtype),
+        } | versions(workload.providers, workload.jax_python)
     limits = measure_limits(dtype, workload.device)
     facts["limits"] = asdict(limits)
     console.rule(f"{facts['device_name']}, {setting(facts)}")
@@ -113,7 +67,7 @@ def _execute_one(workload: Workload, dtype: str, threads: int, console: Console)
     console.print(
         f"Limits: {limits.flops / 1e9:.0f} GFLOP/s ({limits.by}); reads {small / 1e9:.0f} GB/s from the first cache, "
         f"{large / 1e9:.0f} GB/s from memory.\n"
-        f"Our kernels: {facts['kernels']}. torch {facts['torch']}, commit {facts['commit'] or 'unknown'}."
+        f"Our kernels: {facts['kernels']}. {torch_of(facts)}, commit {facts['commit'] or 'unknown'}."
     )
     path, results, said = continued(path, facts)
     if said is not None:
@@ -135,6 +89,8 @@ def _execute_one(workload: Workload, dtype: str, threads: int, console: Console)
             results.save(path)
     measured = results.of_run(len(results.runs) - 1) if rows else Results([facts])
     console.print(report(measured))
+    for beside in terminal(measured):
+        console.print(beside, "")
     if (table := goal_table(measured)) is not None:
         console.print(table)
     if (why := before or crowded(threads)) is not None:
@@ -187,12 +143,15 @@ def _times(
     end = saved + workload.budget_s
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
     try:
-        with Progress(*columns, console=console, transient=True) as progress:
+        with (
+            opened(workload.providers, workload.jax_python) as rivals,
+            Progress(*columns, console=console, transient=True) as progress,
+        ):
             task = progress.add_task("", total=len(points))
             for index, point in enumerate(points):
                 progress.update(task, description=str(point))
                 share = max(0.0, end - time.perf_counter()) / (len(points) - index)
-                timings = measure(point, list(workload.providers), workload.device, share)
+                timings = measure(point, list(workload.providers), workload.device, share, rivals)
                 rows += [time_row(point, provider, timing, run) for provider, timing in timings.items()]
                 for timing in timings.values():
                     if timing.refused is None:

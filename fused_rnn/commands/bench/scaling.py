@@ -19,9 +19,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from fused_rnn.commands.bench.calls import Call
 from fused_rnn.commands.bench.grid import CELLS, SEQUENCES, VARIANTS, Point, Shape
 from fused_rnn.commands.bench.measure import BLOCK_S, TOLERANCE, Timing, clock, difference, interleave, percentiles
-from fused_rnn.commands.bench.providers import BASELINE, Call, build
+from fused_rnn.commands.bench.providers import BASELINE, build
 from fused_rnn.commands.bench.results import SAME, geometric_mean, write
 from fused_rnn.commands.bench.tables import extras
 from fused_rnn.commands.bench.worker import Team

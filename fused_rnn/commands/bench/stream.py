@@ -1,5 +1,7 @@
 """One step of `module.stream()` against one of torch.nn's cell and a call of its module with T = 1. B = 1, no gradient.
 
+Where onnxruntime is installed a session of it is one more: it is stepped with T = 1, its states stay where they are.
+
 A step takes a microsecond where the clock of the other suites takes half of one: here a block of calls is timed as a
 whole. Blocks take turns as there (measure.py). The limit is the reading of all weights at the rate of summing a buffer
 of that size, by torch.sum, which reads it from the front every time: a step that turns round at the end may be faster,
@@ -24,9 +26,18 @@ from torch import Tensor, nn
 import fused_rnn
 from fused_rnn.commands.bench.grid import CELLS, GATES, Point
 from fused_rnn.commands.bench.limits import measure_limits, read_rate
-from fused_rnn.commands.bench.measure import BLOCK_S, MAX_ROUNDS, MIN_ROUNDS, TOLERANCE, Timing, percentiles
+from fused_rnn.commands.bench.measure import (
+    BLOCK_S,
+    MAX_ROUNDS,
+    MIN_ROUNDS,
+    TOLERANCE,
+    Timing,
+    counts_core_time,
+    percentiles,
+)
 from fused_rnn.commands.bench.providers import BASELINE, STEP_BASELINE
 from fused_rnn.commands.bench.results import FLOOR, Results, continued, setting, time_row
+from fused_rnn.commands.bench.rivals import missing, ort, versions
 from fused_rnn.commands.bench.tables import duration, grid, ratio
 from fused_rnn.commands.machine import describe
 
@@ -36,6 +47,7 @@ SIZES = (32, 64, 128, 256, 512, 1024)
 STREAMS: dict[str, str | None] = {"stream": None, "stream bf16": "bf16", "stream int8": "int8"}
 NARROW_TOLERANCE = 5e-2  # a guard against timing something wrong; docs/streaming.md has the error
 
+ORT = "onnxruntime"  # where it is installed
 Call = Callable[[], Tensor]
 
 
@@ -58,6 +70,8 @@ def build(cell: str, H: int) -> dict[str, Call]:
     }
     for name, weights in STREAMS.items():
         calls[name] = _call(ours.stream(weights=weights), x)
+    if ort.missing() is None:
+        calls[ORT] = ort.OrtStream(cell, [*module.parameters()], x).step
     return calls
 
 
@@ -90,11 +104,12 @@ def measure(cell: str, H: int, budget_s: float) -> dict[str, Timing]:
 
 def _block(call: Call, times: int) -> float:
     """Seconds a call, after one that brings its weights back into the caches."""
+    now = time.thread_time_ns if counts_core_time("cpu") else time.perf_counter_ns
     call()
-    start = time.perf_counter_ns()
+    start = now()
     for _ in range(times):
         call()
-    return (time.perf_counter_ns() - start) * 1e-9 / times
+    return (now() - start) * 1e-9 / times
 
 
 def execute(cells: Sequence[str], threads: int, budget_s: float, out: Path, console: Console) -> Path:
@@ -103,6 +118,9 @@ def execute(cells: Sequence[str], threads: int, budget_s: float, out: Path, cons
     torch.set_num_threads(threads)
     try:
         facts = describe("cpu") | {"dtype": "fp32", "threads": threads, "limits": asdict(measure_limits("fp32", "cpu"))}
+        facts |= versions([ORT]) | {"clock": "core" if counts_core_time("cpu") else "wall"}
+        if lacking := missing(ORT):
+            console.print(lacking)
         path, results, said = continued(out / f"{PREFIX}fp32-{threads}t.json", facts)
         if said is not None:
             console.print(said)
@@ -139,8 +157,8 @@ def _saved(results: Results, path: Path) -> Iterator[None]:
 
 def terminal(results: Results) -> Table:
     """Every cell and size: torch's cell and module, ours called with T = 1, the streams, the limit."""
-    names = (STEP_BASELINE, BASELINE, "auto", *STREAMS, FLOOR)
-    titles = ("torch.nn cell", "torch.nn, T=1", "ours, T=1", *STREAMS, "reading its weights")
+    names = (STEP_BASELINE, BASELINE, "auto", *STREAMS, ORT, FLOOR)
+    titles = ("torch.nn cell", "torch.nn, T=1", "ours, T=1", *STREAMS, "onnx runtime", "reading its weights")
     shown = grid("One step, B=1, no gradient: time, × torch.nn's cell", ("",), titles)
     shown.columns[0].no_wrap = True
     for point in dict.fromkeys(point for point, _, _ in results.rows):

@@ -15,8 +15,9 @@ from rich.text import Text
 from fused_rnn.commands.bench.cudnn import algorithm, gpu_of
 from fused_rnn.commands.bench.grid import CELLS, MODES, REGIONS, SEQUENCES, VARIANTS, Point
 from fused_rnn.commands.bench.measure import DISTURBED
-from fused_rnn.commands.bench.providers import BASELINE, HALF, STEP_BASELINE, TITLES, baseline, ways_in_torch
+from fused_rnn.commands.bench.providers import BASELINE, OTHERS, STEP_BASELINE, TITLES, baseline, ways_in_torch
 from fused_rnn.commands.bench.results import FLOOR, MEMORY, TIME, Results, Row, geometric_mean
+from fused_rnn.commands.bench.rivals import RIVALS
 
 WIDTH = 80  # of a terminal that nobody has made wider
 _PLAIN = Console(width=1000, color_system=None)  # to measure tables by
@@ -245,7 +246,7 @@ def step_table(results: Results) -> Table | None:
     points = sorted((p for p, name, _ in results.rows if p.mode == "step" and name == "cell"), key=lambda p: p.H)
     if not points:
         return None
-    columns = [provider for provider in results.providers() if provider != "loop"]
+    columns = [provider for provider in results.providers() if provider not in ("loop", *RIVALS)]
     columns.sort(key=lambda name: (name != STEP_BASELINE, name != BASELINE, name == "auto", name))
     heading = "One step, T=1 B=1, no gradient: time, × torch.nn's cell, % of the limit"
     table = grid(heading, ("",), tuple(title(provider) for provider in columns))
@@ -300,7 +301,7 @@ def report(results: Results) -> Group:
 
     Of shapes that were asked for a row each, and no sums.
     """
-    ours = [provider for provider in results.providers() if provider not in ("torch", HALF, "loop", "cell")]
+    ours = [name for name in results.providers() if name not in OTHERS or name == "auto"]
     parts: list[Table | Text | None] = []
     if any(point.D for point, _, _ in results.rows):
         parts += [shape_table(results, provider) for provider in ours]

@@ -15,8 +15,9 @@ from dataclasses import asdict
 
 import torch
 
+from fused_rnn.commands.bench.calls import Call
 from fused_rnn.commands.bench.grid import Point
-from fused_rnn.commands.bench.providers import Call, build
+from fused_rnn.commands.bench.providers import build
 
 
 class Team:

@@ -1,0 +1,209 @@
+"""Where a gradient is asked for, the way past the dispatcher leads to the same Function, with the op's results."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.nn.utils.rnn import PackedSequence
+
+import fused_rnn
+from fused_rnn import ops
+from fused_rnn.nn import quick
+
+from .test_fast_stacks import CELLS, arguments, assert_same, flatten, make
+from .test_watchers import WATCHERS
+
+pytestmark = pytest.mark.skipif(
+    ops.fast_path is None, reason="the extension is not built, or this torch does not lend tensors"
+)
+KINDS = ("padded", "lengths", "resets", "lengths and resets", "packed", "packed sorted", "packed whole")
+
+
+def wanting(value: Any) -> Any:
+    """The same, with gradients asked for."""
+    if isinstance(value, PackedSequence):
+        return value._replace(data=wanting(value.data))
+    if isinstance(value, Tensor):
+        return value.detach().clone().requires_grad_(value.is_floating_point())
+    return tuple(map(wanting, value)) if isinstance(value, tuple) else value
+
+
+def graph_of(module: Any, args: Any, extras: Any) -> tuple[Any, list[Tensor], list[Tensor]]:
+    """The results of a call, its inputs that ask for a gradient, and these gradients, of a weighted sum of all."""
+    args = [wanting(value) for value in args]
+    results = module(*args, **extras)
+    inputs = [t for t in flatten([a for a in args if a is not None]) if t.requires_grad] + list(module.parameters())
+    outputs = [t for t in flatten(results) if t.requires_grad]
+    torch.manual_seed(2)
+    gradients = torch.autograd.grad(outputs, inputs, [torch.randn_like(t) for t in outputs])
+    return results, inputs, list(gradients)
+
+
+@pytest.fixture
+def both_ways(monkeypatch: pytest.MonkeyPatch) -> Any:
+    def fail(*_: Any, **__: Any) -> None:
+        raise AssertionError("the way through the op was taken")
+
+    def results(module: Any, args: Any, extras: Any) -> tuple[Any, Any]:
+        with monkeypatch.context() as patch:
+            patch.setattr("fused_rnn.nn.rnn.run", fail)
+            made = graph_of(module, args, extras)
+        with monkeypatch.context() as patch:
+            patch.setattr("fused_rnn.nn.quick.FAST_PATH", None)
+            return made, graph_of(module, args, extras)
+
+    return results
+
+
+def compare(ways: Any) -> None:
+    (made, _, gradients), (by_op, _, expected) = ways
+    assert_same(made, by_op)
+    for a, b in zip(gradients, expected, strict=True):
+        assert torch.equal(a, b)
+        assert a.is_contiguous()
+
+
+@pytest.mark.parametrize("steps", [1, 9])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("layers", "both"), [(1, False), (1, True), (3, True)])
+@pytest.mark.parametrize(("name", "projected"), CELLS)
+def test_it_is_the_op(
+    name: str, projected: int, layers: int, both: bool, kind: str, steps: int, both_ways: Any
+) -> None:
+    packed = kind.startswith("packed")
+    if packed and layers > 1:
+        pytest.skip("packed stacks take the way through the op")
+    module = make(name, layers, both, projected=projected)
+    args, extras = arguments(kind, module, steps, given=kind != "packed")
+    compare(both_ways(module, args, extras))
+    args[1] = None
+    compare(both_ways(module, args, extras))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", KINDS)
+def test_in_other_dtypes(kind: str, dtype: torch.dtype, both_ways: Any) -> None:
+    module = make("LSTM", 1, True, dtype, bias=False)
+    compare(both_ways(module, *arguments(kind, module, given=kind != "packed")))
+
+
+@pytest.mark.parametrize("kind", ["padded", "packed", "packed whole"])
+@pytest.mark.parametrize("steps", [1, 4])
+def test_second_derivatives(steps: int, kind: str) -> None:
+    module = make("GRU", 1, False, torch.float64)
+    args, _ = arguments(kind, module, steps, given=False)
+    packed = args[0] if isinstance(args[0], PackedSequence) else None
+
+    def call(data: Tensor, weight: Tensor) -> Any:
+        module._parameters["weight_hh_l0"] = weight
+        y, h = module(data if packed is None else packed._replace(data=data))
+        return (y if packed is None else y.data), h
+
+    data = args[0].data if packed is not None else args[0]
+    weight = module.weight_hh_l0.detach().clone().requires_grad_()
+    data = data[..., :2, :].clone() if packed is None else data
+    assert torch.autograd.gradgradcheck(call, (data.requires_grad_(), weight), fast_mode=True)
+
+
+def test_what_changes_in_place_is_noticed() -> None:
+    module = make("GRU", 2, True)
+    x = torch.randn(3, 2, 6, requires_grad=True)
+    y, _ = module(x)
+    y.mul_(2).sum().backward()  # y is the caller's own
+    y, _ = module(x)
+    with torch.no_grad():
+        module.weight_hh_l1.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_hooks_of_saved_tensors_see_all() -> None:
+    module, seen = make("LSTM", 1, False), []
+
+    def pack(t: Tensor) -> Tensor:
+        seen.append(t)
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        module(torch.randn(3, 2, 6))[0].sum().backward()
+    assert len(seen) == 1 + 3 + 4  # x; hidden, saved and the history; the weights
+
+
+def test_only_what_asks_gets_a_gradient() -> None:
+    module = make("GRU", 2, False).requires_grad_(False)
+    x = torch.randn(3, 2, 6)
+    y, h = module(x)
+    assert not y.requires_grad
+    assert not h.requires_grad
+    module.bias_hh_l1.requires_grad_()
+    y, h = module(x)
+    (y.sum() + h.sum()).backward()
+    assert [name for name, p in module.named_parameters() if p.grad is not None] == ["bias_hh_l1"]
+
+
+class Strange(Tensor):
+    pass
+
+
+def is_left_alone(module: Any, args: Any, **extras: Any) -> bool:
+    made = quick.call(module, args[0], args[1], extras.get("lengths"), extras.get("reset"))
+    return made is None
+
+
+def test_what_is_left_to_the_op() -> None:
+    module = make("GRU", 1, True)
+    args, extras = arguments("lengths and resets", module)
+    x, hx = args
+    assert not is_left_alone(module, args, **extras)
+    assert is_left_alone(module, [x.as_subclass(Strange), hx])
+    assert is_left_alone(module, [x.double(), hx])
+    assert is_left_alone(module, [x.transpose(0, 1), None])
+    assert is_left_alone(module, [x[:, 0], None])
+    assert is_left_alone(module, [x, [hx]])
+    assert is_left_alone(module, [x, hx[:, :2]])
+    assert is_left_alone(module, [x, hx], lengths=extras["lengths"] + 9)
+    packed = arguments("packed", module)[0]
+    assert is_left_alone(module, packed)  # states, or resets, that are to be put into its order
+    assert is_left_alone(module, [packed[0], None], reset=extras["reset"])
+    assert not is_left_alone(module, [packed[0], None])
+    for other in (
+        make("GRU", 1, True, save="recompute"),
+        make("GRU", 1, True, batch_first=True),
+        make("GRU", 2, True, dropout=0.5),
+        make("GRU", 1, True, backend="reference"),
+        make("GRU", 1, True).requires_grad_(False),
+    ):
+        assert is_left_alone(other, [x, None])
+    parametrize.register_parametrization(module, "weight_hh_l0", nn.Identity())
+    assert is_left_alone(module, args)
+    with torch.inference_mode():
+        made = make("GRU", 1, True)
+    assert is_left_alone(made, [x.requires_grad_(), None])
+
+
+@pytest.mark.parametrize("watcher", WATCHERS)
+def test_what_watches_is_not_slipped_by(watcher: str) -> None:
+    past: Any = ops.fast_path
+    module = make("GRU", 1, False)
+    given = (module._parameters, True, torch.randn(9, 5, 6), None, "gru", 0, None, None, 1, False, 0)
+    assert past(*given) is not None
+    with WATCHERS[watcher]():
+        assert past(*given) is None
+    with torch.no_grad():
+        assert past(*given) is None
+
+
+def test_under_a_transform(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = make("GRU", 1, False)
+    x = torch.randn(4, 3, 2, 6)
+    made = torch.vmap(lambda x: module(x)[0])(x)
+    monkeypatch.setattr("fused_rnn.nn.quick.FAST_PATH", None)
+    assert torch.equal(made, torch.vmap(lambda x: module(x)[0])(x))
+
+
+def test_it_is_this_module_that_is_called() -> None:
+    assert fused_rnn.GRU(2, 3)(torch.randn(1, 1, 2))[0].grad_fn.name() == "LayerFunctionBackward"
