@@ -24,7 +24,7 @@ napoleon_custom_sections = [("Inputs", "params_style")]
 nitpicky = True
 nitpick_ignore_regex = [
     ("py:.*", r"(torch|collections|pathlib|typing|types)(\..*)?"),
-    ("py:class", r"fused_rnn\.convert\.(M|Patch)"),
+    ("py:class", r"fused_rnn\.(convert|quantize)\.(M|Patch)"),
     ("py:class", r"fused_rnn\.flex\.compile\.Shape"),
     ("py:class", r"fused_rnn\.cells\.(descriptor\.Cell|program\.Program)"),
 ]

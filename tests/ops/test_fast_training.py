@@ -189,7 +189,7 @@ def test_what_is_left_to_the_op() -> None:
 def test_what_watches_is_not_slipped_by(watcher: str) -> None:
     past: Any = ops.fast_path
     module = make("GRU", 1, False)
-    given = (module._parameters, True, torch.randn(9, 5, 6), None, "gru", 0, None, None, 1, False, 0)
+    given = (module._parameters, True, torch.randn(9, 5, 6), None, "gru", 0, None, None, 1, False, None, 0)
     assert past(*given) is not None
     with WATCHERS[watcher]():
         assert past(*given) is None
