@@ -96,9 +96,9 @@ struct State {
 struct Kept {
   Owned saved, hidden, histories[kMostStates];
   void *saved_at = nullptr, *hidden_at = nullptr, *histories_at[kMostStates] = {};
-  bool copies_y = false;  // hidden is a second copy of y; else y itself, before it is packed, or nothing
+  bool copies_y = false;  // hidden is a second copy of y; else y itself, of a step or before it is packed, or nothing
 
-  bool make(const Batch& batch, const Problem& p, bool last) {
+  bool make(const Batch& batch, const Problem& p, bool sequence, bool last) {
     const auto lies = [&](std::initializer_list<int64_t> sizes, Owned& made, void*& at) {
       dlpack::Tensor t;
       if (!make_new(batch.data, sizes, made, t)) return false;
@@ -108,8 +108,8 @@ struct Kept {
     if (!lies({p.T, p.B, p.R, p.cell->saved, p.H}, saved, saved_at)) return false;
     for (int i = 1; i < p.cell->states; ++i)
       if (!lies({p.T, p.B, p.R, p.H}, histories[i], histories_at[i])) return false;
-    copies_y = last && !batch.copies();
-    return copies_y || batch.copies() ? lies({p.T, p.B, p.R * p.P}, hidden, hidden_at) : lies({0}, hidden, hidden_at);
+    copies_y = last && sequence && !batch.copies();
+    return copies_y || batch.copies() || !sequence ? lies({p.T, p.B, p.R * p.P}, hidden, hidden_at) : lies({0}, hidden, hidden_at);
   }
   void give(Forward& f) const {
     f.saved = saved_at;
@@ -150,7 +150,7 @@ PyObject* fast_path_of(PyObject* const* args, Py_ssize_t count) {
   Batch batch;
   const uint8_t* reset = nullptr;
   Dtype dtype;
-  if (!batch.read(args[2], axis, memory) || !dtype_of(batch.x, dtype) || (keep && (axis != 0 || batch.unbatched))) return nullptr;
+  if (!batch.read(args[2], axis, memory) || !dtype_of(batch.x, dtype) || (keep && (axis > 0 || batch.unbatched))) return nullptr;
   if (keep) batch.order = nullptr;
   if (has_lengths && !batch.read_lengths(args[6])) return nullptr;
   ModuleWeights weights(args[0], *cell, PyObject_IsTrue(args[1]) == 1, batch.x);
@@ -203,8 +203,9 @@ PyObject* fast_path_of(PyObject* const* args, Py_ssize_t count) {
                                                                    : make_new(batch.data, {B, T, R * P}, y, y_out)))
     return nullptr;
   Kept kept;
-  if (keep && !kept.make(batch, p, layer + 1 == most)) return nullptr;
+  if (keep && !kept.make(batch, p, sequence, layer + 1 == most)) return nullptr;
   char *x_copy = nullptr, *y_copy = static_cast<char*>(y_out.data), *between[2] = {};
+  if (keep && !sequence) y_copy = static_cast<char*>(kept.hidden_at);
   if (batch.copies()) {
     x_copy = memory.take<char>(T * B * batch.D * int64_t(element));
     y_copy = keep ? static_cast<char*>(kept.hidden_at) : memory.take<char>(T * B * int64_t(y_row));

@@ -16,6 +16,7 @@ from torch.nn import RNNCell as TorchRNNCell
 
 from fused_rnn import layers
 from fused_rnn.dispatch import known_backend
+from fused_rnn.nn import quick
 from fused_rnn.nn.base import Fused, prefers_counterpart
 from fused_rnn.nn.counterpart import refuse, run_counterpart
 from fused_rnn.nn.plain import FAST_PATH, STEPPING, are_plain, is_plain_hx
@@ -49,6 +50,8 @@ def _step(module: Cell, input: Any, hx: Any, cell: str) -> Sequence[Tensor] | No
 def _run(module: Cell, input: Any, hx: Any) -> Any:
     """forward, of any call."""
     weights, pair, backend = _read_weights(module), module._fused_states == 2, module._fused_backend
+    if is_grad_enabled() and (made := quick.step(module, input, hx, module._fused_cell, weights)) is not None:
+        return tuple(made) if pair else made[0]
     plain = are_plain((input, *weights)) and is_plain_hx(hx, module._fused_states)
     if not plain or prefers_counterpart(module, weights, input):
         return run_counterpart(module, weights, input, hx)

@@ -15,6 +15,7 @@ from torch.compiler import is_compiling
 from torch.nn.utils.rnn import PackedSequence
 
 from fused_rnn import autograd, ops
+from fused_rnn.autograd import step as autograd_step
 from fused_rnn.call import LayerCall
 from fused_rnn.cells import CELLS
 from fused_rnn.nn.packed import Layout
@@ -96,6 +97,22 @@ def _keeping(module: Recurrent, input: Any, hx: Any, lengths: Any, reset: Any) -
         if order_back is not None:
             after = [s.index_select(1, order_back) for s in after]
     return [x, *after]
+
+
+def step(module: Any, input: Any, hx: Any, cell: str, weights: Sequence[Tensor]) -> Sequence[Tensor] | None:
+    """The states after a step of a cell where a gradient is asked for."""
+    several = module._fused_states > 1
+    if is_compiling() or FAST_PATH is None or module._fused_backend not in STEPPING or type(input) is not Tensor:
+        return None
+    if weights[0].is_inference() or (_HAS_AMX and input.dtype is torch.bfloat16):
+        return None
+    if not is_plain_hx(hx, module._fused_states) or input.dim() != 2:
+        return None
+    states = () if hx is None else tuple(hx) if several else (hx,)
+    if not _requires_grad((input, *weights, *states)):
+        return None
+    outputs = FAST_PATH(module._parameters, module.bias, input, hx, cell, -1, None, None, 1, False, 0)
+    return None if outputs is None else autograd_step.made(outputs, cell, input, states, weights)
 
 
 def _requires_grad(tensors: Sequence[Tensor]) -> bool:

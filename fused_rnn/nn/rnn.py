@@ -243,9 +243,7 @@ class GRU(Recurrent):
     ) -> tuple[Any, Tensor]:
         """Run the layers: output, h_n. Shapes and errors stand in the class's docstring."""
         made = quick.call(self, input, hx, lengths, reset)
-        if made is not None:
-            return made[0], made[1]
-        result: tuple[Any, Tensor] = run(self, input, hx, lengths, reset)
+        result: tuple[Any, Tensor] = run(self, input, hx, lengths, reset) if made is None else (made[0], made[1])
         return result
 
 
@@ -345,7 +343,5 @@ class RNN(Recurrent):
     ) -> tuple[Any, Tensor]:
         """Run the layers: output, h_n. Shapes and errors stand in the class's docstring."""
         made = quick.call(self, input, hx, lengths, reset)
-        if made is not None:
-            return made[0], made[1]
-        result: tuple[Any, Tensor] = run(self, input, hx, lengths, reset)
+        result: tuple[Any, Tensor] = run(self, input, hx, lengths, reset) if made is None else (made[0], made[1])
         return result

@@ -207,3 +207,62 @@ def test_under_a_transform(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_it_is_this_module_that_is_called() -> None:
     assert fused_rnn.GRU(2, 3)(torch.randn(1, 1, 2))[0].grad_fn.name() == "LayerFunctionBackward"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("given", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("name", ["LSTMCell", "GRUCell", "RNNCell"])
+def test_a_step_of_a_cell(
+    name: str, bias: bool, given: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise AssertionError("the way through the op was taken")
+
+    torch.manual_seed(0)
+    cell = getattr(fused_rnn, name)(6, 18, bias=bias, dtype=dtype)
+    states = torch.randn(2, 3, 18, dtype=dtype).unbind(0)
+    args = [torch.randn(3, 6, dtype=dtype), (tuple(states) if name == "LSTMCell" else states[0]) if given else None]
+    with monkeypatch.context() as patch:
+        patch.setattr("fused_rnn.layers.step", fail)
+        made = graph_of(cell, args, {})
+    monkeypatch.setattr("fused_rnn.nn.quick.FAST_PATH", None)
+    for ours, expected in zip(made, graph_of(cell, args, {}), strict=True):
+        for a, b in zip(flatten(ours), flatten(expected), strict=True):
+            assert torch.equal(a, b)
+            assert a.stride() == b.stride()
+    assert not any(state._is_view() for state in flatten(made[0]))
+
+
+@pytest.mark.parametrize("name", ["LSTMCell", "GRUCell", "RNNCell"])
+def test_second_derivatives_of_a_step(name: str) -> None:
+    cell = getattr(fused_rnn, name)(4, 5, dtype=torch.float64)
+    tensors = [torch.randn(2, width, dtype=torch.float64, requires_grad=True) for width in (4, 5, 5)]
+
+    def call(x: Tensor, *states: Tensor) -> Any:
+        return cell(x, states if len(states) > 1 else states[0])
+
+    tensors = tensors if name == "LSTMCell" else tensors[:2]
+    assert torch.autograd.gradgradcheck(call, tensors, fast_mode=True)
+
+
+def test_a_step_of_which_a_state_alone_is_used() -> None:
+    cell, torchs = fused_rnn.LSTMCell(4, 5), nn.LSTMCell(4, 5)
+    torchs.load_state_dict(cell.state_dict())
+    x = torch.randn(2, 4)
+    for place in (0, 1):
+        for ours, theirs in zip(
+            torch.autograd.grad(cell(x)[place].mul_(2).sum(), list(cell.parameters())),
+            torch.autograd.grad(torchs(x)[place].mul(2).sum(), list(torchs.parameters())),
+            strict=True,
+        ):
+            torch.testing.assert_close(ours, theirs)
+
+
+def test_a_step_notices_what_changes_in_place() -> None:
+    cell = fused_rnn.GRUCell(4, 5)
+    h = cell(torch.randn(2, 4), torch.zeros(2, 5))
+    with torch.no_grad():
+        cell.weight_hh.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        h.sum().backward()
