@@ -16,6 +16,7 @@ using fused_rnn::kGradients;
 using fused_rnn::Problem;
 using fused_rnn::Weights;
 using fused_rnn::cpu::Barrier;
+using fused_rnn::cpu::kRowsEach;
 
 // A cell that is a program. Its counts are the problem's: here is what arrays must hold.
 struct Interpreted {
@@ -141,7 +142,6 @@ struct Arena {
 
 // How a team divides R recurrences of B rows: groups of threads take recurrences in turn; within a group by rows of the batch
 // where each thread gets enough of them (no barrier in the loop at all), by hidden units otherwise (one barrier a step).
-constexpr int64_t kRowsEach = 12;
 struct Share {
   int group, groups;  // which recurrences: group, group + groups, ..
   int me, size;       // within the group

@@ -96,6 +96,8 @@ int64_t now(clockid_t clock = CLOCK_MONOTONIC) {  // nanoseconds
   return int64_t(t.tv_sec) * 1000000000 + t.tv_nsec;
 }
 
+// Sleeps of this thread in a row. After each it looks half as often, for threads that share a core; as often as ever after 32.
+thread_local unsigned sleeps = 0;
 thread_local int64_t spun = 0;  // nanoseconds that this thread was awake in a barrier, beyond brief waits
 
 // How many threads a team gets. Where other programs keep the cores busy, all members wait for the one that has no core, and a team takes
@@ -187,18 +189,24 @@ void Barrier::wait_for_all(int me) {
   if (__atomic_exchange_n(line(me), turn, __ATOMIC_ACQ_REL) & 1u) syscall(SYS_futex, line(me), FUTEX_WAKE_PRIVATE, INT_MAX);
   for (int i = 0; i < size_; ++i) {
     int64_t since = 0;
-    for (int looks = 0;;) {
+    int looks = 0;
+    const int patience = kPatient >> sleeps % 32;
+    bool slept = false;
+    for (;;) {
       unsigned found = __atomic_load_n(line(i), __ATOMIC_ACQUIRE);
       if (int(found - turn) >= 0) break;
       if (++looks > kNearby) pause();
       if (looks == kBrief) since = now();
-      if (looks <= kPatient) continue;
+      if (looks <= patience) continue;
       if (since) spun += now() - since;
       since = 0;
+      slept = true;
       if (found & 1u || __atomic_compare_exchange_n(line(i), &found, found | 1u, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED))
         syscall(SYS_futex, line(i), FUTEX_WAIT_PRIVATE, found | 1u, nullptr);
     }
     if (since) spun += now() - since;
+    if (slept) ++sleeps;
+    else if (looks > 0) sleeps = 0;
   }
 }
 

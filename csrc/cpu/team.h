@@ -7,6 +7,7 @@ namespace fused_rnn::cpu {
 
 constexpr int kCacheLine = 64;
 constexpr int kMaxThreads = 256;
+constexpr int64_t kRowsEach = 12;  // from so many rows a thread on threads divide the batch, below it the units
 
 // Memory for weights that are read at every step, to be given back by free(). From a MiB on in large pages, where the system has some.
 void* pages(size_t bytes);

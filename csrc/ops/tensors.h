@@ -16,6 +16,7 @@
 #include "../cpu/isa.h"
 #include "../cpu/program_text.h"
 #include "../cpu/quota.h"
+#include "../cpu/team.h"
 #include "../params.h"
 
 namespace fused_rnn::ops {
@@ -165,15 +166,20 @@ inline double microseconds_of(const Problem& p) {
   const double multiplied = 2.0 * (double(p.cell->gates) * double(k) + double(p.cell->blocks) * double(p.H));
   return double(p.T) * double(p.B) * double(p.R) * double(p.H) * (multiplied + of_cell) / 100e3;
 }
-// One thread for what takes less than about 200 us there: waking the others and their barriers would cost as much. Never more than torch's
+// One thread for what takes less than about 200 us there: waking the others and their barriers would cost as much. Where threads divide
+// the units, as many as have so many microseconds of a step each (a lone row takes longer than it is reckoned to). Never more than torch's
 // number, nor than a container's quota, which torch does not ask for.
 inline int threads_for(const Problem& p) {
-  const double microseconds = microseconds_of(p);
-  if (microseconds < 200) return 1;
+  const double microseconds = microseconds_of(p), most = microseconds / 100;
+  if (most < 2) return 1;
   static const int quota = cpu::quota();
-  const int most = int(torch::stable::get_num_threads());
-  const int allowed = most < quota ? most : quota;
-  return microseconds / 100 < allowed ? int(microseconds / 100) : allowed;
+  int threads = int(torch::stable::get_num_threads());
+  if (threads > quota) threads = quota;
+  if (threads > most) threads = int(most);
+  const int64_t apart = p.R > 1 && p.B < cpu::kRowsEach ? p.R : p.B * p.R / cpu::kRowsEach;  // who never wait in the loop
+  if (!p.cell->recurrent || threads <= apart) return threads;
+  const int64_t together = int64_t(microseconds / double(p.T) / (p.B > 1 ? 5 : 2.5)), of_units = together > apart ? together : apart;
+  return threads < of_units ? threads : of_units > 1 ? int(of_units) : 1;
 }
 
 }  // namespace fused_rnn::ops

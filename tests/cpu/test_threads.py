@@ -29,13 +29,14 @@ def test_any_number_of_threads_is_right(case: Case, save: str) -> None:
         assert_as_good_as_torch(by_backend(case, given, "cpu"), torchs, reference)
 
 
-VARIED = [
-    *(WIDE._replace(cell=cell, T=9, B=64, lengths=True, reset=True, bidirectional=True) for cell in ("lstm", "gru")),
-    WIDE._replace(cell="lstm", T=9, B=25, proj=33, lengths=True, save="recompute"),
-    NARROW._replace(lengths=True, B=5, T=9),
-    NARROW._replace(cell="lstm", proj=130, hx=False, bias=False),
-    Case("rnn_tanh", T=3, B=5, D=300, H=400, layers=2),  # few rows of dx
-    Case("gru", T=1, B=16, D=257, H=300, reset=True),
+VARIED = [  # each with work for three threads or more
+    *(WIDE._replace(cell=cell, lengths=True, reset=True, bidirectional=True) for cell in ("lstm", "gru")),
+    Case("lstm", T=40, B=25, D=33, H=100, proj=33, lengths=True, save="recompute"),
+    NARROW._replace(lengths=True, B=5),
+    NARROW._replace(H=400),
+    Case("lstm", T=64, B=1, D=128, H=400, proj=130, hx=False, bias=False),
+    Case("rnn_tanh", T=3, B=5, D=700, H=900),  # few rows of dx
+    Case("gru", T=1, B=16, D=600, H=600, reset=True),
 ]
 
 
