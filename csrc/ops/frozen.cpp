@@ -57,7 +57,11 @@ Frozen::Frozen(std::string cell, std::vector<std::string> names, int64_t layers,
 
 std::shared_ptr<const Packed> Frozen::of(PyObject* tensors) {
   std::shared_ptr<const Kept> kept = kept_;
-  if (!kept || !same(*kept, tensors)) kept_ = kept = pack(tensors);
+  if (!kept || !same(*kept, tensors)) {
+    kept = pack(tensors);
+    std::shared_ptr<const Kept> before = kept;
+    kept_.swap(before);  // whole, before anything ends: where a tensor does, other threads may run
+  }
   PyErr_Clear();
   if (!kept) return nullptr;
   return {kept, &kept->packed};
