@@ -17,14 +17,8 @@ static __attribute__((noinline)) void pack_rows(typename Kind::Operand* dst, int
     Vec<S> r[L];
     const int left = int(k - k0 < L * KG ? (k - k0 < 0 ? 0 : k - k0) : L * KG);
     for (int l = 0; l < L; ++l) {
-      if (l < first || l >= n || left == 0) {
-        r[l] = Vec<S>{};
-      } else if constexpr (KG == 1) {
-        r[l] = load(src + l * ld + k0, left);
-      } else {
-        r[l] = Vec<S>{};
-        memcpy(&r[l], src + l * ld + k0, size_t(left) * sizeof(T));
-      }
+      if (l < first || l >= n || left == 0) r[l] = Vec<S>{};
+      else r[l] = load_row<Kind>(src + l * ld + k0, left);
     }
     transpose<S>(r);
     const int64_t count = (k_end - k0 < L * KG ? k_end - k0 : L * KG) / KG;
@@ -42,10 +36,13 @@ static __attribute__((noinline)) void pack_rows(typename Kind::Operand* dst, int
 template <class T>
 static ALWAYS_INLINE Vf pairs(const T* first, const T* second, int n) {
   using U = VectorOf<float>::U;
-  alignas(64) uint16_t low[kLanes<float>] = {}, high[kLanes<float>] = {};
-  if (first) memcpy(low, (const void*)first, size_t(n) * 2);
-  if (second) memcpy(high, (const void*)second, size_t(n) * 2);
-  return (Vf)(__builtin_convertvector(*(const Half16V*)low, U) | __builtin_convertvector(*(const Half16V*)high, U) << 16);
+  const auto widened = [n](const T* row) __attribute__((always_inline)) {
+    Half16V half{};
+    if (row && __builtin_expect(n >= kLanes<float>, 1)) memcpy(&half, (const void*)row, sizeof(half));
+    else if (row) memcpy(&half, (const void*)row, size_t(n) * 2);
+    return __builtin_convertvector(half, U);
+  };
+  return (Vf)(widened(first) | widened(second) << 16);
 }
 
 // A vector of columns that are columns of src already: src[:, lane..n), n <= lanes. From row `first` on, and then those before it.

@@ -55,7 +55,9 @@ def _keeping(module: Recurrent, input: Any, hx: Any, lengths: Any, reset: Any) -
     layers, several, packed = module.num_layers, module._fused_states > 1, type(input) is PackedSequence
     if packed:
         x, batch_sizes, order, order_back = input
-        if layers > 1 or (order is not None and (hx is not None or reset is not None)):
+        if layers > 1 or (reset is not None and module.batch_first):  # which reset is, too
+            return None
+        if order is not None and (hx is not None or reset is not None):
             return None
     elif module.batch_first:  # of which backward has a copy
         return None
@@ -111,7 +113,7 @@ def step(module: Any, input: Any, hx: Any, cell: str, weights: Sequence[Tensor])
     states = () if hx is None else tuple(hx) if several else (hx,)
     if not _requires_grad((input, *weights, *states)):
         return None
-    outputs = FAST_PATH(module._parameters, module.bias, input, hx, cell, -1, None, None, 1, False, 0)
+    outputs = FAST_PATH(module._parameters, module.bias, input, hx, cell, -1, None, None, 1, False, None, 0)
     return None if outputs is None else autograd_step.made(outputs, cell, input, states, weights)
 
 
