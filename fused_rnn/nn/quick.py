@@ -113,7 +113,7 @@ def step(module: Any, input: Any, hx: Any, cell: str, weights: Sequence[Tensor])
     states = () if hx is None else tuple(hx) if several else (hx,)
     if not _requires_grad((input, *weights, *states)):
         return None
-    outputs = FAST_PATH(module._parameters, module.bias, input, hx, cell, -1, None, None, 1, False, 0)
+    outputs = FAST_PATH(module._parameters, module.bias, input, hx, cell, -1, None, None, 1, False, None, 0)
     return None if outputs is None else autograd_step.made(outputs, cell, input, states, weights)
 
 
