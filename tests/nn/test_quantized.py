@@ -14,6 +14,7 @@ import torch
 from narrow_streams import flat, rounded
 from tolerances import allowed, error
 from torch import Tensor, nn
+from torch.nn.utils import prune
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 from user_cells import leaky
 
@@ -393,14 +394,19 @@ def test_errors_of_quantize() -> None:
         fused_rnn.quantize(module)
 
 
+def pruned(module: nn.Module) -> nn.Module:
+    return prune.l1_unstructured(module, "weight_hh_l0", 0.5)
+
+
 @pytest.mark.parametrize(
     ("make", "why"),
     [
         (lambda: nn.LSTMCell(3, 4), "0, a LSTMCell, is a single step"),
         (lambda: fused_rnn.LSTM(3, 4, zoneout=0.1), "0, a LSTM, has regularisers"),
         (lambda: fused_rnn.FlexRNN(leaky, 3, 4, heads=2), "0, a FlexRNN, has heads"),
+        (lambda: pruned(nn.LSTM(3, 4)), "0, a LSTM, has weights that a hook computes"),
     ],
 )
 def test_what_stays_is_named(make: Callable[[], Any], why: str) -> None:
     with pytest.warns(UserWarning, match=why):
-        assert not isinstance(fused_rnn.quantize(nn.Sequential(make()))[0], Quantized)
+        assert not isinstance(fused_rnn.quantize(nn.Sequential(make()), inplace=True)[0], Quantized)
