@@ -370,6 +370,9 @@ def test_errors_of_a_call() -> None:
         quantized(x, torch.zeros(6, 3, 21))
     with pytest.raises(ValueError, match="lengths"):
         quantized(x, lengths=[12, 3, 4])
+    for wrong in (torch.tensor([2.5, 1, 1]), torch.tensor([True, True, False])):
+        with pytest.raises(ValueError, match=r"lengths: got torch\.(float32|bool), expected an integer dtype"):
+            quantized(x, lengths=wrong)
     dropping = fused_rnn.quantize(nn.LSTM(9, 21, 2, dropout=0.5))
     with pytest.raises(RuntimeError, match=r"dropout: got 0.5 in training mode, expected eval\(\)"):
         dropping(x)
