@@ -230,6 +230,14 @@ def test_copies_are_frozen_and_have_panels_of_their_own(copied: Callable[[Any], 
         assert_same(module(x), y)
 
 
+@pytest.mark.parametrize(("name", "value"), [("zoneout", 0.1), ("backend", "reference")])
+def test_copies_of_one_that_takes_the_ordinary_way_since(name: str, value: Any) -> None:
+    module, x = fused_rnn.FlexRNN(leaky, 9, 20).eval().freeze(), torch.randn(4, 2, 9)
+    setattr(module, name, value)
+    with torch.no_grad():
+        assert_same(copy.deepcopy(module)(x), module(x))
+
+
 def test_state_dict_save_and_torchs_class() -> None:
     module = KINDS["LSTM"]().freeze()
     assert module.state_dict().keys() == KINDS["LSTM"]().state_dict().keys()
