@@ -82,6 +82,8 @@ def _why_not(module: Fused) -> str | None:
         return "is a single step, whose weights of int8 a stream has: module.stream(weights='int8')"
     if kind not in _KINDS and kind not in room.field.FIELD:
         return "is of a class that somebody derived"
+    if any(own in vars(module) for own in module._flat_weights_names):
+        return "has weights that a hook computes (weight_norm, prune): take it off first"
     if extras.asks(module):
         return "has regularisers, or returns states or gates"
     if module._fused_heads > 1:

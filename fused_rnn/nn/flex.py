@@ -16,6 +16,7 @@ from torch.nn.utils.rnn import PackedSequence
 from fused_rnn.checks import kind, shape_text
 from fused_rnn.flex import UserCell
 from fused_rnn.nn import extras
+from fused_rnn.nn.frozen import keeper
 from fused_rnn.nn.heads import by_block, by_head
 from fused_rnn.nn.plain import FAST_PATH, STEPPING
 from fused_rnn.nn.recurrent import Recurrent, overrides_checks, read_weights
@@ -308,7 +309,7 @@ class FlexRNN(Recurrent):
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._fused_cell = self._fused_user.descriptor().name  # of the step as it is here, which may have changed
         if self._fused_frozen is not None:
-            self.freeze()
+            self._fused_frozen = keeper(self._fused_cell, *self._fused_frozen.arguments[1:])
 
 
 def _checked_init(init: Mapping[str, Init] | None, cell: UserCell, hidden: int) -> Mapping[str, Init]:

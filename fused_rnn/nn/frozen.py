@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copyreg
+import weakref
 from typing import Any
+
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from fused_rnn import ops
 
@@ -14,7 +17,28 @@ ACTIVATIONS = {"float32": 2, "int8": 3}
 def keeper(cell: str, names: list[str], layers: int, directions: int, narrow: int = 0) -> Any:
     """What keeps the panels of tensors of these names; None where nothing can. narrow: what those of int8 are packed
     as, one of ACTIVATIONS."""
-    return None if ops.fast_path is None else ops._C.Frozen(cell, names, layers, directions, narrow)
+    if ops.fast_path is None:
+        return None
+    _watch_optimizers()
+    kept = ops._C.Frozen(cell, names, layers, directions, narrow)
+    _keepers.add(kept)
+    return kept
+
+
+_keepers = weakref.WeakSet[Any]()
+_watching = list[Any]()  # the hook's handle, once there is one
+
+
+def _watch_optimizers() -> None:
+    """Have the panels forgotten after a step of an optimizer with fused=True, which torch does not count as a write."""
+
+    def forget(optimizer: Any, *_: Any) -> None:
+        if any(group.get("fused") for group in optimizer.param_groups):
+            for kept in list(_keepers):
+                kept.forget()
+
+    if not _watching:
+        _watching.append(register_optimizer_step_post_hook(forget))
 
 
 def keeper_of(module: Any) -> Any:

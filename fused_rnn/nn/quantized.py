@@ -247,7 +247,9 @@ def _contiguous(input: Any, hx: Any, lengths: Any, reset: Any) -> tuple[Any, Any
         input = input._replace(data=dense(input.data))
     hx = tuple(map(dense, hx)) if isinstance(hx, (tuple, list)) else dense(hx)
     if lengths is not None:
-        lengths = checks.as_lengths(lengths).to("cpu", torch.int64).contiguous()
+        lengths = checks.as_lengths(lengths)
+        if lengths.dtype in checks.INTEGERS:  # others are refused by `run`
+            lengths = lengths.to("cpu", torch.int64).contiguous()
     if reset is not None:
         reset = checks.as_reset(reset, torch.device("cpu")).contiguous()
     return dense(input), hx, lengths, reset

@@ -59,6 +59,8 @@ def _keeping(module: Recurrent, input: Any, hx: Any, lengths: Any, reset: Any) -
             return None
         if order is not None and (hx is not None or reset is not None):
             return None
+        if reset is not None and module.batch_first:  # which is laid out as [B, T]
+            return None
     elif module.batch_first:  # of which backward has a copy
         return None
     else:

@@ -103,6 +103,11 @@ def step_of_an_optimizer(module: Any) -> None:
     torch.optim.Adam(module.parameters(), lr=0.1).step()
 
 
+def step_of_a_fused_optimizer(module: Any) -> None:
+    module(torch.randn(30, 2, 9))[0].sum().backward()
+    torch.optim.SGD(module.parameters(), lr=0.1, fused=True).step()
+
+
 def in_inference_mode(module: Any) -> None:
     with torch.inference_mode():
         module.bias_ih_l0.add_(1)
@@ -164,8 +169,8 @@ def double(module: Any) -> None:
 
 
 CHANGES = (
-    mul_in_place, step_of_an_optimizer, in_inference_mode, load, assign, another_parameter, another_on_the_same_memory,
-    data_twice, transposed, swapped, vector_to_parameters, orthogonal, pruned, double,
+    mul_in_place, step_of_an_optimizer, step_of_a_fused_optimizer, in_inference_mode, load, assign, another_parameter,
+    another_on_the_same_memory, data_twice, transposed, swapped, vector_to_parameters, orthogonal, pruned, double,
 )  # fmt: skip
 
 
@@ -223,6 +228,14 @@ def test_copies_are_frozen_and_have_panels_of_their_own(copied: Callable[[Any], 
         mul_in_place(other)
         assert not torch.equal(other(x)[0], y[0])
         assert_same(module(x), y)
+
+
+@pytest.mark.parametrize(("name", "value"), [("zoneout", 0.1), ("backend", "reference")])
+def test_copies_of_one_that_takes_the_ordinary_way_since(name: str, value: Any) -> None:
+    module, x = fused_rnn.FlexRNN(leaky, 9, 20).eval().freeze(), torch.randn(4, 2, 9)
+    setattr(module, name, value)
+    with torch.no_grad():
+        assert_same(copy.deepcopy(module)(x), module(x))
 
 
 def test_state_dict_save_and_torchs_class() -> None:

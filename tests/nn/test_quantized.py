@@ -14,6 +14,7 @@ import torch
 from narrow_streams import flat, rounded
 from tolerances import allowed, error
 from torch import Tensor, nn
+from torch.nn.utils import prune
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 from user_cells import leaky
 
@@ -369,6 +370,9 @@ def test_errors_of_a_call() -> None:
         quantized(x, torch.zeros(6, 3, 21))
     with pytest.raises(ValueError, match="lengths"):
         quantized(x, lengths=[12, 3, 4])
+    for wrong in (torch.tensor([2.5, 1, 1]), torch.tensor([True, True, False])):
+        with pytest.raises(ValueError, match=r"lengths: got torch\.(float32|bool), expected an integer dtype"):
+            quantized(x, lengths=wrong)
     dropping = fused_rnn.quantize(nn.LSTM(9, 21, 2, dropout=0.5))
     with pytest.raises(RuntimeError, match=r"dropout: got 0.5 in training mode, expected eval\(\)"):
         dropping(x)
@@ -393,14 +397,19 @@ def test_errors_of_quantize() -> None:
         fused_rnn.quantize(module)
 
 
+def pruned(module: nn.Module) -> nn.Module:
+    return prune.l1_unstructured(module, "weight_hh_l0", 0.5)
+
+
 @pytest.mark.parametrize(
     ("make", "why"),
     [
         (lambda: nn.LSTMCell(3, 4), "0, a LSTMCell, is a single step"),
         (lambda: fused_rnn.LSTM(3, 4, zoneout=0.1), "0, a LSTM, has regularisers"),
         (lambda: fused_rnn.FlexRNN(leaky, 3, 4, heads=2), "0, a FlexRNN, has heads"),
+        (lambda: pruned(nn.LSTM(3, 4)), "0, a LSTM, has weights that a hook computes"),
     ],
 )
 def test_what_stays_is_named(make: Callable[[], Any], why: str) -> None:
     with pytest.warns(UserWarning, match=why):
-        assert not isinstance(fused_rnn.quantize(nn.Sequential(make()))[0], Quantized)
+        assert not isinstance(fused_rnn.quantize(nn.Sequential(make()), inplace=True)[0], Quantized)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
-from torch.nn.utils.rnn import PackedSequence
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 import fused_rnn
 from fused_rnn import ops
@@ -203,6 +203,20 @@ def test_under_a_transform(monkeypatch: pytest.MonkeyPatch) -> None:
     made = torch.vmap(lambda x: module(x)[0])(x)
     monkeypatch.setattr("fused_rnn.nn.quick.FAST_PATH", None)
     assert torch.equal(made, torch.vmap(lambda x: module(x)[0])(x))
+
+
+@pytest.mark.parametrize("gradient", [False, True])
+def test_resets_beside_packed_input_are_laid_out_by_batch_first(gradient: bool) -> None:
+    torch.manual_seed(0)
+    gru, x = fused_rnn.GRU(3, 5, batch_first=True), torch.randn(4, 4, 3)
+    lengths, reset = [4, 4, 3, 2], torch.zeros(4, 4, dtype=torch.bool)
+    reset[0, 2] = True
+    packed = pack_padded_sequence(x, lengths, batch_first=True)
+    with torch.set_grad_enabled(gradient):
+        y, h_n = gru(packed, reset=reset)
+        expected, expected_h_n = gru(x, lengths=torch.tensor(lengths), reset=reset)
+    torch.testing.assert_close(pad_packed_sequence(y, batch_first=True)[0], expected)
+    torch.testing.assert_close(h_n, expected_h_n)
 
 
 def test_it_is_this_module_that_is_called() -> None:
