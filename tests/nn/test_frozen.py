@@ -366,3 +366,30 @@ def test_threads_call_while_another_changes_the_weights() -> None:
         stop.set()
         for thread in callers:
             thread.join()
+
+
+def test_threads_pack_at_once() -> None:
+    module, x = fused_rnn.LSTM(8, 16, 3, bidirectional=True).eval().freeze(), torch.randn(2, 2, 8)
+    with torch.no_grad():
+        right = module(x)[0]
+    stop, wrong = threading.Event(), []
+
+    def call() -> None:
+        with torch.no_grad():
+            while not stop.is_set():
+                if not torch.equal(module(x)[0], right):
+                    wrong.append(1)
+
+    callers = [threading.Thread(target=call) for _ in range(4)]
+    for thread in callers:
+        thread.start()
+    try:
+        with torch.no_grad():
+            for _ in range(3000):  # what was packed before ends while others ask for it
+                for weight in module.parameters():
+                    weight.mul_(1.0)
+    finally:
+        stop.set()
+        for thread in callers:
+            thread.join()
+    assert not wrong
