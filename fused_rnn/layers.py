@@ -239,7 +239,7 @@ def _widths(cell: str, sizes: tuple[int, int]) -> list[tuple[str, int]]:
 
 
 def _needs_grad(x: Tensor, weights: Sequence[Tensor], states: Sequence[Tensor]) -> bool:
-    if not torch.is_grad_enabled():
+    if not torch.is_grad_enabled() or torch.is_inference_mode_enabled():
         return False
     if x.requires_grad:
         return True

@@ -131,12 +131,14 @@ class Limit {
 struct Watched {
   void (*body)(void*, int, int);
   void* context;
+  int size = 1;  // of the team that came of it
   alignas(2 * kCacheLine) int64_t lines[Barrier::words(kMaxThreads)];  // a barrier's; each thread's second word is what it worked
 
   static void run(void* watched, int me, int team_size) {
     Watched& self = *static_cast<Watched*>(watched);
     const int64_t start = now(CLOCK_THREAD_CPUTIME_ID);
     spun = 0;
+    if (me == 0) self.size = team_size;
     self.body(self.context, me, team_size);
     Barrier(self.lines, team_size).wait(me);
     self.lines[me * Barrier::stride + 1] = now(CLOCK_THREAD_CPUTIME_ID) - start - spun;
@@ -163,8 +165,8 @@ void run_team(int threads, void (*body)(void*, int, int), void* context, bool ma
 #endif
   if (!done) run_plain_threads(threads, Watched::run, &watched);
   int64_t worked = 0;
-  for (int i = 0; i < threads; ++i) worked += watched.lines[i * Barrier::stride + 1];
-  limit.learn(now() - start, worked, threads);
+  for (int i = 0; i < watched.size; ++i) worked += watched.lines[i * Barrier::stride + 1];
+  limit.learn(now() - start, worked, watched.size);
 }
 
 void* pages(size_t bytes) { return allocate(bytes, kHugePage / 2); }

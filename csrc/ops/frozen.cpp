@@ -103,9 +103,14 @@ std::shared_ptr<const Frozen::Kept> Frozen::pack(PyObject* tensors) const {
     Py_INCREF(object);
     held.push_back({object});
     const int64_t version = version_of(object);
-    if (version == kNone || !(read(object, t, dims, s0, s1) || (dims == 2 && read_bytes(object, t, s0, s1)))) return false;
-    Stamp stamp{{PyWeakref_NewRef(object, nullptr)}, {PyObject_CallMethodNoArgs(object, detach)}, t, {}, {}, version};
-    if (!stamp.reference.object || !stamp.alias.object) return false;
+    Owned alias{PyObject_CallMethodNoArgs(object, detach)};  // before its address is read: other threads may run meanwhile
+    if (version == kNone || !alias.object || !(read(object, t, dims, s0, s1) || (dims == 2 && read_bytes(object, t, s0, s1)))) return false;
+    dlpack::Tensor held_there;
+    if (exchange->tensor_from_object(alias.object, &held_there) != 0 ||
+        static_cast<char*>(held_there.data) + held_there.byte_offset != t.data)
+      return false;
+    Stamp stamp{{PyWeakref_NewRef(object, nullptr)}, std::move(alias), t, {}, {}, version};
+    if (!stamp.reference.object) return false;
     int64_t stride = 1;
     for (int i = dims - 1; i >= 0; --i, stride *= t.shape[i + 1]) stamp.shape[i] = t.shape[i], stamp.strides[i] = stride;
     stamps.push_back(std::move(stamp));

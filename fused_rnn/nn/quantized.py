@@ -20,6 +20,7 @@ from fused_rnn.nn.plain import FAST_PATH, STEPPING
 from fused_rnn.nn.recurrent import Recurrent
 from fused_rnn.nn.rnn import GRU, LSTM, RNN
 from fused_rnn.nn.sequence import run
+from fused_rnn.transforms.op_gradient import is_jit_tracing
 
 T = TypeVar("T")
 
@@ -55,7 +56,8 @@ class Quantized(Recurrent):
         if is_grad_enabled():
             with torch.no_grad():
                 y, hx_n = self.forward(input, hx, lengths=lengths, reset=reset)
-            wanting = [t for t in _tensors(input, hx) if t.requires_grad]
+            graph = is_compiling() or is_jit_tracing()  # what raises in backward is no part of one
+            wanting = [] if graph else [t for t in _tensors(input, hx) if t.requires_grad]
             return (_barred(y, wanting), _barred(hx_n, wanting)) if wanting else (y, hx_n)
         if FAST_PATH is not None and not is_compiling() and self._runs_packed():
             done = self._packed(input, hx, lengths, reset)
@@ -93,6 +95,16 @@ class Quantized(Recurrent):
         if input.dtype != torch.float32:
             raise ValueError(f"input: got {input.dtype}, expected torch.float32, what int8 weights stand for")
         super().check_input(torch.empty(input.shape, dtype=torch.int8, device="meta"), batch_sizes)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        for name in self._flat_weights_names:
+            given = state_dict.get(prefix + name)
+            if f"{name}_scale" in self._buffers and isinstance(given, Tensor) and given.dtype != torch.int8:
+                raise ValueError(
+                    f"{prefix}{name}: got {given.dtype}, expected torch.int8 with a scale for each row beside it: load"
+                    " the float32 model, and quantize it then"
+                )
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def freeze(self: T) -> T:
         """Nothing: the weights are packed anyway."""
@@ -209,9 +221,15 @@ def _widened(weight: Tensor, scale: Tensor) -> Tensor:
 class _Barred(torch.autograd.Function):
     """Results that require a gradient, as those of a module would, and have none."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, result: Tensor, *wanting: Tensor) -> Tensor:
+    def forward(result: Tensor, *wanting: Tensor) -> Tensor:
         return result.view_as(result)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        """Nothing is kept."""
 
     @staticmethod
     def backward(ctx: Any, *_: Any) -> Any:

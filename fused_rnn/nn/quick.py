@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, is_grad_enabled
+from torch import Tensor, is_grad_enabled, is_inference_mode_enabled
 from torch.compiler import is_compiling
 from torch.nn.utils.rnn import PackedSequence
 
@@ -52,10 +52,12 @@ def call(module: Recurrent, input: Any, hx: Any, lengths: Any, reset: Any) -> Se
 def _keeping(module: Recurrent, input: Any, hx: Any, lengths: Any, reset: Any) -> Sequence[Any] | None:
     """The same where a gradient is asked for: what the plain function makes of each layer goes to that layer's
     Function."""
+    if is_inference_mode_enabled():  # and in it enable_grad
+        return None
     layers, several, packed = module.num_layers, module._fused_states > 1, type(input) is PackedSequence
     if packed:
         x, batch_sizes, order, order_back = input
-        if layers > 1 or (reset is not None and module.batch_first):  # which reset is, too
+        if layers > 1:
             return None
         if order is not None and (hx is not None or reset is not None):
             return None
@@ -108,7 +110,7 @@ def step(module: Any, input: Any, hx: Any, cell: str, weights: Sequence[Tensor])
     several = module._fused_states > 1
     if is_compiling() or FAST_PATH is None or module._fused_backend not in STEPPING or type(input) is not Tensor:
         return None
-    if weights[0].is_inference() or (_HAS_AMX and input.dtype is torch.bfloat16):
+    if weights[0].is_inference() or is_inference_mode_enabled() or (_HAS_AMX and input.dtype is torch.bfloat16):
         return None
     if not is_plain_hx(hx, module._fused_states) or input.dim() != 2:
         return None

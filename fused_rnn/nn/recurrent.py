@@ -179,7 +179,8 @@ class Recurrent(Fused, nn.RNNBase):
 
     def _fused_names(self) -> list[str] | None:
         """The names of the weights that may be kept packed, as the cell has them; None of a module that cannot."""
-        return None if self._fused_checks or self._fused_extras else self._flat_weights_names
+        computed = any(name not in self._parameters for name in self._flat_weights_names)
+        return None if computed or self._fused_checks or self._fused_extras else self._flat_weights_names
 
     def _fused_read(self) -> list[Tensor]:
         """The weights as a stream reads them."""

@@ -302,6 +302,12 @@ def test_a_module_that_keeps_no_weights_is_refused(make: Callable[[], Any]) -> N
         make().freeze()
 
 
+def test_computed_weights_are_refused() -> None:
+    module = nn.utils.parametrizations.weight_norm(fused_rnn.GRU(3, 4), "weight_hh_l0")
+    with pytest.raises(NotImplementedError, match="expected one without regularisers, heads, blocks, computed weights"):
+        module.freeze()
+
+
 @pytest.mark.parametrize("name", ["LayerNormLSTM", "MinGRU", "SLSTM", "PeepholeLSTM", "ResetBeforeGRU"])
 def test_cells_of_the_literature(name: str) -> None:
     module, x = getattr(fused_rnn, name)(9, 21), torch.randn(30, 3, 9)

@@ -306,6 +306,30 @@ def test_hooks_attributes_and_convert() -> None:
 # ---- everything around it ----
 
 
+def test_graphs_of_inputs_that_require_a_gradient() -> None:
+    """As those of an embedding do, which is what stands before a layer most often."""
+    module = fused_rnn.quantize(nn.LSTM(4, 5))
+    x = torch.randn(3, 2, 4, requires_grad=True)
+    expected = module(x)[0]
+    assert expected.requires_grad
+    compiled = torch.compile(module, fullgraph=True, backend="eager")(x)[0]
+    exported = torch.export.export(module, (x,), strict=True).module()(x)[0]
+    for made in (compiled, exported):
+        assert not made.requires_grad
+        assert float((made - expected).detach().abs().max()) < 0.02  # of activations in bytes, and not
+    with pytest.raises(RuntimeError, match="got a gradient through weights of int8"):
+        torch.func.grad(lambda a: module(a)[0].sum())(x.detach())
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_state_of_floats_is_refused(strict: bool) -> None:
+    module, floats = fused_rnn.quantize(nn.LSTM(4, 5)), nn.LSTM(4, 5).state_dict()
+    before = module.weight_hh_l0.clone()
+    with pytest.raises(ValueError, match=r"weight_ih_l0: got torch.float32, expected torch.int8"):
+        module.load_state_dict(floats, strict=strict)
+    assert torch.equal(module.weight_hh_l0, before)
+
+
 def test_compiled_exported_transformed_and_cast() -> None:
     """These run on what the weights stand for."""
     quantized = fused_rnn.quantize(make("stack"), activations="float32")

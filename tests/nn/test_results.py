@@ -137,6 +137,17 @@ def test_cells_of_no_units(name: str) -> None:
         ours(torch.randn(3, 5))
 
 
+@pytest.mark.parametrize("name", MODULES)
+def test_a_gradient_asked_for_in_inference_mode(name: str) -> None:
+    """As with torch.nn: nothing is recorded there."""
+    x = torch.randn(3, 5) if name in CELLS else torch.randn(4, 3, 5)
+    with torch.inference_mode(), torch.enable_grad():
+        a, b = (flatten(module(x)) for module in make(name, 5, 7))
+    for s, t in zip(a, b, strict=True):
+        torch.testing.assert_close(s, t)
+        assert (s.is_inference(), s.requires_grad) == (t.is_inference(), t.requires_grad)
+
+
 @pytest.mark.parametrize("backend", [None, "cpu", "reference", "torch"])
 @pytest.mark.parametrize("needs", [False, True])
 @pytest.mark.parametrize("steps", [1, 4])
