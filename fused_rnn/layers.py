@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 from torch.nn.functional import pad
 
 from fused_rnn import autograd, checks
@@ -239,7 +240,7 @@ def _widths(cell: str, sizes: tuple[int, int]) -> list[tuple[str, int]]:
 
 
 def _needs_grad(x: Tensor, weights: Sequence[Tensor], states: Sequence[Tensor]) -> bool:
-    if not torch.is_grad_enabled() or torch.is_inference_mode_enabled():
+    if not torch.is_grad_enabled() or (not is_compiling() and torch.is_inference_mode_enabled()):
         return False
     if x.requires_grad:
         return True
