@@ -67,12 +67,14 @@ def _keeping(module: Recurrent, input: Any, hx: Any, lengths: Any, reset: Any) -
         return None
     else:
         x = input
+    if type(x) is not Tensor or not x.is_cpu:
+        return None
     parameters = module._parameters
     try:
         weights: Any = [parameters[name] for name in module._flat_weights_names]
     except KeyError:  # some are computed from some
         return None
-    if module._fused_save != "gates" or weights[0].is_inference() or type(x) is not Tensor:
+    if module._fused_save != "gates" or weights[0].is_inference():
         return None
     if (_HAS_AMX and x.dtype is torch.bfloat16) or not is_plain_hx(hx, module._fused_states):
         return None
@@ -108,7 +110,9 @@ def _keeping(module: Recurrent, input: Any, hx: Any, lengths: Any, reset: Any) -
 def step(module: Any, input: Any, hx: Any, cell: str, weights: Sequence[Tensor]) -> Sequence[Tensor] | None:
     """The states after a step of a cell where a gradient is asked for."""
     several = module._fused_states > 1
-    if is_compiling() or FAST_PATH is None or module._fused_backend not in STEPPING or type(input) is not Tensor:
+    if is_compiling() or FAST_PATH is None or module._fused_backend not in STEPPING:
+        return None
+    if type(input) is not Tensor or not input.is_cpu:
         return None
     if weights[0].is_inference() or is_inference_mode_enabled() or (_HAS_AMX and input.dtype is torch.bfloat16):
         return None

@@ -20,7 +20,7 @@ from fused_rnn import dispatch, missing, ops
 from fused_rnn.cells import CELLS
 from fused_rnn.dispatch import BACKENDS, choose, fastest
 from fused_rnn.gpu.wavefront import Wavefront
-from fused_rnn.nn import base
+from fused_rnn.nn import base, cells, quick
 from fused_rnn.problem import Problem
 
 PROBLEM = Case("lstm").problem()
@@ -126,11 +126,18 @@ def test_nothing_depends_on_the_length() -> None:
     assert Case("lstm", T=1).problem().single_step
 
 
+def take_the_cpu_for_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For want of one. Calls past the dispatcher are a CPU's alone."""
+    monkeypatch.setattr(base, "ON_A_GPU", "cpu")
+    for room in (quick, cells):
+        monkeypatch.setattr(room, "FAST_PATH", None)
+
+
 @pytest.fixture
 def counterpart_calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """The calls that torch.nn's own forward gets on a device that is left to torch: here the cpu, for want of a GPU."""
     calls: list[str] = []
-    monkeypatch.setattr(base, "ON_A_GPU", "cpu")
+    take_the_cpu_for_a_gpu(monkeypatch)
     dispatch._choose_cached.cache_clear()
     for cls in (fused_rnn.LSTM, fused_rnn.GRUCell):
 
@@ -267,7 +274,7 @@ def test_modules_go_by_the_same_table(measured: None, monkeypatch: pytest.Monkey
     """What a module's call is taken for: the problem that functional would be asked about."""
     asked: list[Problem] = []
     monkeypatch.setattr(dispatch, "is_left_to_torch", lambda problem: asked.append(problem) or False)
-    monkeypatch.setattr(base, "ON_A_GPU", "cpu")
+    take_the_cpu_for_a_gpu(monkeypatch)
     x = torch.randn(5, 2, 3)
     gru = fused_rnn.GRU(3, 4, 2, bidirectional=True, bias=False)
     gru(x)
