@@ -75,7 +75,7 @@ def run(
     if input_size == 0:
         (x, weights), input_size = _with_a_feature(x, weights, recurrences, kinds), 1
     # An exported program holds the op as inference wants it; transforms.op_gradient has its gradient.
-    needs_grad, alone = _needs_grad(x, weights, given), stands_alone()
+    needs_grad, alone = wants_gradient(x, weights, given), stands_alone()
     keeps, transformed = needs_grad and not alone, checks.in_transform()
     if keeps and num_layers == 1 and steps == 1:
         weights = _savable(weights, x, *given)
@@ -181,7 +181,7 @@ def step(
         checks.check_masks(kinds, weights, 1, batch)
     if input_size == 0:
         (x, weights), input_size = _with_a_feature(x, weights, 1, kinds), 1
-    needs_grad, alone = _needs_grad(x, weights, given), stands_alone()
+    needs_grad, alone = wants_gradient(x, weights, given), stands_alone()
     keeps, transformed = needs_grad and not alone, checks.in_transform()  # as in `run`
     if keeps:
         weights = _savable(weights, x, *given)
@@ -239,7 +239,8 @@ def _widths(cell: str, sizes: tuple[int, int]) -> list[tuple[str, int]]:
     return [("P", sizes[0]), *[("H", sizes[1])] * (len(CELLS[cell].states) - 1)]
 
 
-def _needs_grad(x: Tensor, weights: Sequence[Tensor], states: Sequence[Tensor]) -> bool:
+def wants_gradient(x: Tensor, weights: Sequence[Tensor], states: Sequence[Tensor]) -> bool:
+    """Whether a call is to keep what a backward reads."""
     if not torch.is_grad_enabled() or (not is_compiling() and torch.is_inference_mode_enabled()):
         return False
     if x.requires_grad:

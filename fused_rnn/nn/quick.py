@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, is_grad_enabled, is_inference_mode_enabled
+from torch import Tensor, is_grad_enabled
 from torch.compiler import is_compiling
 from torch.nn.utils.rnn import PackedSequence
 
@@ -18,6 +18,7 @@ from fused_rnn import autograd, ops
 from fused_rnn.autograd import step as autograd_step
 from fused_rnn.call import LayerCall
 from fused_rnn.cells import CELLS
+from fused_rnn.layers import wants_gradient
 from fused_rnn.nn.packed import Layout
 from fused_rnn.nn.plain import FAST_PATH, STEPPING, is_plain_hx
 from fused_rnn.nn.recurrent import Recurrent
@@ -52,8 +53,6 @@ def call(module: Recurrent, input: Any, hx: Any, lengths: Any, reset: Any) -> Se
 def _keeping(module: Recurrent, input: Any, hx: Any, lengths: Any, reset: Any) -> Sequence[Any] | None:
     """The same where a gradient is asked for: what the plain function makes of each layer goes to that layer's
     Function."""
-    if is_inference_mode_enabled():  # and in it enable_grad
-        return None
     layers, several, packed = module.num_layers, module._fused_states > 1, type(input) is PackedSequence
     if packed:
         x, batch_sizes, order, order_back = input
@@ -74,12 +73,8 @@ def _keeping(module: Recurrent, input: Any, hx: Any, lengths: Any, reset: Any) -
         weights: Any = [parameters[name] for name in module._flat_weights_names]
     except KeyError:  # some are computed from some
         return None
-    if module._fused_save != "gates" or weights[0].is_inference():
-        return None
-    if (_HAS_AMX and x.dtype is torch.bfloat16) or not is_plain_hx(hx, module._fused_states):
-        return None
-    states = () if hx is None else hx if several else (hx,)
-    if not _requires_grad((x, *weights, *states)) or (layers > 1 and any(s.dim() != 3 for s in states)):
+    states = _states(module, x, hx, weights) if module._fused_save == "gates" else None
+    if states is None or (layers > 1 and any(s.dim() != 3 for s in states)):
         return None
     cell, both, count = _CELLS[module.mode], module.bidirectional, len(weights) // layers
     directions, finals = _DIRECTIONS[both], []
@@ -109,24 +104,23 @@ def _keeping(module: Recurrent, input: Any, hx: Any, lengths: Any, reset: Any) -
 
 def step(module: Any, input: Any, hx: Any, cell: str, weights: Sequence[Tensor]) -> Sequence[Tensor] | None:
     """The states after a step of a cell where a gradient is asked for."""
-    several = module._fused_states > 1
     if is_compiling() or FAST_PATH is None or module._fused_backend not in STEPPING:
         return None
-    if type(input) is not Tensor or not input.is_cpu:
+    if type(input) is not Tensor or not input.is_cpu or input.dim() != 2:
         return None
-    if weights[0].is_inference() or is_inference_mode_enabled() or (_HAS_AMX and input.dtype is torch.bfloat16):
-        return None
-    if not is_plain_hx(hx, module._fused_states) or input.dim() != 2:
-        return None
-    states = () if hx is None else tuple(hx) if several else (hx,)
-    if not _requires_grad((input, *weights, *states)):
+    states = _states(module, input, hx, weights)
+    if states is None:
         return None
     outputs = FAST_PATH(module._parameters, module.bias, input, hx, cell, -1, None, None, 1, False, None, 0)
     return None if outputs is None else autograd_step.made(outputs, cell, input, states, weights)
 
 
-def _requires_grad(tensors: Sequence[Tensor]) -> bool:
-    for t in tensors:  # noqa: SIM110 - as in are_plain
-        if t.requires_grad:
-            return True
-    return False
+def _states(module: Any, x: Tensor, hx: Any, weights: Sequence[Tensor]) -> Sequence[Tensor] | None:
+    """The states given to a call whose forward the plain function may make; None of one that it may not, or that wants
+    no gradient."""
+    if weights[0].is_inference() or (_HAS_AMX and x.dtype is torch.bfloat16):
+        return None
+    if not is_plain_hx(hx, module._fused_states):
+        return None
+    states = () if hx is None else tuple(hx) if module._fused_states > 1 else (hx,)
+    return states if wants_gradient(x, weights, states) else None
